@@ -1,0 +1,1 @@
+"""Triton kernels, one file per op; installed as `sgmim_fast.kernels`. Importing this package does not import Triton."""

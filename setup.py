@@ -1,0 +1,227 @@
+"""Builds the native libraries of sgmim_fast; everything declarative is in pyproject.toml.
+
+``sgmim_fast/_C``       csrc/cpu/*.cpp; needs a C++17 compiler (gcc or clang)
+``sgmim_fast/_C_cuda``  csrc/cuda/*.cu; needs a CUDA toolkit too, of the major version that torch is built for
+
+Both use the LibTorch stable ABI and nothing of Python's C API, so one binary serves every Python and every torch from
+2.10 on; ``torch.ops.load_library`` loads them. The compilers are called directly, and torch is not imported here. What
+is left out, and why, goes to ``sgmim_fast/_build_info.json``, which ``python -m sgmim_fast.env`` reads.
+
+Environment variables:
+SGMIM_FAST_NO_EXT=1     build nothing, install pure Python
+SGMIM_FAST_NO_CUDA=1    leave the CUDA library out
+SGMIM_FAST_SANITIZE=1   CPU library with AddressSanitizer and UBSan, no CUDA library. It is meant to go elsewhere:
+                        SGMIM_FAST_SANITIZE=1 python setup.py build_ext --build-lib DIR --build-temp DIR/objects;
+                        to use it, preload libasan.so and set SGMIM_FAST_LIBRARY=DIR/sgmim_fast/_C.abi3.so
+CXX, CXXFLAGS, LDFLAGS  C++ compiler (default: the first of c++, g++, clang++) and flags added to the ones below
+CUDA_HOME, CUDA_PATH    the toolkit (default: nvcc on PATH, which may be a wrapper script, then /usr/local/cuda*)
+TORCH_CUDA_ARCH_LIST    default "8.0;9.0;10.0+PTX", less what the toolkit does not know
+MAX_JOBS                compilers that run at a time (default: number of cores)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from glob import glob
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
+
+HEADERS = glob("csrc/**/*.h", recursive=True)
+# 2.10 in the bytes major, minor, patch, ...: hides whatever torch 2.10 does not have.
+FLAGS = ["-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Icsrc"]
+
+
+def is_set(name: str) -> bool:
+    return os.environ.get(name, "") not in ("", "0")
+
+
+SANITIZE = ["-fsanitize=address,undefined"] if is_set("SGMIM_FAST_SANITIZE") else []
+
+
+def find_torch() -> Path | None:
+    """The folder of the torch to compile against; nothing is imported."""
+    spec = importlib.util.find_spec("torch")
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def torch_cuda() -> str | None:
+    """CUDA version of the torch that will run the library: the one installed here, which an isolated build hides, else
+    the one compiled against. None where that torch has no CUDA."""
+    installed = Path(sysconfig.get_path("platlib"), "torch")
+    folder = installed if (installed / "version.py").is_file() else find_torch()
+    return runpy.run_path(str(folder / "version.py"))["cuda"] if folder else None
+
+
+def find_compiler() -> tuple[list[str], str]:
+    """The C++ compiler's command, or [] and the reason why there is none."""
+    if wanted := shlex.split(os.environ.get("CXX", "")):
+        return (wanted, "") if shutil.which(wanted[0]) else ([], f"no C++ compiler: CXX={wanted[0]} is not found")
+    found = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    return ([found], "") if found else ([], "no C++ compiler is found (c++, g++ or clang++); install one")
+
+
+def find_nvcc() -> tuple[str, str]:
+    """The path of nvcc, or "" and the reason why there is none."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if home := os.environ.get(name):
+            nvcc = Path(home, "bin", "nvcc")
+            return (str(nvcc), "") if nvcc.is_file() else ("", f"{name}={home} has no bin/nvcc")
+    usual = ["/usr/local/cuda/bin/nvcc", *sorted(glob("/usr/local/cuda-*/bin/nvcc"), reverse=True)]
+    found = shutil.which("nvcc") or next(filter(os.path.isfile, usual), "")
+    return found, "" if found else "no CUDA toolkit is found (CUDA_HOME, nvcc on PATH, /usr/local/cuda); install one"
+
+
+def answer(*command: str) -> str:
+    """What a tool prints, "" if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    return "" if done.returncode else done.stdout
+
+
+def architectures(nvcc: str) -> list[str]:
+    """Such as ["8.0", "9.0+PTX"]."""
+    if wanted := re.findall(r"[^;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "")):
+        return wanted
+    known = answer(nvcc, "--list-gpu-code").split()
+    found = [arch for arch in ("8.0", "9.0", "10.0") if "sm_" + arch.replace(".", "") in known]
+    return [*found[:-1], found[-1] + "+PTX"]
+
+
+def gencode(arch: str) -> list[str]:
+    """nvcc's flags for one entry of `architectures`."""
+    match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
+    if not match:
+        raise CompileError(f"TORCH_CUDA_ARCH_LIST has {arch!r}; expected numbers such as 9.0 or 9.0+PTX")
+    kinds = ("sm", "compute") if match[3] else ("sm",)
+    return [f"-gencode=arch=compute_{match[1]}{match[2]},code={kind}_{match[1]}{match[2]}" for kind in kinds]
+
+
+def plan() -> dict[str, dict[str, str]]:
+    """For "cpu" and for "cuda" the tools to be used, or the reason under "skipped"."""
+    compiler, missing = find_compiler()
+    if is_set("SGMIM_FAST_NO_EXT"):
+        missing = "SGMIM_FAST_NO_EXT was set"
+    elif not sys.platform.startswith("linux"):
+        missing = f"the native libraries are built on Linux only, not on {sys.platform}"
+    if missing:
+        return {"cpu": {"skipped": missing}, "cuda": {"skipped": missing}}
+    cpu = {"compiler": answer(*compiler, "--version").partition("\n")[0]}
+
+    nvcc, missing = find_nvcc()
+    for name in filter(is_set, ("SGMIM_FAST_NO_CUDA", "SGMIM_FAST_SANITIZE")):
+        missing = f"{name} was set"
+    if missing:
+        return {"cpu": cpu, "cuda": {"skipped": missing}}
+    toolkit, torch = re.search(r"release ((\d+)\.\d+)", answer(nvcc, "--version")), torch_cuda()
+    if not toolkit:
+        missing = f"{nvcc} --version does not run; repair the CUDA toolkit"
+    elif not torch:
+        missing = "this torch is built without CUDA; install one that has it"
+    elif toolkit[2] != torch.partition(".")[0]:
+        wanted = torch.partition(".")[0]
+        missing = f"{nvcc} is of CUDA {toolkit[1]}, torch of {torch}; point CUDA_HOME to a CUDA {wanted} toolkit"
+    if missing:
+        return {"cpu": cpu, "cuda": {"skipped": missing}}
+    return {"cpu": cpu, "cuda": {"nvcc": nvcc, "toolkit": toolkit[1], "architectures": ";".join(architectures(nvcc))}}
+
+
+PLAN = plan()
+
+
+def record(folder: Path) -> None:
+    """Writes the build info into the package, and says in a line what is left out."""
+    (folder / "_build_info.json").write_text(json.dumps(PLAN, indent=1) + "\n")
+    if reason := PLAN["cpu"].get("skipped"):
+        print(f"sgmim_fast: no native library is built: {reason}", file=sys.stderr)
+    elif reason := PLAN["cuda"].get("skipped"):
+        print(f"sgmim_fast: the CUDA library is not built: {reason}", file=sys.stderr)
+
+
+class BuildPy(build_py):
+    """Also removes the libraries of an earlier build, and records this one."""
+
+    def run(self) -> None:
+        super().run()
+        folder = Path("." if self.editable_mode else self.build_lib, "sgmim_fast")
+        for old in folder.glob("_C*.so"):
+            old.unlink()
+        record(folder)
+
+
+class BuildExt(build_ext):
+    """Compiles the sources side by side, each only if it, a header or the flags have changed, and links them."""
+
+    def run(self) -> None:
+        super().run()
+        if self.inplace:
+            record(Path("sgmim_fast"))
+
+    def build_extensions(self) -> None:
+        torch, cxx, nvcc = find_torch(), find_compiler()[0], PLAN["cuda"].get("nvcc")
+        if torch is None:
+            raise CompileError("no torch to compile against; keep pip's build isolation, or install torch first")
+        libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu"]
+        include = [*FLAGS, "-isystem", str(torch / "include")]
+        cpu = ["-O1", "-g", "-fno-omit-frame-pointer", *SANITIZE] if SANITIZE else ["-O3"]
+        cpu += ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        self.compilers = {".cpp": [*cxx, *include, *cpu]}
+        self.linkers = {".cpp": ([*cxx, "-shared", *SANITIZE], libraries + shlex.split(os.environ.get("LDFLAGS", "")))}
+        if nvcc:
+            host = [nvcc, *(["-ccbin", *cxx] if len(cxx) == 1 else []), "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+            gpu = [option for arch in architectures(nvcc) for option in gencode(arch)]
+            self.compilers[".cu"] = [*host, *include, "-DUSE_CUDA", "-O3", *gpu]
+            # nvcc links, since it knows where its toolkit is. The CUDA runtime is linked in and hidden: the library
+            # then runs with any torch of that CUDA major version, whichever runtime torch brings.
+            hide = ["-cudart", "static", "-Xlinker", "--exclude-libs=ALL"]
+            self.linkers[".cu"] = ([*host, "-shared", *hide], [*libraries, "-ltorch_cuda"])
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            compiling = [(ext, pool.map(self.compile, ext.sources)) for ext in self.extensions]
+            for ext, objects in compiling:
+                before, after = self.linkers[Path(ext.sources[0]).suffix]
+                library = Path(self.get_ext_fullpath(ext.name))
+                library.parent.mkdir(parents=True, exist_ok=True)
+                self.call([*before, *objects, "-o", str(library), *after], f"link {library.name}")
+
+    def compile(self, source: str) -> str:
+        command = [*self.compilers[Path(source).suffix], "-c", source, "-o"]
+        folder = f"{zlib.crc32(shlex.join(command).encode()):08x}"  # other flags, other objects
+        target = Path(self.build_temp, folder, source).with_suffix(".o")
+        if not target.exists() or target.stat().st_mtime < max(map(os.path.getmtime, [source, *HEADERS])):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.call([*command, str(target)], f"compile {source}")
+        return str(target)
+
+    def call(self, command: list[str], purpose: str) -> None:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        print(shlex.join(command), done.stdout, sep="\n", end="", flush=True)
+        if done.returncode:
+            without = "SGMIM_FAST_NO_CUDA" if command[0] == PLAN["cuda"].get("nvcc") else "SGMIM_FAST_NO_EXT"
+            raise CompileError(f"{command[0]} could not {purpose}, see above; {without}=1 installs without it")
+
+
+SOURCES = {"cpu": ("sgmim_fast._C", "csrc/cpu/*.cpp"), "cuda": ("sgmim_fast._C_cuda", "csrc/cuda/*.cu")}
+setup(
+    packages=[*find_packages(include=["sgmim_fast", "sgmim_fast.*"]), "sgmim_fast.kernels"],
+    package_dir={"sgmim_fast.kernels": "kernels"},
+    ext_modules=[
+        Extension(name, sorted(glob(sources)), depends=HEADERS, py_limited_api=True)
+        for part, (name, sources) in SOURCES.items()
+        if "skipped" not in PLAN[part]
+    ],
+    cmdclass={"build_py": BuildPy, "build_ext": BuildExt},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

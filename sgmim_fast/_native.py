@@ -1,0 +1,70 @@
+"""Loads the two compiled libraries, each once, and remembers why a library could not be loaded.
+
+`_C` holds the C++ ops (`torch.ops.sgmim_fast_cpu`), `_C_cuda` the CUDA ops (`torch.ops.sgmim_fast_cuda`). setup.py
+builds them and notes in `_build_info.json` what it left out and why.
+
+Environment: `SGMIM_FAST_LIBRARY=path` loads another CPU library in place of `_C`, such as one built with sanitizers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+_HERE = Path(__file__).parent
+_loaded: dict[str, tuple[bool, str]] = {}
+_errors: dict[str, Exception] = {}
+
+
+def build_info() -> dict[str, dict[str, str]]:
+    """For "cpu" and "cuda", what setup.py built it with, or the reason under "skipped"; {} if it has not run here."""
+    path = _HERE / "_build_info.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def load_cpu() -> tuple[bool, str]:
+    """Loads the C++ ops at the first call. Returns (True, "") or (False, the reason)."""
+    if "cpu" not in _loaded:
+        _loaded["cpu"] = _load("cpu", os.environ.get("SGMIM_FAST_LIBRARY") or _find("_C"))
+    return _loaded["cpu"]
+
+
+def load_cuda() -> tuple[bool, str]:
+    """Loads the CUDA ops at the first call; needs a torch with CUDA, but no GPU. Returns as `load_cpu`."""
+    if "cuda" not in _loaded:
+        _loaded["cuda"] = _cuda_mismatch() or _load("cuda", _find("_C_cuda"))
+    return _loaded["cuda"]
+
+
+def load_error(part: str) -> Exception | None:
+    """The exception that loading "cpu" or "cuda" raised, to chain to one's own; None if it raised none."""
+    return _errors.get(part)
+
+
+def _find(name: str) -> str | None:
+    """The library's path; its suffix depends on the platform (`.abi3.so` on Linux)."""
+    return next((str(path) for path in sorted(_HERE.glob(f"{name}.*so"))), None)
+
+
+def _cuda_mismatch() -> tuple[bool, str] | None:
+    built, running = build_info().get("cuda", {}).get("toolkit", ""), torch.version.cuda
+    if running is None:
+        return False, "this torch is built without CUDA"
+    if built and built.partition(".")[0] != running.partition(".")[0]:
+        return False, f"the CUDA library is built with CUDA {built}, torch with {running}: install sgmim_fast again"
+    return None
+
+
+def _load(part: str, path: str | None) -> tuple[bool, str]:
+    if path is None:
+        facts = build_info().get(part, {"skipped": "nothing has been built here: pip install -e ."})
+        return False, facts.get("skipped") or "the library that setup.py built is gone: install sgmim_fast again"
+    try:
+        torch.ops.load_library(path)
+    except Exception as error:  # OSError from the loader, RuntimeError from a registration
+        _errors[part] = error
+        return False, f"{path} could not be loaded: {error.__cause__ or error}"  # the cause is the loader's own message
+    return True, ""

@@ -1,0 +1,74 @@
+"""`python -m sgmim_fast.env`: versions, the machine, and each backend with the reason where it is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from sgmim_fast import _native, backends
+
+
+def report() -> dict[str, dict[str, str]]:
+    """What to paste into a bug report.
+
+    Returns:
+        {"versions", "machine", "build", "backends"}, each a dict from name to text. A backend's text is "available" or
+        "missing: " and the reason. Loads the compiled libraries, as the first op would.
+    """
+    names = ("sgmim_fast", "torch", "timm", "triton", "numpy")
+    built = _native.build_info() or {"all": {"skipped": "setup.py has not run in this folder"}}
+    usable = backends.available()  # before the machine: it loads the library that knows the instruction set
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in names}},
+        "machine": _machine(),
+        "build": {part: ", ".join(f"{k}: {v}" for k, v in facts.items()) for part, facts in built.items()},
+        "backends": {name: "available" if ok else f"missing: {reason}" for name, (ok, reason) in usable.items()},
+    }
+
+
+def main() -> None:
+    """Prints `report`."""
+    for title, facts in report().items():
+        print(title)
+        for name, text in facts.items():
+            print(f"  {name:<16}{text}")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _machine() -> dict[str, str]:
+    ops = torch.ops.sgmim_fast_cpu
+    facts = {
+        "system": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": str(os.cpu_count()),
+        "threads": f"{torch.get_num_threads()} used by torch",
+        "instruction set": f"{ops.isa() if hasattr(ops, 'isa') else 'none'} (kernels here), "
+        f"{torch.backends.cpu.get_cpu_capability()} (torch)",
+        "cuda of torch": torch.version.cuda or "none",
+        "gpu": "none that torch sees",
+    }
+    if torch.cuda.is_available():
+        gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        facts["gpu"] = ", ".join(f"{g.name} (sm_{g.major}{g.minor}, {g.total_memory / 2**30:.0f} GiB)" for g in gpus)
+    return facts
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")  # Linux; elsewhere platform knows
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()

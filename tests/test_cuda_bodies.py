@@ -1,0 +1,142 @@
+"""The bodies of the CUDA kernels, compiled for the host and compared with NumPy, bit for bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).parents[1]
+NINJA = """\
+flags = -std=c++17 -O1 -Wall -Wextra -Werror -shared -fPIC -fvisibility=hidden
+rule module
+  command = c++ $flags {include} -MD -MF $out.d $in -o $out
+  depfile = $out.d
+  deps = gcc
+build {target}: module {source}
+"""
+
+
+@pytest.fixture(scope="module")
+def bodies():
+    """The module of cuda_bodies.cpp; ninja compiles it into build/tests, again only when a source has changed."""
+    pybind11 = pytest.importorskip("pybind11")
+    if not (shutil.which("c++") and shutil.which("ninja")):
+        pytest.skip("needs c++ and ninja")
+    folder = ROOT / "build" / "tests"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"cuda_bodies{sysconfig.get_config_var('EXT_SUFFIX')}"
+    include = f"-I{ROOT / 'csrc'} -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
+    rules = NINJA.format(include=include, target=target.name, source=ROOT / "tests" / "cuda_bodies.cpp")
+    if not (folder / "build.ninja").exists() or (folder / "build.ninja").read_text() != rules:
+        (folder / "build.ninja").write_text(rules)
+    done = subprocess.run(["ninja", "-C", folder], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    spec = importlib.util.spec_from_file_location("cuda_bodies", target)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def z_order(side: int) -> list[tuple[int, int]]:
+    """(row, column) of the patches of a cell as SPEC.md words it: the four quarters (row 0, column 0), (1, 0), (0, 1),
+    (1, 1), each ordered the same way inside."""
+    if side == 1:
+        return [(0, 0)]
+    half, inside = side // 2, z_order(side // 2)
+    return [(r * half + y, c * half + x) for r, c in ((0, 0), (1, 0), (0, 1), (1, 1)) for y, x in inside]
+
+
+def gathered(tensor: np.ndarray, cells: np.ndarray, cell: int, patch: int, zorder: bool) -> np.ndarray:
+    """The packed rows, one slice at a time."""
+    _, channels, height, width = tensor.shape
+    side, down, across = cell // patch, height // cell, width // cell
+    places = z_order(side) if zorder else list(itertools.product(range(side), range(side)))
+    rows = []
+    for number in cells:
+        image, y, x = number // (down * across), number // across % down, number % across
+        for row, column in places:
+            top, left = y * cell + row * patch, x * cell + column * patch
+            rows.append(tensor[image, :, top : top + patch, left : left + patch].reshape(-1))
+    return np.array(rows).reshape(len(cells) * side * side, channels * patch * patch)
+
+
+def check(bodies, tensor: np.ndarray, cells: np.ndarray, cell: int, patch: int, zorder: bool, threads: int) -> None:
+    expected = gathered(tensor, cells, cell, patch, zorder)
+    packed = np.full_like(expected, 9)
+    bodies.copy_patches(tensor, cells, packed, cell, patch, zorder, False, threads)
+    np.testing.assert_array_equal(packed, expected)
+
+    # Back: what was gathered returns to its place, and everything else stays zero.
+    scattered = np.zeros_like(tensor)  # keeps the strides' order
+    bodies.copy_patches(scattered, cells, packed, cell, patch, zorder, True, threads)
+    everywhere = gathered(scattered, np.arange(tensor.size // tensor.shape[1] // cell**2), cell, patch, zorder)
+    per_cell = (cell // patch) ** 2
+    wanted = np.zeros_like(everywhere).reshape(-1, per_cell, expected.shape[1])
+    wanted[cells] = expected.reshape(-1, per_cell, expected.shape[1])
+    np.testing.assert_array_equal(everywhere, wanted.reshape(everywhere.shape))
+
+
+def layouts(shape: tuple[int, int, int, int], dtype: type) -> list[np.ndarray]:
+    """The same values contiguous, channels last, and cut out of a larger array."""
+    values = np.random.default_rng(0).permutation(np.prod(shape)).astype(dtype).reshape(shape)
+    last = np.ascontiguousarray(values.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    larger = np.zeros([size * 2 + 1 for size in shape], dtype)
+    larger[1::2, 1::2, 1::2, 1::2] = values
+    return [values, last, larger[1::2, 1::2, 1::2, 1::2]]
+
+
+SHAPES = [
+    (batch, channels, down, across, cell, patch, zorder)
+    for batch, channels, down, across in itertools.product((1, 2), (1, 3), (1, 2), (1, 3))
+    for cell, patch in ((1, 1), (2, 1), (4, 4), (4, 2), (6, 2), (8, 2), (8, 1), (14, 7))
+    for zorder in (False, True)
+    if not (zorder and (cell // patch) & (cell // patch - 1))
+]
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.uint16])
+def test_copy_patches_of_every_small_shape(bodies, dtype):
+    for batch, channels, down, across, cell, patch, zorder in SHAPES:
+        cells = np.random.default_rng(1).permutation(batch * down * across)
+        for tensor in layouts((batch, channels, down * cell, across * cell), dtype):
+            check(bodies, tensor, cells, cell, patch, zorder, 1)
+
+
+@given(
+    threads=st.sampled_from([1, 2, 5, 16, 32]),
+    side=st.sampled_from([1, 2, 4, 8]),
+    patch=st.integers(1, 5),
+    grid=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)),
+    data=st.data(),
+)
+def test_copy_patches_with_any_group(bodies, threads, side, patch, grid, data):
+    batch, channels, down, across = grid
+    number = batch * down * across
+    cells = data.draw(st.lists(st.integers(0, number - 1), unique=True, max_size=number))
+    shape = (batch, channels, down * side * patch, across * side * patch)
+    for tensor in layouts(shape, np.float64):
+        check(bodies, tensor, np.array(cells, np.int64), side * patch, patch, data.draw(st.booleans()), threads)
+
+
+def test_z_order_is_the_merging_order():
+    """Four consecutive places are a 2x2 group in the order of SPEC.md, at every level."""
+    assert z_order(2) == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    assert z_order(4)[:5] == [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0)]
+
+
+def test_offsets_beyond_32_bits(bodies):
+    """A batch of 2**22 images of 1 x 224 x 224: offsets near 2**38."""
+    across, image = 7, 2**22 - 1
+    corner = bodies.patch_corner(image * 49 + 3 * across + 5, 13, 7, across, 224 * 224, 224, 32, 4, True)
+    row, column = z_order(8)[13]
+    assert corner == image * 224 * 224 + (3 * 32 + row * 4) * 224 + 5 * 32 + column * 4
+    assert corner > 2**37

@@ -1,0 +1,245 @@
+"""What setup.py decides, what it builds, and what an installation reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from sgmim_fast import _native, backends, env
+
+ROOT = Path(__file__).parents[1]
+HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
+
+
+def run(
+    *command: str | Path, cwd: Path = ROOT, check: bool = True, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command with the build's own variables unset unless given; output and errors come together."""
+    ours = re.compile(r"SGMIM_FAST_|CUDA_HOME|CUDA_PATH|CXX|TORCH_CUDA_ARCH_LIST|PYTHONPATH")
+    environment = {name: value for name, value in os.environ.items() if not ours.match(name)} | variables
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0 or not check, done.stdout
+    return done
+
+
+def planned(folder: Path, **variables: str) -> tuple[dict[str, dict[str, str]], str]:
+    """The build info that setup.py writes, and what it prints, without compiling anything."""
+    done = run(sys.executable, "setup.py", "-q", "build_py", "--build-lib", folder, **variables)
+    return json.loads((folder / "sgmim_fast" / "_build_info.json").read_text()), done.stdout
+
+
+def tool(folder: Path, name: str, script: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+    return folder / name
+
+
+def toolkit(folder: Path, release: str) -> Path:
+    """A folder that looks like a CUDA toolkit of that release."""
+    answers = f'case "$1" in --version) echo "release {release}, V{release}.1";; *) echo sm_80; echo sm_90;; esac'
+    tool(folder / "bin", "nvcc", answers)
+    return folder
+
+
+def our_cuda() -> str:
+    if torch.version.cuda is None:
+        pytest.skip("needs a torch built with CUDA")
+    return torch.version.cuda
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"SGMIM_FAST_NO_EXT": "1"}, "SGMIM_FAST_NO_EXT was set"),
+        ({"CXX": "no-such-compiler"}, "no C++ compiler: CXX=no-such-compiler is not found"),
+        ({"PATH": "/nowhere"}, "no C++ compiler is found (c++, g++ or clang++); install one"),
+    ],
+)
+def test_without_a_compiler_pure_python_is_installed(tmp_path, variables, reason):
+    info, output = planned(tmp_path, **variables)
+    assert info == {"cpu": {"skipped": reason}, "cuda": {"skipped": reason}}
+    assert [line for line in output.splitlines() if line.startswith("sgmim_fast:")] == [
+        f"sgmim_fast: no native library is built: {reason}"
+    ]
+
+
+@needs_compiler
+def test_cuda_is_left_out_with_a_reason(tmp_path):
+    def reason(**variables: str) -> str:
+        info, output = planned(tmp_path, **variables)
+        assert info["cpu"]["compiler"]
+        assert f"sgmim_fast: the CUDA library is not built: {info['cuda']['skipped']}" in output.splitlines()
+        return info["cuda"]["skipped"]
+
+    assert reason(SGMIM_FAST_NO_CUDA="1") == "SGMIM_FAST_NO_CUDA was set"
+    assert reason(CUDA_HOME=str(tmp_path / "gone")) == f"CUDA_HOME={tmp_path / 'gone'} has no bin/nvcc"
+    broken = tool(tmp_path / "broken" / "bin", "nvcc", "exit 1")
+    assert reason(CUDA_PATH=str(tmp_path / "broken")) == f"{broken} --version does not run; repair the CUDA toolkit"
+    old = toolkit(tmp_path / "old", "7.5")
+    assert reason(CUDA_HOME=str(old)) == (
+        f"{old}/bin/nvcc is of CUDA 7.5, torch of {our_cuda()}; "
+        f"point CUDA_HOME to a CUDA {our_cuda().partition('.')[0]} toolkit"
+    )
+
+
+@needs_compiler
+def test_cuda_is_planned_whatever_the_folder_of_nvcc(tmp_path):
+    """A toolkit on PATH behind a wrapper script; no GPU is asked for; unknown architectures are left out."""
+    release = our_cuda().partition(".")[0] + ".9"
+    home = toolkit(tmp_path / "somewhere", release)
+    wrapper = tool(tmp_path / "elsewhere", "nvcc", f'exec {home}/bin/nvcc "$@"')
+    info, _ = planned(tmp_path, PATH=f"{wrapper.parent}:{os.environ['PATH']}")
+    assert info["cuda"] == {"nvcc": str(wrapper), "toolkit": release, "architectures": "8.0;9.0+PTX"}
+    info, _ = planned(tmp_path, CUDA_HOME=str(home), TORCH_CUDA_ARCH_LIST="9.0a 12.0+PTX")
+    assert info["cuda"] == {"nvcc": f"{home}/bin/nvcc", "toolkit": release, "architectures": "9.0a;12.0+PTX"}
+
+
+def test_build_info_agrees_with_the_files():
+    info = _native.build_info()
+    if not info:
+        pytest.skip("sgmim_fast is not installed here")
+    for part, name in (("cpu", "_C"), ("cuda", "_C_cuda")):
+        assert ("skipped" in info[part]) == (_native._find(name) is None)
+
+
+def test_cuda_library_loads_without_a_gpu():
+    if _native._find("_C_cuda") is None:
+        pytest.skip(_native.build_info().get("cuda", {}).get("skipped", "not built"))
+    if mismatch := _native._cuda_mismatch():
+        pytest.skip(mismatch[1])
+    assert _native.load_cuda() == (True, "")
+    ops = torch.ops.sgmim_fast_cuda
+    assert [arg.name for arg in ops.gather_patches.default._schema.arguments if arg.is_write] == ["out"]
+    assert [arg.name for arg in ops.gather_patches_backward.default._schema.arguments if arg.is_write] == ["grad_input"]
+
+
+def test_a_load_error_is_kept(tmp_path, monkeypatch):
+    library = tmp_path / "library.so"
+    library.write_text("not a library")
+    monkeypatch.setattr(_native, "_loaded", {})
+    monkeypatch.setattr(_native, "_errors", {})
+    monkeypatch.setenv("SGMIM_FAST_LIBRARY", str(library))
+    usable, reason = _native.load_cpu()
+    assert not usable
+    assert reason.startswith(f"{library} could not be loaded: ")
+    assert isinstance(_native.load_error("cpu"), OSError)
+    library.unlink()
+    assert _native.load_cpu() == (usable, reason)  # once
+
+
+def test_env_reports_every_backend_and_why_one_is_missing(capsys):
+    report = env.report()
+    assert report["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert list(report["backends"]) == list(backends.available())
+    for name, (usable, reason) in backends.available().items():
+        assert report["backends"][name] == ("available" if usable else f"missing: {reason}")
+        assert usable or reason
+    env.main()
+    printed = capsys.readouterr().out
+    assert all(text in printed for facts in report.values() for text in facts.values())
+
+
+def test_import_needs_no_triton_compiler_or_gpu(tmp_path):
+    program = "import sys; sys.modules['triton'] = None; import sgmim_fast.kernels; print(sgmim_fast.__path__[0])"
+    done = run(sys.executable, "-c", program, cwd=tmp_path, PATH="/nowhere", CUDA_VISIBLE_DEVICES="")
+    assert Path(done.stdout.splitlines()[-1], "_native.py").is_file()
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> Path:
+    """A copy of the tree without anything built, so that builds leave this one alone."""
+    ignored = shutil.ignore_patterns(".git", ".*cache", ".hypothesis", "build", "dist", "*.egg-info", "*.so", "*.json")
+    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("sources") / "sgmim_fast", ignore=ignored))
+
+
+def wheel(sources: Path, folder: Path, **variables: str) -> Path:
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, "."]
+    run(*pip, cwd=sources, **variables)
+    return next(folder.glob("*.whl"))
+
+
+def unpacked(archive: Path, folder: Path) -> Path:
+    with zipfile.ZipFile(archive) as files:
+        files.extractall(folder)
+    return folder
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_wheel_works_elsewhere(sources, tmp_path):
+    archive = wheel(sources, tmp_path / "wheels", SGMIM_FAST_NO_CUDA="1")
+    assert "-cp310-abi3-" in archive.name
+    folder = unpacked(archive, tmp_path / "site")
+    assert {path.name for path in folder.iterdir() if path.suffix != ".dist-info"} == {"sgmim_fast"}
+    packaged = {str(path.relative_to(folder)) for path in folder.rglob("*.py")}
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "sgmim_fast").rglob("*.py")}
+    expected |= {f"sgmim_fast/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
+    assert packaged == expected
+    program = "import sgmim_fast.kernels; from sgmim_fast import _native; print(_native.__file__, _native.load_cpu())"
+    done = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(folder))
+    assert done.stdout.splitlines()[-1] == f"{folder}/sgmim_fast/_native.py (True, '')"
+
+
+@pytest.mark.slow
+def test_pure_python_wheel_says_why(sources, tmp_path):
+    archive = wheel(sources, tmp_path / "wheels", SGMIM_FAST_NO_EXT="1")
+    assert archive.name.endswith("-py3-none-any.whl")
+    folder = unpacked(archive, tmp_path / "site")
+    done = run(sys.executable, "-m", "sgmim_fast.env", cwd=tmp_path, PYTHONPATH=str(folder))
+    assert re.search(r"^  cpu +missing: SGMIM_FAST_NO_EXT was set$", done.stdout, re.MULTILINE)
+    assert re.search(r"^  torch +available$", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_editable_install_in_a_new_environment(sources, tmp_path):
+    python = tmp_path / "environment" / "bin" / "python"
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "environment")
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
+    # pip, torch and the rest come from the environment the tests run in.
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
+    run(
+        python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", sources, SGMIM_FAST_NO_CUDA="1"
+    )
+    program = "import sgmim_fast.kernels as k; from sgmim_fast import _native; print(k.__file__, _native.load_cpu())"
+    done = run(python, "-c", program, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == f"{sources}/kernels/__init__.py (True, '')"
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_sources_compile_without_warnings(tmp_path):
+    build = ["setup.py", "-q", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path / "objects"]
+    done = run(sys.executable, *build, CXXFLAGS="-Werror")
+    assert "warning" not in re.sub(r"SetuptoolsWarning", "", done.stdout)
+    again = run(sys.executable, *build, CXXFLAGS="-Werror")
+    assert " -c csrc/" not in again.stdout, "nothing has changed, so nothing is compiled again"
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_sources_that_do_not_compile_are_an_error(sources, tmp_path):
+    broken = shutil.copytree(sources, tmp_path / "broken")
+    (broken / "csrc" / "cpu" / "isa.cpp").write_text("#error broken here\n")
+    done = run(sys.executable, "setup.py", "-q", "build_ext", cwd=broken, check=False, SGMIM_FAST_NO_CUDA="1")
+    assert done.returncode == 1
+    assert "#error broken here" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert re.fullmatch(
+        r"error: \S+ could not compile csrc/cpu/isa\.cpp, see above; SGMIM_FAST_NO_EXT=1 installs without it",
+        done.stdout.splitlines()[-1],
+    )

@@ -1,0 +1,233 @@
+"""Checkpoints: the published code's names, both ways, and files that timm loads.
+
+| here | published (SG-MIM, SimMIM) |
+|---|---|
+| `encoder.mask_token`, `encoder.model.*` | `encoder.mask_token`, `encoder.*` |
+| ... of a Swin, `layers.{i + 1}.downsample` | `layers.{i}.downsample`: the end of stage i, not the start of the next |
+| `structure_encoder.patch_embed.*` | `depth_encoder.depth_patch_embed.*` |
+| `structure_encoder.merges.{i}.*` | `depth_encoder.patch_merging_{i + 1}.*` |
+| `guidance.attn.*`, other `guidance.*` | `fusion_blk_img.cross_attn.*`, `fusion_blk_img.*` |
+| `image_head.*` | `img_decoder.0.*`; without guidance, as in SimMIM, `decoder.0.*` |
+| `structure_head.*` | `dep_decoder.0.*` |
+
+Heads are linear layers here, (O, C), and 1x1 convolutions there, (O, C, 1, 1). A foreign encoder (any module that
+`create_encoder` did not make, such as the published classes) keeps its names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .encoders import MaskedEncoder
+
+# Derived buffers, which timm rebuilds, and a stem in the published Swin class that its forward never uses.
+_IGNORED = re.compile(
+    r"(^|\.)(relative_position_index|relative_coords_table|attn_mask)$|^(encoder\.)?depth_patch_embed\."
+)
+
+# Own names outside the encoder -> published names, applied in turn.
+_RULES = (
+    (r"^structure_encoder\.patch_embed\.", "depth_encoder.depth_patch_embed."),
+    (r"^structure_encoder\.merges\.(\d+)\.", lambda m: f"depth_encoder.patch_merging_{int(m[1]) + 1}."),
+    (r"^guidance\.attn\.", "fusion_blk_img.cross_attn."),
+    (r"^guidance\.", "fusion_blk_img."),
+    (r"^image_head\.", "img_decoder.0."),
+    (r"^structure_head\.", "dep_decoder.0."),
+)
+
+# Arguments of timm.create_model that say how to train or where to build, not what the parameters are.
+_RUN_TIME_ARGUMENTS = re.compile(
+    r"(\w+_)?drop_rate|drop_path_rate|pretrained\w*|cache_dir|checkpoint_path|scriptable|exportable|no_jit|device|dtype"
+)
+
+
+def load_published(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Loads a checkpoint of the published SG-MIM or SimMIM code; nothing is changed unless everything fits.
+
+    Args:
+        model: `SGMIM`, or an encoder of `create_encoder` alone. An `SGMIM` with `guidance=False` takes SimMIM's
+            checkpoints. An encoder alone takes the `encoder.*` entries of either, or the same without the prefix.
+        state_dict: published name -> tensor, or `{"model": ...}` around it as the published code saves it. A
+            `module.` prefix of data-parallel training is taken off. Values are cast to the parameters' dtype.
+
+    Ignored, present or not: buffers that are computed from the sizes (`relative_position_index`,
+    `relative_coords_table`, `attn_mask`), and `encoder.depth_patch_embed`, which the published Swin has but never uses.
+
+    Raises:
+        TypeError: `model` is neither.
+        ValueError: names are missing or unexpected or have another shape; all of them are listed.
+    """
+    model = _uncompiled(model)
+    own = model.state_dict()
+    published = _published_names(model, own)
+    given = _unwrap(state_dict)
+    if "image_head.weight" not in own and any(name.startswith("encoder.") for name in given):
+        given = {name.removeprefix("encoder."): v for name, v in given.items() if name.startswith("encoder.")}
+    given = {name: v for name, v in given.items() if name in published.values() or not _IGNORED.search(name)}
+    published = {own_name: name for own_name, name in published.items() if name in given or not _IGNORED.search(name)}
+    expected = {name: _published_shape(own_name, own[own_name]) for own_name, name in published.items()}
+    _require_same("state_dict does not fit the model", given, expected)
+    loaded = {own_name: given[name].reshape(own[own_name].shape) for own_name, name in published.items()}
+    model.load_state_dict(loaded, strict=False)
+
+
+def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters under the published names: the inverse of `load_published`.
+
+    Args:
+        model: `SGMIM`, or an encoder of `create_encoder` alone (its names then have no `encoder.` in front).
+
+    Returns:
+        published name -> tensor, sharing memory with the model. The buffers that the published classes also save are
+        not among them (the published code loads with `strict=False` and computes them itself), except those that a
+        foreign encoder has. Names with no published counterpart follow the table: a learned guidance position is
+        `fusion_blk_img.pos_embed`, a plain ViT keeps timm's names.
+
+    Raises:
+        TypeError: `model` is neither.
+    """
+    model = _uncompiled(model)
+    own = model.state_dict()
+    names = _published_names(model, own)
+    return {name: own[own_name].reshape(_published_shape(own_name, own[own_name])) for own_name, name in names.items()}
+
+
+def export_timm(
+    model: nn.Module, path: str | os.PathLike[str], num_classes: int | None = None, **timm_arguments: Any
+) -> None:
+    """Writes the encoder to a safetensors file that timm loads, strictly, by the encoder's name::
+
+        timm.create_model(encoder.timm_name, **encoder.timm_arguments, checkpoint_path=path)
+
+    `forward_features` of that model gives the encoder's tokens to the bit, (B, h, w, C) for Swin, after class and
+    register tokens for the others. The arguments are those of `create_encoder`; only the ones that shape the parameters
+    matter (`img_size`, `window_size`, `use_shared_rel_pos_bias`, ...). They are in the file as well::
+
+        with safetensors.safe_open(path, "pt") as file:
+            meta = file.metadata()
+        timm.create_model(meta["timm_name"], **json.loads(meta["timm_arguments"]), checkpoint_path=path)
+
+    `checkpoint_path` resizes nothing. For another image size or number of classes, or for timm's default arguments, let
+    timm's filters resize the position tables (timm: of square windows only) and drop the classifier::
+
+        timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=path, custom_load=False))
+
+    The classifier in the file is zero, and has to be trained. It is there because timm loads strictly, and because the
+    Swin and SwinV2 filters of older timm take a file without `head.fc.weight` for one of Microsoft's and renumber its
+    `downsample` entries.
+
+    BEiT and the `gap` ViTs: timm's default is average pooling *before* the final norm, `fc_norm`. The file then holds
+    the encoder's norm as `fc_norm`, and the tokens are `timm_model.fc_norm(timm_model.forward_features(x))`. Export
+    with `global_pool="token"` (or "") and pass the same to timm to have the norm inside `forward_features`.
+
+    Args:
+        model: `SGMIM`, or an encoder alone; the encoder has to be one of `create_encoder`.
+        path: the file, `*.safetensors`; timm goes by the ending.
+        num_classes: classes of the timm model the file is for; None: timm's default for this name. 0: no classifier,
+            for `timm.create_model(name, num_classes=0, checkpoint_path=path)`.
+        timm_arguments: changes to the arguments the timm model will be created with, for instance `global_pool`.
+
+    Raises:
+        TypeError: the encoder is foreign.
+        ValueError: `path` has another ending, or the timm model would have parameters the encoder has not, or in
+            another shape; they are listed.
+    """
+    encoder = _uncompiled(getattr(_uncompiled(model), "encoder", model))
+    if not isinstance(encoder, MaskedEncoder):
+        raise TypeError(
+            f"model must have an encoder of create_encoder to be exported to timm, got a {type(encoder).__name__}"
+        )
+    if not os.fspath(path).endswith(".safetensors"):
+        raise ValueError(f"path must end in .safetensors, got {os.fspath(path)!r}")
+    arguments = {**encoder.timm_arguments, "num_classes": num_classes, **timm_arguments}
+    arguments = {k: v for k, v in arguments.items() if v is not None and not _RUN_TIME_ARGUMENTS.fullmatch(k)}
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # exporting does not disturb a seeded training
+        target = timm.create_model(encoder.timm_name, **arguments)
+    expected = target.state_dict()
+
+    state = _uncompiled(encoder.model).state_dict()
+    if "fc_norm.weight" in expected and "norm.weight" not in expected:
+        state = {re.sub(r"^norm\.", "fc_norm.", name): value for name, value in state.items()}
+    classifiers = target.pretrained_cfg["classifier"]
+    for classifier in (classifiers,) if isinstance(classifiers, str) else classifiers:
+        for name in (f"{classifier}.weight", f"{classifier}.bias"):
+            if name in expected:
+                state[name] = torch.zeros_like(expected[name])
+    _require_same(
+        f"the encoder does not fit timm.create_model({encoder.timm_name!r}, **{arguments})",
+        state,
+        {name: value.shape for name, value in expected.items()},
+    )
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    metadata = {
+        "format": "pt",
+        "timm_name": encoder.timm_name,
+        "timm_arguments": json.dumps(arguments, default=repr),
+    }
+    save_file(state, os.fspath(path), metadata)
+
+
+def _published_names(model: nn.Module, own: Mapping[str, Tensor]) -> dict[str, str]:
+    """Own name -> published name, for every entry of the model's state dict but the ignored buffers of timm."""
+    alone = isinstance(model, MaskedEncoder)
+    if not alone and not (hasattr(model, "encoder") and hasattr(model, "image_head")):
+        raise TypeError(f"model must be an SGMIM or an encoder of create_encoder, got a {type(model).__name__}")
+    encoder = model if alone else _uncompiled(model.encoder)
+    prefix = "" if alone else "encoder."
+    rules = list(_RULES)
+    if "structure_head.weight" not in own:
+        rules.insert(0, (r"^image_head\.", "decoder.0."))
+
+    published = {}
+    for name in own:
+        new = name.replace("_orig_mod.", "")  # of compiled submodules
+        if not new.startswith(prefix):
+            for pattern, replacement in rules:
+                new = re.sub(pattern, replacement, new)
+        elif isinstance(encoder, MaskedEncoder):
+            if _IGNORED.search(new):
+                continue
+            new = prefix + new.removeprefix(prefix).removeprefix("model.")
+            if hasattr(encoder.model, "layers"):
+                new = re.sub(r"(?<=layers\.)(\d+)(?=\.downsample\.)", lambda m: str(int(m[1]) - 1), new)
+        published[name] = new
+    return published
+
+
+def _published_shape(name: str, value: Tensor) -> torch.Size:
+    convolution = name in ("image_head.weight", "structure_head.weight")
+    return torch.Size((*value.shape, 1, 1)) if convolution else value.shape
+
+
+def _unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    inner = state_dict.get("model", state_dict)
+    if all(name.startswith("module.") for name in inner):
+        return {name.removeprefix("module."): value for name, value in inner.items()}
+    return dict(inner)
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    return getattr(model, "_orig_mod", model)
+
+
+def _require_same(what: str, given: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
+    missing = [name for name in expected if name not in given]
+    unexpected = [name for name in given if name not in expected]
+    shapes = [
+        f"{name} {tuple(given[name].shape)} instead of {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in given and given[name].shape != shape
+    ]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+    if listed:
+        raise ValueError(f"{what}; {listed}")

@@ -1,0 +1,213 @@
+"""Masked encoders: any timm Swin, SwinV2, BEiT or plain ViT, with SimMIM's mask token (SPEC.md, "Encoder").
+
+The arithmetic is stem -> masked tokens replaced by one learned token -> positions -> blocks -> norm. The stem, the
+blocks and the norm are timm's own modules; what is written here is only the order in which they are called.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from timm.layers import PatchEmbed
+from timm.models import checkpoint_seq, is_model_in_modules
+from timm.models.beit import Beit
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+SUPPORTED = "timm's Swin (swin_*), SwinV2 (swinv2_*), BEiT (beit_*, beitv2_*) and plain ViT (vit_*, deit_*)"
+
+
+class MaskedEncoder(nn.Module):
+    """A timm encoder that sees a mask token wherever the mask is 1. Made by `create_encoder`.
+
+    Attributes:
+        model: the timm module, without classifier and pooling; `model.forward_features` ends with the final norm.
+        mask_token: parameter (1, 1, D), D the width of the stem.
+        num_features: C, width of the output tokens.
+        in_chans: channels of the images.
+        patch_size: patch size p of the stem in pixels; an int, or (height, width) where the two differ.
+        stride: pixels per output token; an int, or (height, width) where the two differ.
+        timm_name, timm_arguments: what `create_encoder` was called with.
+    """
+
+    def __init__(self, model: nn.Module, timm_name: str, timm_arguments: dict[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.timm_name = timm_name
+        self.timm_arguments = timm_arguments
+        stem = model.patch_embed
+        self.num_features: int = model.num_features
+        self.in_chans: int = stem.proj.in_channels
+        self.patch_size = _int_or_pair(stem.patch_size)
+        # every Swin stage but the first halves the grid; a ViT has no stages
+        halvings = len(model.layers) - 1 if hasattr(model, "layers") else 0
+        self.stride = _int_or_pair([p * 2**halvings for p in stem.patch_size])
+        weight = stem.proj.weight
+        self.mask_token = nn.Parameter(torch.empty(1, 1, weight.shape[0], device=weight.device, dtype=weight.dtype))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Encodes the images, reading nothing under the mask.
+
+        Args:
+            x: (B, in_chans, H, W) images, floating point.
+            mask: (B, H/p, W/p), bool or 0/1 numbers, 1 = masked (hidden from the encoder). None: nothing is masked,
+                and the result is that of `model.forward_features`, to the bit.
+
+        Returns:
+            (B, N, C) tokens, row-major over the grid, without class, distillation and register tokens.
+
+        Raises:
+            TypeError: `x` is not floating point.
+            ValueError: a shape or device does not fit. The mask's values are not read, so nothing synchronises.
+        """
+        self._check(x, mask)
+        tokens = self.model.patch_embed(x)  # (B, L, D), or (B, H/p, W/p, D)
+        if mask is not None:
+            hidden = mask.bool().reshape(*tokens.shape[:-1], 1)
+            tokens = torch.where(hidden, self.mask_token, tokens)
+        return self._after_stem(tokens)
+
+    def _after_stem(self, tokens: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _check(self, x: Tensor, mask: Tensor | None) -> None:
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(f"images must have shape (B, {self.in_chans}, H, W), got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"images must be floating point, got {x.dtype}")
+        stem = self.model.patch_embed
+        height, width = x.shape[2:]
+        if stem.strict_img_size and (height, width) != tuple(stem.img_size):
+            raise ValueError(
+                f"images must be {stem.img_size[0]}x{stem.img_size[1]} pixels, got {height}x{width}: pass img_size="
+                f"({height}, {width}) to create_encoder"
+            )
+        if not stem.dynamic_img_pad and (height % stem.patch_size[0] or width % stem.patch_size[1]):
+            raise ValueError(f"images of {height}x{width} pixels do not divide into patches of {stem.patch_size}")
+        if mask is None:
+            return
+        expected = (x.shape[0], *stem.dynamic_feat_size((height, width)))
+        if tuple(mask.shape) != expected:
+            raise ValueError(
+                f"mask must have shape (B, H/p, W/p) = {expected} for patches of {stem.patch_size} pixels, "
+                f"got {tuple(mask.shape)}"
+            )
+        if mask.device != x.device:
+            raise ValueError(f"mask must be on the device of the images, {x.device}, got {mask.device}")
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameter names that take no weight decay: timm's own (class token, positions, position tables) and ours."""
+        return {"mask_token"} | {f"model.{name}" for name in self.model.no_weight_decay()}
+
+
+class _MaskedSwin(MaskedEncoder):
+    """Swin and SwinV2: (B, h, w, D) tokens, no absolute positions."""
+
+    def _after_stem(self, tokens: Tensor) -> Tensor:
+        model = self.model
+        return model.norm(model.layers(tokens)).flatten(1, 2)
+
+
+class _MaskedBeit(MaskedEncoder):
+    """BEiT: class token, optional absolute positions, relative position bias per block or shared."""
+
+    def _after_stem(self, tokens: Tensor) -> Tensor:
+        model = self.model
+        x = torch.cat((model.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
+        if model.pos_embed is not None:
+            x = x + model.pos_embed
+        x = model.pos_drop(x)
+        bias = None if model.rel_pos_bias is None else model.rel_pos_bias()
+        for block in model.blocks:
+            if model.grad_checkpointing:
+                x = checkpoint(block, x, shared_rel_pos_bias=bias, use_reentrant=False)
+            else:
+                x = block(x, shared_rel_pos_bias=bias)
+        return model.norm(x)[:, model.num_prefix_tokens :]
+
+
+class _MaskedViT(MaskedEncoder):
+    """Plain ViT and DeiT: positions are added, and class and register tokens prepended, after the replacement."""
+
+    def _after_stem(self, tokens: Tensor) -> Tensor:
+        model = self.model
+        x = model.norm_pre(model._pos_embed(tokens))
+        x = checkpoint_seq(model.blocks, x) if model.grad_checkpointing else model.blocks(x)
+        return model.norm(x)[:, model.num_prefix_tokens :]
+
+
+_FAMILIES = (
+    (SwinTransformer, _MaskedSwin),
+    (SwinTransformerV2, _MaskedSwin),
+    (Beit, _MaskedBeit),
+    (VisionTransformer, _MaskedViT),
+)
+
+
+def create_encoder(timm_name: str, **timm_arguments: Any) -> MaskedEncoder:
+    """Creates a masked encoder around a timm model.
+
+    Any image size that timm allows works, square or not. Stochastic depth is off unless `drop_path_rate` is given
+    (timm's own default for Swin is 0.1; SPEC.md, "Published recipes"). The classifier and the pooling are dropped. A
+    final norm that timm keeps behind the pooling (`fc_norm`: BEiT and the `gap` ViTs, by default) is moved in front of
+    it, where SimMIM has it: over all tokens.
+
+    The published recipes::
+
+        create_encoder("swin_base_patch4_window7_224", img_size=192, window_size=6)
+        create_encoder("swin_large_patch4_window7_224", img_size=192, window_size=12)
+        create_encoder("beit_base_patch16_224", use_shared_rel_pos_bias=True, use_rel_pos_bias=False,
+                       use_abs_pos_emb=False, init_values=0.1, drop_path_rate=0.1)
+
+    Args:
+        timm_name: name of a timm model of one of the families swin_*, swinv2_*, beit_*, beitv2_*, vit_* and deit_*.
+        timm_arguments: further arguments of `timm.create_model`, for instance `img_size`, `window_size`, `pretrained`.
+
+    Raises:
+        ValueError: the model is of another family (hybrid stems, rotary or relative positions outside BEiT, NaFlex),
+            or an argument asks for a classifier, for feature pyramids or for dropped patches.
+    """
+    if not is_model_in_modules(
+        timm_name.split(".")[0], {"swin_transformer", "swin_transformer_v2", "beit", "vision_transformer", "deit"}
+    ):
+        raise ValueError(f"timm_name must name one of {SUPPORTED}, got {timm_name!r}")
+    for argument in ("num_classes", "features_only", "patch_drop_rate"):
+        if timm_arguments.get(argument):
+            raise ValueError(f"{argument} must be left out for a masked encoder, got {timm_arguments[argument]!r}")
+    model = timm.create_model(timm_name, **{"drop_path_rate": 0.0, **timm_arguments, "num_classes": 0})
+    # a class that overrides forward_features would not do what _after_stem does
+    masked_class = next(
+        (
+            masked
+            for plain, masked in _FAMILIES
+            if isinstance(model, plain) and type(model).forward_features is plain.forward_features
+        ),
+        None,
+    )
+    if masked_class is None:
+        raise ValueError(f"timm_name must name one of {SUPPORTED}, got {timm_name!r}, a {type(model).__name__}")
+    if type(model.patch_embed) is not PatchEmbed:
+        raise ValueError(
+            f"the stem of {timm_name!r} must be timm's PatchEmbed, whose patches do not overlap, "
+            f"got {type(model.patch_embed).__name__}"
+        )
+    _drop_pooling(model)
+    return masked_class(model, timm_name, timm_arguments)
+
+
+def _drop_pooling(model: nn.Module) -> None:
+    if isinstance(model.norm, nn.Identity) and hasattr(model, "fc_norm"):
+        model.norm, model.fc_norm = model.fc_norm, model.norm
+    model.reset_classifier(0, "")  # takes attention pooling along, whose parameters would never get a gradient
+
+
+def _int_or_pair(pair: tuple[int, int] | list[int]) -> int | tuple[int, int]:
+    height, width = pair
+    return height if height == width else (height, width)

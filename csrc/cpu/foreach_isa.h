@@ -1,0 +1,53 @@
+// Compiles the file named by SGMIM_THIS_FILE once per instruction set, from one source.
+//
+// A kernel file starts like this and puts its kernels into namespace sgmim::SGMIM_ISA:
+//     #undef SGMIM_THIS_FILE
+//     #define SGMIM_THIS_FILE "cpu/linear_l1.cpp"
+//     #include "cpu/foreach_isa.h"
+//     #include "cpu/vec.h"
+// This header includes the file again for AVX-512 and AVX2, and leaves the baseline set up for the rest of the outer
+// pass. What must exist once (launchers, registration) stands under `#ifdef SGMIM_ONCE` and reaches the kernels
+// through SGMIM_SELECT(kernel), which picks by what the machine can run. No -march flag is needed anywhere.
+//
+// Standard headers must be included before this one, outside any instruction set: an inline function of theirs
+// compiled for AVX-512 could be the copy the linker keeps for everybody.
+#ifndef SGMIM_FOREACH_ISA
+#define SGMIM_FOREACH_ISA
+
+#include "cpu/isa.h"
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#define SGMIM_PRAGMA(x) _Pragma(#x)
+#define SGMIM_TARGET(t) SGMIM_PRAGMA(clang attribute push(__attribute__((target(t))), apply_to = function))
+#define SGMIM_TARGET_END _Pragma("clang attribute pop")
+#else
+#define SGMIM_PRAGMA(x) _Pragma(#x)
+#define SGMIM_TARGET(t) _Pragma("GCC push_options") SGMIM_PRAGMA(GCC target(t))
+#define SGMIM_TARGET_END _Pragma("GCC pop_options")
+#endif
+
+#define SGMIM_ISA avx512
+#define SGMIM_VECTOR_BYTES 64
+SGMIM_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#include SGMIM_THIS_FILE
+SGMIM_TARGET_END
+#undef SGMIM_ISA
+#undef SGMIM_VECTOR_BYTES
+
+#define SGMIM_ISA avx2
+#define SGMIM_VECTOR_BYTES 32
+SGMIM_TARGET("avx2,fma")
+#include SGMIM_THIS_FILE
+SGMIM_TARGET_END
+#undef SGMIM_ISA
+#undef SGMIM_VECTOR_BYTES
+
+#endif  // x86-64; other machines have the baseline only, 16-byte vectors
+
+#define SGMIM_ISA baseline
+#define SGMIM_VECTOR_BYTES 16
+#define SGMIM_ONCE
+
+#endif

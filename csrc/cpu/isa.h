@@ -1,0 +1,31 @@
+// The instruction set the CPU kernels run with, chosen once per process.
+#pragma once
+
+#include <cstdint>
+
+namespace sgmim {
+
+// bfloat16 as stored: the upper half of a float.
+struct Bf16 {
+  uint16_t bits;
+};
+
+enum class Isa { baseline = 0, avx2 = 1, avx512 = 2 };
+
+// The best set this machine has; SGMIM_FAST_CPU_ISA=baseline|avx2|avx512 lowers it (never raises it).
+Isa isa();
+
+const char* isa_name(Isa isa);
+
+}  // namespace sgmim
+
+// The kernel for this machine. Its name goes into parentheses of its own, for the commas of templates: SGMIM_SELECT((name<A, B>)).
+#define SGMIM_UNWRAP(...) __VA_ARGS__
+#if defined(__x86_64__)
+#define SGMIM_SELECT(kernel)                                                                   \
+  (::sgmim::isa() == ::sgmim::Isa::avx512 ? &::sgmim::avx512::SGMIM_UNWRAP kernel              \
+   : ::sgmim::isa() == ::sgmim::Isa::avx2 ? &::sgmim::avx2::SGMIM_UNWRAP kernel                \
+                                          : &::sgmim::baseline::SGMIM_UNWRAP kernel)
+#else
+#define SGMIM_SELECT(kernel) (&::sgmim::baseline::SGMIM_UNWRAP kernel)
+#endif

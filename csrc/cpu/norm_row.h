@@ -1,0 +1,91 @@
+// One row of a LayerNorm, in pieces that work on a float scratch row in cache. Rows may have any width.
+//
+// Included once per instruction set, after vec.h.
+namespace sgmim {
+namespace SGMIM_ISA {
+
+template <class T>
+SGMIM_INLINE vf load_part(const T* p, int64_t n) {
+  return n == LANES ? load(p) : load_tail(p, n);
+}
+
+template <class T>
+SGMIM_INLINE void store_part(T* p, vf v, int64_t n) {
+  n == LANES ? store(p, v) : store_tail(p, v, n);
+}
+
+SGMIM_INLINE int64_t part(int64_t i, int64_t width) { return width - i < LANES ? width - i : LANES; }
+
+template <class T>
+SGMIM_INLINE void load_row(const T* source, float* t, int64_t width) {
+  for (int64_t i = 0; i < width; i += LANES) store(t + i, load_part(source + i, part(i, width)));
+}
+
+template <class T>
+SGMIM_INLINE void add_row(const T* source, float* t, int64_t width) {
+  for (int64_t i = 0; i < width; i += LANES) store(t + i, load(t + i) + load_part(source + i, part(i, width)));
+}
+
+template <class T>
+SGMIM_INLINE void store_row(const float* t, T* out, int64_t width) {
+  for (int64_t i = 0; i < width; i += LANES) store_part(out + i, load(t + i), part(i, width));
+}
+
+// sums += t, for column sums kept by the caller.
+SGMIM_INLINE void accumulate_row(const float* t, float* sums, int64_t width) {
+  for (int64_t i = 0; i < width; i += LANES) {
+    const int64_t n = part(i, width);
+    store_part(sums + i, load_part(sums + i, n) + load(t + i), n);
+  }
+}
+
+// Mean and 1 / sqrt(variance + eps), two passes over the row in cache. Scratch lanes past the width must be zero.
+SGMIM_INLINE void moments(const float* t, int64_t width, float eps, float& mean, float& rstd) {
+  vf sum = {};
+  for (int64_t i = 0; i < width; i += LANES) sum += load(t + i);
+  mean = hsum(sum) / width;
+  vf squares = {};
+  for (int64_t i = 0; i < width; i += LANES) {
+    const int64_t n = part(i, width);
+    vf d = load(t + i) - mean;
+    if (n < LANES) {
+      for (int64_t l = n; l < LANES; ++l) d[l] = 0;
+    }
+    squares += d * d;
+  }
+  rstd = 1.0f / __builtin_sqrtf(hsum(squares) / width + eps);
+}
+
+SGMIM_INLINE void normalize_row(float* t, int64_t width, float mean, float rstd) {
+  for (int64_t i = 0; i < width; i += LANES) store(t + i, (load(t + i) - mean) * rstd);
+}
+
+template <class T>
+SGMIM_INLINE void affine_row(const float* xhat, const float* weight, const float* bias, T* y, int64_t width) {
+  for (int64_t i = 0; i < width; i += LANES) {
+    const int64_t n = part(i, width);
+    store_part(y + i, load(xhat + i) * load_part(weight + i, n) + load_part(bias + i, n), n);
+  }
+}
+
+// g: dy on entry, dx on return. Adds this row's share to the gradients of weight and bias.
+SGMIM_INLINE void norm_backward_row(
+    float* g, const float* xhat, const float* weight, float rstd, float* dweight, float* dbias, int64_t width) {
+  vf sum = {}, dot = {};
+  for (int64_t i = 0; i < width; i += LANES) {
+    const int64_t n = part(i, width);
+    const vf dy = load(g + i), x = load(xhat + i);
+    store_part(dbias + i, load_part(dbias + i, n) + dy, n);
+    store_part(dweight + i, load_part(dweight + i, n) + dy * x, n);
+    const vf d = dy * load_part(weight + i, n);  // lanes past the width: the weight is zero there
+    store(g + i, d);
+    sum += d;
+    dot += d * x;
+  }
+  const float mean_d = hsum(sum) / width, mean_dx = hsum(dot) / width;
+  for (int64_t i = 0; i < width; i += LANES)
+    store(g + i, (load(g + i) - mean_d - load(xhat + i) * mean_dx) * rstd);
+}
+
+}  // namespace SGMIM_ISA
+}  // namespace sgmim

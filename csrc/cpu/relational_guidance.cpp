@@ -1,0 +1,345 @@
+// The two pieces of relational guidance between its products: the attention of an image's visible cells over its
+// shown cells plus one collapsed key for all hidden ones, and GELU with its derivative.
+//
+// Attention, per image and head, V queries and K shown keys of width d (scale d^-1/2): everything of one head lives in
+// float scratch (V=14, K=22, d=128: 60 KB; 76, 120, 96: 190 KB), so each tensor is read and written once. The hidden
+// cells share one key and one value; its logit gets log(number of hidden cells), since n equal logits l sum to n e^l.
+#include "cpu/launch.h"
+
+#include <cmath>
+#undef SGMIM_THIS_FILE
+#define SGMIM_THIS_FILE "cpu/relational_guidance.cpp"
+#include "cpu/foreach_isa.h"
+#include "cpu/vec.h"
+#include "cpu/norm_row.h"
+#include "cpu/small_product.h"
+
+#ifndef SGMIM_ATTENTION_SHAPE
+#define SGMIM_ATTENTION_SHAPE
+namespace sgmim {
+struct AttentionShape {
+  const int64_t* query_offsets;  // (images + 1,) packed rows of q, per image
+  const int64_t* key_offsets;    // (images + 1,) packed rows of k and v, per image; row key_offsets[images] is hidden
+  int64_t images, cells, heads, width;
+  bool keep_hidden;
+
+  int64_t head_width() const { return width / heads; }
+  int64_t hidden_cells(int64_t image) const {
+    return keep_hidden ? cells - (key_offsets[image + 1] - key_offsets[image]) : 0;
+  }
+};
+}  // namespace sgmim
+#endif
+
+namespace sgmim {
+namespace SGMIM_ISA {
+
+// Float scratch for the matrices of one head, rows padded to whole vectors and zero there.
+class Scratch {
+ public:
+  float* take(int64_t rows, int64_t columns) {
+    buffers_.emplace_back(rows * padded(columns));
+    return buffers_.back().data();
+  }
+  static int64_t padded(int64_t columns) { return (columns + LANES - 1) / LANES * LANES; }
+
+ private:
+  std::vector<std::vector<float>> buffers_;
+};
+
+template <class T>
+SGMIM_INLINE void load_matrix(
+    const T* source, int64_t stride, int64_t rows, int64_t columns, float scale, float* out, int64_t out_stride) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < columns; i += LANES)
+      store(out + r * out_stride + i, load_part(source + r * stride + i, part(i, columns)) * scale);
+}
+
+template <class T>
+SGMIM_INLINE void store_matrix(
+    const float* source, int64_t source_stride, int64_t rows, int64_t columns, float scale, T* out, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < columns; i += LANES)
+      store_part(out + r * stride + i, load(source + r * source_stride + i) * scale, part(i, columns));
+}
+
+// out (columns, rows) = source^T
+SGMIM_INLINE void transpose(
+    const float* source, int64_t source_stride, int64_t rows, int64_t columns, float* out, int64_t out_stride) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) out[c * out_stride + r] = source[r * source_stride + c];
+}
+
+// Keys (or values) of one image and head: the shown rows, then the hidden one where there are hidden cells.
+template <class T>
+SGMIM_INLINE void load_keys(
+    const T* source, const AttentionShape& shape, int64_t image, int64_t head, float* out, int64_t out_stride) {
+  const int64_t first = shape.key_offsets[image], shown = shape.key_offsets[image + 1] - first;
+  const int64_t d = shape.head_width();
+  load_matrix(source + first * shape.width + head * d, shape.width, shown, d, 1.0f, out, out_stride);
+  if (shape.hidden_cells(image) > 0)
+    load_matrix(source + shape.key_offsets[shape.images] * shape.width + head * d, shape.width, 1, d, 1.0f,
+                out + shown * out_stride, out_stride);
+}
+
+template <class T>
+void attention_heads(
+    const T* q,                   // (visible rows, width)
+    const T* k,                   // (shown rows + 1, width), the last row is the hidden cells'
+    const T* v,                   // like k
+    T* out,                       // (visible rows, width)
+    float* lse,                   // (visible rows, heads): log of the sum of exponentials
+    const AttentionShape* shape, int64_t begin, int64_t end) {
+  const int64_t d = shape->head_width(), ds = Scratch::padded(d);
+  const float scale = 1.0f / __builtin_sqrtf(d);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t image = item / shape->heads, head = item % shape->heads;
+    const int64_t first = shape->query_offsets[image], queries = shape->query_offsets[image + 1] - first;
+    const int64_t hidden = shape->hidden_cells(image);
+    const int64_t shown = shape->key_offsets[image + 1] - shape->key_offsets[image];
+    const int64_t keys = shown + (hidden > 0), ks = Scratch::padded(keys);
+    if (queries == 0) continue;
+    T* target = out + first * shape->width + head * d;
+    Scratch scratch;
+    float *qs = scratch.take(queries, d), *keys_rows = scratch.take(keys, d), *kt = scratch.take(d, keys);
+    float *p = scratch.take(queries, keys), *o = scratch.take(queries, d);
+    load_matrix(q + first * shape->width + head * d, shape->width, queries, d, scale, qs, ds);
+    load_keys(k, *shape, image, head, keys_rows, ds);
+    transpose(keys_rows, ds, keys, d, kt, ks);
+    small_product(qs, ds, kt, ks, p, ks, queries, ks, d);
+    for (int64_t r = 0; r < queries; ++r) {
+      float* row = p + r * ks;
+      if (hidden > 0) row[shown] += __builtin_logf(hidden);
+      for (int64_t j = keys; j < ks; ++j) row[j] = -__builtin_inff();
+      vf top = set1(-__builtin_inff());
+      for (int64_t j = 0; j < ks; j += LANES) top = vmax(top, load(row + j));
+      const float highest = keys ? hmax(top) : 0.0f;
+      vf sum = {};
+      for (int64_t j = 0; j < ks; j += LANES) {
+        const vf e = exp(load(row + j) - highest);
+        store(row + j, e);
+        sum += e;
+      }
+      const float total = hsum(sum);  // 0 only where nothing at all is shown and the hidden cells are dropped
+      lse[(first + r) * shape->heads + head] = total > 0 ? highest + __builtin_logf(total) : 0.0f;
+      const float inverse = total > 0 ? 1.0f / total : 0.0f;
+      for (int64_t j = 0; j < ks; j += LANES) store(row + j, load(row + j) * inverse);
+    }
+    load_keys(v, *shape, image, head, keys_rows, ds);
+    small_product(p, ks, keys_rows, ds, o, ds, queries, ds, keys);
+    store_matrix(o, ds, queries, d, 1.0f, target, shape->width);
+  }
+}
+
+template <class T>
+void attention_backward_heads(
+    const T* dout,  // (visible rows, width)
+    const T* q, const T* k, const T* v,
+    const T* out,      // the forward's result
+    const float* lse,  // (visible rows, heads)
+    T* dq,             // (visible rows, width)
+    T* dk,             // (shown rows + 1, width): the shown rows are written here
+    T* dv,             // like dk
+    float* hidden_dk,  // (images, width): each image's share of the hidden row's gradient
+    float* hidden_dv, const AttentionShape* shape, int64_t begin, int64_t end) {
+  const int64_t d = shape->head_width(), ds = Scratch::padded(d), width = shape->width;
+  const float scale = 1.0f / __builtin_sqrtf(d);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t image = item / shape->heads, head = item % shape->heads;
+    const int64_t first = shape->query_offsets[image], queries = shape->query_offsets[image + 1] - first;
+    const int64_t first_key = shape->key_offsets[image], shown = shape->key_offsets[image + 1] - first_key;
+    const int64_t hidden = shape->hidden_cells(image);
+    const int64_t keys = shown + (hidden > 0), ks = Scratch::padded(keys), qs = Scratch::padded(queries);
+    const int64_t at = first * width + head * d;
+    Scratch scratch;
+    float *query = scratch.take(queries, d), *key = scratch.take(keys, d), *kt = scratch.take(d, keys);
+    float *grad = scratch.take(queries, d), *p = scratch.take(queries, keys), *dp = scratch.take(queries, keys);
+    float *pt = scratch.take(keys, queries), *result = scratch.take(queries > keys ? queries : keys, d);
+    load_matrix(q + at, width, queries, d, scale, query, ds);
+    load_matrix(dout + at, width, queries, d, 1.0f, grad, ds);
+
+    // dp = dout . v^T
+    load_keys(v, *shape, image, head, key, ds);
+    transpose(key, ds, keys, d, kt, ks);
+    small_product(grad, ds, kt, ks, dp, ks, queries, ks, d);
+
+    // p, from the logits and the saved log-sum
+    load_keys(k, *shape, image, head, key, ds);
+    transpose(key, ds, keys, d, kt, ks);
+    small_product(query, ds, kt, ks, p, ks, queries, ks, d);
+    for (int64_t r = 0; r < queries; ++r) {
+      float *row = p + r * ks, *drow = dp + r * ks;
+      if (hidden > 0) row[shown] += __builtin_logf(hidden);
+      const float log_sum = lse[(first + r) * shape->heads + head];
+      for (int64_t j = 0; j < ks; j += LANES) store(row + j, exp(load(row + j) - log_sum));
+      // sum_j p_j dp_j equals dout . out, which is already there
+      vf dot = {};
+      for (int64_t i = 0; i < d; i += LANES)
+        dot += load(grad + r * ds + i) * load_part(out + at + r * width + i, part(i, d));
+      const float mean = hsum(dot);
+      for (int64_t j = 0; j < ks; j += LANES) store(drow + j, load(row + j) * (load(drow + j) - mean));
+      for (int64_t j = keys; j < ks; ++j) row[j] = drow[j] = 0.0f;
+    }
+
+    // dv = p^T . dout
+    transpose(p, ks, queries, keys, pt, qs);
+    small_product(pt, qs, grad, ds, result, ds, keys, ds, queries);
+    store_matrix(result, ds, shown, d, 1.0f, dv + first_key * width + head * d, width);
+    if (hidden > 0) store_matrix(result + shown * ds, ds, 1, d, 1.0f, hidden_dv + image * width + head * d, width);
+
+    // dk = ds^T . q  (q is scaled already)
+    transpose(dp, ks, queries, keys, pt, qs);
+    small_product(pt, qs, query, ds, result, ds, keys, ds, queries);
+    store_matrix(result, ds, shown, d, 1.0f, dk + first_key * width + head * d, width);
+    if (hidden > 0) store_matrix(result + shown * ds, ds, 1, d, 1.0f, hidden_dk + image * width + head * d, width);
+
+    // dq = ds . k, scaled
+    small_product(dp, ks, key, ds, result, ds, queries, ds, keys);
+    store_matrix(result, ds, queries, d, scale, dq + at, width);
+  }
+}
+
+// Sums the images' shares of the hidden row, in order.
+template <class T>
+void hidden_row(const float* shares, T* row, int64_t images, int64_t width) {
+  for (int64_t i = 0; i < width; i += LANES) {
+    vf sum = {};
+    const int64_t n = part(i, width);
+    for (int64_t b = 0; b < images; ++b) sum += load_part(shares + b * width + i, n);
+    store_part(row + i, sum, n);
+  }
+}
+
+template <class T>
+void gelu_range(const T* x, T* y, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += LANES) {
+    const int64_t n = part(i, end);
+    const vf v = load_part(x + i, n);
+    store_part(y + i, v * normal(v).cdf, n);
+  }
+}
+
+// x: (rows, width) what GELU was applied to. dy becomes dx in place; y is GELU(x) again; sums: column sums of dx.
+template <class T>
+void gelu_backward_rows(const T* x, T* dy, T* y, float* sums, int64_t width, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    for (int64_t i = 0; i < width; i += LANES) {
+      const int64_t n = part(i, width), at = r * width + i;
+      const vf v = load_part(x + at, n);
+      const Normal at_v = normal(v);
+      store_part(y + at, v * at_v.cdf, n);
+      const vf dx = load_part(dy + at, n) * (at_v.cdf + v * at_v.pdf);
+      store_part(dy + at, dx, n);
+      store_part(sums + i, load_part(sums + i, n) + dx, n);
+    }
+  }
+}
+
+template <class T>
+void sum_rows(const T* x, float* sums, int64_t width, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r)
+    for (int64_t i = 0; i < width; i += LANES) {
+      const int64_t n = part(i, width);
+      store_part(sums + i, load_part(sums + i, n) + load_part(x + r * width + i, n), n);
+    }
+}
+
+}  // namespace SGMIM_ISA
+
+#ifdef SGMIM_ONCE
+
+static AttentionShape attention_shape(
+    const Tensor& q, const Tensor& k, const Tensor& query_offsets, const Tensor& key_offsets, int64_t cells,
+    int64_t heads, bool keep_hidden) {
+  check_offsets(query_offsets, q.size(0), "visible.offsets");
+  check_offsets(key_offsets, k.size(0) - 1, "shown.offsets");
+  return {data<int64_t>(query_offsets), data<int64_t>(key_offsets), query_offsets.numel() - 1, cells, heads, q.size(1),
+          keep_hidden};
+}
+
+static void attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& query_offsets, const Tensor& key_offsets,
+    int64_t cells, int64_t heads, bool keep_hidden, const Tensor& out, const Tensor& lse) {
+  const AttentionShape shape = attention_shape(q, k, query_offsets, key_offsets, cells, heads, keep_hidden);
+  dispatch_float(q, "q", [&](auto type) {
+    using T = decltype(type);
+    const auto kernel = SGMIM_SELECT((attention_heads<T>));
+    parallel(shape.images * heads, 1, [&](int64_t begin, int64_t end) {
+      kernel(data<T>(q), data<T>(k), data<T>(v), data<T>(out), data<float>(lse), &shape, begin, end);
+    });
+  });
+}
+
+static void attention_backward(
+    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+    const Tensor& query_offsets, const Tensor& key_offsets, int64_t cells, int64_t heads, bool keep_hidden,
+    const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+  const int64_t width = q.size(1);
+  const AttentionShape shape = attention_shape(q, k, query_offsets, key_offsets, cells, heads, keep_hidden);
+  std::vector<float> hidden_dk(shape.images * width, 0.0f), hidden_dv(shape.images * width, 0.0f);
+  dispatch_float(q, "q", [&](auto type) {
+    using T = decltype(type);
+    const auto kernel = SGMIM_SELECT((attention_backward_heads<T>));
+    parallel(shape.images * heads, 1, [&](int64_t begin, int64_t end) {
+      kernel(data<T>(dout), data<T>(q), data<T>(k), data<T>(v), data<T>(out), data<float>(lse), data<T>(dq),
+             data<T>(dk), data<T>(dv), hidden_dk.data(), hidden_dv.data(), &shape, begin, end);
+    });
+    const auto sum = SGMIM_SELECT((hidden_row<T>));
+    const int64_t last = shape.key_offsets[shape.images] * width;
+    sum(hidden_dk.data(), data<T>(dk) + last, shape.images, width);
+    sum(hidden_dv.data(), data<T>(dv) + last, shape.images, width);
+  });
+}
+
+static void gelu(const Tensor& x, const Tensor& y) {
+  dispatch_float(x, "x", [&](auto type) {
+    using T = decltype(type);
+    const auto kernel = SGMIM_SELECT((gelu_range<T>));
+    parallel(x.numel(), 1 << 14, [&](int64_t begin, int64_t end) { kernel(data<T>(x), data<T>(y), begin, end); });
+  });
+}
+
+static void gelu_backward(const Tensor& x, const Tensor& dy, const Tensor& y, const Tensor& sums) {
+  const int64_t width = x.size(1);
+  dispatch_float(x, "x", [&](auto type) {
+    using T = decltype(type);
+    const auto kernel = SGMIM_SELECT((gelu_backward_rows<T>));
+    column_sums(x.size(0), width, data<float>(sums), [&](int64_t begin, int64_t end, float* partial) {
+      kernel(data<T>(x), data<T>(dy), data<T>(y), partial, width, begin, end);
+    });
+  });
+}
+
+static void column_sum(const Tensor& x, const Tensor& sums) {
+  const int64_t width = x.size(1);
+  dispatch_float(x, "x", [&](auto type) {
+    using T = decltype(type);
+    const auto kernel = SGMIM_SELECT((sum_rows<T>));
+    column_sums(x.size(0), width, data<float>(sums), [&](int64_t begin, int64_t end, float* partial) {
+      kernel(data<T>(x), partial, width, begin, end);
+    });
+  });
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sgmim_fast_cpu, m) {
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor query_offsets, Tensor key_offsets, int cells, int heads, "
+      "bool keep_hidden, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def(
+      "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor query_offsets, "
+      "Tensor key_offsets, int cells, int heads, bool keep_hidden, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
+  m.def("gelu(Tensor x, Tensor(a!) y) -> ()");
+  m.def("gelu_backward(Tensor x, Tensor(a!) dy, Tensor(b!) y, Tensor(c!) sums) -> ()");
+  m.def("column_sum(Tensor x, Tensor(a!) sums) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sgmim_fast_cpu, CPU, m) {
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("gelu", TORCH_BOX(&gelu));
+  m.impl("gelu_backward", TORCH_BOX(&gelu_backward));
+  m.impl("column_sum", TORCH_BOX(&column_sum));
+}
+
+#endif
+}  // namespace sgmim

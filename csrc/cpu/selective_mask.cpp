@@ -1,0 +1,76 @@
+// Draws the masks of a batch and lists their rows: in each image the units with the smallest random keys are masked.
+//
+// The keys are a function of (seed, image, unit), and the row lists begin where the static counts say, so images are
+// independent of each other and of the number of threads.
+#include "cpu/launch.h"
+#include "philox.h"
+
+namespace sgmim {
+
+namespace {
+
+// key << 32 | unit: keys that are equal are told apart by the unit.
+void draw_keys(uint32_t key0, uint32_t key1, uint32_t image, std::vector<uint64_t>& keys) {
+  for (size_t unit = 0; unit < keys.size(); unit += 4) {
+    const Philox random = philox({{static_cast<uint32_t>(unit / 4), image, 0, 0}}, key0, key1);
+    for (size_t i = unit; i < std::min(unit + 4, keys.size()); ++i) keys[i] = uint64_t{random.words[i - unit]} << 32 | i;
+  }
+}
+
+// One image: its mask, and its rows on both sides.
+void write_image(
+    const std::vector<bool>& drawn,  // (gh * gw) units
+    int64_t gh, int64_t gw, int64_t scale,
+    int64_t first,     // number of the image's first cell
+    bool* mask,        // (gh * scale, gw * scale)
+    int64_t* visible, int64_t* masked) {
+  for (int64_t y = 0; y < gh * scale; ++y) {
+    for (int64_t x = 0; x < gw * scale; ++x) {
+      const int64_t cell = y * gw * scale + x;
+      mask[cell] = drawn[y / scale * gw + x / scale];
+      *(mask[cell] ? masked : visible)++ = first + cell;
+    }
+  }
+}
+
+void selective_mask(
+    const Tensor& seed, const std::vector<int64_t>& counts, int64_t gh, int64_t gw, int64_t scale, const Tensor& mask,
+    const Tensor& visible, const Tensor& visible_offsets, const Tensor& masked, const Tensor& masked_offsets) {
+  const int64_t batch = counts.size(), units = gh * gw, per_unit = scale * scale, cells = units * per_unit;
+  int64_t *v = data<int64_t>(visible_offsets), *m = data<int64_t>(masked_offsets);
+  v[0] = m[0] = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    SGMIM_CHECK(0 <= counts[b] && counts[b] <= units, "image ", b, " has ", counts[b], " of ", units, " units masked");
+    v[b + 1] = v[b] + (units - counts[b]) * per_unit;
+    m[b + 1] = m[b] + counts[b] * per_unit;
+  }
+  SGMIM_CHECK(
+      visible.numel() == v[batch] && masked.numel() == m[batch] && mask.numel() == batch * cells,
+      "the results do not have the sizes that the counts give");
+  const int64_t* key = data<int64_t>(seed);
+  parallel(batch, 1 + 4096 / cells, [&](int64_t begin, int64_t end) {
+    std::vector<uint64_t> keys(units);
+    std::vector<bool> drawn(units);
+    for (int64_t b = begin; b < end; ++b) {
+      draw_keys(static_cast<uint32_t>(key[0]), static_cast<uint32_t>(key[1]), static_cast<uint32_t>(b), keys);
+      std::nth_element(keys.begin(), keys.begin() + counts[b], keys.end());
+      drawn.assign(units, false);
+      for (int64_t i = 0; i < counts[b]; ++i) drawn[static_cast<uint32_t>(keys[i])] = true;
+      write_image(
+          drawn, gh, gw, scale, b * cells, data<bool>(mask) + b * cells, data<int64_t>(visible) + v[b],
+          data<int64_t>(masked) + m[b]);
+    }
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sgmim_fast_cpu, m) {
+  m.def(
+      "selective_mask(Tensor seed, int[] masked_units, int gh, int gw, int scale, Tensor(a!) mask, Tensor(b!) visible, "
+      "Tensor(c!) visible_offsets, Tensor(d!) masked, Tensor(e!) masked_offsets) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sgmim_fast_cpu, CPU, m) { m.impl("selective_mask", TORCH_BOX(&selective_mask)); }
+
+}  // namespace sgmim

@@ -1,0 +1,203 @@
+// Norms of the structure encoder's first level: LayerNorm of each embedded patch, then, over four of them side by side,
+// the LayerNorm of the first patch merging. One pass, the tokens between the two never stored.
+//
+// The patches of one cell are in Z-order, so the four tokens of a merging are one row of 4 x width values. The cells
+// past the embedded ones are hidden: their tokens are zero after the first norm, whatever the map holds.
+#include "cpu/launch.h"
+#undef SGMIM_THIS_FILE
+#define SGMIM_THIS_FILE "cpu/structure_embed.cpp"
+#include "cpu/foreach_isa.h"
+#include "cpu/vec.h"
+#include "cpu/norm_row.h"
+
+#ifndef SGMIM_TWO_NORMS
+#define SGMIM_TWO_NORMS
+namespace sgmim {
+// Weights, biases and statistics of both norms. width: of one token; the second norm is 4 * width wide.
+struct TwoNorms {
+  const float *weight, *bias;              // (width,)
+  const float *merge_weight, *merge_bias;  // (4 * width,)
+  float *mean, *rstd;                      // (4 * embedded,), the rows of the statistics
+  float *merge_mean, *merge_rstd;          // (embedded + hidden,)
+  int64_t width, embedded;                 // merged rows that have embedded patches; the rows after them are hidden
+};
+}  // namespace sgmim
+#endif
+
+namespace sgmim {
+namespace SGMIM_ISA {
+
+template <class T>
+void embed_norm_rows(
+    const T* x,  // (embedded, 4 * width)
+    T* y,        // (embedded + hidden, 4 * width), or null: only the statistics are wanted
+    const TwoNorms* norms, float eps, int64_t begin, int64_t end) {
+  const int64_t width = norms->width, wide = 4 * width;
+  std::vector<float> row(wide + LANES), token(width + LANES);
+  for (int64_t r = begin; r < end; ++r) {
+    std::fill(row.begin() + wide, row.end(), 0.0f);  // the row before was normalised, these lanes with it
+    if (r < norms->embedded) {
+      for (int64_t k = 0; k < 4; ++k) {
+        float &mean = norms->mean[4 * r + k], &rstd = norms->rstd[4 * r + k];
+        load_row(x + r * wide + k * width, token.data(), width);
+        moments(token.data(), width, eps, mean, rstd);
+        normalize_row(token.data(), width, mean, rstd);
+        affine_row(token.data(), norms->weight, norms->bias, row.data() + k * width, width);
+      }
+    } else {
+      std::fill(row.begin(), row.end(), 0.0f);
+    }
+    moments(row.data(), wide, eps, norms->merge_mean[r], norms->merge_rstd[r]);
+    if (!y) continue;
+    normalize_row(row.data(), wide, norms->merge_mean[r], norms->merge_rstd[r]);
+    affine_row(row.data(), norms->merge_weight, norms->merge_bias, y + r * wide, wide);
+  }
+}
+
+// The gradient that reaches the embedded patches through the statistics alone: the merged rows' normalised values
+// times `merged_scale` of their row, and the patches' own times `patch_scale`.
+template <class T>
+void embed_statistics_backward_rows(
+    T* x,                       // (embedded, 4 * width); dx replaces it
+    const float* merged_scale,  // (embedded,)
+    const float* patch_scale,   // (4 * embedded,)
+    float* sums,                // width each: dweight, dbias, column sums of dx
+    const TwoNorms* norms, int64_t begin, int64_t end) {
+  const int64_t width = norms->width;
+  std::vector<float> xhat(width + LANES), g(width + LANES);
+  for (int64_t r = begin; r < end; ++r) {
+    const float mean = norms->merge_mean[r], scale = norms->merge_rstd[r] * merged_scale[r];
+    for (int64_t k = 4 * r; k < 4 * r + 4; ++k) {
+      load_row(x + k * width, xhat.data(), width);
+      normalize_row(xhat.data(), width, norms->mean[k], norms->rstd[k]);
+      affine_row(xhat.data(), norms->weight, norms->bias, g.data(), width);
+      for (int64_t i = 0; i < width; i += LANES) {
+        const int64_t n = part(i, width);
+        store_part(g.data() + i, (load_part(g.data() + i, n) - mean) * scale, n);
+      }
+      norm_backward_row(g.data(), xhat.data(), norms->weight, norms->rstd[k], sums, sums + width, width);
+      for (int64_t i = 0; i < width; i += LANES)
+        store(g.data() + i, load(g.data() + i) + load(xhat.data() + i) * patch_scale[k]);
+      accumulate_row(g.data(), sums + 2 * width, width);
+      store_row(g.data(), x + k * width, width);
+    }
+  }
+}
+
+template <class T>
+void embed_norm_backward_rows(
+    T* dy,       // (embedded + hidden, 4 * width); dx replaces it, row by row
+    const T* x,  // (embedded, 4 * width)
+    T* y,        // (embedded + hidden, 4 * width): the forward's output again
+    float* sums,  // 4 * width each: dmerge_weight, dmerge_bias; width each: dweight, dbias, column sums of dx
+    const TwoNorms* norms, int64_t begin, int64_t end) {
+  const int64_t width = norms->width, wide = 4 * width;
+  std::vector<float> xhat(wide + LANES), merged(wide + LANES), g(wide + LANES);
+  float* token_sums = sums + 2 * wide;
+  for (int64_t r = begin; r < end; ++r) {
+    const bool embedded = r < norms->embedded;
+    std::fill(merged.begin(), merged.end(), 0.0f);
+    if (embedded) {
+      for (int64_t k = 0; k < 4; ++k) {
+        float* token = xhat.data() + k * width;
+        load_row(x + r * wide + k * width, g.data(), width);
+        normalize_row(g.data(), width, norms->mean[4 * r + k], norms->rstd[4 * r + k]);
+        store_row(g.data(), token, width);
+        affine_row(token, norms->weight, norms->bias, merged.data() + k * width, width);
+      }
+    }
+    normalize_row(merged.data(), wide, norms->merge_mean[r], norms->merge_rstd[r]);
+    affine_row(merged.data(), norms->merge_weight, norms->merge_bias, y + r * wide, wide);
+    load_row(dy + r * wide, g.data(), wide);
+    norm_backward_row(g.data(), merged.data(), norms->merge_weight, norms->merge_rstd[r], sums, sums + wide, wide);
+    if (!embedded) continue;  // the zeros of a hidden cell have no gradient
+    for (int64_t k = 0; k < 4; ++k) {
+      // row scratch of one token: `merged` is free now
+      load_row(g.data() + k * width, merged.data(), width);
+      norm_backward_row(merged.data(), xhat.data() + k * width, norms->weight, norms->rstd[4 * r + k], token_sums,
+                        token_sums + width, width);
+      accumulate_row(merged.data(), token_sums + 2 * width, width);
+      store_row(merged.data(), dy + r * wide + k * width, width);
+    }
+  }
+}
+
+}  // namespace SGMIM_ISA
+
+#ifdef SGMIM_ONCE
+
+static TwoNorms two_norms(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& merge_weight, const Tensor& merge_bias,
+    const Tensor& statistics, const Tensor& merge_statistics) {
+  return {data<float>(weight),
+          data<float>(bias),
+          data<float>(merge_weight),
+          data<float>(merge_bias),
+          data<float>(statistics),
+          data<float>(statistics) + statistics.stride(0),
+          data<float>(merge_statistics),
+          data<float>(merge_statistics) + merge_statistics.stride(0),
+          weight.numel(),
+          x.size(0) / 4};
+}
+
+static void embed_norm(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& merge_weight, const Tensor& merge_bias,
+    double eps, const std::optional<Tensor>& y, const Tensor& statistics, const Tensor& merge_statistics) {
+  const TwoNorms norms = two_norms(x, weight, bias, merge_weight, merge_bias, statistics, merge_statistics);
+  dispatch_float(x, "x", [&](auto type) {
+    using T = decltype(type);
+    const auto kernel = SGMIM_SELECT((embed_norm_rows<T>));
+    parallel(merge_statistics.size(1), 8, [&](int64_t begin, int64_t end) {
+      kernel(data<T>(x), data<T>(y), &norms, eps, begin, end);
+    });
+  });
+}
+
+static void embed_norm_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& merge_weight,
+    const Tensor& merge_bias, const Tensor& statistics, const Tensor& merge_statistics, const Tensor& y,
+    const Tensor& sums) {
+  const TwoNorms norms = two_norms(x, weight, bias, merge_weight, merge_bias, statistics, merge_statistics);
+  dispatch_float(x, "x", [&](auto type) {
+    using T = decltype(type);
+    const auto kernel = SGMIM_SELECT((embed_norm_backward_rows<T>));
+    column_sums(y.size(0), sums.numel(), data<float>(sums), [&](int64_t begin, int64_t end, float* partial) {
+      kernel(data<T>(dy), data<T>(x), data<T>(y), partial, &norms, begin, end);
+    });
+  });
+}
+
+static void embed_statistics_backward(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& statistics, const Tensor& merge_statistics,
+    const Tensor& merged_scale, const Tensor& patch_scale, const Tensor& sums) {
+  const TwoNorms norms = two_norms(x, weight, bias, weight, bias, statistics, merge_statistics);
+  dispatch_float(x, "x", [&](auto type) {
+    using T = decltype(type);
+    const auto kernel = SGMIM_SELECT((embed_statistics_backward_rows<T>));
+    column_sums(norms.embedded, sums.numel(), data<float>(sums), [&](int64_t begin, int64_t end, float* partial) {
+      kernel(data<T>(x), data<float>(merged_scale), data<float>(patch_scale), partial, &norms, begin, end);
+    });
+  });
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sgmim_fast_cpu, m) {
+  m.def(
+      "embed_norm(Tensor x, Tensor weight, Tensor bias, Tensor merge_weight, Tensor merge_bias, float eps, "
+      "Tensor(a!)? y, Tensor(b!) statistics, Tensor(c!) merge_statistics) -> ()");
+  m.def(
+      "embed_statistics_backward(Tensor(a!) x, Tensor weight, Tensor bias, Tensor statistics, "
+      "Tensor merge_statistics, Tensor merged_scale, Tensor patch_scale, Tensor(b!) sums) -> ()");
+  m.def(
+      "embed_norm_backward(Tensor(a!) dy, Tensor x, Tensor weight, Tensor bias, Tensor merge_weight, "
+      "Tensor merge_bias, Tensor statistics, Tensor merge_statistics, Tensor(b!) y, Tensor(c!) sums) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sgmim_fast_cpu, CPU, m) {
+  m.impl("embed_norm", TORCH_BOX(&embed_norm));
+  m.impl("embed_statistics_backward", TORCH_BOX(&embed_statistics_backward));
+  m.impl("embed_norm_backward", TORCH_BOX(&embed_norm_backward));
+}
+
+#endif
+}  // namespace sgmim

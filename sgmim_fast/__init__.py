@@ -1,0 +1,25 @@
+"""Fast SG-MIM: Structured Knowledge Guided Masked Image Modeling on visible tokens, with fused kernels."""
+
+from sgmim_fast import backends, checkpoints, ops, reference
+from sgmim_fast.encoders import create_encoder
+from sgmim_fast.masking import SelectiveMask, selective_mask
+from sgmim_fast.model import SGMIM
+from sgmim_fast.ops import standardize_structure
+from sgmim_fast.reference import Losses
+from sgmim_fast.rows import Rows
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGMIM",
+    "Losses",
+    "Rows",
+    "SelectiveMask",
+    "backends",
+    "checkpoints",
+    "create_encoder",
+    "ops",
+    "reference",
+    "selective_mask",
+    "standardize_structure",
+]

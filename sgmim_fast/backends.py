@@ -1,0 +1,140 @@
+"""Which backend runs an op: the order of preference, the reasons against each, and how to force one.
+
+A backend is one set of implementations of the ops: `cuda` (CUDA C++), `triton`, `cpu` (C++) and `torch` (plain
+PyTorch, runs anywhere, the twin every other one is tested against). The choice is made at each call, from the device
+and dtype of the tensors; it never changes the result beyond rounding.
+
+Environment: `SGMIM_FAST_BACKEND=torch|cpu|triton|cuda` forces one backend for the process, as `use` does for a block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from sgmim_fast import _native
+
+NAMES = ("cuda", "triton", "cpu", "torch")
+# Preference per device type; any other device runs the plain implementation.
+ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
+# op -> backend -> module with `forward`, `backward` and, where not everything is supported, `can_run(part, args)`.
+MODULES: dict[str, dict[str, str]] = {
+    "gather_patches": {"cpu": "sgmim_fast.ops.cpu.gather_patches", "cuda": "sgmim_fast.ops.cuda.gather_patches"},
+    "linear_l1": {"cpu": "sgmim_fast.ops.cpu.linear_l1"},
+    "masked_patch_embed": {"cpu": "sgmim_fast.ops.cpu.masked_patch_embed"},
+    "relational_guidance": {"cpu": "sgmim_fast.ops.cpu.relational_guidance"},
+    "selective_mask": {"cpu": "sgmim_fast.ops.cpu.selective_mask"},
+    "standardize_structure": {"cpu": "sgmim_fast.ops.cpu.standardize_structure"},
+    "structure_embed": {"cpu": "sgmim_fast.ops.cpu.structure_embed"},
+}
+
+# The ops the model calls between the encoder's features and the loss.
+BRANCH = ("structure_embed", "relational_guidance", "linear_l1")
+
+_plain: dict[tuple[str, str], Callable[..., Any]] = {}
+_forced: list[str] = []
+
+
+def register(op: str, part: str, function: Callable[..., Any]) -> None:
+    """Registers the plain implementation of `part` ("forward" or "backward") of an op; called by the op's file."""
+    _plain[op, part] = function
+
+
+@functools.cache
+def _environment() -> str | None:
+    name = os.environ.get("SGMIM_FAST_BACKEND", "").strip().lower() or None
+    if name is not None and name not in NAMES:
+        raise ValueError(f"SGMIM_FAST_BACKEND is {name!r}; expected one of {', '.join(NAMES)}")
+    return name
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """Forces one backend inside a `with` block, for the thread of the whole process, forward and backward.
+
+    Args:
+        name: "torch", "cpu", "triton" or "cuda".
+
+    Raises:
+        ValueError: an unknown name. A backend that cannot run raises at the first op, with the reason.
+    """
+    if name not in NAMES:
+        raise ValueError(f"name is {name!r}; expected one of {', '.join(NAMES)}")
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def forced() -> str | None:
+    """The backend forced by `use` or by SGMIM_FAST_BACKEND, or None."""
+    return _forced[-1] if _forced else _environment()
+
+
+@functools.cache
+def available() -> dict[str, tuple[bool, str]]:
+    """Backend -> (usable on this machine, reason where it is not)."""
+    return {
+        "cuda": _native.load_cuda() if torch.cuda.is_available() else (False, "torch sees no CUDA device"),
+        "triton": (False, "this version has no Triton kernels yet"),
+        "cpu": _native.load_cpu(),
+        "torch": (True, ""),
+    }
+
+
+def can_run(op: str, backend: str, *args: Any, part: str = "forward") -> tuple[bool, str]:
+    """Whether `backend` can run `op` on these arguments, and the reason where it cannot.
+
+    Args:
+        op: an op's name, e.g. "linear_l1".
+        backend: "torch", "cpu", "triton" or "cuda".
+        args: all arguments of the part, as its schema has them; none asks about the machine alone.
+        part: "forward" or "backward".
+    """
+    if op not in MODULES:
+        raise ValueError(f"op is {op!r}; expected one of {', '.join(MODULES)}")
+    if backend not in NAMES:
+        raise ValueError(f"backend is {backend!r}; expected one of {', '.join(NAMES)}")
+    if backend == "torch":
+        return True, ""
+    if backend not in MODULES[op]:
+        return False, f"{op} has no {backend} implementation"
+    usable, reason = available()[backend]
+    if not usable:
+        return False, reason
+    device = {"cpu": "cpu"}.get(backend, "cuda")
+    for arg in args:
+        if isinstance(arg, torch.Tensor) and arg.device.type != device:
+            return False, f"the {backend} backend needs {device} tensors, got one on {arg.device}"
+    module = importlib.import_module(MODULES[op][backend])
+    return module.can_run(part, args) if args and hasattr(module, "can_run") else (True, "")
+
+
+def implementation(op: str, part: str, backend: str) -> Callable[..., Any]:
+    """The function of a backend that computes `part` of an op; it must be able to run."""
+    return _plain[op, part] if backend == "torch" else getattr(importlib.import_module(MODULES[op][backend]), part)
+
+
+def choose(op: str, part: str, device: str, args: Sequence[Any]) -> Callable[..., Any]:
+    """The function to call: the forced backend, or the first of the device's order that can run.
+
+    Raises:
+        RuntimeError: a forced backend cannot run; the message has the reason.
+    """
+    name = forced()
+    if name is not None:
+        usable, reason = can_run(op, name, *args, part=part)
+        if not usable:
+            raise RuntimeError(f"backend {name!r} was forced but cannot run {op}: {reason}")
+        return implementation(op, part, name)
+    for name in ORDER.get(device, ("torch",)):
+        if can_run(op, name, *args, part=part)[0]:
+            return implementation(op, part, name)
+    raise AssertionError("unreachable: the torch backend runs everything")

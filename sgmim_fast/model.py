@@ -1,0 +1,242 @@
+"""`SGMIM`: the model of the paper around any masked encoder, computed on visible tokens only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgmim_fast import ops, reference
+from sgmim_fast.guidance import RelationalGuidance, StructureEncoder
+from sgmim_fast.masking import Cells, SelectiveMask, cells_of, search_cells
+from sgmim_fast.reference import Losses
+
+
+class SGMIM(nn.Module):
+    """Structured Knowledge Guided Masked Image Modeling (arXiv 2409.02513).
+
+    An image is masked and reconstructed; beside it a structure map of the same scene guides the features through a
+    light branch that reads the map where the image is masked and predicts it where the image is visible. Only the
+    encoder is kept after pre-training. With masks aligned to the encoder's cells everything but the encoder works on
+    visible tokens only, and the losses and gradients are those of the dense arithmetic (SPEC "The exact shortcut");
+    other masks take the dense arithmetic itself.
+
+    Args:
+        encoder: masked encoder: `forward(x, mask)` -> (B, N, C) or (B, C, h, w), attributes `num_features`, `in_chans`
+            and `patch_size`. `create_encoder` makes one from a timm name; the published classes work as they are.
+        encoder_stride: pixels along one output token, e.g. 32 for a Swin, the patch size for a ViT.
+        guidance: False is plain SimMIM, without the structure branch.
+        structure_channels: channels S of the structure map.
+        hidden_context: "keep" (published) or "drop" the hidden structure cells in the attention.
+        position_embedding: learned positions on the queries and keys of the guidance. Hidden cells differ then, so the
+            branch takes the dense arithmetic. Needs an encoder of known image size.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is expected.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        encoder_stride: int = 32,
+        *,
+        guidance: bool = True,
+        structure_channels: int = 1,
+        hidden_context: str = "keep",
+        position_embedding: bool = False,
+    ):
+        super().__init__()
+        for name in ("num_features", "in_chans", "patch_size"):
+            if not hasattr(encoder, name):
+                raise TypeError(f"encoder is a {type(encoder).__name__} without {name!r}; expected a masked encoder")
+        self.encoder = encoder
+        self.encoder_stride = encoder_stride
+        self.in_chans = encoder.in_chans
+        self.patch_size = _square(encoder.patch_size, "encoder.patch_size")
+        if encoder_stride < 1 or encoder_stride % self.patch_size:
+            raise ValueError(
+                f"encoder_stride is {encoder_stride}; expected a multiple of the encoder's patch size {self.patch_size}"
+            )
+        stride = _square(getattr(encoder, "stride", encoder_stride), "encoder.stride")
+        if stride != encoder_stride:
+            raise ValueError(f"encoder_stride is {encoder_stride}; expected {stride}, the stride of this encoder")
+        if structure_channels < 1:
+            raise ValueError(f"structure_channels is {structure_channels}; expected at least 1")
+        self.structure_channels = structure_channels
+        width, pixels = encoder.num_features, encoder_stride**2
+        self.structure_encoder = self.guidance = self.structure_head = None
+        self.image_head = nn.Linear(width, self.in_chans * pixels)
+        if guidance:
+            self.structure_encoder = StructureEncoder(structure_channels, width, encoder_stride)
+            cells = _cells(encoder, encoder_stride) if position_embedding else 0
+            self.guidance = RelationalGuidance(width, hidden_context=hidden_context, cells=cells)
+            self.structure_head = nn.Linear(width, structure_channels * pixels)
+
+    def forward(
+        self,
+        images: Tensor,
+        structure: Tensor | None = None,
+        mask: Tensor | SelectiveMask | None = None,
+        return_losses: bool = False,
+        *,
+        structure_valid: Tensor | None = None,
+    ) -> Tensor | Losses:
+        """The loss of a batch.
+
+        Args:
+            images: (B, in_chans, H, W), floating point, normalised; H and W multiples of the encoder stride.
+            structure: (B, S, H, W), floating point, standardised (`standardize_structure`); not used without guidance.
+            mask: 1 = masked (hidden from the encoder). What `selective_mask` returned, or a tensor (B, H / p, W / p) of
+                bool or 0/1 numbers, p the encoder's patch size. Of a tensor the rows have to be searched: on a GPU that
+                waits for the device once per call, and torch.compile breaks the graph once.
+            return_losses: return all three losses.
+            structure_valid: (B, S, H, W) bool, True where the map is known; elsewhere it is read as 0, the standardised
+                mean, and does not count in the loss. None: known everywhere.
+
+        Returns:
+            The loss, a scalar; or `Losses(total, image, structure)`.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what came and what is expected.
+        """
+        self._check(images, structure, mask, structure_valid)
+        grid = images.shape[2] // self.encoder_stride, images.shape[3] // self.encoder_stride
+        # here and no deeper, so that the search breaks a compiled graph once
+        cells = _drawn_cells(mask, *grid) if isinstance(mask, SelectiveMask) else search_cells(mask, *grid)
+        masked, shown = reference.stem_masks(mask, images, self.patch_size)
+        features = self._tokens(self.encoder(images, masked), images)
+        if cells is None or (self.guidance is not None and self.guidance.pos_embed is not None):
+            losses = reference.losses_from_features(self, features, images, structure, masked, shown, structure_valid)
+        else:
+            losses = self._visible_losses(features, images, structure, cells, structure_valid)
+        return losses if return_losses else losses.total
+
+    def _visible_losses(
+        self, features: Tensor, images: Tensor, structure: Tensor | None, cells: Cells, structure_valid: Tensor | None
+    ) -> Losses:
+        features = features.flatten(0, 1)  # (B * N, C)
+        stride, pixels = self.encoder_stride, self.encoder_stride**2
+        masked, visible = cells.masked.index, cells.visible.index
+        head = self.image_head
+        image = ops.linear_l1(features, head.weight, head.bias, images, masked, cell=stride, packed=False)
+        image = image / (masked.shape[0] * pixels + 1e-5) / self.in_chans
+        if self.guidance is None:
+            return Losses(image, image, torch.zeros_like(image))
+        count: Any = visible.shape[0] * pixels
+        if structure_valid is not None:
+            structure = torch.where(structure_valid, structure, 0)
+            structure_valid = structure_valid.expand_as(structure)
+            valid = ops.gather_patches(structure_valid, visible, cell=stride, patch=stride)
+            count = valid.sum().to(image.dtype) / structure.shape[1]
+        context = self.structure_encoder(structure, cells.shown)
+        guided = self.guidance(features, context, cells.visible, cells.shown)
+        head = self.structure_head
+        total = ops.linear_l1(guided, head.weight, head.bias, structure, visible, cell=stride, valid=structure_valid)
+        structure_loss = total / (count + 1e-5) / self.structure_channels
+        return Losses(image + structure_loss, image, structure_loss)
+
+    def _tokens(self, features: Tensor, images: Tensor) -> Tensor:
+        tokens = reference.to_tokens(features)
+        cells = (images.shape[2] // self.encoder_stride) * (images.shape[3] // self.encoder_stride)
+        expected = (images.shape[0], cells, self.encoder.num_features)
+        if tuple(tokens.shape) != expected:
+            raise ValueError(
+                f"encoder returned {tuple(features.shape)}; expected (B, N, C) = {expected} or (B, C, h, w) for "
+                f"encoder_stride = {self.encoder_stride}"
+            )
+        return tokens
+
+    def _check(
+        self,
+        images: Tensor,
+        structure: Tensor | None,
+        mask: Tensor | SelectiveMask | None,
+        structure_valid: Tensor | None,
+    ) -> None:
+        _check_map("images", images, self.in_chans)
+        batch, _, height, width = images.shape
+        if batch == 0:
+            raise ValueError("images is an empty batch; expected at least one image")
+        if height % self.encoder_stride or width % self.encoder_stride:
+            raise ValueError(
+                f"images has {height}x{width} pixels; expected multiples of the encoder stride {self.encoder_stride}"
+            )
+        if mask is None:
+            raise TypeError("mask is missing; expected a tensor (B, H / p, W / p) or what selective_mask returned")
+        drawn = isinstance(mask, SelectiveMask)
+        values = mask.mask if drawn else mask
+        if not isinstance(values, Tensor):
+            raise TypeError(
+                f"mask is a {type(mask).__name__}; expected a tensor (B, H / p, W / p) or what selective_mask returned"
+            )
+        patches = (batch, height // self.patch_size, width // self.patch_size)
+        if drawn:
+            fits = values.shape[0] == batch and not (patches[1] % values.shape[1] or patches[2] % values.shape[2])
+            expected = f"{batch} masks on a grid that divides the encoder's {patches[1]}x{patches[2]} patches"
+        else:
+            fits, expected = tuple(values.shape) == patches, f"(B, H / p, W / p) = {patches}"
+        if not fits:
+            raise ValueError(f"mask has shape {tuple(values.shape)}; expected {expected}")
+        if values.device != images.device:
+            raise ValueError(f"mask is on {values.device}; expected {images.device}, where images is")
+        if self.guidance is None:
+            return
+        if structure is None:
+            raise TypeError("structure is missing; expected a map (B, S, H, W), or a model with guidance=False")
+        _check_map("structure", structure, self.structure_channels)
+        for name, tensor in (("structure", structure), ("structure_valid", structure_valid)):
+            if tensor is None:
+                continue
+            if tensor.shape != (batch, self.structure_channels, height, width):
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}; expected (B, S, H, W) = "
+                    f"{(batch, self.structure_channels, height, width)}, as images"
+                )
+            if tensor.device != images.device:
+                raise ValueError(f"{name} is on {tensor.device}; expected {images.device}, where images is")
+        if structure_valid is not None and structure_valid.dtype != torch.bool:
+            raise TypeError(f"structure_valid has dtype {structure_valid.dtype}; expected torch.bool")
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that take no weight decay besides vectors, as timm's optimizer factory asks for them."""
+        names = getattr(self.encoder, "no_weight_decay", set)()
+        positions = (
+            {"guidance.pos_embed"} if self.guidance is not None and self.guidance.pos_embed is not None else set()
+        )
+        return {f"encoder.{name}" for name in names} | positions
+
+
+def _drawn_cells(mask: SelectiveMask, down: int, across: int) -> Cells | None:
+    """Row lists on the encoder's grid; None where the mask is not aligned to it."""
+    aligned = down % mask.mask.shape[1] == 0 and across % mask.mask.shape[2] == 0
+    return cells_of(mask, down, across) if aligned else None
+
+
+def _check_map(name: str, tensor: Tensor, channels: int) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor (B, {channels}, H, W)")
+    if tensor.ndim != 4:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected (B, {channels}, H, W)")
+    if tensor.shape[1] != channels:
+        raise ValueError(f"{name} has {tensor.shape[1]} channels; expected {channels}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} has dtype {tensor.dtype}; expected a floating-point dtype, normalised")
+
+
+def _square(size: int | tuple[int, ...], name: str) -> int:
+    """An int, or a pair of equal ones, as an int."""
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) != 1:
+        raise ValueError(f"{name} is {size}; expected a square")
+    return sides.pop()
+
+
+def _cells(encoder: nn.Module, stride: int) -> int:
+    """Cells of an image, for positions."""
+    stem = getattr(getattr(encoder, "model", encoder), "patch_embed", None)
+    size = getattr(encoder, "img_size", None) or getattr(stem, "img_size", None)
+    if size is None:
+        raise ValueError("position_embedding is True; expected an encoder with `img_size`, and this one has none")
+    height, width = (size, size) if isinstance(size, int) else size
+    return (height // stride) * (width // stride)

@@ -1,0 +1,19 @@
+"""The public kernel layer: one op, one file; each runs on the backend that `sgmim_fast.backends` chooses."""
+
+from sgmim_fast.ops.gather_patches import gather_patches
+from sgmim_fast.ops.linear_l1 import linear_l1
+from sgmim_fast.ops.relational_guidance import GuidanceParameters, relational_guidance
+from sgmim_fast.ops.selective_mask import selective_mask
+from sgmim_fast.ops.standardize_structure import standardize_structure
+from sgmim_fast.ops.structure_embed import StructureParameters, structure_embed
+
+__all__ = [
+    "GuidanceParameters",
+    "StructureParameters",
+    "gather_patches",
+    "linear_l1",
+    "relational_guidance",
+    "selective_mask",
+    "standardize_structure",
+    "structure_embed",
+]

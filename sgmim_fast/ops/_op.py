@@ -1,0 +1,150 @@
+"""Registration of one public op: schema, fake, autograd, autocast, and the choice of a backend at run time.
+
+Every op is a pair `sgmim_fast::NAME` and `sgmim_fast::NAME_backward` defined from Python, so that the names exist
+whatever was built. The kernel behind both asks `backends.choose` which backend runs, then calls that backend's
+`forward` or `backward` function. The gradient is one `torch.autograd.Function` around the pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from sgmim_fast import backends
+
+LIBRARY = torch.library.Library("sgmim_fast", "FRAGMENT")
+
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+class Op:
+    """One public op.
+
+    Args:
+        name: the op's name, the same in every folder of the project.
+        schema: arguments and returns of the forward op. A `ScalarType? dtype` argument, where there is one, must be
+            the last: autocast fills it in.
+        forward: the `torch` backend's forward, plain PyTorch, run anywhere. Other backends are modules named in
+            `backends.MODULES` with functions `forward` and `backward` of the same signatures.
+        fake: shapes and dtypes of the forward's results (FakeTensor arithmetic).
+    """
+
+    def __init__(self, name: str, schema: str, *, forward: Callable[..., Any], fake: Callable[..., Any]):
+        self.name = name
+        self._takes_dtype = "ScalarType? dtype" in schema
+        self._define(name, schema, forward, fake, "forward")
+        self.overload = getattr(torch.ops.sgmim_fast, name).default
+
+    def __call__(self, *args: Any) -> Any:
+        return self.overload(*args)
+
+    def _define(self, qualifier: str, schema: str, plain: Callable, fake: Callable, part: str) -> None:
+        LIBRARY.define(f"{qualifier}{schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+        op, name = getattr(torch.ops.sgmim_fast, qualifier).default, self.name
+        backends.register(name, part, plain)
+
+        def kernel(*args: Any) -> Any:
+            device = next(arg for arg in args if isinstance(arg, torch.Tensor)).device.type
+            return backends.choose(name, part, device, args)(*args)
+
+        def autocast_kernel(*args: Any) -> Any:
+            # Below this point the op does its own casting: nothing it calls may be cast a second time.
+            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+                if part == "forward" and self._takes_dtype:
+                    args = self._fill_dtype(op, args)
+                return op(*args)
+
+        LIBRARY.impl(qualifier, kernel, "CompositeExplicitAutograd")
+        for key in ("AutocastCPU", "AutocastCUDA"):
+            LIBRARY.impl(qualifier, autocast_kernel, key)
+        torch.library.register_fake(f"sgmim_fast::{qualifier}", fake, lib=LIBRARY)
+
+    @staticmethod
+    def _fill_dtype(op: torch._ops.OpOverload, args: tuple) -> tuple:
+        count = len(op._schema.arguments)
+        first = next(arg for arg in args if isinstance(arg, torch.Tensor) and arg.is_floating_point())
+        if first.dtype == torch.float64 or (len(args) == count and args[-1] is not None):
+            return args  # like PyTorch's own ops, float64 is never autocast
+        args = args + (None,) * (count - 1 - len(args)) if len(args) < count else args[:-1]
+        return (*args, torch.get_autocast_dtype(first.device.type))
+
+    def differentiable(
+        self,
+        schema: str,
+        *,
+        backward: Callable[..., Any],
+        fake: Callable[..., Any],
+        save: Callable[..., None],
+        gradients: Callable[..., tuple],
+        outputs: int = 1,
+    ) -> None:
+        """Adds the backward op and the autograd formula.
+
+        Args:
+            schema: arguments and returns of `NAME_backward`.
+            backward: the `torch` backend's backward.
+            fake: shapes and dtypes of the backward's results.
+            save: `save(ctx, inputs, results)` keeps what the backward needs.
+            gradients: `gradients(ctx, needs, *grads) -> one gradient, list of gradients or None per input`, calling the
+                backward op. `needs` has one bool, or list of bools, per input. Trailing inputs may be left out.
+            outputs: how many leading results carry gradients; the others are saved for the backward only.
+        """
+        self._define(f"{self.name}_backward", schema, backward, fake, "backward")
+        self.backward_overload = getattr(torch.ops.sgmim_fast, f"{self.name}_backward").default
+        overload = self.overload
+
+        class Function(torch.autograd.Function):
+            # autograd.Function sees tensors only among its direct arguments and results: lists travel flat.
+            @staticmethod
+            def forward(ctx: Any, call: _Call, *flat: Any) -> tuple:
+                args = pytree.tree_unflatten(flat, call.arguments)
+                with torch._C._AutoDispatchBelowAutograd():
+                    results = overload(*args)
+                save(ctx, args, results)
+                ctx.call = call
+                leaves, call.results = pytree.tree_flatten(results)
+                ctx.mark_non_differentiable(*leaves[outputs:])
+                ctx.set_materialize_grads(False)
+                return tuple(leaves)
+
+            @staticmethod
+            @torch.autograd.function.once_differentiable
+            def backward(ctx: Any, *grads: Any) -> tuple:
+                _, *needs = ctx.needs_input_grad
+                if all(grad is None for grad in grads[:outputs]):
+                    return (None,) * len(ctx.needs_input_grad)
+                wanted = pytree.tree_unflatten(needs, ctx.call.arguments)
+                result = gradients(ctx, wanted, *grads[:outputs])
+                flat = [grad for group in result for grad in (group if isinstance(group, list) else [group])]
+                flat += [None] * (len(needs) - len(flat))
+                return (None, *(grad if need else None for grad, need in zip(flat, needs, strict=True)))
+
+        Function.__name__ = Function.__qualname__ = f"{self.name}_function"
+
+        def autograd_kernel(*args: Any) -> Any:
+            flat, arguments = pytree.tree_flatten(args)
+            if torch.is_grad_enabled() and any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in flat):
+                call = _Call(arguments)
+                return pytree.tree_unflatten(list(Function.apply(call, *flat)), call.results)
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload(*args)
+
+        LIBRARY.impl(self.name, autograd_kernel, "Autograd")
+
+
+class _Call:
+    """Nesting of one call's arguments and results."""
+
+    def __init__(self, arguments: pytree.TreeSpec):
+        self.arguments = arguments
+        self.results: pytree.TreeSpec | None = None
+
+
+def absent(like: torch.Tensor) -> torch.Tensor:
+    """Stands in a backward's results for a gradient nobody asked for; results must be tensors, and must not alias."""
+    return like.new_empty(0)

@@ -1,0 +1,1 @@
+"""The `cuda` backend: CUDA C++ kernels (`torch.ops.sgmim_fast_cuda`)."""

@@ -1,0 +1,104 @@
+"""Matrix products through the fastest library call of the machine, and the dtype they are done in.
+
+On a CPU, PyTorch sends float32 products to MKL, which on AMD processors with AVX-512 reaches a third of what oneDNN
+does; oneDNN is reached through `mkldnn::_linear_pointwise`, which PyTorch ships for its own compiler. And a CPU without
+bfloat16 instructions multiplies bfloat16 matrices at a fifth of its float32 rate (33 against 160 GFLOP/s, 2 cores of
+AVX2), so bfloat16 is asked for there but computed in float32: faster, and more precise. `benchmarks/NOTES.md` has the
+measurements.
+
+Environment: `SGMIM_FAST_PRODUCTS=auto|float32|bfloat16` sets what a bfloat16 request is computed in on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import platform
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_forced: list[torch.dtype] = []
+
+
+@contextlib.contextmanager
+def compute_bfloat16_in(dtype: torch.dtype) -> Iterator[None]:
+    """Within the block a bfloat16 request on a CPU is computed in `dtype`: torch.float32 or torch.bfloat16."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype is {dtype}; expected torch.float32 or torch.bfloat16")
+    _forced.append(dtype)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+@functools.cache
+def _bfloat16_on_cpu() -> torch.dtype:
+    wanted = os.environ.get("SGMIM_FAST_PRODUCTS", "auto")
+    if wanted not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"SGMIM_FAST_PRODUCTS is {wanted!r}; expected auto, float32 or bfloat16")
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    native = _has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that products asked for in `dtype` are done, and their operands kept, in."""
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        return _forced[-1] if _forced else _bfloat16_on_cpu()
+    return dtype
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    """Whether `mkldnn::_linear_pointwise` is there and computes what `linear` does."""
+    try:
+        x, weight, bias = torch.eye(8) * 2, torch.arange(64.0).reshape(8, 8), torch.ones(8)
+        with torch.no_grad():
+            y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return torch.equal(y, 2 * weight.t() + 1)
+
+
+@functools.cache
+def _mkl_is_slow() -> bool:
+    """AMD with AVX-512: there MKL is slow in every shape; elsewhere it is as good as oneDNN for weight gradients."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or platform.system() != "Linux":
+        return False
+    with open("/proc/cpuinfo") as lines:
+        return any("AuthenticAMD" in line for line in lines)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    bias = None if bias is None else bias.contiguous()  # the op reads it without its stride
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _use_onednn(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 and _has_onednn()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (n, i) . weight (o, i)^T + bias (o,) -> (n, o); weight and bias are cast to x's dtype."""
+    weight = weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    return _onednn(x, weight, bias) if _use_onednn(x) else torch.nn.functional.linear(x, weight, bias)
+
+
+def linear_input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
+    """dy (n, o) . weight (o, i) -> (n, i)."""
+    weight = weight.to(dy.dtype)
+    return _onednn(dy, weight.t()) if _use_onednn(dy) else dy @ weight
+
+
+def linear_weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """dy (n, o)^T . x (n, i) -> (o, i)."""
+    # For a few columns (a patch of 16 pixels) the transposed copies cost more than the product.
+    if _use_onednn(dy) and _mkl_is_slow() and x.shape[1] >= 64:
+        return _onednn(dy.t(), x.t())
+    return dy.t() @ x

@@ -1,0 +1,127 @@
+"""`selective_mask`: draws the masks of a batch with their row lists. SPEC "Selective masking"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sgmim_fast.ops import _check
+from sgmim_fast.ops._op import Op
+from sgmim_fast.rows import Rows
+
+_WORD = 0xFFFFFFFF
+
+
+def selective_mask(
+    seed: Tensor, masked: Sequence[int], grid: tuple[int, int], scale: int = 1
+) -> tuple[Tensor, Rows, Rows]:
+    """Masks a uniformly random subset of exactly `masked[b]` units in image b, and lists the rows of both sides.
+
+    Each unit gets a 32-bit key from the counter-based generator Philox 4x32-10 (Salmon et al., "Parallel random
+    numbers: as easy as 1, 2, 3", 2011) and the units with the smallest keys are masked. A key depends on (seed, image,
+    unit) alone, so the draw is the same on every device and backend. Nothing waits for the device.
+
+    Plain PyTorch, per image: `mask.view(-1)[torch.randperm(units)[:count]] = True`.
+
+    Args:
+        seed: (2,) int64 on the device that the results are wanted on; the low 32 bits of both are the key.
+        masked: number of masked units per image, each between 0 and the number of units; its length is the batch.
+        grid: mask units (rows, columns).
+        scale: cells along a unit, to get the mask and the row lists on a finer grid of cells.
+
+    Returns:
+        mask (B, rows * scale, columns * scale) bool, True = masked (hidden from the encoder), then the visible and the
+        masked rows: indices image * cells + cell with cells counted row-major, ascending.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what is expected.
+    """
+    _check.shape("seed", seed, (2,), "two numbers")
+    _check.index("seed", seed)
+    rows, columns = grid
+    if rows < 1 or columns < 1:
+        raise ValueError(f"grid is {tuple(grid)}; expected at least one unit along each side")
+    if rows * columns >= 2**31:
+        raise ValueError(f"grid is {tuple(grid)}; expected less than 2^31 units")
+    if scale < 1:
+        raise ValueError(f"scale is {scale}; expected at least 1")
+    if len(masked) == 0:
+        raise ValueError("masked is empty; expected one number of masked units per image")
+    for image, count in enumerate(masked):
+        if not 0 <= count <= rows * columns:
+            raise ValueError(f"masked is {count} for image {image}; expected 0 to {rows * columns} units")
+    mask, visible, visible_offsets, hidden, hidden_offsets = _op(seed, list(masked), rows, columns, scale)
+    return mask, Rows(visible, visible_offsets), Rows(hidden, hidden_offsets)
+
+
+def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
+    """Philox 4x32-10: four 32-bit words of counter, two of key, to four random words; int64 tensors that broadcast."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # int64 products wrap around, which leaves the 64 bits of the unsigned product
+        low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (high >> 32 & _WORD) ^ c1 ^ k0, high & _WORD, (low >> 32 & _WORD) ^ c3 ^ k1, low & _WORD
+        k0, k1 = k0 + 0x9E3779B9 & _WORD, k1 + 0xBB67AE85 & _WORD
+    return [c0, c1, c2, c3]
+
+
+def sizes(masked: Sequence[int], gh: int, gw: int, scale: int) -> tuple[tuple[int, int, int], int, int]:
+    """Shape of the mask, number of visible rows, number of masked rows."""
+    hidden, cells = sum(masked) * scale * scale, gh * scale * gw * scale
+    return (len(masked), gh * scale, gw * scale), len(masked) * cells - hidden, hidden
+
+
+def _counts(values: Sequence[int], device: torch.device) -> Tensor:
+    """The numbers as a tensor, without waiting for a GPU."""
+    if len(set(values)) == 1:
+        return torch.full((len(values),), values[0], dtype=torch.int64, device=device)
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=torch.int64, device=device)
+    return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+
+
+def _forward(
+    seed: Tensor, masked: Sequence[int], gh: int, gw: int, scale: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, units, device = len(masked), gh * gw, seed.device
+    (_, height, width), visible, hidden = sizes(masked, gh, gw, scale)
+    fours = torch.arange((units + 3) // 4, device=device)
+    images = torch.arange(batch, device=device)[:, None]
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    keys = torch.stack(torch.broadcast_tensors(*philox((fours, images, zero, zero), (seed & _WORD).unbind())), -1)
+    keys = keys.view(batch, -1)[:, :units] << 31 | torch.arange(units, device=device)  # all different: ties by unit
+    counts = _counts(masked, device)
+    order = keys.argsort(1)
+    drawn = torch.zeros(batch, units, dtype=torch.bool, device=device)
+    drawn.scatter_(1, order, torch.arange(units, device=device) < counts[:, None])
+    mask = drawn.view(batch, gh, 1, gw, 1).expand(batch, gh, scale, gw, scale).reshape(batch, height, width)
+
+    def rows(chosen: Tensor, total: int, counts: Tensor) -> tuple[Tensor, Tensor]:
+        offsets = torch.zeros(batch + 1, dtype=torch.int64, device=device)
+        offsets[1:] = (counts * scale * scale).cumsum(0)
+        return torch.nonzero_static(chosen.flatten(), size=total).view(-1), offsets
+
+    return mask, *rows(~mask, visible, units - counts), *rows(mask, hidden, counts)
+
+
+def _fake(seed, masked, gh, gw, scale):
+    shape, visible, hidden = sizes(masked, gh, gw, scale)
+    offsets = len(masked) + 1
+    return (
+        seed.new_empty(shape, dtype=torch.bool),
+        seed.new_empty(visible),
+        seed.new_empty(offsets),
+        seed.new_empty(hidden),
+        seed.new_empty(offsets),
+    )
+
+
+_op = Op(
+    "selective_mask",
+    "(Tensor seed, SymInt[] masked, SymInt gh, SymInt gw, SymInt scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    forward=_forward,
+    fake=_fake,
+)

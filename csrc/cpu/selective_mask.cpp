@@ -19,16 +19,21 @@ void draw_keys(uint32_t key0, uint32_t key1, uint32_t image, std::vector<uint64_
 
 // One image: its mask, and its rows on both sides.
 void write_image(
-    const std::vector<bool>& drawn,  // (gh * gw) units
+    const std::vector<uint8_t>& drawn,  // (gh * gw) units
     int64_t gh, int64_t gw, int64_t scale,
-    int64_t first,     // number of the image's first cell
-    bool* mask,        // (gh * scale, gw * scale)
+    int64_t cell,  // number of the image's first cell
+    bool* mask,    // (gh * scale, gw * scale)
     int64_t* visible, int64_t* masked) {
-  for (int64_t y = 0; y < gh * scale; ++y) {
-    for (int64_t x = 0; x < gw * scale; ++x) {
-      const int64_t cell = y * gw * scale + x;
-      mask[cell] = drawn[y / scale * gw + x / scale];
-      *(mask[cell] ? masked : visible)++ = first + cell;
+  for (int64_t y = 0; y < gh; ++y) {
+    for (int64_t i = 0; i < scale; ++i) {
+      for (int64_t x = 0; x < gw; ++x) {
+        const bool hidden = drawn[y * gw + x];
+        int64_t*& rows = hidden ? masked : visible;
+        for (int64_t j = 0; j < scale; ++j) {
+          *mask++ = hidden;
+          *rows++ = cell++;
+        }
+      }
     }
   }
 }
@@ -50,12 +55,12 @@ void selective_mask(
   const int64_t* key = data<int64_t>(seed);
   parallel(batch, 1 + 4096 / cells, [&](int64_t begin, int64_t end) {
     std::vector<uint64_t> keys(units);
-    std::vector<bool> drawn(units);
+    std::vector<uint8_t> drawn(units);
     for (int64_t b = begin; b < end; ++b) {
       draw_keys(static_cast<uint32_t>(key[0]), static_cast<uint32_t>(key[1]), static_cast<uint32_t>(b), keys);
       std::nth_element(keys.begin(), keys.begin() + counts[b], keys.end());
-      drawn.assign(units, false);
-      for (int64_t i = 0; i < counts[b]; ++i) drawn[static_cast<uint32_t>(keys[i])] = true;
+      std::fill(drawn.begin(), drawn.end(), 0);
+      for (int64_t i = 0; i < counts[b]; ++i) drawn[static_cast<uint32_t>(keys[i])] = 1;
       write_image(
           drawn, gh, gw, scale, b * cells, data<bool>(mask) + b * cells, data<int64_t>(visible) + v[b],
           data<int64_t>(masked) + m[b]);

@@ -1,0 +1,91 @@
+"""Checks that the tests share, and the tolerance policy.
+
+An op in a low precision is not compared with another op in the same precision but with the truth, the same expression
+in float64: its error may be twice that of plain PyTorch in the same dtype, plus a few units in the last place. Gathers,
+masks and counts are compared bit for bit, by `torch.equal`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Added to twice plain PyTorch's error, in units of the dtype's epsilon, relative to the truth's norm: a result of few
+# numbers can be off more than twice as much by chance. 3000 draws of small shapes for masked_patch_embed's results and
+# gradients needed 3.2 at most, for a gradient of a single number, and 0.7 apart from those.
+FEW_ULP = 4
+
+
+def assert_close_to_truth(actual: Tensor, plain: Tensor, truth: Tensor, name: str = "result") -> None:
+    """Asserts |actual - truth| <= 2 |plain - truth| + FEW_ULP eps |truth|, Euclidean norms of the whole tensors.
+
+    Args:
+        actual: of the op under test.
+        plain: of plain PyTorch, in the same dtype or in that of its own choice; eps is the coarser of the two dtypes'.
+        truth: the same expression in float64.
+        name: of the tensor, for the message. NaN and infinities never pass.
+    """
+    assert truth.dtype == torch.float64, f"{name}: the truth is in {truth.dtype}"
+    assert actual.shape == truth.shape, f"{name} has shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    truth = truth.detach().cpu()
+    error, reference = ((t.detach().cpu().double() - truth).norm().item() for t in (actual, plain))
+    eps = max(torch.finfo(t.dtype).eps for t in (actual, plain))
+    norm = truth.norm().item()
+    bound = 2 * reference + FEW_ULP * eps * norm
+    assert error <= bound, (
+        f"{name}: off by {error:.3e}, plain PyTorch by {reference:.3e}, allowed {bound:.3e}, norm {norm:.3e}"
+    )
+
+
+def assert_all_close_to_truth(
+    actual: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor], names: Sequence[str]
+) -> None:
+    """`assert_close_to_truth` for each of several tensors."""
+    for a, p, t, name in zip(actual, plain, truth, names, strict=True):
+        assert_close_to_truth(a, p, t, name)
+
+
+def opcheck(overload: Any, args: Sequence[Any]) -> None:
+    """Schema, autograd registration, fake tensors, tracing with dynamic shapes. `overload`: an op's `.default`."""
+    torch.library.opcheck(overload, tuple(args))
+
+
+def gradcheck64(function: Callable[..., Any], inputs: Sequence[Tensor | None]) -> None:
+    """Finite differences in float64 for every input of a floating dtype, also with some gradients undefined."""
+    leaves = [
+        t.detach().clone().requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs
+    ]
+    assert all(t.dtype == torch.float64 for t in leaves if isinstance(t, Tensor) and t.requires_grad)
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+def layouts(tensor: Tensor) -> dict[str, Tensor]:
+    """The same values contiguous, channels last, with every other pixel of a larger tensor, and with strides of zero
+    for the first dimension (of its first entry, repeated)."""
+    larger = tensor.new_zeros([2 * size + 1 for size in tensor.shape])
+    every_other = larger[tuple(slice(1, None, 2) for _ in tensor.shape)]
+    every_other.copy_(tensor)
+    return {
+        "contiguous": tensor.contiguous(),
+        "channels last": tensor.contiguous(memory_format=torch.channels_last),
+        "every other": every_other,
+        "expanded": tensor[:1].expand_as(tensor),
+    }
+
+
+def gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], cotangent: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The function's result, and the gradients of sum(result * cotangent) for the inputs that are floating-point."""
+    leaves = [t.detach().requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]
+    result = function(*leaves)
+    wanted = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
+    return result.detach(), list(torch.autograd.grad(result, wanted, cotangent.to(result.dtype)))
+
+
+def in_dtype(inputs: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+    """The inputs with every floating-point tensor converted."""
+    return [t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]

@@ -1,0 +1,126 @@
+"""Fixtures of all tests: each backend that runs here, poisoned buffers, seeds, threads; and hypothesis's settings."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import HealthCheck, register_random, settings
+
+from sgmim_fast import backends
+
+EXAMPLES = os.environ.get("SGMIM_FAST_EXAMPLES")  # hypothesis tries that many, others each time
+
+settings.register_profile(
+    "sgmim_fast",
+    deadline=None,  # a first call compiles or loads something
+    max_examples=int(EXAMPLES or 15),
+    derandomize=EXAMPLES is None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # `place` holds for all examples of a test
+)
+settings.load_profile("sgmim_fast")
+
+
+class TorchRandom:
+    """Lets hypothesis seed torch's generator before each example, so that a failure can be repeated."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+torch_random = TorchRandom()
+register_random(torch_random)  # keeps a weak reference only
+
+
+class Place(NamedTuple):
+    backend: str
+    device: str
+
+
+PLACES = [
+    pytest.param(Place(backend, device), id=f"{backend}-{device}", marks=[pytest.mark.gpu] if device == "cuda" else [])
+    for backend, device in (("torch", "cpu"), ("cpu", "cpu"), ("torch", "cuda"), ("triton", "cuda"), ("cuda", "cuda"))
+]
+
+
+@pytest.fixture(params=PLACES)
+def place(request):
+    """Runs the test once per backend and kind of device, with that backend forced.
+
+    In a file test_NAME.py of an op called NAME, a backend that does not have the op is skipped; so is one that cannot
+    run on this machine. The reason is the one that `backends.can_run` gives.
+    """
+    backend, device = request.param
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    op = request.module.__name__.rpartition(".")[2].removeprefix("test_")
+    usable, reason = backends.can_run(op, backend) if op in backends.MODULES else backends.available()[backend]
+    if not usable:
+        pytest.skip(reason)
+    with backends.use(backend):
+        yield request.param
+
+
+@pytest.fixture
+def backend(place):
+    """Name of the forced backend, see `place`."""
+    return place.backend
+
+
+@pytest.fixture
+def device(place):
+    """Where the forced backend wants its tensors, see `place`."""
+    return torch.device(place.device)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_buffers(monkeypatch):
+    """Whatever the library allocates without initialising holds NaN, True, or the largest integer, so that an element
+    that a kernel forgets to write is seen."""
+
+    def poisoned(allocate):
+        def allocate_and_fill(*args, **kwargs):
+            buffer = allocate(*args, **kwargs)
+            # torch.compile traces the plain allocation
+            if torch.compiler.is_compiling() or not _caller(1).startswith("sgmim_fast"):
+                return buffer
+            if buffer.is_floating_point():
+                return buffer.fill_(torch.nan)
+            return buffer.fill_(True if buffer.dtype == torch.bool else torch.iinfo(buffer.dtype).max)
+
+        return allocate_and_fill
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+def _caller(depth: int) -> str:
+    """Name of the module that called the function `depth` frames above."""
+    return sys._getframe(depth + 1).f_globals.get("__name__", "")
+
+
+@pytest.fixture
+def threads():
+    """`with threads(n):` runs torch, and so the C++ kernels, on n threads."""
+
+    @contextlib.contextmanager
+    def use(number):
+        before = torch.get_num_threads()
+        torch.set_num_threads(number)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    return use

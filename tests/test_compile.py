@@ -1,0 +1,126 @@
+"""`torch.compile(fullgraph=True)` of the model, forward and backward, with drawn masks; what a mask tensor costs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checks import assert_close_to_truth
+from tiny import batch, drawn, family, foreign, gradients, stem_mask
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from sgmim_fast import SGMIM, selective_mask
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """No test sees what another has compiled."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def evaluate(model: SGMIM, call, images: Tensor, structure: Tensor, mask, **options) -> dict[str, Tensor]:
+    images, structure = images.detach().requires_grad_(), structure.detach().requires_grad_()
+    losses = call(images, structure, mask, return_losses=True, **options)
+    return losses._asdict() | gradients(model, losses.total, *[images, structure][: 1 + (model.guidance is not None)])
+
+
+def assert_compiles(model: SGMIM, size: tuple[int, int], compiler: str, **options) -> None:
+    """The compiled model gives the eager one's losses and gradients, for several draws, in one graph."""
+    compiled = torch.compile(model, backend=compiler, fullgraph=True)
+    for seed in range(3):
+        inputs = *(t.float() for t in batch(model, size, seed=seed)), drawn(model, size, seed=seed)
+        actual, expected = evaluate(model, compiled, *inputs, **options), evaluate(model, model, *inputs, **options)
+        assert actual.keys() == expected.keys()
+        for name, e in expected.items():
+            assert (actual[name] - e).norm() <= 1e-5 * e.norm(), name
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"hidden_context": "drop", "structure_channels": 2},
+        {"guidance": False},
+        {"stride": 8},
+        {"patch": 14, "stride": 14, "width": 40, "layout": "map"},
+    ],
+    ids=str,
+)
+def test_foreign_encoder(options):
+    model = foreign(**options)
+    assert_compiles(model, (2 * model.encoder_stride, 3 * model.encoder_stride), "aot_eager")
+
+
+@pytest.mark.parametrize("name", ["swin", "beit", "vit"])
+def test_families(name):
+    assert_compiles(*family(name), "aot_eager")
+
+
+def test_position_embedding():
+    assert_compiles(*family("vit", position_embedding=True), "aot_eager")
+
+
+def test_structure_valid():
+    model, size = foreign(), (32, 48)
+    assert_compiles(model, size, "aot_eager", structure_valid=torch.rand(2, 1, *size) < 0.8)
+
+
+@pytest.mark.parametrize("shown", ["visible", "all", 0.5])
+def test_ablations_and_coarse_masks(shown):
+    model, size = foreign(), (32, 64)
+    inputs = *(t.float() for t in batch(model, size)), selective_mask(2, (1, 2), [0.2, 0.9], shown=shown)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    actual, expected = evaluate(model, compiled, *inputs), evaluate(model, model, *inputs)
+    for name, e in expected.items():
+        assert (actual[name] - e).norm() <= 1e-5 * e.norm(), name
+
+
+def test_other_sizes_and_counts():
+    """The same compiled model takes batches, images and numbers of masked cells that it has not seen."""
+    model = foreign()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for count, size, ratio in ((2, (32, 48), 0.6), (3, (64, 64), 0.3), (1, (32, 48), 0.5)):
+        inputs = *(t.float() for t in batch(model, size, count)), drawn(model, size, count, ratio=ratio)
+        actual, expected = evaluate(model, compiled, *inputs), evaluate(model, model, *inputs)
+        for name, e in expected.items():
+            assert (actual[name] - e).norm() <= 1e-5 * e.norm(), (name, count, size)
+
+
+def test_autocast():
+    model, size = family("vit")
+    compiled, actual, plain, truth = torch.compile(model, backend="aot_eager", fullgraph=True), [], [], []
+    for seed in range(3):
+        inputs = *(t.float() for t in batch(model, size, seed=seed)), drawn(model, size)
+        with torch.autocast("cpu", torch.bfloat16):
+            actual.append(evaluate(model, compiled, *inputs))
+            plain.append(evaluate(model, model, *inputs))
+        truth.append(evaluate(model.double(), model, inputs[0].double(), inputs[1].double(), inputs[2]))
+        model.float()
+    assert {t.dtype for t in actual[0].values()} == {torch.float32}
+    for name in truth[0]:
+        assert_close_to_truth(*(torch.stack([e[name] for e in runs]) for runs in (actual, plain, truth)), name)
+
+
+def test_a_mask_tensor_breaks_the_graph_once():
+    model, size = foreign(), (32, 48)
+    mask = drawn(model, size)
+    inputs = [t.float() for t in batch(model, size)]
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=graphs)
+    expected = evaluate(model, model, *inputs, mask)
+    for name, actual in evaluate(model, compiled, *inputs, stem_mask(model, size, mask)).items():
+        assert (actual - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+    assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 1
+    assert graphs.frame_count == 1  # before the search there is nothing to compute
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["swin", "vit", "foreign"])
+def test_inductor(name):
+    model, size = (foreign(), (32, 48)) if name == "foreign" else family(name)
+    assert_compiles(model, size, "inductor")

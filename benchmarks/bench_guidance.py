@@ -1,0 +1,257 @@
+"""What the kernels buy: the guidance branch, from encoder features to the loss, forward and backward.
+
+    python benchmarks/bench_guidance.py
+
+dense             sgmim_fast.reference: every token, plain PyTorch
+dense-compiled    the same through torch.compile
+visible           visible cells only, plain PyTorch as a careful user would write it
+visible-compiled  the same through torch.compile
+fused-BACKEND     sgmim_fast.SGMIM on one of its backends
+gemm-floor        only the matrix products of `visible`, each through the best library call
+
+All columns are first checked against each other; on a disagreement no speed is printed. They take turns in one
+process, so their ratios hold even where the machine is noisy. MiB: peak memory without parameters and their gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from floor import gemm_floor, multiply_accumulates
+from measure import interleaved, machine, peak_mib, summary, synchronize
+from shapes import SHAPES, Shape
+from torch import Tensor, nn
+from visible import visible_losses
+
+from sgmim_fast import SGMIM, backends, reference, selective_mask, standardize_structure
+from sgmim_fast.masking import cells_of
+
+FUSED = {"fused-cpu": "cpu", "fused-triton": "triton", "fused-cuda": "cuda"}
+NAMES = ("dense", "dense-compiled", "visible", "visible-compiled", *FUSED, "gemm-floor")
+
+
+class Features(nn.Module):
+    """Stands for the encoder: returns the features it was given, so that the branch alone is measured."""
+
+    def __init__(self, shape: Shape, features: Tensor):
+        super().__init__()
+        self.num_features, self.in_chans, self.patch_size = shape.width, 3, shape.patch
+        self.features = features
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.features
+
+
+@dataclass
+class Case:
+    """One encoder shape, dtype and batch, and the columns that compute it."""
+
+    shape: Shape
+    dtype: torch.dtype
+    batch: int
+    device: str
+    model: SGMIM
+    features: Tensor
+    columns: dict[str, Callable[[], Tensor]]  # name -> function returning the loss
+
+    def step(self, name: str) -> Callable[[], Tensor]:
+        """Forward and backward of a column; gradients are dropped first, as an optimizer does."""
+
+        def run() -> Tensor:
+            with backends.use(FUSED[name]) if name in FUSED else contextlib.nullcontext():
+                self.model.zero_grad()
+                self.features.grad = None
+                loss = self.columns[name]()
+                loss.backward()
+                return loss
+
+        return run
+
+
+def build(shape: Shape, dtype: torch.dtype, batch: int, device: str) -> Case:
+    torch.manual_seed(0)
+    features = torch.randn(batch, shape.cells, shape.width, device=device, requires_grad=True)
+    images = torch.randn(batch, 3, shape.image, shape.image, device=device)
+    structure = standardize_structure(torch.rand(batch, 1, shape.image, shape.image, device=device))
+    model = SGMIM(Features(shape, features), shape.stride).to(device)
+    drawn = selective_mask(batch, shape.grid, shape.ratio, device=device)
+    side = shape.image // shape.stride
+    cells = cells_of(drawn, side, side)
+    first = torch.arange(batch, device=device)[:, None] * shape.cells
+    visible, masked = (rows.index.view(batch, -1) - first for rows in (cells.visible, cells.masked))
+
+    def in_dtype(losses: Callable[..., Any], *args: Any) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                return losses(*args)
+
+        return run
+
+    dense = in_dtype(lambda: reference.sgmim_losses(model, images, structure, drawn).total)
+    plain = in_dtype(lambda: visible_losses(model, features, images, structure, visible, masked).total)
+    columns = {"dense": dense, "dense-compiled": torch.compile(dense)}
+    columns |= {"visible": plain, "visible-compiled": torch.compile(plain)}
+    for name, backend in FUSED.items():
+        if backend in backends.ORDER[device] and all(backends.can_run(op, backend)[0] for op in backends.BRANCH):
+            columns[name] = in_dtype(model, images, structure, drawn)
+    return Case(shape, dtype, batch, device, model, features, columns)
+
+
+def check(case: Case) -> list[str]:
+    """What the columns disagree on: their losses and every gradient against the dense reference in float32.
+
+    float32: relative error at most 1e-4 (rounding; a wrong sign of one of 10^5 differences shows more). Lower
+    precision: at most twice the error of the dense column itself, and 1e-3.
+    """
+
+    def gradients(name: str) -> dict[str, Tensor]:
+        found = {"loss": case.step(name)().detach(), "features": case.features.grad.clone()}
+        return found | {key: p.grad.float() for key, p in case.model.named_parameters()}
+
+    exact = build(case.shape, torch.float32, case.batch, case.device) if case.dtype != torch.float32 else case
+    exact.model.load_state_dict(case.model.state_dict())
+    truth = Case.step(exact, "dense")
+    truth = {"loss": truth().detach(), "features": exact.features.grad.clone()}
+    truth |= {key: p.grad.clone() for key, p in exact.model.named_parameters()}
+    errors = {}
+    for name in case.columns:
+        found = gradients(name)
+        errors[name] = {
+            key: ((found[key].double() - t.double()).norm() / t.double().norm()).item() for key, t in truth.items()
+        }
+    wrong = []
+    for name, column in errors.items():
+        for key, error in column.items():
+            bound = 1e-4 if case.dtype == torch.float32 else 2 * errors["dense"][key] + 1e-3
+            if not error <= bound:
+                wrong.append(f"{name}: {key} is off by {error:.1e} of its norm, allowed {bound:.1e}")
+    return wrong
+
+
+def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
+    steps: dict[str, Callable[[], Any]] = {name: case.step(name) for name in case.columns}
+    steps["gemm-floor"] = gemm_floor(case.shape, case.batch, case.dtype, case.device)
+    times = interleaved(steps, case.device, seconds=seconds)
+    rows = []
+    for name, values in times.items():
+        row = {"encoder": case.shape.name, "dtype": str(case.dtype).split(".")[1], "batch": case.batch}
+        row |= {"device": case.device, "name": name, "rounds": len(values), **summary(values)}
+        peak = None
+        if name != "gemm-floor":
+            peak = peak_mib(steps[name], list(case.model.parameters()), case.device)
+            row |= split(case, name)
+        rows.append(row | {"peak_mib": peak})
+    return rows
+
+
+def split(case: Case, name: str, repeats: int = 5) -> dict[str, float]:
+    """Medians of forward and backward apart."""
+    forward, backward = [], []
+    with backends.use(FUSED[name]) if name in FUSED else contextlib.nullcontext():
+        for _ in range(repeats):
+            case.model.zero_grad()
+            case.features.grad = None
+            stamps = []
+            loss = None
+            for part in (None, lambda: case.columns[name](), lambda: loss.backward()):  # noqa: B023 - called at once
+                result = part() if part else None
+                loss = result if loss is None else loss
+                synchronize(case.device)
+                stamps.append(time.perf_counter())
+            forward.append(stamps[1] - stamps[0])
+            backward.append(stamps[2] - stamps[1])
+    return {"forward_ms": summary(forward)["median_ms"], "backward_ms": summary(backward)["median_ms"]}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows of one case, with ratios to the dense reference, the plain visible branch and the floor."""
+    by_name = {row["name"]: row for row in rows}
+    titles = ["ms", "p10", "p90", "fwd", "bwd", "MiB", "dense /", "visible /", "/ floor"]
+    head = " " * 18 + "".join(f"{title:>{11 if title == 'visible /' else 9}}" for title in titles)
+    lines = [head]
+    for name in (n for n in NAMES if n in by_name):
+        row = by_name[name]
+        ms = row["median_ms"]
+        cells = [ms, row["p10_ms"], row["p90_ms"], row.get("forward_ms"), row.get("backward_ms"), row["peak_mib"]]
+        ratios = [by_name[base]["median_ms"] / ms for base in ("dense", "visible")]
+        line = f"{name:18}" + "".join(f"{'' if c is None else f'{c:.1f}':>9}" for c in cells)
+        lines.append(line + f"{ratios[0]:8.2f}x{ratios[1]:10.2f}x{ms / by_name['gemm-floor']['median_ms']:8.2f}x")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """One panel per case: a bar per column, the floor as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    cases = list(dict.fromkeys((row["encoder"], row["dtype"], row["batch"], row["device"]) for row in rows))
+    figure, axes = plt.subplots(1, len(cases), figsize=(3.4 * len(cases), 3.2), squeeze=False)
+    for axis, case in zip(axes[0], cases, strict=True):
+        mine = {r["name"]: r for r in rows if (r["encoder"], r["dtype"], r["batch"], r["device"]) == case}
+        names = [name for name in NAMES if name in mine and name != "gemm-floor"]
+        medians = [mine[name]["median_ms"] for name in names]
+        spread = [[m - mine[n]["p10_ms"] for n, m in zip(names, medians, strict=True)]]
+        spread.append([mine[n]["p90_ms"] - m for n, m in zip(names, medians, strict=True)])
+        colours = ["tab:blue" if name in FUSED else "0.72" for name in names]
+        bars = axis.bar(names, medians, yerr=[[max(0, v) for v in s] for s in spread], color=colours, capsize=2)
+        axis.bar_label(bars, [f"{mine['dense']['median_ms'] / m:.1f}x" for m in medians], fontsize=7, padding=2)
+        axis.axhline(mine["gemm-floor"]["median_ms"], color="tab:red", linewidth=1, linestyle="--", label="GEMM floor")
+        axis.set_title(f"{case[0]}, {case[1]}, batch {case[2]}, {case[3]}", fontsize=8)
+        axis.tick_params(axis="x", labelrotation=35, labelsize=7)
+        axis.tick_params(axis="y", labelsize=7)
+        axis.margins(y=0.15)
+    axes[0][0].set_ylabel("ms, forward + backward", fontsize=8)
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", default="swin_base,vit_base", help=f"of {','.join(SHAPES)}")
+    parser.add_argument("--dtype", default="float32,bfloat16", help="bfloat16 is autocast over float32 parameters")
+    parser.add_argument("--batch", type=int, help="default: 16 on a CPU, 128 on a GPU")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--seconds", type=float, default=60, help="of timing per encoder and dtype")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args(argv)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    batch = args.batch or (128 if device == "cuda" else 16)
+    rows: list[dict[str, Any]] = []
+    for encoder in args.encoder.split(","):
+        for dtype in args.dtype.split(","):
+            if encoder not in SHAPES or dtype not in ("float32", "bfloat16", "float16"):
+                parser.error(f"unknown encoder or dtype: {encoder}, {dtype}")
+            case = build(SHAPES[encoder], getattr(torch, dtype), batch, device)
+            print(f"\n{encoder}, {dtype}, batch {batch}, {device}: checking {', '.join(case.columns)}", flush=True)
+            if wrong := check(case):
+                print("The columns disagree; no speed is given.", *wrong, sep="\n  ")
+                return 1
+            rows += (new := measure(case, args.seconds))
+            floor = next(row for row in new if row["name"] == "gemm-floor")["median_ms"]
+            operations = 2 * 3 * multiply_accumulates(case.shape, batch)
+            print(
+                table(new), f"the floor's products run at {operations / floor / 1e6:.0f} GFLOP/s", sep="\n", flush=True
+            )
+            torch.compiler.reset()
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n")
+    if args.plot:
+        plot(rows, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Timing and memory of callables, and the description of the machine, shared by every benchmark."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from sgmim_fast import env
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the numbers were taken on."""
+    facts: dict[str, Any] = {"platform": platform.platform(), "threads": torch.get_num_threads(), **env.report()}
+    if device == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved(
+    steps: Mapping[str, Callable[[], Any]], device: str, *, seconds: float = 60.0, rounds: tuple[int, int] = (5, 40)
+) -> dict[str, list[float]]:
+    """Seconds per call of every step, one of each in turn, so that a slow spell of the machine hits all alike.
+
+    As many rounds as fit into `seconds`, within `rounds`; one unrecorded round goes before.
+    """
+    evict = torch.empty(32 << 20, device=device) if device == "cuda" else None
+
+    def once(step: Callable[[], Any]) -> float:
+        if evict is not None:
+            evict.zero_()  # 128 MiB through the L2 cache
+        synchronize(device)
+        start = time.perf_counter()
+        step()
+        synchronize(device)
+        return time.perf_counter() - start
+
+    for step in steps.values():
+        once(step)
+    total = sum(once(step) for step in steps.values())
+    count = int(min(max(seconds / total, rounds[0]), rounds[1]))
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    gc.collect()
+    for _ in range(count):
+        for name, step in steps.items():
+            times[name].append(once(step))
+    return times
+
+
+def summary(times: Sequence[float]) -> dict[str, float]:
+    """Median and 10th and 90th percentile in milliseconds."""
+    deciles = statistics.quantiles(times, n=10, method="inclusive")
+    return {
+        "median_ms": 1e3 * statistics.median(times),
+        "p10_ms": 1e3 * deciles[0],
+        "p90_ms": 1e3 * deciles[-1],
+    }
+
+
+def peak_mib(step: Callable[[], Any], parameters: Sequence[nn.Parameter], device: str) -> float:
+    """Largest amount of memory that one call of `step` has allocated at a time, without the parameters' gradients."""
+    for parameter in parameters:
+        parameter.grad = None
+    if device == "cuda":
+        return _peak_cuda(step, parameters)
+    with torch.profiler.profile(profile_memory=True, record_shapes=True, with_stack=False) as profile:
+        step()
+    gradients = {p.grad.data_ptr(): p.grad.nbytes for p in parameters if p.grad is not None}
+    allocations = []
+
+    def visit(event: Any) -> None:
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            allocations.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+        for child in event.children:
+            visit(child)
+
+    for root in profile.profiler.kineto_results.experimental_event_tree():
+        visit(root)
+    allocations.sort(key=lambda entry: entry[0])
+    # A gradient is the last allocation at its address.
+    last = {pointer: i for i, (_, pointer, size) in enumerate(allocations) if size > 0}
+    excluded = {last[pointer] for pointer in gradients if pointer in last}
+    live = peak = 0
+    for i, (_, _, size) in enumerate(allocations):
+        if i not in excluded:
+            live += size
+            peak = max(peak, live)
+    return peak / 2**20
+
+
+def _peak_cuda(step: Callable[[], Any], parameters: Sequence[nn.Parameter]) -> float:
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)  # there before and after, so that they cancel
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20

@@ -1,0 +1,46 @@
+"""The published recipes' shapes, shared by every benchmark. SPEC "Notation"."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    width: int  # C, of the encoder's tokens
+    stride: int  # s, pixels along a token
+    patch: int  # p, of the stem
+    image: int  # pixels along an image
+    unit: int = 32  # pixels along a mask unit
+    heads: int = 8  # of the guidance
+    ratio: float = 0.6  # share of masked units
+
+    @property
+    def grid(self) -> int:
+        """Mask units along an image."""
+        return self.image // self.unit
+
+    @property
+    def cells(self) -> int:
+        """N, tokens of an image."""
+        return (self.image // self.stride) ** 2
+
+    @property
+    def masked(self) -> int:
+        """Masked cells of an image."""
+        return math.ceil(self.ratio * self.grid**2) * (self.unit // self.stride) ** 2
+
+    @property
+    def visible(self) -> int:
+        return self.cells - self.masked
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("swin_base", width=1024, stride=32, patch=4, image=192),
+        Shape("vit_base", width=768, stride=16, patch=16, image=224),
+    )
+}

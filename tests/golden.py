@@ -93,16 +93,17 @@ def statistics(tensor: Tensor) -> dict[str, Any]:
 def assert_statistics(tensor: Tensor, expected: Mapping[str, Any], rtol: float, what: str = "tensor") -> None:
     """Asserts that the statistics of a tensor are the expected ones.
 
-    `rtol` bounds the norm's relative error. It also bounds, relative to what they are made of, the others: a value is
-    held to `rtol` of the tensor's root mean square or of itself, whichever is larger, and the sum of n values to
-    `rtol` of sqrt(n) such values, since rounding errors of both signs add up like a random walk.
+    `rtol` bounds the norm's relative error. It also bounds the others, relative to what they are made of: a sum of n
+    values is held to `rtol` of sqrt(n) root mean squares, since errors of both signs add up like a random walk;
+    a single value to 3 rtol of the root mean square or of itself, whichever is larger. (Measured in float32, model and
+    dense reference alike: norms 1.3e-6, sums 6.0e-6, the worst of a thousand single values 9.9e-6.)
     """
     actual = statistics(tensor)
     norm, count = expected["norm"], tensor.numel()
     rms = norm / math.sqrt(count)
     bounds = [("norm", actual["norm"], norm, norm), ("sum", actual["sum"], expected["sum"], norm)]
     for i, (a, e) in enumerate(zip(actual["first"], expected["first"], strict=True)):
-        bounds.append((f"value {i}", a, e, max(rms, abs(e))))
+        bounds.append((f"value {i}", a, e, 3 * max(rms, abs(e))))
     for statistic, a, e, scale in bounds:
         error = abs(a - e)
         assert error <= rtol * scale, f"{what}: {statistic} is {a}, expected {e}, off by {error / scale:.1e} of {scale}"

@@ -47,8 +47,8 @@ def test_ops(library):
         "OMP_NUM_THREADS": "2",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
-    # without opcheck, which traces: that is torch's own code, and slow here
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpu-cpu and not opcheck"]
+    # -s: a report must not end in a captured stream. Without opcheck, which traces: torch's own code, and slow here.
+    command = [sys.executable, "-m", "pytest", "-qxs", "-p", "no:cacheprovider", "-k", "cpu-cpu and not opcheck"]
     done = subprocess.run([*command, *TESTS], cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         pytest.fail((done.stdout + done.stderr)[-8000:], pytrace=False)

@@ -118,8 +118,9 @@ static void place_tokens(
 }
 
 static void place_tokens_backward(
-    const Tensor& dout, const std::optional<Tensor>& embedded, const Tensor& visible, const std::optional<Tensor>& weight,
-    const std::optional<Tensor>& statistics, const Tensor& dembedded, const Tensor& sums) {
+    const Tensor& dout, const std::optional<Tensor>& embedded, const Tensor& visible,
+    const std::optional<Tensor>& weight, const std::optional<Tensor>& statistics, const Tensor& dembedded,
+    const Tensor& sums) {
   const int64_t width = dout.size(1), rows = dout.size(0);
   const std::vector<int64_t> position = positions(visible, rows);
   const StemNorm norm = stem_norm(weight, std::nullopt, statistics);
@@ -129,7 +130,8 @@ static void place_tokens_backward(
       using Y = decltype(out_type);
       const auto kernel = SGMIM_SELECT((place_token_backward_rows<T, Y>));
       column_sums(rows, 4 * width, data<float>(sums), [&](int64_t begin, int64_t end, float* partial) {
-        kernel(data<Y>(dout), data<T>(embedded), position.data(), &norm, data<T>(dembedded), partial, width, begin, end);
+        kernel(data<Y>(dout), data<T>(embedded), position.data(), &norm, data<T>(dembedded), partial, width, begin,
+               end);
       });
     });
   });

@@ -13,7 +13,8 @@ namespace {
 void draw_keys(uint32_t key0, uint32_t key1, uint32_t image, std::vector<uint64_t>& keys) {
   for (size_t unit = 0; unit < keys.size(); unit += 4) {
     const Philox random = philox({{static_cast<uint32_t>(unit / 4), image, 0, 0}}, key0, key1);
-    for (size_t i = unit; i < std::min(unit + 4, keys.size()); ++i) keys[i] = uint64_t{random.words[i - unit]} << 32 | i;
+    for (size_t i = unit; i < std::min(unit + 4, keys.size()); ++i)
+      keys[i] = uint64_t{random.words[i - unit]} << 32 | i;
   }
 }
 

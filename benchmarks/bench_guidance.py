@@ -223,6 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32,bfloat16", help="bfloat16 is autocast over float32 parameters")
     parser.add_argument("--batch", type=int, help="default: 16 on a CPU, 128 on a GPU")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--columns", default=",".join(NAMES), help="of those that can run here")
     parser.add_argument("--seconds", type=float, default=60, help="of timing per encoder and dtype")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -235,6 +236,8 @@ def main(argv: list[str] | None = None) -> int:
             if encoder not in SHAPES or dtype not in ("float32", "bfloat16", "float16"):
                 parser.error(f"unknown encoder or dtype: {encoder}, {dtype}")
             case = build(SHAPES[encoder], getattr(torch, dtype), batch, device)
+            wanted = {"dense", "visible", *args.columns.split(",")}  # the two that ratios are taken to
+            case.columns = {name: column for name, column in case.columns.items() if name in wanted}
             print(f"\n{encoder}, {dtype}, batch {batch}, {device}: checking {', '.join(case.columns)}", flush=True)
             if wrong := check(case):
                 print("The columns disagree; no speed is given.", *wrong, sep="\n  ")

@@ -29,7 +29,7 @@ def synchronize(device: str) -> None:
 
 
 def interleaved(
-    steps: Mapping[str, Callable[[], Any]], device: str, *, seconds: float = 60.0, rounds: tuple[int, int] = (5, 40)
+    steps: Mapping[str, Callable[[], Any]], device: str, *, seconds: float = 60.0, rounds: tuple[int, int] = (3, 40)
 ) -> dict[str, list[float]]:
     """Seconds per call of every step, one of each in turn, so that a slow spell of the machine hits all alike.
 

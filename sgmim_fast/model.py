@@ -112,6 +112,45 @@ class SGMIM(nn.Module):
             losses = self._visible_losses(features, images, structure, cells, structure_valid)
         return losses if return_losses else losses.total
 
+    @torch.no_grad()
+    def predict(
+        self,
+        images: Tensor,
+        structure: Tensor | None = None,
+        mask: Tensor | SelectiveMask | None = None,
+        *,
+        structure_valid: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the heads predict, at every pixel: to look at. Computed densely and without gradients.
+
+        Trained are the image where the mask is 1 (hidden from the encoder) and the structure where it is 0.
+
+        Args:
+            images, structure, mask, structure_valid: as for `forward`.
+
+        Returns:
+            image (B, in_chans, H, W) and structure (B, S, H, W), normalised and standardised as the inputs are; None in
+            place of the structure without guidance.
+
+        Raises:
+            TypeError, ValueError: as `forward`.
+        """
+        self._check(images, structure, mask, structure_valid)
+        down, across = images.shape[2] // self.encoder_stride, images.shape[3] // self.encoder_stride
+        if not isinstance(mask, SelectiveMask):
+            search_cells(mask, down, across)  # raises where values are neither 0 nor 1
+        masked, shown = reference.stem_masks(mask, images, self.patch_size)
+        features = self._tokens(self.encoder(images, masked), images)
+        image = reference.predict(features, self.image_head, images, self.encoder_stride)
+        if self.guidance is None:
+            return image, None
+        if structure_valid is not None:
+            structure = torch.where(structure_valid, structure, 0)
+        context = reference.structure_tokens(self.structure_encoder, structure, shown)
+        some_shown = reference.pool(shown, down, across).any(-1).flatten(1)
+        guided = reference.relational_guidance(self.guidance, features, context, some_shown)
+        return image, reference.predict(guided, self.structure_head, structure, self.encoder_stride)
+
     def _visible_losses(
         self, features: Tensor, images: Tensor, structure: Tensor | None, cells: Cells, structure_valid: Tensor | None
     ) -> Losses:

@@ -18,11 +18,11 @@ needs_cpu_library = pytest.mark.skipif(not backends.available()["cpu"][0], reaso
 OPS = sorted(backends.MODULES)
 
 
-def python(program: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def python(program: str, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Runs a program that can import sgmim_fast, with these environment variables."""
     environment = {name: value for name, value in os.environ.items() if name != "SGMIM_FAST_BACKEND"} | variables
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True)
 
 
 def pixels(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,3 +204,32 @@ def test_environment_variables_with_unknown_values(environment):
     environment("SGMIM_FAST_BACKEND", "numpy")
     with pytest.raises(ValueError, match="SGMIM_FAST_BACKEND is 'numpy'; expected one of cuda, triton, cpu, torch"):
         backends.forced()
+
+
+ONE_STEP = """
+import sys, torch
+from tiny import batch, drawn, foreign, gradients
+from sgmim_fast import backends
+backends.available()
+model = foreign(width=40, stride=32)
+inputs = [t.float() for t in batch(model, (64, 96))]
+loss = model(*inputs, drawn(model, (64, 96), ratio=[0.3, 0.8]))
+torch.save({"loss": loss.detach()} | gradients(model, loss), sys.argv[1])
+print(torch.ops.sgmim_fast_cpu.isa())
+"""
+
+
+@needs_cpu_library
+def test_every_instruction_set_gives_the_same(tmp_path):
+    """What the machine has, and what the variable lowers it to; it never raises it."""
+    results, sets = [], []
+    for wanted in ("avx512", "avx2", "baseline"):
+        path = tmp_path / f"{wanted}.pt"
+        done = python(ONE_STEP, path, SGMIM_FAST_CPU_ISA=wanted)
+        assert done.returncode == 0, done.stderr
+        sets.append(done.stdout.strip())
+        results.append(torch.load(path))
+    assert sets[-1] == "baseline" and sets[1] in ("avx2", "baseline")
+    for other in results[1:]:
+        for name, expected in results[0].items():
+            assert (other[name] - expected).norm() <= 1e-5 * expected.norm(), name

@@ -41,7 +41,7 @@ def test_ops(library):
     environment = os.environ | {
         "LD_PRELOAD": f"{runtime('libasan.so')}:{runtime('libubsan.so')}",
         "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",  # the interpreter's own leaks
-        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+        "UBSAN_OPTIONS": "halt_on_error=1",
         "SGMIM_FAST_LIBRARY": str(library),
         "SGMIM_FAST_EXAMPLES": "25",
         "OMP_NUM_THREADS": "2",
@@ -51,6 +51,8 @@ def test_ops(library):
     command = [sys.executable, "-m", "pytest", "-qxs", "-p", "no:cacheprovider", "-k", "cpu-cpu and not opcheck"]
     done = subprocess.run([*command, *TESTS], cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
-        pytest.fail((done.stdout + done.stderr)[-8000:], pytrace=False)
+        output = done.stdout + done.stderr
+        report = re.search(r".*(ERROR: AddressSanitizer|: runtime error:)", output)
+        pytest.fail(output[report.start() :][:4000] if report else output[-4000:], pytrace=False)
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed and int(passed[1]) > 100, done.stdout[-500:]

@@ -1,0 +1,17 @@
+"""The check that comes before a per-op benchmark's speed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def assert_agree(actual: Sequence[Tensor], dense: Sequence[Tensor], truth: Sequence[Tensor]) -> None:
+    """Each tensor is as near to the truth, in float32, as the dense arithmetic in the same dtype: twice its error and
+    1e-4 of the norm at most."""
+    for i, (a, d, t) in enumerate(zip(actual, dense, truth, strict=True)):
+        error, reference, norm = (a - t).norm(), (d - t).norm(), t.norm()
+        assert error <= 2 * reference + 1e-4 * norm, (
+            f"result {i} is off by {error / norm:.1e}, dense {reference / norm:.1e}"
+        )

@@ -1,0 +1,66 @@
+"""`relational_guidance` of the visible cells against all cells: pytest benchmarks/bench_relational_guidance.py"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from agree import assert_agree
+from shapes import SHAPES
+from visible import guide
+
+from sgmim_fast import backends, reference, selective_mask
+from sgmim_fast.guidance import RelationalGuidance
+from sgmim_fast.masking import cells_of, resize
+
+BATCH = 16
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("encoder", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["dense", "visible", "torch", "cpu"])
+def test_relational_guidance(benchmark, name, dtype, encoder):
+    """Forward and backward, to features, structure tokens and parameters."""
+    torch.manual_seed(0)
+    shape = SHAPES[encoder]
+    side = shape.image // shape.stride
+    drawn = selective_mask(BATCH, shape.grid, shape.ratio)
+    cells = cells_of(drawn, side, side)
+    visible_cells, shown = cells.visible.index, cells.shown.index
+    module = RelationalGuidance(shape.width, shape.heads)
+    features = torch.randn(BATCH * shape.cells, shape.width, requires_grad=True)
+    structure = torch.randn(shown.shape[0] + 1, shape.width, requires_grad=True)  # the last row is the hidden cells'
+    place = torch.full((BATCH * shape.cells,), shown.shape[0]).index_copy_(0, shown, torch.arange(shown.shape[0]))
+    cotangent = torch.randn(visible_cells.shape[0], shape.width)
+
+    def dense():
+        x, context = (t.view(BATCH, shape.cells, -1) for t in (features, structure[place]))
+        guided = reference.relational_guidance(module, x, context, resize(drawn.mask, side, side).flatten(1))
+        return guided.flatten(0, 1)[visible_cells]
+
+    def visible():
+        last = structure[-1].expand(BATCH, 1, -1)
+        context = torch.cat([structure[:-1].view(BATCH, -1, shape.width), last], 1)
+        x = features[visible_cells].view(BATCH, -1, shape.width)
+        return guide(SimpleNamespace(guidance=module), x, context, shape.visible).flatten(0, 1)
+
+    def fused():
+        return module(features, structure, cells.visible, cells.shown)
+
+    def run(function, dtype=DTYPES[dtype]):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            guided = function()
+        leaves = [features, structure, *module.parameters()]
+        return [guided.detach().float(), *torch.autograd.grad(guided, leaves, cotangent.to(guided.dtype))]
+
+    benchmark.group = f"relational_guidance {encoder}, {dtype}, B = {BATCH}"
+    if name in ("dense", "visible"):
+        benchmark(run, dense if name == "dense" else visible)
+        return
+    if not (usable := backends.can_run("relational_guidance", name))[0]:
+        pytest.skip(usable[1])
+    with backends.use(name):
+        assert_agree(run(fused), run(dense), run(dense, torch.float32))
+        benchmark(run, fused)

@@ -1,0 +1,63 @@
+"""`structure_embed` of the shown cells against the whole map: pytest benchmarks/bench_structure_embed.py"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from agree import assert_agree
+from shapes import SHAPES
+from visible import structure_tokens
+
+from sgmim_fast import backends, reference, selective_mask
+from sgmim_fast.guidance import StructureEncoder
+from sgmim_fast.masking import cells_of, resize
+
+BATCH = 16
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("encoder", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["dense", "visible", "torch", "cpu"])
+def test_structure_embed(benchmark, name, dtype, encoder):
+    """Forward and backward, to the parameters."""
+    torch.manual_seed(0)
+    shape = SHAPES[encoder]
+    side = shape.image // shape.stride
+    drawn = selective_mask(BATCH, shape.grid, shape.ratio)
+    shown = cells_of(drawn, side, side).shown
+    hidden = (~resize(drawn.mask, side, side)).flatten().nonzero()[0]  # any one; all are the same
+    stem = resize(drawn.mask, shape.image // shape.patch, shape.image // shape.patch)
+    module = StructureEncoder(1, shape.width, shape.stride)
+    structure = torch.randn(BATCH, 1, shape.image, shape.image)
+    cotangent = torch.randn(shown.index.shape[0] + 1, shape.width)
+
+    def dense():
+        tokens = reference.structure_tokens(module, structure, stem).flatten(0, 1)
+        return tokens[torch.cat([shown.index, hidden])]
+
+    def visible():
+        masked = shown.index.view(BATCH, -1) - torch.arange(BATCH)[:, None] * shape.cells
+        tokens = structure_tokens(SimpleNamespace(structure_encoder=module), structure, masked)
+        return torch.cat([tokens[:, :-1].flatten(0, 1), tokens[:1, -1]])
+
+    def fused():
+        return module(structure, shown)
+
+    def run(function, dtype=DTYPES[dtype]):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            tokens = function()
+        gradients = torch.autograd.grad(tokens, list(module.parameters()), cotangent.to(tokens.dtype))
+        return [tokens.detach().float(), *gradients]
+
+    benchmark.group = f"structure_embed {encoder}, {dtype}, B = {BATCH}"
+    if name in ("dense", "visible"):
+        benchmark(run, dense if name == "dense" else visible)
+        return
+    if not (usable := backends.can_run("structure_embed", name))[0]:
+        pytest.skip(usable[1])
+    with backends.use(name):
+        assert_agree(run(fused), run(dense), run(dense, torch.float32))
+        benchmark(run, fused)

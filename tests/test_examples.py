@@ -1,0 +1,59 @@
+"""The examples run, learn, and write what they say."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+ROOT = Path(__file__).parents[1]
+pytest.importorskip("skimage", reason="the examples need the extra [train]")
+
+
+@pytest.fixture(scope="module")
+def example():
+    """examples/train_stereo_scene.py as a module."""
+    path = ROOT / "examples" / "train_stereo_scene.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("encoder", ["swin", "vit"])
+def test_losses_fall(example, encoder):
+    model = example.create_model(encoder, 32)
+    history = example.train(model, DataLoader(example.RandomCrops(32, 240), 8), 2e-3)
+    assert len(history) == 30
+    for before, after in zip(history[:5], history[-5:], strict=True):
+        assert all(loss > 0 for loss in before + after)
+    assert mean(image for image, _ in history[-5:]) < 0.9 * mean(image for image, _ in history[:5])
+    assert mean(structure for _, structure in history[-5:]) < mean(structure for _, structure in history[:5])
+
+
+def test_held_out_pixels_are_not_trained_on(example):
+    photograph, disparity = example.load_scene()
+    crops = example.RandomCrops(32, 1)
+    assert torch.equal(crops.scene[0], photograph[..., : -example.HELD_OUT])
+    assert torch.equal(crops.scene[1], disparity[..., : -example.HELD_OUT])
+    images, structure = example.held_out_crops(example.HELD_OUT)
+    assert torch.equal(images[0], photograph[:, : example.HELD_OUT, -example.HELD_OUT :])
+    assert torch.equal(structure[-1], disparity[:, -example.HELD_OUT :, -example.HELD_OUT :])
+    assert not structure.isfinite().all()  # the scene does have unknown values
+
+
+def test_script_writes_its_figure(tmp_path):
+    figure = tmp_path / "made" / "scene.png"
+    command = [sys.executable, ROOT / "examples" / "train_stereo_scene.py", "--steps=2", "--batch=2", "--size=32"]
+    done = subprocess.run([*command, f"--out={figure}"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert figure.read_bytes().startswith(b"\x89PNG") and figure.stat().st_size < 400_000
+    assert re.search(r"^step +2/2  image \d+\.\d{3}  structure \d+\.\d{3}$", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^held out: image \d+\.\d{3}, ", done.stdout, re.MULTILINE), done.stdout

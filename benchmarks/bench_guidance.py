@@ -148,12 +148,12 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
         peak = None
         if name != "gemm-floor":
             peak = peak_mib(steps[name], list(case.model.parameters()), case.device)
-            row |= split(case, name)
+            row |= split(case, name, repeats=min(max(round(3e3 / row["median_ms"]), 1), 5))
         rows.append(row | {"peak_mib": peak})
     return rows
 
 
-def split(case: Case, name: str, repeats: int = 5) -> dict[str, float]:
+def split(case: Case, name: str, repeats: int) -> dict[str, float]:
     """Medians of forward and backward apart."""
     forward, backward = [], []
     with backends.use(FUSED[name]) if name in FUSED else contextlib.nullcontext():

@@ -37,6 +37,7 @@ from sgmim_fast.masking import cells_of
 
 FUSED = {"fused-cpu": "cpu", "fused-triton": "triton", "fused-cuda": "cuda"}
 NAMES = ("dense", "dense-compiled", "visible", "visible-compiled", *FUSED, "gemm-floor")
+SLOW = 10.0  # seconds of a step of the dense column, from which only what is needed is run
 
 
 class Features(nn.Module):
@@ -106,38 +107,57 @@ def build(shape: Shape, dtype: torch.dtype, batch: int, device: str) -> Case:
     return Case(shape, dtype, batch, device, model, features, columns)
 
 
-def check(case: Case) -> list[str]:
+def without_slow(case: Case) -> list[str]:
+    """Leaves the compiled columns out where one step of the dense one takes longer than SLOW, and returns their names.
+
+    So it is in bfloat16 on a CPU that has no instructions for it: a step takes a minute, and compiling saves nothing.
+    """
+    start = time.perf_counter()
+    case.step("dense")()
+    if time.perf_counter() - start <= SLOW:
+        return []
+    left_out = [name for name in case.columns if name.endswith("-compiled")]
+    for name in left_out:
+        del case.columns[name]
+    return left_out
+
+
+def check(case: Case) -> tuple[list[str], dict[str, float]]:
     """What the columns disagree on: their losses and every gradient against the dense reference in float32.
 
     float32: relative error at most 1e-4 (rounding; a wrong sign of one of 10^5 differences shows more). Lower
     precision: at most twice the error of the dense column itself, and 1e-3.
-    """
 
-    def gradients(name: str) -> dict[str, Tensor]:
-        found = {"loss": case.step(name)().detach(), "features": case.features.grad.clone()}
-        return found | {key: p.grad.float() for key, p in case.model.named_parameters()}
+    Returns the disagreements, and each column's peak memory in the step that was checked.
+    """
+    parameters = list(case.model.parameters())
+
+    def gradients(case: Case, name: str) -> tuple[dict[str, Tensor], float]:
+        losses = []
+        if name.endswith("-compiled"):
+            case.step(name)()  # so that compiling is not measured
+        peak = peak_mib(lambda: losses.append(case.step(name)().detach()), parameters, case.device)
+        found = {"loss": losses[0], "features": case.features.grad}
+        found |= {key: p.grad for key, p in case.model.named_parameters()}
+        return {key: grad.double() for key, grad in found.items()}, peak  # the copies are of this step alone
 
     exact = build(case.shape, torch.float32, case.batch, case.device) if case.dtype != torch.float32 else case
     exact.model.load_state_dict(case.model.state_dict())
-    truth = Case.step(exact, "dense")
-    truth = {"loss": truth().detach(), "features": exact.features.grad.clone()}
-    truth |= {key: p.grad.clone() for key, p in exact.model.named_parameters()}
-    errors = {}
+    truth, _ = gradients(exact, "dense")
+    errors, peaks = {}, {}
     for name in case.columns:
-        found = gradients(name)
-        errors[name] = {
-            key: ((found[key].double() - t.double()).norm() / t.double().norm()).item() for key, t in truth.items()
-        }
+        found, peaks[name] = gradients(case, name)
+        errors[name] = {key: ((found[key] - t).norm() / t.norm()).item() for key, t in truth.items()}
     wrong = []
     for name, column in errors.items():
         for key, error in column.items():
             bound = 1e-4 if case.dtype == torch.float32 else 2 * errors["dense"][key] + 1e-3
             if not error <= bound:
                 wrong.append(f"{name}: {key} is off by {error:.1e} of its norm, allowed {bound:.1e}")
-    return wrong
+    return wrong, peaks
 
 
-def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
+def measure(case: Case, seconds: float, peaks: dict[str, float]) -> list[dict[str, Any]]:
     steps: dict[str, Callable[[], Any]] = {name: case.step(name) for name in case.columns}
     steps["gemm-floor"] = gemm_floor(case.shape, case.batch, case.dtype, case.device)
     times = interleaved(steps, case.device, seconds=seconds)
@@ -145,15 +165,13 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
     for name, values in times.items():
         row = {"encoder": case.shape.name, "dtype": str(case.dtype).split(".")[1], "batch": case.batch}
         row |= {"device": case.device, "name": name, "rounds": len(values), **summary(values)}
-        peak = None
-        if name != "gemm-floor":
-            peak = peak_mib(steps[name], list(case.model.parameters()), case.device)
-            row |= split(case, name, repeats=min(max(round(3e3 / row["median_ms"]), 1), 5))
-        rows.append(row | {"peak_mib": peak})
+        if name in case.columns and row["median_ms"] < 1e3 * SLOW:
+            row |= split(case, name)
+        rows.append(row | {"peak_mib": peaks.get(name)})
     return rows
 
 
-def split(case: Case, name: str, repeats: int) -> dict[str, float]:
+def split(case: Case, name: str, repeats: int = 5) -> dict[str, float]:
     """Medians of forward and backward apart."""
     forward, backward = [], []
     with backends.use(FUSED[name]) if name in FUSED else contextlib.nullcontext():
@@ -223,7 +241,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32,bfloat16", help="bfloat16 is autocast over float32 parameters")
     parser.add_argument("--batch", type=int, help="default: 16 on a CPU, 128 on a GPU")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--columns", default=",".join(NAMES), help="of those that can run here")
+    parser.add_argument(
+        "--columns",
+        help=f"of {','.join(NAMES)}, those that can run here; default: all, but the compiled ones only where a step of "
+        f"the dense one takes less than {SLOW:.0f} s",
+    )
     parser.add_argument("--seconds", type=float, default=60, help="of timing per encoder and dtype")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -236,13 +258,17 @@ def main(argv: list[str] | None = None) -> int:
             if encoder not in SHAPES or dtype not in ("float32", "bfloat16", "float16"):
                 parser.error(f"unknown encoder or dtype: {encoder}, {dtype}")
             case = build(SHAPES[encoder], getattr(torch, dtype), batch, device)
-            wanted = {"dense", "visible", *args.columns.split(",")}  # the two that ratios are taken to
-            case.columns = {name: column for name, column in case.columns.items() if name in wanted}
-            print(f"\n{encoder}, {dtype}, batch {batch}, {device}: checking {', '.join(case.columns)}", flush=True)
-            if wrong := check(case):
+            print(f"\n{encoder}, {dtype}, batch {batch}, {device}", flush=True)
+            if args.columns:
+                wanted = {"dense", "visible", *args.columns.split(",")}  # the two that ratios are taken to
+                case.columns = {name: column for name, column in case.columns.items() if name in wanted}
+            elif left_out := without_slow(case):
+                print(f"a step of dense takes over {SLOW:.0f} s here: without {', '.join(left_out)}", flush=True)
+            wrong, peaks = check(case)
+            if wrong:
                 print("The columns disagree; no speed is given.", *wrong, sep="\n  ")
                 return 1
-            rows += (new := measure(case, args.seconds))
+            rows += (new := measure(case, args.seconds, peaks))
             floor = next(row for row in new if row["name"] == "gemm-floor")["median_ms"]
             operations = 2 * 3 * multiply_accumulates(case.shape, batch)
             print(

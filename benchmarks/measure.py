@@ -33,7 +33,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds per call of every step, one of each in turn, so that a slow spell of the machine hits all alike.
 
-    As many rounds as fit into `seconds`, within `rounds`; one unrecorded round goes before.
+    As many rounds as fit into `seconds`, within `rounds`; one unrecorded round goes before. Where a single round takes
+    longer than that, it is the only one and is recorded: the steps must have run before.
     """
     evict = torch.empty(32 << 20, device=device) if device == "cuda" else None
 
@@ -46,9 +47,10 @@ def interleaved(
         synchronize(device)
         return time.perf_counter() - start
 
-    for step in steps.values():
-        once(step)
-    total = sum(once(step) for step in steps.values())
+    first = {name: once(step) for name, step in steps.items()}
+    total = sum(first.values())
+    if total > seconds:
+        return {name: [time] for name, time in first.items()}
     count = int(min(max(seconds / total, rounds[0]), rounds[1]))
     times: dict[str, list[float]] = {name: [] for name in steps}
     gc.collect()
@@ -60,7 +62,7 @@ def interleaved(
 
 def summary(times: Sequence[float]) -> dict[str, float]:
     """Median and 10th and 90th percentile in milliseconds."""
-    deciles = statistics.quantiles(times, n=10, method="inclusive")
+    deciles = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times
     return {
         "median_ms": 1e3 * statistics.median(times),
         "p10_ms": 1e3 * deciles[0],

@@ -102,7 +102,7 @@ def build(shape: Shape, dtype: torch.dtype, batch: int, device: str) -> Case:
     columns = {"dense": dense, "dense-compiled": torch.compile(dense)}
     columns |= {"visible": plain, "visible-compiled": torch.compile(plain)}
     for name, backend in FUSED.items():
-        if backend in backends.ORDER[device] and all(backends.can_run(op, backend)[0] for op in backends.BRANCH):
+        if (backend == "cpu") == (device == "cpu") and all(backends.can_run(op, backend)[0] for op in backends.BRANCH):
             columns[name] = in_dtype(model, images, structure, drawn)
     return Case(shape, dtype, batch, device, model, features, columns)
 

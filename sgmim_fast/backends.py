@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.metadata
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,17 +24,33 @@ from sgmim_fast import _native
 
 NAMES = ("cuda", "triton", "cpu", "torch")
 # Preference per device type; any other device runs the plain implementation.
-ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
+# The Triton kernels are checked in Triton's interpreter but have never run on a GPU: until then they must be asked for.
+ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")}
 # op -> backend -> module with `forward`, `backward` and, where not everything is supported, `can_run(part, args)`.
 MODULES: dict[str, dict[str, str]] = {
-    "gather_patches": {"cpu": "sgmim_fast.ops.cpu.gather_patches", "cuda": "sgmim_fast.ops.cuda.gather_patches"},
-    "linear_l1": {"cpu": "sgmim_fast.ops.cpu.linear_l1"},
-    "masked_patch_embed": {"cpu": "sgmim_fast.ops.cpu.masked_patch_embed"},
-    "relational_guidance": {"cpu": "sgmim_fast.ops.cpu.relational_guidance"},
-    "selective_mask": {"cpu": "sgmim_fast.ops.cpu.selective_mask"},
-    "standardize_structure": {"cpu": "sgmim_fast.ops.cpu.standardize_structure"},
-    "structure_embed": {"cpu": "sgmim_fast.ops.cpu.structure_embed"},
+    "gather_patches": {
+        "cpu": "sgmim_fast.ops.cpu.gather_patches",
+        "triton": "sgmim_fast.kernels.gather_patches",
+        "cuda": "sgmim_fast.ops.cuda.gather_patches",
+    },
+    "linear_l1": {"cpu": "sgmim_fast.ops.cpu.linear_l1", "triton": "sgmim_fast.kernels.linear_l1"},
+    "masked_patch_embed": {
+        "cpu": "sgmim_fast.ops.cpu.masked_patch_embed",
+        "triton": "sgmim_fast.kernels.masked_patch_embed",
+    },
+    "relational_guidance": {
+        "cpu": "sgmim_fast.ops.cpu.relational_guidance",
+        "triton": "sgmim_fast.kernels.relational_guidance",
+    },
+    "selective_mask": {"cpu": "sgmim_fast.ops.cpu.selective_mask", "triton": "sgmim_fast.kernels.selective_mask"},
+    "standardize_structure": {
+        "cpu": "sgmim_fast.ops.cpu.standardize_structure",
+        "triton": "sgmim_fast.kernels.standardize_structure",
+    },
+    "structure_embed": {"cpu": "sgmim_fast.ops.cpu.structure_embed", "triton": "sgmim_fast.kernels.structure_embed"},
 }
+
+OLDEST_TRITON = (3, 4)
 
 # The ops the model calls between the encoder's features and the loss.
 BRANCH = ("structure_embed", "relational_guidance", "linear_l1")
@@ -83,10 +101,33 @@ def available() -> dict[str, tuple[bool, str]]:
     """Backend -> (usable on this machine, reason where it is not)."""
     return {
         "cuda": _native.load_cuda() if torch.cuda.is_available() else (False, "torch sees no CUDA device"),
-        "triton": (False, "this version has no Triton kernels yet"),
+        "triton": _triton(),
         "cpu": _native.load_cpu(),
         "torch": (True, ""),
     }
+
+
+def _triton() -> tuple[bool, str]:
+    """Whether the Triton kernels run here, and the reason where not, which is logged once where there is a GPU."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        usable, reason = False, "triton is not installed"
+    else:
+        usable = tuple(map(int, version.split(".")[:2])) >= OLDEST_TRITON
+        reason = "" if usable else f"triton is {version}; expected {'.'.join(map(str, OLDEST_TRITON))} or newer"
+    if not torch.cuda.is_available():
+        return (usable, reason) if triton_interpreted() or not usable else (False, "torch sees no CUDA device")
+    if usable and torch.cuda.get_device_capability() < (8, 0):
+        usable, reason = False, "the GPU is older than compute capability 8.0"
+    if not usable:
+        logging.getLogger("sgmim_fast").warning("the Triton backend is left out: %s", reason)
+    return usable, reason
+
+
+def triton_interpreted() -> bool:
+    """Whether TRITON_INTERPRET=1 is set: the Triton kernels then run in NumPy, on CPU tensors, to be looked into."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def can_run(op: str, backend: str, *args: Any, part: str = "forward") -> tuple[bool, str]:
@@ -109,7 +150,7 @@ def can_run(op: str, backend: str, *args: Any, part: str = "forward") -> tuple[b
     usable, reason = available()[backend]
     if not usable:
         return False, reason
-    device = {"cpu": "cpu"}.get(backend, "cuda")
+    device = "cpu" if backend == "cpu" or (backend == "triton" and triton_interpreted()) else "cuda"
     for arg in args:
         if isinstance(arg, torch.Tensor) and arg.device.type != device:
             return False, f"the {backend} backend needs {device} tensors, got one on {arg.device}"

@@ -74,13 +74,20 @@ def sizes(masked: Sequence[int], gh: int, gw: int, scale: int) -> tuple[tuple[in
     return (len(masked), gh * scale, gw * scale), len(masked) * cells - hidden, hidden
 
 
-def _counts(values: Sequence[int], device: torch.device) -> Tensor:
+def counts(values: Sequence[int], device: torch.device) -> Tensor:
     """The numbers as a tensor, without waiting for a GPU."""
     if len(set(values)) == 1:
         return torch.full((len(values),), values[0], dtype=torch.int64, device=device)
     if device.type != "cuda":
         return torch.tensor(values, dtype=torch.int64, device=device)
     return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+
+
+def offsets(count: Tensor, scale: int) -> Tensor:
+    """Where each image's rows begin, and the end; count: units per image."""
+    starts = torch.zeros(count.shape[0] + 1, dtype=torch.int64, device=count.device)
+    starts[1:] = (count * scale * scale).cumsum(0)
+    return starts
 
 
 def _forward(
@@ -93,29 +100,27 @@ def _forward(
     zero = torch.zeros((), dtype=torch.int64, device=device)
     keys = torch.stack(torch.broadcast_tensors(*philox((fours, images, zero, zero), (seed & _WORD).unbind())), -1)
     keys = keys.view(batch, -1)[:, :units] << 31 | torch.arange(units, device=device)  # all different: ties by unit
-    counts = _counts(masked, device)
+    count = counts(masked, device)
     order = keys.argsort(1)
     drawn = torch.zeros(batch, units, dtype=torch.bool, device=device)
-    drawn.scatter_(1, order, torch.arange(units, device=device) < counts[:, None])
+    drawn.scatter_(1, order, torch.arange(units, device=device) < count[:, None])
     mask = drawn.view(batch, gh, 1, gw, 1).expand(batch, gh, scale, gw, scale).reshape(batch, height, width)
 
-    def rows(chosen: Tensor, total: int, counts: Tensor) -> tuple[Tensor, Tensor]:
-        offsets = torch.zeros(batch + 1, dtype=torch.int64, device=device)
-        offsets[1:] = (counts * scale * scale).cumsum(0)
-        return torch.nonzero_static(chosen.flatten(), size=total).view(-1), offsets
+    def rows(chosen: Tensor, total: int, count: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.nonzero_static(chosen.flatten(), size=total).view(-1), offsets(count, scale)
 
-    return mask, *rows(~mask, visible, units - counts), *rows(mask, hidden, counts)
+    return mask, *rows(~mask, visible, units - count), *rows(mask, hidden, count)
 
 
 def _fake(seed, masked, gh, gw, scale):
     shape, visible, hidden = sizes(masked, gh, gw, scale)
-    offsets = len(masked) + 1
+    starts = len(masked) + 1
     return (
         seed.new_empty(shape, dtype=torch.bool),
         seed.new_empty(visible),
-        seed.new_empty(offsets),
+        seed.new_empty(starts),
         seed.new_empty(hidden),
-        seed.new_empty(offsets),
+        seed.new_empty(starts),
     )
 
 

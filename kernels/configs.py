@@ -1,0 +1,48 @@
+"""Launch configurations: fixed tables, so that nothing is tried out inside a training step.
+
+`python -m sgmim_fast.kernels.tune` measures candidates on a GPU and prints the table's lines for it. Until a line comes
+from there, it is a choice by reasoning: tiles that fill the multiprocessors at a few thousand rows, three stages of
+them in shared memory, and no spilled registers (`python -m sgmim_fast.kernels.compile` prints both).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+
+
+class Config(NamedTuple):
+    """Of one launch of a product."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+# (bytes of an operand's element, shape class) -> configuration; an architecture's own table goes before "any".
+PRODUCTS: dict[str, dict[tuple[int, str], Config]] = {
+    "any": {
+        (2, "large"): Config(128, 128, 64, 8, 3),
+        (2, "medium"): Config(64, 128, 64, 4, 3),
+        (2, "small"): Config(32, 64, 32, 4, 3),
+        (4, "large"): Config(64, 64, 32, 4, 3),
+        (4, "medium"): Config(64, 64, 32, 4, 3),
+        (4, "small"): Config(32, 64, 32, 4, 3),
+    },
+}
+
+
+def shape_class(m: int, n: int) -> str:
+    """Of a product (m, k) . (k, n), all problems of a launch counted as one with their rows together."""
+    if triton.cdiv(m, 128) * triton.cdiv(n, 128) >= 96:
+        return "large"
+    return "medium" if m * n >= 1 << 15 else "small"
+
+
+def product(m: int, n: int, element_size: int, architecture: str) -> Config:
+    """The configuration of a product; `architecture` as "sm_90", or "any"."""
+    key = element_size, shape_class(m, n)
+    return PRODUCTS.get(architecture, {}).get(key) or PRODUCTS["any"][key]

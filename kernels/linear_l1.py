@@ -1,0 +1,147 @@
+"""`linear_l1` in Triton: the head's product, whose epilogue reads the pixels where they are and keeps only signs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sgmim_fast.kernels import configs, products
+from sgmim_fast.kernels.launch import cast_all, launch, on_device, supported, tf32
+from sgmim_fast.kernels.sums import Sum, column_sums, finish
+from sgmim_fast.ops import products as dtypes
+from sgmim_fast.ops._op import absent
+from sgmim_fast.ops.linear_l1 import target_gradient
+
+
+@triton.jit
+def _forward_kernel(
+    x, x_rows, weight, bias, target, valid, rows, signs, partials, count, width, outs, across, cells,
+    tb, tc, th, tw, vb, vc, vh, vw,  # strides of target and valid
+    CELL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(outs, BLOCK_N)
+    m = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    source = m.to(tl.int64)
+    if x_rows is not None:
+        source = tl.load(x_rows + m, mask=m < count, other=0)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, width, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        a = tl.load(x + source[:, None] * width + k[None, :], mask=(m < count)[:, None] & (k < width)[None, :], other=0)
+        at = n.to(tl.int64)[:, None] * width + k[None, :]
+        w = tl.load(weight + at, mask=(n < outs)[:, None] & (k < width)[None, :], other=0)
+        total = tl.dot(a.to(w.dtype), tl.trans(w), total, input_precision=PRECISION)
+    total += tl.load(bias + n, mask=n < outs, other=0.0).to(tl.float32)[None, :]
+
+    row = tl.load(rows + m, mask=m < count, other=0)
+    inside = (m < count)[:, None] & (n < outs)[None, :]
+    image, cell = (row // cells)[:, None], row % cells
+    y = (cell // across * CELL)[:, None] + (n % (CELL * CELL) // CELL)[None, :]
+    z = (cell % across * CELL)[:, None] + (n % CELL)[None, :]
+    channel = (n // (CELL * CELL))[None, :]
+    pixel = tl.load(target + image * tb + channel * tc + y * th + z * tw, mask=inside, other=0.0).to(tl.float32)
+    difference = tl.where(inside, total - pixel, 0.0)
+    if valid is not None:
+        counts = tl.load(valid + image * vb + channel * vc + y * vh + z * vw, mask=inside, other=0)
+        difference = tl.where(counts != 0, difference, 0.0)
+    sign = (difference > 0).to(tl.int8) - (difference < 0).to(tl.int8)
+    tl.store(signs + m.to(tl.int64)[:, None] * outs + n[None, :], sign, mask=inside)
+    tl.store(partials + tl.program_id(0), tl.sum(tl.sum(tl.abs(difference), 1), 0))
+
+
+def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
+    x, dtype = args[0] if part == "forward" else args[1], args[-1]
+    return supported(dtype or x.dtype, dtypes.compute_dtype(dtype or x.dtype, x.device))
+
+
+@on_device
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    valid: Tensor | None,
+    rows: Tensor,
+    cell: int,
+    packed: bool,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """Cost: reads x and W for each tile, the wanted pixels once, writes a byte per pixel; 3 launches."""
+    compute = dtypes.compute_dtype(dtype or x.dtype, x.device)
+    (w,) = cast_all([weight], compute)
+    x, rows = x.contiguous(), rows.contiguous()
+    count, (outs, width) = rows.shape[0], w.shape
+    signs = torch.empty(count, outs, dtype=torch.int8, device=x.device)
+    config = configs.product(count, outs, compute.itemsize, products.architecture(x.device))
+    tiles = triton.cdiv(count, config.block_m) * triton.cdiv(outs, config.block_n)
+    partials = torch.empty(tiles, 1, dtype=torch.float32, device=x.device)
+    across = target.shape[3] // cell
+    launch(
+        _forward_kernel,
+        (tiles,),
+        x,
+        None if packed else rows,
+        w,
+        bias,
+        target,
+        None if valid is None else valid.view(torch.uint8),
+        rows,
+        signs,
+        partials,
+        count,
+        width,
+        outs,
+        across,
+        across * (target.shape[2] // cell),
+        *target.stride(),
+        *((0, 0, 0, 0) if valid is None else valid.stride()),
+        CELL=cell,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        PRECISION=tf32(),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    total = torch.empty((), dtype=torch.float32, device=x.device)
+    finish([Sum(partials, total.view(1))])
+    return total, signs
+
+
+@on_device
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    signs: Tensor,
+    rows: Tensor,
+    cell: int,
+    packed: bool,
+    needs: list[bool],
+    dtype: torch.dtype | None,
+) -> list[Tensor]:
+    """Cost: reads the signs three times, W and x once per tile; at most 5 launches and a fill."""
+    compute = dtypes.compute_dtype(dtype or x.dtype, x.device)
+    grads = [absent(x) for _ in needs]
+    x, rows = x.contiguous(), rows.contiguous()
+    if needs[0]:
+        (w,) = cast_all([weight], compute)
+        grads[0] = torch.empty_like(x) if packed else torch.zeros_like(x)
+        products.input_gradient_of_signs(signs, w, grad, grads[0], None if packed else rows)
+    if needs[1]:
+        grads[1] = products.weight_gradients(
+            [signs], cast_all([x], compute), [weight.dtype], rows=None if packed else rows, scale=grad
+        )[0]
+    if needs[2]:
+        grads[2] = torch.empty_like(bias)
+        finish(column_sums([signs], [grads[2]]), grad)
+    if needs[3]:
+        grads[3] = target_gradient(grad, signs, target, rows, cell)
+    return grads

@@ -1,0 +1,351 @@
+"""Matrix products of the guidance branch on a GPU: several small ones in one launch, with what follows in the epilogue.
+
+One kernel computes C = A . B for up to a handful of problems, told apart by the program's number, in three kinds named
+after what they are to a linear layer of weight W (out, in):
+
+    FORWARD   y = x . W^T       bias, GELU (keeping its argument) and a residual read by rows in the epilogue
+    INPUT     dx = dy . W       GELU's derivative in the epilogue, which writes GELU again; a scale; a scatter by rows
+    WEIGHT    dW = dy^T . x     x read by rows; a scale
+
+Which path: `SGMIM_FAST_TRITON_PRODUCTS=auto|triton|library`. "library" is torch (cuBLAS) and one elementwise kernel
+where there is an epilogue. The reasoning, until both have been measured on a GPU: in half precision a product of it
+takes 5 to 40 us, so an epilogue's launch and its trip through memory (2 us + rows * out * 6 bytes / 4.8 TB/s, 9 us for
+the MLP's at Swin-B, B = 128) cost as much as Triton's products lose to cuBLAS (10 to 20 %), and products with few tiles
+leave multiprocessors idle unless they share a launch. In float32 without tf32, Triton's products run on the scalar
+units without cuBLAS's register blocking, so the library takes them. "auto" is that: Triton below 32 bits, or with tf32.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sgmim_fast.kernels import configs
+from sgmim_fast.kernels.launch import INTERPRETED, launch, tf32
+
+FORWARD, INPUT, WEIGHT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def gelu(x):
+    return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_derivative(x):
+    return 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
+def _product_kernel(
+    a, b, c,  # operands and result of every problem
+    bias, residual, before, after, index, scale,  # of the epilogue, or None; see `linear` and the others
+    rows, ins, outs,  # tokens, width of x, width of y
+    KIND: tl.constexpr, DTYPE: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    # the problem, and the tile in it; neighbouring programs share operands in the second-level cache
+    program = tl.program_id(0)
+    tile = program
+    A, B, C, R, I, O = a[0], b[0], c[0], rows[0], ins[0], outs[0]  # noqa: E741
+    first = 0
+    if bias is not None:
+        Bias = bias[0]
+    for i in tl.static_range(len(a)):
+        if program >= first:
+            tile = program - first
+            A, B, C, R, I, O = a[i], b[i], c[i], rows[i], ins[i], outs[i]  # noqa: E741
+            if bias is not None:
+                Bias = bias[i]
+        if KIND == FORWARD:
+            first += tl.cdiv(rows[i], BLOCK_M) * tl.cdiv(outs[i], BLOCK_N)
+        elif KIND == INPUT:
+            first += tl.cdiv(rows[i], BLOCK_M) * tl.cdiv(ins[i], BLOCK_N)
+        else:
+            first += tl.cdiv(outs[i], BLOCK_M) * tl.cdiv(ins[i], BLOCK_N)
+    if KIND == FORWARD:
+        M, N, K = R, O, I
+    elif KIND == INPUT:
+        M, N, K = R, I, O
+    else:
+        M, N, K = O, I, R
+    down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group = tile // (GROUP * across)
+    height = tl.minimum(down - group * GROUP, GROUP)
+    m = (group * GROUP + tile % (GROUP * across) % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile % (GROUP * across) // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    wide = m.to(tl.int64)
+
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        if KIND == WEIGHT:  # A is dy (rows, outs), read transposed
+            x = tl.load(A + k.to(tl.int64)[:, None] * O + m[None, :], mask=(k < K)[:, None] & (m < M)[None, :], other=0)
+            x = tl.trans(x.to(DTYPE))
+            at = k.to(tl.int64)
+            if index is not None:
+                at = tl.load(index + k, mask=k < K, other=0)
+            w = tl.load(B + at[:, None] * I + n[None, :], mask=(k < K)[:, None] & (n < N)[None, :], other=0)
+        else:
+            x = tl.load(A + wide[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0)
+            x = x.to(DTYPE)
+            if KIND == FORWARD:  # W (outs, ins), read transposed
+                w = tl.load(
+                    B + n.to(tl.int64)[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0
+                )
+                w = tl.trans(w)
+            else:
+                w = tl.load(
+                    B + k.to(tl.int64)[:, None] * N + n[None, :], mask=(k < K)[:, None] & (n < N)[None, :], other=0
+                )
+        total = tl.dot(x, w.to(DTYPE), total, input_precision=PRECISION)
+
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    at = wide[:, None] * N + n[None, :]
+    if bias is not None:
+        total += tl.load(Bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    total = finish(total, at, wide, m < M, n, N, inside, residual, before, after, index, scale, KIND, GELU)
+    if KIND == INPUT and index is not None:
+        at = tl.load(index + m, mask=m < M, other=0)[:, None] * N + n[None, :]
+    tl.store(C + at, total.to(C.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def finish(
+    total, at, row, here, n, N, inside, residual, before, after, index, scale,
+    KIND: tl.constexpr, GELU: tl.constexpr,
+):  # fmt: skip
+    """What follows a product; `at` are the places of the result's elements, `before` holds GELU's argument."""
+    if scale is not None:
+        total *= tl.load(scale).to(tl.float32)
+    if GELU:
+        if KIND == FORWARD:
+            total = total.to(before.dtype.element_ty)  # as the backward will read it
+            tl.store(before + at, total, mask=inside)
+            total = gelu(total.to(tl.float32))
+        else:
+            x = tl.load(before + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(after + at, gelu(x).to(after.dtype.element_ty), mask=inside)
+            total *= gelu_derivative(x)
+    if residual is not None:
+        place = row
+        if index is not None:
+            place = tl.load(index + row, mask=here, other=0)
+        total += tl.load(residual + place[:, None] * N + n[None, :], mask=inside, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _epilogue_kernel(
+    x, c, residual, before, after, index, rows, width,
+    KIND: tl.constexpr, GELU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (n < width)[None, :]
+    at = row[:, None] * width + n[None, :]
+    total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    total = finish(total, at, row, row < rows, n, width, inside, residual, before, after, index, None, KIND, GELU)
+    tl.store(c + at, total.to(c.dtype.element_ty), mask=inside)
+
+
+_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def fused(dtype: torch.dtype) -> bool:
+    """Whether products of this dtype go through the kernel here; else through torch."""
+    wanted = _wanted()
+    if wanted != "auto":
+        return wanted == "triton"
+    return dtype != torch.float32 or tf32() == "tf32"
+
+
+@functools.cache
+def _wanted() -> str:
+    wanted = os.environ.get("SGMIM_FAST_TRITON_PRODUCTS", "auto")
+    if wanted not in ("auto", "triton", "library"):
+        raise ValueError(f"SGMIM_FAST_TRITON_PRODUCTS is {wanted!r}; expected auto, triton or library")
+    return wanted
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """As the configurations' table names it."""
+    return "any" if INTERPRETED else "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def _run(
+    kind: tl.constexpr,
+    dtype: torch.dtype,
+    a: list[Tensor],
+    b: list[Tensor],
+    c: list[Tensor],
+    shapes: list[tuple[int, int, int]],
+    *,
+    bias: list[Tensor] | None = None,
+    residual: Tensor | None = None,
+    before: Tensor | None = None,
+    after: Tensor | None = None,
+    index: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> None:
+    """shapes: (rows, ins, outs) of every problem."""
+    sides = {0: (0, 2), 1: (0, 1), 2: (2, 1)}[kind.value]
+    m, n = sum(shape[sides[0]] for shape in shapes), max(shape[sides[1]] for shape in shapes)
+    config = configs.product(m, n, dtype.itemsize, architecture(a[0].device))
+    tiles = sum(
+        triton.cdiv(shape[sides[0]], config.block_m) * triton.cdiv(shape[sides[1]], config.block_n) for shape in shapes
+    )
+    rows, ins, outs = (tuple(sizes) for sizes in zip(*shapes, strict=True))
+    launch(
+        _product_kernel,
+        (tiles,),
+        tuple(a),
+        tuple(b),
+        tuple(c),
+        None if bias is None else tuple(bias),
+        residual,
+        before,
+        after,
+        index,
+        scale,
+        rows,
+        ins,
+        outs,
+        KIND=kind,
+        DTYPE=_TYPES[dtype],
+        GELU=before is not None,
+        PRECISION=tf32(),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP=8,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+
+
+def _epilogue(kind: tl.constexpr, x: Tensor, c: Tensor, residual=None, before=None, after=None, index=None) -> None:
+    rows, width = x.shape
+    launch(
+        _epilogue_kernel,
+        (triton.cdiv(rows, 4), triton.cdiv(width, 512)),
+        x,
+        c,
+        residual,
+        before,
+        after,
+        index,
+        rows,
+        width,
+        KIND=kind,
+        GELU=before is not None,
+        ROWS=4,
+        BLOCK=512,
+    )
+
+
+def linears(xs: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    """x . W^T for each pair of one dtype, (n, in) and (out, in). Cost: 1 launch; through the library one each."""
+    dtype = xs[0].dtype
+    if not fused(dtype):
+        return [torch.nn.functional.linear(x, weight) for x, weight in zip(xs, weights, strict=True)]
+    ys = [torch.empty(x.shape[0], w.shape[0], dtype=dtype, device=x.device) for x, w in zip(xs, weights, strict=True)]
+    shapes = [(x.shape[0], w.shape[1], w.shape[0]) for x, w in zip(xs, weights, strict=True)]
+    _run(FORWARD, dtype, xs, weights, ys, shapes)
+    return ys
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor, *, residual: Tensor | None = None, rows: Tensor | None = None
+) -> Tensor:
+    """x . W^T + bias + residual[rows], or + residual, in x's dtype. Cost: 1 launch; through the library 2."""
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    shape = x.shape[0], weight.shape[1], weight.shape[0]
+    if fused(x.dtype):
+        _run(FORWARD, x.dtype, [x], [weight], [y], [shape], bias=[bias], residual=residual, index=rows)
+        return y
+    product = torch.nn.functional.linear(x, weight, bias.to(x.dtype))
+    if residual is None:
+        return product
+    _epilogue(FORWARD, product, y, residual=residual, index=rows)
+    return y
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """h = x . W^T + bias and gelu(h). Cost: 1 launch; through the library 2."""
+    before = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    after = torch.empty_like(before)
+    shape = x.shape[0], weight.shape[1], weight.shape[0]
+    if fused(x.dtype):
+        _run(FORWARD, x.dtype, [x], [weight], [after], [shape], bias=[bias], before=before)
+    else:
+        _epilogue(FORWARD, torch.nn.functional.linear(x, weight, bias.to(x.dtype)), after, before=before)
+    return before, after
+
+
+def input_gradients(dys: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    """dy . W for each pair of one dtype, (n, out) and (out, in). Cost: 1 launch; through the library one each."""
+    dtype = dys[0].dtype
+    if not fused(dtype):
+        return [dy @ weight for dy, weight in zip(dys, weights, strict=True)]
+    dxs = [
+        torch.empty(dy.shape[0], w.shape[1], dtype=dtype, device=dy.device) for dy, w in zip(dys, weights, strict=True)
+    ]
+    shapes = [(dy.shape[0], w.shape[1], w.shape[0]) for dy, w in zip(dys, weights, strict=True)]
+    _run(INPUT, dtype, dys, weights, dxs, shapes)
+    return dxs
+
+
+def input_gradient_gelu(dy: Tensor, weight: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """dy . W * gelu'(before) and gelu(before). Cost: 1 launch; through the library 2."""
+    dx, after = torch.empty_like(before), torch.empty_like(before)
+    if fused(dy.dtype):
+        shape = dy.shape[0], weight.shape[1], weight.shape[0]
+        _run(INPUT, dy.dtype, [dy], [weight], [dx], [shape], before=before, after=after)
+    else:
+        _epilogue(INPUT, dy @ weight, dx, before=before, after=after)
+    return dx, after
+
+
+def input_gradient_of_signs(signs: Tensor, weight: Tensor, scale: Tensor, dx: Tensor, rows: Tensor | None) -> None:
+    """signs (n, out) int8 . W * scale into the rows of dx, or all of it. Cost: 1 launch; through the library 3."""
+    if fused(weight.dtype):
+        shape = signs.shape[0], weight.shape[1], weight.shape[0]
+        _run(INPUT, weight.dtype, [signs], [weight], [dx], [shape], index=rows, scale=scale)
+        return
+    product = (signs.to(weight.dtype) @ weight * scale).to(dx.dtype)
+    dx.copy_(product) if rows is None else dx.index_copy_(0, rows, product)
+
+
+def weight_gradients(
+    dys: list[Tensor],
+    xs: list[Tensor],
+    dtypes: list[torch.dtype],
+    *,
+    rows: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> list[Tensor]:
+    """dy^T . x for each pair, (n, out) and (n, in), in the dtype given; x[rows] with one pair; times scale.
+
+    The dys may be int8 signs. Cost: 1 launch; through the library one each, and what converts.
+    """
+    dtype = xs[0].dtype
+    if fused(dtype) and len(set(dtypes)) == 1:
+        dws = [
+            torch.empty(dy.shape[1], x.shape[1], dtype=dtypes[0], device=x.device)
+            for dy, x in zip(dys, xs, strict=True)
+        ]
+        shapes = [(dy.shape[0], x.shape[1], dy.shape[1]) for dy, x in zip(dys, xs, strict=True)]
+        _run(WEIGHT, dtype, dys, xs, dws, shapes, index=rows, scale=scale)
+        return dws
+    results = []
+    for dy, x, wanted in zip(dys, xs, dtypes, strict=True):
+        product = dy.to(dtype).t() @ (x if rows is None else x[rows])
+        results.append((product if scale is None else product * scale).to(wanted))
+    return results

@@ -1,0 +1,350 @@
+"""`structure_embed` in Triton: gather, patch embedding, its norm and the first merging's norm in one pass over pixels.
+
+A merging's norm is not fused with its product: each tile of columns would normalise the same rows again (8 to 16 times
+at these widths), between the loads and the tensor cores, and the backward needs the normalised rows for the weight
+gradient anyway. Cost at Swin-B, B = 128, half precision: forward 7 launches and about 120 MB, backward 9 and 330 MB.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sgmim_fast.kernels import products
+from sgmim_fast.kernels.launch import cast_all, fits, launch, on_device, rows_per_program, supported, tf32
+from sgmim_fast.kernels.layer_norm import layer_norm, layer_norm_backward
+from sgmim_fast.kernels.sums import Sum, finish
+from sgmim_fast.ops import products as library
+from sgmim_fast.ops._op import absent
+from sgmim_fast.ops.gather_patches import gather_patches_backward
+from sgmim_fast.ops.structure_embed import Saved, StructureParameters, per_cell, storage_dtype
+
+_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@triton.jit
+def _pixels(
+    structure, rows, token, shown, cells, across, sb, sc, sh, sw,
+    CHANNELS: tl.constexpr, PATCH: tl.constexpr, MERGES: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Patches in Z-order inside their cell, (tokens, BLOCK_K)."""
+    PER_CELL: tl.constexpr = 4**MERGES
+    z = (token % PER_CELL).to(tl.int32)
+    y, x = 0 * z, 0 * z
+    for level in tl.static_range(MERGES):  # the row's bit below the column's at each level
+        y += (z >> (2 * level) & 1) << level
+        x += (z >> (2 * level + 1) & 1) << level
+    cell = tl.load(rows + token // PER_CELL, mask=shown, other=0)
+    y = (cell % cells // across * 2**MERGES + y) * PATCH
+    x = (cell % across * 2**MERGES + x) * PATCH
+    k = tl.arange(0, BLOCK_K)
+    channel, row, column = k // (PATCH * PATCH), k % (PATCH * PATCH) // PATCH, k % PATCH
+    at = (cell // cells * sb)[:, None] + channel[None, :] * sc
+    at += (y[:, None] + row[None, :]) * sh + (x[:, None] + column[None, :]) * sw
+    inside = shown[:, None] & (k < CHANNELS * PATCH * PATCH)[None, :]
+    return tl.load(structure + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _embed(pixels, weight, bias, width, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+           DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    d, k = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_K)
+    w = tl.load(weight + d[None, :] * K + k[:, None], mask=(d < width)[None, :] & (k < K)[:, None], other=0.0)
+    embedded = tl.dot(pixels.to(DTYPE), w.to(DTYPE), input_precision=PRECISION)
+    return embedded + tl.load(bias + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _vector(x, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    return tl.load(x + i, mask=i < n, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _quarters(x, width, BLOCK_D: tl.constexpr):
+    """A merging norm's vector of 4 width numbers as (1, 4, BLOCK_D)."""
+    d = tl.arange(0, BLOCK_D)
+    at = tl.arange(0, 4)[:, None] * width + d[None, :]
+    return tl.load(x + at, mask=(d < width)[None, :] & (at >= 0), other=0.0).to(tl.float32)[None, :, :]
+
+
+@triton.jit
+def _forward_kernel(
+    structure, rows, weight, bias, gain, shift, merge_gain, merge_shift, y, statistics, merge_statistics,
+    count, merged, eps, cells, across, sb, sc, sh, sw, width,
+    CHANNELS: tl.constexpr, PATCH: tl.constexpr, MERGES: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    token = program * ROWS * 4 + tl.arange(0, 4 * ROWS)
+    shown = token < count
+    d = tl.arange(0, BLOCK_D)
+    inside = shown[:, None] & (d < width)[None, :]
+    pixels = _pixels(structure, rows, token, shown, cells, across, sb, sc, sh, sw, CHANNELS, PATCH, MERGES, BLOCK_K)
+    x = _embed(pixels, weight, bias, width, CHANNELS * PATCH * PATCH, BLOCK_K, BLOCK_D, DTYPE, PRECISION)
+    x = tl.where(inside, x, 0.0)
+    mean = tl.sum(x, 1) / width
+    centred = tl.where(inside, x - mean[:, None], 0.0)
+    rstd = 1 / tl.sqrt_rn(tl.sum(centred * centred, 1) / width + eps)
+    tl.store(statistics + token, mean, mask=shown)
+    tl.store(statistics + count + token, rstd, mask=shown)
+    # the patch norm's result, 0 in the hidden cell, four neighbours side by side
+    x = centred * rstd[:, None] * _vector(gain, width, BLOCK_D) + _vector(shift, width, BLOCK_D)
+    x = tl.reshape(tl.where(inside, x, 0.0), [ROWS, 4, BLOCK_D])
+    row = program * ROWS + tl.arange(0, ROWS)
+    mean = tl.sum(tl.sum(x, 2), 1) / (4 * width)
+    centred = tl.where((d < width)[None, None, :], x - mean[:, None, None], 0.0)
+    rstd = 1 / tl.sqrt_rn(tl.sum(tl.sum(centred * centred, 2), 1) / (4 * width) + eps)
+    tl.store(merge_statistics + row, mean, mask=row < merged)
+    tl.store(merge_statistics + merged + row, rstd, mask=row < merged)
+    x = centred * rstd[:, None, None] * _quarters(merge_gain, width, BLOCK_D) + _quarters(merge_shift, width, BLOCK_D)
+    at = row[:, None, None] * 4 * width + tl.arange(0, 4)[None, :, None] * width + d[None, None, :]
+    inside = (row < merged)[:, None, None] & (d < width)[None, None, :]
+    tl.store(y + at, x.to(y.dtype.element_ty), mask=inside & (at >= 0))
+
+
+@triton.jit
+def _backward_kernel(
+    dy, structure, rows, weight, bias, gain, shift, merge_gain, merge_shift, statistics, merge_statistics,
+    y, dembedded, dmerge_gain, dmerge_shift, dgain, dshift, dbias, dweight,
+    count, merged, cells, across, sb, sc, sh, sw, width, per_program,
+    CHANNELS: tl.constexpr, PATCH: tl.constexpr, MERGES: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    d, four = tl.arange(0, BLOCK_D), tl.arange(0, 4)
+    gains, shifts = _vector(gain, width, BLOCK_D), _vector(shift, width, BLOCK_D)
+    merge_gains, merge_shifts = _quarters(merge_gain, width, BLOCK_D), _quarters(merge_shift, width, BLOCK_D)
+    sum_merge_gain = tl.zeros([4, BLOCK_D], tl.float32)
+    sum_merge_shift = tl.zeros([4, BLOCK_D], tl.float32)
+    sum_gain = tl.zeros([BLOCK_D], tl.float32)
+    sum_shift = tl.zeros([BLOCK_D], tl.float32)
+    sum_bias = tl.zeros([BLOCK_D], tl.float32)
+    sum_weight = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    last = tl.minimum((program + 1) * per_program, merged)
+    for first in range(program * per_program, last, ROWS):
+        row = first + tl.arange(0, ROWS)
+        token = first * 4 + tl.arange(0, 4 * ROWS)
+        shown = token < tl.minimum(count, 4 * last)
+        inside = shown[:, None] & (d < width)[None, :]
+        inside_merged = (row < last)[:, None, None] & (d < width)[None, None, :] & (four >= 0)[None, :, None]
+        # the forward again
+        pixels = _pixels(structure, rows, token, shown, cells, across, sb, sc, sh, sw, CHANNELS, PATCH, MERGES, BLOCK_K)
+        x = _embed(pixels, weight, bias, width, CHANNELS * PATCH * PATCH, BLOCK_K, BLOCK_D, DTYPE, PRECISION)
+        mean = tl.load(statistics + token, mask=shown, other=0.0)
+        rstd = tl.load(statistics + count + token, mask=shown, other=0.0)
+        xhat = tl.where(inside, (x - mean[:, None]) * rstd[:, None], 0.0)
+        x = tl.reshape(tl.where(inside, xhat * gains + shifts, 0.0), [ROWS, 4, BLOCK_D])
+        mean = tl.load(merge_statistics + row, mask=row < last, other=0.0)
+        merge_rstd = tl.load(merge_statistics + merged + row, mask=row < last, other=0.0)[:, None, None]
+        merge_xhat = tl.where(inside_merged, (x - mean[:, None, None]) * merge_rstd, 0.0)
+        at = row[:, None, None] * 4 * width + four[None, :, None] * width + d[None, None, :]
+        tl.store(y + at, (merge_xhat * merge_gains + merge_shifts).to(y.dtype.element_ty), mask=inside_merged)
+        # the merging's norm
+        grad = tl.load(dy + at, mask=inside_merged, other=0.0).to(tl.float32)
+        sum_merge_gain += tl.sum(grad * merge_xhat, 0)
+        sum_merge_shift += tl.sum(grad, 0)
+        g = grad * merge_gains
+        mean = tl.sum(tl.sum(g, 2), 1) / (4 * width)
+        slope = tl.sum(tl.sum(g * merge_xhat, 2), 1) / (4 * width)
+        grad = (g - mean[:, None, None] - merge_xhat * slope[:, None, None]) * merge_rstd
+        # the patches' norm
+        grad = tl.where(inside, tl.reshape(grad, [4 * ROWS, BLOCK_D]), 0.0)
+        sum_gain += tl.sum(grad * xhat, 0)
+        sum_shift += tl.sum(grad, 0)
+        g = grad * gains
+        grad = (g - (tl.sum(g, 1) / width)[:, None] - xhat * (tl.sum(g * xhat, 1) / width)[:, None]) * rstd[:, None]
+        grad = tl.where(inside, grad, 0.0)
+        sum_bias += tl.sum(grad, 0)
+        sum_weight = tl.dot(tl.trans(pixels.to(DTYPE)), grad.to(DTYPE), sum_weight, input_precision=PRECISION)
+        if dembedded is not None:
+            at = token[:, None] * width + d[None, :]
+            tl.store(dembedded + at, grad.to(dembedded.dtype.element_ty), mask=inside)
+    at = four[:, None] * width + d[None, :]
+    inside = (d < width)[None, :] & (at >= 0)
+    tl.store(dmerge_gain + program * 4 * width + at, sum_merge_gain, mask=inside)
+    tl.store(dmerge_shift + program * 4 * width + at, sum_merge_shift, mask=inside)
+    at = program * width + d
+    tl.store(dgain + at, sum_gain, mask=d < width)
+    tl.store(dshift + at, sum_shift, mask=d < width)
+    tl.store(dbias + at, sum_bias, mask=d < width)
+    k = tl.arange(0, BLOCK_K)
+    K: tl.constexpr = CHANNELS * PATCH * PATCH
+    at = program * width * K + d[None, :] * K + k[:, None]
+    tl.store(dweight + at, sum_weight, mask=(d < width)[None, :] & (k < K)[:, None])
+
+
+class _Shape(NamedTuple):
+    """Sizes and options that forward and backward launch with."""
+
+    tokens: int  # embedded patches of the shown cells
+    merged: int  # rows after the first merging, the hidden cell's included
+    pixels: tuple[int, ...]  # cells of an image, cells across, strides of the map
+    options: dict[str, Any]
+
+
+def _shape(structure: Tensor, rows: Tensor, w: StructureParameters, cell: int, dtype: torch.dtype) -> _Shape:
+    width, channels, patch, _ = w.embed_weight.shape
+    block_d = max(triton.next_power_of_2(width), 16)
+    tokens = rows.shape[0] * per_cell(w)
+    across = structure.shape[3] // cell
+    options = {
+        "CHANNELS": channels,
+        "PATCH": patch,
+        "MERGES": len(w.merge_weights),
+        "ROWS": 8 if block_d <= 128 else 4,
+        "BLOCK_K": max(triton.next_power_of_2(channels * patch * patch), 16),
+        "BLOCK_D": block_d,
+        "DTYPE": _TYPES[dtype],
+        "PRECISION": tf32(),
+        "num_warps": 8 if block_d <= 256 else 16,
+    }
+    pixels = (across * (structure.shape[2] // cell), across, *structure.stride())
+    return _Shape(tokens, (tokens + per_cell(w)) // 4, pixels, options)
+
+
+def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
+    structure, dtype = args[0] if part == "forward" else args[1], args[-1]
+    parameters = args[2] if part == "forward" else args[3]
+    if len(parameters) == 4:
+        return False, "an encoder stride without patch mergings; the kernel joins the norms of patch and merging"
+    usable, reason = supported(dtype or structure.dtype, storage_dtype(structure, dtype))
+    if not usable:
+        return usable, reason
+    w = StructureParameters.nested(parameters)
+    if w.embed_weight.shape[0] > 1024 or w.embed_weight[0].numel() > 256:
+        return False, f"patch embedding {tuple(w.embed_weight.shape)}; the kernel takes (1024, 256 pixels) at most"
+    return fits(w.merge_weights[-1].shape[1])
+
+
+def _vectors(w: StructureParameters) -> list[Tensor]:
+    vectors = w.embed_weight, w.embed_bias, w.norm_weight, w.norm_bias, w.merge_norm_weights[0], w.merge_norm_biases[0]
+    return [vector.contiguous() for vector in vectors]
+
+
+@on_device
+def forward(
+    structure: Tensor, rows: Tensor, parameters: list[Tensor], cell: int, eps: float, dtype: torch.dtype | None
+) -> tuple[Tensor, list[Tensor]]:
+    w = StructureParameters.nested(parameters)
+    storage = storage_dtype(structure, dtype)
+    rows, device = rows.contiguous(), structure.device
+    shape = _shape(structure, rows, w, cell, storage)
+    weights = cast_all(w.merge_weights, storage)
+    y = torch.empty(shape.merged, weights[0].shape[1], dtype=storage, device=device)
+    saved = Saved([], [torch.empty(2, n, dtype=torch.float32, device=device) for n in (shape.tokens, shape.merged)])
+    launch(
+        _forward_kernel,
+        (triton.cdiv(shape.merged, shape.options["ROWS"]),),
+        structure,
+        rows,
+        *_vectors(w),
+        y,
+        *saved.statistics,
+        shape.tokens,
+        shape.merged,
+        eps,
+        *shape.pixels,
+        w.embed_weight.shape[0],
+        **shape.options,
+    )
+    (x,) = products.linears([y], weights[:1])
+    for i in range(1, len(weights)):
+        x = x.view(-1, weights[i].shape[1])
+        saved.inputs.append(x)
+        y, statistics = layer_norm(x, w.merge_norm_weights[i], w.merge_norm_biases[i], eps, storage)
+        saved.statistics.append(statistics)
+        (x,) = products.linears([y], [weights[i]])
+    return x.to(dtype or structure.dtype), saved.flat()
+
+
+@on_device
+def backward(
+    grad: Tensor,
+    structure: Tensor,
+    rows: Tensor,
+    parameters: list[Tensor],
+    saved: list[Tensor],
+    cell: int,
+    needs: list[bool],
+    dtype: torch.dtype | None,
+) -> list[Tensor]:
+    w, s = StructureParameters.nested(parameters), Saved.nested(saved)
+    storage = storage_dtype(structure, dtype)
+    rows = rows.contiguous()
+    shape = _shape(structure, rows, w, cell, storage)
+    weights = cast_all(w.merge_weights, storage)
+    need = StructureParameters.nested(needs[1:])
+    dw = StructureParameters.nested([None] * len(parameters))
+    dys, ys, sums = [], [], []  # of the mergings, the last first
+    dx = grad.to(storage).contiguous()
+    for i in reversed(range(1, len(weights))):
+        dys.append(dx)
+        (dy,) = products.input_gradients([dx], [weights[i]])
+        dx = torch.empty_like(s.inputs[i - 1])
+        y, norm_sums = layer_norm_backward(
+            dy, s.inputs[i - 1], s.statistics[i + 1], w.merge_norm_weights[i], w.merge_norm_biases[i], dx
+        )
+        ys.append(y)
+        sums += norm_sums
+        dw.merge_norm_weights[i], dw.merge_norm_biases[i] = (total.out for total in norm_sums)
+        dx = dx.view(-1, weights[i - 1].shape[0])
+    dys.append(dx)
+    (dy,) = products.input_gradients([dx], weights[:1])
+    y, dembedded, first_sums = _backward_first(dy, structure, rows, w, s, shape, needs[0])
+    ys.append(y)
+    dw.merge_norm_weights[0], dw.merge_norm_biases[0], *first = (total.out for total in first_sums)
+    fields = ("norm_weight", "norm_bias", "embed_bias", "embed_weight")
+    dw = dw._replace(**dict(zip(fields, first, strict=True)))
+    dw = dw._replace(embed_weight=dw.embed_weight.view_as(w.embed_weight))
+    finish(sums + first_sums)
+    if any(need.merge_weights):
+        products_of = products.weight_gradients(dys, ys, [weight.dtype for weight in reversed(w.merge_weights)])
+        dw.merge_weights[:] = reversed(products_of)
+    dstructure = None
+    if needs[0]:
+        dpatches = library.linear_input_gradient(dembedded, w.embed_weight.flatten(1)).to(structure.dtype)
+        dstructure = gather_patches_backward(dpatches, rows, structure.shape, cell, w.embed_weight.shape[2], True)
+    grads = [dstructure, *dw.flat()]
+    return [
+        grad if wanted else absent(t) for t, grad, wanted in zip([structure, *parameters], grads, needs, strict=True)
+    ]
+
+
+def _backward_first(
+    dy: Tensor, structure: Tensor, rows: Tensor, w: StructureParameters, s: Saved, shape: _Shape, embedded: bool
+) -> tuple[Tensor, Tensor | None, list[Sum]]:
+    """From the gradient of the first merging's normalised rows: those rows again, where wanted the gradient of the
+    embedded patches, and the sums for merging norm, patch norm and embedding (bias, weight)."""
+    width, device = w.embed_weight.shape[0], dy.device
+    rows_of_a_tile = shape.options["ROWS"]
+    per_program = triton.cdiv(rows_per_program(shape.merged, device), rows_of_a_tile) * rows_of_a_tile
+    programs = triton.cdiv(shape.merged, per_program)
+    weight, bias, gain, shift, merge_gain, merge_shift = (torch.empty_like(vector) for vector in _vectors(w))
+    outs = merge_gain, merge_shift, gain, shift, bias, weight.view(-1)
+    sums = [Sum(torch.empty(programs, out.numel(), dtype=torch.float32, device=device), out) for out in outs]
+    y = torch.empty_like(dy)
+    dembedded = torch.empty(shape.tokens, width, dtype=dy.dtype, device=device) if embedded else None
+    launch(
+        _backward_kernel,
+        (programs,),
+        dy,
+        structure,
+        rows,
+        *_vectors(w),
+        *s.statistics[:2],
+        y,
+        dembedded,
+        *(total.partials for total in sums),
+        shape.tokens,
+        shape.merged,
+        *shape.pixels,
+        width,
+        per_program,
+        **shape.options,
+    )
+    return y, dembedded, sums

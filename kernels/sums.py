@@ -1,0 +1,134 @@
+"""Sums over rows, in two stages of fixed order: partial sums per program, then one launch for all that an op needs.
+
+No atomics: the same number of programs gives the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sgmim_fast.kernels.launch import launch, rows_per_program
+
+
+class Sum(NamedTuple):
+    """A sum to be finished: `partials` (programs, n), contiguous, into `out` (n,) of any floating dtype."""
+
+    partials: Tensor
+    out: Tensor
+
+
+@triton.jit
+def _finish_kernel(partials, outs, scale, counts, widths, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    job = tl.program_id(1)
+    partial = partials[0]
+    out = outs[0]
+    count = counts[0]
+    width = widths[0]
+    for i in tl.static_range(1, len(partials)):
+        if job == i:
+            partial = partials[i]
+            out = outs[i]
+            count = counts[i]
+            width = widths[i]
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, count, ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = (row < count)[:, None] & (column < width)[None, :]
+        at = row.to(tl.int64)[:, None] * width + column[None, :]
+        total += tl.sum(tl.load(partial + at, mask=inside, other=0.0), 0)
+    if scale is not None:
+        total *= tl.load(scale)
+    tl.store(out + column, total.to(out.dtype.element_ty), mask=column < width)
+
+
+def finish(sums: list[Sum], scale: Tensor | None = None) -> None:
+    """Adds the programs' parts of every sum, times `scale` (a tensor of one number).
+
+    Cost: reads the partials once; 1 launch for each dtype of the outs, which is one in every model whose norms and
+    biases have one.
+    """
+    for dtype in dict.fromkeys(s.out.dtype for s in sums):
+        _finish([s for s in sums if s.out.dtype == dtype], scale)
+
+
+def _finish(sums: list[Sum], scale: Tensor | None) -> None:
+    partials, outs = (tuple(t) for t in zip(*sums, strict=True))
+    block = 64 if len(outs) > 1 or outs[0].numel() > 1 else 1
+    launch(
+        _finish_kernel,
+        (triton.cdiv(max(out.numel() for out in outs), block), len(outs)),
+        partials,
+        outs,
+        scale,
+        tuple(p.shape[0] for p in partials),
+        tuple(out.numel() for out in outs),
+        BLOCK=block,
+        ROWS=16 if block > 1 else 1024,
+    )
+
+
+@triton.jit
+def _columns_kernel(
+    xs, partials, keep, counts, widths, per_program: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    job = tl.program_id(2)
+    x = xs[0]
+    partial = partials[0]
+    count = counts[0]
+    width = widths[0]
+    for i in tl.static_range(1, len(xs)):
+        if job == i:
+            x = xs[i]
+            partial = partials[i]
+            count = counts[i]
+            width = widths[i]
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(1)
+    total = tl.zeros([BLOCK], tl.float32)
+    for step in range(0, per_program, ROWS):
+        row = program * per_program + step + tl.arange(0, ROWS)
+        inside = (row < count)[:, None] & (column < width)[None, :]
+        at = row.to(tl.int64)[:, None] * width + column[None, :]
+        if keep is not None:
+            inside = inside & (tl.load(keep + row, mask=row < count, other=0)[:, None] > 0)
+        total += tl.sum(tl.load(x + at, mask=inside, other=0).to(tl.float32), 0)
+    here = (column < width) & (0 * column + program * per_program < count)
+    tl.store(partial + program.to(tl.int64) * width + column, total, mask=here)
+
+
+PER_PROGRAM = 128  # rows
+
+
+def column_sums(xs: list[Tensor], outs: list[Tensor], keep: Tensor | None = None) -> list[Sum]:
+    """Sums over rows of each (n, C) tensor of one dtype, to be finished into the outs (C,). keep: (n,), 0 leaves out.
+
+    Cost: reads the tensors once, 1 launch.
+    """
+    counts = [triton.cdiv(x.shape[0], PER_PROGRAM) for x in xs]
+    partials = [x.new_empty(count, x.shape[1], dtype=torch.float32) for x, count in zip(xs, counts, strict=True)]
+    launch(
+        _columns_kernel,
+        (triton.cdiv(max(x.shape[1] for x in xs), 128), max(counts), len(xs)),
+        tuple(xs),
+        tuple(partials),
+        keep,
+        tuple(x.shape[0] for x in xs),
+        tuple(x.shape[1] for x in xs),
+        per_program=PER_PROGRAM,
+        ROWS=32,
+        BLOCK=128,
+    )
+    return [Sum(partial, out) for partial, out in zip(partials, outs, strict=True)]
+
+
+def partial_sums(count: int, device: torch.device, vectors: int, width: int) -> tuple[int, Tensor]:
+    """For a kernel that sums over `count` rows: rows per program, and room for (vectors, programs, width) partials."""
+    per_program = rows_per_program(count, device)
+    programs = triton.cdiv(count, per_program)
+    return per_program, torch.empty(vectors, programs, width, dtype=torch.float32, device=device)

@@ -1,8 +1,7 @@
 """Launch configurations: fixed tables, so that nothing is tried out inside a training step.
 
-`python -m sgmim_fast.kernels.tune` measures candidates on a GPU and prints the table's lines for it. Until a line comes
-from there, it is a choice by reasoning: tiles that fill the multiprocessors at a few thousand rows, three stages of
-them in shared memory, and no spilled registers (`python -m sgmim_fast.kernels.compile` prints both).
+Nothing here has been measured on a GPU yet. The lines are choices by reasoning: tiles that fill the multiprocessors at a
+few thousand rows, and three stages of them in shared memory (`python -m sgmim_fast.kernels.compile` prints what they take).
 """
 
 from __future__ import annotations

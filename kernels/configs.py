@@ -1,7 +1,8 @@
 """Launch configurations: fixed tables, so that nothing is tried out inside a training step.
 
-Nothing here has been measured on a GPU yet. The lines are choices by reasoning: tiles that fill the multiprocessors at a
-few thousand rows, and three stages of them in shared memory (`python -m sgmim_fast.kernels.compile` prints what they take).
+Nothing here has been measured on a GPU yet. The lines are choices by reasoning: tiles that fill the multiprocessors at
+a few thousand rows, and three stages of them in shared memory (`python -m sgmim_fast.kernels.compile` prints what they
+take).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sgmim_fast.kernels import configs, products
 from sgmim_fast.kernels.arithmetic import cast, dot
-from sgmim_fast.kernels.launch import cast_all, copies_of, launch, on_device, supported, tf32
+from sgmim_fast.kernels.launch import copies_of, launch, on_device, supported, tf32
 from sgmim_fast.kernels.launch import target as machine
 from sgmim_fast.kernels.sums import Sum, finish
 from sgmim_fast.ops import products as dtypes
@@ -142,9 +142,9 @@ def backward(
         grads[0] = torch.empty_like(x) if packed else torch.zeros_like(x)
         products.input_gradient_of_signs(signs, w, grad, scale, grads[0], listed)
     if needs[1] or needs[2]:
-        (xs,) = cast_all([x], dtypes.compute_dtype(dtype or x.dtype, x.device))
+        compute = dtypes.compute_dtype(dtype or x.dtype, x.device)
         dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-        products.weight_gradients_of_signs(signs, xs, grad, scale, listed, dweight, dbias)
+        products.weight_gradients_of_signs(signs, x, compute, grad, scale, listed, dweight, dbias)
         grads[1], grads[2] = dweight if needs[1] else grads[1], dbias if needs[2] else grads[2]
     if needs[3]:
         grads[3] = target_gradient(grad * scale, signs, target, rows, cell)

@@ -350,19 +350,27 @@ def input_gradient_of_signs(
 
 
 def weight_gradients_of_signs(
-    signs: Tensor, x: Tensor, scale: Tensor, factor: float, rows: Tensor | None, dweight: Tensor, dbias: Tensor
+    signs: Tensor,
+    x: Tensor,
+    dtype: torch.dtype,
+    scale: Tensor,
+    factor: float,
+    rows: Tensor | None,
+    dweight: Tensor,
+    dbias: Tensor,
 ) -> None:
     """signs (n, out) int8 ^T . x[rows], or . x, times scale * factor, and the signs' sum over their rows likewise.
 
-    Cost: 1 launch; through the library 7.
+    x is rounded to `dtype`, that of the products, as it is read. Cost: 1 launch; through the library 7.
     """
-    if fused(x.dtype):
+    if fused(dtype):
         shape = signs.shape[0], x.shape[1], signs.shape[1]
         options = {"index": rows, "scale": scale, "factor": factor, "sums": dbias}
-        _run(WEIGHT, x.dtype, [signs], [x], [dweight], [shape], **options)
+        _run(WEIGHT, dtype, [signs], [x], [dweight], [shape], **options)
         return
     by = scale * factor
-    torch.mul(signs.to(x.dtype).t() @ (x if rows is None else x[rows]), by, out=dweight)
+    product = signs.to(dtype).t() @ (x if rows is None else x[rows]).to(dtype)
+    dweight.copy_(product * by)
     finish_sums(column_sums([signs], [dbias]), by)
 
 

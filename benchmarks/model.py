@@ -57,7 +57,7 @@ class Device:
 H200 = Device("H200", "sm_90", 132, 0.75 * 4.8e12, 0.60 * 989e12, 0.75 * 67e12, 2.5e-6)
 
 # Allocations and views launch nothing.
-FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh", "_local_scalar_dense", "alias", "device"}
+FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh", "alias", "device"}
 
 
 @dataclass
@@ -104,6 +104,8 @@ class Trace(TorchDispatchMode):
         operands, results = list(tensors((args, kwargs))), list(tensors(result))
         count = flop_registry.get(func.overloadpacket)
         operations = count(*args, **kwargs, out_val=result) if count else 0
+        if name in ("linear", "matmul"):  # inside our ops these are not taken apart
+            operations = 2 * result.numel() * operands[0].shape[-1]
         written = {t.untyped_storage()._cdata: t for t in [*operands, *results]}
         if name.endswith("_") or name in ("zero_", "fill_", "zeros", "new_zeros", "zeros_like"):
             written = {t.untyped_storage()._cdata: t for t in (results or operands)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import multiprocessing
 import os
 import re
@@ -96,27 +97,33 @@ class Shape:
 
     width: int
     stride: int
-    batch: int  # images of 6x6 cells, 14 of them visible
+    grid: int  # cells along an image
+    batch: int
+
+    @property
+    def masked(self) -> int:
+        """Masked cells of an image."""
+        return math.ceil(0.6 * self.grid**2)
 
 
 # Swin-B/192 and ViT-B/16, of which a small batch takes the small and a large one the large configurations.
-SHAPES = [Shape(width, stride, batch) for width, stride in ((1024, 32), (768, 16)) for batch in (1, 8, 128)]
+SHAPES = [Shape(*model, batch) for model in ((1024, 32, 6), (768, 16, 14)) for batch in (1, 8, 128)]
 
 
 def branch(shape: Shape, mixed: bool, dtype: torch.dtype) -> None:
     """Forward and backward of every op; mixed: float32 parameters, as under autocast."""
     ops = {name: importlib.import_module(f"{kernels.__name__}.{name}") for name in NAMES}
     width, stride, batch = shape.width, shape.stride, shape.batch
-    grid, heads = 6, 8
+    grid, heads = shape.grid, 8
     cells, cast = grid * grid, dtype if mixed else None
 
     def tensor(*shape: int, dtype: torch.dtype = torch.float32 if mixed else dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
 
     patch, merges = embedding_patch(stride)
-    mask = torch.rand(batch, cells).argsort(1) < 22
+    mask = torch.rand(batch, cells).argsort(1) < shape.masked
     masked, visible = (wanted.flatten().nonzero().squeeze(1) for wanted in (mask, ~mask))
-    offsets = [torch.arange(batch + 1) * count for count in (cells - 22, 22)]
+    offsets = [torch.arange(batch + 1) * count for count in (cells - shape.masked, shape.masked)]
     rows = [visible, offsets[0], masked, offsets[1]]
     images, maps = (tensor(batch, channels, grid * stride, grid * stride) for channels in (3, 1))
 
@@ -161,7 +168,7 @@ def branch(shape: Shape, mixed: bool, dtype: torch.dtype) -> None:
         packed = ops["gather_patches"].forward(images, visible, stride, patch, zorder)
         ops["gather_patches"].backward(packed, visible, list(images.shape), stride, patch, zorder)
     ops["standardize_structure"].forward(maps, True)
-    for counts in ([22] * batch, [i % 23 for i in range(batch)]):
+    for counts in ([shape.masked] * batch, [i % cells for i in range(batch)]):
         ops["selective_mask"].forward(torch.tensor([1, 2]), counts, grid, grid, 2)
 
 
@@ -226,7 +233,11 @@ def report(launch: Launch, architecture: int) -> tuple[bool, str]:
         facts = compile_for(launch, architecture)
     except Exception as error:  # whatever the compiler raises belongs into the report
         return False, f"{head}: FAILED {type(error).__name__}: {str(error)[-300:]}"
-    limits = {"stack": configs.STACK.get(name, 0), "shared": configs.SHARED.get(architecture, 99 << 10)}
+    half = any(kind in ("*bf16", "*fp16") for kind in kinds) or "bf16" in str(constants) or "fp16" in str(constants)
+    limits = {
+        "stack": configs.STACK.get((name, 2 if half else 4), 0),
+        "shared": configs.SHARED.get(architecture, 99 << 10),
+    }
     over = [f"more than {limit} {fact}" for fact, limit in limits.items() if facts[fact] > limit]
     return not over, f"{head}: " + ", ".join([*(f"{v} {k}" for k, v in facts.items()), *over])
 

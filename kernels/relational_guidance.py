@@ -153,10 +153,14 @@ def _backward_kernel(
             tl.store(dq + at, cast(dquery, dq.dtype.element_ty), mask=(i < queries)[:, None] & (d < D)[None, :])
 
 
-def _options(width: int, heads: int, cells: int, keep: bool) -> dict[str, Any]:
-    """Blocks as small as the grid of cells allows: Swin's 36 cells need no more than 32 queries at a time."""
-    block = 64 if cells > 48 else 32 if cells > 16 else 16
-    d = width // heads
+def _options(q: Tensor, heads: int, cells: int, keep: bool, backward: bool) -> dict[str, Any]:
+    """Blocks as small as the grid of cells allows: Swin's 36 cells need no more than 32 queries at a time.
+
+    The backward holds five tiles of a head's width: in half precision eight warps keep them in registers; float32
+    products on the scalar units want whole rows of operands besides, and spill even at 16 queries.
+    """
+    half, d = q.dtype != torch.float32, q.shape[1] // heads
+    block = (64 if cells > 48 else 32 if cells > 16 else 16) if half or not backward else 16
     return {
         "KEEP": keep,
         "D": d,
@@ -164,7 +168,7 @@ def _options(width: int, heads: int, cells: int, keep: bool) -> dict[str, Any]:
         "BLOCK_M": min(block, 32),
         "BLOCK_N": block,
         "PRECISION": tf32(),
-        "num_warps": 4,
+        "num_warps": 8 if backward else 4,
         "num_stages": 2,
     }
 
@@ -180,7 +184,7 @@ def attention(
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[0], heads, dtype=torch.float32, device=q.device)
     width, images = q.shape[1], visible_offsets.shape[0] - 1
-    options = _options(width, heads, cells, keep)
+    options = _options(q, heads, cells, keep, False)
     launch(
         _forward_kernel,
         (triton.cdiv(cells, options["BLOCK_M"]), heads, images),
@@ -221,7 +225,7 @@ def attention_backward(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     width, images = q.shape[1], visible_offsets.shape[0] - 1
     hidden_sums = torch.empty(2, images, width, dtype=torch.float32, device=q.device)
-    options = _options(width, heads, cells, keep)
+    options = _options(q, heads, cells, keep, True)
     key_blocks = triton.cdiv(cells + 1, options["BLOCK_N"])
     launch(
         _backward_kernel,

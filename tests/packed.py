@@ -28,6 +28,7 @@ PRECISIONS = [
     pytest.param(Precision(torch.bfloat16, torch.bfloat16), id="bfloat16"),
     pytest.param(Precision(torch.bfloat16, torch.float32), id="bfloat16-in-float32"),
 ]
+HALF = pytest.param(Precision(torch.float16, torch.bfloat16), id="float16")  # not in C++ on the CPU
 
 
 def chosen(counts: Sequence[int], cells: int) -> Tensor:

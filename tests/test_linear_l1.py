@@ -11,6 +11,7 @@ from checks import assert_close_to_truth, gradcheck64, gradients, in_dtype, layo
 from hypothesis import given
 from hypothesis import strategies as st
 from packed import (
+    HALF,
     PRECISIONS,
     assert_draws_close_to_truth,
     assert_same_bits,
@@ -84,7 +85,7 @@ CASES = {
     "stride-32": Case((9, 5), grid=(3, 3), cell=32, width=64),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-every_precision = pytest.mark.parametrize("precision", PRECISIONS)
+every_precision = pytest.mark.parametrize("precision", [*PRECISIONS, HALF])
 COTANGENT = torch.tensor(0.37).double()  # a float32 number, so that every precision scales by the same
 
 

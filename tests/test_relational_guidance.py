@@ -10,6 +10,7 @@ from checks import gradcheck64, gradients, in_dtype, opcheck
 from hypothesis import given
 from hypothesis import strategies as st
 from packed import (
+    HALF,
     PRECISIONS,
     Precision,
     assert_draws_close_to_truth,
@@ -123,7 +124,7 @@ CASES = {
     "many-cells": Case((19, 33), cells=49, width=64, hidden=256),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-every_precision = pytest.mark.parametrize("precision", PRECISIONS)
+every_precision = pytest.mark.parametrize("precision", [*PRECISIONS, HALF])
 
 
 def on_rows(device: torch.device, rows: tuple[Rows, Rows]) -> tuple[Rows, Rows]:

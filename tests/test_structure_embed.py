@@ -10,6 +10,7 @@ from checks import gradcheck64, gradients, in_dtype, layouts, opcheck
 from hypothesis import given
 from hypothesis import strategies as st
 from packed import (
+    HALF,
     PRECISIONS,
     assert_draws_close_to_truth,
     assert_same_bits,
@@ -112,7 +113,7 @@ CASES = {
     "many-wide-cells-flat": Case((9, 9), (3, 3), cell=32, width=32, flat=True),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-every_precision = pytest.mark.parametrize("precision", PRECISIONS)
+every_precision = pytest.mark.parametrize("precision", [*PRECISIONS, HALF])
 
 
 def skip_if_the_kernels_need_a_merging(case: Case) -> None:

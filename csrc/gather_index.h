@@ -7,13 +7,7 @@
 // C * patch * patch values (c, i, j). All offsets are in elements, and 64 bits wide.
 #pragma once
 
-#include <cstdint>
-
-#ifdef __CUDACC__
-#define SGMIM_HOST_DEVICE __host__ __device__ inline
-#else
-#define SGMIM_HOST_DEVICE inline
-#endif
+#include "group.h"
 
 namespace sgmim {
 

@@ -42,10 +42,15 @@ MODULES: dict[str, dict[str, str]] = {
         "cpu": "sgmim_fast.ops.cpu.relational_guidance",
         "triton": "sgmim_fast.kernels.relational_guidance",
     },
-    "selective_mask": {"cpu": "sgmim_fast.ops.cpu.selective_mask", "triton": "sgmim_fast.kernels.selective_mask"},
+    "selective_mask": {
+        "cpu": "sgmim_fast.ops.cpu.selective_mask",
+        "triton": "sgmim_fast.kernels.selective_mask",
+        "cuda": "sgmim_fast.ops.cuda.selective_mask",
+    },
     "standardize_structure": {
         "cpu": "sgmim_fast.ops.cpu.standardize_structure",
         "triton": "sgmim_fast.kernels.standardize_structure",
+        "cuda": "sgmim_fast.ops.cuda.standardize_structure",
     },
     "structure_embed": {"cpu": "sgmim_fast.ops.cpu.structure_embed", "triton": "sgmim_fast.kernels.structure_embed"},
 }

@@ -1,14 +1,21 @@
-// The bodies of the CUDA kernels with the host as the device: a "group" of threads is played one rank after another.
-// test_cuda_bodies.py compiles this file; it knows neither torch nor CUDA.
+// The bodies of the CUDA kernels with the host as the device. host_build.py compiles this file; it knows neither
+// torch nor CUDA.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include "draw_mask.h"
 #include "gather_index.h"
+#include "host_group.h"
+#include "standardize_plane.h"
 
 namespace py = pybind11;
 
 namespace {
 
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+// A "group" of threads that never wait for each other, played one rank after another.
 struct Rank {
   int32_t rank_, size_;
   int32_t rank() const { return rank_; }
@@ -32,6 +39,74 @@ void copy_patches(
     }
 }
 
+// The key of each rank of `ranks`, and how many of its copies stand before that rank.
+py::tuple select_key(Array<uint32_t> keys, Array<uint32_t> ranks, int32_t threads) {
+  Array<uint32_t> found(ranks.size()), before(ranks.size());
+  std::vector<uint32_t> counts(sgmim::DIGITS + 2, 12345);
+  run_group(threads, [&](const HostGroup& group) {
+    for (py::ssize_t i = 0; i < ranks.size(); ++i) {
+      const sgmim::Prefix key = sgmim::select_key(
+          group, keys.data(), static_cast<uint32_t>(keys.size()), ranks.data()[i], counts.data());
+      if (group.rank() == 0) {
+        found.mutable_data()[i] = key.bits;
+        before.mutable_data()[i] = key.rank;
+      }
+    }
+  });
+  return py::make_tuple(found, before);
+}
+
+// The number of masked units before each unit, for keys given from outside.
+Array<uint32_t> count_masked(Array<uint32_t> keys, uint32_t masked, int32_t threads) {
+  const uint32_t units = static_cast<uint32_t>(keys.size());
+  Array<uint32_t> before(units + 1);
+  std::copy(keys.data(), keys.data() + units, before.mutable_data());
+  std::vector<uint32_t> counts(sgmim::DIGITS + 2, 12345);
+  run_group(threads, [&](const HostGroup& group) {
+    sgmim::count_masked(group, units, masked, before.mutable_data(), counts.data());
+  });
+  return before;
+}
+
+// mask (images, rows * scale, columns * scale); the lists of both sides are as long as they must be.
+void draw_masks(
+    uint64_t key0, uint64_t key1, Array<int64_t> masked, int32_t rows, int32_t columns, int32_t scale, Array<bool> mask,
+    Array<int64_t> masked_rows, Array<int64_t> visible_rows, int32_t threads) {
+  const sgmim::MaskGrid grid{rows, columns, scale};
+  const int64_t cells = sgmim::cells_of(grid);
+  int64_t first = 0;
+  std::vector<uint32_t> memory(sgmim::mask_memory(grid), 12345);
+  for (int64_t image = 0; image < masked.size(); ++image) {
+    const int64_t count = masked.data()[image];
+    run_group(threads, [&](const HostGroup& group) {
+      sgmim::draw_mask(
+          group, static_cast<uint32_t>(key0), static_cast<uint32_t>(key1), image, static_cast<uint32_t>(count), grid,
+          memory.data(), first, image * cells - first, mask.mutable_data() + image * cells, masked_rows.mutable_data(),
+          visible_rows.mutable_data());
+    });
+    first += count * scale * scale;
+  }
+}
+
+// x (planes, n) as stored, y (planes, n) float32, nonfinite (planes,).
+template <class Input>
+void standardize(Array<typename Input::Raw> x, Array<float> y, Array<int64_t> nonfinite, int32_t threads) {
+  std::vector<uint32_t> counts(sgmim::PLANE_MEMORY, 12345);
+  for (int64_t plane = 0; plane < x.shape(0); ++plane)
+    run_group(threads, [&](const HostGroup& group) {
+      sgmim::standardize_plane<Input>(
+          group, x.data() + plane * x.shape(1), static_cast<uint32_t>(x.shape(1)), counts.data(),
+          y.mutable_data() + plane * x.shape(1), nonfinite.mutable_data() + plane);
+    });
+}
+
+template <class Input>
+Array<float> values(Array<typename Input::Raw> raw) {
+  Array<float> result(raw.size());
+  for (py::ssize_t i = 0; i < raw.size(); ++i) result.mutable_data()[i] = Input::value(raw.data()[i]);
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(cuda_bodies, m) {
@@ -45,4 +120,19 @@ PYBIND11_MODULE(cuda_bodies, m) {
                            int64_t stride_row, int32_t cell, int32_t patch, bool zorder) {
     return sgmim::patch_corner({down, across, stride_image, 0, stride_row, 1, cell, patch, 1, zorder}, cell_number, order);
   });
+  m.def("select_key", &select_key);
+  m.def("count_masked", &count_masked);
+  m.def("draw_masks", &draw_masks, py::arg("key0"), py::arg("key1"), py::arg("masked").noconvert(), py::arg("rows"),
+        py::arg("columns"), py::arg("scale"), py::arg("mask").noconvert(), py::arg("masked_rows").noconvert(),
+        py::arg("visible_rows").noconvert(), py::arg("threads"));
+  const auto define = [&](const char* name, auto input) {
+    using Input = decltype(input);
+    m.def((std::string("standardize_") + name).c_str(), &standardize<Input>, py::arg("x").noconvert(),
+          py::arg("y").noconvert(), py::arg("nonfinite").noconvert(), py::arg("threads"));
+    m.def((std::string("values_") + name).c_str(), &values<Input>);
+  };
+  define("float32", sgmim::Float32{});
+  define("float16", sgmim::Float16{});
+  define("bfloat16", sgmim::BFloat16{});
+  define("uint16", sgmim::UInt16{});
 }

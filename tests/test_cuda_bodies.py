@@ -1,49 +1,19 @@
-"""The bodies of the CUDA kernels, compiled for the host and compared with NumPy, bit for bit."""
+"""The body of the CUDA kernel of `gather_patches`, compiled for the host and compared with NumPy, bit for bit."""
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import shutil
-import subprocess
-import sysconfig
-from pathlib import Path
 
 import numpy as np
 import pytest
+from host_build import load_bodies
 from hypothesis import given
 from hypothesis import strategies as st
-
-ROOT = Path(__file__).parents[1]
-NINJA = """\
-flags = -std=c++17 -O1 -Wall -Wextra -Werror -shared -fPIC -fvisibility=hidden
-rule module
-  command = c++ $flags {include} -MD -MF $out.d $in -o $out
-  depfile = $out.d
-  deps = gcc
-build {target}: module {source}
-"""
 
 
 @pytest.fixture(scope="module")
 def bodies():
-    """The module of cuda_bodies.cpp; ninja compiles it into build/tests, again only when a source has changed."""
-    pybind11 = pytest.importorskip("pybind11")
-    if not (shutil.which("c++") and shutil.which("ninja")):
-        pytest.skip("needs c++ and ninja")
-    folder = ROOT / "build" / "tests"
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"cuda_bodies{sysconfig.get_config_var('EXT_SUFFIX')}"
-    include = f"-I{ROOT / 'csrc'} -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
-    rules = NINJA.format(include=include, target=target.name, source=ROOT / "tests" / "cuda_bodies.cpp")
-    if not (folder / "build.ninja").exists() or (folder / "build.ninja").read_text() != rules:
-        (folder / "build.ninja").write_text(rules)
-    done = subprocess.run(["ninja", "-C", folder], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    spec = importlib.util.spec_from_file_location("cuda_bodies", target)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_bodies()
 
 
 def z_order(side: int) -> list[tuple[int, int]]:

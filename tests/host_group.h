@@ -4,6 +4,8 @@
 
 #include <pthread.h>
 
+#include <atomic>
+#include <cstring>
 #include <thread>
 #include <vector>
 
@@ -12,12 +14,12 @@
 class HostGroup {
  public:
   struct Shared {
-    explicit Shared(int32_t size) : size(size), sums(size), counts(size) { pthread_barrier_init(&barrier, nullptr, size); }
+    explicit Shared(int32_t size) : size(size), values(size) { pthread_barrier_init(&barrier, nullptr, size); }
     ~Shared() { pthread_barrier_destroy(&barrier); }
     int32_t size;
     pthread_barrier_t barrier;
-    std::vector<double> sums;
-    std::vector<uint32_t> counts;
+    std::vector<std::atomic<uint64_t>> values;
+    std::atomic<int32_t> arrived{0}, round{0};
   };
 
   HostGroup(Shared& shared, int32_t rank) : shared_(shared), rank_(rank) {}
@@ -27,28 +29,53 @@ class HostGroup {
     if (shared_.size > 1) pthread_barrier_wait(&shared_.barrier);
   }
   uint32_t scan(uint32_t value, uint32_t& total) const {
-    shared_.counts[rank_] = value;
-    sync();
     uint32_t before = 0;
     total = 0;
-    for (int32_t r = 0; r < shared_.size; ++r) {
-      before += r < rank_ ? shared_.counts[r] : 0;
-      total += shared_.counts[r];
-    }
-    sync();
+    exchange(value, [&](int32_t rank, uint64_t other) {
+      before += rank < rank_ ? static_cast<uint32_t>(other) : 0;
+      total += static_cast<uint32_t>(other);
+    });
     return before;
   }
   double sum(double value) const {
-    shared_.sums[rank_] = value;
-    sync();
+    uint64_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
     double total = 0;
-    for (double part : shared_.sums) total += part;
-    sync();
+    exchange(bits, [&](int32_t, uint64_t other) {
+      double part;
+      std::memcpy(&part, &other, sizeof part);
+      total += part;
+    });
     return total;
   }
   void add(uint32_t* counter, uint32_t n) const { __atomic_fetch_add(counter, n, __ATOMIC_RELAXED); }
 
  private:
+  // A warp's shuffles order no other memory. So that the sanitizer takes a body that relies on it for the race it is,
+  // the exchange goes through relaxed atomics there.
+#ifdef __SANITIZE_THREAD__
+  static constexpr std::memory_order ORDER = std::memory_order_relaxed;
+#else
+  static constexpr std::memory_order ORDER = std::memory_order_seq_cst;
+#endif
+
+  template <class Use>
+  void exchange(uint64_t value, const Use& use) const {
+    shared_.values[rank_].store(value, ORDER);
+    wait();
+    for (int32_t rank = 0; rank < shared_.size; ++rank) use(rank, shared_.values[rank].load(ORDER));
+    wait();
+  }
+  void wait() const {
+    const int32_t round = shared_.round.load(ORDER);
+    if (shared_.arrived.fetch_add(1, ORDER) + 1 == shared_.size) {
+      shared_.arrived.store(0, ORDER);
+      shared_.round.fetch_add(1, ORDER);
+    } else {
+      while (shared_.round.load(ORDER) == round) std::this_thread::yield();
+    }
+  }
+
   Shared& shared_;
   int32_t rank_;
 };

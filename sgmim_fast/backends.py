@@ -105,11 +105,21 @@ def forced() -> str | None:
 def available() -> dict[str, tuple[bool, str]]:
     """Backend -> (usable on this machine, reason where it is not)."""
     return {
-        "cuda": _native.load_cuda() if torch.cuda.is_available() else (False, "torch sees no CUDA device"),
+        "cuda": _cuda(),
         "triton": _triton(),
         "cpu": _native.load_cpu(),
         "torch": (True, ""),
     }
+
+
+def _cuda() -> tuple[bool, str]:
+    """Whether the CUDA kernels run here, and the reason where not."""
+    if not torch.cuda.is_available():
+        return False, "torch sees no CUDA device"
+    usable, reason = _native.load_cuda()
+    if usable and (missing := _native.uncovered_gpu()):
+        return False, missing
+    return usable, reason
 
 
 def _triton() -> tuple[bool, str]:

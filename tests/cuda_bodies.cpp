@@ -3,6 +3,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
+#include <string>
+
 #include "draw_mask.h"
 #include "gather_index.h"
 #include "host_group.h"
@@ -22,21 +25,47 @@ struct Rank {
   int32_t size() const { return size_; }
 };
 
+struct Sixteen {
+  uint64_t words[2];
+};
+
 template <class Element>
-void copy_patches(
+void copy_rows(
+    const sgmim::CellGrid& grid, const py::array_t<int64_t>& cells, void* tensor, void* packed, bool scatter,
+    int32_t threads) {
+  auto *const outside = static_cast<Element*>(tensor), *const inside = static_cast<Element*>(packed);
+  const int32_t per_cell = sgmim::patches_per_cell(grid);
+  for (int64_t row = 0; row < cells.size() * per_cell; ++row)
+    for (int32_t rank = 0; rank < threads; ++rank) {
+      const Rank group{rank, threads};
+      const int64_t cell = cells.data()[row / per_cell];
+      if (scatter)
+        sgmim::copy_patch<true>(group, grid, cell, row, outside, inside);
+      else
+        sgmim::copy_patch<false>(group, grid, cell, row, outside, inside);
+    }
+}
+
+// Returns how many pixels an access moved.
+template <class Element>
+int32_t copy_patches(
     py::array_t<Element> tensor, py::array_t<int64_t> cells, py::array_t<Element> packed, int32_t cell, int32_t patch,
     bool zorder, bool scatter, int32_t threads) {
   const auto stride = [&](int axis) { return static_cast<int64_t>(tensor.strides(axis)) / int64_t{sizeof(Element)}; };
   const sgmim::CellGrid grid{tensor.shape(2) / cell, tensor.shape(3) / cell, stride(0), stride(1), stride(2), stride(3),
-                             cell, patch, static_cast<int32_t>(tensor.shape(1)), zorder};
-  for (int64_t row = 0; row < cells.size() * sgmim::patches_per_cell(grid); ++row)
-    for (int32_t rank = 0; rank < threads; ++rank) {
-      const Rank group{rank, threads};
-      if (scatter)
-        sgmim::copy_patch<true>(group, grid, cells.data(), row, tensor.mutable_data(), packed.mutable_data());
-      else
-        sgmim::copy_patch<false>(group, grid, cells.data(), row, tensor.mutable_data(), packed.mutable_data());
-    }
+                             cell / patch, patch, patch, static_cast<int32_t>(tensor.shape(1)), zorder};
+  void *const outside = tensor.mutable_data(), *const inside = packed.mutable_data();
+  const uint64_t addresses = reinterpret_cast<uintptr_t>(outside) | reinterpret_cast<uintptr_t>(inside);
+  const int32_t pixels = sgmim::pixels_per_access(grid, sizeof(Element), addresses);
+  const sgmim::CellGrid wide = sgmim::widen(grid, pixels);
+  switch (sizeof(Element) * pixels) {
+    case 2: copy_rows<uint16_t>(wide, cells, outside, inside, scatter, threads); break;
+    case 4: copy_rows<uint32_t>(wide, cells, outside, inside, scatter, threads); break;
+    case 8: copy_rows<uint64_t>(wide, cells, outside, inside, scatter, threads); break;
+    case 16: copy_rows<Sixteen>(wide, cells, outside, inside, scatter, threads); break;
+    default: throw std::logic_error("an access of no such size");
+  }
+  return pixels;
 }
 
 // The key of each rank of `ranks`, and how many of its copies stand before that rank.
@@ -118,7 +147,8 @@ PYBIND11_MODULE(cuda_bodies, m) {
         py::arg("threads"));
   m.def("patch_corner", [](int64_t cell_number, int32_t order, int64_t down, int64_t across, int64_t stride_image,
                            int64_t stride_row, int32_t cell, int32_t patch, bool zorder) {
-    return sgmim::patch_corner({down, across, stride_image, 0, stride_row, 1, cell, patch, 1, zorder}, cell_number, order);
+    return sgmim::patch_corner(
+        {down, across, stride_image, 0, stride_row, 1, cell / patch, patch, patch, 1, zorder}, cell_number, order);
   });
   m.def("select_key", &select_key);
   m.def("count_masked", &count_masked);

@@ -97,6 +97,28 @@ def test_copy_patches_with_any_group(bodies, threads, side, patch, grid, data):
         check(bodies, tensor, np.array(cells, np.int64), side * patch, patch, data.draw(st.booleans()), threads)
 
 
+def test_accesses_are_as_wide_as_alignment_allows(bodies):
+    """16 bytes where the rows of patches, their strides and both addresses allow it, and never across a patch's row."""
+
+    def pixels(shape, dtype, cell, patch, start=0, step=1):
+        memory = np.zeros(2 * np.prod(shape) + 64, dtype)
+        first = -memory.ctypes.data // memory.itemsize % (64 // memory.itemsize)  # 64-byte boundary
+        tensor = memory[first + start :][: step * np.prod(shape)].reshape(*shape[:3], -1)[..., ::step]
+        cells = np.arange(shape[0] * (shape[2] // cell) * (shape[3] // cell))
+        packed = np.zeros(tensor.size + 64, dtype)
+        packed = packed[-packed.ctypes.data // packed.itemsize % (64 // packed.itemsize) :][: tensor.size]
+        return bodies.copy_patches(tensor, cells, packed, cell, patch, False, False, 1)
+
+    assert pixels((2, 1, 8, 8), np.uint16, 8, 4) == 4
+    assert pixels((2, 1, 32, 32), np.uint16, 16, 16) == 8
+    assert pixels((2, 3, 8, 8), np.float64, 8, 4) == 2
+    assert pixels((2, 3, 6, 6), np.uint16, 6, 2) == 2
+    assert pixels((2, 3, 28, 28), np.uint16, 14, 7) == 1
+    assert pixels((2, 1, 32, 32), np.uint16, 16, 16, start=1) == 1
+    assert pixels((2, 1, 32, 32), np.uint16, 16, 16, start=4) == 4
+    assert pixels((2, 1, 32, 32), np.uint16, 16, 16, step=2) == 1
+
+
 def test_z_order_is_the_merging_order():
     """Four consecutive places are a 2x2 group in the order of SPEC.md, at every level."""
     assert z_order(2) == [(0, 0), (1, 0), (0, 1), (1, 1)]

@@ -14,11 +14,29 @@ namespace sgmim {
 struct CellGrid {
   int64_t down, across;  // cells per image
   int64_t stride_image, stride_channel, stride_row, stride_column;
-  int32_t side;           // patches along a cell
-  int32_t patch, width;   // rows of a patch, elements in such a row
+  int32_t side;          // patches along a cell
+  int32_t patch, width;  // rows of a patch, elements in such a row
   int32_t channels;
   bool zorder;
 };
+
+// The grid of a (B, C, height, width) tensor of these strides, an element per pixel.
+template <class Strides>
+CellGrid cell_grid(
+    int64_t channels, int64_t height, int64_t width, const Strides& strides, int64_t cell, int64_t patch, bool zorder) {
+  CellGrid grid{};
+  grid.down = height / cell;
+  grid.across = width / cell;
+  grid.stride_image = strides[0];
+  grid.stride_channel = strides[1];
+  grid.stride_row = strides[2];
+  grid.stride_column = strides[3];
+  grid.side = static_cast<int32_t>(cell / patch);
+  grid.patch = grid.width = static_cast<int32_t>(patch);
+  grid.channels = static_cast<int32_t>(channels);
+  grid.zorder = zorder;
+  return grid;
+}
 
 // How many pixels of `size` bytes one access can move, a power of two: 16 bytes at most, never across the end of a
 // patch's row, and every address a multiple of what it moves. addresses: of both tensors, or-ed together.

@@ -52,8 +52,9 @@ int32_t copy_patches(
     py::array_t<Element> tensor, py::array_t<int64_t> cells, py::array_t<Element> packed, int32_t cell, int32_t patch,
     bool zorder, bool scatter, int32_t threads) {
   const auto stride = [&](int axis) { return static_cast<int64_t>(tensor.strides(axis)) / int64_t{sizeof(Element)}; };
-  const sgmim::CellGrid grid{tensor.shape(2) / cell, tensor.shape(3) / cell, stride(0), stride(1), stride(2), stride(3),
-                             cell / patch, patch, patch, static_cast<int32_t>(tensor.shape(1)), zorder};
+  const int64_t strides[4] = {stride(0), stride(1), stride(2), stride(3)};
+  const sgmim::CellGrid grid =
+      sgmim::cell_grid(tensor.shape(1), tensor.shape(2), tensor.shape(3), strides, cell, patch, zorder);
   void *const outside = tensor.mutable_data(), *const inside = packed.mutable_data();
   const uint64_t addresses = reinterpret_cast<uintptr_t>(outside) | reinterpret_cast<uintptr_t>(inside);
   const int32_t pixels = sgmim::pixels_per_access(grid, sizeof(Element), addresses);
@@ -147,8 +148,9 @@ PYBIND11_MODULE(cuda_bodies, m) {
         py::arg("threads"));
   m.def("patch_corner", [](int64_t cell_number, int32_t order, int64_t down, int64_t across, int64_t stride_image,
                            int64_t stride_row, int32_t cell, int32_t patch, bool zorder) {
-    return sgmim::patch_corner(
-        {down, across, stride_image, 0, stride_row, 1, cell / patch, patch, patch, 1, zorder}, cell_number, order);
+    const int64_t strides[4] = {stride_image, 0, stride_row, 1};
+    const auto grid = sgmim::cell_grid(1, down * cell, across * cell, strides, cell, patch, zorder);
+    return sgmim::patch_corner(grid, cell_number, order);
   });
   m.def("select_key", &select_key);
   m.def("count_masked", &count_masked);

@@ -54,17 +54,8 @@ void copy(const Tensor& tensor, const Tensor& cells, const Tensor& packed, int64
   check_packed(packed, "the packed patches", tensor.scalar_type(), tensor, cells.numel() * side * side * values);
   if (packed.numel() == 0) return;
 
-  const CellGrid grid{tensor.size(2) / cell,
-                      tensor.size(3) / cell,
-                      tensor.stride(0),
-                      tensor.stride(1),
-                      tensor.stride(2),
-                      tensor.stride(3),
-                      static_cast<int32_t>(side),
-                      static_cast<int32_t>(patch),
-                      static_cast<int32_t>(patch),
-                      static_cast<int32_t>(tensor.size(1)),
-                      zorder};
+  const int64_t strides[4] = {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
+  const CellGrid grid = cell_grid(tensor.size(1), tensor.size(2), tensor.size(3), strides, cell, patch, zorder);
   const int64_t size = tensor.element_size();
   const auto address = [](const Tensor& t) { return static_cast<uint64_t>(reinterpret_cast<uintptr_t>(t.data_ptr())); };
   const int32_t pixels = pixels_per_access(grid, size, address(tensor) | address(packed));

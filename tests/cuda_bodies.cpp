@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "attend.h"
 #include "draw_mask.h"
 #include "gather_index.h"
 #include "host_group.h"
@@ -23,10 +24,6 @@ struct Rank {
   int32_t rank_, size_;
   int32_t rank() const { return rank_; }
   int32_t size() const { return size_; }
-};
-
-struct Sixteen {
-  uint64_t words[2];
 };
 
 template <class Element>
@@ -63,7 +60,7 @@ int32_t copy_patches(
     case 2: copy_rows<uint16_t>(wide, cells, outside, inside, scatter, threads); break;
     case 4: copy_rows<uint32_t>(wide, cells, outside, inside, scatter, threads); break;
     case 8: copy_rows<uint64_t>(wide, cells, outside, inside, scatter, threads); break;
-    case 16: copy_rows<Sixteen>(wide, cells, outside, inside, scatter, threads); break;
+    case 16: copy_rows<sgmim::Sixteen>(wide, cells, outside, inside, scatter, threads); break;
     default: throw std::logic_error("an access of no such size");
   }
   return pixels;
@@ -137,6 +134,78 @@ Array<float> values(Array<typename Input::Raw> raw) {
   return result;
 }
 
+sgmim::Attention<float> describe(
+    const Array<float>& q, const Array<float>& k, const Array<float>& v, const Array<int64_t>& visible_offsets,
+    const Array<int64_t>& shown_offsets, int32_t cells, int32_t heads, bool keep) {
+  sgmim::Attention<float> a{};
+  a.q = q.data();
+  a.k = k.data();
+  a.v = v.data();
+  a.visible_offsets = visible_offsets.data();
+  a.shown_offsets = shown_offsets.data();
+  a.images = visible_offsets.size() - 1;
+  a.last = k.shape(0) - 1;
+  a.cells = cells;
+  a.heads = heads;
+  a.depth = static_cast<int32_t>(q.shape(1)) / heads;
+  a.scale = 1 / std::sqrt(static_cast<float>(a.depth));
+  a.keep = keep;
+  a.wide = a.depth % 16 == 0;
+  return a;
+}
+
+// body(group, place, tiles) for every image and head, with NaN in the group's memory.
+template <class Body>
+void each_place(const sgmim::Attention<float>& a, bool backward, int32_t threads, const Body& body) {
+  sgmim::Tiles<float> tiles;
+  std::vector<float> memory(tiles.lay_out(nullptr, a.depth, backward) / sizeof(float));
+  tiles.lay_out(reinterpret_cast<char*>(memory.data()), a.depth, backward);
+  for (int64_t image = 0; image < a.images; ++image)
+    for (int32_t head = 0; head < a.heads; ++head) {
+      std::fill(memory.begin(), memory.end(), NAN);
+      const sgmim::Place place = sgmim::place_of(a, image, head);
+      run_group(threads, [&](const HostGroup& group) { body(group, place, tiles); });
+    }
+}
+
+void attend(
+    Array<float> q, Array<float> k, Array<float> v, Array<int64_t> visible_offsets, Array<int64_t> shown_offsets,
+    Array<float> out, Array<float> lse, int32_t cells, int32_t heads, bool keep, int32_t threads) {
+  auto a = describe(q, k, v, visible_offsets, shown_offsets, cells, heads, keep);
+  a.out = out.mutable_data();
+  a.lse = lse.mutable_data();
+  each_place(a, false, threads, [&](const auto& group, const auto& place, const auto& tiles) {
+    for (int32_t begin = 0; begin < place.queries; begin += sgmim::QUERIES) {
+      sgmim::attend(group, a, place, begin, tiles);
+      group.sync();
+    }
+  });
+}
+
+void attend_backward(
+    Array<float> dout, Array<float> q, Array<float> k, Array<float> v, Array<float> out, Array<float> lse,
+    Array<int64_t> visible_offsets, Array<int64_t> shown_offsets, Array<float> dq, Array<float> dk, Array<float> dv,
+    Array<float> hidden_sums, int32_t cells, int32_t heads, bool keep, int32_t threads) {
+  auto a = describe(q, k, v, visible_offsets, shown_offsets, cells, heads, keep);
+  a.dout = dout.data();
+  a.out = out.mutable_data();
+  a.lse = lse.mutable_data();
+  a.dq = dq.mutable_data();
+  a.dk = dk.mutable_data();
+  a.dv = dv.mutable_data();
+  a.hidden_sums = hidden_sums.mutable_data();
+  each_place(a, true, threads, [&](const auto& group, const auto& place, const auto& tiles) {
+    for (int32_t first = 0; first <= place.shown; first += sgmim::KEYS) {
+      sgmim::attend_backward_keys(group, a, place, first, tiles);
+      group.sync();
+    }
+    for (int32_t begin = 0; begin < place.queries; begin += sgmim::QUERIES) {
+      sgmim::attend_backward_queries(group, a, place, begin, tiles);
+      group.sync();
+    }
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(cuda_bodies, m) {
@@ -157,6 +226,8 @@ PYBIND11_MODULE(cuda_bodies, m) {
   m.def("draw_masks", &draw_masks, py::arg("key0"), py::arg("key1"), py::arg("masked").noconvert(), py::arg("rows"),
         py::arg("columns"), py::arg("scale"), py::arg("mask").noconvert(), py::arg("masked_rows").noconvert(),
         py::arg("visible_rows").noconvert(), py::arg("threads"));
+  m.def("attend", &attend);
+  m.def("attend_backward", &attend_backward);
   const auto define = [&](const char* name, auto input) {
     using Input = decltype(input);
     m.def((std::string("standardize_") + name).c_str(), &standardize<Input>, py::arg("x").noconvert(),

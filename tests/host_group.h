@@ -48,6 +48,19 @@ class HostGroup {
     });
     return total;
   }
+  // As csrc/attend.h asks for.
+  template <bool ta, bool tb, class T>
+  void product(
+      const T* a, int32_t la, const T* b, int32_t lb, float* c, int32_t lc, int32_t m, int32_t n, int32_t k) const {
+    for (int32_t i = rank_; i < m * n; i += shared_.size) {
+      const int32_t row = i / n, column = i % n;
+      float total = c[row * lc + column];
+      for (int32_t j = 0; j < k; ++j)
+        total += static_cast<float>(ta ? a[j * la + row] : a[row * la + j]) *
+                 static_cast<float>(tb ? b[column * lb + j] : b[j * lb + column]);
+      c[row * lc + column] = total;
+    }
+  }
   void add(uint32_t* counter, uint32_t n) const { __atomic_fetch_add(counter, n, __ATOMIC_RELAXED); }
 
  private:

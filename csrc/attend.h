@@ -1,10 +1,7 @@
 // Attention of an image's visible rows over its shown keys and one key that stands for all hidden cells, forward and
 // backward, one block of QUERIES x KEYS at a time: the bodies of csrc/cuda/relational_guidance.cu.
 //
-// Besides what group.h says, the group multiplies matrices in its memory:
-//   product<ta, tb>(a, la, b, lb, c, lc, m, n, k)   c (m, n) float += a (m, k) . b (k, n)
-// a is stored (k, m) if ta, b (n, k) if tb; la, lb, lc: elements from row to row; m, n, k multiples of 16. It is no
-// barrier: one must lie before it, for the operands, and one behind it.
+// The group has product(), see group.h.
 #pragma once
 
 #include <cmath>
@@ -92,10 +89,6 @@ struct Tiles {
     }
     return used;
   }
-};
-
-struct alignas(16) Sixteen {
-  uint64_t words[2];
 };
 
 // Rows [begin, begin + 32) of one head into a tile, zeros from row `count` on and beyond the depth. row(i): number of

@@ -9,7 +9,12 @@
 // scan and sum are no barriers for the rest of the memory. All of these but add() must be reached by all threads of the
 // group, so a body branches around them only on values that are the same in every thread.
 //
-// cuda/groups.h has a warp and a block; the tests have a group of one and a group of host threads.
+// Some groups also multiply matrices in their memory:
+//   product<ta, tb>(a, la, b, lb, c, lc, m, n, k)   c (m, n) float += a (m, k) . b (k, n)
+// a is stored (k, m) if ta, b (n, k) if tb; la, lb, lc: elements from row to row; m, n, k multiples of 16. It is no
+// barrier: one must lie before it, for the operands, and one behind it.
+//
+// cuda/groups.h has a warp and a block, cuda/products.h a block with products; the tests have a group of one and a group of host threads.
 #pragma once
 
 #include <cstdint>
@@ -19,3 +24,12 @@
 #else
 #define SGMIM_HOST_DEVICE inline
 #endif
+
+namespace sgmim {
+
+// What one access moves at most.
+struct alignas(16) Sixteen {
+  uint64_t words[2];
+};
+
+}  // namespace sgmim

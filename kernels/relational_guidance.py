@@ -7,6 +7,7 @@ backward 13 and about 190 MB; estimated by hand, not measured.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -271,6 +272,7 @@ def forward(
     keep: bool,
     eps: float,
     dtype: torch.dtype | None,
+    attend: Callable[..., tuple[Tensor, Tensor]] = attention,
 ) -> tuple[Tensor, list[Tensor]]:
     w = GuidanceParameters(*parameters)
     storage = storage_dtype(features, dtype)
@@ -281,7 +283,7 @@ def forward(
     query, query_statistics = layer_norm(features, w.query_norm_weight, w.query_norm_bias, eps, storage, rows=visible)
     context, context_statistics = layer_norm(structure, w.context_norm_weight, w.context_norm_bias, eps, storage)
     q, k, v = products.linears([query, context, context], [q_weight, k_weight, v_weight])
-    attended, lse = attention(q, k, v, visible_offsets, shown_offsets, cells, heads, keep)
+    attended, lse = attend(q, k, v, visible_offsets, shown_offsets, cells, heads, keep)
     t = products.linear(attended, proj_weight, w.proj_bias, residual=features, rows=visible)
     y, out_statistics = layer_norm(t, w.out_norm_weight, w.out_norm_bias, eps, storage)
     hidden, activated = products.linear_gelu(y, fc1_weight, w.fc1_bias)
@@ -303,6 +305,7 @@ def backward(
     keep: bool,
     needs: list[bool],
     dtype: torch.dtype | None,
+    attend_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = attention_backward,
 ) -> list[Tensor]:
     w, s, need = GuidanceParameters(*parameters), Saved(*saved), GuidanceParameters(*needs[2:])
     q_weight, k_weight, v_weight, proj_weight, fc1_weight, fc2_weight = _weights(w, s.q.dtype)
@@ -317,7 +320,7 @@ def backward(
     y, out_sums = layer_norm_backward(dy, s.t, s.out_statistics, w.out_norm_weight, w.out_norm_bias, dt, residual=grad)
     # attention
     (dattended,) = products.input_gradients([dt], [proj_weight])
-    dq, dk, dv = attention_backward(
+    dq, dk, dv = attend_backward(
         dattended, s.q, s.k, s.v, s.attended, s.lse, visible_offsets, shown_offsets, cells, heads, keep
     )
     dquery, dkey, dvalue = products.input_gradients([dq, dk, dv], [q_weight, k_weight, v_weight])

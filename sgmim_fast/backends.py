@@ -33,7 +33,11 @@ MODULES: dict[str, dict[str, str]] = {
         "triton": "sgmim_fast.kernels.gather_patches",
         "cuda": "sgmim_fast.ops.cuda.gather_patches",
     },
-    "linear_l1": {"cpu": "sgmim_fast.ops.cpu.linear_l1", "triton": "sgmim_fast.kernels.linear_l1"},
+    "linear_l1": {
+        "cpu": "sgmim_fast.ops.cpu.linear_l1",
+        "triton": "sgmim_fast.kernels.linear_l1",
+        "cuda": "sgmim_fast.ops.cuda.linear_l1",
+    },
     "masked_patch_embed": {
         "cpu": "sgmim_fast.ops.cpu.masked_patch_embed",
         "triton": "sgmim_fast.kernels.masked_patch_embed",
@@ -41,6 +45,7 @@ MODULES: dict[str, dict[str, str]] = {
     "relational_guidance": {
         "cpu": "sgmim_fast.ops.cpu.relational_guidance",
         "triton": "sgmim_fast.kernels.relational_guidance",
+        "cuda": "sgmim_fast.ops.cuda.relational_guidance",
     },
     "selective_mask": {
         "cpu": "sgmim_fast.ops.cpu.selective_mask",

@@ -10,6 +10,7 @@
 #include "draw_mask.h"
 #include "gather_index.h"
 #include "host_group.h"
+#include "l1_tile.h"
 #include "standardize_plane.h"
 
 namespace py = pybind11;
@@ -206,6 +207,46 @@ void attend_backward(
   });
 }
 
+// valid: like the target, or of size 0. Returns the sum over the tiles.
+double linear_l1(
+    Array<float> x, Array<float> weight, Array<float> bias, py::array_t<float> target, py::array_t<bool> valid,
+    Array<int64_t> rows, Array<int8_t> signs, int32_t cell, bool packed, int32_t threads) {
+  sgmim::Head<float> head{};
+  head.x = x.data();
+  head.weight = weight.data();
+  head.bias = bias.data();
+  head.cells = rows.data();
+  head.target.values = target.data();
+  head.target.valid = valid.size() > 0 ? valid.data() : nullptr;
+  for (int i = 0; i < 4; ++i) {
+    head.target.strides[i] = target.strides(i) / int64_t{sizeof(float)};
+    head.target.valid_strides[i] = valid.size() > 0 ? valid.strides(i) : 0;
+  }
+  head.target.across = target.shape(3) / cell;
+  head.target.per_image = target.shape(2) / cell * head.target.across;
+  head.target.cell = cell;
+  head.signs = signs.mutable_data();
+  head.count = rows.size();
+  head.width = static_cast<int32_t>(x.shape(1));
+  head.outs = static_cast<int32_t>(weight.shape(0));
+  head.packed = packed;
+  head.wide = head.width % 8 == 0;
+  std::vector<float> memory(sgmim::l1_memory<float>() / sizeof(float));
+  double total = 0;
+  for (int64_t row = 0; row < head.count; row += sgmim::TILE)
+    for (int32_t out = 0; out < head.outs; out += sgmim::TILE) {
+      std::fill(memory.begin(), memory.end(), NAN);
+      std::vector<double> sums(threads);
+      run_group(threads, [&](const HostGroup& group) {
+        sums[group.rank()] = sgmim::l1_tile(group, head, row, out, reinterpret_cast<char*>(memory.data()));
+      });
+      for (double sum : sums)
+        if (sum != sums[0]) throw std::logic_error("threads have different sums");
+      total += sums[0];
+    }
+  return total;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(cuda_bodies, m) {
@@ -226,6 +267,7 @@ PYBIND11_MODULE(cuda_bodies, m) {
   m.def("draw_masks", &draw_masks, py::arg("key0"), py::arg("key1"), py::arg("masked").noconvert(), py::arg("rows"),
         py::arg("columns"), py::arg("scale"), py::arg("mask").noconvert(), py::arg("masked_rows").noconvert(),
         py::arg("visible_rows").noconvert(), py::arg("threads"));
+  m.def("linear_l1", &linear_l1);
   m.def("attend", &attend);
   m.def("attend_backward", &attend_backward);
   const auto define = [&](const char* name, auto input) {

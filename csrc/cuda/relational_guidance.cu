@@ -1,53 +1,16 @@
-// The attention of relational_guidance, forward and backward, one launch each: a block per 32 queries (and, in the
+// The attention of relational_guidance, forward and backward, one launch each (and a sum of the hidden cells' parts): a block per 32 queries (and, in the
 // backward, per 32 keys) of one head of one image. attend.h holds the bodies; the tests run them on the host.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <mma.h>
+#include <cmath>
 
 #include "attend.h"
-#include "cuda/groups.h"
 #include "cuda/launch.h"
+#include "cuda/products.h"
 
 namespace sgmim {
 
 namespace {
 
 constexpr uint32_t THREADS = 128;
-
-// A block whose products run on tensor cores, a 16 x 16 tile per warp, or for float32 in full precision beside them.
-struct ProductGroup : BlockGroup {
-  template <bool ta, bool tb, class T>
-  __device__ void product(
-      const T* a, int32_t la, const T* b, int32_t lb, float* c, int32_t lc, int32_t m, int32_t n, int32_t k) const {
-    if constexpr (sizeof(T) == 2) {
-      using namespace nvcuda::wmma;
-      using Rows = row_major;
-      using Columns = col_major;
-      fragment<matrix_a, 16, 16, 16, T, std::conditional_t<ta, Columns, Rows>> left;
-      fragment<matrix_b, 16, 16, 16, T, std::conditional_t<tb, Columns, Rows>> right;
-      fragment<accumulator, 16, 16, 16, float> total;
-      for (int32_t tile = threadIdx.x / WARP; tile < m / 16 * (n / 16); tile += blockDim.x / WARP) {
-        const int32_t row = tile / (n / 16) * 16, column = tile % (n / 16) * 16;
-        load_matrix_sync(total, c + row * lc + column, lc, mem_row_major);
-        for (int32_t j = 0; j < k; j += 16) {
-          load_matrix_sync(left, ta ? a + j * la + row : a + row * la + j, la);
-          load_matrix_sync(right, tb ? b + column * lb + j : b + j * lb + column, lb);
-          mma_sync(total, left, right, total);
-        }
-        store_matrix_sync(c + row * lc + column, total, lc, mem_row_major);
-      }
-    } else {
-      for (int32_t i = threadIdx.x; i < m * n; i += blockDim.x) {
-        const int32_t row = i / n, column = i % n;
-        float total = c[row * lc + column];
-#pragma unroll 4
-        for (int32_t j = 0; j < k; ++j)
-          total += (ta ? a[j * la + row] : a[row * la + j]) * (tb ? b[column * lb + j] : b[j * lb + column]);
-        c[row * lc + column] = total;
-      }
-    }
-  }
-};
 
 // What a block works on: its number counts (image, head, part), part fastest.
 struct Block {
@@ -93,11 +56,6 @@ __global__ void __launch_bounds__(THREADS, 1) attention_backward(Attention<T> a,
   }
 }
 
-bool on_sixteen_bytes(std::initializer_list<const void*> pointers) {
-  return std::all_of(
-      pointers.begin(), pointers.end(), [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
-}
-
 // Checks the tensors that both passes have, and describes them.
 template <class T>
 Attention<T> describe(
@@ -134,23 +92,10 @@ Attention<T> describe(
   return a;
 }
 
-template <class Body>
-void dispatch(const Tensor& tensor, const Body& body) {
-  SGMIM_CHECK(tensor.is_cuda() && tensor.dim() == 2, "q must be on a GPU, (rows, channels)");
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return body(float{});
-    case ScalarType::Half: return body(__half{});
-    case ScalarType::BFloat16: return body(__nv_bfloat16{});
-    default:
-      SGMIM_CHECK(
-          false, "q must be float32, float16 or bfloat16, got ", torch::headeronly::toString(tensor.scalar_type()));
-  }
-}
-
 void attention_forward(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& visible_offsets, const Tensor& shown_offsets,
     const Tensor& out, const Tensor& lse, int64_t cells, int64_t heads, bool keep) {
-  dispatch(q, [&](auto type) {
+  dispatch_float(q, "q", [&](auto type) {
     using T = decltype(type);
     const Attention<T> a = describe<T>(q, k, v, out, lse, visible_offsets, shown_offsets, cells, heads, keep);
     if (q.size(0) == 0) return;
@@ -166,7 +111,7 @@ void attention_gradients(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
     const Tensor& visible_offsets, const Tensor& shown_offsets, const Tensor& dq, const Tensor& dk, const Tensor& dv,
     const Tensor& hidden_sums, int64_t cells, int64_t heads, bool keep) {
-  dispatch(q, [&](auto type) {
+  dispatch_float(q, "q", [&](auto type) {
     using T = decltype(type);
     Attention<T> a = describe<T>(q, k, v, out, lse, visible_offsets, shown_offsets, cells, heads, keep);
     check_packed(dout, "dout", q.scalar_type(), q, q.numel());

@@ -32,7 +32,8 @@ def forward(
         hidden_offsets = torch.empty(batch + 1, dtype=torch.int64, device=device)
     else:  # from page-locked memory, so that nothing waits
         starts = accumulate((count * scale**2 for count in masked), initial=0)
-        hidden_offsets = torch.tensor(list(starts), pin_memory=True).to(device, non_blocking=True)
+        pinned = torch.tensor(list(starts), dtype=torch.int64, pin_memory=device.type == "cuda")
+        hidden_offsets = pinned.to(device, non_blocking=True)
     results = (
         torch.empty(shape, dtype=torch.bool, device=device),
         torch.empty(visible, dtype=torch.int64, device=device),

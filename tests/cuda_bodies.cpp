@@ -135,13 +135,37 @@ Array<float> values(Array<typename Input::Raw> raw) {
   return result;
 }
 
-sgmim::Attention<float> describe(
-    const Array<float>& q, const Array<float>& k, const Array<float>& v, const Array<int64_t>& visible_offsets,
+// bfloat16 as the bodies see it: converted by casts only.
+struct Half {
+  uint16_t bits;
+  Half() = default;
+  explicit Half(float value) {
+    const uint32_t wide = sgmim::bit_cast<uint32_t>(value);
+    bits = static_cast<uint16_t>((wide + 0x7fff + (wide >> 16 & 1)) >> 16);  // to nearest, ties to even
+  }
+  explicit operator float() const { return sgmim::BFloat16::value(bits); }
+};
+
+// NumPy has no bfloat16: its arrays hold the bits.
+template <class T>
+using Matrix = Array<std::conditional_t<sizeof(T) == 2, uint16_t, T>>;
+template <class T>
+const T* read(const Matrix<T>& matrix) {
+  return reinterpret_cast<const T*>(matrix.data());
+}
+template <class T>
+T* write(Matrix<T>& matrix) {
+  return reinterpret_cast<T*>(matrix.mutable_data());
+}
+
+template <class T>
+sgmim::Attention<T> describe(
+    const Matrix<T>& q, const Matrix<T>& k, const Matrix<T>& v, const Array<int64_t>& visible_offsets,
     const Array<int64_t>& shown_offsets, int32_t cells, int32_t heads, bool keep) {
-  sgmim::Attention<float> a{};
-  a.q = q.data();
-  a.k = k.data();
-  a.v = v.data();
+  sgmim::Attention<T> a{};
+  a.q = read<T>(q);
+  a.k = read<T>(k);
+  a.v = read<T>(v);
   a.visible_offsets = visible_offsets.data();
   a.shown_offsets = shown_offsets.data();
   a.images = visible_offsets.size() - 1;
@@ -156,9 +180,9 @@ sgmim::Attention<float> describe(
 }
 
 // body(group, place, tiles) for every image and head, with NaN in the group's memory.
-template <class Body>
-void each_place(const sgmim::Attention<float>& a, bool backward, int32_t threads, const Body& body) {
-  sgmim::Tiles<float> tiles;
+template <class T, class Body>
+void each_place(const sgmim::Attention<T>& a, bool backward, int32_t threads, const Body& body) {
+  sgmim::Tiles<T> tiles;
   std::vector<float> memory(tiles.lay_out(nullptr, a.depth, backward) / sizeof(float));
   tiles.lay_out(reinterpret_cast<char*>(memory.data()), a.depth, backward);
   for (int64_t image = 0; image < a.images; ++image)
@@ -169,11 +193,11 @@ void each_place(const sgmim::Attention<float>& a, bool backward, int32_t threads
     }
 }
 
+template <class T>
 void attend(
-    Array<float> q, Array<float> k, Array<float> v, Array<int64_t> visible_offsets, Array<int64_t> shown_offsets,
-    Array<float> out, Array<float> lse, int32_t cells, int32_t heads, bool keep, int32_t threads) {
-  auto a = describe(q, k, v, visible_offsets, shown_offsets, cells, heads, keep);
-  a.out = out.mutable_data();
+    Matrix<T> q, Matrix<T> k, Matrix<T> v, Array<int64_t> visible_offsets, Array<int64_t> shown_offsets, Matrix<T> out, Array<float> lse, int32_t cells, int32_t heads, bool keep, int32_t threads) {
+  auto a = describe<T>(q, k, v, visible_offsets, shown_offsets, cells, heads, keep);
+  a.out = write<T>(out);
   a.lse = lse.mutable_data();
   each_place(a, false, threads, [&](const auto& group, const auto& place, const auto& tiles) {
     for (int32_t begin = 0; begin < place.queries; begin += sgmim::QUERIES) {
@@ -183,17 +207,18 @@ void attend(
   });
 }
 
+template <class T>
 void attend_backward(
-    Array<float> dout, Array<float> q, Array<float> k, Array<float> v, Array<float> out, Array<float> lse,
-    Array<int64_t> visible_offsets, Array<int64_t> shown_offsets, Array<float> dq, Array<float> dk, Array<float> dv,
+    Matrix<T> dout, Matrix<T> q, Matrix<T> k, Matrix<T> v, Matrix<T> out, Array<float> lse,
+    Array<int64_t> visible_offsets, Array<int64_t> shown_offsets, Matrix<T> dq, Matrix<T> dk, Matrix<T> dv,
     Array<float> hidden_sums, int32_t cells, int32_t heads, bool keep, int32_t threads) {
-  auto a = describe(q, k, v, visible_offsets, shown_offsets, cells, heads, keep);
-  a.dout = dout.data();
-  a.out = out.mutable_data();
+  auto a = describe<T>(q, k, v, visible_offsets, shown_offsets, cells, heads, keep);
+  a.dout = read<T>(dout);
+  a.out = write<T>(out);
   a.lse = lse.mutable_data();
-  a.dq = dq.mutable_data();
-  a.dk = dk.mutable_data();
-  a.dv = dv.mutable_data();
+  a.dq = write<T>(dq);
+  a.dk = write<T>(dk);
+  a.dv = write<T>(dv);
   a.hidden_sums = hidden_sums.mutable_data();
   each_place(a, true, threads, [&](const auto& group, const auto& place, const auto& tiles) {
     for (int32_t first = 0; first <= place.shown; first += sgmim::KEYS) {
@@ -208,12 +233,13 @@ void attend_backward(
 }
 
 // valid: like the target, or of size 0. Returns the sum over the tiles.
+template <class T>
 double linear_l1(
-    Array<float> x, Array<float> weight, Array<float> bias, py::array_t<float> target, py::array_t<bool> valid,
+    Matrix<T> x, Matrix<T> weight, Array<float> bias, py::array_t<float> target, py::array_t<bool> valid,
     Array<int64_t> rows, Array<int8_t> signs, int32_t cell, bool packed, int32_t threads) {
-  sgmim::Head<float> head{};
-  head.x = x.data();
-  head.weight = weight.data();
+  sgmim::Head<T> head{};
+  head.x = read<T>(x);
+  head.weight = read<T>(weight);
   head.bias = bias.data();
   head.cells = rows.data();
   head.target.values = target.data();
@@ -231,7 +257,7 @@ double linear_l1(
   head.outs = static_cast<int32_t>(weight.shape(0));
   head.packed = packed;
   head.wide = head.width % 8 == 0;
-  std::vector<float> memory(sgmim::l1_memory<float>() / sizeof(float));
+  std::vector<float> memory(sgmim::l1_memory<T>() / sizeof(float));
   double total = 0;
   for (int64_t row = 0; row < head.count; row += sgmim::TILE)
     for (int32_t out = 0; out < head.outs; out += sgmim::TILE) {
@@ -267,9 +293,12 @@ PYBIND11_MODULE(cuda_bodies, m) {
   m.def("draw_masks", &draw_masks, py::arg("key0"), py::arg("key1"), py::arg("masked").noconvert(), py::arg("rows"),
         py::arg("columns"), py::arg("scale"), py::arg("mask").noconvert(), py::arg("masked_rows").noconvert(),
         py::arg("visible_rows").noconvert(), py::arg("threads"));
-  m.def("linear_l1", &linear_l1);
-  m.def("attend", &attend);
-  m.def("attend_backward", &attend_backward);
+  m.def("linear_l1", &linear_l1<float>);
+  m.def("linear_l1_bfloat16", &linear_l1<Half>);
+  m.def("attend", &attend<float>);
+  m.def("attend_backward", &attend_backward<float>);
+  m.def("attend_bfloat16", &attend<Half>);
+  m.def("attend_backward_bfloat16", &attend_backward<Half>);
   const auto define = [&](const char* name, auto input) {
     using Input = decltype(input);
     m.def((std::string("standardize_") + name).c_str(), &standardize<Input>, py::arg("x").noconvert(),

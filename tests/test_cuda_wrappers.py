@@ -3,16 +3,16 @@ host's instances of the kernels' bodies, and the backend's functions are held ag
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
+from checks import assert_all_close_to_truth
 from host_build import load_bodies
 from packed import chosen, rows_of
 from torch import Tensor
 
 from sgmim_fast import _native, backends
+from sgmim_fast.ops import products
 from sgmim_fast.ops.cuda import gather_patches, linear_l1, relational_guidance, selective_mask, standardize_structure
 
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.uint16: "uint16"}
@@ -55,13 +55,16 @@ def operators():
         valid = torch.zeros(0, 0, 0, 0, dtype=torch.bool) if valid is None else valid
         assert partials.shape == (-(-signs.shape[0] // 64) * -(-signs.shape[1] // 64),)
         arrays = (raw(t.detach()) for t in (x, weight, bias, target, valid, rows, signs))
-        total.fill_(bodies.linear_l1(*arrays, cell, packed, 1))
+        body = bodies.linear_l1 if x.dtype == torch.float32 else bodies.linear_l1_bfloat16
+        total.fill_(body(*arrays, cell, packed, 1))
 
     def attend(*args):
-        bodies.attend(*(raw(t) for t in args[:7]), *args[7:], 1)
+        body = bodies.attend if args[0].dtype == torch.float32 else bodies.attend_bfloat16
+        body(*(raw(t) for t in args[:7]), *args[7:], 1)
 
     def attend_backward(*args):
-        bodies.attend_backward(*(raw(t) for t in args[:12]), *args[12:], 1)
+        body = bodies.attend_backward if args[0].dtype == torch.float32 else bodies.attend_backward_bfloat16
+        body(*(raw(t) for t in args[:12]), *args[12:], 1)
 
     functions = {
         "selective_mask": draw,
@@ -116,49 +119,53 @@ def test_gather_patches(operators, cell, patch, zorder):
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
-def test_linear_l1(operators, packed, masked):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [24, 21, 200])
+def test_linear_l1(operators, packed, masked, dtype, width):
     rows = torch.tensor([5, 0, 3, 7])
-    x, weight, bias = torch.randn(4 if packed else 8, 24), torch.randn(32, 24), torch.randn(32)
-    target = torch.randn(2, 2, 8, 8).contiguous(memory_format=torch.channels_last)
+    # whole numbers, whose sums have no rounding in any dtype
+    shapes = (4 if packed else 8, width), (32, width), (32,)
+    x, weight, bias = (torch.randint(-2, 3, shape).to(dtype) for shape in shapes)
+    target = torch.randint(-9, 10, (2, 2, 8, 8)).float().contiguous(memory_format=torch.channels_last)
     valid = torch.rand(2, 2, 8, 8) < 0.7 if masked else None
     args = x, weight, bias, target, valid, rows, 4, packed, None
+    wide = (x.double(), weight.double(), bias.double(), *args[3:])
     with backends.use("torch"):  # of the gather inside the plain one
-        expected, signs = plain("linear_l1")(*args)
-    actual, found = linear_l1.forward(*args)
-    torch.testing.assert_close(actual, expected)
+        expected, signs = plain("linear_l1")(*wide)
+    with products.compute_bfloat16_in(torch.bfloat16):
+        actual, found = linear_l1.forward(*args)
+    assert actual == expected
     assert torch.equal(found, signs)
 
 
+def attention(q, k, v, dout, offsets, cells: int, heads: int, keep: bool) -> list[Tensor]:
+    """Softmax over the shown keys and copies of the last one, image by image and head by head; result and gradients."""
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    out, depth = [], q.shape[1] // heads
+    for image in range(offsets[0].shape[0] - 1):
+        i, j = (slice(*o[image : image + 2].tolist()) for o in offsets)
+        hidden = cells - (j.stop - j.start) if keep else 0
+        key, value = (torch.cat([t[j], t[-1:].expand(hidden, -1)]) for t in leaves[1:])
+        split = (t.unflatten(1, (heads, depth)).transpose(0, 1) for t in (leaves[0][i], key, value))
+        query, key, value = split
+        out.append(((query @ key.mT * depth**-0.5).softmax(-1) @ value).transpose(0, 1).flatten(1))
+    return [torch.cat(out).detach(), *torch.autograd.grad(torch.cat(out), leaves, dout)]
+
+
 @pytest.mark.parametrize("keep", [True, False])
-def test_attention(operators, monkeypatch, keep):
-    """Against softmax over the shown keys and copies of the last one, in float64, and autograd's gradients."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [16, 32, 192])  # a depth of 8, and two that are read 16 bytes at a time
+def test_attention(operators, monkeypatch, keep, dtype, width):
     sums = pytest.importorskip("sgmim_fast.kernels.sums")
     monkeypatch.setattr(sums, "finish", lambda parts: [part.out.copy_(part.partials.sum(0)) for part in parts])
-    images, cells, heads, width = 3, 12, 2, 16
-    masked = chosen((5, 12, 0), cells)
-    visible, shown = rows_of(~masked), rows_of(masked)
-    q, k, v = (torch.randn(n, width) for n in (visible.index.shape[0], 18, 18))
-    assert shown.index.shape[0] + 1 == k.shape[0]
-    offsets = visible.offsets, shown.offsets
-    out, lse = relational_guidance.attention(q, k, v, *offsets, cells, heads, keep)
-
-    leaves = [t.double().requires_grad_() for t in (q, k, v)]
-    expected = []
-    for image, head in itertools.product(range(images), range(heads)):
-        i, j = (slice(*o[image : image + 2].tolist()) for o in offsets)
-        d = slice(head * width // heads, (head + 1) * width // heads)
-        hidden = cells - (j.stop - j.start) if keep else 0
-        key, value = (torch.cat([t[j, d], t[-1:, d].expand(hidden, -1)]) for t in leaves[1:])
-        weights = (leaves[0][i, d] @ key.T * (width // heads) ** -0.5).softmax(1)
-        expected.append((i, d, weights @ value))
-    for i, d, values in expected:
-        torch.testing.assert_close(out[i, d].double(), values.detach(), rtol=1e-5, atol=1e-6)
-
-    dout = torch.randn_like(q)
-    sum((values * dout[i, d]).sum() for i, d, values in expected).backward()
-    found = relational_guidance.attention_backward(dout, q, k, v, out, lse, *offsets, cells, heads, keep)
-    for actual, leaf in zip(found, leaves, strict=True):
-        torch.testing.assert_close(actual.double(), leaf.grad, rtol=1e-5, atol=1e-5)
+    masked = chosen((5, 12, 0), 12)
+    offsets = rows_of(~masked).offsets, rows_of(masked).offsets
+    q, k, v, dout = (torch.randn(n, width).to(dtype) for n in (19, 18, 18, 19))
+    out, lse = relational_guidance.attention(q, k, v, *offsets, 12, 2, keep)
+    grads = relational_guidance.attention_backward(dout, q, k, v, out, lse, *offsets, 12, 2, keep)
+    same = attention(q, k, v, dout, offsets, 12, 2, keep)
+    truth = attention(*(t.double() for t in (q, k, v, dout)), offsets, 12, 2, keep)
+    assert_all_close_to_truth([out, *grads], same, truth, ["out", "dq", "dk", "dv"])
 
 
 def test_no_wrapper_is_left_out(operators):

@@ -83,7 +83,8 @@ def build(shape: Shape, dtype: torch.dtype, batch: int, device: str) -> Case:
     features = torch.randn(batch, shape.cells, shape.width, device=device, requires_grad=True)
     images = torch.randn(batch, 3, shape.image, shape.image, device=device)
     structure = standardize_structure(torch.rand(batch, 1, shape.image, shape.image, device=device))
-    model = SGMIM(Features(shape, features), shape.stride).to(device)
+    with torch.device(device):
+        model = SGMIM(Features(shape, features), shape.stride)
     drawn = selective_mask(batch, shape.grid, shape.ratio, device=device)
     side = shape.image // shape.stride
     cells = cells_of(drawn, side, side)

@@ -1,38 +1,43 @@
 """`python -m sgmim_fast.kernels.compile [--arch 80,90,100]`: compiles the Triton kernels ahead of time, without a GPU.
 
-The launchers of the ops run forward and backward on small CPU tensors with every launch caught. What a GPU would
-compile for its arguments, at the widths of Swin-B and ViT-B, is compiled for each architecture and printed with
-registers, spilled bytes (stack) and shared memory. Exit code 1 where a kernel fails to compile.
+The launchers of the ops run forward and backward on CPU tensors with every launch caught. What a GPU would compile for
+its arguments, at the widths of Swin-B and ViT-B and batches of 1 to 128, is compiled for each architecture and printed
+with registers, spilled bytes (stack) and shared memory. Exit code 1 where a kernel fails to compile, spills more than
+`configs.STACK` allows or takes more shared memory than the architecture has.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import math
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sgmim_fast import kernels, ops
+from sgmim_fast import backends, kernels
+from sgmim_fast.guidance import embedding_patch
+from sgmim_fast.kernels import configs, products
 from sgmim_fast.kernels import launch as launching
+from sgmim_fast.kernels.launch import Target, caught
 from sgmim_fast.ops import GuidanceParameters, StructureParameters
+from sgmim_fast.ops.products import compute_bfloat16_in
 
-MODULES = (
-    *("gather_patches", "layer_norm", "linear_l1", "masked_patch_embed", "products", "relational_guidance"),
-    *("selective_mask", "standardize_structure", "structure_embed", "sums"),
-)
+NAMES = [name for name, modules in backends.MODULES.items() if "triton" in modules]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -86,54 +91,54 @@ def describe(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Lau
     )
 
 
-@contextmanager
-def caught() -> Iterator[dict[Launch, None]]:
-    """Collects launches in place of running them."""
-    found: dict[Launch, None] = {}
+@dataclass(frozen=True)
+class Shape:
+    """Of the launches to compile: widths of a model, rows of a batch."""
 
-    def catch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-        found.setdefault(describe(kernel, args, options))
+    width: int
+    stride: int
+    grid: int  # cells along an image
+    batch: int
 
-    with ExitStack() as stack:
-        for name in MODULES:
-            module = __import__(f"{kernels.__name__}.{name}", fromlist=["launch"])
-            if hasattr(module, "launch"):
-                stack.enter_context(mock.patch.object(module, "launch", catch))
-        stack.enter_context(mock.patch.object(launching, "supported", lambda dtype, compute: (True, "")))
-        # a CPU without bfloat16 products stands for a GPU that has them
-        stack.enter_context(ops.products.compute_bfloat16_in(torch.bfloat16))
-        stack.enter_context(mock.patch.object(kernels.products, "_wanted", lambda: "triton"))
-        stack.enter_context(mock.patch.object(kernels.products, "architecture", lambda device: "any"))
-        yield found
+    @property
+    def masked(self) -> int:
+        """Masked cells of an image."""
+        return math.ceil(0.6 * self.grid**2)
 
 
-def branch(width: int, stride: int, heads: int, mixed: bool, dtype: torch.dtype) -> None:
-    """Forward and backward of every op with a model's widths and a few rows; mixed: float32 parameters, as autocast."""
-    parameters_dtype = torch.float32 if mixed else dtype
-    backends = {name: __import__(f"{kernels.__name__}.{name}", fromlist=["forward"]) for name in MODULES}
+# Swin-B/192 and ViT-B/16, of which a small batch takes the small and a large one the large configurations.
+SHAPES = [Shape(*model, batch) for model in ((1024, 32, 6), (768, 16, 14)) for batch in (1, 8, 128)]
 
-    def tensor(*shape: int, dtype: torch.dtype = parameters_dtype) -> Tensor:
+
+def branch(shape: Shape, mixed: bool, dtype: torch.dtype) -> None:
+    """Forward and backward of every op; mixed: float32 parameters, as under autocast."""
+    ops = {name: importlib.import_module(f"{kernels.__name__}.{name}") for name in NAMES}
+    width, stride, batch = shape.width, shape.stride, shape.batch
+    grid, heads = shape.grid, 8
+    cells, cast = grid * grid, dtype if mixed else None
+
+    def tensor(*shape: int, dtype: torch.dtype = torch.float32 if mixed else dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
 
-    from sgmim_fast.guidance import embedding_patch
-
-    batch, cells, grid = 2, 4, 2
     patch, merges = embedding_patch(stride)
-    rows = [torch.tensor([0, 5]), torch.tensor([0, 1, 2]), torch.tensor([1, 4]), torch.tensor([0, 1, 2])]
-    images, maps = tensor(batch, 3, grid * stride, grid * stride), tensor(batch, 1, grid * stride, grid * stride)
-    cast = dtype if mixed else None
+    mask = torch.rand(batch, cells).argsort(1) < shape.masked
+    masked, visible = (wanted.flatten().nonzero().squeeze(1) for wanted in (mask, ~mask))
+    offsets = [torch.arange(batch + 1) * count for count in (cells - shape.masked, shape.masked)]
+    rows = [visible, offsets[0], masked, offsets[1]]
+    images, maps = (tensor(batch, channels, grid * stride, grid * stride) for channels in (3, 1))
 
     norm = [tensor(width), tensor(width)]
     w = GuidanceParameters(
         *norm, *norm, *(tensor(width, width) for _ in range(4)), tensor(width), *norm,
         tensor(4 * width, width), tensor(4 * width), tensor(width, 4 * width), tensor(width),
     )  # fmt: skip
-    features, structure = tensor(batch * cells, width), tensor(3, width)
-    op = backends["relational_guidance"]
+    features, structure = tensor(batch * cells, width), tensor(masked.shape[0] + 1, width)
     for keep in (True, False):
-        out, saved = op.forward(features, structure, list(w), rows, cells, heads, keep, 1e-5, cast)
-        flags = [True] * (2 + len(w))
-        op.backward(out, features, structure, list(w), rows, saved, cells, heads, keep, flags, cast)
+        out, saved = ops["relational_guidance"].forward(
+            features, structure, list(w), rows, cells, heads, keep, 1e-5, cast
+        )
+        inputs = out, features, structure, list(w), rows, saved, cells, heads, keep
+        ops["relational_guidance"].backward(*inputs, [True] * (2 + len(w)), cast)
 
     first = width >> merges
     s = StructureParameters(
@@ -141,43 +146,51 @@ def branch(width: int, stride: int, heads: int, mixed: bool, dtype: torch.dtype)
         *([tensor(4 * first << i) for i in range(merges)] for _ in range(2)),
         [tensor(2 * first << i, 4 * first << i) for i in range(merges)],
     ).flat()  # fmt: skip
-    op = backends["structure_embed"]
-    out, saved = op.forward(maps, rows[2], s, stride, 1e-5, cast)
-    for needed in (False, True):
-        op.backward(out, maps, rows[2], s, saved, stride, [needed] + [True] * len(s), cast)
+    out, saved = ops["structure_embed"].forward(maps, masked, s, stride, 1e-5, cast)
+    for needed in {False, batch == 1}:
+        ops["structure_embed"].backward(out, maps, masked, s, saved, stride, [needed] + [True] * len(s), cast)
 
-    op = backends["linear_l1"]
     for packed, target, valid in ((True, maps, maps > 0), (True, maps, None), (False, images, None)):
-        x = tensor(2 if packed else batch * cells, width, dtype=dtype)
+        x = tensor(visible.shape[0] if packed else batch * cells, width, dtype=dtype)
         weight, bias = tensor(target.shape[1] * stride**2, width), tensor(target.shape[1] * stride**2)
-        total, signs = op.forward(x, weight, bias, target, valid, rows[0], stride, packed, cast)
-        op.backward(total, x, weight, bias, target, signs, rows[0], stride, packed, [True] * 3 + [False], cast)
+        total, saved = ops["linear_l1"].forward(x, weight, bias, target, valid, visible, stride, packed, 0.5, cast)
+        inputs = total, x, weight, bias, target, saved, visible, stride, packed, 0.5
+        ops["linear_l1"].backward(*inputs, [True] * 3 + [False], cast)
 
-    op = backends["masked_patch_embed"]
-    vectors = [tensor(first) for _ in range(4)]
-    weight = tensor(first, 3, 4, 4)
+    vectors, weight = [tensor(first) for _ in range(4)], tensor(first, 3, 4, 4)
     for bias, token, *norm in (vectors, [*vectors[:2], None, None]):
-        stem = images, weight, bias, token, rows[0], *norm
-        out, saved = op.forward(*stem, 1e-5, cast)
-        op.backward(out, *stem, saved, [False, True, *(t is not None for t in (bias, token, *norm))], cast)
+        stem = images, weight, bias, token, visible, *norm
+        out, saved = ops["masked_patch_embed"].forward(*stem, 1e-5, cast)
+        needs = [False, True, *(t is not None for t in (bias, token, *norm))]
+        ops["masked_patch_embed"].backward(out, *stem, saved, needs, cast)
 
-    op = backends["gather_patches"]
     for zorder in (False, True):
-        packed = op.forward(images, rows[0], stride, patch, zorder)
-        op.backward(packed, rows[0], list(images.shape), stride, patch, zorder)
-    backends["standardize_structure"].forward(maps, True)
-    for masked in ([1, 1], [1, 2]):
-        backends["selective_mask"].forward(torch.tensor([1, 2]), masked, 2, 2, 2)
+        packed = ops["gather_patches"].forward(images, visible, stride, patch, zorder)
+        ops["gather_patches"].backward(packed, visible, list(images.shape), stride, patch, zorder)
+    ops["standardize_structure"].forward(maps, True)
+    for counts in ([shape.masked] * batch, [i % cells for i in range(batch)]):
+        ops["selective_mask"].forward(torch.tensor([1, 2]), counts, grid, grid, 2)
 
 
-def launches(dtypes: list[str]) -> dict[Launch, None]:
-    """Every launch of the ops at the widths of Swin-B/192 and ViT-B/224, each once."""
-    with caught() as found:
+def launches(dtypes: list[str], architecture: int) -> list[Launch]:
+    """Every launch of the ops, through both paths of products, each once."""
+    found: dict[Launch, None] = {}
+
+    def note(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        found.setdefault(describe(kernel, args, options))
+
+    with ExitStack() as stack:
+        stack.enter_context(caught(note, Target(f"sm_{architecture}", 132)))
+        # a CPU without bfloat16 products stands for a GPU that has them
+        stack.enter_context(compute_bfloat16_in(torch.bfloat16))
         for name in dtypes:
-            for width, stride in ((1024, 32), (768, 16)):
-                for mixed in {False, name != "float32"}:
-                    branch(width, stride, 8, mixed, DTYPES[name])
-    return found
+            for mixed in {False, name != "float32"}:
+                for shape in SHAPES:
+                    with mock.patch.object(products, "_wanted", lambda: "triton"):
+                        branch(shape, mixed, DTYPES[name])
+            with mock.patch.object(products, "_wanted", lambda: "library"):
+                branch(SHAPES[0], False, DTYPES[name])
+    return list(found)
 
 
 def compile_for(launch: Launch, capability: int) -> dict[str, int]:
@@ -203,27 +216,57 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found["REG"]), "stack": int(found["STACK"])}
 
 
-def main(argv: list[str] | None = None, *, report: Callable[[str], None] = print) -> int:
+def report(launch: Launch, architecture: int) -> tuple[bool, str]:
+    """Whether a launch compiles within its limits, and the line about it."""
+    name = f"{launch.kernel.fn.__module__.rpartition('.')[2]}.{launch.kernel.fn.__name__}"
+    kinds = {kind for _, kind in launch.signature if isinstance(kind, str) and kind.startswith("*")}
+    options = " ".join(f"{key}={value}" for key, value in launch.options)
+    blocks = {
+        n: launch.kernel.arg_names.index(n)
+        for n in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_D", "BLOCK")
+        if n in launch.kernel.arg_names
+    }
+    constants = dict(launch.constants)
+    tile = "x".join(str(constants[i,]) for i in blocks.values())
+    head = f"sm_{architecture} {name} {tile} {options} {','.join(sorted(kinds))}"
+    try:
+        facts = compile_for(launch, architecture)
+    except Exception as error:  # whatever the compiler raises belongs into the report
+        return False, f"{head}: FAILED {type(error).__name__}: {str(error)[-300:]}"
+    half = any(kind in ("*bf16", "*fp16") for kind in kinds) or "bf16" in str(constants) or "fp16" in str(constants)
+    limits = {
+        "stack": configs.STACK.get((name, 2 if half else 4), 0),
+        "shared": configs.SHARED.get(architecture, 99 << 10),
+    }
+    over = [f"more than {limit} {fact}" for fact, limit in limits.items() if facts[fact] > limit]
+    return not over, f"{head}: " + ", ".join([*(f"{v} {k}" for k, v in facts.items()), *over])
+
+
+_found: list[Launch] = []  # inherited by the processes that compile
+
+
+def _report(task: tuple[int, int]) -> tuple[bool, str]:
+    return report(_found[task[0]], task[1])
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="80,90,100", help="compute capabilities, times ten")
     parser.add_argument("--dtype", default=",".join(DTYPES))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     args = parser.parse_args(argv)
     if launching.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: there is nothing to compile")
-    failed = 0
-    found = launches(args.dtype.split(","))
-    for capability in map(int, args.arch.split(",")):
-        for launch in found:
-            name = f"{launch.kernel.fn.__module__.rpartition('.')[2]}.{launch.kernel.fn.__name__}"
-            options = " ".join(f"{key}={value}" for key, value in launch.options)
-            try:
-                facts = compile_for(launch, capability)
-            except Exception as error:
-                failed += 1
-                report(f"sm_{capability} {name} {options}: FAILED {type(error).__name__}: {str(error)[-300:]}")
-            else:
-                report(f"sm_{capability} {name} {options}: " + ", ".join(f"{v} {k}" for k, v in facts.items()))
-    report(f"{len(found)} launches, {failed} failed, Triton {triton.__version__}, {tl.__name__}")
+    failed = count = 0
+    for architecture in map(int, args.arch.split(",")):
+        _found[:] = launches(args.dtype.split(","), architecture)
+        tasks = [(i, architecture) for i in range(len(_found))]
+        with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
+            for good, line in pool.imap(_report, tasks):
+                print(line, flush=True)
+                failed += not good
+        count += len(tasks)
+    print(f"{count} launches, {failed} failed or over their limits, Triton {triton.__version__}")
     return 1 if failed else 0
 
 

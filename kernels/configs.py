@@ -35,6 +35,17 @@ PRODUCTS: dict[str, dict[tuple[int, str], Config]] = {
 }
 
 
+# (kernel, bytes of an operand's element) -> bytes that a thread may spill to its stack; every other kernel spills none.
+STACK = {
+    ("layer_norm._backward_kernel", 2): 8,
+    ("products._product_kernel", 2): 24,
+    ("relational_guidance._backward_kernel", 4): 288,
+    ("structure_embed._backward_kernel", 2): 48,
+}
+# Compute capability, times ten -> bytes of shared memory that a block can have.
+SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+
+
 def shape_class(m: int, n: int) -> str:
     """Of a product (m, k) . (k, n), all problems of a launch counted as one with their rows together."""
     if triton.cdiv(m, 128) * triton.cdiv(n, 128) >= 96:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,29 +31,58 @@ def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launches the kernel, unless there is nothing to do."""
-    if all(grid):
-        kernel[grid](*args, **options)
+class Target(NamedTuple):
+    """What launches are made for."""
+
+    architecture: str  # as the configurations' table names it, e.g. "sm_90"
+    multiprocessors: int
+
+
+_caught: list[tuple[Callable[..., None], Target]] = []
+
+
+@contextlib.contextmanager
+def caught(listener: Callable[..., None], target: Target) -> Iterator[None]:
+    """Within the block launches go to `listener(kernel, grid, args, options)` in place of the device, chosen as for
+    `target`, and nothing is computed: to compile, count or model what an op launches."""
+    _caught.append((listener, target))
+    try:
+        yield
+    finally:
+        _caught.pop()
+
+
+def target(device: torch.device) -> Target:
+    """What the launches on this device are made for."""
+    return _caught[-1][1] if _caught else _target(device)
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+def _target(device: torch.device) -> Target:
+    if device.type != "cuda":
+        return Target("any", 4)  # Triton's interpreter
+    properties = torch.cuda.get_device_properties(device)
+    return Target(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launches the kernel, unless there is nothing to do."""
+    if not all(grid):
+        return
+    if _caught:
+        _caught[-1][0](kernel, grid, args, options)
+    else:
+        kernel[grid](*args, **options)
 
 
 def rows_per_program(count: int, device: torch.device, least: int = 8) -> int:
     """Rows each program goes through where it sums over rows: two programs per multiprocessor, whatever the load."""
-    return max(least, triton.cdiv(count, 2 * _multiprocessors(device)))
+    return max(least, triton.cdiv(count, 2 * target(device).multiprocessors))
 
 
-def supported(dtype: torch.dtype, compute: torch.dtype) -> tuple[bool, str]:
-    """Whether the kernels take a request for `dtype` that is computed in `compute`, and the reason where not."""
-    if dtype not in DTYPES:
-        return False, f"dtype {dtype}; the Triton kernels take float32, bfloat16 and float16"
-    if INTERPRETED and compute == torch.bfloat16:
-        return False, "Triton's interpreter multiplies bfloat16 wrongly"
-    return True, ""
+def supported(dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether the kernels take a request for `dtype`, and the reason where not."""
+    return dtype in DTYPES, f"dtype {dtype}; the Triton kernels take float32, bfloat16 and float16"
 
 
 def fits(*widths: int) -> tuple[bool, str]:
@@ -72,6 +101,15 @@ def cast_all(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         for i, copy in zip(wrong, copies, strict=True):
             result[i] = copy
     return result
+
+
+def copies_of(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """`ops.products.copies` by one launch: all weights in `dtype`, or [] where they are in it as they are."""
+    if all(weight.dtype == dtype for weight in weights):
+        return []
+    copies = [torch.empty(weight.shape, dtype=dtype, device=weight.device) for weight in weights]
+    torch._foreach_copy_(copies, [weight.detach() for weight in weights])
+    return copies
 
 
 def tf32() -> str:

@@ -1,24 +1,58 @@
-"""LayerNorm with its neighbours: a gather before it in the forward, a residual and a scatter after it in the backward.
+"""LayerNorm with its neighbours: a gather before it in the forward, a residual and a scatter after it in the backward,
+and sums over the rows that pass by; several norms of one width in one launch.
 
 Shared by `relational_guidance`, `structure_embed` and `masked_patch_embed`. A row is read once and stays in registers.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sgmim_fast.kernels.launch import launch
-from sgmim_fast.kernels.sums import Sum, partial_sums
+from sgmim_fast.kernels.arithmetic import cast
+from sgmim_fast.kernels.launch import launch, rows_per_program
+from sgmim_fast.kernels.sums import Sum
+
+
+class Norm(NamedTuple):
+    """Rows to normalise: x[rows], or all of x, into y, or row by row into y[y_rows]."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    y: Tensor
+    rows: Tensor | None = None
+    y_rows: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        return self.x.shape[0] if self.rows is None else self.rows.shape[0]
 
 
 @triton.jit
 def _forward_kernel(
-    x, rows, weight, bias, y, y_rows, statistics, count, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    xs, rows, weights, biases, ys, y_rows, statistics, counts, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    program = tl.program_id(0)
+    for i in tl.static_range(len(xs)):
+        programs = tl.cdiv(counts[i], ROWS)
+        if (program >= 0) & (program < programs):
+            _normalise(
+                program, xs[i], rows[i], weights[i], biases[i], ys[i], y_rows[i], statistics[i], counts[i], width, eps,
+                ROWS, BLOCK,
+            )  # fmt: skip
+        program -= programs
+
+
+@triton.jit
+def _normalise(
+    program, x, rows, weight, bias, y, y_rows, statistics, count, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = program * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = (row < count)[:, None] & (column < width)[None, :]
     source = row.to(tl.int64)
@@ -34,62 +68,83 @@ def _forward_kernel(
     place = row.to(tl.int64)
     if y_rows is not None:
         place = tl.load(y_rows + row, mask=row < count, other=0)
-    tl.store(y + place[:, None] * width + column[None, :], out.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + place[:, None] * width + column[None, :], cast(out, y.dtype.element_ty), mask=inside)
     tl.store(statistics + row, mean, mask=row < count)
     tl.store(statistics + count + row, rstd, mask=row < count)
 
 
-def layer_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    dtype: torch.dtype,
-    *,
-    rows: Tensor | None = None,
-    into: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Normalises x[rows], or x; into=(y, y_rows) writes the i-th result at row y_rows[i] of y, for `dtype` then y's.
-
-    Returns y (n, C) in `dtype` and the statistics (2, n), float32: mean and 1 / sqrt(var + eps).
-    Cost: reads n rows, writes n rows; 1 launch.
+def layer_norm(norms: list[Norm], eps: float) -> list[Tensor]:
+    """Normalises rows of one width, and returns of each norm the statistics (2, n), float32: mean and
+    1 / sqrt(var + eps). Cost: reads n rows, writes n rows; 1 launch.
     """
-    count, width = (x.shape[0] if rows is None else rows.shape[0]), x.shape[1]
-    y, y_rows = into if into is not None else (torch.empty(count, width, dtype=dtype, device=x.device), None)
-    statistics = torch.empty(2, count, dtype=torch.float32, device=x.device)
+    width = norms[0].x.shape[1]
+    statistics = [torch.empty(2, norm.count, dtype=torch.float32, device=norm.x.device) for norm in norms]
     block = triton.next_power_of_2(width)
     tile = max(1, 2048 // block)
     launch(
         _forward_kernel,
-        (triton.cdiv(count, tile),),
-        x,
-        rows,
-        weight,
-        bias,
-        y,
-        y_rows,
-        statistics,
-        count,
+        (sum(triton.cdiv(norm.count, tile) for norm in norms),),
+        tuple(norm.x for norm in norms),
+        tuple(norm.rows for norm in norms),
+        tuple(norm.weight for norm in norms),
+        tuple(norm.bias for norm in norms),
+        tuple(norm.y for norm in norms),
+        tuple(norm.y_rows for norm in norms),
+        tuple(statistics),
+        tuple(norm.count for norm in norms),
         width,
         eps,
         ROWS=tile,
         BLOCK=block,
         num_warps=_warps(block),
     )
-    return y, statistics
+    return statistics
+
+
+class NormGradient(NamedTuple):
+    """Gradient of a `Norm`: of its rows, plus `residual`, into dx, or row by row into dx[rows]."""
+
+    dy: Tensor  # of the normalised rows
+    x: Tensor
+    statistics: Tensor
+    weight: Tensor
+    bias: Tensor
+    dx: Tensor
+    more: Tensor | None = None  # added to dy
+    rows: Tensor | None = None
+    residual: Tensor | None = None
+    again: bool = True  # whether the normalised rows are written once more, in dy's dtype
+    biases: tuple[Tensor, ...] = ()  # gradients that are sums over the rows of residual and of dx, if wanted
 
 
 @triton.jit
 def _backward_kernel(
-    dy, more, x, rows, statistics, weight, bias, residual, dx, dx_rows, y, partials, count, width,
-    per_program, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    dys, mores, xs, rows, statistics, weights, biases, residuals, dxs, ys, partials, counts, strides,
+    width, per_program, ROWS: tl.constexpr, BLOCK: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
+    for i in tl.static_range(len(dys)):
+        programs = tl.cdiv(counts[i], per_program)
+        if (program >= 0) & (program < programs):
+            _differentiate(
+                program, dys[i], mores[i], xs[i], rows[i], statistics[i], weights[i], biases[i], residuals[i], dxs[i],
+                ys[i], partials[i], counts[i], strides[i], width, per_program, ROWS, BLOCK, SUMS,
+            )  # fmt: skip
+        program -= programs
+
+
+@triton.jit
+def _differentiate(
+    program, dy, more, x, rows, statistics, weight, bias, residual, dx, y, partials, count, stride,
+    width, per_program, ROWS: tl.constexpr, BLOCK: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
     column = tl.arange(0, BLOCK)
     gain = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
     shift = tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
     dgain = tl.zeros([BLOCK], tl.float32)
     dshift = tl.zeros([BLOCK], tl.float32)
+    residual_sum = tl.zeros([BLOCK], tl.float32)
+    dx_sum = tl.zeros([BLOCK], tl.float32)
     last = tl.minimum((program + 1) * per_program, count)
     for first in range(program * per_program, last, ROWS):
         row = first + tl.arange(0, ROWS)
@@ -98,77 +153,81 @@ def _backward_kernel(
         grad = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         if more is not None:
             grad += tl.load(more + at, mask=inside, other=0.0).to(tl.float32)
-        source = at
+        place = at
         if rows is not None:
-            source = tl.load(rows + row, mask=row < last, other=0)[:, None] * width + column[None, :]
-        value = tl.load(x + source, mask=inside, other=0.0).to(tl.float32)
+            place = tl.load(rows + row, mask=row < last, other=0)[:, None] * width + column[None, :]
+        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
         mean = tl.load(statistics + row, mask=row < last, other=0.0)[:, None]
         rstd = tl.load(statistics + count + row, mask=row < last, other=0.0)[:, None]
         xhat = tl.where(inside, (value - mean) * rstd, 0.0)
         g = grad * gain
         out = (g - (tl.sum(g, 1) / width)[:, None] - xhat * (tl.sum(g * xhat, 1) / width)[:, None]) * rstd
         if residual is not None:
-            out += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-        place = at
-        if dx_rows is not None:
-            place = tl.load(dx_rows + row, mask=row < last, other=0)[:, None] * width + column[None, :]
-        tl.store(dx + place, out.to(dx.dtype.element_ty), mask=inside)
+            added = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+            out += added
+            if SUMS:
+                residual_sum += tl.sum(added, 0)
+        out = cast(out, dx.dtype.element_ty)
+        tl.store(dx + place, out, mask=inside)
+        if SUMS:
+            dx_sum += tl.sum(tl.where(inside, out.to(tl.float32), 0.0), 0)
         if y is not None:
-            tl.store(y + at, (xhat * gain + shift).to(y.dtype.element_ty), mask=inside)
+            tl.store(y + at, cast(xhat * gain + shift, y.dtype.element_ty), mask=inside)
         dgain += tl.sum(grad * xhat, 0)
         dshift += tl.sum(grad, 0)
     at = program.to(tl.int64) * width + column
     tl.store(partials + at, dgain, mask=column < width)
-    tl.store(partials + tl.num_programs(0).to(tl.int64) * width + at, dshift, mask=column < width)
+    tl.store(partials + stride + at, dshift, mask=column < width)
+    if SUMS:
+        tl.store(partials + 2 * stride + at, residual_sum, mask=column < width)
+        tl.store(partials + 3 * stride + at, dx_sum, mask=column < width)
 
 
-def layer_norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    statistics: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    dx: Tensor,
-    *,
-    more: Tensor | None = None,
-    rows: Tensor | None = None,
-    residual: Tensor | None = None,
-    dx_rows: Tensor | None = None,
-    again: bool = True,
-) -> tuple[Tensor | None, list[Sum]]:
-    """Writes the gradient of the normalised rows, plus `residual`, into the rows `dx_rows` of dx.
+def layer_norm_backward(gradients: list[NormGradient]) -> tuple[list[Tensor | None], list[list[Sum]]]:
+    """Gradients through norms of one width, all or none of them with `biases`.
 
-    dy, and `more` which is added to it, are the gradients of the forward's result. Returns that result once more, in
-    dy's dtype (None with again=False), and the sums for the gradients of weight and bias, in the weights' dtype.
-    Cost: reads dy, x and the residual, writes dx and y, n rows each; 1 launch.
+    Returns of each its normalised rows once more, or None, and the sums to be finished: for weight and bias, in the
+    weight's dtype, then for `biases`. Cost: reads dy, x and the residual, writes dx and y, n rows each; 1 launch.
     """
-    count, width = dy.shape
-    y = torch.empty_like(dy) if again else None
-    per_program, partials = partial_sums(count, dy.device, 2, width)
+    width, device = gradients[0].dy.shape[1], gradients[0].dy.device
+    ys = [torch.empty_like(g.dy) if g.again else None for g in gradients]
+    counts = [g.dy.shape[0] for g in gradients]
+    per_program = rows_per_program(sum(counts), device)
+    programs = [triton.cdiv(count, per_program) for count in counts]
+    vectors = 2 + len(gradients[0].biases)
+    partials = [torch.empty(vectors, n, width, dtype=torch.float32, device=device) for n in programs]
     block = triton.next_power_of_2(width)
     launch(
         _backward_kernel,
-        (partials.shape[1],),
-        dy,
-        more,
-        x,
-        rows,
-        statistics,
-        weight,
-        bias,
-        residual,
-        dx,
-        dx_rows,
-        y,
-        partials,
-        count,
+        (sum(programs),),
+        tuple(g.dy for g in gradients),
+        tuple(g.more for g in gradients),
+        tuple(g.x for g in gradients),
+        tuple(g.rows for g in gradients),
+        tuple(g.statistics for g in gradients),
+        tuple(g.weight for g in gradients),
+        tuple(g.bias for g in gradients),
+        tuple(g.residual for g in gradients),
+        tuple(g.dx for g in gradients),
+        tuple(ys),
+        tuple(partials),
+        tuple(counts),
+        tuple(n * width for n in programs),
         width,
         per_program,
         ROWS=max(1, 2048 // block),
         BLOCK=block,
+        SUMS=vectors > 2,
         num_warps=_warps(block),
     )
-    return y, [Sum(part, torch.empty_like(weight)) for part in partials]
+    sums = [
+        [
+            Sum(p, out)
+            for p, out in zip(part, (torch.empty_like(g.weight), torch.empty_like(g.bias), *g.biases), strict=True)
+        ]
+        for g, part in zip(gradients, partials, strict=True)
+    ]
+    return ys, sums
 
 
 def _warps(block: int) -> int:

@@ -10,8 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from sgmim_fast.kernels import configs, products
-from sgmim_fast.kernels.launch import cast_all, launch, on_device, supported, tf32
-from sgmim_fast.kernels.sums import Sum, column_sums, finish
+from sgmim_fast.kernels.arithmetic import cast, dot
+from sgmim_fast.kernels.launch import copies_of, launch, on_device, supported, tf32
+from sgmim_fast.kernels.launch import target as machine
+from sgmim_fast.kernels.sums import Sum, finish
 from sgmim_fast.ops import products as dtypes
 from sgmim_fast.ops._op import absent
 from sgmim_fast.ops.linear_l1 import target_gradient
@@ -35,7 +37,7 @@ def _forward_kernel(
         a = tl.load(x + source[:, None] * width + k[None, :], mask=(m < count)[:, None] & (k < width)[None, :], other=0)
         at = n.to(tl.int64)[:, None] * width + k[None, :]
         w = tl.load(weight + at, mask=(n < outs)[:, None] & (k < width)[None, :], other=0)
-        total = tl.dot(a.to(w.dtype), tl.trans(w), total, input_precision=PRECISION)
+        total = dot(cast(a, w.dtype), tl.trans(w), total, PRECISION)
     total += tl.load(bias + n, mask=n < outs, other=0.0).to(tl.float32)[None, :]
 
     row = tl.load(rows + m, mask=m < count, other=0)
@@ -56,7 +58,7 @@ def _forward_kernel(
 
 def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
     x, dtype = args[0] if part == "forward" else args[1], args[-1]
-    return supported(dtype or x.dtype, dtypes.compute_dtype(dtype or x.dtype, x.device))
+    return supported(dtype or x.dtype)
 
 
 @on_device
@@ -69,15 +71,17 @@ def forward(
     rows: Tensor,
     cell: int,
     packed: bool,
+    scale: float,
     dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor]]:
     """Cost: reads x and W for each tile, the wanted pixels once, writes a byte per pixel; 3 launches."""
     compute = dtypes.compute_dtype(dtype or x.dtype, x.device)
-    (w,) = cast_all([weight], compute)
+    copies = copies_of([weight], compute)
+    w = copies[0] if copies else weight.contiguous()
     x, rows = x.contiguous(), rows.contiguous()
     count, (outs, width) = rows.shape[0], w.shape
     signs = torch.empty(count, outs, dtype=torch.int8, device=x.device)
-    config = configs.product(count, outs, compute.itemsize, products.architecture(x.device))
+    config = configs.product(count, outs, compute.itemsize, machine(x.device).architecture)
     tiles = triton.cdiv(count, config.block_m) * triton.cdiv(outs, config.block_n)
     partials = torch.empty(tiles, 1, dtype=torch.float32, device=x.device)
     across = target.shape[3] // cell
@@ -109,8 +113,8 @@ def forward(
         num_stages=config.stages,
     )
     total = torch.empty((), dtype=torch.float32, device=x.device)
-    finish([Sum(partials, total.view(1))])
-    return total, signs
+    finish([Sum(partials, total.view(1))], factor=scale)
+    return total, [signs, *copies]
 
 
 @on_device
@@ -120,28 +124,28 @@ def backward(
     weight: Tensor,
     bias: Tensor,
     target: Tensor,
-    signs: Tensor,
+    saved: list[Tensor],
     rows: Tensor,
     cell: int,
     packed: bool,
+    scale: float,
     needs: list[bool],
     dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    """Cost: reads the signs three times, W and x once per tile; at most 5 launches and a fill."""
-    compute = dtypes.compute_dtype(dtype or x.dtype, x.device)
+    """Cost: reads the signs twice, W and x once per tile; 2 launches, and where x is not packed a fill."""
+    signs, *copies = saved
     grads = [absent(x) for _ in needs]
     x, rows = x.contiguous(), rows.contiguous()
+    listed = None if packed else rows
     if needs[0]:
-        (w,) = cast_all([weight], compute)
+        w = copies[0] if copies else weight.contiguous()
         grads[0] = torch.empty_like(x) if packed else torch.zeros_like(x)
-        products.input_gradient_of_signs(signs, w, grad, grads[0], None if packed else rows)
-    if needs[1]:
-        grads[1] = products.weight_gradients(
-            [signs], cast_all([x], compute), [weight.dtype], rows=None if packed else rows, scale=grad
-        )[0]
-    if needs[2]:
-        grads[2] = torch.empty_like(bias)
-        finish(column_sums([signs], [grads[2]]), grad)
+        products.input_gradient_of_signs(signs, w, grad, scale, grads[0], listed)
+    if needs[1] or needs[2]:
+        compute = dtypes.compute_dtype(dtype or x.dtype, x.device)
+        dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+        products.weight_gradients_of_signs(signs, x, compute, grad, scale, listed, dweight, dbias)
+        grads[1], grads[2] = dweight if needs[1] else grads[1], dbias if needs[2] else grads[2]
     if needs[3]:
-        grads[3] = target_gradient(grad, signs, target, rows, cell)
+        grads[3] = target_gradient(grad * scale, signs, target, rows, cell)
     return grads

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sgmim_fast.kernels import products
 from sgmim_fast.kernels.launch import cast_all, fits, on_device, supported
-from sgmim_fast.kernels.layer_norm import layer_norm, layer_norm_backward
+from sgmim_fast.kernels.layer_norm import Norm, NormGradient, layer_norm, layer_norm_backward
 from sgmim_fast.kernels.sums import Sum, column_sums, finish
 from sgmim_fast.ops import products as library
 from sgmim_fast.ops._op import absent
@@ -18,7 +18,7 @@ from sgmim_fast.ops.masked_patch_embed import input_gradient, output_shape, patc
 
 def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
     x, weight = args[:2] if part == "forward" else args[1:3]
-    usable, reason = supported(args[-1] or x.dtype, library.compute_dtype(args[-1] or x.dtype, x.device))
+    usable, reason = supported(args[-1] or x.dtype)
     return fits(weight.shape[0]) if usable else (usable, reason)
 
 
@@ -43,8 +43,7 @@ def forward(
     if norm_weight is None:
         out.index_copy_(0, visible, tokens.to(out.dtype))
         return out.view(shape), []
-    _, statistics = layer_norm(tokens, norm_weight, norm_bias, eps, out.dtype, into=(out, visible))
-    return out.view(shape), [tokens, statistics]
+    return out.view(shape), [tokens, *layer_norm([Norm(tokens, norm_weight, norm_bias, out, y_rows=visible)], eps)]
 
 
 @on_device
@@ -70,7 +69,8 @@ def backward(
     if norm_weight is not None:
         tokens, statistics = saved
         dy, dtokens = dtokens, torch.empty_like(tokens)
-        _, norm_sums = layer_norm_backward(dy, tokens, statistics, norm_weight, norm_bias, dtokens, again=False)
+        gradient = NormGradient(dy, tokens, statistics, norm_weight, norm_bias, dtokens, again=False)
+        _, (norm_sums,) = layer_norm_backward([gradient])
     bias_sum: list[Sum] = [] if bias is None else column_sums([dtokens], [torch.empty_like(bias)])
     finish([*token_sum, *norm_sums, *bias_sum])
     grads = [absent(x) for _ in needs]

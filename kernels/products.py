@@ -4,8 +4,9 @@ One kernel computes C = A . B for up to a handful of problems, told apart by the
 after what they are to a linear layer of weight W (out, in):
 
     FORWARD   y = x . W^T       bias, GELU (keeping its argument) and a residual read by rows in the epilogue
-    INPUT     dx = dy . W       GELU's derivative in the epilogue, which writes GELU again; a scale; a scatter by rows
-    WEIGHT    dW = dy^T . x     x read by rows; a scale
+    INPUT     dx = dy . W       GELU's derivative in the epilogue, which writes GELU again and adds the columns up per
+                                tile; a scale; a scatter by rows
+    WEIGHT    dW = dy^T . x     x read by rows; a scale; the bias's gradient
 
 Which path: `SGMIM_FAST_TRITON_PRODUCTS=auto|triton|library`. "library" is torch (cuBLAS) and one elementwise kernel
 where there is an epilogue. The reasoning, until both have been measured on a GPU: in half precision a product of it
@@ -26,25 +27,19 @@ import triton.language as tl
 from torch import Tensor
 
 from sgmim_fast.kernels import configs
-from sgmim_fast.kernels.launch import INTERPRETED, launch, tf32
+from sgmim_fast.kernels.arithmetic import cast, dot, gelu, gelu_derivative
+from sgmim_fast.kernels.launch import launch, target, tf32
+from sgmim_fast.kernels.sums import Sum, column_sums
+from sgmim_fast.kernels.sums import finish as finish_sums
 
 FORWARD, INPUT, WEIGHT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def gelu(x):
-    return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
-
-
-@triton.jit
-def gelu_derivative(x):
-    return 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-
-
-@triton.jit
 def _product_kernel(
     a, b, c,  # operands and result of every problem
-    bias, residual, before, after, index, scale,  # of the epilogue, or None; see `linear` and the others
+    bias, residual, before, after, index, scale, sums,  # of the epilogue, or None; see `linear` and the others
+    factor,
     rows, ins, outs,  # tokens, width of x, width of y
     KIND: tl.constexpr, DTYPE: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -77,23 +72,28 @@ def _product_kernel(
     down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = tile // (GROUP * across)
     height = tl.minimum(down - group * GROUP, GROUP)
-    m = (group * GROUP + tile % (GROUP * across) % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tile % (GROUP * across) // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_tile = group * GROUP + tile % (GROUP * across) % height
+    n_tile = tile % (GROUP * across) // height
+    m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     wide = m.to(tl.int64)
 
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if KIND == WEIGHT and sums is not None:
+        ones = tl.full([BLOCK_K, 16], 1.0, DTYPE)
+        bias_total = tl.zeros([BLOCK_M, 16], tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         if KIND == WEIGHT:  # A is dy (rows, outs), read transposed
             x = tl.load(A + k.to(tl.int64)[:, None] * O + m[None, :], mask=(k < K)[:, None] & (m < M)[None, :], other=0)
-            x = tl.trans(x.to(DTYPE))
+            x = tl.trans(cast(x, DTYPE))
             at = k.to(tl.int64)
             if index is not None:
                 at = tl.load(index + k, mask=k < K, other=0)
             w = tl.load(B + at[:, None] * I + n[None, :], mask=(k < K)[:, None] & (n < N)[None, :], other=0)
         else:
             x = tl.load(A + wide[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0)
-            x = x.to(DTYPE)
+            x = cast(x, DTYPE)
             if KIND == FORWARD:  # W (outs, ins), read transposed
                 w = tl.load(
                     B + n.to(tl.int64)[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0
@@ -103,34 +103,42 @@ def _product_kernel(
                 w = tl.load(
                     B + k.to(tl.int64)[:, None] * N + n[None, :], mask=(k < K)[:, None] & (n < N)[None, :], other=0
                 )
-        total = tl.dot(x, w.to(DTYPE), total, input_precision=PRECISION)
+        total = dot(x, cast(w, DTYPE), total, PRECISION)
+        if KIND == WEIGHT and sums is not None:
+            bias_total = dot(x, ones, bias_total, PRECISION)
 
     inside = (m < M)[:, None] & (n < N)[None, :]
     at = wide[:, None] * N + n[None, :]
     if bias is not None:
         total += tl.load(Bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    total = finish(total, at, wide, m < M, n, N, inside, residual, before, after, index, scale, KIND, GELU)
+    if scale is not None:
+        by = tl.load(scale).to(tl.float32) * factor
+        total *= by
+        if KIND == WEIGHT and sums is not None:  # sixteen equal columns; the first column of tiles writes one
+            bias_total = tl.sum(bias_total, 1) * 0.0625 * by
+            tl.store(sums + m, cast(bias_total, sums.dtype.element_ty), mask=(m < M) & (n_tile + 0 * m == 0))
+    total = finish(total, at, wide, m < M, n, N, inside, residual, before, after, index, KIND, GELU)
+    if KIND == INPUT and sums is not None:
+        tl.store(sums + m_tile.to(tl.int64) * N + n, tl.sum(total, 0), mask=n < N)
     if KIND == INPUT and index is not None:
         at = tl.load(index + m, mask=m < M, other=0)[:, None] * N + n[None, :]
-    tl.store(C + at, total.to(C.dtype.element_ty), mask=inside)
+    tl.store(C + at, cast(total, C.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def finish(
-    total, at, row, here, n, N, inside, residual, before, after, index, scale,
+    total, at, row, here, n, N, inside, residual, before, after, index,
     KIND: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
     """What follows a product; `at` are the places of the result's elements, `before` holds GELU's argument."""
-    if scale is not None:
-        total *= tl.load(scale).to(tl.float32)
     if GELU:
         if KIND == FORWARD:
-            total = total.to(before.dtype.element_ty)  # as the backward will read it
+            total = cast(total, before.dtype.element_ty)  # as the backward will read it
             tl.store(before + at, total, mask=inside)
             total = gelu(total.to(tl.float32))
         else:
             x = tl.load(before + at, mask=inside, other=0.0).to(tl.float32)
-            tl.store(after + at, gelu(x).to(after.dtype.element_ty), mask=inside)
+            tl.store(after + at, cast(gelu(x), after.dtype.element_ty), mask=inside)
             total *= gelu_derivative(x)
     if residual is not None:
         place = row
@@ -150,8 +158,8 @@ def _epilogue_kernel(
     inside = (row < rows)[:, None] & (n < width)[None, :]
     at = row[:, None] * width + n[None, :]
     total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    total = finish(total, at, row, row < rows, n, width, inside, residual, before, after, index, None, KIND, GELU)
-    tl.store(c + at, total.to(c.dtype.element_ty), mask=inside)
+    total = finish(total, at, row, row < rows, n, width, inside, residual, before, after, index, KIND, GELU)
+    tl.store(c + at, cast(total, c.dtype.element_ty), mask=inside)
 
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -173,10 +181,15 @@ def _wanted() -> str:
     return wanted
 
 
-@functools.cache
-def architecture(device: torch.device) -> str:
-    """As the configurations' table names it."""
-    return "any" if INTERPRETED else "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+_SIDES = {0: (0, 2), 1: (0, 1), 2: (2, 1)}  # of a shape (rows, ins, outs), by kind: height and width of the result
+
+
+def _config(
+    kind: tl.constexpr, dtype: torch.dtype, shapes: list[tuple[int, int, int]], device: torch.device
+) -> configs.Config:
+    down, across = _SIDES[kind.value]
+    m, n = sum(shape[down] for shape in shapes), max(shape[across] for shape in shapes)
+    return configs.product(m, n, dtype.itemsize, target(device).architecture)
 
 
 def _run(
@@ -193,11 +206,12 @@ def _run(
     after: Tensor | None = None,
     index: Tensor | None = None,
     scale: Tensor | None = None,
+    factor: float = 1.0,
+    sums: Tensor | None = None,
 ) -> None:
     """shapes: (rows, ins, outs) of every problem."""
-    sides = {0: (0, 2), 1: (0, 1), 2: (2, 1)}[kind.value]
-    m, n = sum(shape[sides[0]] for shape in shapes), max(shape[sides[1]] for shape in shapes)
-    config = configs.product(m, n, dtype.itemsize, architecture(a[0].device))
+    sides = _SIDES[kind.value]
+    config = _config(kind, dtype, shapes, a[0].device)
     tiles = sum(
         triton.cdiv(shape[sides[0]], config.block_m) * triton.cdiv(shape[sides[1]], config.block_n) for shape in shapes
     )
@@ -214,6 +228,8 @@ def _run(
         after,
         index,
         scale,
+        sums,
+        factor,
         rows,
         ins,
         outs,
@@ -302,38 +318,66 @@ def input_gradients(dys: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
     return dxs
 
 
-def input_gradient_gelu(dy: Tensor, weight: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """dy . W * gelu'(before) and gelu(before). Cost: 1 launch; through the library 2."""
+def input_gradient_gelu(dy: Tensor, weight: Tensor, before: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Sum]:
+    """dx = dy . W * gelu'(before), gelu(before), and the sum of dx over its rows, to be finished into `bias`.
+
+    Cost: 1 launch; through the library 3.
+    """
     dx, after = torch.empty_like(before), torch.empty_like(before)
-    if fused(dy.dtype):
-        shape = dy.shape[0], weight.shape[1], weight.shape[0]
-        _run(INPUT, dy.dtype, [dy], [weight], [dx], [shape], before=before, after=after)
-    else:
+    if not fused(dy.dtype):
         _epilogue(INPUT, dy @ weight, dx, before=before, after=after)
-    return dx, after
+        return dx, after, *column_sums([dx], [bias])
+    shape = dy.shape[0], weight.shape[1], weight.shape[0]
+    tiles = triton.cdiv(shape[0], _config(INPUT, dy.dtype, [shape], dy.device).block_m)
+    partials = torch.empty(tiles, shape[1], dtype=torch.float32, device=dy.device)
+    _run(INPUT, dy.dtype, [dy], [weight], [dx], [shape], before=before, after=after, sums=partials)
+    return dx, after, Sum(partials, bias)
 
 
-def input_gradient_of_signs(signs: Tensor, weight: Tensor, scale: Tensor, dx: Tensor, rows: Tensor | None) -> None:
-    """signs (n, out) int8 . W * scale into the rows of dx, or all of it. Cost: 1 launch; through the library 3."""
+def input_gradient_of_signs(
+    signs: Tensor, weight: Tensor, scale: Tensor, factor: float, dx: Tensor, rows: Tensor | None
+) -> None:
+    """signs (n, out) int8 . W * scale * factor into the rows of dx, or all of it.
+
+    Cost: 1 launch; through the library 4.
+    """
     if fused(weight.dtype):
         shape = signs.shape[0], weight.shape[1], weight.shape[0]
-        _run(INPUT, weight.dtype, [signs], [weight], [dx], [shape], index=rows, scale=scale)
+        _run(INPUT, weight.dtype, [signs], [weight], [dx], [shape], index=rows, scale=scale, factor=factor)
         return
-    product = (signs.to(weight.dtype) @ weight * scale).to(dx.dtype)
+    product = (signs.to(weight.dtype) @ weight * (scale * factor)).to(dx.dtype)
     dx.copy_(product) if rows is None else dx.index_copy_(0, rows, product)
 
 
-def weight_gradients(
-    dys: list[Tensor],
-    xs: list[Tensor],
-    dtypes: list[torch.dtype],
-    *,
-    rows: Tensor | None = None,
-    scale: Tensor | None = None,
-) -> list[Tensor]:
-    """dy^T . x for each pair, (n, out) and (n, in), in the dtype given; x[rows] with one pair; times scale.
+def weight_gradients_of_signs(
+    signs: Tensor,
+    x: Tensor,
+    dtype: torch.dtype,
+    scale: Tensor,
+    factor: float,
+    rows: Tensor | None,
+    dweight: Tensor,
+    dbias: Tensor,
+) -> None:
+    """signs (n, out) int8 ^T . x[rows], or . x, times scale * factor, and the signs' sum over their rows likewise.
 
-    The dys may be int8 signs. Cost: 1 launch; through the library one each, and what converts.
+    x is rounded to `dtype`, that of the products, as it is read. Cost: 1 launch; through the library 7.
+    """
+    if fused(dtype):
+        shape = signs.shape[0], x.shape[1], signs.shape[1]
+        options = {"index": rows, "scale": scale, "factor": factor, "sums": dbias}
+        _run(WEIGHT, dtype, [signs], [x], [dweight], [shape], **options)
+        return
+    by = scale * factor
+    product = signs.to(dtype).t() @ (x if rows is None else x[rows]).to(dtype)
+    dweight.copy_(product * by)
+    finish_sums(column_sums([signs], [dbias]), by)
+
+
+def weight_gradients(dys: list[Tensor], xs: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
+    """dy^T . x for each pair, (n, out) and (n, in), in the dtype given.
+
+    Cost: 1 launch; through the library one each, and what converts.
     """
     dtype = xs[0].dtype
     if fused(dtype) and len(set(dtypes)) == 1:
@@ -342,10 +386,6 @@ def weight_gradients(
             for dy, x in zip(dys, xs, strict=True)
         ]
         shapes = [(dy.shape[0], x.shape[1], dy.shape[1]) for dy, x in zip(dys, xs, strict=True)]
-        _run(WEIGHT, dtype, dys, xs, dws, shapes, index=rows, scale=scale)
+        _run(WEIGHT, dtype, dys, xs, dws, shapes)
         return dws
-    results = []
-    for dy, x, wanted in zip(dys, xs, dtypes, strict=True):
-        product = dy.to(dtype).t() @ (x if rows is None else x[rows])
-        results.append((product if scale is None else product * scale).to(wanted))
-    return results
+    return [(dy.t() @ x).to(wanted) for dy, x, wanted in zip(dys, xs, dtypes, strict=True)]

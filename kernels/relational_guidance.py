@@ -16,11 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from sgmim_fast.kernels import products
-from sgmim_fast.kernels.launch import cast_all, fits, launch, on_device, supported, tf32
-from sgmim_fast.kernels.layer_norm import layer_norm, layer_norm_backward
-from sgmim_fast.kernels.sums import Sum, column_sums, finish
+from sgmim_fast.kernels.arithmetic import cast, dot
+from sgmim_fast.kernels.launch import copies_of, fits, launch, on_device, supported, tf32
+from sgmim_fast.kernels.layer_norm import Norm, NormGradient, layer_norm, layer_norm_backward
+from sgmim_fast.kernels.sums import Sum, finish
 from sgmim_fast.ops._op import absent
-from sgmim_fast.ops.relational_guidance import GuidanceParameters, Saved, storage_dtype
+from sgmim_fast.ops.relational_guidance import LINEAR, GuidanceParameters, Saved, linear_weights, storage_dtype
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def _rows(x, row, here, width, head, D: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit
 def _logits(q, k, j, count, hidden, scale, PRECISION: tl.constexpr):
     """(queries, keys); the key after the last shown one counts as often as there are hidden cells."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    s = dot(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32), PRECISION) * scale
     s += tl.where(j == count, tl.log(tl.maximum(hidden, 1).to(tl.float32)), 0.0)[None, :]
     there = (j < count) | ((j == count) & (hidden > 0))
     return tl.where(there[None, :], s, float("-inf"))
@@ -77,13 +78,13 @@ def _forward_kernel(
             p = tl.exp(s - finite[:, None])
             shrink = tl.exp(top - finite)
             norm = norm * shrink + tl.sum(p, 1)
-            total = tl.dot(p.to(value.dtype), value, total * shrink[:, None], input_precision=PRECISION)
+            total = dot(cast(p, value.dtype), value, total * shrink[:, None], PRECISION)
             top = higher
         some = norm > 0
         total /= tl.where(some, norm, 1.0)[:, None]
         d = tl.arange(0, BLOCK_D)
         at = row[:, None] * width + head * D + d[None, :]
-        tl.store(out + at, total.to(out.dtype.element_ty), mask=(i < queries)[:, None] & (d < D)[None, :])
+        tl.store(out + at, cast(total, out.dtype.element_ty), mask=(i < queries)[:, None] & (d < D)[None, :])
         total_log = tl.where(some, top + tl.log(tl.where(some, norm, 1.0)), 0.0)
         tl.store(lse + row * heads + head, total_log, mask=i < queries)
 
@@ -118,14 +119,14 @@ def _backward_kernel(
                 delta = tl.sum(grad.to(tl.float32) * attended.to(tl.float32), 1)
                 norm = tl.load(lse + row * heads + head, mask=i < queries, other=0.0)
                 p = tl.exp(_logits(query, key, j, count, hidden, scale, PRECISION) - norm[:, None])
-                dp = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
+                dp = dot(grad, tl.trans(value), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
                 ds = p * (dp - delta[:, None]) * scale
-                dvalue = tl.dot(tl.trans(p.to(grad.dtype)), grad, dvalue, input_precision=PRECISION)
-                dkey = tl.dot(tl.trans(ds.to(query.dtype)), query, dkey, input_precision=PRECISION)
+                dvalue = dot(tl.trans(cast(p, grad.dtype)), grad, dvalue, PRECISION)
+                dkey = dot(tl.trans(cast(ds, query.dtype)), query, dkey, PRECISION)
             at = key_row[:, None] * width + head * D + d[None, :]
             inside = (j < count)[:, None] & (d < D)[None, :]
-            tl.store(dk + at, dkey.to(dk.dtype.element_ty), mask=inside)
-            tl.store(dv + at, dvalue.to(dv.dtype.element_ty), mask=inside)
+            tl.store(dk + at, cast(dkey, dk.dtype.element_ty), mask=inside)
+            tl.store(dv + at, cast(dvalue, dv.dtype.element_ty), mask=inside)
             at = image.to(tl.int64) * width + head * D + d[None, :] + 0 * j[:, None]
             inside = (j == count)[:, None] & (d < D)[None, :]
             tl.store(hidden_sums + at, dkey, mask=inside)
@@ -146,17 +147,21 @@ def _backward_kernel(
                 key = _rows(k, key_row, j <= count, width, head, D, BLOCK_D)
                 value = _rows(v, key_row, j <= count, width, head, D, BLOCK_D)
                 p = tl.exp(_logits(query, key, j, count, hidden, scale, PRECISION) - norm[:, None])
-                dp = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
+                dp = dot(grad, tl.trans(value), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
                 ds = p * (dp - delta[:, None]) * scale
-                dquery = tl.dot(ds.to(key.dtype), key, dquery, input_precision=PRECISION)
+                dquery = dot(cast(ds, key.dtype), key, dquery, PRECISION)
             at = row[:, None] * width + head * D + d[None, :]
-            tl.store(dq + at, dquery.to(dq.dtype.element_ty), mask=(i < queries)[:, None] & (d < D)[None, :])
+            tl.store(dq + at, cast(dquery, dq.dtype.element_ty), mask=(i < queries)[:, None] & (d < D)[None, :])
 
 
-def _options(width: int, heads: int, cells: int, keep: bool) -> dict[str, Any]:
-    """Blocks as small as the grid of cells allows: Swin's 36 cells need no more than 32 queries at a time."""
-    block = 64 if cells > 48 else 32 if cells > 16 else 16
-    d = width // heads
+def _options(q: Tensor, heads: int, cells: int, keep: bool, backward: bool) -> dict[str, Any]:
+    """Blocks as small as the grid of cells allows: Swin's 36 cells need no more than 32 queries at a time.
+
+    The backward holds five tiles of a head's width: in half precision eight warps keep them in registers; float32
+    products on the scalar units want whole rows of operands besides, and spill even at 16 queries.
+    """
+    half, d = q.dtype != torch.float32, q.shape[1] // heads
+    block = (64 if cells > 48 else 32 if cells > 16 else 16) if half or not backward else 16
     return {
         "KEEP": keep,
         "D": d,
@@ -164,7 +169,7 @@ def _options(width: int, heads: int, cells: int, keep: bool) -> dict[str, Any]:
         "BLOCK_M": min(block, 32),
         "BLOCK_N": block,
         "PRECISION": tf32(),
-        "num_warps": 4,
+        "num_warps": 8 if backward else 4,
         "num_stages": 2,
     }
 
@@ -180,7 +185,7 @@ def attention(
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[0], heads, dtype=torch.float32, device=q.device)
     width, images = q.shape[1], visible_offsets.shape[0] - 1
-    options = _options(width, heads, cells, keep)
+    options = _options(q, heads, cells, keep, False)
     launch(
         _forward_kernel,
         (triton.cdiv(cells, options["BLOCK_M"]), heads, images),
@@ -221,7 +226,7 @@ def attention_backward(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     width, images = q.shape[1], visible_offsets.shape[0] - 1
     hidden_sums = torch.empty(2, images, width, dtype=torch.float32, device=q.device)
-    options = _options(width, heads, cells, keep)
+    options = _options(q, heads, cells, keep, True)
     key_blocks = triton.cdiv(cells + 1, options["BLOCK_N"])
     launch(
         _backward_kernel,
@@ -253,12 +258,12 @@ def attention_backward(
 def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
     features, _, parameters = args[:3] if part == "forward" else args[1:4]
     dtype = args[-1]
-    usable, reason = supported(dtype or features.dtype, storage_dtype(features, dtype))
+    usable, reason = supported(dtype or features.dtype)
     return fits(features.shape[1], parameters[11].shape[0]) if usable else (usable, reason)
 
 
-def _weights(w: GuidanceParameters, dtype: torch.dtype) -> list[Tensor]:
-    return cast_all([w.q_weight, w.k_weight, w.v_weight, w.proj_weight, w.fc1_weight, w.fc2_weight], dtype)
+def _contiguous(w: GuidanceParameters) -> GuidanceParameters:
+    return GuidanceParameters(*(t.contiguous() for t in w))
 
 
 @on_device
@@ -276,20 +281,29 @@ def forward(
 ) -> tuple[Tensor, list[Tensor]]:
     w = GuidanceParameters(*parameters)
     storage = storage_dtype(features, dtype)
-    q_weight, k_weight, v_weight, proj_weight, fc1_weight, fc2_weight = _weights(w, storage)
+    copies = copies_of([getattr(w, name) for name in LINEAR], storage)
+    w = _contiguous(linear_weights(w, copies))
     features, structure = features.contiguous(), structure.contiguous()
     visible, visible_offsets, _, shown_offsets = (r.contiguous() for r in rows)
 
-    query, query_statistics = layer_norm(features, w.query_norm_weight, w.query_norm_bias, eps, storage, rows=visible)
-    context, context_statistics = layer_norm(structure, w.context_norm_weight, w.context_norm_bias, eps, storage)
-    q, k, v = products.linears([query, context, context], [q_weight, k_weight, v_weight])
+    query = torch.empty(visible.shape[0], features.shape[1], dtype=storage, device=features.device)
+    context = torch.empty(structure.shape, dtype=storage, device=features.device)
+    query_statistics, context_statistics = layer_norm(
+        [
+            Norm(features, w.query_norm_weight, w.query_norm_bias, query, rows=visible),
+            Norm(structure, w.context_norm_weight, w.context_norm_bias, context),
+        ],
+        eps,
+    )
+    q, k, v = products.linears([query, context, context], [w.q_weight, w.k_weight, w.v_weight])
     attended, lse = attend(q, k, v, visible_offsets, shown_offsets, cells, heads, keep)
-    t = products.linear(attended, proj_weight, w.proj_bias, residual=features, rows=visible)
-    y, out_statistics = layer_norm(t, w.out_norm_weight, w.out_norm_bias, eps, storage)
-    hidden, activated = products.linear_gelu(y, fc1_weight, w.fc1_bias)
-    out = products.linear(activated, fc2_weight, w.fc2_bias, residual=t)
-    saved = Saved(q, k, v, attended, lse, t, hidden, query_statistics, context_statistics, out_statistics)
-    return out.to(dtype or features.dtype), list(saved)
+    t = products.linear(attended, w.proj_weight, w.proj_bias, residual=features, rows=visible)
+    y = torch.empty_like(t)
+    (out_statistics,) = layer_norm([Norm(t, w.out_norm_weight, w.out_norm_bias, y)], eps)
+    hidden, activated = products.linear_gelu(y, w.fc1_weight, w.fc1_bias)
+    out = products.linear(activated, w.fc2_weight, w.fc2_bias, residual=t)
+    saved = Saved(q, k, v, attended, lse, t, hidden, query_statistics, context_statistics, out_statistics, copies)
+    return out.to(dtype or features.dtype), saved.flat()
 
 
 @on_device
@@ -307,25 +321,36 @@ def backward(
     dtype: torch.dtype | None,
     attend_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = attention_backward,
 ) -> list[Tensor]:
-    w, s, need = GuidanceParameters(*parameters), Saved(*saved), GuidanceParameters(*needs[2:])
-    q_weight, k_weight, v_weight, proj_weight, fc1_weight, fc2_weight = _weights(w, s.q.dtype)
+    original, s, need = GuidanceParameters(*parameters), Saved.nested(saved), GuidanceParameters(*needs[2:])
+    w = _contiguous(linear_weights(original, s.copies))
     features, structure = features.contiguous(), structure.contiguous()
     visible, visible_offsets, _, shown_offsets = (r.contiguous() for r in rows)
     grad = grad.to(s.q.dtype).contiguous()
 
     # MLP
-    dhidden, activated = products.input_gradient_gelu(grad, fc2_weight, s.hidden)
-    (dy,) = products.input_gradients([dhidden], [fc1_weight])
+    biases = {name: torch.empty_like(getattr(w, name)) for name in ("proj_bias", "fc1_bias", "fc2_bias")}
+    dhidden, activated, fc1_sum = products.input_gradient_gelu(grad, w.fc2_weight, s.hidden, biases["fc1_bias"])
+    (dy,) = products.input_gradients([dhidden], [w.fc1_weight])
     dt = torch.empty_like(s.t)
-    y, out_sums = layer_norm_backward(dy, s.t, s.out_statistics, w.out_norm_weight, w.out_norm_bias, dt, residual=grad)
+    out_norm = NormGradient(
+        dy,
+        s.t,
+        s.out_statistics,
+        w.out_norm_weight,
+        w.out_norm_bias,
+        dt,
+        residual=grad,
+        biases=(biases["fc2_bias"], biases["proj_bias"]),
+    )
+    (y,), (out_sums,) = layer_norm_backward([out_norm])
     # attention
-    (dattended,) = products.input_gradients([dt], [proj_weight])
+    (dattended,) = products.input_gradients([dt], [w.proj_weight])
     dq, dk, dv = attend_backward(
         dattended, s.q, s.k, s.v, s.attended, s.lse, visible_offsets, shown_offsets, cells, heads, keep
     )
-    dquery, dkey, dvalue = products.input_gradients([dq, dk, dv], [q_weight, k_weight, v_weight])
-    dfeatures = torch.zeros_like(features)
-    query, query_sums = layer_norm_backward(
+    dquery, dkey, dvalue = products.input_gradients([dq, dk, dv], [w.q_weight, w.k_weight, w.v_weight])
+    dfeatures, dstructure = torch.zeros_like(features), torch.empty_like(structure)
+    query_norm = NormGradient(
         dquery,
         features,
         s.query_statistics,
@@ -334,18 +359,11 @@ def backward(
         dfeatures,
         rows=visible,
         residual=dt,
-        dx_rows=visible,
     )
-    dstructure = torch.empty_like(structure)
-    context, context_sums = layer_norm_backward(
-        dkey,
-        structure,
-        s.context_statistics,
-        w.context_norm_weight,
-        w.context_norm_bias,
-        dstructure,
-        more=dvalue,
+    context_norm = NormGradient(
+        dkey, structure, s.context_statistics, w.context_norm_weight, w.context_norm_bias, dstructure, more=dvalue
     )
+    (query, context), (query_sums, context_sums) = layer_norm_backward([query_norm, context_norm])
     # parameters
     pairs = {
         "q_weight": (dq, query),
@@ -358,16 +376,14 @@ def backward(
     pairs = {name: pair for name, pair in pairs.items() if getattr(need, name)}
     found: dict[str, Tensor] = {}
     if pairs:
-        dtypes = [getattr(w, name).dtype for name in pairs]
+        dtypes = [getattr(original, name).dtype for name in pairs]
         dys, xs = (list(tensors) for tensors in zip(*pairs.values(), strict=True))
         found = dict(zip(pairs, products.weight_gradients(dys, xs, dtypes), strict=True))
-    biases = {"proj_bias": dt, "fc1_bias": dhidden, "fc2_bias": grad}
-    bias_sums = column_sums(list(biases.values()), [torch.empty_like(getattr(w, name)) for name in biases])
-    finish([*out_sums, *query_sums, *context_sums, *bias_sums])
+    finish([*out_sums, *query_sums, *context_sums, fc1_sum])
     norms = {"out_norm": out_sums, "query_norm": query_sums, "context_norm": context_sums}
-    for name, (gain, shift) in norms.items():
+    for name, (gain, shift, *_) in norms.items():
         found |= {f"{name}_weight": gain.out, f"{name}_bias": shift.out}
-    found |= {name: total.out for name, total in zip(biases, bias_sums, strict=True)}
+    found |= biases
     grads = [dfeatures, dstructure, *(found.get(name) for name in w._fields)]
     return [
         grad if wanted else absent(t)

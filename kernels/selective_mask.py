@@ -67,25 +67,24 @@ def _kernel(
     tl.store(drawn + unit, chosen.to(tl.int8), mask=there)
     tl.debug_barrier()  # other threads of this program read it
 
-    cell = tl.arange(0, CELLS)
     width = gw * scale
-    there = cell < cells
-    masked = tl.load(drawn + cell // width // scale * gw + cell % width // scale, mask=there, other=0) != 0
-    row = image.to(tl.int64) * cells + cell
-    tl.store(mask + row, masked.to(tl.int8), mask=there)
-    at = tl.cumsum((there & masked).to(tl.int32), 0) - 1
-    tl.store(hidden + hidden_begin + at, row, mask=there & masked)
-    at = tl.cumsum((there & ~masked).to(tl.int32), 0) - 1
-    tl.store(visible + visible_begin + at, row, mask=there & ~masked)
+    for start in range(0, cells, CELLS):
+        cell = start + tl.arange(0, CELLS)
+        in_grid = cell < cells
+        masked = tl.load(drawn + cell // width // scale * gw + cell % width // scale, mask=in_grid, other=0) != 0
+        row = image.to(tl.int64) * cells + cell
+        tl.store(mask + row, masked.to(tl.int8), mask=in_grid)
+        found = tl.cumsum((in_grid & masked).to(tl.int32), 0)
+        tl.store(hidden + hidden_begin + found - 1, row, mask=in_grid & masked)
+        left = tl.cumsum((in_grid & ~masked).to(tl.int32), 0)
+        tl.store(visible + visible_begin + left - 1, row, mask=in_grid & ~masked)
+        hidden_begin += tl.max(found, 0)
+        visible_begin += tl.max(left, 0)
 
 
 def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
-    _, _, gh, gw, scale = args
-    cells = gh * gw * scale * scale
-    return (
-        cells <= MOST_COLUMNS,
-        f"{cells} cells per image; the Triton kernel holds at most {MOST_COLUMNS} in registers",
-    )
+    units = args[2] * args[3]
+    return units <= MOST_COLUMNS, f"{units} units per image; the Triton kernel holds {MOST_COLUMNS} in registers"
 
 
 @on_device
@@ -119,6 +118,6 @@ def forward(
         gw,
         scale,
         UNITS=max(triton.next_power_of_2(units), 2),
-        CELLS=max(triton.next_power_of_2(units * scale * scale), 2),
+        CELLS=min(max(triton.next_power_of_2(units * scale * scale), 2), 4096),
     )
     return mask, rows[0], starts[0], rows[1], starts[1]

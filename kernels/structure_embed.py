@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sgmim_fast.kernels import products
-from sgmim_fast.kernels.launch import cast_all, fits, launch, on_device, rows_per_program, supported, tf32
-from sgmim_fast.kernels.layer_norm import layer_norm, layer_norm_backward
+from sgmim_fast.kernels.arithmetic import cast, dot
+from sgmim_fast.kernels.launch import copies_of, fits, launch, on_device, rows_per_program, supported, tf32
+from sgmim_fast.kernels.layer_norm import Norm, NormGradient, layer_norm, layer_norm_backward
 from sgmim_fast.kernels.sums import Sum, finish
 from sgmim_fast.ops import products as library
 from sgmim_fast.ops._op import absent
@@ -55,7 +56,7 @@ def _embed(pixels, weight, bias, width, K: tl.constexpr, BLOCK_K: tl.constexpr, 
            DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     d, k = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_K)
     w = tl.load(weight + d[None, :] * K + k[:, None], mask=(d < width)[None, :] & (k < K)[:, None], other=0.0)
-    embedded = tl.dot(pixels.to(DTYPE), w.to(DTYPE), input_precision=PRECISION)
+    embedded = dot(cast(pixels, DTYPE), cast(w, DTYPE), tl.zeros([pixels.shape[0], BLOCK_D], tl.float32), PRECISION)
     return embedded + tl.load(bias + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
 
 
@@ -105,7 +106,7 @@ def _forward_kernel(
     x = centred * rstd[:, None, None] * _quarters(merge_gain, width, BLOCK_D) + _quarters(merge_shift, width, BLOCK_D)
     at = row[:, None, None] * 4 * width + tl.arange(0, 4)[None, :, None] * width + d[None, None, :]
     inside = (row < merged)[:, None, None] & (d < width)[None, None, :]
-    tl.store(y + at, x.to(y.dtype.element_ty), mask=inside & (at >= 0))
+    tl.store(y + at, cast(x, y.dtype.element_ty), mask=inside & (at >= 0))
 
 
 @triton.jit
@@ -144,7 +145,7 @@ def _backward_kernel(
         merge_rstd = tl.load(merge_statistics + merged + row, mask=row < last, other=0.0)[:, None, None]
         merge_xhat = tl.where(inside_merged, (x - mean[:, None, None]) * merge_rstd, 0.0)
         at = row[:, None, None] * 4 * width + four[None, :, None] * width + d[None, None, :]
-        tl.store(y + at, (merge_xhat * merge_gains + merge_shifts).to(y.dtype.element_ty), mask=inside_merged)
+        tl.store(y + at, cast(merge_xhat * merge_gains + merge_shifts, y.dtype.element_ty), mask=inside_merged)
         # the merging's norm
         grad = tl.load(dy + at, mask=inside_merged, other=0.0).to(tl.float32)
         sum_merge_gain += tl.sum(grad * merge_xhat, 0)
@@ -161,10 +162,10 @@ def _backward_kernel(
         grad = (g - (tl.sum(g, 1) / width)[:, None] - xhat * (tl.sum(g * xhat, 1) / width)[:, None]) * rstd[:, None]
         grad = tl.where(inside, grad, 0.0)
         sum_bias += tl.sum(grad, 0)
-        sum_weight = tl.dot(tl.trans(pixels.to(DTYPE)), grad.to(DTYPE), sum_weight, input_precision=PRECISION)
+        sum_weight = dot(tl.trans(cast(pixels, DTYPE)), cast(grad, DTYPE), sum_weight, PRECISION)
         if dembedded is not None:
             at = token[:, None] * width + d[None, :]
-            tl.store(dembedded + at, grad.to(dembedded.dtype.element_ty), mask=inside)
+            tl.store(dembedded + at, cast(grad, dembedded.dtype.element_ty), mask=inside)
     at = four[:, None] * width + d[None, :]
     inside = (d < width)[None, :] & (at >= 0)
     tl.store(dmerge_gain + program * 4 * width + at, sum_merge_gain, mask=inside)
@@ -197,7 +198,7 @@ def _shape(structure: Tensor, rows: Tensor, w: StructureParameters, cell: int, d
         "CHANNELS": channels,
         "PATCH": patch,
         "MERGES": len(w.merge_weights),
-        "ROWS": 8 if block_d <= 128 else 4,
+        "ROWS": 8 if block_d <= 64 else 4,
         "BLOCK_K": max(triton.next_power_of_2(channels * patch * patch), 16),
         "BLOCK_D": block_d,
         "DTYPE": _TYPES[dtype],
@@ -213,7 +214,7 @@ def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
     parameters = args[2] if part == "forward" else args[3]
     if len(parameters) == 4:
         return False, "an encoder stride without patch mergings; the kernel joins the norms of patch and merging"
-    usable, reason = supported(dtype or structure.dtype, storage_dtype(structure, dtype))
+    usable, reason = supported(dtype or structure.dtype)
     if not usable:
         return usable, reason
     w = StructureParameters.nested(parameters)
@@ -223,21 +224,21 @@ def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
 
 
 def _vectors(w: StructureParameters) -> list[Tensor]:
-    vectors = w.embed_weight, w.embed_bias, w.norm_weight, w.norm_bias, w.merge_norm_weights[0], w.merge_norm_biases[0]
-    return [vector.contiguous() for vector in vectors]
+    return [w.embed_weight, w.embed_bias, w.norm_weight, w.norm_bias, w.merge_norm_weights[0], w.merge_norm_biases[0]]
 
 
 @on_device
 def forward(
     structure: Tensor, rows: Tensor, parameters: list[Tensor], cell: int, eps: float, dtype: torch.dtype | None
 ) -> tuple[Tensor, list[Tensor]]:
-    w = StructureParameters.nested(parameters)
+    w = StructureParameters.nested([t.contiguous() for t in parameters])
     storage = storage_dtype(structure, dtype)
     rows, device = rows.contiguous(), structure.device
     shape = _shape(structure, rows, w, cell, storage)
-    weights = cast_all(w.merge_weights, storage)
+    statistics = [torch.empty(2, n, dtype=torch.float32, device=device) for n in (shape.tokens, shape.merged)]
+    saved = Saved([], statistics, copies_of(w.merge_weights, storage))
+    weights = saved.copies or w.merge_weights
     y = torch.empty(shape.merged, weights[0].shape[1], dtype=storage, device=device)
-    saved = Saved([], [torch.empty(2, n, dtype=torch.float32, device=device) for n in (shape.tokens, shape.merged)])
     launch(
         _forward_kernel,
         (triton.cdiv(shape.merged, shape.options["ROWS"]),),
@@ -257,8 +258,8 @@ def forward(
     for i in range(1, len(weights)):
         x = x.view(-1, weights[i].shape[1])
         saved.inputs.append(x)
-        y, statistics = layer_norm(x, w.merge_norm_weights[i], w.merge_norm_biases[i], eps, storage)
-        saved.statistics.append(statistics)
+        y = torch.empty_like(x)
+        saved.statistics.extend(layer_norm([Norm(x, w.merge_norm_weights[i], w.merge_norm_biases[i], y)], eps))
         (x,) = products.linears([y], [weights[i]])
     return x.to(dtype or structure.dtype), saved.flat()
 
@@ -274,11 +275,12 @@ def backward(
     needs: list[bool],
     dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    w, s = StructureParameters.nested(parameters), Saved.nested(saved)
+    w = StructureParameters.nested([t.contiguous() for t in parameters])
+    s = Saved.nested(saved, len(w.merge_weights))
     storage = storage_dtype(structure, dtype)
     rows = rows.contiguous()
     shape = _shape(structure, rows, w, cell, storage)
-    weights = cast_all(w.merge_weights, storage)
+    weights = s.copies or w.merge_weights
     need = StructureParameters.nested(needs[1:])
     dw = StructureParameters.nested([None] * len(parameters))
     dys, ys, sums = [], [], []  # of the mergings, the last first
@@ -287,10 +289,11 @@ def backward(
         dys.append(dx)
         (dy,) = products.input_gradients([dx], [weights[i]])
         dx = torch.empty_like(s.inputs[i - 1])
-        y, norm_sums = layer_norm_backward(
+        gradient = NormGradient(
             dy, s.inputs[i - 1], s.statistics[i + 1], w.merge_norm_weights[i], w.merge_norm_biases[i], dx
         )
-        ys.append(y)
+        again, (norm_sums,) = layer_norm_backward([gradient])
+        ys += again
         sums += norm_sums
         dw.merge_norm_weights[i], dw.merge_norm_biases[i] = (total.out for total in norm_sums)
         dx = dx.view(-1, weights[i - 1].shape[0])

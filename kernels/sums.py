@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sgmim_fast.kernels.launch import launch, rows_per_program
+from sgmim_fast.kernels.arithmetic import cast
+from sgmim_fast.kernels.launch import launch
 
 
 class Sum(NamedTuple):
@@ -23,7 +24,7 @@ class Sum(NamedTuple):
 
 
 @triton.jit
-def _finish_kernel(partials, outs, scale, counts, widths, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _finish_kernel(partials, outs, scale, factor, counts, widths, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     job = tl.program_id(1)
     partial = partials[0]
     out = outs[0]
@@ -44,20 +45,21 @@ def _finish_kernel(partials, outs, scale, counts, widths, BLOCK: tl.constexpr, R
         total += tl.sum(tl.load(partial + at, mask=inside, other=0.0), 0)
     if scale is not None:
         total *= tl.load(scale)
-    tl.store(out + column, total.to(out.dtype.element_ty), mask=column < width)
+    total *= factor
+    tl.store(out + column, cast(total, out.dtype.element_ty), mask=column < width)
 
 
-def finish(sums: list[Sum], scale: Tensor | None = None) -> None:
-    """Adds the programs' parts of every sum, times `scale` (a tensor of one number).
+def finish(sums: list[Sum], scale: Tensor | None = None, factor: float = 1.0) -> None:
+    """Adds the programs' parts of every sum, times `scale` (a tensor of one number) and `factor`.
 
     Cost: reads the partials once; 1 launch for each dtype of the outs, which is one in every model whose norms and
     biases have one.
     """
     for dtype in dict.fromkeys(s.out.dtype for s in sums):
-        _finish([s for s in sums if s.out.dtype == dtype], scale)
+        _finish([s for s in sums if s.out.dtype == dtype], scale, float(factor))
 
 
-def _finish(sums: list[Sum], scale: Tensor | None) -> None:
+def _finish(sums: list[Sum], scale: Tensor | None, factor: float) -> None:
     partials, outs = (tuple(t) for t in zip(*sums, strict=True))
     block = 64 if len(outs) > 1 or outs[0].numel() > 1 else 1
     launch(
@@ -66,6 +68,7 @@ def _finish(sums: list[Sum], scale: Tensor | None) -> None:
         partials,
         outs,
         scale,
+        factor,
         tuple(p.shape[0] for p in partials),
         tuple(out.numel() for out in outs),
         BLOCK=block,
@@ -125,10 +128,3 @@ def column_sums(xs: list[Tensor], outs: list[Tensor], keep: Tensor | None = None
         BLOCK=128,
     )
     return [Sum(partial, out) for partial, out in zip(partials, outs, strict=True)]
-
-
-def partial_sums(count: int, device: torch.device, vectors: int, width: int) -> tuple[int, Tensor]:
-    """For a kernel that sums over `count` rows: rows per program, and room for (vectors, programs, width) partials."""
-    per_program = rows_per_program(count, device)
-    programs = triton.cdiv(count, per_program)
-    return per_program, torch.empty(vectors, programs, width, dtype=torch.float32, device=device)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -158,21 +156,24 @@ class SGMIM(nn.Module):
         stride, pixels = self.encoder_stride, self.encoder_stride**2
         masked, visible = cells.masked.index, cells.visible.index
         head = self.image_head
-        image = ops.linear_l1(features, head.weight, head.bias, images, masked, cell=stride, packed=False)
-        image = image / (masked.shape[0] * pixels + 1e-5) / self.in_chans
+        scale = 1 / (masked.shape[0] * pixels + 1e-5) / self.in_chans
+        image = ops.linear_l1(features, head.weight, head.bias, images, masked, cell=stride, packed=False, scale=scale)
         if self.guidance is None:
             return Losses(image, image, torch.zeros_like(image))
-        count: Any = visible.shape[0] * pixels
         if structure_valid is not None:
             structure = torch.where(structure_valid, structure, 0)
-            structure_valid = structure_valid.expand_as(structure)
-            valid = ops.gather_patches(structure_valid, visible, cell=stride, patch=stride)
-            count = valid.sum().to(image.dtype) / structure.shape[1]
         context = self.structure_encoder(structure, cells.shown)
         guided = self.guidance(features, context, cells.visible, cells.shown)
         head = self.structure_head
-        total = ops.linear_l1(guided, head.weight, head.bias, structure, visible, cell=stride, valid=structure_valid)
-        structure_loss = total / (count + 1e-5) / self.structure_channels
+        scale = 1 / self.structure_channels
+        if structure_valid is None:
+            scale /= visible.shape[0] * pixels + 1e-5
+        structure_loss = ops.linear_l1(
+            guided, head.weight, head.bias, structure, visible, cell=stride, valid=structure_valid, scale=scale
+        )
+        if structure_valid is not None:
+            counted = ops.gather_patches(structure_valid, visible, cell=stride, patch=stride).sum().to(image.dtype)
+            structure_loss = structure_loss / (counted / self.structure_channels + 1e-5)
         return Losses(image + structure_loss, image, structure_loss)
 
     def _tokens(self, features: Tensor, images: Tensor) -> Tensor:

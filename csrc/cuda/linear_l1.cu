@@ -24,22 +24,22 @@ __global__ void __launch_bounds__(THREADS, 2) distances(Head<T> head, double* pa
 }
 
 // Registers: 26 at most. Shared memory: 256 bytes. Reads 8 bytes per tile.
-__global__ void __launch_bounds__(1024) add_partials(const double* partials, int64_t count, float* result) {
+__global__ void __launch_bounds__(1024) add_partials(const double* partials, int64_t count, double scale, float* result) {
   __shared__ double scratch[WARP];
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += blockDim.x) sum += partials[i];
   sum = BlockGroup{scratch}.sum(sum);
-  if (threadIdx.x == 0) *result = static_cast<float>(sum);
+  if (threadIdx.x == 0) *result = static_cast<float>(sum * scale);
 }
 
 int64_t tiles_of(int64_t rows, int64_t outs) { return (rows + TILE - 1) / TILE * ((outs + TILE - 1) / TILE); }
 
 // x (count, width) if packed, else (cells, width); weight (outs, width) of the same dtype; bias (outs,) and target
 // (B, S, H, W) float32; valid like the target; rows (count,); signs (count, outs) int8; partials float64, one per tile of
-// 64 x 64; sum () float32.
+// 64 x 64; sum () float32, times `scale`.
 void linear_l1(
     const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& target, const std::optional<Tensor>& valid,
-    const Tensor& rows, int64_t cell, bool packed, const Tensor& signs, const Tensor& partials, const Tensor& sum) {
+    const Tensor& rows, int64_t cell, bool packed, double scale, const Tensor& signs, const Tensor& partials, const Tensor& sum) {
   const int64_t count = rows.numel();
   SGMIM_CHECK(
       target.is_cuda() && target.get_device_index() == x.get_device_index() && target.dim() == 4 &&
@@ -89,7 +89,7 @@ void linear_l1(
     if (count > 0)
       launch(
           distances<T>, tiles_of(count, outs), THREADS, l1_memory<T>(), x, head, pointer<double>(partials), across);
-    launch(add_partials, 1, 1024, 0, x, pointer<const double>(partials), tiles_of(count, outs), pointer<float>(sum));
+    launch(add_partials, 1, 1024, 0, x, pointer<const double>(partials), tiles_of(count, outs), scale, pointer<float>(sum));
   });
 }
 
@@ -98,7 +98,7 @@ void linear_l1(
 STABLE_TORCH_LIBRARY_FRAGMENT(sgmim_fast_cuda, m) {
   m.def(
       "linear_l1(Tensor x, Tensor weight, Tensor bias, Tensor target, Tensor? valid, Tensor rows, int cell, bool packed, "
-      "Tensor(a!) signs, Tensor(b!) partials, Tensor(c!) sum) -> ()");
+      "float scale, Tensor(a!) signs, Tensor(b!) partials, Tensor(c!) sum) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sgmim_fast_cuda, CUDA, m) { m.impl("linear_l1", TORCH_BOX(&linear_l1)); }

@@ -22,10 +22,12 @@ def linear_l1(
     cell: int,
     packed: bool = True,
     valid: Tensor | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
-    """Sum of |x . weight^T + bias - pixels| over the wanted cells; no prediction is kept, only its signs.
+    """Scaled sum of |x . weight^T + bias - pixels| over the wanted cells; no prediction is kept, only its signs.
 
-    Plain PyTorch: `(F.linear(x, weight, bias) - gather_patches(target, rows, cell=cell, patch=cell)).abs().sum()`.
+    Plain PyTorch:
+    `(F.linear(x, weight, bias) - gather_patches(target, rows, cell=cell, patch=cell)).abs().sum() * scale`.
 
     Args:
         x: tokens, floating point. packed=True: (n, C), the i-th belongs to cell rows[i]. packed=False: (cells, C), one
@@ -37,6 +39,7 @@ def linear_l1(
         cell: side of a cell in pixels.
         packed: see `x`.
         valid: (B, S, H, W) bool, True where the target counts; None: everywhere.
+        scale: what the sum is multiplied by, 1 / count for a mean.
 
     Returns:
         The sum, a scalar, float32 (float64 with float64 tokens). Differentiable in `x`, `weight`, `bias` and `target`;
@@ -58,7 +61,7 @@ def linear_l1(
         _check.shape("valid", valid, target.shape, "the target's shape")
         if valid.dtype != torch.bool:
             raise TypeError(f"valid has dtype {valid.dtype}; expected torch.bool")
-    return _op(x, weight, bias, target, valid, rows, cell, packed, None)[0]
+    return _op(x, weight, bias, target, valid, rows, cell, packed, scale, None)[0]
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -94,14 +97,16 @@ def _forward(
     rows: Tensor,
     cell: int,
     packed: bool,
+    scale: float,
     dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    exact = sum_dtype(x.dtype)
-    prediction = products.linear(operand(x, rows, packed, dtype), weight, bias).to(exact)
+) -> tuple[Tensor, list[Tensor]]:
+    exact, xs = sum_dtype(x.dtype), operand(x, rows, packed, dtype)
+    copies = products.copies([weight], xs.dtype)
+    prediction = products.linear(xs, *(copies or [weight]), bias).to(exact)
     difference = prediction - gather_patches(target.detach().to(exact), rows, cell=cell, patch=cell)
     if valid is not None:
         difference = torch.where(gather_patches(valid, rows, cell=cell, patch=cell), difference, 0)
-    return difference.abs().sum(), difference.sign().to(torch.int8)
+    return difference.abs().sum() * scale, [difference.sign().to(torch.int8), *copies]
 
 
 def _backward(
@@ -110,19 +115,21 @@ def _backward(
     weight: Tensor,
     bias: Tensor,
     target: Tensor,
-    signs: Tensor,
+    saved: list[Tensor],
     rows: Tensor,
     cell: int,
     packed: bool,
+    scale: float,
     needs: list[bool],
     dtype: torch.dtype | None,
 ) -> list[Tensor]:
     # The signs go through the products as they are, exact in every dtype; the scalar is applied to the results.
-    xs = operand(x, rows, packed, dtype)
+    signs, *copies = saved
+    xs, grad = operand(x, rows, packed, dtype), grad * scale
     s = signs.to(xs.dtype)
     grads = [absent(x) for _ in needs]
     if needs[0]:
-        dx = products.linear_input_gradient(s, weight).to(grad.dtype) * grad
+        dx = products.linear_input_gradient(s, *(copies or [weight])).to(grad.dtype) * grad
         grads[0] = input_gradient(dx, x, rows, packed)
     if needs[1]:
         grads[1] = (products.linear_weight_gradient(s, xs).to(grad.dtype) * grad).to(weight.dtype)
@@ -133,30 +140,33 @@ def _backward(
     return grads
 
 
-def _fake(x, weight, bias, target, valid, rows, cell, packed, dtype):
+def _fake(x, weight, bias, target, valid, rows, cell, packed, scale, dtype):
     signs = x.new_empty(rows.shape[0], weight.shape[0], dtype=torch.int8)
-    return x.new_empty((), dtype=sum_dtype(x.dtype)), signs
+    copies = products.fake_copies([weight], products.compute_dtype(dtype or x.dtype, x.device))
+    return x.new_empty((), dtype=sum_dtype(x.dtype)), [signs, *copies]
 
 
 _op = Op(
     "linear_l1",
     "(Tensor x, Tensor weight, Tensor bias, Tensor target, Tensor? valid, Tensor rows, SymInt cell, bool packed, "
-    "ScalarType? dtype) -> (Tensor, Tensor)",
+    "float scale, ScalarType? dtype) -> (Tensor, Tensor[])",
     forward=_forward,
     fake=_fake,
 )
 
 
 def _save(ctx: Any, inputs: tuple, results: tuple) -> None:
-    x, weight, bias, target, _, rows, ctx.cell, ctx.packed, ctx.dtype = inputs
-    ctx.save_for_backward(x, weight, bias, target, results[1], rows)
+    x, weight, bias, target, _, rows, *ctx.options, ctx.dtype = inputs
+    ctx.save_for_backward(x, weight, bias, target, rows, *results[1])
 
 
 def _gradients(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
-    return tuple(_op.backward_overload(grad, *ctx.saved_tensors, ctx.cell, ctx.packed, list(needs[:4]), ctx.dtype))
+    x, weight, bias, target, rows, *saved = ctx.saved_tensors
+    flags = list(needs[:4])
+    return tuple(_op.backward_overload(grad, x, weight, bias, target, saved, rows, *ctx.options, flags, ctx.dtype))
 
 
-def _fake_backward(grad, x, weight, bias, target, signs, rows, cell, packed, needs, dtype):
+def _fake_backward(grad, x, weight, bias, target, saved, rows, cell, packed, scale, needs, dtype):
     return [
         torch.empty_like(t, memory_format=torch.contiguous_format) if need else absent(t)
         for t, need in zip((x, weight, bias, target), needs, strict=True)
@@ -164,8 +174,8 @@ def _fake_backward(grad, x, weight, bias, target, signs, rows, cell, packed, nee
 
 
 _op.differentiable(
-    "(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor target, Tensor signs, Tensor rows, SymInt cell, "
-    "bool packed, bool[] needs, ScalarType? dtype) -> Tensor[]",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor target, Tensor[] saved, Tensor rows, SymInt cell, "
+    "bool packed, float scale, bool[] needs, ScalarType? dtype) -> Tensor[]",
     backward=_backward,
     fake=_fake_backward,
     save=_save,

@@ -53,6 +53,16 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def copies(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The weights in the dtype of the products, for forward and backward; [] where all are in it as they are."""
+    return [weight.to(dtype, copy=True) for weight in weights] if any(w.dtype != dtype for w in weights) else []
+
+
+def fake_copies(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Shapes of `copies`."""
+    return [w.new_empty(w.shape, dtype=dtype) for w in weights] if any(w.dtype != dtype for w in weights) else []
+
+
 @functools.cache
 def _has_onednn() -> bool:
     """Whether `mkldnn::_linear_pointwise` is there and computes what `linear` does."""

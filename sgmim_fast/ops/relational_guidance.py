@@ -47,6 +47,23 @@ class Saved(NamedTuple):
     query_statistics: Tensor  # (2, visible) mean and 1 / standard deviation
     context_statistics: Tensor  # (2, shown + 1)
     out_statistics: Tensor  # (2, visible)
+    copies: list[Tensor]  # of the linear weights in the dtype of the products, where that is another
+
+    def flat(self) -> list[Tensor]:
+        return [*self[:-1], *self.copies]
+
+    @classmethod
+    def nested(cls, flat: list[Tensor]) -> Saved:
+        k = len(cls._fields) - 1
+        return cls(*flat[:k], list(flat[k:]))
+
+
+LINEAR = ("q_weight", "k_weight", "v_weight", "proj_weight", "fc1_weight", "fc2_weight")
+
+
+def linear_weights(w: GuidanceParameters, copies: list[Tensor]) -> GuidanceParameters:
+    """The parameters with the copies in place of the linear weights, where there are any."""
+    return w._replace(**dict(zip(LINEAR, copies, strict=True))) if copies else w
 
 
 def relational_guidance(
@@ -179,6 +196,8 @@ def _forward(
 ) -> tuple[Tensor, list[Tensor]]:
     w = GuidanceParameters(*parameters)
     storage = storage_dtype(features, dtype)
+    copies = products.copies([getattr(w, name) for name in LINEAR], storage)
+    w = linear_weights(w, copies)
     x, context = features[rows[0]].to(storage), structure.to(storage)
     query, query_statistics = layer_norm(x, w.query_norm_weight, w.query_norm_bias, eps)
     context, context_statistics = layer_norm(context, w.context_norm_weight, w.context_norm_bias, eps)
@@ -193,8 +212,8 @@ def _forward(
     y, out_statistics = layer_norm(t, w.out_norm_weight, w.out_norm_bias, eps)
     hidden = products.linear(y, w.fc1_weight, w.fc1_bias)
     out = t + products.linear(F.gelu(hidden), w.fc2_weight, w.fc2_bias)
-    saved = Saved(q, k, v, attended, lse, t, hidden, query_statistics, context_statistics, out_statistics)
-    return out.to(dtype or features.dtype, copy=True), list(saved)
+    saved = Saved(q, k, v, attended, lse, t, hidden, query_statistics, context_statistics, out_statistics, copies)
+    return out.to(dtype or features.dtype, copy=True), saved.flat()
 
 
 def _backward(
@@ -210,7 +229,8 @@ def _backward(
     needs: list[bool],
     dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    w, s = GuidanceParameters(*parameters), Saved(*saved)
+    s = Saved.nested(saved)
+    w = linear_weights(GuidanceParameters(*parameters), s.copies)
     storage, wide = s.q.dtype, s.out_statistics.dtype
     grad = grad.to(storage)
     x, context = features[rows[0]].to(storage), structure.to(storage)
@@ -303,8 +323,9 @@ def _fake(features, structure, parameters, rows, cells, heads, keep, eps, dtype)
         query_statistics=empty(2, visible, dtype=wide),
         context_statistics=empty(2, shown, dtype=wide),
         out_statistics=empty(2, visible, dtype=wide),
+        copies=products.fake_copies([getattr(w, name) for name in LINEAR], storage),
     )
-    return empty(visible, width, dtype=dtype or features.dtype), list(saved)
+    return empty(visible, width, dtype=dtype or features.dtype), saved.flat()
 
 
 _op = Op(

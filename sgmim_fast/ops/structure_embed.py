@@ -41,13 +41,15 @@ class Saved(NamedTuple):
     inputs: list[Tensor]  # tokens each merging but the first reads; the embedded patches are cheaper to compute again
     statistics: list[Tensor]  # (2, tokens) of each norm: the embedded patches' (no hidden cell), then each merging's
 
+    copies: list[Tensor]  # of the mergings' weights in the dtype of the products, where that is another
+
     def flat(self) -> list[Tensor]:
-        return [*self.inputs, *self.statistics]
+        return [*self.inputs, *self.statistics, *self.copies]
 
     @classmethod
-    def nested(cls, flat: list[Tensor]) -> Saved:
-        k = max(len(flat) - 2, 0) // 2
-        return cls(list(flat[:k]), list(flat[k:]))
+    def nested(cls, flat: list[Tensor], mergings: int) -> Saved:
+        k = max(mergings - 1, 0)
+        return cls(list(flat[:k]), list(flat[k : k + mergings + 1]), list(flat[k + mergings + 1 :]))
 
 
 def structure_embed(
@@ -113,13 +115,14 @@ def _forward(
     structure: Tensor, rows: Tensor, parameters: list[Tensor], cell: int, eps: float, dtype: torch.dtype | None
 ) -> tuple[Tensor, list[Tensor]]:
     w = StructureParameters.nested(parameters)
-    x = patches(structure, rows, w.embed_weight, cell, storage_dtype(structure, dtype))
+    storage = storage_dtype(structure, dtype)
+    x = patches(structure, rows, w.embed_weight, cell, storage)
     x = products.linear(x, w.embed_weight.flatten(1), w.embed_bias)
-    saved = Saved([], [])
+    saved = Saved([], [], products.copies(w.merge_weights, storage))
     x, statistics = layer_norm(x, w.norm_weight, w.norm_bias, eps)
     x = _with_hidden(x, w)
     saved.statistics.append(statistics)
-    for i, weight in enumerate(w.merge_weights):
+    for i, weight in enumerate(saved.copies or w.merge_weights):
         x = x.view(-1, weight.shape[1])
         if i > 0:
             saved.inputs.append(x)
@@ -139,7 +142,9 @@ def _backward(
     needs: list[bool],
     dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    w, s = StructureParameters.nested(parameters), Saved.nested(saved)
+    w = StructureParameters.nested(parameters)
+    s = Saved.nested(saved, len(w.merge_weights))
+    weights = s.copies or w.merge_weights
     pixels = patches(structure, rows, w.embed_weight, cell, storage_dtype(structure, dtype))
     embedded, statistics = products.linear(pixels, w.embed_weight.flatten(1), w.embed_bias), s.statistics[0]
     tokens = _with_hidden(apply_norm(embedded, statistics, w.norm_weight, w.norm_bias), w)
@@ -149,7 +154,7 @@ def _backward(
         x = tokens.view(-1, w.merge_weights[0].shape[1]) if i == 0 else s.inputs[i - 1]
         y = apply_norm(x, s.statistics[i + 1], w.merge_norm_weights[i], w.merge_norm_biases[i])
         dw.merge_weights[i] = products.linear_weight_gradient(dx, y)
-        dy = products.linear_input_gradient(dx, w.merge_weights[i])
+        dy = products.linear_input_gradient(dx, weights[i])
         dx, dw.merge_norm_weights[i], dw.merge_norm_biases[i] = layer_norm_backward(
             dy, x, s.statistics[i + 1], w.merge_norm_weights[i]
         )
@@ -178,7 +183,8 @@ def _fake(structure, rows, parameters, cell, eps, dtype):
             inputs.append(structure.new_empty(tokens, width, dtype=storage))
         statistics.append(structure.new_empty(2, tokens, dtype=wide))
         width = weight.shape[0]
-    return structure.new_empty(tokens, width, dtype=dtype or structure.dtype), Saved(inputs, statistics).flat()
+    saved = Saved(inputs, statistics, products.fake_copies(w.merge_weights, storage))
+    return structure.new_empty(tokens, width, dtype=dtype or structure.dtype), saved.flat()
 
 
 _op = Op(

@@ -29,14 +29,17 @@ def forward(
     rows: Tensor,
     cell: int,
     packed: bool,
+    scale: float,
     dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    prediction = products.linear(operand(x, rows, packed, dtype), weight, bias)
+) -> tuple[Tensor, list[Tensor]]:
+    xs = operand(x, rows, packed, dtype)
+    copies = products.copies([weight], xs.dtype)
+    prediction = products.linear(xs, *(copies or [weight]), bias)
     signs = torch.empty(prediction.shape, dtype=torch.int8)
     total = torch.empty((), dtype=torch.float64)
     valid = None if valid is None else valid.contiguous()
     torch.ops.sgmim_fast_cpu.l1(prediction, rows.contiguous(), target.float(), valid, cell, signs, total)
-    return total.float(), signs
+    return (total * scale).float(), [signs, *copies]
 
 
 def backward(
@@ -45,14 +48,17 @@ def backward(
     weight: Tensor,
     bias: Tensor,
     target: Tensor,
-    signs: Tensor,
+    saved: list[Tensor],
     rows: Tensor,
     cell: int,
     packed: bool,
+    scale: float,
     needs: list[bool],
     dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    xs, scale = operand(x, rows, packed, dtype), float(grad)
+    signs, *copies = saved
+    xs, grad = operand(x, rows, packed, dtype), grad * scale
+    scale = float(grad)
     # In float32 the scalar goes into the operand for nothing; in bfloat16 it would be rounded there, so it waits.
     early, late = (scale, None) if xs.dtype == torch.float32 else (1.0, scale)
     s = torch.empty(signs.shape, dtype=xs.dtype)
@@ -60,7 +66,7 @@ def backward(
     torch.ops.sgmim_fast_cpu.expand_signs(signs, early, s, sums)
     grads = [absent(x) for _ in needs]
     if needs[0]:
-        dx = products.linear_input_gradient(s, weight)
+        dx = products.linear_input_gradient(s, *(copies or [weight]))
         grads[0] = input_gradient(dx if late is None else dx.float().mul_(late), x, rows, packed)
     if needs[1]:
         dweight = products.linear_weight_gradient(s, xs)

@@ -14,7 +14,15 @@ from torch import Tensor
 from sgmim_fast.ops import products
 from sgmim_fast.ops.cpu.layer_norm import layer_norm, layer_norm_backward
 from sgmim_fast.ops.cpu.linear_l1 import NATIVE
-from sgmim_fast.ops.relational_guidance import GuidanceParameters, Saved, collect, scatter, storage_dtype
+from sgmim_fast.ops.relational_guidance import (
+    LINEAR,
+    GuidanceParameters,
+    Saved,
+    collect,
+    linear_weights,
+    scatter,
+    storage_dtype,
+)
 
 
 def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
@@ -36,6 +44,8 @@ def forward(
 ) -> tuple[Tensor, list[Tensor]]:
     w = GuidanceParameters(*parameters)
     storage = storage_dtype(features, dtype)
+    copies = products.copies([getattr(w, name) for name in LINEAR], storage)
+    w = linear_weights(w, copies)
     features, structure = features.contiguous(), structure.contiguous()
     visible, visible_offsets, _, shown_offsets = (r.contiguous() for r in rows)
 
@@ -52,8 +62,8 @@ def forward(
     activated = torch.empty_like(hidden)
     torch.ops.sgmim_fast_cpu.gelu(hidden, activated)
     out = products.linear(activated, w.fc2_weight, w.fc2_bias).add_(t)
-    saved = Saved(q, k, v, attended, lse, t, hidden, query_statistics, context_statistics, out_statistics)
-    return out.to(dtype or features.dtype), list(saved)
+    saved = Saved(q, k, v, attended, lse, t, hidden, query_statistics, context_statistics, out_statistics, copies)
+    return out.to(dtype or features.dtype), saved.flat()
 
 
 def backward(
@@ -69,7 +79,8 @@ def backward(
     needs: list[bool],
     dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    w, s = GuidanceParameters(*parameters), Saved(*saved)
+    s = Saved.nested(saved)
+    w = linear_weights(GuidanceParameters(*parameters), s.copies)
     need = GuidanceParameters(*needs[2:])
     features, structure = features.contiguous(), structure.contiguous()
     visible, visible_offsets, _, shown_offsets = (r.contiguous() for r in rows)

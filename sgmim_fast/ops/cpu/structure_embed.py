@@ -36,7 +36,9 @@ def forward(
     w = StructureParameters.nested(parameters)
     storage = storage_dtype(structure, dtype)
     embedding = Embedding(structure, rows, w, cell, storage)
-    saved = Saved([], [torch.empty(2, embedding.patches_count), torch.empty(2, embedding.merged_count)])
+    statistics = [torch.empty(2, embedding.patches_count), torch.empty(2, embedding.merged_count)]
+    saved = Saved([], statistics, products.copies(w.merge_weights, storage))
+    weights = saved.copies or w.merge_weights
     collapsed = _collapsed(embedding)
     below = collapsed_merges.forward if collapsed else _forward_first
     x = below(embedding, saved, eps, collapsed)
@@ -45,7 +47,7 @@ def forward(
         saved.inputs.append(x)
         y, statistics = layer_norm(x, w.merge_norm_weights[i], w.merge_norm_biases[i], eps, storage)
         saved.statistics.append(statistics)
-        x = products.linear(y, w.merge_weights[i])
+        x = products.linear(y, weights[i])
     return x.to(dtype or structure.dtype), saved.flat()
 
 
@@ -59,7 +61,9 @@ def backward(
     needs: list[bool],
     dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    w, s = StructureParameters.nested(parameters), Saved.nested(saved)
+    w = StructureParameters.nested(parameters)
+    s = Saved.nested(saved, len(w.merge_weights))
+    weights = s.copies or w.merge_weights
     embedding = Embedding(structure, rows, w, cell, storage_dtype(structure, dtype))
     collapsed = _collapsed(embedding)
     dw = StructureParameters.nested(list(parameters))
@@ -67,7 +71,7 @@ def backward(
     for i in reversed(range(max(collapsed, 1), len(w.merge_weights))):
         above = dx
         dx, y, (dw.merge_norm_weights[i], dw.merge_norm_biases[i]) = layer_norm_backward(
-            products.linear_input_gradient(above, w.merge_weights[i]),
+            products.linear_input_gradient(above, weights[i]),
             s.inputs[i - 1],
             s.statistics[i + 1],
             w.merge_norm_weights[i],
@@ -93,7 +97,7 @@ def _collapsed(embedding: Embedding) -> int:
 
 def _forward_first(embedding: Embedding, saved: Saved, eps: float, _: int) -> Tensor:
     """Embedding and first merging, (merged rows, 2D). Fills the statistics."""
-    weight = embedding.w.merge_weights[0]
+    weight = (saved.copies or embedding.w.merge_weights)[0]
     x = torch.empty(embedding.merged_count, weight.shape[0], dtype=embedding.dtype)
     for part in embedding.parts(saved.statistics):
         y = torch.empty(part.merged.stop - part.merged.start, weight.shape[1], dtype=embedding.dtype)
@@ -112,7 +116,7 @@ def _backward_first(
     dembed, dmerge = torch.zeros(width, w.embed_weight[0].numel()), torch.zeros(w.merge_weights[0].shape)
     for part in embedding.parts(s.statistics):
         embedded = part.embed()
-        dy = products.linear_input_gradient(dx[part.merged], w.merge_weights[0])
+        dy = products.linear_input_gradient(dx[part.merged], (s.copies or w.merge_weights)[0])
         y, partial = torch.empty_like(dy), torch.empty_like(sums)
         torch.ops.sgmim_fast_cpu.embed_norm_backward(dy, embedded, *embedding.norms, *part.statistics, y, partial)
         sums += partial

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sgmim_fast import backends
-from sgmim_fast.ops.products import compute_dtype
+from sgmim_fast.ops import products
 
 _TILE = 64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,29 +36,32 @@ def forward(
     rows: Tensor,
     cell: int,
     packed: bool,
+    scale: float,
     dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor]]:
     """Cost: reads x and W for each tile of 64 x 64, the wanted pixels once, writes a byte per pixel; 2 launches, and
     one for each of x, W, bias and target that is not in its dtype."""
-    compute = compute_dtype(dtype or x.dtype, x.device)
+    compute = products.compute_dtype(dtype or x.dtype, x.device)
+    copies = [copy.contiguous() for copy in products.copies([weight], compute)]
     count, outs = rows.shape[0], weight.shape[0]
     signs = torch.empty(count, outs, dtype=torch.int8, device=x.device)
     partials = torch.empty(-(-count // _TILE) * -(-outs // _TILE), dtype=torch.float64, device=x.device)
     total = torch.empty((), dtype=torch.float32, device=x.device)
     torch.ops.sgmim_fast_cuda.linear_l1(
         x.to(compute).contiguous(),
-        weight.to(compute).contiguous(),
+        (copies[0] if copies else weight).contiguous(),
         bias.float().contiguous(),
         target.float(),
         valid,
         rows.contiguous(),
         cell,
         packed,
+        scale,
         signs,
         partials,
         total,
     )
-    return total, signs
+    return total, [signs, *copies]
 
 
 def backward(*args: Any) -> list[Tensor]:

@@ -2,7 +2,7 @@
 PYTHON ?= python
 SANITIZED := build/sanitized
 
-.PHONY: help install build test test-slow lint format bench env wheel sanitize clean
+.PHONY: help install build test test-slow lint format bench cuda-report env wheel sanitize clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,9 @@ format: ## put the sources in order
 
 bench: ## what the kernels buy on this machine
 	$(PYTHON) benchmarks/bench_guidance.py
+
+cuda-report: build ## registers, spills and shared memory of every CUDA kernel and architecture
+	$(PYTHON) benchmarks/cuda_report.py
 
 env: ## versions, backends, and why a backend is missing
 	$(PYTHON) -m sgmim_fast.env

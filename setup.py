@@ -183,7 +183,7 @@ class BuildExt(build_ext):
         if nvcc:
             host = [nvcc, *(["-ccbin", *cxx] if len(cxx) == 1 else []), "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
             gpu = [option for arch in architectures(nvcc) for option in gencode(arch)]
-            self.compilers[".cu"] = [*host, *include, "-DUSE_CUDA", "-O3", *gpu]
+            self.compilers[".cu"] = [*host, *include, "-DUSE_CUDA", "-O3", "-Xptxas=-v", *gpu]
             # nvcc links, since it knows where its toolkit is. The CUDA runtime is linked in and hidden: the library
             # then runs with any torch of that CUDA major version, whichever runtime torch brings.
             hide = ["-cudart", "static", "-Xlinker", "--exclude-libs=ALL"]
@@ -191,6 +191,10 @@ class BuildExt(build_ext):
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             compiling = [(ext, pool.map(self.compile, ext.sources)) for ext in self.extensions]
             for ext, objects in compiling:
+                objects = list(objects)
+                if ext.sources[0].endswith(".cu"):  # what benchmarks/cuda_report.py reads
+                    logs = (Path(o).with_suffix(".log").read_text() for o in objects)
+                    Path(self.build_temp, "ptxas.log").write_text("".join(logs))
                 before, after = self.linkers[Path(ext.sources[0]).suffix]
                 library = Path(self.get_ext_fullpath(ext.name))
                 library.parent.mkdir(parents=True, exist_ok=True)
@@ -202,15 +206,17 @@ class BuildExt(build_ext):
         target = Path(self.build_temp, folder, source).with_suffix(".o")
         if not target.exists() or target.stat().st_mtime < max(map(os.path.getmtime, [source, *HEADERS])):
             target.parent.mkdir(parents=True, exist_ok=True)
-            self.call([*command, str(target)], f"compile {source}")
+            output = self.call([*command, str(target)], f"compile {source}")
+            target.with_suffix(".log").write_text(output)
         return str(target)
 
-    def call(self, command: list[str], purpose: str) -> None:
+    def call(self, command: list[str], purpose: str) -> str:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         print(shlex.join(command), done.stdout, sep="\n", end="", flush=True)
         if done.returncode:
             without = "SGMIM_FAST_NO_CUDA" if command[0] == PLAN["cuda"].get("nvcc") else "SGMIM_FAST_NO_EXT"
             raise CompileError(f"{command[0]} could not {purpose}, see above; {without}=1 installs without it")
+        return done.stdout
 
 
 SOURCES = {"cpu": ("sgmim_fast._C", "csrc/cpu/*.cpp"), "cuda": ("sgmim_fast._C_cuda", "csrc/cuda/*.cu")}

@@ -2,13 +2,7 @@
 // as easy as 1, 2, 3" (2011). Plain C++, for the host and for the device.
 #pragma once
 
-#include <cstdint>
-
-#ifdef __CUDACC__
-#define SGMIM_PHILOX __host__ __device__ inline
-#else
-#define SGMIM_PHILOX inline
-#endif
+#include "group.h"
 
 namespace sgmim {
 
@@ -16,7 +10,7 @@ struct Philox {
   uint32_t words[4];
 };
 
-SGMIM_PHILOX Philox philox(Philox counter, uint32_t key0, uint32_t key1) {
+SGMIM_HOST_DEVICE Philox philox(Philox counter, uint32_t key0, uint32_t key1) {
   uint32_t(&c)[4] = counter.words;
   for (int round = 0; round < 10; ++round) {
     const uint64_t low = uint64_t{0xD2511F53} * c[0], high = uint64_t{0xCD9E8D57} * c[2];

@@ -7,6 +7,7 @@ backward 13 and about 190 MB; estimated by hand, not measured.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -276,6 +277,7 @@ def forward(
     keep: bool,
     eps: float,
     dtype: torch.dtype | None,
+    attend: Callable[..., tuple[Tensor, Tensor]] = attention,
 ) -> tuple[Tensor, list[Tensor]]:
     w = GuidanceParameters(*parameters)
     storage = storage_dtype(features, dtype)
@@ -294,7 +296,7 @@ def forward(
         eps,
     )
     q, k, v = products.linears([query, context, context], [w.q_weight, w.k_weight, w.v_weight])
-    attended, lse = attention(q, k, v, visible_offsets, shown_offsets, cells, heads, keep)
+    attended, lse = attend(q, k, v, visible_offsets, shown_offsets, cells, heads, keep)
     t = products.linear(attended, w.proj_weight, w.proj_bias, residual=features, rows=visible)
     y = torch.empty_like(t)
     (out_statistics,) = layer_norm([Norm(t, w.out_norm_weight, w.out_norm_bias, y)], eps)
@@ -317,6 +319,7 @@ def backward(
     keep: bool,
     needs: list[bool],
     dtype: torch.dtype | None,
+    attend_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = attention_backward,
 ) -> list[Tensor]:
     original, s, need = GuidanceParameters(*parameters), Saved.nested(saved), GuidanceParameters(*needs[2:])
     w = _contiguous(linear_weights(original, s.copies))
@@ -342,7 +345,7 @@ def backward(
     (y,), (out_sums,) = layer_norm_backward([out_norm])
     # attention
     (dattended,) = products.input_gradients([dt], [w.proj_weight])
-    dq, dk, dv = attention_backward(
+    dq, dk, dv = attend_backward(
         dattended, s.q, s.k, s.v, s.attended, s.lse, visible_offsets, shown_offsets, cells, heads, keep
     )
     dquery, dkey, dvalue = products.input_gradients([dq, dk, dv], [w.q_weight, w.k_weight, w.v_weight])

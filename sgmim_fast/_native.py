@@ -39,6 +39,33 @@ def load_cuda() -> tuple[bool, str]:
     return _loaded["cuda"]
 
 
+def covers(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code for architectures such as "8.0;9.0+PTX" runs on a GPU of this compute capability."""
+    for name in architectures.split(";"):
+        built, _, ptx = name.partition("+")
+        own = built[-1] in "af"  # of this architecture (a) or its family (f) alone
+        major, minor = map(int, built.rstrip("af").split("."))
+        if built.endswith("a"):
+            fits = (major, minor) == capability
+        else:  # machine code runs within the major version, PTX on all that is newer
+            fits = (major, minor) <= capability and (major == capability[0] or (bool(ptx) and not own))
+        if fits:
+            return True
+    return False
+
+
+def uncovered_gpu() -> str:
+    """Why the CUDA library has no code for the current GPU, "" if it has."""
+    built, capability = build_info().get("cuda", {}).get("architectures", ""), torch.cuda.get_device_capability()
+    if not built or covers(built, capability):
+        return ""
+    number = ".".join(map(str, capability))
+    return (
+        f"the GPU has compute capability {number}, the CUDA library is built for {built}: "
+        f"install sgmim_fast again with TORCH_CUDA_ARCH_LIST={number}"
+    )
+
+
 def load_error(part: str) -> Exception | None:
     """The exception that loading "cpu" or "cuda" raised, to chain to one's own; None if it raised none."""
     return _errors.get(part)

@@ -33,7 +33,11 @@ MODULES: dict[str, dict[str, str]] = {
         "triton": "sgmim_fast.kernels.gather_patches",
         "cuda": "sgmim_fast.ops.cuda.gather_patches",
     },
-    "linear_l1": {"cpu": "sgmim_fast.ops.cpu.linear_l1", "triton": "sgmim_fast.kernels.linear_l1"},
+    "linear_l1": {
+        "cpu": "sgmim_fast.ops.cpu.linear_l1",
+        "triton": "sgmim_fast.kernels.linear_l1",
+        "cuda": "sgmim_fast.ops.cuda.linear_l1",
+    },
     "masked_patch_embed": {
         "cpu": "sgmim_fast.ops.cpu.masked_patch_embed",
         "triton": "sgmim_fast.kernels.masked_patch_embed",
@@ -41,11 +45,17 @@ MODULES: dict[str, dict[str, str]] = {
     "relational_guidance": {
         "cpu": "sgmim_fast.ops.cpu.relational_guidance",
         "triton": "sgmim_fast.kernels.relational_guidance",
+        "cuda": "sgmim_fast.ops.cuda.relational_guidance",
     },
-    "selective_mask": {"cpu": "sgmim_fast.ops.cpu.selective_mask", "triton": "sgmim_fast.kernels.selective_mask"},
+    "selective_mask": {
+        "cpu": "sgmim_fast.ops.cpu.selective_mask",
+        "triton": "sgmim_fast.kernels.selective_mask",
+        "cuda": "sgmim_fast.ops.cuda.selective_mask",
+    },
     "standardize_structure": {
         "cpu": "sgmim_fast.ops.cpu.standardize_structure",
         "triton": "sgmim_fast.kernels.standardize_structure",
+        "cuda": "sgmim_fast.ops.cuda.standardize_structure",
     },
     "structure_embed": {"cpu": "sgmim_fast.ops.cpu.structure_embed", "triton": "sgmim_fast.kernels.structure_embed"},
 }
@@ -100,11 +110,21 @@ def forced() -> str | None:
 def available() -> dict[str, tuple[bool, str]]:
     """Backend -> (usable on this machine, reason where it is not)."""
     return {
-        "cuda": _native.load_cuda() if torch.cuda.is_available() else (False, "torch sees no CUDA device"),
+        "cuda": _cuda(),
         "triton": _triton(),
         "cpu": _native.load_cpu(),
         "torch": (True, ""),
     }
+
+
+def _cuda() -> tuple[bool, str]:
+    """Whether the CUDA kernels run here, and the reason where not."""
+    if not torch.cuda.is_available():
+        return False, "torch sees no CUDA device"
+    usable, reason = _native.load_cuda()
+    if usable and (missing := _native.uncovered_gpu()):
+        return False, missing
+    return usable, reason
 
 
 def _triton() -> tuple[bool, str]:

@@ -1,14 +1,26 @@
-// The bodies of the CUDA kernels with the host as the device: a "group" of threads is played one rank after another.
-// test_cuda_bodies.py compiles this file; it knows neither torch nor CUDA.
+// The bodies of the CUDA kernels with the host as the device. host_build.py compiles this file; it knows neither
+// torch nor CUDA.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
+#include <string>
+
+#include "attend.h"
+#include "draw_mask.h"
 #include "gather_index.h"
+#include "host_group.h"
+#include "l1_tile.h"
+#include "standardize_plane.h"
 
 namespace py = pybind11;
 
 namespace {
 
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+// A "group" of threads that never wait for each other, played one rank after another.
 struct Rank {
   int32_t rank_, size_;
   int32_t rank() const { return rank_; }
@@ -16,20 +28,249 @@ struct Rank {
 };
 
 template <class Element>
-void copy_patches(
+void copy_rows(
+    const sgmim::CellGrid& grid, const py::array_t<int64_t>& cells, void* tensor, void* packed, bool scatter,
+    int32_t threads) {
+  auto *const outside = static_cast<Element*>(tensor), *const inside = static_cast<Element*>(packed);
+  const int32_t per_cell = sgmim::patches_per_cell(grid);
+  for (int64_t row = 0; row < cells.size() * per_cell; ++row)
+    for (int32_t rank = 0; rank < threads; ++rank) {
+      const Rank group{rank, threads};
+      const int64_t cell = cells.data()[row / per_cell];
+      if (scatter)
+        sgmim::copy_patch<true>(group, grid, cell, row, outside, inside);
+      else
+        sgmim::copy_patch<false>(group, grid, cell, row, outside, inside);
+    }
+}
+
+// Returns how many pixels an access moved.
+template <class Element>
+int32_t copy_patches(
     py::array_t<Element> tensor, py::array_t<int64_t> cells, py::array_t<Element> packed, int32_t cell, int32_t patch,
     bool zorder, bool scatter, int32_t threads) {
   const auto stride = [&](int axis) { return static_cast<int64_t>(tensor.strides(axis)) / int64_t{sizeof(Element)}; };
-  const sgmim::CellGrid grid{tensor.shape(2) / cell, tensor.shape(3) / cell, stride(0), stride(1), stride(2), stride(3),
-                             cell, patch, static_cast<int32_t>(tensor.shape(1)), zorder};
-  for (int64_t row = 0; row < cells.size() * sgmim::patches_per_cell(grid); ++row)
-    for (int32_t rank = 0; rank < threads; ++rank) {
-      const Rank group{rank, threads};
-      if (scatter)
-        sgmim::copy_patch<true>(group, grid, cells.data(), row, tensor.mutable_data(), packed.mutable_data());
-      else
-        sgmim::copy_patch<false>(group, grid, cells.data(), row, tensor.mutable_data(), packed.mutable_data());
+  const int64_t strides[4] = {stride(0), stride(1), stride(2), stride(3)};
+  const sgmim::CellGrid grid =
+      sgmim::cell_grid(tensor.shape(1), tensor.shape(2), tensor.shape(3), strides, cell, patch, zorder);
+  void *const outside = tensor.mutable_data(), *const inside = packed.mutable_data();
+  const uint64_t addresses = reinterpret_cast<uintptr_t>(outside) | reinterpret_cast<uintptr_t>(inside);
+  const int32_t pixels = sgmim::pixels_per_access(grid, sizeof(Element), addresses);
+  const sgmim::CellGrid wide = sgmim::widen(grid, pixels);
+  switch (sizeof(Element) * pixels) {
+    case 2: copy_rows<uint16_t>(wide, cells, outside, inside, scatter, threads); break;
+    case 4: copy_rows<uint32_t>(wide, cells, outside, inside, scatter, threads); break;
+    case 8: copy_rows<uint64_t>(wide, cells, outside, inside, scatter, threads); break;
+    case 16: copy_rows<sgmim::Sixteen>(wide, cells, outside, inside, scatter, threads); break;
+    default: throw std::logic_error("an access of no such size");
+  }
+  return pixels;
+}
+
+// The key of each rank of `ranks`, and how many of its copies stand before that rank.
+py::tuple select_key(Array<uint32_t> keys, Array<uint32_t> ranks, int32_t threads) {
+  Array<uint32_t> found(ranks.size()), before(ranks.size());
+  std::vector<uint32_t> counts(sgmim::DIGITS + 2, 12345);
+  run_group(threads, [&](const HostGroup& group) {
+    for (py::ssize_t i = 0; i < ranks.size(); ++i) {
+      const sgmim::Prefix key = sgmim::select_key(
+          group, keys.data(), static_cast<uint32_t>(keys.size()), ranks.data()[i], counts.data());
+      if (group.rank() == 0) {
+        found.mutable_data()[i] = key.bits;
+        before.mutable_data()[i] = key.rank;
+      }
     }
+  });
+  return py::make_tuple(found, before);
+}
+
+// The number of masked units before each unit, for keys given from outside.
+Array<uint32_t> count_masked(Array<uint32_t> keys, uint32_t masked, int32_t threads) {
+  const uint32_t units = static_cast<uint32_t>(keys.size());
+  Array<uint32_t> before(units + 1);
+  std::copy(keys.data(), keys.data() + units, before.mutable_data());
+  std::vector<uint32_t> counts(sgmim::DIGITS + 2, 12345);
+  run_group(threads, [&](const HostGroup& group) {
+    sgmim::count_masked(group, units, masked, before.mutable_data(), counts.data());
+  });
+  return before;
+}
+
+// mask (images, rows * scale, columns * scale); the lists of both sides are as long as they must be.
+void draw_masks(
+    uint64_t key0, uint64_t key1, Array<int64_t> masked, int32_t rows, int32_t columns, int32_t scale, Array<bool> mask,
+    Array<int64_t> masked_rows, Array<int64_t> visible_rows, int32_t threads) {
+  const sgmim::MaskGrid grid{rows, columns, scale};
+  const int64_t cells = sgmim::cells_of(grid);
+  int64_t first = 0;
+  std::vector<uint32_t> memory(sgmim::mask_memory(grid), 12345);
+  for (int64_t image = 0; image < masked.size(); ++image) {
+    const int64_t count = masked.data()[image];
+    run_group(threads, [&](const HostGroup& group) {
+      sgmim::draw_mask(
+          group, static_cast<uint32_t>(key0), static_cast<uint32_t>(key1), image, static_cast<uint32_t>(count), grid,
+          memory.data(), first, image * cells - first, mask.mutable_data() + image * cells, masked_rows.mutable_data(),
+          visible_rows.mutable_data());
+    });
+    first += count * scale * scale;
+  }
+}
+
+// x (planes, n) as stored, y (planes, n) float32, nonfinite (planes,).
+template <class Input>
+void standardize(Array<typename Input::Raw> x, Array<float> y, Array<int64_t> nonfinite, int32_t threads) {
+  std::vector<uint32_t> counts(sgmim::PLANE_MEMORY, 12345);
+  for (int64_t plane = 0; plane < x.shape(0); ++plane)
+    run_group(threads, [&](const HostGroup& group) {
+      sgmim::standardize_plane<Input>(
+          group, x.data() + plane * x.shape(1), static_cast<uint32_t>(x.shape(1)), counts.data(),
+          y.mutable_data() + plane * x.shape(1), nonfinite.mutable_data() + plane);
+    });
+}
+
+template <class Input>
+Array<float> values(Array<typename Input::Raw> raw) {
+  Array<float> result(raw.size());
+  for (py::ssize_t i = 0; i < raw.size(); ++i) result.mutable_data()[i] = Input::value(raw.data()[i]);
+  return result;
+}
+
+// bfloat16 as the bodies see it: converted by casts only.
+struct Half {
+  uint16_t bits;
+  Half() = default;
+  explicit Half(float value) {
+    const uint32_t wide = sgmim::bit_cast<uint32_t>(value);
+    bits = static_cast<uint16_t>((wide + 0x7fff + (wide >> 16 & 1)) >> 16);  // to nearest, ties to even
+  }
+  explicit operator float() const { return sgmim::BFloat16::value(bits); }
+};
+
+// NumPy has no bfloat16: its arrays hold the bits.
+template <class T>
+using Matrix = Array<std::conditional_t<sizeof(T) == 2, uint16_t, T>>;
+template <class T>
+const T* read(const Matrix<T>& matrix) {
+  return reinterpret_cast<const T*>(matrix.data());
+}
+template <class T>
+T* write(Matrix<T>& matrix) {
+  return reinterpret_cast<T*>(matrix.mutable_data());
+}
+
+template <class T>
+sgmim::Attention<T> describe(
+    const Matrix<T>& q, const Matrix<T>& k, const Matrix<T>& v, const Array<int64_t>& visible_offsets,
+    const Array<int64_t>& shown_offsets, int32_t cells, int32_t heads, bool keep) {
+  sgmim::Attention<T> a{};
+  a.q = read<T>(q);
+  a.k = read<T>(k);
+  a.v = read<T>(v);
+  a.visible_offsets = visible_offsets.data();
+  a.shown_offsets = shown_offsets.data();
+  a.images = visible_offsets.size() - 1;
+  a.last = k.shape(0) - 1;
+  a.cells = cells;
+  a.heads = heads;
+  a.depth = static_cast<int32_t>(q.shape(1)) / heads;
+  a.scale = 1 / std::sqrt(static_cast<float>(a.depth));
+  a.keep = keep;
+  a.wide = a.depth % 16 == 0;
+  return a;
+}
+
+// body(group, place, tiles) for every image and head, with NaN in the group's memory.
+template <class T, class Body>
+void each_place(const sgmim::Attention<T>& a, bool backward, int32_t threads, const Body& body) {
+  sgmim::Tiles<T> tiles;
+  std::vector<float> memory(tiles.lay_out(nullptr, a.depth, backward) / sizeof(float));
+  tiles.lay_out(reinterpret_cast<char*>(memory.data()), a.depth, backward);
+  for (int64_t image = 0; image < a.images; ++image)
+    for (int32_t head = 0; head < a.heads; ++head) {
+      std::fill(memory.begin(), memory.end(), NAN);
+      const sgmim::Place place = sgmim::place_of(a, image, head);
+      run_group(threads, [&](const HostGroup& group) { body(group, place, tiles); });
+    }
+}
+
+template <class T>
+void attend(
+    Matrix<T> q, Matrix<T> k, Matrix<T> v, Array<int64_t> visible_offsets, Array<int64_t> shown_offsets, Matrix<T> out, Array<float> lse, int32_t cells, int32_t heads, bool keep, int32_t threads) {
+  auto a = describe<T>(q, k, v, visible_offsets, shown_offsets, cells, heads, keep);
+  a.out = write<T>(out);
+  a.lse = lse.mutable_data();
+  each_place(a, false, threads, [&](const auto& group, const auto& place, const auto& tiles) {
+    for (int32_t begin = 0; begin < place.queries; begin += sgmim::QUERIES) {
+      sgmim::attend(group, a, place, begin, tiles);
+      group.sync();
+    }
+  });
+}
+
+template <class T>
+void attend_backward(
+    Matrix<T> dout, Matrix<T> q, Matrix<T> k, Matrix<T> v, Matrix<T> out, Array<float> lse,
+    Array<int64_t> visible_offsets, Array<int64_t> shown_offsets, Matrix<T> dq, Matrix<T> dk, Matrix<T> dv,
+    Array<float> hidden_sums, int32_t cells, int32_t heads, bool keep, int32_t threads) {
+  auto a = describe<T>(q, k, v, visible_offsets, shown_offsets, cells, heads, keep);
+  a.dout = read<T>(dout);
+  a.out = write<T>(out);
+  a.lse = lse.mutable_data();
+  a.dq = write<T>(dq);
+  a.dk = write<T>(dk);
+  a.dv = write<T>(dv);
+  a.hidden_sums = hidden_sums.mutable_data();
+  each_place(a, true, threads, [&](const auto& group, const auto& place, const auto& tiles) {
+    for (int32_t first = 0; first <= place.shown; first += sgmim::KEYS) {
+      sgmim::attend_backward_keys(group, a, place, first, tiles);
+      group.sync();
+    }
+    for (int32_t begin = 0; begin < place.queries; begin += sgmim::QUERIES) {
+      sgmim::attend_backward_queries(group, a, place, begin, tiles);
+      group.sync();
+    }
+  });
+}
+
+// valid: like the target, or of size 0. Returns the sum over the tiles.
+template <class T>
+double linear_l1(
+    Matrix<T> x, Matrix<T> weight, Array<float> bias, py::array_t<float> target, py::array_t<bool> valid,
+    Array<int64_t> rows, Array<int8_t> signs, int32_t cell, bool packed, int32_t threads) {
+  sgmim::Head<T> head{};
+  head.x = read<T>(x);
+  head.weight = read<T>(weight);
+  head.bias = bias.data();
+  head.cells = rows.data();
+  head.target.values = target.data();
+  head.target.valid = valid.size() > 0 ? valid.data() : nullptr;
+  for (int i = 0; i < 4; ++i) {
+    head.target.strides[i] = target.strides(i) / int64_t{sizeof(float)};
+    head.target.valid_strides[i] = valid.size() > 0 ? valid.strides(i) : 0;
+  }
+  head.target.across = target.shape(3) / cell;
+  head.target.per_image = target.shape(2) / cell * head.target.across;
+  head.target.cell = cell;
+  head.signs = signs.mutable_data();
+  head.count = rows.size();
+  head.width = static_cast<int32_t>(x.shape(1));
+  head.outs = static_cast<int32_t>(weight.shape(0));
+  head.packed = packed;
+  head.wide = head.width % 8 == 0;
+  std::vector<float> memory(sgmim::l1_memory<T>() / sizeof(float));
+  double total = 0;
+  for (int64_t row = 0; row < head.count; row += sgmim::TILE)
+    for (int32_t out = 0; out < head.outs; out += sgmim::TILE) {
+      std::fill(memory.begin(), memory.end(), NAN);
+      std::vector<double> sums(threads);
+      run_group(threads, [&](const HostGroup& group) {
+        sums[group.rank()] = sgmim::l1_tile(group, head, row, out, reinterpret_cast<char*>(memory.data()));
+      });
+      for (double sum : sums)
+        if (sum != sums[0]) throw std::logic_error("threads have different sums");
+      total += sums[0];
+    }
+  return total;
 }
 
 }  // namespace
@@ -43,6 +284,29 @@ PYBIND11_MODULE(cuda_bodies, m) {
         py::arg("threads"));
   m.def("patch_corner", [](int64_t cell_number, int32_t order, int64_t down, int64_t across, int64_t stride_image,
                            int64_t stride_row, int32_t cell, int32_t patch, bool zorder) {
-    return sgmim::patch_corner({down, across, stride_image, 0, stride_row, 1, cell, patch, 1, zorder}, cell_number, order);
+    const int64_t strides[4] = {stride_image, 0, stride_row, 1};
+    const auto grid = sgmim::cell_grid(1, down * cell, across * cell, strides, cell, patch, zorder);
+    return sgmim::patch_corner(grid, cell_number, order);
   });
+  m.def("select_key", &select_key);
+  m.def("count_masked", &count_masked);
+  m.def("draw_masks", &draw_masks, py::arg("key0"), py::arg("key1"), py::arg("masked").noconvert(), py::arg("rows"),
+        py::arg("columns"), py::arg("scale"), py::arg("mask").noconvert(), py::arg("masked_rows").noconvert(),
+        py::arg("visible_rows").noconvert(), py::arg("threads"));
+  m.def("linear_l1", &linear_l1<float>);
+  m.def("linear_l1_bfloat16", &linear_l1<Half>);
+  m.def("attend", &attend<float>);
+  m.def("attend_backward", &attend_backward<float>);
+  m.def("attend_bfloat16", &attend<Half>);
+  m.def("attend_backward_bfloat16", &attend_backward<Half>);
+  const auto define = [&](const char* name, auto input) {
+    using Input = decltype(input);
+    m.def((std::string("standardize_") + name).c_str(), &standardize<Input>, py::arg("x").noconvert(),
+          py::arg("y").noconvert(), py::arg("nonfinite").noconvert(), py::arg("threads"));
+    m.def((std::string("values_") + name).c_str(), &values<Input>);
+  };
+  define("float32", sgmim::Float32{});
+  define("float16", sgmim::Float16{});
+  define("bfloat16", sgmim::BFloat16{});
+  define("uint16", sgmim::UInt16{});
 }

@@ -1,49 +1,19 @@
-"""The bodies of the CUDA kernels, compiled for the host and compared with NumPy, bit for bit."""
+"""The body of the CUDA kernel of `gather_patches`, compiled for the host and compared with NumPy, bit for bit."""
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import shutil
-import subprocess
-import sysconfig
-from pathlib import Path
 
 import numpy as np
 import pytest
+from host_build import load_bodies
 from hypothesis import given
 from hypothesis import strategies as st
-
-ROOT = Path(__file__).parents[1]
-NINJA = """\
-flags = -std=c++17 -O1 -Wall -Wextra -Werror -shared -fPIC -fvisibility=hidden
-rule module
-  command = c++ $flags {include} -MD -MF $out.d $in -o $out
-  depfile = $out.d
-  deps = gcc
-build {target}: module {source}
-"""
 
 
 @pytest.fixture(scope="module")
 def bodies():
-    """The module of cuda_bodies.cpp; ninja compiles it into build/tests, again only when a source has changed."""
-    pybind11 = pytest.importorskip("pybind11")
-    if not (shutil.which("c++") and shutil.which("ninja")):
-        pytest.skip("needs c++ and ninja")
-    folder = ROOT / "build" / "tests"
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"cuda_bodies{sysconfig.get_config_var('EXT_SUFFIX')}"
-    include = f"-I{ROOT / 'csrc'} -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
-    rules = NINJA.format(include=include, target=target.name, source=ROOT / "tests" / "cuda_bodies.cpp")
-    if not (folder / "build.ninja").exists() or (folder / "build.ninja").read_text() != rules:
-        (folder / "build.ninja").write_text(rules)
-    done = subprocess.run(["ninja", "-C", folder], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    spec = importlib.util.spec_from_file_location("cuda_bodies", target)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_bodies()
 
 
 def z_order(side: int) -> list[tuple[int, int]]:
@@ -125,6 +95,28 @@ def test_copy_patches_with_any_group(bodies, threads, side, patch, grid, data):
     shape = (batch, channels, down * side * patch, across * side * patch)
     for tensor in layouts(shape, np.float64):
         check(bodies, tensor, np.array(cells, np.int64), side * patch, patch, data.draw(st.booleans()), threads)
+
+
+def test_accesses_are_as_wide_as_alignment_allows(bodies):
+    """16 bytes where the rows of patches, their strides and both addresses allow it, and never across a patch's row."""
+
+    def pixels(shape, dtype, cell, patch, start=0, step=1):
+        memory = np.zeros(2 * np.prod(shape) + 64, dtype)
+        first = -memory.ctypes.data // memory.itemsize % (64 // memory.itemsize)  # 64-byte boundary
+        tensor = memory[first + start :][: step * np.prod(shape)].reshape(*shape[:3], -1)[..., ::step]
+        cells = np.arange(shape[0] * (shape[2] // cell) * (shape[3] // cell))
+        packed = np.zeros(tensor.size + 64, dtype)
+        packed = packed[-packed.ctypes.data // packed.itemsize % (64 // packed.itemsize) :][: tensor.size]
+        return bodies.copy_patches(tensor, cells, packed, cell, patch, False, False, 1)
+
+    assert pixels((2, 1, 8, 8), np.uint16, 8, 4) == 4
+    assert pixels((2, 1, 32, 32), np.uint16, 16, 16) == 8
+    assert pixels((2, 3, 8, 8), np.float64, 8, 4) == 2
+    assert pixels((2, 3, 6, 6), np.uint16, 6, 2) == 2
+    assert pixels((2, 3, 28, 28), np.uint16, 14, 7) == 1
+    assert pixels((2, 1, 32, 32), np.uint16, 16, 16, start=1) == 1
+    assert pixels((2, 1, 32, 32), np.uint16, 16, 16, start=4) == 4
+    assert pixels((2, 1, 32, 32), np.uint16, 16, 16, step=2) == 1
 
 
 def test_z_order_is_the_merging_order():

@@ -125,6 +125,39 @@ def test_cuda_library_loads_without_a_gpu():
     ops = torch.ops.sgmim_fast_cuda
     assert [arg.name for arg in ops.gather_patches.default._schema.arguments if arg.is_write] == ["out"]
     assert [arg.name for arg in ops.gather_patches_backward.default._schema.arguments if arg.is_write] == ["grad_input"]
+    kernels = ("selective_mask", "standardize_structure", "linear_l1", "attention", "attention_backward")
+    assert all(hasattr(ops, name) for name in kernels)
+    assert ops.attention_memory(2, 128, False) <= 99 << 10  # what every GPU since compute capability 8.0 has per block
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "expected"),
+    [
+        ("8.0;9.0;10.0+PTX", (7, 5), False),
+        ("8.0;9.0;10.0+PTX", (8, 0), True),
+        ("8.0;9.0;10.0+PTX", (8, 9), True),
+        ("8.0;9.0;10.0+PTX", (12, 0), True),
+        ("8.0;9.0;10.0", (12, 0), False),
+        ("8.6", (8, 0), False),
+        ("9.0a", (9, 0), True),
+        ("9.0a+PTX", (10, 0), False),
+        ("10.0f", (10, 3), True),
+        ("8.0+PTX", (9, 0), True),
+    ],
+)
+def test_gpus_that_the_built_architectures_cover(architectures, capability, expected):
+    assert _native.covers(architectures, capability) == expected
+
+
+def test_a_gpu_without_code_is_named(monkeypatch):
+    monkeypatch.setattr(_native, "build_info", lambda: {"cuda": {"architectures": "8.0;9.0+PTX"}})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert _native.uncovered_gpu() == ""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert _native.uncovered_gpu() == (
+        "the GPU has compute capability 7.5, the CUDA library is built for 8.0;9.0+PTX: "
+        "install sgmim_fast again with TORCH_CUDA_ARCH_LIST=7.5"
+    )
 
 
 def test_a_load_error_is_kept(tmp_path, monkeypatch):
@@ -228,6 +261,27 @@ def test_sources_compile_without_warnings(tmp_path):
     assert "warning" not in re.sub(r"SetuptoolsWarning", "", done.stdout)
     again = run(sys.executable, *build, CXXFLAGS="-Werror")
     assert " -c csrc/" not in again.stdout, "nothing has changed, so nothing is compiled again"
+    if "csrc/cuda" in done.stdout:
+        report = run(sys.executable, "benchmarks/cuda_report.py", tmp_path / "objects" / "ptxas.log")
+        assert report.stdout.splitlines()[-1].endswith(", 0 that spill registers")
+
+
+PTXAS = """\
+ptxas info    : 28 bytes gmem
+ptxas info    : Compiling entry function '_Z6kernelPf' for 'sm_90'
+ptxas info    : Function properties for _Z6kernelPf
+    8 bytes stack frame, {stores} bytes spill stores, {stores} bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 256 bytes smem
+"""
+
+
+@pytest.mark.parametrize("stores", [0, 4])
+def test_cuda_report_fails_where_registers_spill(tmp_path, stores):
+    log = tmp_path / "ptxas.log"
+    log.write_text(PTXAS.format(stores=stores))
+    done = run(sys.executable, "benchmarks/cuda_report.py", log, check=False)
+    assert done.returncode == (stores > 0)
+    assert done.stdout.splitlines()[1].split()[1:] == ["sm_90", "40", str(2 * stores), "8", "256"]
 
 
 @pytest.mark.slow

@@ -30,16 +30,8 @@ void for_patch_rows(const CellGrid& grid, const int64_t* rows, int64_t begin, in
 CellGrid grid_of(const Tensor& pixels, const Tensor& rows, int64_t cell, int64_t patch, bool zorder) {
   const int64_t down = pixels.size(2) / cell, across = pixels.size(3) / cell;
   check_rows(rows, pixels.size(0) * down * across, "rows");
-  return {down,
-          across,
-          pixels.stride(0),
-          pixels.stride(1),
-          pixels.stride(2),
-          pixels.stride(3),
-          static_cast<int32_t>(cell),
-          static_cast<int32_t>(patch),
-          static_cast<int32_t>(pixels.size(1)),
-          zorder};
+  const int64_t strides[4] = {pixels.stride(0), pixels.stride(1), pixels.stride(2), pixels.stride(3)};
+  return cell_grid(pixels.size(1), pixels.size(2), pixels.size(3), strides, cell, patch, zorder);
 }
 
 template <class Body>

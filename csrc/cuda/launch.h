@@ -1,4 +1,5 @@
-// What every CUDA launcher needs: the device guard, torch's current stream, and checks of raw memory.
+// What every CUDA launcher needs: the device guard, torch's current stream, checks of raw memory, and a launch whose
+// errors name what is wrong.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,6 +22,11 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
+template <class T>
+T* pointer(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
 // A contiguous tensor of `count` values of a dtype, on the GPU of `other`.
 inline void check_packed(const Tensor& tensor, const char* name, ScalarType type, const Tensor& other, int64_t count) {
   SGMIM_CHECK(
@@ -32,6 +38,56 @@ inline void check_packed(const Tensor& tensor, const char* name, ScalarType type
   SGMIM_CHECK(
       tensor.is_contiguous() && tensor.numel() == count, name, " must be contiguous and have ", count, " values, got ",
       tensor.numel());
+}
+
+inline int device_attribute(cudaDeviceAttr attribute, const Tensor& tensor) {
+  int value = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, tensor.get_device_index()));
+  return value;
+}
+
+#define SGMIM_TEXT(...) SGMIM_TEXT_(__VA_ARGS__)
+#define SGMIM_TEXT_(...) #__VA_ARGS__
+
+// The error of a GPU that the library has no code for. Python looks first (backends.py); this is for other callers.
+inline void check_architecture(cudaError_t error, const Tensor& tensor) {
+  if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorUnsupportedPtxVersion) return;
+  cudaGetLastError();
+  SGMIM_CHECK(
+      false, "GPU ", tensor.get_device_index(), " has compute capability ",
+      device_attribute(cudaDevAttrComputeCapabilityMajor, tensor), ".",
+      device_attribute(cudaDevAttrComputeCapabilityMinor, tensor), "; the CUDA library is built for (in hundredths) ",
+      SGMIM_TEXT(__CUDA_ARCH_LIST__), "; install sgmim_fast again with TORCH_CUDA_ARCH_LIST naming it");
+}
+
+// Bytes of shared memory that a block of this kernel can ask for beyond the kernel's own variables.
+template <class... Parameters>
+int64_t most_dynamic_memory(void (*kernel)(Parameters...), const Tensor& tensor) {
+  cudaFuncAttributes attributes;
+  const cudaError_t found = cudaFuncGetAttributes(&attributes, kernel);
+  check_architecture(found, tensor);
+  STD_CUDA_CHECK(found);
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, tensor) -
+         static_cast<int64_t>(attributes.sharedSizeBytes);
+}
+
+// Launches the kernel on the current stream of the tensor's GPU, which a DeviceGuard has made the current one.
+// memory: bytes of shared memory beyond the kernel's own variables.
+template <class... Parameters, class... Arguments>
+void launch(
+    void (*kernel)(Parameters...), int64_t blocks, dim3 threads, int64_t memory, const Tensor& tensor,
+    const Arguments&... arguments) {
+  SGMIM_CHECK(0 < blocks && blocks <= INT32_MAX, "a launch of ", blocks, " blocks; CUDA takes less than 2^31");
+  if (memory > 0) {
+    const int64_t most = most_dynamic_memory(kernel, tensor);
+    SGMIM_CHECK(memory <= most, "a block needs ", memory, " bytes of shared memory; this GPU has ", most, " for it");
+    STD_CUDA_CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(memory)));
+  }
+  kernel<<<static_cast<uint32_t>(blocks), threads, static_cast<size_t>(memory), current_stream(tensor)>>>(arguments...);
+  const cudaError_t error = cudaGetLastError();
+  check_architecture(error, tensor);
+  STD_CUDA_CHECK(error);
 }
 
 }  // namespace sgmim

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 
-def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
-    size = args[0].element_size()
-    return size in (2, 4, 8), f"elements of {size} bytes ({args[0].dtype}); expected 2, 4 or 8"
-
-
 def forward(pixels: Tensor, rows: Tensor, cell: int, patch: int, zorder: bool) -> Tensor:
+    """Cost: reads and writes the wanted pixels once, 16 bytes at a time where both lie so; 1 launch."""
     side = cell // patch
     shape = rows.shape[0] * side * side, pixels.shape[1] * patch * patch
     out = torch.empty(shape, dtype=pixels.dtype, device=pixels.device)
@@ -22,6 +16,7 @@ def forward(pixels: Tensor, rows: Tensor, cell: int, patch: int, zorder: bool) -
 
 
 def backward(grad: Tensor, rows: Tensor, shape: list[int], cell: int, patch: int, zorder: bool) -> Tensor:
+    """Cost: fills the map, then reads and writes the wanted pixels once; 1 launch and a fill."""
     out = torch.zeros(shape, dtype=grad.dtype, device=grad.device)
     torch.ops.sgmim_fast_cuda.gather_patches_backward(grad.contiguous(), rows.contiguous(), out, cell, patch, zorder)
     return out

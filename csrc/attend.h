@@ -1,0 +1,332 @@
+// Attention of an image's visible rows over its shown keys and one key that stands for all hidden cells, forward and
+// backward, one block of QUERIES x KEYS at a time: the bodies of csrc/cuda/relational_guidance.cu.
+//
+// The group has product(), see group.h.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "group.h"
+
+namespace sgmim {
+
+constexpr int32_t QUERIES = 32, KEYS = 32;
+constexpr int32_t MOST_LANES = 8;  // threads that share a row
+
+// q, out, dout, dq (visible, heads * depth); k, v, dk, dv (shown + 1, heads * depth), the last row being the hidden
+// cells'. lse (visible, heads). Elements of type T; what a pass does not use may be null.
+template <class T>
+struct Attention {
+  const T *q, *k, *v, *dout;
+  T *out, *dq, *dk, *dv;
+  float* lse;
+  float* hidden_sums;  // (2, images, heads * depth): gradients of the last key and value, a part per image
+  const int64_t *visible_offsets, *shown_offsets;
+  int64_t images, last;  // `last`: number of the last row of k
+  int32_t cells, heads, depth;
+  float scale;
+  bool keep;  // whether hidden cells take part
+  bool wide;  // whether depth is a multiple of 16 and every matrix begins on 16 bytes
+};
+
+// The rows of one image, and the head that a block works on.
+struct Place {
+  int64_t image, first_query, first_key;
+  int32_t queries, shown, hidden, head;
+};
+
+template <class T>
+SGMIM_HOST_DEVICE Place place_of(const Attention<T>& a, int64_t image, int32_t head) {
+  Place p;
+  p.image = image;
+  p.head = head;
+  p.first_query = a.visible_offsets[image];
+  p.queries = static_cast<int32_t>(a.visible_offsets[image + 1] - p.first_query);
+  p.first_key = a.shown_offsets[image];
+  p.shown = static_cast<int32_t>(a.shown_offsets[image + 1] - p.first_key);
+  p.hidden = a.keep ? a.cells - p.shown : 0;
+  return p;
+}
+
+// Tiles in the group's memory. Rows are padded by 16 bytes, so that neighbouring rows begin in different banks.
+template <class T>
+struct Tiles {
+  T *q, *k, *v, *dout, *p, *ds;        // (32, depth) and, the last two, (QUERIES, KEYS)
+  float *s, *dp, *sum, *more;          // (QUERIES, KEYS) and, the last two, (32, depth)
+  float *part, *other, *top, *norm;    // (QUERIES, MOST_LANES) and, the last two, (QUERIES,)
+  int32_t depth, stride, wide_stride;  // depth rounded up to 16; of the rows in T and in float
+
+  static constexpr int32_t P_STRIDE = KEYS + 16 / sizeof(T), S_STRIDE = KEYS + 4;
+
+  // Bytes; assigns the pointers if `memory` is given, which must be on a boundary of 32 bytes.
+  SGMIM_HOST_DEVICE int64_t lay_out(char* memory, int32_t true_depth, bool backward) {
+    depth = (true_depth + 15) / 16 * 16;
+    stride = depth + 16 / static_cast<int32_t>(sizeof(T));
+    wide_stride = depth + 4;
+    int64_t used = 0;
+    const auto take = [&](auto*& pointer, int32_t elements) {
+      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(memory + used);
+      used += (elements * static_cast<int64_t>(sizeof *pointer) + 31) / 32 * 32;
+    };
+    take(q, QUERIES * stride);
+    take(k, KEYS * stride);
+    take(v, KEYS * stride);
+    take(p, QUERIES * P_STRIDE);
+    take(s, QUERIES * S_STRIDE);
+    take(sum, QUERIES * wide_stride);
+    take(part, QUERIES * MOST_LANES);
+    take(other, QUERIES * MOST_LANES);
+    take(top, QUERIES);
+    take(norm, QUERIES);
+    dout = ds = nullptr;
+    dp = more = nullptr;
+    if (backward) {
+      take(dout, QUERIES * stride);
+      take(ds, QUERIES * P_STRIDE);
+      take(dp, QUERIES * S_STRIDE);
+      take(more, KEYS * wide_stride);
+    }
+    return used;
+  }
+};
+
+// Rows [begin, begin + 32) of one head into a tile, zeros from row `count` on and beyond the depth. row(i): number of
+// the i-th row of the matrix.
+template <class Group, class T, class Row>
+SGMIM_HOST_DEVICE void load_rows(
+    const Group& group, const Attention<T>& a, int32_t head, const T* matrix, int32_t begin, int32_t count,
+    const Row& row, const Tiles<T>& t, T* tile) {
+  constexpr int32_t MANY = 16 / sizeof(T);
+  const int64_t width = int64_t{a.heads} * a.depth;
+  matrix += int64_t{head} * a.depth;
+  if (a.wide) {
+    const int32_t per_row = a.depth / MANY;
+    for (int32_t i = group.rank(); i < 32 * per_row; i += group.size()) {
+      const int32_t r = i / per_row, d = i % per_row * MANY;
+      Sixteen value{};
+      if (begin + r < count) value = *reinterpret_cast<const Sixteen*>(matrix + row(begin + r) * width + d);
+      *reinterpret_cast<Sixteen*>(tile + r * t.stride + d) = value;
+    }
+  } else {
+    for (int32_t i = group.rank(); i < 32 * t.depth; i += group.size()) {
+      const int32_t r = i / t.depth, d = i % t.depth;
+      const bool there = begin + r < count && d < a.depth;
+      tile[r * t.stride + d] = there ? matrix[row(begin + r) * width + d] : static_cast<T>(0.0f);
+    }
+  }
+}
+
+template <class Group>
+SGMIM_HOST_DEVICE void clear(const Group& group, float* tile, int32_t count) {
+  for (int32_t i = group.rank(); i < count; i += group.size()) tile[i] = 0;
+}
+
+// The first `rows` rows of a float tile times 1 / norm[row] (norm may be null) to rows of a matrix.
+template <class Group, class T, class Row>
+SGMIM_HOST_DEVICE void store_rows(
+    const Group& group, const Attention<T>& a, int32_t head, const float* tile, const float* norm, int32_t rows,
+    const Row& row, const Tiles<T>& t, T* matrix) {
+  for (int32_t i = group.rank(); i < rows * a.depth; i += group.size()) {
+    const int32_t r = i / a.depth, d = i % a.depth;
+    const float divisor = norm && norm[r] > 0 ? norm[r] : 1.0f;
+    matrix[row(r) * a.heads * a.depth + int64_t{head} * a.depth + d] =
+        static_cast<T>(tile[r * t.wide_stride + d] / divisor);
+  }
+}
+
+// body(row, lane, lanes): every thread's share of the 32 rows of a tile, `lanes` threads to a row.
+template <class Group, class Body>
+SGMIM_HOST_DEVICE void each_row(const Group& group, const Body& body) {
+  const int32_t lanes =
+      group.size() < 2 * QUERIES ? 1 : group.size() < MOST_LANES * QUERIES ? group.size() / QUERIES : MOST_LANES;
+  for (int32_t i = group.rank(); i < QUERIES * lanes; i += group.size()) body(i / lanes, i % lanes, lanes);
+}
+
+// A logit from the product q . k: -infinity where there is no such key; the last key's counts once per hidden cell.
+SGMIM_HOST_DEVICE float logit(float product, int32_t key, const Place& place, float scale, float log_hidden) {
+  if (key < place.shown) return product * scale;
+  return key == place.shown && place.hidden > 0 ? product * scale + log_hidden : -INFINITY;
+}
+
+SGMIM_HOST_DEVICE float log_of(int32_t hidden) { return logf(static_cast<float>(hidden > 1 ? hidden : 1)); }
+
+// Attention of the queries [begin, begin + QUERIES) of an image; begin < queries.
+template <class Group, class T>
+SGMIM_HOST_DEVICE void attend(
+    const Group& group, const Attention<T>& a, const Place& place, int32_t begin, const Tiles<T>& t) {
+  const auto query_row = [&](int32_t i) { return place.first_query + i; };
+  const auto key_row = [&](int32_t j) { return j < place.shown ? place.first_key + j : a.last; };
+  const float log_hidden = log_of(place.hidden);
+  const int32_t keys = place.shown + (place.hidden > 0);
+  load_rows(group, a, place.head, a.q, begin, place.queries, query_row, t, t.q);
+  clear(group, t.sum, QUERIES * t.wide_stride);
+  for (int32_t i = group.rank(); i < QUERIES; i += group.size()) {
+    t.top[i] = -INFINITY;
+    t.norm[i] = 0;
+  }
+  for (int32_t first = 0; first < keys; first += KEYS) {
+    load_rows(group, a, place.head, a.k, first, keys, key_row, t, t.k);
+    load_rows(group, a, place.head, a.v, first, keys, key_row, t, t.v);
+    clear(group, t.s, QUERIES * Tiles<T>::S_STRIDE);
+    group.sync();
+    group.template product<false, true>(
+        t.q, t.stride, t.k, t.stride, t.s, Tiles<T>::S_STRIDE, QUERIES, KEYS, t.depth);
+    group.sync();
+    each_row(group, [&](int32_t row, int32_t lane, int32_t lanes) {
+      float highest = -INFINITY;
+      for (int32_t j = lane; j < KEYS; j += lanes) {
+        float& s = t.s[row * Tiles<T>::S_STRIDE + j];
+        s = logit(s, first + j, place, a.scale, log_hidden);
+        highest = s > highest ? s : highest;
+      }
+      t.part[row * MOST_LANES + lane] = highest;
+    });
+    group.sync();
+    // The first key of every block is there, so the new maximum is finite.
+    each_row(group, [&](int32_t row, int32_t lane, int32_t lanes) {
+      float top = t.top[row], total = 0;
+      for (int32_t l = 0; l < lanes; ++l) top = fmaxf(top, t.part[row * MOST_LANES + l]);
+      for (int32_t j = lane; j < KEYS; j += lanes) {
+        const float p = expf(t.s[row * Tiles<T>::S_STRIDE + j] - top);
+        t.p[row * Tiles<T>::P_STRIDE + j] = static_cast<T>(p);
+        total += p;
+      }
+      t.other[row * MOST_LANES + lane] = total;
+      const float shrink = expf(t.top[row] - top);
+      for (int32_t d = lane; d < t.depth; d += lanes) t.sum[row * t.wide_stride + d] *= shrink;
+    });
+    group.sync();
+    group.template product<false, false>(
+        t.p, Tiles<T>::P_STRIDE, t.v, t.stride, t.sum, t.wide_stride, QUERIES, t.depth, KEYS);
+    each_row(group, [&](int32_t row, int32_t lane, int32_t lanes) {
+      if (lane > 0) return;
+      float top = t.top[row], total = 0;
+      for (int32_t l = 0; l < lanes; ++l) {
+        top = fmaxf(top, t.part[row * MOST_LANES + l]);
+        total += t.other[row * MOST_LANES + l];
+      }
+      t.norm[row] = t.norm[row] * expf(t.top[row] - top) + total;
+      t.top[row] = top;
+    });
+    group.sync();
+  }
+  if (keys == 0) group.sync();
+  const int32_t rows = place.queries - begin < QUERIES ? place.queries - begin : QUERIES;
+  const auto out_row = [&](int32_t i) { return place.first_query + begin + i; };
+  store_rows(group, a, place.head, t.sum, t.norm, rows, out_row, t, a.out);
+  for (int32_t i = group.rank(); i < rows; i += group.size())
+    a.lse[out_row(i) * a.heads + place.head] = t.norm[i] > 0 ? t.top[i] + logf(t.norm[i]) : 0.0f;
+}
+
+// Loads queries [begin, begin + QUERIES) with what the backward needs of them: q, dout, top = log-sums and norm = sums
+// of dout * out. Ends with a barrier.
+template <class Group, class T>
+SGMIM_HOST_DEVICE void load_queries(
+    const Group& group, const Attention<T>& a, const Place& place, int32_t begin, const Tiles<T>& t) {
+  const auto row_of = [&](int32_t i) { return place.first_query + i; };
+  load_rows(group, a, place.head, a.q, begin, place.queries, row_of, t, t.q);
+  load_rows(group, a, place.head, a.dout, begin, place.queries, row_of, t, t.dout);
+  each_row(group, [&](int32_t row, int32_t lane, int32_t lanes) {
+    float total = 0;
+    if (begin + row < place.queries) {
+      const int64_t at = row_of(begin + row) * a.heads * a.depth + int64_t{place.head} * a.depth;
+      for (int32_t d = lane; d < a.depth; d += lanes)
+        total += static_cast<float>(a.dout[at + d]) * static_cast<float>(a.out[at + d]);
+      if (lane == 0) t.top[row] = a.lse[row_of(begin + row) * a.heads + place.head];
+    }
+    t.part[row * MOST_LANES + lane] = total;
+  });
+  group.sync();
+  each_row(group, [&](int32_t row, int32_t lane, int32_t lanes) {
+    if (lane > 0) return;
+    float total = 0;
+    for (int32_t l = 0; l < lanes; ++l) total += t.part[row * MOST_LANES + l];
+    t.norm[row] = total;
+  });
+  group.sync();
+}
+
+// From q, k, v and dout: p, the attention's weights, and ds, the gradient of the products q . k, for the queries from
+// `begin` and the keys from `first` on. The tiles are in place, behind a barrier. Ends with a barrier.
+template <class Group, class T>
+SGMIM_HOST_DEVICE void weights_and_gradients(
+    const Group& group, const Attention<T>& a, const Place& place, int32_t begin, int32_t first, float log_hidden,
+    const Tiles<T>& t) {
+  clear(group, t.s, QUERIES * Tiles<T>::S_STRIDE);
+  clear(group, t.dp, QUERIES * Tiles<T>::S_STRIDE);
+  group.sync();
+  group.template product<false, true>(t.q, t.stride, t.k, t.stride, t.s, Tiles<T>::S_STRIDE, QUERIES, KEYS, t.depth);
+  group.template product<false, true>(
+      t.dout, t.stride, t.v, t.stride, t.dp, Tiles<T>::S_STRIDE, QUERIES, KEYS, t.depth);
+  group.sync();
+  each_row(group, [&](int32_t row, int32_t lane, int32_t lanes) {
+    for (int32_t j = lane; j < KEYS; j += lanes) {
+      const float s = logit(t.s[row * Tiles<T>::S_STRIDE + j], first + j, place, a.scale, log_hidden);
+      const float p = begin + row < place.queries ? expf(s - t.top[row]) : 0.0f;
+      const float ds = p != 0 ? p * (t.dp[row * Tiles<T>::S_STRIDE + j] - t.norm[row]) * a.scale : 0.0f;
+      t.p[row * Tiles<T>::P_STRIDE + j] = static_cast<T>(p);
+      t.ds[row * Tiles<T>::P_STRIDE + j] = static_cast<T>(ds);
+    }
+  });
+  group.sync();
+}
+
+// dq of the queries [begin, begin + QUERIES) of an image; begin < queries.
+template <class Group, class T>
+SGMIM_HOST_DEVICE void attend_backward_queries(
+    const Group& group, const Attention<T>& a, const Place& place, int32_t begin, const Tiles<T>& t) {
+  const auto key_row = [&](int32_t j) { return j < place.shown ? place.first_key + j : a.last; };
+  const float log_hidden = log_of(place.hidden);
+  const int32_t keys = place.shown + (place.hidden > 0);
+  clear(group, t.sum, QUERIES * t.wide_stride);
+  load_queries(group, a, place, begin, t);
+  for (int32_t first = 0; first < keys; first += KEYS) {
+    load_rows(group, a, place.head, a.k, first, keys, key_row, t, t.k);
+    load_rows(group, a, place.head, a.v, first, keys, key_row, t, t.v);
+    weights_and_gradients(group, a, place, begin, first, log_hidden, t);  // begins with a barrier
+    group.template product<false, false>(
+        t.ds, Tiles<T>::P_STRIDE, t.k, t.stride, t.sum, t.wide_stride, QUERIES, t.depth, KEYS);
+    group.sync();
+  }
+  const int32_t rows = place.queries - begin < QUERIES ? place.queries - begin : QUERIES;
+  const auto out_row = [&](int32_t i) { return place.first_query + begin + i; };
+  store_rows(group, a, place.head, t.sum, static_cast<const float*>(nullptr), rows, out_row, t, a.dq);
+}
+
+// dk and dv of the keys [first, first + KEYS) of an image; first <= shown. The hidden cells' go to hidden_sums, which
+// has a part for every image, zeros where they take no part.
+template <class Group, class T>
+SGMIM_HOST_DEVICE void attend_backward_keys(
+    const Group& group, const Attention<T>& a, const Place& place, int32_t first, const Tiles<T>& t) {
+  const auto key_row = [&](int32_t j) { return j < place.shown ? place.first_key + j : a.last; };
+  const float log_hidden = log_of(place.hidden);
+  const int32_t keys = place.shown + (place.hidden > 0);
+  load_rows(group, a, place.head, a.k, first, keys, key_row, t, t.k);
+  load_rows(group, a, place.head, a.v, first, keys, key_row, t, t.v);
+  clear(group, t.sum, KEYS * t.wide_stride);
+  clear(group, t.more, KEYS * t.wide_stride);
+  for (int32_t begin = 0; begin < place.queries; begin += QUERIES) {
+    load_queries(group, a, place, begin, t);
+    weights_and_gradients(group, a, place, begin, first, log_hidden, t);
+    group.template product<true, false>(
+        t.ds, Tiles<T>::P_STRIDE, t.q, t.stride, t.sum, t.wide_stride, KEYS, t.depth, QUERIES);
+    group.template product<true, false>(
+        t.p, Tiles<T>::P_STRIDE, t.dout, t.stride, t.more, t.wide_stride, KEYS, t.depth, QUERIES);
+    group.sync();
+  }
+  if (place.queries == 0) group.sync();
+  const int32_t rows = place.shown - first < KEYS ? place.shown - first : KEYS;
+  const auto row_of = [&](int32_t j) { return place.first_key + first + j; };
+  store_rows(group, a, place.head, t.sum, static_cast<const float*>(nullptr), rows, row_of, t, a.dk);
+  store_rows(group, a, place.head, t.more, static_cast<const float*>(nullptr), rows, row_of, t, a.dv);
+  if (rows == KEYS) return;  // the hidden cells' key comes in a later block
+  const int64_t width = int64_t{a.heads} * a.depth;
+  for (int32_t d = group.rank(); d < a.depth; d += group.size()) {
+    const int64_t at = place.image * width + int64_t{place.head} * a.depth + d;
+    a.hidden_sums[at] = t.sum[rows * t.wide_stride + d];
+    a.hidden_sums[a.images * width + at] = t.more[rows * t.wide_stride + d];
+  }
+}
+
+}  // namespace sgmim

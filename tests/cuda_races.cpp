@@ -1,0 +1,127 @@
+// Runs the bodies of the CUDA kernels in groups of host threads under the thread sanitizer, which reports any two
+// accesses that no barrier orders, and compares the results with those of a group of one. host_build.py compiles it.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "attend.h"
+#include "draw_mask.h"
+#include "host_group.h"
+#include "l1_tile.h"
+#include "standardize_plane.h"
+
+namespace {
+
+void check(bool same, const char* what) {
+  if (same) return;
+  std::printf("%s differs from a group of one\n", what);
+  std::exit(1);
+}
+
+struct Drawn {
+  std::unique_ptr<bool[]> mask;
+  std::vector<int64_t> masked, visible;
+};
+
+Drawn draw(const sgmim::MaskGrid& grid, uint32_t count, int32_t threads) {
+  const int64_t cells = sgmim::cells_of(grid), hidden = int64_t{count} * grid.scale * grid.scale;
+  Drawn drawn{std::unique_ptr<bool[]>(new bool[cells]), std::vector<int64_t>(hidden), std::vector<int64_t>(cells - hidden)};
+  std::vector<uint32_t> memory(sgmim::mask_memory(grid));
+  run_group(threads, [&](const HostGroup& group) {
+    sgmim::draw_mask(
+        group, 1, 2, 3, count, grid, memory.data(), 0, 0, drawn.mask.get(), drawn.masked.data(), drawn.visible.data());
+  });
+  return drawn;
+}
+
+std::vector<float> standardize(const std::vector<float>& x, int32_t threads, int64_t& nonfinite) {
+  std::vector<uint32_t> counts(sgmim::PLANE_MEMORY);
+  std::vector<float> y(x.size());
+  run_group(threads, [&](const HostGroup& group) {
+    sgmim::standardize_plane<sgmim::Float32>(
+        group, x.data(), static_cast<uint32_t>(x.size()), counts.data(), y.data(), &nonfinite);
+  });
+  return y;
+}
+
+// Forward and backward of one image and head: 40 queries, 35 shown keys of 45 cells, depth 20.
+std::vector<float> attend(int32_t threads) {
+  constexpr int32_t QUERIES = 40, SHOWN = 35, DEPTH = 20, ROWS = SHOWN + 1;
+  std::srand(2);
+  const auto random = [](int32_t n) {
+    std::vector<float> values(n);
+    for (float& value : values) value = std::rand() / static_cast<float>(RAND_MAX) - 0.5f;
+    return values;
+  };
+  const auto q = random(QUERIES * DEPTH), k = random(ROWS * DEPTH), v = random(ROWS * DEPTH);
+  const auto dout = random(QUERIES * DEPTH);
+  std::vector<float> all(2 * QUERIES * DEPTH + QUERIES + 2 * ROWS * DEPTH + 2 * DEPTH);
+  const int64_t visible[2] = {0, QUERIES}, shown[2] = {0, SHOWN};
+  sgmim::Attention<float> a{};
+  a.q = q.data(), a.k = k.data(), a.v = v.data(), a.dout = dout.data();
+  a.out = all.data(), a.dq = a.out + QUERIES * DEPTH, a.dk = a.dq + QUERIES * DEPTH, a.dv = a.dk + ROWS * DEPTH;
+  a.lse = a.dv + ROWS * DEPTH, a.hidden_sums = a.lse + QUERIES;
+  a.visible_offsets = visible, a.shown_offsets = shown;
+  a.images = 1, a.last = SHOWN, a.cells = 45, a.heads = 1, a.depth = DEPTH, a.scale = 0.2f, a.keep = true;
+  sgmim::Tiles<float> tiles;
+  std::vector<float> memory(tiles.lay_out(nullptr, DEPTH, true) / sizeof(float));
+  tiles.lay_out(reinterpret_cast<char*>(memory.data()), DEPTH, true);
+  const sgmim::Place place = sgmim::place_of(a, 0, 0);
+  const auto run = [&](const auto& body, int32_t begin) {
+    run_group(threads, [&](const HostGroup& group) { body(group, a, place, begin, tiles); });
+  };
+  for (int32_t begin : {0, 32}) run([](const auto&... x) { sgmim::attend(x...); }, begin);
+  for (int32_t begin : {0, 32}) run([](const auto&... x) { sgmim::attend_backward_queries(x...); }, begin);
+  for (int32_t begin : {0, 32}) run([](const auto&... x) { sgmim::attend_backward_keys(x...); }, begin);
+  return all;
+}
+
+// One tile of whole numbers, which add up to the same in any order: 70 rows and outputs of 130 channels.
+std::vector<double> distance(int32_t threads) {
+  constexpr int32_t WIDTH = 130, OUTS = 64, ROWS = 70;
+  std::vector<float> x(ROWS * WIDTH), weight(OUTS * WIDTH), bias(OUTS, 2.0f), target(ROWS * OUTS);
+  std::srand(3);
+  for (auto* values : {&x, &weight, &target})
+    for (float& value : *values) value = static_cast<float>(std::rand() % 7 - 3);
+  std::vector<int64_t> cells(ROWS);
+  for (int32_t i = 0; i < ROWS; ++i) cells[i] = i;
+  std::vector<int8_t> signs(ROWS * OUTS);
+  sgmim::Head<float> head{};
+  head.x = x.data(), head.weight = weight.data(), head.bias = bias.data(), head.cells = cells.data();
+  head.signs = signs.data(), head.count = ROWS, head.width = WIDTH, head.outs = OUTS, head.packed = true;
+  head.target.values = target.data(), head.target.across = head.target.per_image = 1, head.target.cell = 8;
+  head.target.strides[0] = OUTS, head.target.strides[2] = 8, head.target.strides[3] = 1;
+  std::vector<float> memory(sgmim::l1_memory<float>() / sizeof(float));
+  std::vector<double> sums(threads);
+  run_group(threads, [&](const HostGroup& group) {
+    sums[group.rank()] = sgmim::l1_tile(group, head, 0, 0, reinterpret_cast<char*>(memory.data()));
+  });
+  std::vector<double> results(signs.begin(), signs.end());
+  results.push_back(sums[threads - 1]);
+  return results;
+}
+
+}  // namespace
+
+int main() {
+  check(distance(1) == distance(3), "a sum of distances");
+  check(attend(1) == attend(3), "attention");
+  attend(64);  // two threads to a row: sums in another order, for the sanitizer alone
+  for (int32_t rows : {1, 3, 17})
+    for (uint32_t count : {0, 1, rows * 5}) {
+      const sgmim::MaskGrid grid{rows, 5, 2};
+      const Drawn one = draw(grid, count, 1), many = draw(grid, count, 3);
+      check(!std::memcmp(one.mask.get(), many.mask.get(), sgmim::cells_of(grid)), "a mask");
+      check(one.masked == many.masked && one.visible == many.visible, "a row list");
+    }
+  std::srand(1);
+  for (size_t n : {1, 2, 7, 1000}) {
+    std::vector<float> x(n);
+    for (float& value : x) value = static_cast<float>(std::rand() % 50) / 7;  // integers' sums: the same in any order
+    for (float& value : x) value = static_cast<float>(static_cast<int>(value));
+    if (n > 100) x[n / 2] = INFINITY;
+    int64_t bad_one = -1, bad_many = -1;
+    check(standardize(x, 1, bad_one) == standardize(x, 3, bad_many) && bad_one == bad_many, "a standardised map");
+  }
+}

@@ -1,0 +1,83 @@
+"""What the CUDA backend refuses, and the reasons it gives; on a GPU also what its launchers say of tensors they are
+given past the ops' own checks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sgmim_fast import _native, backends, ops
+from sgmim_fast.ops.cuda import linear_l1, relational_guidance, selective_mask, standardize_structure
+
+needs_gpu = pytest.mark.skipif(not backends.available()["cuda"][0], reason=backends.available()["cuda"][1])
+
+
+@pytest.mark.parametrize(
+    ("module", "args", "reason"),
+    [
+        (selective_mask, (None, [1], 129, 128, 1), "16512 units per image; the CUDA kernel holds at most 16384"),
+        (selective_mask, (None, [1], 128, 128, 363), "2^31 cells per image or more"),
+        (standardize_structure, (torch.zeros(1, 1, 2, 2, dtype=torch.float64), False), "dtype torch.float64"),
+        (standardize_structure, (torch.zeros(1).expand(1, 1, 2**16, 2**15), False), "a map of 2^31 - 4096 values"),
+        (linear_l1, (torch.zeros(2, 8), None), "backends.use('cuda') asks for it"),
+        (relational_guidance, (torch.zeros(2, 8), None), "backends.use('cuda') asks for it"),
+    ],
+)
+def test_reasons(module, args, reason):
+    usable, actual = module.can_run("forward", args)
+    assert not usable and reason in actual
+
+
+def test_limits_themselves_are_taken():
+    assert selective_mask.can_run("forward", (None, [1], 128, 128, 362))[0]
+    assert standardize_structure.can_run("forward", (torch.zeros(1, 1, 2, 2, dtype=torch.uint16), False))[0]
+
+
+def test_linear_l1_names_the_dtype():
+    with backends.use("cuda"):
+        usable, reason = linear_l1.can_run("forward", (torch.zeros(2, 8, dtype=torch.float64), None))
+    assert not usable and reason.startswith("dtype torch.float64; the CUDA kernel takes float32, bfloat16, float16")
+
+
+def test_attention_memory_is_that_of_the_notes():
+    if not _native.load_cuda()[0]:
+        pytest.skip(_native.load_cuda()[1])
+    memory = torch.ops.sgmim_fast_cuda.attention_memory
+    assert memory(2, 128, False) < memory(4, 128, False) < memory(4, 128, True) <= 163 << 10  # an A100 has that much
+    assert memory(2, 128, True) <= 99 << 10
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_launchers_name_what_is_wrong():
+    seed = torch.zeros(2, dtype=torch.int64, device="cuda")
+    good = {
+        "mask": torch.empty(3, 2, 2, dtype=torch.bool, device="cuda"),
+        "visible": torch.empty(6, dtype=torch.int64, device="cuda"),
+        "visible_offsets": torch.empty(4, dtype=torch.int64, device="cuda"),
+        "masked_rows": torch.empty(6, dtype=torch.int64, device="cuda"),
+        "masked_offsets": torch.empty(4, dtype=torch.int64, device="cuda"),
+    }
+    draw = torch.ops.sgmim_fast_cuda.selective_mask
+    draw(seed, 2, 2, 2, 1, *good.values())
+    for change, message in (
+        ({"mask": good["mask"].cpu()}, "mask must be on GPU 0"),
+        ({"visible": good["visible"].int()}, "the visible rows must be Long, got Int"),
+        ({"masked_rows": good["masked_rows"][:5]}, "the masked rows must be contiguous and have 6 values, got 5"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            draw(seed, 2, 2, 2, 1, *(good | change).values())
+    with pytest.raises(RuntimeError, match="a grid of 1 x 16385 units; the CUDA kernel holds at most 16384"):
+        draw(seed, 2, 1, 16385, 1, *good.values())
+    assert torch.isfinite(ops.standardize_structure(torch.randn(1, 1, 8, 8, device="cuda"))).all()  # all is well after
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_tensor_on_another_gpu():
+    pixels = torch.zeros(1, 1, 8, 8, device="cuda:0")
+    with pytest.raises(ValueError, match="rows is on cuda:1; expected cuda:0"):
+        ops.gather_patches(pixels, torch.zeros(1, dtype=torch.int64, device="cuda:1"), cell=4, patch=4)
+    with backends.use("cuda"):
+        packed = ops.gather_patches(pixels.to("cuda:1"), torch.tensor([1], device="cuda:1"), cell=4, patch=4)
+    assert packed.device == torch.device("cuda:1")

@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,10 +217,16 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found["REG"]), "stack": int(found["STACK"])}
 
 
+def _leaves(kinds: Any) -> Iterator[str]:
+    """Of nested tuples."""
+    for kind in kinds:
+        yield from (kind,) if isinstance(kind, str) else _leaves(kind)
+
+
 def report(launch: Launch, architecture: int) -> tuple[bool, str]:
     """Whether a launch compiles within its limits, and the line about it."""
     name = f"{launch.kernel.fn.__module__.rpartition('.')[2]}.{launch.kernel.fn.__name__}"
-    kinds = {kind for _, kind in launch.signature if isinstance(kind, str) and kind.startswith("*")}
+    kinds = {kind for kind in _leaves([kind for _, kind in launch.signature]) if kind.startswith("*")}
     options = " ".join(f"{key}={value}" for key, value in launch.options)
     blocks = {
         n: launch.kernel.arg_names.index(n)
@@ -233,7 +240,7 @@ def report(launch: Launch, architecture: int) -> tuple[bool, str]:
         facts = compile_for(launch, architecture)
     except Exception as error:  # whatever the compiler raises belongs into the report
         return False, f"{head}: FAILED {type(error).__name__}: {str(error)[-300:]}"
-    half = any(kind in ("*bf16", "*fp16") for kind in kinds) or "bf16" in str(constants) or "fp16" in str(constants)
+    half = not kinds.isdisjoint(("*bf16", "*fp16"))
     limits = {
         "stack": configs.STACK.get((name, 2 if half else 4), 0),
         "shared": configs.SHARED.get(architecture, 99 << 10),

@@ -39,8 +39,10 @@ PRODUCTS: dict[str, dict[tuple[int, str], Config]] = {
 STACK = {
     ("layer_norm._backward_kernel", 2): 8,
     ("products._product_kernel", 2): 24,
+    ("products._product_kernel", 4): 16,
     ("relational_guidance._backward_kernel", 4): 288,
     ("structure_embed._backward_kernel", 2): 48,
+    ("structure_embed._backward_kernel", 4): 144,
 }
 # Compute capability, times ten -> bytes of shared memory that a block can have.
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}

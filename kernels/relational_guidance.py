@@ -158,10 +158,11 @@ def _options(q: Tensor, heads: int, cells: int, keep: bool, backward: bool) -> d
     """Blocks as small as the grid of cells allows: Swin's 36 cells need no more than 32 queries at a time.
 
     The backward holds five tiles of a head's width: in half precision eight warps keep them in registers; float32
-    products on the scalar units want whole rows of operands besides, and spill even at 16 queries.
+    products on the scalar units want whole rows of operands besides, and the backward spills even at 16 queries.
     """
     half, d = q.dtype != torch.float32, q.shape[1] // heads
-    block = (64 if cells > 48 else 32 if cells > 16 else 16) if half or not backward else 16
+    most = 64 if half else 16 if backward else 32
+    block = min(64 if cells > 48 else 32 if cells > 16 else 16, most)
     return {
         "KEEP": keep,
         "D": d,

@@ -7,6 +7,9 @@ take).
 
 from __future__ import annotations
 
+import functools
+import json
+from pathlib import Path
 from typing import NamedTuple
 
 import triton
@@ -22,17 +25,16 @@ class Config(NamedTuple):
     stages: int
 
 
-# (bytes of an operand's element, shape class) -> configuration; an architecture's own table goes before "any".
-PRODUCTS: dict[str, dict[tuple[int, str], Config]] = {
-    "any": {
-        (2, "large"): Config(128, 128, 64, 8, 3),
-        (2, "medium"): Config(64, 128, 64, 4, 3),
-        (2, "small"): Config(32, 64, 32, 4, 3),
-        (4, "large"): Config(64, 64, 32, 4, 3),
-        (4, "medium"): Config(64, 64, 32, 4, 3),
-        (4, "small"): Config(32, 64, 32, 4, 3),
-    },
+# (bytes of an operand's element, shape class) -> configuration, where the architecture's own table has none
+PRODUCTS = {
+    (2, "large"): Config(128, 128, 64, 8, 3),
+    (2, "medium"): Config(64, 128, 64, 4, 3),
+    (2, "small"): Config(32, 64, 32, 4, 3),
+    (4, "large"): Config(64, 64, 32, 4, 3),
+    (4, "medium"): Config(64, 64, 32, 4, 3),
+    (4, "small"): Config(32, 64, 32, 4, 3),
 }
+TUNED = Path(__file__).with_name("tuned")  # sm_XX.json: an architecture's own, measured
 
 
 # (kernel, bytes of an operand's element) -> bytes that a thread may spill to its stack; every other kernel spills none.
@@ -42,7 +44,7 @@ STACK = {
     ("products._product_kernel", 4): 16,
     ("relational_guidance._backward_kernel", 4): 288,
     ("structure_embed._backward_kernel", 2): 48,
-    ("structure_embed._backward_kernel", 4): 144,
+    ("structure_embed._backward_kernel", 4): 400,
 }
 # Compute capability, times ten -> bytes of shared memory that a block can have.
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -55,7 +57,16 @@ def shape_class(m: int, n: int) -> str:
     return "medium" if m * n >= 1 << 15 else "small"
 
 
+@functools.cache
+def tuned(architecture: str) -> dict[tuple[int, str], Config]:
+    """What `python -m sgmim_fast.kernels.tune` has written for this architecture."""
+    path = TUNED / f"{architecture}.json"
+    if not path.is_file():
+        return {}
+    return {(size, kind): Config(*config) for size, kind, *config in json.loads(path.read_text())}
+
+
 def product(m: int, n: int, element_size: int, architecture: str) -> Config:
     """The configuration of a product; `architecture` as "sm_90", or "any"."""
     key = element_size, shape_class(m, n)
-    return PRODUCTS.get(architecture, {}).get(key) or PRODUCTS["any"][key]
+    return tuned(architecture).get(key) or PRODUCTS[key]

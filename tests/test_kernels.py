@@ -1,0 +1,112 @@
+"""The Triton kernels without running them: how many launches, what they compile to, and the tuner's table."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="the Triton backend needs triton")
+
+from sgmim_fast.kernels import configs, launch, products, tune  # noqa: E402 - they import triton
+from sgmim_fast.kernels.configs import Config  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+not_interpreted = pytest.mark.skipif(launch.INTERPRETED, reason="with TRITON_INTERPRET=1 there is nothing to compile")
+
+
+def test_launches_of_the_branch(tmp_path):
+    """Forward and backward in bfloat16, counted with every launch caught: at most 48."""
+    path = tmp_path / "model.json"
+    options = ["--dtype", "bfloat16", "--batch", "2", "--json", path]
+    command = [sys.executable, ROOT / "benchmarks" / "model.py", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = {row["encoder"]: row for row in json.loads(path.read_text())["rows"]}
+    assert rows.keys() == {"swin_base", "vit_base"}
+    for row in rows.values():
+        assert 0 < row["fused"]["launches"] <= 48
+        assert row["fused"]["us"] < row["visible"]["us"] < row["dense"]["us"]
+
+
+def test_caught_launches_do_not_run():
+    found = []
+    with launch.caught(lambda *call: found.append(call), launch.Target("sm_90", 132)):
+        launch.launch("kernel", (0,))
+        launch.launch("kernel", (2, 3), 1, BLOCK=4)
+        assert launch.target(torch.device("cpu")) == ("sm_90", 132)
+    assert found == [("kernel", (2, 3), (1,), {"BLOCK": 4})]
+
+
+def test_tuned_tables_come_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(configs, "TUNED", tmp_path)
+    configs.tuned.cache_clear()
+    (tmp_path / "sm_90.json").write_text(json.dumps([[2, "large", 64, 256, 64, 8, 4]]))
+    assert configs.product(4096, 4096, 2, "sm_90") == Config(64, 256, 64, 8, 4)
+    assert configs.product(4096, 4096, 2, "sm_80") == configs.PRODUCTS[2, "large"]
+    assert configs.product(64, 64, 2, "sm_90") == configs.PRODUCTS[2, "small"]
+    configs.tuned.cache_clear()
+
+
+def test_the_tuner_takes_the_fastest_of_every_class(monkeypatch):
+    """Times are made up: the fewer the stages the faster, and configurations of 64 rows do not fit."""
+    monkeypatch.setattr(products, "_wanted", lambda: "triton")
+    monkeypatch.setattr(tune, "LAYERS", [(8, 64, 64), (64, 512, 512), (2048, 1024, 1024)])
+    launched = []
+
+    def made_up(config):
+        return (
+            2 + config.stages + config.block_n / 1e3 + config.block_m / 1e4 + config.block_k / 1e5 + config.warps / 1e6
+        )
+
+    def time(call):
+        call()
+        options = launched[-1][3]
+        if options["BLOCK_M"] == 64:
+            raise RuntimeError("out of resource")
+        names = "BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"
+        return made_up(Config(*(options[name] for name in names)))
+
+    with launch.caught(lambda *call: launched.append(call), launch.Target("sm_90", 132)):
+        best = tune.tune(time, torch.device("cpu"), report=lambda line: None)
+    assert {size for size, _ in best} == {2, 4} and {kind for _, kind in best} == {"small", "medium", "large"}
+    for (size, _), config in best.items():
+        assert config == min((c for c in tune.candidates(size) if c.block_m != 64), key=made_up)
+
+
+def test_without_a_gpu_there_is_nothing_to_tune(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune.main([]) == 2
+    assert "nothing to tune" in capsys.readouterr().err
+
+
+@not_interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "dtype"), [(90, "bfloat16"), (90, "float32"), (80, "float16")])
+def test_kernels_compile_within_their_limits(architecture, dtype):
+    """Spills and shared memory as `configs` allows; the command goes through all architectures and dtypes."""
+    command = [sys.executable, "-m", "sgmim_fast.kernels.compile", "--arch", str(architecture), "--dtype", dtype]
+    done = subprocess.run(command, capture_output=True, text=True)
+    *lines, summary = done.stdout.splitlines()
+    assert done.returncode == 0, "\n".join(line for line in lines if "more than" in line or "FAILED" in line)
+    assert len(lines) > 100 and ", 0 failed or over their limits" in summary
+
+
+@not_interpreted
+def test_limits_are_noticed(monkeypatch):
+    """A kernel over its limit makes the report say so."""
+    from sgmim_fast.kernels import compile as ahead
+
+    monkeypatch.setattr(ahead, "SHAPES", ahead.SHAPES[:1])
+    found = next(x for x in ahead.launches(["bfloat16"], 90) if x.kernel.fn.__name__ == "_product_kernel")
+    for facts, good in (
+        ({"registers": 255, "stack": 0, "shared": 1024}, True),
+        ({"registers": 255, "stack": 4096, "shared": 1024}, False),
+        ({"registers": 32, "stack": 0, "shared": 1 << 20}, False),
+    ):
+        monkeypatch.setattr(ahead, "compile_for", lambda *_, facts=facts: facts)
+        assert ahead.report(found, 90)[0] == good

@@ -1,0 +1,179 @@
+"""Everything that only a GPU can tell, in ten minutes at most: build, tests, sanitizer, launches, speed, gates.
+
+    python benchmarks/gpu_suite.py [--out benchmarks/results]
+
+Steps run one after the other, each with a limit of its own; one that fails is named and the next one runs. Written to
+the folder: gpu-NAME.json and .png (`bench_guidance.py`, batch 128), gpu-NAME-suite.json (steps, launches, gates),
+gpu-NAME-model.json (what `model.py` predicts), gpu-NAME-ops.json and gpu-NAME-*.log. Nothing is downloaded: torch,
+triton, numpy, timm, pytest and hypothesis must be there. Exit code 0 where every step passed, whatever the gates say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+GATES = {  # bfloat16, on an H200 or H100
+    "dense / fused >= 3.5": lambda ms, mib, launches: ms["dense"] / ms["fused"] >= 3.5,
+    "dense-compiled / fused >= 2.5": lambda ms, mib, launches: ms["dense-compiled"] / ms["fused"] >= 2.5,
+    "visible-compiled / fused >= 1.15": lambda ms, mib, launches: ms["visible-compiled"] / ms["fused"] >= 1.15,
+    "fused / gemm-floor <= 1.25": lambda ms, mib, launches: ms["fused"] / ms["gemm-floor"] <= 1.25,
+    "memory of dense <= 0.4": lambda ms, mib, launches: mib["fused"] / mib["dense"] <= 0.4,
+    "launches <= 48": lambda ms, mib, launches: launches <= 48,
+}
+
+
+def verdicts(rows: list[dict[str, Any]], launches: dict[tuple[str, str], int]) -> list[dict[str, Any]]:
+    """Each gate for each encoder in bfloat16: holds, does not hold (False), or could not be judged (None).
+
+    Args:
+        rows: of `bench_guidance.py --json`; of several fused columns the fastest counts.
+        launches: (encoder, dtype) -> launches of a forward and backward.
+    """
+    found = []
+    for encoder in dict.fromkeys(row["encoder"] for row in rows if row["dtype"] == "bfloat16"):
+        mine = {r["name"]: r for r in rows if (r["encoder"], r["dtype"]) == (encoder, "bfloat16")}
+        fused = [row for name, row in mine.items() if name.startswith("fused-")]
+        if fused:
+            mine["fused"] = min(fused, key=lambda row: row["median_ms"])
+        ms = {name: row["median_ms"] for name, row in mine.items()}
+        mib = {name: row["peak_mib"] for name, row in mine.items()}
+        for gate, holds in GATES.items():
+            try:
+                verdict = bool(holds(ms, mib, launches.get((encoder, "bfloat16"))))
+            except (KeyError, TypeError):  # a column that could not run
+                verdict = None
+            found.append({"encoder": encoder, "gate": gate, "holds": verdict})
+    return found
+
+
+def count_launches(encoder: str, dtype: str, batch: int) -> int:
+    """Kernels, fills and copies that the device runs in a forward and backward, from the encoder's features on."""
+    from bench_guidance import build
+    from shapes import SHAPES
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    case = build(SHAPES[encoder], getattr(torch, dtype), batch, "cuda")
+    model = case.model
+    step = case.step("fused-triton")
+    for _ in range(3):
+        step()
+    masks = model.encoder.register_forward_hook(lambda *_: torch.cuda.synchronize())
+    marks: list[Any] = []
+    model.encoder.register_forward_hook(lambda *_: marks.append(record_function("branch").__enter__()))
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        step()
+        torch.cuda.synchronize()
+        marks[-1].__exit__(None, None, None)
+    masks.remove()
+    events = trace.profiler.kineto_results.events()
+    start = next(event.start_ns() for event in events if event.name() == "branch" and "CPU" in str(event.device_type()))
+    device = [event for event in events if "CUDA" in str(event.device_type()) and event.name() != "branch"]
+    return sum(event.start_ns() >= start for event in device)
+
+
+class Suite:
+    """Runs the steps and keeps what they said."""
+
+    def __init__(self, out: Path, name: str, seconds: float):
+        self.out, self.name, self.end = out, name, time.monotonic() + seconds
+        self.steps: list[dict[str, Any]] = []
+
+    def path(self, suffix: str) -> Path:
+        return self.out / f"gpu-{self.name}{suffix}"
+
+    def run(self, step: str, command: list[Any], limit: float, **variables: str) -> str:
+        """Output of a command, "" where it failed; it ends with the suite's time at the latest."""
+        start = time.monotonic()
+        limit = min(limit, self.end - start)
+        if limit < 5:
+            self.steps.append({"step": step, "result": "no time left"})
+            print(f"{step}: no time left", flush=True)
+            return ""
+        try:
+            done = subprocess.run(
+                [*map(str, command)], cwd=ROOT, env=os.environ | variables, timeout=limit,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )  # fmt: skip
+            code, output = done.returncode, done.stdout
+        except subprocess.TimeoutExpired as error:
+            code, output = None, (error.stdout or b"").decode(errors="replace")
+        result = "passed" if code == 0 else f"ran past {limit:.0f} s" if code is None else f"exit code {code}"
+        self.path(f"-{step}.log").write_text(output)
+        last = output.strip().splitlines()[-1:] or [""]
+        entry = {"step": step, "result": result, "seconds": round(time.monotonic() - start, 1), "last": last[0]}
+        self.steps.append(entry)
+        print(f"{step}: {result}, {entry['seconds']} s: {entry['last']}", flush=True)
+        return output if code == 0 else ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--seconds", type=float, default=590, help="for everything")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--count-launches", action="store_true", help="only that, as JSON")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("torch sees no CUDA device: the suite has nothing to measure", file=sys.stderr)
+        return 2
+    cases = [(encoder, dtype) for dtype in ("bfloat16", "float32") for encoder in ("swin_base", "vit_base")]
+    if args.count_launches:
+        print(json.dumps([[*case, count_launches(*case, args.batch)] for case in cases]))
+        return 0
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    suite = Suite(args.out, name, args.seconds)
+    args.out.mkdir(parents=True, exist_ok=True)
+    here = Path(__file__).parent
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist"):
+        pytest += ["-n", "4"]
+
+    build = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
+    suite.run("build", build, 240, TORCH_CUDA_ARCH_LIST=capability)
+    suite.run("env", [sys.executable, "-m", "sgmim_fast.env"], 30)
+    suite.run("tests", [*pytest, "-m", "gpu and not slow", "--maxfail", "30"], 200)
+    counted = suite.run("launches", [sys.executable, here / "gpu_suite.py", "--count-launches"], 60)
+    results = suite.path(".json")
+    results.unlink(missing_ok=True)
+    bench = [sys.executable, here / "bench_guidance.py", "--device", "cuda", "--batch", args.batch, "--seconds", 8]
+    plot = ["--plot", suite.path(".png")] if importlib.util.find_spec("matplotlib") else []
+    print(suite.run("guidance", [*bench, "--dtype", "bfloat16,float32", "--json", results, *plot], 200))
+    short = [*pytest, "tests/test_gather_patches.py", "tests/test_selective_mask.py", "tests/test_linear_l1.py"]
+    if tool := shutil.which("compute-sanitizer"):
+        for kind in ("memcheck", "racecheck"):
+            picked = ["-k", "cuda-cuda or (triton-cuda and ragged)", "--maxfail", "3"]
+            suite.run(kind, [tool, "--tool", kind, "--error-exitcode", "9", *short, *picked], 60)
+    if importlib.util.find_spec("pytest_benchmark"):
+        ops = sorted(here.glob("bench_*.py"))
+        files = [path for path in ops if path.name not in ("bench_guidance.py", "bench_step.py")]
+        times = ["--benchmark-json", suite.path("-ops.json"), "--benchmark-max-time", "0.2"]
+        suite.run("ops", [*pytest, *files, *times], 90)
+    suite.run("model", [sys.executable, here / "model.py", "--json", suite.path("-model.json")], 90)
+
+    launches = {(e, d): n for e, d, n in json.loads(counted.strip().splitlines()[-1])} if counted else {}
+    rows = json.loads(results.read_text())["rows"] if results.exists() else []
+    found = verdicts(rows, launches)
+    for verdict in found:
+        word = {True: "holds", False: "DOES NOT HOLD", None: "not measured"}[verdict["holds"]]
+        print(f"{verdict['encoder']:10} {verdict['gate']:36} {word}")
+    summary = {"steps": suite.steps, "gates": found, "launches": [[*case, n] for case, n in launches.items()]}
+    suite.path("-suite.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return int(any(step["result"] != "passed" for step in suite.steps))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

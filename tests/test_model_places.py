@@ -1,0 +1,212 @@
+"""The whole model on every backend and device; and what only a GPU has: streams, graphs, other devices, float16."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checks import assert_close_to_truth
+from tiny import batch, foreign, gradients
+from torch import Tensor
+
+import sgmim_fast
+from sgmim_fast import SGMIM, SelectiveMask, backends, reference, selective_mask, standardize_structure
+
+ROOT = Path(__file__).parents[1]
+SIZE = (32, 48)
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
+on_gpu = pytest.mark.parametrize("name", [pytest.param(n, marks=gpu) for n in ("torch", "triton")])
+
+
+def evaluate(model: SGMIM, inputs: list[Tensor], mask: SelectiveMask, dense: bool = False) -> dict[str, Tensor]:
+    """Losses, and gradients of parameters and images."""
+    images, structure = (t.detach().requires_grad_() for t in inputs)
+    run = reference.sgmim_losses if dense else SGMIM.__call__
+    options = {} if dense else {"return_losses": True}
+    losses = run(model, images, structure, mask, **options)
+    return losses._asdict() | gradients(model, losses.total, images, structure)
+
+
+def put(device: torch.device, dtype: torch.dtype, seed: int = 1) -> tuple[SGMIM, list[Tensor], SelectiveMask]:
+    model = foreign()
+    inputs = [t.to(device, dtype) for t in batch(model, SIZE, seed=seed)]
+    grid = SIZE[0] // model.encoder_stride, SIZE[1] // model.encoder_stride
+    generator = torch.Generator(device).manual_seed(2)
+    return model.to(device, dtype), inputs, selective_mask(2, grid, generator=generator, device=device)
+
+
+def test_float32(backend, device):
+    model, inputs, mask = put(device, torch.float32)
+    actual = evaluate(model, inputs, mask)
+    expected = evaluate(model.double(), [t.double() for t in inputs], mask, dense=True)
+    assert actual.keys() == expected.keys()
+    for name, e in expected.items():
+        assert (actual[name] - e).norm() <= 1e-5 * e.norm(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(backend, device, dtype):
+    """As close to the float64 truth as the dense arithmetic is under the same autocast."""
+    if backend == "cpu" and dtype == torch.float16:
+        pytest.skip("the C++ kernels take float32 and bfloat16")
+    actual, plain, truth = [], [], []
+    for seed in range(4):
+        model, inputs, mask = put(device, torch.float32, seed)
+        with torch.autocast(device.type, dtype):
+            actual.append(evaluate(model, inputs, mask))
+            plain.append(evaluate(model, inputs, mask, dense=True))
+        truth.append(evaluate(copy.deepcopy(model).double(), [t.double() for t in inputs], mask, dense=True))
+    for name in truth[0]:
+        three = (torch.stack([e[name] for e in evaluations]) for evaluations in (actual, plain, truth))
+        assert_close_to_truth(*three, name)
+
+
+def test_compiled(backend, device):
+    """One graph, the same numbers."""
+    torch._dynamo.reset()
+    model, inputs, mask = put(device, torch.float32)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    actual, expected = compiled(*inputs, mask), model(*inputs, mask)
+    assert (actual - expected).abs() <= 1e-6 * expected.abs()
+    actual, expected = gradients(model, actual), gradients(model, expected)
+    for name, e in expected.items():
+        assert (actual[name] - e).norm() <= 1e-5 * e.norm(), name
+    torch._dynamo.reset()
+
+
+@on_gpu
+def test_no_step_waits_for_the_device(name):
+    """Masks, standardisation, forward and backward, with every synchronisation an error."""
+    model, (images, structure), _ = put(torch.device("cuda"), torch.float32)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with backends.use(name):
+            for _ in range(2):
+                mask = selective_mask(2, (2, 3), device="cuda")
+                model(images, standardize_structure(structure, nonfinite="ignore"), mask).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+def test_graph_capture(name):
+    """A captured step gives the eager one's gradients, again and again, for inputs that change."""
+    model, inputs, mask = put(torch.device("cuda"), torch.float32)
+    static = [t.clone() for t in inputs]
+    with backends.use(name):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                model.zero_grad()
+                model(*static, mask).backward()
+        torch.cuda.current_stream().wait_stream(stream)
+        model.zero_grad()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = model(*static, mask)
+            loss.backward()
+        for seed in (5, 6):
+            fresh = [t.cuda().float() for t in batch(model, SIZE, seed=seed)]
+            for t, new in zip(static, fresh, strict=True):
+                t.copy_(new)
+            graph.replay()
+            expected = model(*fresh, mask)
+            assert (loss - expected).abs() <= 1e-6 * expected.abs()
+            captured = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+            for key, e in gradients(model, expected).items():
+                assert (captured[key] - e).norm() <= 1e-5 * e.norm(), key
+
+
+@on_gpu
+def test_another_stream(name):
+    model, inputs, mask = put(torch.device("cuda"), torch.float32)
+    with backends.use(name):
+        expected = evaluate(model, inputs, mask)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            actual = evaluate(model, inputs, mask)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+    for key, e in expected.items():
+        assert torch.equal(actual[key], e), key
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_that_is_not_the_current_one():
+    results = []
+    for number in (0, 1):
+        model, inputs, mask = put(torch.device("cuda", number), torch.float32)
+        with torch.cuda.device(0):
+            results.append({key: t.cpu() for key, t in evaluate(model, inputs, mask).items()})
+    assert results[0].keys() == results[1].keys()
+    for key, e in results[0].items():
+        assert (results[1][key] - e).norm() <= 1e-5 * e.norm(), key
+
+
+@on_gpu
+def test_float16_with_a_gradient_scaler(name):
+    """Ten steps: the loss stays finite and falls."""
+    model, inputs, mask = put(torch.device("cuda"), torch.float32)
+    optimizer, scaler = torch.optim.AdamW(model.parameters(), 1e-2), torch.amp.GradScaler("cuda")
+    losses = []
+    with backends.use(name):
+        for _ in range(10):
+            optimizer.zero_grad()
+            with torch.autocast("cuda", torch.float16):
+                loss = model(*inputs, mask)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.item())
+    assert torch.isfinite(torch.tensor(losses)).all()
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_the_automatic_choice_on_a_gpu():
+    """Every op runs on kernels of ours, in half precision and float32."""
+    model, inputs, mask = put(torch.device("cuda"), torch.float32)
+    for op in backends.MODULES:
+        assert any(backends.can_run(op, name)[0] for name in ("cuda", "triton")), op
+    assert torch.isfinite(sgmim_fast.SGMIM.__call__(model, *inputs, mask))
+
+
+def test_gpu_suite_needs_a_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "gpu_suite.py"], capture_output=True, text=True)
+    assert done.returncode == 2 and "no CUDA device" in done.stderr
+
+
+def test_gates_of_the_gpu_suite():
+    """Verdicts from made-up rows."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import gpu_suite
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+    times = {"dense": 35.0, "dense-compiled": 26.0, "visible-compiled": 11.0, "fused-triton": 10.0, "gemm-floor": 9.0}
+    rows = [
+        {"encoder": "swin_base", "dtype": "bfloat16", "name": name, "median_ms": ms, "peak_mib": 10 * ms}
+        for name, ms in times.items()
+    ]
+    verdicts = {v["gate"]: v["holds"] for v in gpu_suite.verdicts(rows, {("swin_base", "bfloat16"): 49})}
+    assert verdicts == {
+        "dense / fused >= 3.5": True,
+        "dense-compiled / fused >= 2.5": True,
+        "visible-compiled / fused >= 1.15": False,
+        "fused / gemm-floor <= 1.25": True,
+        "memory of dense <= 0.4": True,
+        "launches <= 48": False,
+    }
+    assert json.dumps(verdicts)

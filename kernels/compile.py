@@ -80,7 +80,7 @@ def describe(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Lau
     signature = {}
     for i, name in enumerate(names):
         if name in declared:
-            signature[name], constants[i,] = "constexpr", values[name]
+            signature[name], constants[i,] = "constexpr", getattr(values[name], "value", values[name])
         else:
             signature[name] = kind(values[name], (i,))
     return Launch(

@@ -48,6 +48,7 @@ MODULES: dict[str, dict[str, str]] = {
         "triton": "sgmim_fast.kernels.standardize_structure",
     },
     "structure_embed": {"cpu": "sgmim_fast.ops.cpu.structure_embed", "triton": "sgmim_fast.kernels.structure_embed"},
+    "window_attention": {"cpu": "sgmim_fast.ops.cpu.window_attention"},
 }
 
 OLDEST_TRITON = (3, 4)

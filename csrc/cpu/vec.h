@@ -75,8 +75,8 @@ SGMIM_INLINE float hmax(vf v) {
 // e^x for x <= 88; below -87 the result is 0. Cody-Waite reduction, degree-6 polynomial: 1 ulp.
 SGMIM_INLINE vf exp(vf x) {
   const vi underflow = x < -87.0f;
-  x = vmin(x, set1(88.0f));
-  x = vmax(x, set1(-87.0f));
+  x = vmin(set1(88.0f), x);  // in this order NaN stays NaN
+  x = vmax(set1(-87.0f), x);
   const vf shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low mantissa bits are round(x / ln 2)
   const vf n = shifted - 12582912.0f;
   vf r = x - n * 0.693359375f;

@@ -7,6 +7,7 @@ from sgmim_fast.ops.relational_guidance import GuidanceParameters, relational_gu
 from sgmim_fast.ops.selective_mask import selective_mask
 from sgmim_fast.ops.standardize_structure import standardize_structure
 from sgmim_fast.ops.structure_embed import StructureParameters, structure_embed
+from sgmim_fast.ops.window_attention import window_attention
 
 __all__ = [
     "GuidanceParameters",
@@ -18,4 +19,5 @@ __all__ = [
     "selective_mask",
     "standardize_structure",
     "structure_embed",
+    "window_attention",
 ]

@@ -12,9 +12,11 @@ SGMIM_INLINE void product_tile(
     int64_t depth) {
   vf sum[ROWS][VECTORS] = {};
   for (int64_t t = 0; t < depth; ++t) {
-    for (int n = 0; n < VECTORS; ++n) {
-      const vf right = load(b + t * b_stride + n * LANES);
-      for (int m = 0; m < ROWS; ++m) sum[m][n] += a[m * a_stride + t * a_step] * right;
+    vf right[VECTORS];  // in this order 6 x 2 sums, 2 of these and one element of A are all that 16 registers hold
+    for (int n = 0; n < VECTORS; ++n) right[n] = load(b + t * b_stride + n * LANES);
+    for (int m = 0; m < ROWS; ++m) {
+      const vf left = set1(a[m * a_stride + t * a_step]);
+      for (int n = 0; n < VECTORS; ++n) sum[m][n] += left * right[n];
     }
   }
   for (int m = 0; m < ROWS; ++m)

@@ -48,6 +48,8 @@ MODULES: dict[str, dict[str, str]] = {
         "triton": "sgmim_fast.kernels.standardize_structure",
     },
     "structure_embed": {"cpu": "sgmim_fast.ops.cpu.structure_embed", "triton": "sgmim_fast.kernels.structure_embed"},
+    "norm_linear": {"cpu": "sgmim_fast.ops.cpu.norm_linear"},
+    "norm_mlp": {"cpu": "sgmim_fast.ops.cpu.norm_mlp"},
     "window_attention": {"cpu": "sgmim_fast.ops.cpu.window_attention"},
 }
 

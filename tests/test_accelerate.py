@@ -305,3 +305,21 @@ def test_the_model_does_it_unless_told_not_to(wanted):
     model = SGMIM(encoder, 16, accelerate=wanted)
     assert isinstance(model.encoder.model.blocks[0], blocks.ViTBlock) == wanted
     assert model.encoder is encoder
+
+
+@pytest.mark.parametrize("name", ["swin", "swinv2", "beit", "vit"])
+def test_export_for_timm(name, tmp_path):
+    """timm's own model from the file of an accelerated encoder computes the same."""
+    timm_name, arguments, size = MODELS[name]
+    stride = 8 if "swin" in name else 16
+    model = SGMIM(sgmim_fast.create_encoder(timm_name, **arguments), stride)
+    sgmim_fast.checkpoints.export_timm(model, tmp_path / "encoder.safetensors", num_classes=0)
+    plain = timm.create_model(timm_name, checkpoint_path=tmp_path / "encoder.safetensors", num_classes=0, **arguments)
+    images = torch.randn(1, 3, *size)
+    features = plain.eval().forward_features(images)
+    if features.ndim == 4:
+        features = features.flatten(1, 2)
+    if name == "beit":
+        features = plain.fc_norm(features)
+    features = features[:, -model.encoder(images, None).shape[1] :]
+    torch.testing.assert_close(model.encoder(images, None), features, rtol=1e-4, atol=1e-4)

@@ -17,7 +17,7 @@ from timm.models import beit, swin_transformer, swin_transformer_v2, vision_tran
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sgmim_fast import ops
+from sgmim_fast import backends, ops
 
 
 def _changed(module: nn.Module | None, *types: type) -> str:
@@ -101,7 +101,14 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm | None, weight: Tensor, bias: Tens
 
 def here(x: Tensor) -> bool:
     """Only the C++ kernels have been measured to be a win so far: elsewhere timm's own forward runs."""
-    return x.device.type == "cpu"
+    return x.device.type == "cpu" and _can_be_forced()
+
+
+@torch.compiler.assume_constant_result
+def _can_be_forced() -> bool:
+    """Whether the forced backend, if there is one, has a window attention; where it has none, timm's forward runs."""
+    forced = backends.forced()
+    return forced in (None, "torch") or forced in backends.MODULES["window_attention"]
 
 
 class _SwinHalves:

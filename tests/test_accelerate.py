@@ -299,6 +299,13 @@ def test_without_the_library_nothing_changes(monkeypatch, caplog):
     assert caplog.messages == ["accelerate leaves encoders as they are: no compiler"]
 
 
+def test_a_forced_backend_without_these_ops_leaves_it_to_timm(monkeypatch):
+    plain, size = timm_model("swin")
+    fast, images = fused(plain), torch.randn(1, 3, *size)
+    monkeypatch.setattr(backends, "_forced", ["cuda"])
+    assert torch.equal(fast(images), plain(images))
+
+
 @pytest.mark.parametrize("wanted", [True, False])
 def test_the_model_does_it_unless_told_not_to(wanted):
     encoder = sgmim_fast.create_encoder("vit_base_patch16_224", img_size=64, **VIT)

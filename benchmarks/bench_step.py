@@ -77,6 +77,10 @@ def build(shape: Shape, dtype: torch.dtype, batch: int, device: str, update: boo
     torch.manual_seed(0)
     name, arguments = ENCODERS[shape.name]
     plain = SGMIM(sgmim_fast.create_encoder(name, **arguments), shape.stride, accelerate=False)
+    with torch.no_grad():  # SwinV2 starts with norms of weight 0, behind which no gradient could be compared
+        for parameter in plain.encoder.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
     fast = SGMIM(copy.deepcopy(plain.encoder), shape.stride)
     simmim = SGMIM(copy.deepcopy(plain.encoder), shape.stride, guidance=False)
     fast.load_state_dict(plain.state_dict())

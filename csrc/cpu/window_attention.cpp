@@ -2,10 +2,12 @@
 // arithmetic on the rows of qkv, so nothing is rolled, padded or copied, and no (windows, heads, n, n) tensor exists.
 //
 // One (window, head) at a time lives in float scratch, 48 queries at once. Logits are kept transposed, (keys, queries):
-// the softmax then runs along vectors of queries and needs no sum across a vector. The backward computes the probabilities again, which from a saved log-sum would be less exact: with SwinV2's
-// logits of up to 100 its rounding alone is 1e-5 of them. Gradients that are summed over windows (bias, padding row,
-// logit scale) go through blocks of windows that depend on the shape alone: the same bits for any number of threads.
+// the softmax then runs along vectors of queries and needs no sum across a vector. The backward computes the
+// probabilities again, which from a saved log-sum would be less exact: with SwinV2's logits of up to 100 its rounding
+// alone is 1e-5 of them. Gradients that are summed over windows (bias, padding row, logit scale) go through blocks of
+// windows that depend on the shape alone: the same bits for any number of threads.
 #include "cpu/launch.h"
+#include "cpu/window_grid.h"
 
 #include <cmath>
 #undef SGMIM_THIS_FILE
@@ -14,204 +16,10 @@
 #include "cpu/vec.h"
 #include "cpu/norm_row.h"
 #include "cpu/small_product.h"
-
-#ifndef SGMIM_WINDOW_GRID
-#define SGMIM_WINDOW_GRID
-namespace sgmim {
-struct WindowGrid {
-  int64_t batch, height, width;                             // of the token grid
-  int64_t window_h, window_w, shift_h, shift_w;             // shift: tokens that the windows are moved by
-  int64_t heads, head_width;
-  const float* logit_scale;                                 // (heads,) factors of the cosines, or null: dot products
-  const float* bias;                                        // (heads, keys, padded queries), or null
-  int64_t padded_tokens;                                    // tokens of a window, padded for the widest vectors
-
-  int64_t tokens() const { return window_h * window_w; }
-  int64_t channels() const { return heads * head_width; }
-  int64_t down() const { return (height + window_h - 1) / window_h; }
-  int64_t across() const { return (width + window_w - 1) / window_w; }
-  int64_t windows() const { return batch * down() * across(); }
-
-  // Rows of the grid that the tokens of a window are, -1 for padding; and the group of each: tokens of different
-  // groups are not neighbours, the cyclic shift has brought them together. Returns whether there are several groups.
-  bool locate(int64_t window, int64_t* rows, int64_t* group) const {
-    const int64_t column = window % across(), row = window / across() % down();
-    const int64_t first = window / (across() * down()) * height * width;
-    const bool low = shift_h > 0 && row == down() - 1, right = shift_w > 0 && column == across() - 1;
-    for (int64_t r = 0; r < window_h; ++r)
-      for (int64_t c = 0; c < window_w; ++c) {
-        const int64_t i = row * window_h + r, j = column * window_w + c, t = r * window_w + c;
-        const bool inside = i < height && j < width;
-        rows[t] = inside ? first + (i + shift_h) % height * width + (j + shift_w) % width : -1;
-        group[t] = (low && r >= window_h - shift_h) + 2 * (right && c >= window_w - shift_w);
-      }
-    return low || right;
-  }
-};
-
-// What the backward sums over windows, for one block of them.
-struct WindowSums {
-  float* bias;         // (heads, keys, padded queries) or null
-  float* pad;          // (3 * channels) or null
-  float* logit_scale;  // (heads,) or null
-};
-}  // namespace sgmim
-#endif
+#include "cpu/window_head.h"
 
 namespace sgmim {
 namespace SGMIM_ISA {
-
-constexpr int64_t QUERIES = 48;   // columns of logits at a time, whole vectors of any instruction set
-constexpr float TINY = 1e-12f;    // least norm of a vector, as in torch.nn.functional.normalize
-constexpr float APART = -100.0f;  // added to the logits of tokens that are not neighbours, as in timm
-
-SGMIM_INLINE int64_t padded(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
-
-// One window and head: where its tokens are, and copies of its matrices. Their rows are padded with zeros.
-template <class T>
-class WindowHead {
- public:
-  WindowHead(const WindowGrid& grid, const T* qkv, const T* pad)
-      : n(grid.tokens()), ns(grid.padded_tokens), d(grid.head_width), ds(padded(d)), rows(n), grid_(grid), qkv_(qkv),
-        pad_(pad), group_(n), norms_(2 * n), apart_(4 * ns), floats_(4 * n * ds + 2 * d * ns) {
-    q = floats_.data();
-    k = q + n * ds;
-    v = k + n * ds;
-    grad = v + n * ds;
-    qt = grad + n * ds;
-    grad_t = qt + d * ns;
-  }
-
-  void enter(int64_t window) {
-    masked_ = grid_.locate(window, rows.data(), group_.data());
-    if (!masked_) return;
-    for (int64_t g = 0; g < 4; ++g)
-      for (int64_t t = 0; t < n; ++t) apart_[g * ns + t] = group_[t] == g ? 0.0f : APART;
-  }
-
-  // Queries (scaled), keys and values of a head.
-  void load_head(int64_t head) {
-    const int64_t width = grid_.channels();
-    scale = grid_.logit_scale ? grid_.logit_scale[head] : 1.0f / __builtin_sqrtf(d);
-    load_rows(qkv_, 3 * width, head * d, pad_, q);
-    load_rows(qkv_, 3 * width, width + head * d, pad_, k);
-    load_rows(qkv_, 3 * width, 2 * width + head * d, pad_, v);
-    if (grid_.logit_scale) {
-      normalize(q, scale, norms_.data());
-      normalize(k, 1.0f, norms_.data() + n);
-    } else {
-      for (int64_t i = 0; i < n * ds; i += LANES) store(q + i, load(q + i) * scale);
-    }
-    transpose(q, qt);
-  }
-
-  // The gradient of the result; 0 outside the grid.
-  void load_grad(int64_t head, const T* dout) {
-    load_rows(dout, grid_.channels(), head * d, static_cast<const T*>(nullptr), grad);
-    transpose(grad, grad_t);
-  }
-
-  // Softmax over the keys for the queries [first, first + count): e^(logit - highest), (n, QUERIES), and the inverse of
-  // the sums.
-  void exponentials(int64_t head, int64_t first, int64_t count, float* p, float* inverse) const {
-    product<false>(k, ds, 1, qt + first, ns, p, QUERIES, n, padded(count), d);
-    const float* bias = grid_.bias ? grid_.bias + head * n * ns + first : nullptr;
-    for (int64_t c = 0; c < count; c += LANES) {
-      vf highest = set1(-__builtin_inff());
-      for (int64_t j = 0; j < n; ++j) {
-        vf x = load(p + j * QUERIES + c);
-        if (bias) x += load(bias + j * ns + c);
-        if (masked_) x += load(apart_.data() + group_[j] * ns + first + c);
-        store(p + j * QUERIES + c, x);
-        highest = vmax(highest, x);
-      }
-      vf sum = {};
-      for (int64_t j = 0; j < n; ++j) {
-        const vf e = exp(load(p + j * QUERIES + c) - highest);
-        store(p + j * QUERIES + c, e);
-        sum += e;
-      }
-      store(inverse + c, 1.0f / sum);
-    }
-  }
-
-  // Gradient of the scaled unit vectors `x` as the gradient of what came in, in place; without cosines only scaled.
-  // Returns the sum of gradient . x: for the queries that is the gradient of the logit scale's logarithm.
-  float normalize_backward(const float* x, const float* norms, float factor, float* g, int64_t count) const {
-    float total = 0;
-    for (int64_t t = 0; t < count; ++t, x += ds, g += ds) {
-      float along = 0, inverse = 1.0f;
-      if (grid_.logit_scale) {
-        vf dot = {};
-        for (int64_t i = 0; i < ds; i += LANES) dot += load(x + i) * load(g + i);
-        total += along = hsum(dot);
-        inverse = 1.0f / (norms[t] > TINY ? norms[t] : TINY);
-        if (!(norms[t] > TINY)) along = 0;
-      }
-      for (int64_t i = 0; i < ds; i += LANES)
-        store(g + i, (load(g + i) * factor - load(x + i) * (along / factor)) * inverse);
-    }
-    return total;
-  }
-
-  const float* norms(bool of_keys) const { return norms_.data() + of_keys * n; }
-
- private:
-  // Rows of (*, width) that the window's tokens are, columns [column, column + d); `outside` is the row past the grid.
-  template <class S>
-  void load_rows(const S* source, int64_t width, int64_t column, const S* outside, float* out) const {
-    for (int64_t t = 0; t < n; ++t) {
-      const S* row = rows[t] >= 0 ? source + rows[t] * width + column : outside ? outside + column : nullptr;
-      int64_t i = 0;
-      if (!row) {
-        for (; i < ds; i += LANES) store(out + t * ds + i, vf{});
-        continue;
-      }
-      for (int64_t next = 0; next < d; next += 64 / sizeof(S)) __builtin_prefetch(row + d + next);  // of the next head
-      for (; i + LANES <= d; i += LANES) store(out + t * ds + i, load(row + i));
-      if (i < d) store(out + t * ds + i, load_tail(row + i, d - i));
-    }
-  }
-
-  void normalize(float* x, float factor, float* norms) const {
-    for (int64_t t = 0; t < n; ++t, x += ds) {
-      vf squares = {};
-      for (int64_t i = 0; i < ds; i += LANES) squares += load(x + i) * load(x + i);
-      norms[t] = __builtin_sqrtf(hsum(squares));
-      const float by = factor / (norms[t] > TINY ? norms[t] : TINY);
-      for (int64_t i = 0; i < ds; i += LANES) store(x + i, load(x + i) * by);
-    }
-  }
-
-  // out (d, ns) = source (n, ds)^T
-  void transpose(const float* source, float* out) const {
-    int64_t t = 0;
-    for (; t + 4 <= n; t += 4) {
-      const float* from = source + t * ds;
-      int64_t i = 0;
-      for (; i + 4 <= d; i += 4) transpose4(from + i, ds, out + i * ns + t, ns);
-      for (; i < d; ++i)
-        for (int64_t r = 0; r < 4; ++r) out[i * ns + t + r] = from[r * ds + i];
-    }
-    for (; t < n; ++t)
-      for (int64_t i = 0; i < d; ++i) out[i * ns + t] = source[t * ds + i];
-  }
-
- public:
-  const int64_t n, ns, d, ds;          // tokens of a window, width of a head, and both padded to whole vectors
-  std::vector<int64_t> rows;           // (n,): where the tokens are in the grid, -1 outside
-  float scale;                         // of the queries
-  float *q, *k, *v, *grad;             // (n, ds)
-  float *qt, *grad_t;                  // (d, ns)
-
- private:
-  const WindowGrid& grid_;
-  const T *qkv_, *pad_;
-  bool masked_ = false;
-  std::vector<int64_t> group_;         // (n,)
-  std::vector<float> norms_, apart_;   // (2, n) of queries and keys; (4, ns), what keys of a group add to each query
-  std::vector<float> floats_;
-};
 
 template <class T>
 void window_attention_range(

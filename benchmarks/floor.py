@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import statistics
 import time
@@ -38,16 +39,36 @@ def multiply_accumulates(shape: Shape, batch: int) -> int:
     return sum(rows * inner * outer for rows, inner, outer, _ in branch_products(shape, batch))
 
 
+def encoder_products(shape: Shape, batch: int) -> list[tuple[int, int, int, bool]]:
+    """As `branch_products`, of a base-size encoder: its linear layers. The attention's small products are left out."""
+    layers = [(batch * (shape.image // shape.patch) ** 2, 3 * shape.patch**2, shape.stem, False)]
+    for stage, depth in enumerate(shape.depths):
+        width, side = shape.stem << stage, shape.image // (shape.patch << stage)
+        rows = batch * (side**2 + shape.prefix)
+        if stage:
+            layers.append((rows, 2 * width, width, True))
+        block = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
+        layers += [(rows, inner, outer, True) for inner, outer in block] * depth
+    return layers
+
+
 def gemm_floor(shape: Shape, batch: int, dtype: torch.dtype, device: str) -> Callable[[], None]:
-    """A callable that runs every product of forward and backward once, operands ready in the best call's dtype."""
+    """A callable that runs every product of the branch once, operands ready in the best call's dtype."""
+    return products_floor(branch_products(shape, batch), dtype, device)
+
+
+def products_floor(layers: list[tuple[int, int, int, bool]], dtype: torch.dtype, device: str) -> Callable[[], None]:
+    """As `gemm_floor`, of any layers; equal ones share their operands."""
     calls = []
-    for rows, inner, outer, needs in branch_products(shape, batch):
+    for (rows, inner, outer, needs), count in collections.Counter(layers).items():
+        before = len(calls)
         x = torch.randn(rows, inner, device=device)
         weight, bias, dy = (torch.randn(*s, device=device) for s in ((outer, inner), (outer,), (rows, outer)))
         calls.append(_best([(_forward, x, weight, bias), (_plain_forward, x, weight, bias)], dtype, device))
         if needs:
             calls.append(_best([(_input, dy, weight), (_plain_input, dy, weight)], dtype, device))
         calls.append(_best([(_weight, dy, x), (_plain_weight, dy, x)], dtype, device))
+        calls += calls[before:] * (count - 1)
 
     def run() -> None:
         for call in calls:

@@ -16,6 +16,9 @@ class Shape:
     unit: int = 32  # pixels along a mask unit
     heads: int = 8  # of the guidance
     ratio: float = 0.6  # share of masked units
+    stem: int = 128  # width of the first stage
+    depths: tuple[int, ...] = (2, 2, 18, 2)  # blocks of each stage
+    prefix: int = 0  # tokens that are no patches
 
     @property
     def grid(self) -> int:
@@ -41,6 +44,7 @@ SHAPES = {
     shape.name: shape
     for shape in (
         Shape("swin_base", width=1024, stride=32, patch=4, image=192),
-        Shape("vit_base", width=768, stride=16, patch=16, image=224),
+        Shape("swinv2_base", width=1024, stride=32, patch=4, image=192),
+        Shape("vit_base", width=768, stride=16, patch=16, image=224, stem=768, depths=(12,), prefix=1),
     )
 }

@@ -1,6 +1,7 @@
 """Fast SG-MIM: Structured Knowledge Guided Masked Image Modeling on visible tokens, with fused kernels."""
 
 from sgmim_fast import backends, checkpoints, ops, reference
+from sgmim_fast.accelerate import accelerate
 from sgmim_fast.encoders import create_encoder
 from sgmim_fast.masking import SelectiveMask, selective_mask
 from sgmim_fast.model import SGMIM
@@ -15,6 +16,7 @@ __all__ = [
     "Losses",
     "Rows",
     "SelectiveMask",
+    "accelerate",
     "backends",
     "checkpoints",
     "create_encoder",

@@ -24,8 +24,7 @@ from sgmim_fast import _native
 
 NAMES = ("cuda", "triton", "cpu", "torch")
 # Preference per device type; any other device runs the plain implementation.
-# The Triton kernels are checked in Triton's interpreter but have never run on a GPU: until then they must be asked for.
-ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")}
+ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 # op -> backend -> module with `forward`, `backward` and, where not everything is supported, `can_run(part, args)`.
 MODULES: dict[str, dict[str, str]] = {
     "gather_patches": {
@@ -58,6 +57,9 @@ MODULES: dict[str, dict[str, str]] = {
         "cuda": "sgmim_fast.ops.cuda.standardize_structure",
     },
     "structure_embed": {"cpu": "sgmim_fast.ops.cpu.structure_embed", "triton": "sgmim_fast.kernels.structure_embed"},
+    "norm_linear": {"cpu": "sgmim_fast.ops.cpu.norm_linear"},
+    "norm_mlp": {"cpu": "sgmim_fast.ops.cpu.norm_mlp"},
+    "window_attention": {"cpu": "sgmim_fast.ops.cpu.window_attention"},
 }
 
 OLDEST_TRITON = (3, 4)
@@ -183,6 +185,15 @@ def implementation(op: str, part: str, backend: str) -> Callable[..., Any]:
     return _plain[op, part] if backend == "torch" else getattr(importlib.import_module(MODULES[op][backend]), part)
 
 
+@functools.cache
+def _say_untested() -> None:
+    """Until results of a GPU are in benchmarks/results."""
+    logging.getLogger("sgmim_fast").warning(
+        "these GPU kernels have passed their tests off a GPU only: `python benchmarks/gpu_suite.py` runs them on yours, "
+        "and SGMIM_FAST_BACKEND=torch does without them"
+    )
+
+
 def choose(op: str, part: str, device: str, args: Sequence[Any]) -> Callable[..., Any]:
     """The function to call: the forced backend, or the first of the device's order that can run.
 
@@ -197,5 +208,7 @@ def choose(op: str, part: str, device: str, args: Sequence[Any]) -> Callable[...
         return implementation(op, part, name)
     for name in ORDER.get(device, ("torch",)):
         if can_run(op, name, *args, part=part)[0]:
+            if name in ("cuda", "triton"):
+                _say_untested()
             return implementation(op, part, name)
     raise AssertionError("unreachable: the torch backend runs everything")

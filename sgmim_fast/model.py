@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sgmim_fast import ops, reference
+from sgmim_fast.accelerate import accelerate as make_faster
 from sgmim_fast.guidance import RelationalGuidance, StructureEncoder
 from sgmim_fast.masking import Cells, SelectiveMask, cells_of, search_cells
 from sgmim_fast.reference import Losses
@@ -29,6 +30,8 @@ class SGMIM(nn.Module):
         hidden_context: "keep" (published) or "drop" the hidden structure cells in the attention.
         position_embedding: learned positions on the queries and keys of the guidance. Hidden cells differ then, so the
             branch takes the dense arithmetic. Needs an encoder of known image size.
+        accelerate: compute the encoder's timm blocks through fused ops, parameters and state dict unchanged (see
+            `sgmim_fast.accelerate`, which this calls). Less memory; off until it has been measured to be faster too.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is expected.
@@ -43,12 +46,13 @@ class SGMIM(nn.Module):
         structure_channels: int = 1,
         hidden_context: str = "keep",
         position_embedding: bool = False,
+        accelerate: bool = False,
     ):
         super().__init__()
         for name in ("num_features", "in_chans", "patch_size"):
             if not hasattr(encoder, name):
                 raise TypeError(f"encoder is a {type(encoder).__name__} without {name!r}; expected a masked encoder")
-        self.encoder = encoder
+        self.encoder = make_faster(encoder) if accelerate else encoder
         self.encoder_stride = encoder_stride
         self.in_chans = encoder.in_chans
         self.patch_size = _square(encoder.patch_size, "encoder.patch_size")

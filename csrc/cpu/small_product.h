@@ -1,42 +1,61 @@
-// C = A . B for the small matrices of one attention head, all in cache. Register tile: 4 rows x 2 vectors.
+// C (+)= A . B for the small matrices of one attention head, all in cache. Register tile: 6 rows x 2 vectors.
 //
-// Included once per instruction set, after vec.h. A: (rows, depth); B: (depth, columns); C: (rows, columns). B and C
-// have rows padded to whole vectors, so `columns` is a multiple of LANES.
+// Included once per instruction set, after vec.h. A: (rows, depth), element (m, t) at a[m * a_stride + t * a_step], so
+// that A^T is A with the two exchanged; B: (depth, columns); C: (rows, columns). B and C have rows padded to whole
+// vectors, so `columns` is a multiple of LANES.
 namespace sgmim {
 namespace SGMIM_ISA {
 
-template <int ROWS, int VECTORS>
+template <bool ADD, int ROWS, int VECTORS>
 SGMIM_INLINE void product_tile(
-    const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t depth) {
+    const float* a, int64_t a_stride, int64_t a_step, const float* b, int64_t b_stride, float* c, int64_t c_stride,
+    int64_t depth) {
   vf sum[ROWS][VECTORS] = {};
   for (int64_t t = 0; t < depth; ++t) {
-    for (int n = 0; n < VECTORS; ++n) {
-      const vf right = load(b + t * b_stride + n * LANES);
-      for (int m = 0; m < ROWS; ++m) sum[m][n] += a[m * a_stride + t] * right;
+    vf right[VECTORS];  // in this order 6 x 2 sums, 2 of these and one element of A are all that 16 registers hold
+    for (int n = 0; n < VECTORS; ++n) right[n] = load(b + t * b_stride + n * LANES);
+    for (int m = 0; m < ROWS; ++m) {
+      const vf left = set1(a[m * a_stride + t * a_step]);
+      for (int n = 0; n < VECTORS; ++n) sum[m][n] += left * right[n];
     }
   }
   for (int m = 0; m < ROWS; ++m)
-    for (int n = 0; n < VECTORS; ++n) store(c + m * c_stride + n * LANES, sum[m][n]);
+    for (int n = 0; n < VECTORS; ++n) {
+      float* out = c + m * c_stride + n * LANES;
+      store(out, ADD ? load(out) + sum[m][n] : sum[m][n]);
+    }
 }
 
-template <int ROWS>
-SGMIM_INLINE void product_rows(
-    const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t columns,
-    int64_t depth) {
+template <bool ADD, int ROWS>
+void product_rows(
+    const float* a, int64_t a_stride, int64_t a_step, const float* b, int64_t b_stride, float* c, int64_t c_stride,
+    int64_t columns, int64_t depth) {
   int64_t n = 0;
   for (; n + 2 * LANES <= columns; n += 2 * LANES)
-    product_tile<ROWS, 2>(a, a_stride, b + n, b_stride, c + n, c_stride, depth);
-  if (n < columns) product_tile<ROWS, 1>(a, a_stride, b + n, b_stride, c + n, c_stride, depth);
+    product_tile<ADD, ROWS, 2>(a, a_stride, a_step, b + n, b_stride, c + n, c_stride, depth);
+  if (n < columns) product_tile<ADD, ROWS, 1>(a, a_stride, a_step, b + n, b_stride, c + n, c_stride, depth);
 }
 
+template <bool ADD>
+SGMIM_INLINE void product(
+    const float* a, int64_t a_stride, int64_t a_step, const float* b, int64_t b_stride, float* c, int64_t c_stride,
+    int64_t rows, int64_t columns, int64_t depth) {
+  for (; rows >= 6; rows -= 6, a += 6 * a_stride, c += 6 * c_stride)
+    product_rows<ADD, 6>(a, a_stride, a_step, b, b_stride, c, c_stride, columns, depth);
+  switch (rows) {
+    case 5: return product_rows<ADD, 5>(a, a_stride, a_step, b, b_stride, c, c_stride, columns, depth);
+    case 4: return product_rows<ADD, 4>(a, a_stride, a_step, b, b_stride, c, c_stride, columns, depth);
+    case 3: return product_rows<ADD, 3>(a, a_stride, a_step, b, b_stride, c, c_stride, columns, depth);
+    case 2: return product_rows<ADD, 2>(a, a_stride, a_step, b, b_stride, c, c_stride, columns, depth);
+    case 1: return product_rows<ADD, 1>(a, a_stride, a_step, b, b_stride, c, c_stride, columns, depth);
+  }
+}
+
+// C = A . B, A row by row.
 SGMIM_INLINE void small_product(
     const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t rows,
     int64_t columns, int64_t depth) {
-  int64_t m = 0;
-  for (; m + 4 <= rows; m += 4)
-    product_rows<4>(a + m * a_stride, a_stride, b, b_stride, c + m * c_stride, c_stride, columns, depth);
-  for (; m < rows; ++m)
-    product_rows<1>(a + m * a_stride, a_stride, b, b_stride, c + m * c_stride, c_stride, columns, depth);
+  product<false>(a, a_stride, 1, b, b_stride, c, c_stride, rows, columns, depth);
 }
 
 }  // namespace SGMIM_ISA

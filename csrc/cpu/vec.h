@@ -60,10 +60,13 @@ SGMIM_INLINE vf vmax(vf a, vf b) { return select(a > b, a, b); }
 SGMIM_INLINE vf vmin(vf a, vf b) { return select(a < b, a, b); }
 SGMIM_INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 
+typedef float v4 __attribute__((vector_size(16)));
+
 SGMIM_INLINE float hsum(vf v) {
-  float s = 0;
-  for (int64_t i = 0; i < LANES; ++i) s += v[i];
-  return s;
+  v4 parts[LANES / 4], s = {};
+  __builtin_memcpy(parts, &v, sizeof v);
+  for (int64_t i = 0; i < LANES / 4; ++i) s += parts[i];
+  return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
 SGMIM_INLINE float hmax(vf v) {
@@ -72,11 +75,33 @@ SGMIM_INLINE float hmax(vf v) {
   return s;
 }
 
+#if defined(__clang__)
+#define SGMIM_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define SGMIM_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (v4i){i, j, k, l})
+#endif
+typedef int32_t v4i __attribute__((vector_size(16)));
+
+// A 4 x 4 block: to = from^T.
+SGMIM_INLINE void transpose4(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  v4 a, b, c, d;
+  __builtin_memcpy(&a, from, 16);
+  __builtin_memcpy(&b, from + from_stride, 16);
+  __builtin_memcpy(&c, from + 2 * from_stride, 16);
+  __builtin_memcpy(&d, from + 3 * from_stride, 16);
+  const v4 ab = SGMIM_SHUFFLE(a, b, 0, 4, 1, 5), cd = SGMIM_SHUFFLE(c, d, 0, 4, 1, 5);
+  const v4 ab2 = SGMIM_SHUFFLE(a, b, 2, 6, 3, 7), cd2 = SGMIM_SHUFFLE(c, d, 2, 6, 3, 7);
+  const v4 rows[4] = {
+      SGMIM_SHUFFLE(ab, cd, 0, 1, 4, 5), SGMIM_SHUFFLE(ab, cd, 2, 3, 6, 7), SGMIM_SHUFFLE(ab2, cd2, 0, 1, 4, 5),
+      SGMIM_SHUFFLE(ab2, cd2, 2, 3, 6, 7)};
+  for (int r = 0; r < 4; ++r) __builtin_memcpy(to + r * to_stride, &rows[r], 16);
+}
+
 // e^x for x <= 88; below -87 the result is 0. Cody-Waite reduction, degree-6 polynomial: 1 ulp.
 SGMIM_INLINE vf exp(vf x) {
   const vi underflow = x < -87.0f;
-  x = vmin(x, set1(88.0f));
-  x = vmax(x, set1(-87.0f));
+  x = vmin(set1(88.0f), x);  // in this order NaN stays NaN
+  x = vmax(set1(-87.0f), x);
   const vf shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low mantissa bits are round(x / ln 2)
   const vf n = shifted - 12582912.0f;
   vf r = x - n * 0.693359375f;

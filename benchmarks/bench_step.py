@@ -1,0 +1,277 @@
+"""What a user feels: the whole training step, from the batch on the device to the gradients of all parameters.
+
+    python benchmarks/bench_step.py
+
+dense                 sgmim_fast.reference around plain timm: every token of the branch, plain PyTorch
+dense-compiled        the same through torch.compile
+sgmim                 sgmim_fast.SGMIM around plain timm
+accelerated           sgmim_fast.SGMIM(..., accelerate=True)
+accelerated-compiled  the same through torch.compile
+simmim-accelerated    the same without guidance: what the structure branch adds to it is its share
+gemm-floor            only the products of all linear layers, each through the best library call
+
+All columns but simmim-accelerated compute the same loss: they are first checked against each other, and on a
+disagreement no speed is printed. They take turns in one process, so their ratios hold even where the machine is noisy.
+MiB: peak memory without parameters and their gradients. --update adds clipping and AdamW to every column but the floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from floor import branch_products, encoder_products, products_floor
+from measure import interleaved, machine, peak_mib, summary
+from shapes import SHAPES, Shape
+from torch import Tensor, nn
+
+import sgmim_fast
+from sgmim_fast import SGMIM, reference, selective_mask, standardize_structure
+
+NAMES = (
+    *("dense", "dense-compiled", "sgmim", "accelerated", "accelerated-compiled"),
+    *("simmim-accelerated", "gemm-floor"),
+)
+BEIT = {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False, "use_abs_pos_emb": False, "init_values": 0.1}
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "swin_base": ("swin_base_patch4_window7_224", {"img_size": 192, "window_size": 6}),
+    "swinv2_base": ("swinv2_base_window12_192", {}),
+    "vit_base": ("beit_base_patch16_224", BEIT),
+}
+
+
+@dataclass
+class Case:
+    """One encoder, dtype and batch, and the columns that compute it."""
+
+    shape: Shape
+    dtype: torch.dtype
+    batch: int
+    device: str
+    models: dict[str, nn.Module]  # of each column, compiled ones share their plain column's
+    columns: dict[str, Callable[[], Tensor]]  # name -> function returning the loss
+    optimizers: dict[str, torch.optim.Optimizer]  # of each model that is updated, by the column's name
+
+    def step(self, name: str) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            model = self.models[name]
+            model.zero_grad()
+            loss = self.columns[name]()
+            loss.backward()
+            if name in self.optimizers:
+                nn.utils.clip_grad_norm_(model.parameters(), 5.0, foreach=True)
+                self.optimizers[name].step()
+            return loss
+
+        return run
+
+
+def build(shape: Shape, dtype: torch.dtype, batch: int, device: str, update: bool) -> Case:
+    torch.manual_seed(0)
+    name, arguments = ENCODERS[shape.name]
+    plain = SGMIM(sgmim_fast.create_encoder(name, **arguments), shape.stride)
+    with torch.no_grad():  # SwinV2 starts with norms of weight 0, behind which no gradient could be compared
+        for parameter in plain.encoder.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+    fast = SGMIM(copy.deepcopy(plain.encoder), shape.stride, accelerate=True)
+    simmim = SGMIM(copy.deepcopy(plain.encoder), shape.stride, guidance=False, accelerate=True)
+    fast.load_state_dict(plain.state_dict())
+    simmim.load_state_dict(plain.state_dict(), strict=False)
+    plain, fast, simmim = (model.to(device) for model in (plain, fast, simmim))
+    images = away_from_zero(torch.randn(batch, 3, shape.image, shape.image, device=device))
+    structure = standardize_structure(torch.rand(batch, 1, shape.image, shape.image, device=device))
+    structure = away_from_zero(structure)
+    drawn = selective_mask(batch, shape.grid, shape.ratio, device=device)
+
+    def in_dtype(losses: Callable[..., Any], *args: Any) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                return losses(*args)
+
+        return run
+
+    dense = in_dtype(lambda: reference.sgmim_losses(plain, images, structure, drawn).total)
+    accelerated = in_dtype(fast, images, structure, drawn)
+    columns = {
+        "dense": dense,
+        "dense-compiled": torch.compile(dense),
+        "sgmim": in_dtype(plain, images, structure, drawn),
+    }
+    columns |= {"accelerated": accelerated, "accelerated-compiled": torch.compile(accelerated)}
+    columns["simmim-accelerated"] = in_dtype(simmim, images, None, drawn)
+    models = {name: fast if name.startswith("accelerated") else plain for name in columns}
+    models["simmim-accelerated"] = simmim
+    optimizers = {n: torch.optim.AdamW(m.parameters(), 1e-5, fused=True) for n, m in models.items()} if update else {}
+    return Case(shape, dtype, batch, device, models, columns, optimizers)
+
+
+def away_from_zero(x: Tensor) -> Tensor:
+    """Farther than a fresh head predicts, so that no sign of the L1 losses hangs on a rounding error."""
+    return x + torch.where(x < 0, -4, 4)
+
+
+def check(case: Case) -> tuple[list[str], dict[str, float]]:
+    """What the columns disagree on: their losses and every gradient against the dense reference in float32.
+
+    float32: relative error at most 1e-4. Lower precision: at most twice the error of the dense column itself, and 1e-3.
+
+    Returns the disagreements, and each column's peak memory in the step that was checked.
+    """
+    truth = gradients(case if case.dtype == torch.float32 else in_float32(case), "dense")[0]
+    errors, peaks = {}, {}
+    for name in case.columns:
+        found, peaks[name] = gradients(case, name)
+        if name != "simmim-accelerated":
+            errors[name] = {key: ((found[key] - t).norm() / t.norm()).item() for key, t in truth.items()}
+    wrong = []
+    for name, column in errors.items():
+        worst = max(column, key=lambda key: column[key])
+        print(f"{name}: worst gradient off by {column[worst]:.1e} of its norm ({worst})", flush=True)
+        for key, error in column.items():
+            bound = 1e-4 if case.dtype == torch.float32 else 2 * errors["dense"][key] + 1e-3
+            if not error <= bound:
+                wrong.append(f"{name}: {key} is off by {error:.1e} of its norm, allowed {bound:.1e}")
+    return wrong, peaks
+
+
+def in_float32(case: Case) -> Case:
+    exact = build(case.shape, torch.float32, case.batch, case.device, False)
+    exact.models["dense"].load_state_dict(case.models["dense"].state_dict())
+    return exact
+
+
+def gradients(case: Case, name: str) -> tuple[dict[str, Tensor], float]:
+    optimizer, losses = case.optimizers.pop(name, None), []
+    parameters = list(case.models[name].parameters())
+    if name.endswith("-compiled"):
+        case.step(name)()  # so that compiling is not measured
+    peak = peak_mib(lambda: losses.append(case.step(name)().detach()), parameters, case.device)
+    found = {"loss": losses[0]} | {key: p.grad for key, p in case.models[name].named_parameters()}
+    if optimizer is not None:
+        case.optimizers[name] = optimizer
+    return {key: grad.clone() for key, grad in found.items() if grad is not None}, peak
+
+
+def measure(case: Case, seconds: float, peaks: dict[str, float]) -> list[dict[str, Any]]:
+    steps: dict[str, Callable[[], Any]] = {name: case.step(name) for name in case.columns}
+    layers = branch_products(case.shape, case.batch) + encoder_products(case.shape, case.batch)
+    steps["gemm-floor"] = products_floor(layers, case.dtype, case.device)
+    rows = []
+    for name, values in interleaved(steps, case.device, seconds=seconds).items():
+        row = {"encoder": case.shape.name, "dtype": str(case.dtype).split(".")[1], "batch": case.batch}
+        row |= {"device": case.device, "name": name, "rounds": len(values), **summary(values)}
+        rows.append(row | {"images_per_s": 1e3 * case.batch / row["median_ms"], "peak_mib": peaks.get(name)})
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    by_name = {row["name"]: row for row in rows}
+    lines = [" " * 21 + "".join(f"{t:>10}" for t in ("ms", "p10", "p90", "images/s", "MiB", "dense /", "/ floor"))]
+    for name in (n for n in NAMES if n in by_name):
+        row = by_name[name]
+        ms = row["median_ms"]
+        line = f"{name:21}" + "".join(f"{row[key]:10.1f}" for key in ("median_ms", "p10_ms", "p90_ms", "images_per_s"))
+        line += " " * 10 if row["peak_mib"] is None else f"{row['peak_mib']:10.0f}"
+        lines.append(f"{line}{by_name['dense']['median_ms'] / ms:9.2f}x{ms / by_name['gemm-floor']['median_ms']:9.2f}x")
+    if {"accelerated", "simmim-accelerated"} <= by_name.keys():
+        share = by_name["accelerated"]["median_ms"] / by_name["simmim-accelerated"]["median_ms"] - 1
+        lines.append(f"the structure branch adds {100 * share:.1f} % to an accelerated SimMIM step")
+    return "\n".join(lines)
+
+
+KINDS = {  # of profiled events, by what their names contain; the first that fits
+    "small products": ("bmm", "baddbmm", "scaled_dot_product", "flash_attention"),
+    "products": ("mm", "_linear_pointwise", "mkldnn", "convolution"),
+    "window attention": ("window_attention",),
+    "GELU": ("gelu",),
+    "norms": ("layer_norm",),
+    "softmax": ("softmax",),
+    "copies": ("copy", "cat", "roll", "constant_pad", "clone", "index"),
+}
+
+
+def where(step: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds of one step by kind of work, on a CPU."""
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    times = dict.fromkeys([*KINDS, "everything else"], 0.0)
+    for event in profile.key_averages():
+        kind = next((k for k, parts in KINDS.items() if any(p in event.key for p in parts)), "everything else")
+        times[kind] += event.self_cpu_time_total / 1e3
+    return times
+
+
+def plot(cases: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
+    """Where the time goes before and after: one pair of bars per case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(cases), figsize=(4 * len(cases), 3.6), squeeze=False)
+    for axis, (title, columns) in zip(axes[0], cases.items(), strict=True):
+        bottom = dict.fromkeys(columns, 0.0)
+        for kind in [*KINDS, "everything else"]:
+            heights = [columns[name][kind] for name in columns]
+            axis.bar(list(columns), heights, bottom=list(bottom.values()), label=kind)
+            bottom = {name: bottom[name] + columns[name][kind] for name in columns}
+        axis.set_title(title, fontsize=8)
+        axis.tick_params(labelsize=7)
+    axes[0][0].set_ylabel("ms of one step, profiled", fontsize=8)
+    axes[0][-1].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", default=",".join(ENCODERS), help=f"of {','.join(ENCODERS)}")
+    parser.add_argument("--dtype", default="float32", help="float32,bfloat16; bfloat16 is autocast")
+    parser.add_argument("--batch", type=int, help="default: 16 on a CPU, 128 on a GPU")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--columns", help=f"of {','.join(NAMES)}; default: all, compiled ones on a GPU only")
+    parser.add_argument("--update", action="store_true", help="clip to 5 and update with fused AdamW in every step")
+    parser.add_argument("--seconds", type=float, default=120, help="of timing per encoder and dtype")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="profile dense and accelerated, and draw where their time goes (CPU)")
+    args = parser.parse_args(argv)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    batch = args.batch or (128 if device == "cuda" else 16)
+    wanted = args.columns.split(",") if args.columns else [n for n in NAMES if device == "cuda" or "compiled" not in n]
+    rows: list[dict[str, Any]] = []
+    profiles: dict[str, dict[str, dict[str, float]]] = {}
+    for encoder in args.encoder.split(","):
+        for dtype in args.dtype.split(","):
+            if encoder not in ENCODERS or dtype not in ("float32", "bfloat16"):
+                parser.error(f"unknown encoder or dtype: {encoder}, {dtype}")
+            case = build(SHAPES[encoder], getattr(torch, dtype), batch, device, args.update)
+            case.columns = {n: column for n, column in case.columns.items() if n in {"dense", *wanted}}
+            title = f"{encoder}, {dtype}, batch {batch}, {device}"
+            print(f"\n{title}", flush=True)
+            wrong, peaks = check(case)
+            if wrong:
+                print("The columns disagree; no speed is given.", *wrong, sep="\n  ")
+                return 1
+            rows += (new := measure(case, args.seconds, peaks))
+            print(table(new), flush=True)
+            if args.plot and device == "cpu":
+                profiles[title] = {name: where(case.step(name)) for name in ("dense", "accelerated")}
+            torch.compiler.reset()
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n")
+    if args.plot and profiles:
+        plot(profiles, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

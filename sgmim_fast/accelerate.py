@@ -1,0 +1,60 @@
+"""`accelerate`: the same timm encoder, computed faster."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import nn
+
+from sgmim_fast import backends, blocks
+
+_logger = logging.getLogger("sgmim_fast")
+_said: set[str] = set()
+
+
+def accelerate(encoder: nn.Module) -> nn.Module:
+    """Makes the blocks of a timm Swin, SwinV2, BEiT or ViT compute the same function through fused ops.
+
+    The window attention runs without rolled or partitioned copies and without a mask in memory, LayerNorm and GELU are
+    computed again in the backward instead of kept, and float32 products go through the fastest library of the CPU.
+    Parameters, buffers, names and the state dict stay; so do drop path, gradient checkpointing, autocast, training and
+    evaluation, torch.compile, deepcopy and pickle (which needs this package where it is read). What differs: a second
+    derivative raises, and results agree to rounding, not to the bit.
+
+    It changes the class of each block it recognises, exactly timm's own, and nothing else. At each call a block looks
+    whether what it bypasses is still timm's: with hooks, adapters, attention or projection dropout at work, attention
+    masks, norms of queries and keys or another activation, that half of it runs as timm has it. So does everything on a
+    GPU, for which no kernel has been measured yet.
+
+    Args:
+        encoder: any module with such blocks: what `create_encoder` made, a timm model, or a model around one. It is
+            changed in place. Fine-tuning without masks works too.
+
+    Returns:
+        `encoder`. What it does not recognise it leaves as it is; that, and where the C++ library is missing, is logged
+        once (logger "sgmim_fast", a warning).
+    """
+    usable, reason = backends.can_run("window_attention", "cpu")
+    if not usable and backends.forced() is None:
+        _say(f"accelerate leaves encoders as they are: {reason}")
+        return encoder
+    name = type(getattr(encoder, "model", encoder)).__name__
+    found = False
+    for module in encoder.modules():
+        fast = blocks.FAST.get(type(module))
+        if fast is not None:
+            module.__class__ = fast
+        if isinstance(module, tuple(blocks.FAST.values())):
+            found = True
+            for part, why in module.reasons().items():
+                if why and why != "dropout":  # which evaluation turns off
+                    _say(f"accelerate leaves the {part} of {name}'s {type(module).__name__} as it is: {why}")
+    if not found:
+        _say(f"accelerate leaves {name} as it is: it has no block of timm's Swin, SwinV2, BEiT or ViT")
+    return encoder
+
+
+def _say(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        _logger.warning(message)

@@ -1,0 +1,291 @@
+"""timm's blocks computing the same function through this project's ops.
+
+Each class derives from timm's and has its parameters, buffers and children: `accelerate` gives a module the class, and
+taking it away again is all it needs to undo that. Every forward looks first at what it is about to bypass. A child that
+is not timm's own (a hook, an adapter, a dropout at work, another activation) is called as timm would, one half of the
+block at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from timm.layers import Attention, LayerNorm, Mlp
+from timm.layers.activations import GELU
+from timm.models import beit, swin_transformer, swin_transformer_v2, vision_transformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sgmim_fast import backends, ops
+
+
+def _changed(module: nn.Module | None, *types: type) -> str:
+    """Why the module's own forward may not be bypassed: it is not exactly of one of the types, or has hooks."""
+    if type(module) not in types:
+        return f"{type(module).__name__} in place of {types[0].__name__}"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"hooks on a {types[0].__name__}"
+    return ""
+
+
+def _active(dropout: nn.Module | None) -> str:
+    """Dropout that does something."""
+    if type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not (dropout.training and dropout.p)):
+        return ""
+    return "dropout"
+
+
+def _norm(norm: nn.Module) -> str:
+    if why := _changed(norm, nn.LayerNorm, LayerNorm):
+        return why
+    if norm.weight is None or norm.bias is None or len(norm.normalized_shape) != 1:
+        return "a LayerNorm without weight and bias of a vector"
+    return "timm's fast norm" if getattr(norm, "_fast_norm", False) else ""
+
+
+def _first(reasons: Iterable[str]) -> str:
+    return next(filter(None, reasons), "")
+
+
+def mlp_reason(norm: nn.Module | None, mlp: nn.Module) -> str:
+    """Why norm and MLP cannot be one op; "" if they can. A norm of None is left out."""
+    if why := _changed(mlp, Mlp):
+        return why
+    if type(mlp.act) is nn.GELU and mlp.act.approximate != "none":
+        return "an approximate GELU"
+    return _first(
+        (
+            "" if norm is None else _norm(norm),
+            _changed(mlp.fc1, nn.Linear),
+            _changed(mlp.act, nn.GELU, GELU),
+            _active(mlp.drop1),
+            _changed(mlp.norm, nn.Identity),
+            _changed(mlp.fc2, nn.Linear),
+            _active(mlp.drop2),
+            "" if mlp.fc1.bias is not None and mlp.fc2.bias is not None else "an MLP without bias",
+        )
+    )
+
+
+def _attention_reason(norm: nn.Module | None, attn: nn.Module, kind: type, *identities: str) -> str:
+    if why := _changed(attn, kind):
+        return why
+    scale = (attn.qkv.weight.shape[0] // 3 // attn.num_heads) ** -0.5 if type(attn.qkv) is nn.Linear else None
+    return _first(
+        (
+            "" if norm is None else _norm(norm),
+            _changed(attn.qkv, nn.Linear),
+            _active(attn.attn_drop),
+            _changed(attn.proj, nn.Linear),
+            _active(attn.proj_drop),
+            *(_changed(getattr(attn, name, None), nn.Identity) for name in identities),
+            "gated attention" if getattr(attn, "gate", None) is not None else "",
+            "another scale of the attention" if getattr(attn, "scale", scale) != scale else "",
+        )
+    )
+
+
+def norm_mlp(x: Tensor, norm: nn.LayerNorm | None, mlp: Mlp) -> Tensor:
+    layers = mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
+    if norm is None:
+        return ops.norm_mlp(x, *layers)
+    return ops.norm_mlp(x, *layers, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps)
+
+
+def norm_linear(x: Tensor, norm: nn.LayerNorm | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if norm is None:
+        return ops.norm_linear(x, weight, bias)
+    return ops.norm_linear(x, weight, bias, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps)
+
+
+def here(x: Tensor) -> bool:
+    """Only the C++ kernels have been measured to be a win so far: elsewhere timm's own forward runs."""
+    return x.device.type == "cpu" and _can_be_forced()
+
+
+@torch.compiler.assume_constant_result
+def _can_be_forced() -> bool:
+    """Whether the forced backend, if there is one, has a window attention; where it has none, timm's forward runs."""
+    forced = backends.forced()
+    return forced in (None, "torch") or forced in backends.MODULES["window_attention"]
+
+
+class _SwinHalves:
+    """What both Swin blocks share."""
+
+    def _size_fits(self, x: Tensor) -> bool:
+        return getattr(self, "dynamic_mask", False) or tuple(x.shape[1:3]) == tuple(self.input_resolution)
+
+    def _windows(self, qkv: Tensor, bias: Tensor, pad: Tensor | None, logit_scale: Tensor | None = None) -> Tensor:
+        (height, width), window = qkv.shape[1:3], self.window_size
+        return ops.window_attention(
+            qkv,
+            self.attn.num_heads,
+            window,
+            self.shift_size,
+            bias=bias,
+            index=self.attn.relative_position_index,
+            logit_scale=logit_scale,
+            pad=pad if height % window[0] or width % window[1] else None,
+        )
+
+
+class SwinTransformerBlock(_SwinHalves, swin_transformer.SwinTransformerBlock):
+    """Swin: norm1 and qkv, window attention, projection; norm2 and MLP."""
+
+    def reasons(self) -> dict[str, str]:
+        """Why each half runs as timm's; "" where it is fused."""
+        return {
+            "attention": _attention_reason(self.norm1, self.attn, swin_transformer.WindowAttention),
+            "mlp": mlp_reason(self.norm2, self.mlp),
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not here(x):
+            return super().forward(x)
+        reasons, attn = self.reasons(), self.attn
+        if reasons["attention"] or not self._size_fits(x):
+            attended = self._attn(self.norm1(x))
+        else:
+            qkv = norm_linear(x, self.norm1, attn.qkv.weight, attn.qkv.bias)
+            attended = self._windows(qkv, attn.relative_position_bias_table, attn.qkv.bias)
+            attended = norm_linear(attended, None, attn.proj.weight, attn.proj.bias)
+        x = x + self.drop_path1(attended)
+        flat = x.flatten(1, 2)
+        flat = flat + self.drop_path2(
+            self.mlp(self.norm2(flat)) if reasons["mlp"] else norm_mlp(flat, self.norm2, self.mlp)
+        )
+        return flat.view(x.shape)
+
+
+class SwinTransformerV2Block(_SwinHalves, swin_transformer_v2.SwinTransformerV2Block):
+    """SwinV2: qkv, window attention on cosines, projection, norm1; MLP, norm2."""
+
+    def reasons(self) -> dict[str, str]:
+        return {
+            "attention": _attention_reason(None, self.attn, swin_transformer_v2.WindowAttention),
+            "mlp": mlp_reason(None, self.mlp),
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not here(x):
+            return super().forward(x)
+        reasons = self.reasons()
+        attended = self._attn(x) if reasons["attention"] or not self._size_fits(x) else self._fused(x)
+        x = x + self.drop_path1(self.norm1(attended))
+        flat = x.flatten(1, 2)
+        flat = flat + self.drop_path2(self.norm2(self.mlp(flat) if reasons["mlp"] else norm_mlp(flat, None, self.mlp)))
+        return flat.view(x.shape)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        attn = self.attn
+        bias = None if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+        table = 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads))
+        qkv = norm_linear(x, None, attn.qkv.weight, bias)
+        return norm_linear(
+            self._windows(qkv, table, bias, attn.logit_scale.flatten()), None, attn.proj.weight, attn.proj.bias
+        )
+
+
+class PatchMerging(swin_transformer.PatchMerging):
+    """Swin's: the norm and the reduction as one op, behind timm's gather of 2 x 2 neighbours."""
+
+    def reasons(self) -> dict[str, str]:
+        return {"reduction": _norm(self.norm) or _changed(self.reduction, nn.Linear)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not here(x) or any(self.reasons().values()):
+            return super().forward(x)
+        return norm_linear(_neighbours(x), self.norm, self.reduction.weight, self.reduction.bias)
+
+
+class PatchMergingV2(swin_transformer_v2.PatchMerging):
+    """SwinV2's: the norm comes after the reduction."""
+
+    def reasons(self) -> dict[str, str]:
+        return {"reduction": _changed(self.reduction, nn.Linear)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not here(x) or any(self.reasons().values()):
+            return super().forward(x)
+        return self.norm(norm_linear(_neighbours(x), None, self.reduction.weight, self.reduction.bias))
+
+
+def _neighbours(x: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, H / 2, W / 2, 4 C), neighbours (0, 0), (1, 0), (0, 1), (1, 1); an odd side is padded."""
+    x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+    return x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
+
+
+def _one_window(
+    x: Tensor, norm: nn.Module, attn: nn.Module, qkv_bias: Tensor | None, bias: Tensor | None, index: Tensor | None
+) -> Tensor:
+    """Attention of all tokens (B, N, C) over all of them, with the norm before and the projection behind it."""
+    qkv = norm_linear(x, norm, attn.qkv.weight, qkv_bias).unsqueeze(1)
+    out = ops.window_attention(qkv, attn.num_heads, (1, x.shape[1]), bias=bias, index=index)
+    return norm_linear(out.squeeze(1), None, attn.proj.weight, attn.proj.bias)
+
+
+class BeitBlock(beit.Block):
+    """BEiT: norm1 and qkv, attention over all tokens with relative position bias, projection; norm2 and MLP."""
+
+    def reasons(self) -> dict[str, str]:
+        return {
+            "attention": _attention_reason(self.norm1, self.attn, beit.Attention),
+            "mlp": mlp_reason(self.norm2, self.mlp),
+        }
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        if not here(x):
+            return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
+        reasons = self.reasons()
+        if reasons["attention"]:
+            attended = self.attn(self.norm1(x), shared_rel_pos_bias=shared_rel_pos_bias)
+        else:
+            attended = self._fused(x, shared_rel_pos_bias)
+        x = x + self.drop_path1(attended if self.gamma_1 is None else self.gamma_1 * attended)
+        hidden = self.mlp(self.norm2(x)) if reasons["mlp"] else norm_mlp(x, self.norm2, self.mlp)
+        return x + self.drop_path2(hidden if self.gamma_2 is None else self.gamma_2 * hidden)
+
+    def _fused(self, x: Tensor, shared: Tensor | None) -> Tensor:
+        attn = self.attn
+        qkv_bias = None if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+        bias, index = attn.relative_position_bias_table, attn.relative_position_index
+        if shared is not None:
+            shared = shared.view(shared.shape[-3:])
+            bias, index = shared if bias is None else attn._get_rel_pos_bias().squeeze(0) + shared, None
+        return _one_window(x, self.norm1, attn, qkv_bias, bias, index)
+
+
+class ViTBlock(vision_transformer.Block):
+    """ViT: norm1 and qkv, attention over all tokens, projection; norm2 and MLP."""
+
+    def reasons(self) -> dict[str, str]:
+        return {
+            "attention": _attention_reason(self.norm1, self.attn, Attention, "q_norm", "k_norm", "norm"),
+            "mlp": mlp_reason(self.norm2, self.mlp),
+        }
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if not here(x) or attn_mask is not None or is_causal:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        reasons, attn = self.reasons(), self.attn
+        if reasons["attention"]:
+            attended = attn(self.norm1(x))
+        else:
+            attended = _one_window(x, self.norm1, attn, attn.qkv.bias, None, None)
+        x = x + self.drop_path1(self.ls1(attended))
+        hidden = self.mlp(self.norm2(x)) if reasons["mlp"] else norm_mlp(x, self.norm2, self.mlp)
+        return x + self.drop_path2(self.ls2(hidden))
+
+
+# timm's class -> ours
+FAST: dict[type[nn.Module], type[nn.Module]] = {
+    swin_transformer.SwinTransformerBlock: SwinTransformerBlock,
+    swin_transformer.PatchMerging: PatchMerging,
+    swin_transformer_v2.SwinTransformerV2Block: SwinTransformerV2Block,
+    swin_transformer_v2.PatchMerging: PatchMergingV2,
+    beit.Block: BeitBlock,
+    vision_transformer.Block: ViTBlock,
+}

@@ -1,0 +1,108 @@
+"""`norm_mlp` against LayerNorm, linear, GELU and linear in plain PyTorch."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from checks import assert_close_to_truth, gradcheck64, gradients, in_dtype, opcheck
+from hypothesis import given
+from hypothesis import strategies as st
+from packed import bias, matrix, norm_weight
+from torch.nn import functional as F
+
+from sgmim_fast.ops import norm_mlp, products
+from sgmim_fast.ops.norm_mlp import _op
+
+NAMES = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "norm_weight", "norm_bias")
+EPS = 1e-6
+
+
+def inputs(rows=(2, 5), width=24, hidden=40, out=16, norm=True):
+    """float64"""
+    return [
+        torch.randn(*rows, width, dtype=torch.float64) + 0.5,
+        *(matrix(hidden, width), bias(hidden), matrix(out, hidden), bias(out)),
+        norm_weight(width) if norm else None,
+        bias(width) if norm else None,
+    ]
+
+
+def plain(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias):
+    if norm_weight is not None:
+        x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, EPS)
+    return F.linear(F.gelu(F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+
+
+def ours(x, *tensors):
+    *layers, norm_weight, norm_bias = tensors
+    return norm_mlp(x, *layers, norm_weight=norm_weight, norm_bias=norm_bias, eps=EPS)
+
+
+def check(place, tensors, dtype, autocast=False) -> None:
+    tensors = [None if t is None else t.to(place.device) for t in tensors]
+    low = in_dtype(tensors, torch.float32 if autocast else dtype)
+    exact = in_dtype(low, torch.float64)
+    cotangent = torch.randn_like(plain(*tensors)).to(dtype).double()
+    with torch.autocast(place.device, dtype) if autocast else contextlib.nullcontext():
+        actual, usual = (gradients(function, low, cotangent) for function in (ours, plain))
+    truth = gradients(plain, exact, cotangent)
+    names = ["result", *(name for name, t in zip(NAMES, low, strict=True) if t is not None)]
+    assert actual[0].dtype == dtype and [g.dtype for g in actual[1]] == [t.dtype for t in low if t is not None]
+    for name, *three in zip(names, *([r, *g] for r, g in (actual, usual, truth)), strict=True):
+        assert_close_to_truth(*three, name)
+
+
+@given(
+    rows=st.tuples(st.integers(1, 3), st.integers(1, 9)),
+    width=st.integers(8, 70),
+    hidden=st.integers(8, 70),
+    norm=st.booleans(),
+)
+def test_float32(place, rows, width, hidden, norm):
+    check(place, inputs(rows, width, hidden, norm=norm), torch.float32)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("computed_in", [torch.float32, torch.bfloat16])
+def test_bfloat16(place, norm, autocast, computed_in):
+    with products.compute_bfloat16_in(computed_in):
+        check(place, inputs((2, 3, 8), 48, norm=norm), torch.bfloat16, autocast)
+
+
+@pytest.mark.parametrize("wanted", [[0], [1], [2], [3], [4], [6], [1, 3]])
+def test_partial_gradients(place, wanted):
+    low = [t.to(place.device, torch.float32) for t in inputs()]
+    _, complete = gradients(ours, low, torch.ones(2, 5, 16, device=place.device))
+    for i in wanted:
+        low[i].requires_grad_()
+    ours(*low).sum().backward()
+    for i, grad in enumerate(complete):
+        assert (low[i].grad is None) == (i not in wanted)
+        if i in wanted:
+            torch.testing.assert_close(low[i].grad, grad)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_gradcheck_and_opcheck(place, norm):
+    tensors = inputs((1, 3), 5, 6, 4, norm=norm)
+    if place.backend == "torch":
+        gradcheck64(ours, [None if t is None else t.to(place.device) for t in tensors])
+    x, *rest = [None if t is None else t.to(place.device, torch.float32).requires_grad_() for t in tensors]
+    opcheck(_op.overload, (x.detach()[0].requires_grad_(), *rest, EPS, None))
+
+
+def test_errors():
+    x, *layers, scale, _ = inputs()
+    with pytest.raises(ValueError, match=r"fc1_weight has shape \(40, 23\); expected .* = \(\*, 24\)"):
+        norm_mlp(x, layers[0][:, :23], *layers[1:])
+    with pytest.raises(ValueError, match=r"fc2_weight has shape \(16, 39\); expected .* = \(\*, 40\)"):
+        norm_mlp(x, layers[0], layers[1], layers[2][:, :39], layers[3])
+    with pytest.raises(ValueError, match=r"fc2_bias has shape \(15,\); expected .* = \(16\)"):
+        norm_mlp(x, *layers[:3], layers[3][:15])
+    with pytest.raises(ValueError, match=r"norm_weight and norm_bias: expected both or neither"):
+        norm_mlp(x, *layers, norm_weight=scale)
+    with pytest.raises(TypeError, match=r"x has dtype torch.float32 and fc1_weight torch.float64"):
+        norm_mlp(x.float(), *layers)

@@ -40,7 +40,7 @@ TUNED = Path(__file__).with_name("tuned")  # sm_XX.json: an architecture's own, 
 # (kernel, bytes of an operand's element) -> bytes that a thread may spill to its stack; every other kernel spills none.
 STACK = {
     ("layer_norm._backward_kernel", 2): 8,
-    ("products._product_kernel", 2): 24,
+    ("products._product_kernel", 2): 80,
     ("products._product_kernel", 4): 16,
     ("relational_guidance._backward_kernel", 4): 288,
     ("structure_embed._backward_kernel", 2): 48,

@@ -80,7 +80,7 @@ def _product_kernel(
 
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if KIND == WEIGHT and sums is not None:
-        ones = tl.full([BLOCK_K, 16], 1.0, DTYPE)
+        ones = cast(tl.full([BLOCK_K, 16], 1.0, tl.float32), DTYPE)
         bias_total = tl.zeros([BLOCK_M, 16], tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)

@@ -1,8 +1,7 @@
 """`relational_guidance` in Triton: one attention kernel each way, between products with their epilogues.
 
-Cost at Swin-B, B = 128 (1792 visible rows, 2817 keys, C = 1024), half precision, launches and bytes of activations:
-forward 9 launches (weights' cast, two norms, q|k|v, attention, projection, norm, two of the MLP) and about 75 MB;
-backward 13 and about 190 MB; estimated by hand, not measured.
+Cost in half precision: forward 8 launches (weights' copies, two norms in one, q|k|v, attention, projection, norm, two of
+the MLP), backward 11 and a fill; `benchmarks/model.py` has bytes and predicted times, none is measured yet.
 """
 
 from __future__ import annotations
@@ -170,7 +169,7 @@ def _options(q: Tensor, heads: int, cells: int, keep: bool, backward: bool) -> d
         "BLOCK_M": min(block, 32),
         "BLOCK_N": block,
         "PRECISION": tf32(),
-        "num_warps": 8 if backward else 4,
+        "num_warps": 8 if backward or not half else 4,
         "num_stages": 2,
     }
 

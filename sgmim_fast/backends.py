@@ -189,8 +189,8 @@ def implementation(op: str, part: str, backend: str) -> Callable[..., Any]:
 def _say_untested() -> None:
     """Until results of a GPU are in benchmarks/results."""
     logging.getLogger("sgmim_fast").warning(
-        "these GPU kernels have passed their tests off a GPU only: `python benchmarks/gpu_suite.py` runs them on yours, "
-        "and SGMIM_FAST_BACKEND=torch does without them"
+        "these GPU kernels have passed their tests off a GPU only: `python benchmarks/gpu_suite.py` runs them on yours,"
+        " and SGMIM_FAST_BACKEND=torch does without them"
     )
 
 

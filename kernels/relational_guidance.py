@@ -1,7 +1,7 @@
 """`relational_guidance` in Triton: one attention kernel each way, between products with their epilogues.
 
-Cost in half precision: forward 8 launches (weights' copies, two norms in one, q|k|v, attention, projection, norm, two of
-the MLP), backward 11 and a fill; `benchmarks/model.py` has bytes and predicted times, none is measured yet.
+Cost in half precision: forward 8 launches (weights' copies, two norms in one, q|k|v, attention, projection, norm, two
+of the MLP), backward 11 and a fill; `benchmarks/model.py` has bytes and predicted times, none is measured yet.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the ops' tests run the kernels on the GPU"),
 ]
 HERE = Path(__file__).parent
-# A part of what `TRITON_INTERPRET=1 python -m pytest -k triton-cpu` runs, which takes a quarter of an hour: file -> tests.
+# File -> tests: a part of `TRITON_INTERPRET=1 python -m pytest -k triton-cpu`, which takes a quarter of an hour.
 PARTS = {
     "gather_patches": "",
     "standardize_structure": "",

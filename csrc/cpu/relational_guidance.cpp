@@ -7,13 +7,8 @@
 #include "cpu/launch.h"
 
 #include <cmath>
-#undef SGMIM_THIS_FILE
-#define SGMIM_THIS_FILE "cpu/relational_guidance.cpp"
-#include "cpu/foreach_isa.h"
-#include "cpu/vec.h"
-#include "cpu/norm_row.h"
-#include "cpu/small_product.h"
 
+// Here, outside any instruction set, because of its inline functions.
 #ifndef SGMIM_ATTENTION_SHAPE
 #define SGMIM_ATTENTION_SHAPE
 namespace sgmim {
@@ -30,6 +25,13 @@ struct AttentionShape {
 };
 }  // namespace sgmim
 #endif
+
+#undef SGMIM_THIS_FILE
+#define SGMIM_THIS_FILE "cpu/relational_guidance.cpp"
+#include "cpu/foreach_isa.h"
+#include "cpu/vec.h"
+#include "cpu/norm_row.h"
+#include "cpu/small_product.h"
 
 namespace sgmim {
 namespace SGMIM_ISA {

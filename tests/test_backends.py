@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -233,3 +234,47 @@ def test_every_instruction_set_gives_the_same(tmp_path):
     for other in results[1:]:
         for name, expected in results[0].items():
             assert (other[name] - expected).norm() <= 1e-5 * expected.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "reason"),
+    [
+        ("3.4.0", (8, 0), ""),
+        ("3.10.1+git0", (9, 0), ""),
+        ("3.3.1", (9, 0), "triton is 3.3.1; expected 3.4 or newer"),
+        (None, (9, 0), "triton is not installed"),
+        ("3.9.0", (7, 5), "the GPU is older than compute capability 8.0"),
+    ],
+    ids=str,
+)
+def test_triton_missing_or_too_old(monkeypatch, caplog, version, capability, reason):
+    """On a GPU: one line, and the next backend."""
+
+    def installed(name):
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    with caplog.at_level("WARNING", logger="sgmim_fast"):
+        assert backends._triton() == (not reason, reason)
+    assert [record.getMessage() for record in caplog.records] == (
+        [f"the Triton backend is left out: {reason}"] if reason else []
+    )
+
+
+def test_order_on_a_gpu(monkeypatch, caplog):
+    """CUDA C++ where it can run, else Triton, else plain PyTorch; kernels that no GPU has run yet say so once."""
+    able = {"cuda", "triton", "torch"}
+    monkeypatch.setattr(backends, "can_run", lambda op, name, *args, part: (name in able, "made up"))
+    monkeypatch.setattr(backends, "implementation", lambda op, part, name: name)
+    backends._say_untested.cache_clear()
+    with caplog.at_level("WARNING", logger="sgmim_fast"):
+        for name in ("cuda", "triton", "torch"):
+            for _ in range(2):
+                assert backends.choose("linear_l1", "forward", "cuda", []) == name
+            able.discard(name)
+    assert len(caplog.records) == 1 and "gpu_suite.py" in caplog.records[0].getMessage()
+    backends._say_untested.cache_clear()

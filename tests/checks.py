@@ -7,6 +7,7 @@ masks and counts are compared bit for bit, by `torch.equal`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -89,3 +90,32 @@ def gradients(
 def in_dtype(inputs: Sequence[Any], dtype: torch.dtype) -> list[Any]:
     """The inputs with every floating-point tensor converted."""
     return [t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]
+
+
+def check_op(
+    ours: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    names: Sequence[str],
+    place: Any,
+    tensors: Sequence[Tensor | None],
+    dtype: torch.dtype,
+    autocast: bool = False,
+) -> None:
+    """Result and gradients of an op in `dtype`, or under autocast to it, by the tolerance policy.
+
+    Args:
+        ours, plain: the op and plain PyTorch, of the same tensors.
+        names: of the tensors, for the message.
+        place: where it runs, see conftest.
+        tensors: float64; None where an argument is left out.
+    """
+    tensors = [None if t is None else t.to(place.device) for t in tensors]
+    low = in_dtype(tensors, torch.float32 if autocast else dtype)
+    cotangent = torch.randn_like(plain(*tensors)).to(dtype).double()
+    with torch.autocast(place.device, dtype) if autocast else contextlib.nullcontext():
+        actual, usual = (gradients(function, low, cotangent) for function in (ours, plain))
+    truth = gradients(plain, in_dtype(low, torch.float64), cotangent)
+    names = ["result", *(name for name, t in zip(names, low, strict=True) if t is not None)]
+    assert actual[0].dtype == dtype and [g.dtype for g in actual[1]] == [t.dtype for t in low if t is not None]
+    for name, *three in zip(names, *([r, *g] for r, g in (actual, usual, truth)), strict=True):
+        assert_close_to_truth(*three, name)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+from functools import partial
 
 import pytest
 import torch
-from checks import assert_close_to_truth, gradcheck64, gradients, in_dtype, opcheck
+from checks import check_op, gradcheck64, gradients, opcheck
 from hypothesis import given
 from hypothesis import strategies as st
 from packed import bias, matrix, norm_weight
@@ -40,18 +40,7 @@ def ours(x, weight, bias, norm_weight, norm_bias):
     return norm_linear(x, weight, bias, norm_weight=norm_weight, norm_bias=norm_bias, eps=EPS)
 
 
-def check(place, tensors, dtype, autocast=False) -> None:
-    tensors = [None if t is None else t.to(place.device) for t in tensors]
-    low = in_dtype(tensors, torch.float32 if autocast else dtype)
-    exact = in_dtype(low, torch.float64)
-    cotangent = torch.randn_like(plain(*tensors)).to(dtype).double()
-    with torch.autocast(place.device, dtype) if autocast else contextlib.nullcontext():
-        actual, usual = (gradients(function, low, cotangent) for function in (ours, plain))
-    truth = gradients(plain, exact, cotangent)
-    names = ["result", *(name for name, t in zip(NAMES, low, strict=True) if t is not None)]
-    assert actual[0].dtype == dtype and [g.dtype for g in actual[1]] == [t.dtype for t in low if t is not None]
-    for name, *three in zip(names, *([r, *g] for r, g in (actual, usual, truth)), strict=True):
-        assert_close_to_truth(*three, name)
+check = partial(check_op, ours, plain, NAMES)
 
 
 @given(

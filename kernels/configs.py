@@ -43,6 +43,7 @@ STACK = {
     ("products._product_kernel", 2): 80,
     ("products._product_kernel", 4): 16,
     ("relational_guidance._backward_kernel", 4): 288,
+    ("relational_guidance._forward_kernel", 4): 8,
     ("structure_embed._backward_kernel", 2): 48,
     ("structure_embed._backward_kernel", 4): 400,
 }

@@ -22,8 +22,8 @@ PARTS = {
     "standardize_structure": "",
     "selective_mask": "",
     "masked_patch_embed": "",
-    "linear_l1": "and (value or opcheck or (gradients and (float32 or ragged)))",
-    "relational_guidance": "and (partial or opcheck or not_contiguous)",
+    "linear_l1": "and (value or (gradients and ragged))",
+    "relational_guidance": "and (partial or not_contiguous)",
     "structure_embed": "and (partial or layouts or not_contiguous)",
     "model_places": "",
 }

@@ -6,11 +6,13 @@ nearest, takes integers for the bits of bfloat16 numbers, and multiplies those b
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 from sgmim_fast.kernels.launch import INTERPRETED
 
+TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 

@@ -91,18 +91,6 @@ def fits(*widths: int) -> tuple[bool, str]:
     return widest <= MOST_COLUMNS, f"rows of {widest} numbers; the Triton kernels hold {MOST_COLUMNS} in registers"
 
 
-def cast_all(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The tensors, contiguous and in `dtype`, by one launch for all that are not."""
-    wrong = [i for i, t in enumerate(tensors) if t.dtype != dtype]
-    result = [t.contiguous() for t in tensors]
-    if wrong:
-        copies = [torch.empty_like(result[i], dtype=dtype) for i in wrong]
-        torch._foreach_copy_(copies, [result[i].detach() for i in wrong])
-        for i, copy in zip(wrong, copies, strict=True):
-            result[i] = copy
-    return result
-
-
 def copies_of(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """`ops.products.copies` by one launch: all weights in `dtype`, or [] where they are in it as they are."""
     if all(weight.dtype == dtype for weight in weights):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sgmim_fast.kernels import products
-from sgmim_fast.kernels.launch import cast_all, fits, on_device, supported
+from sgmim_fast.kernels.launch import fits, on_device, supported
 from sgmim_fast.kernels.layer_norm import Norm, NormGradient, layer_norm, layer_norm_backward
 from sgmim_fast.kernels.sums import Sum, column_sums, finish
 from sgmim_fast.ops import products as library
@@ -36,7 +36,7 @@ def forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Cost: reads the visible patches, writes them packed, embedded and in place; at most 6 launches."""
     pixels = patches(x, weight, visible, dtype)
-    (w,) = cast_all([weight.flatten(1)], pixels.dtype)
+    w = weight.flatten(1).to(pixels.dtype).contiguous()
     tokens = products.linears([pixels], [w])[0] if bias is None else products.linear(pixels, w, bias)
     shape, visible = output_shape(x, weight), visible.contiguous()
     out = mask_token.to(dtype or x.dtype).repeat(shape[0] * shape[1], 1)

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sgmim_fast.kernels import configs
-from sgmim_fast.kernels.arithmetic import cast, dot, gelu, gelu_derivative
+from sgmim_fast.kernels.arithmetic import TYPES, cast, dot, gelu, gelu_derivative
 from sgmim_fast.kernels.launch import launch, target, tf32
 from sgmim_fast.kernels.sums import Sum, column_sums
 from sgmim_fast.kernels.sums import finish as finish_sums
@@ -162,9 +162,6 @@ def _epilogue_kernel(
     tl.store(c + at, cast(total, c.dtype.element_ty), mask=inside)
 
 
-_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
 def fused(dtype: torch.dtype) -> bool:
     """Whether products of this dtype go through the kernel here; else through torch."""
     wanted = _wanted()
@@ -234,7 +231,7 @@ def _run(
         ins,
         outs,
         KIND=kind,
-        DTYPE=_TYPES[dtype],
+        DTYPE=TYPES[dtype],
         GELU=before is not None,
         PRECISION=tf32(),
         BLOCK_M=config.block_m,

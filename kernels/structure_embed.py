@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sgmim_fast.kernels import products
-from sgmim_fast.kernels.arithmetic import cast, dot
+from sgmim_fast.kernels.arithmetic import TYPES, cast, dot
 from sgmim_fast.kernels.launch import copies_of, fits, launch, on_device, rows_per_program, supported, tf32
 from sgmim_fast.kernels.layer_norm import Norm, NormGradient, layer_norm, layer_norm_backward
 from sgmim_fast.kernels.sums import Sum, finish
@@ -24,8 +24,6 @@ from sgmim_fast.ops import products as library
 from sgmim_fast.ops._op import absent
 from sgmim_fast.ops.gather_patches import gather_patches_backward
 from sgmim_fast.ops.structure_embed import Saved, StructureParameters, per_cell, storage_dtype
-
-_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit
@@ -201,7 +199,7 @@ def _shape(structure: Tensor, rows: Tensor, w: StructureParameters, cell: int, d
         "ROWS": 8 if block_d <= 64 else 4,
         "BLOCK_K": max(triton.next_power_of_2(channels * patch * patch), 16),
         "BLOCK_D": block_d,
-        "DTYPE": _TYPES[dtype],
+        "DTYPE": TYPES[dtype],
         "PRECISION": tf32(),
         "num_warps": 8 if block_d <= 256 else 16,
     }

@@ -44,10 +44,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "data": {"scenes": 1600, "size": 96},
         "mask": {"unit": 16},
         "optim": {
-            **{"epochs": 4, "batch": 16, "lr": 2e-3 * 32, "warmup_lr": 1e-4, "min_lr": 1e-4},
-            **{"schedule": "cosine", "warmup_epochs": 0.3},
+            **{"epochs": 8, "batch": 16, "lr": 2e-3 * 32, "warmup_lr": 1e-4, "min_lr": 1e-4},
+            **{"schedule": "cosine", "warmup_epochs": 0.5},
         },
-        "run": {"log_every": 20, "checkpoint_every": 100, "pictures_every": 100},
+        "run": {"log_every": 20, "checkpoint_every": 200, "pictures_every": 200},
     },
 }
 

@@ -9,7 +9,9 @@ import os
 import re
 import shutil
 import signal
+import tarfile
 
+import numpy as np
 import pytest
 import torch
 
@@ -297,6 +299,7 @@ WRONG = [
     ([], {"optim__batch": 64}, "the data has 32 images, fewer than the 64 of a step"),
     ([], {"data__scenes": 0}, "the images come from none of"),
     (["--images=here"], {}, "the images come from several of"),
+    (["--images=nowhere", "--structure=nowhere"], {"data__scenes": 0}, "nowhere"),
     (["--precision=half"], {}, "expected one of float32, bfloat16, float16"),
     (["--checkpoint=best"], {}, "--checkpoint goes with --resume"),
     (["--resume=nowhere"], {}, "nowhere has no checkpoint"),
@@ -351,3 +354,55 @@ def test_dry_run_checks_and_draws(tmp_path, capsys):
     assert pretrain(tmp_path, "--dry-run") == 0
     assert "settings and data fit" in capsys.readouterr().out
     assert (tmp_path / "pairs.png").is_file() and not (tmp_path / "checkpoints").exists()
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Eight photographs and their maps, one of which has unknown pixels; a photograph without a map; a torn one."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for folder in ("images/a", "maps/a"):
+        (tmp_path / folder).mkdir(parents=True)
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 255, (70, 90, 3), dtype=np.uint8)).save(tmp_path / f"images/a/{i}.jpg")
+        np.save(tmp_path / f"maps/a/{i}.npy", rng.random((70, 90), dtype=np.float32))
+    depth = np.load(tmp_path / "maps/a/0.npy")
+    depth[:20] = np.nan
+    np.save(tmp_path / "maps/a/0.npy", depth)
+    (tmp_path / "images" / "alone.png").write_bytes((tmp_path / "images/a/0.jpg").read_bytes())
+    (tmp_path / "images/a/3.jpg").write_bytes(b"torn")
+    return tmp_path
+
+
+def test_folders_of_photographs(folders, capsys):
+    """With a broken file, in bfloat16, and then as a picture of them."""
+    words = [f"--images={folders / 'images'}", f"--structure={folders / 'maps'}", "--precision=bfloat16"]
+    assert pretrain(folders / "run", *words, data__scenes=0) == 0
+    out = capsys.readouterr().out
+    assert "8 pairs" in out and "1 images without a map (alone.png)" in out
+    assert "alone.png" in (folders / "run" / "data-report.txt").read_text()
+    assert "3.jpg" in (folders / "run" / "skipped-files.txt").read_text()
+    line = log.read(folders / "run")[-1]
+    assert math.isfinite(line["loss"]) and line["skipped_steps"] == 0 and line["skipped_files"] >= 1
+    assert cli.main(["reconstruct", str(folders / "run"), str(folders / "seen.png"), *words[:2], "--count=3"]) == 0
+    assert (folders / "seen.png").is_file()
+    assert (
+        cli.main(["pretrain", "--preset=swin_base_100ep", "--dry-run", f"--images={folders / 'maps'}", words[1]]) == 2
+    )
+    err = capsys.readouterr().err
+    assert str(folders / "maps") in err and err.count("\n") == 1
+
+
+def test_shards(folders):
+    pytest.importorskip("webdataset", reason="shards need the extra [train]")
+    with tarfile.open(folders / "train-0.tar", "w") as tar:
+        for i in (0, 1, 2, 4, 5, 6, 7):
+            tar.add(folders / f"images/a/{i}.jpg", f"{i}.jpg")
+            tar.add(folders / f"maps/a/{i}.npy", f"{i}.depth.npy")
+    shards = f"--shards={folders / 'train-{0..0}.tar'}"
+    run = folders / "run"
+    assert pretrain(run, shards, data__scenes=0, data__epoch_images=12, run__checkpoint_every=3) == 0
+    assert [line["step"] for line in log.read(run)] == [3, 6]  # two epochs of three steps
+    assert cli.main(["pretrain", f"--resume={run}", "--checkpoint=step-00000003"]) == 0
+    assert log.read(run)[-1]["step"] == 6

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from pretraining import Pairs, arguments, fresh_accelerate, same, tiny, weights
 from safetensors import safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgmim_fast import cli, data
 from sgmim_fast.errors import UserError
@@ -218,6 +219,27 @@ def test_one_step_by_hand(clip):
         torch.testing.assert_close(state[new]["exp_avg"], 0.1 * gradient, rtol=1e-4, atol=1e-7, msg=name)
         expected = old * (1 - 0.01 * decay[id(new)]) - 0.01 * gradient / (gradient.abs() + 1e-8)
         torch.testing.assert_close(new, expected.detach(), rtol=1e-4, atol=2e-6, msg=name)
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for a device: values that Python reads."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_from_the_device():
+    stepper = Stepper(tiny(optim__accumulate=2), Accelerator(), Layout(4, 2), 8)
+    batches = iter([torch.utils.data.default_collate([Pairs()[i] for i in range(4)])] * 4)
+    stepper(0, batches)
+    with Reads() as reads:
+        done = stepper(1, batches)
+        assert reads.count == 0
+        done.values[0].item()
+        assert reads.count == 1
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

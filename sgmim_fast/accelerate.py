@@ -7,6 +7,7 @@ import logging
 from torch import nn
 
 from sgmim_fast import backends, blocks
+from sgmim_fast.encoders import MaskedEncoder
 
 _logger = logging.getLogger("sgmim_fast")
 _said: set[str] = set()
@@ -39,6 +40,8 @@ def accelerate(encoder: nn.Module) -> nn.Module:
         _say(f"accelerate leaves encoders as they are: {reason}")
         return encoder
     name = type(getattr(encoder, "model", encoder)).__name__
+    if getattr(type(encoder), "forward", None) is MaskedEncoder.forward:
+        encoder.visible_stem = True
     found = False
     for module in encoder.modules():
         fast = blocks.FAST.get(type(module))

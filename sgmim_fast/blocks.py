@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from timm.layers import Attention, LayerNorm, Mlp
+from timm.layers import Attention, LayerNorm, Mlp, PatchEmbed
 from timm.layers.activations import GELU
 from timm.models import beit, swin_transformer, swin_transformer_v2, vision_transformer
 from torch import Tensor, nn
@@ -278,6 +278,32 @@ class ViTBlock(vision_transformer.Block):
         x = x + self.drop_path1(self.ls1(attended))
         hidden = self.mlp(self.norm2(x)) if reasons["mlp"] else norm_mlp(x, self.norm2, self.mlp)
         return x + self.drop_path2(self.ls2(hidden))
+
+
+def stem_fits(stem: PatchEmbed, x: Tensor) -> bool:
+    """Whether the stem of images `x` may be computed by `masked_stem`."""
+    p, conv = stem.patch_size[0], stem.proj
+    changed = _first(
+        (
+            _changed(stem, PatchEmbed),
+            _changed(conv, nn.Conv2d),
+            "" if isinstance(stem.norm, nn.Identity) else _norm(stem.norm),
+        )
+    )
+    whole = x.shape[2] % p == 0 and x.shape[3] % p == 0  # else timm pads
+    return here(x) and not changed and whole and conv.kernel_size == conv.stride == (p, p)
+
+
+def masked_stem(stem: PatchEmbed, x: Tensor, mask_token: Tensor, visible: Tensor) -> Tensor:
+    """The stem's tokens, in the shape that it gives them, embedding only the visible patches of (B, C, H, W) images.
+
+    visible: (n,) int64 rows among the B * (H / p) * (W / p) patches. All others are the mask token.
+    """
+    norm = {}
+    if not isinstance(stem.norm, nn.Identity):
+        norm = {"norm_weight": stem.norm.weight, "norm_bias": stem.norm.bias, "eps": stem.norm.eps}
+    tokens = ops.masked_patch_embed(x, stem.proj.weight, stem.proj.bias, mask_token.flatten(), visible, **norm)
+    return tokens if stem.flatten else tokens.unflatten(1, stem.dynamic_feat_size(x.shape[2:]))
 
 
 # timm's class -> ours

@@ -25,6 +25,9 @@ settings.register_profile(
 )
 settings.load_profile("sgmim_fast")
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
+
 
 class TorchRandom:
     """Lets hypothesis seed torch's generator before each example, so that a failure can be repeated."""

@@ -27,44 +27,79 @@ struct Rank {
   int32_t size() const { return size_; }
 };
 
+// A tensor and its packed cells, and the accesses that fit both: run(access, grid) with one of them.
 template <class Element>
-void copy_rows(
-    const sgmim::CellGrid& grid, const py::array_t<int64_t>& cells, void* tensor, void* packed, bool scatter,
-    int32_t threads) {
-  auto *const outside = static_cast<Element*>(tensor), *const inside = static_cast<Element*>(packed);
-  const int32_t per_cell = sgmim::patches_per_cell(grid);
-  for (int64_t row = 0; row < cells.size() * per_cell; ++row)
-    for (int32_t rank = 0; rank < threads; ++rank) {
-      const Rank group{rank, threads};
-      const int64_t cell = cells.data()[row / per_cell];
-      if (scatter)
-        sgmim::copy_patch<true>(group, grid, cell, row, outside, inside);
-      else
-        sgmim::copy_patch<false>(group, grid, cell, row, outside, inside);
+struct Patches {
+  sgmim::CellGrid grid;
+  void *outside, *inside;
+
+  Patches(py::array_t<Element>& tensor, py::array_t<Element>& packed, int32_t cell, int32_t patch, bool zorder) {
+    const auto stride = [&](int axis) { return static_cast<int64_t>(tensor.strides(axis)) / int64_t{sizeof(Element)}; };
+    const int64_t strides[4] = {stride(0), stride(1), stride(2), stride(3)};
+    grid = sgmim::cell_grid(tensor.shape(1), tensor.shape(2), tensor.shape(3), strides, cell, patch, zorder);
+    outside = tensor.mutable_data();
+    inside = packed.mutable_data();
+  }
+
+  // Returns how many pixels and channels an access moves.
+  template <class Run>
+  py::tuple each(const Run& run) const {
+    using namespace sgmim;
+    constexpr int64_t SIZE = sizeof(Element);
+    const uint64_t addresses = reinterpret_cast<uintptr_t>(outside) | reinterpret_cast<uintptr_t>(inside);
+    if (const int32_t channels = channels_per_access(grid, SIZE, addresses)) {
+      if constexpr (SIZE == 2 || SIZE == 4) {
+        if (channels == 3)
+          run(Turned<Element, 3>{}, grid);
+        else
+          run(Turned<Element, 16 / SIZE>{}, grid);
+        return py::make_tuple(16 / SIZE, channels);
+      }
+      throw std::logic_error("turned elements of another size");
     }
+    const int32_t pixels = pixels_per_access(grid, SIZE, addresses);
+    const CellGrid wide = widen(grid, pixels);
+    switch (SIZE * pixels) {
+      case 2: run(Straight<uint16_t>{}, wide); break;
+      case 4: run(Straight<uint32_t>{}, wide); break;
+      case 8: run(Straight<uint64_t>{}, wide); break;
+      case 16: run(Straight<Sixteen>{}, wide); break;
+      default: throw std::logic_error("an access of no such size");
+    }
+    return py::make_tuple(pixels, 1);
+  }
+};
+
+template <class Element>
+py::tuple pack_patches(
+    py::array_t<Element> tensor, py::array_t<int64_t> cells, py::array_t<Element> packed, int32_t cell, int32_t patch,
+    bool zorder, int32_t threads) {
+  const Patches<Element> patches(tensor, packed, cell, patch, zorder);
+  return patches.each([&](auto access, const sgmim::CellGrid& grid) {
+    using Unit = typename decltype(access)::Element;
+    const int32_t per_cell = sgmim::patches_per_cell(grid);
+    for (int64_t row = 0; row < cells.size() * per_cell; ++row)
+      for (int32_t rank = 0; rank < threads; ++rank)
+        sgmim::copy_patch<decltype(access)>(
+            Rank{rank, threads}, grid, cells.data()[row / per_cell], row, static_cast<Unit*>(patches.outside),
+            static_cast<Unit*>(patches.inside));
+  });
 }
 
-// Returns how many pixels an access moved.
+// inverse (cells,): with anything in it.
 template <class Element>
-int32_t copy_patches(
-    py::array_t<Element> tensor, py::array_t<int64_t> cells, py::array_t<Element> packed, int32_t cell, int32_t patch,
-    bool zorder, bool scatter, int32_t threads) {
-  const auto stride = [&](int axis) { return static_cast<int64_t>(tensor.strides(axis)) / int64_t{sizeof(Element)}; };
-  const int64_t strides[4] = {stride(0), stride(1), stride(2), stride(3)};
-  const sgmim::CellGrid grid =
-      sgmim::cell_grid(tensor.shape(1), tensor.shape(2), tensor.shape(3), strides, cell, patch, zorder);
-  void *const outside = tensor.mutable_data(), *const inside = packed.mutable_data();
-  const uint64_t addresses = reinterpret_cast<uintptr_t>(outside) | reinterpret_cast<uintptr_t>(inside);
-  const int32_t pixels = sgmim::pixels_per_access(grid, sizeof(Element), addresses);
-  const sgmim::CellGrid wide = sgmim::widen(grid, pixels);
-  switch (sizeof(Element) * pixels) {
-    case 2: copy_rows<uint16_t>(wide, cells, outside, inside, scatter, threads); break;
-    case 4: copy_rows<uint32_t>(wide, cells, outside, inside, scatter, threads); break;
-    case 8: copy_rows<uint64_t>(wide, cells, outside, inside, scatter, threads); break;
-    case 16: copy_rows<sgmim::Sixteen>(wide, cells, outside, inside, scatter, threads); break;
-    default: throw std::logic_error("an access of no such size");
-  }
-  return pixels;
+py::tuple unpack_patches(
+    py::array_t<Element> packed, py::array_t<int64_t> cells, Array<int64_t> inverse, py::array_t<Element> tensor,
+    int32_t cell, int32_t patch, bool zorder, int32_t threads, int32_t lanes) {
+  const Patches<Element> patches(tensor, packed, cell, patch, zorder);
+  return patches.each([&](auto access, const sgmim::CellGrid& grid) {
+    using Unit = typename decltype(access)::Element;
+    run_group(threads, [&](const HostGroup& group) {
+      sgmim::fill_cells<decltype(access)>(
+          group, grid, cells.data(), cells.size(), inverse.size(), lanes, inverse.mutable_data(),
+          static_cast<Unit*>(patches.inside), static_cast<Unit*>(patches.outside));
+    });
+  });
 }
 
 // The key of each rank of `ranks`, and how many of its copies stand before that rank.
@@ -276,12 +311,17 @@ double linear_l1(
 }  // namespace
 
 PYBIND11_MODULE(cuda_bodies, m) {
-  m.def("copy_patches", &copy_patches<double>, py::arg("tensor").noconvert(), py::arg("cells").noconvert(),
-        py::arg("packed").noconvert(), py::arg("cell"), py::arg("patch"), py::arg("zorder"), py::arg("scatter"),
-        py::arg("threads"));
-  m.def("copy_patches", &copy_patches<uint16_t>, py::arg("tensor").noconvert(), py::arg("cells").noconvert(),
-        py::arg("packed").noconvert(), py::arg("cell"), py::arg("patch"), py::arg("zorder"), py::arg("scatter"),
-        py::arg("threads"));
+  const auto define_patches = [&](auto element) {
+    using Element = decltype(element);
+    m.def("pack_patches", &pack_patches<Element>, py::arg("tensor").noconvert(), py::arg("cells").noconvert(),
+          py::arg("packed").noconvert(), py::arg("cell"), py::arg("patch"), py::arg("zorder"), py::arg("threads"));
+    m.def("unpack_patches", &unpack_patches<Element>, py::arg("packed").noconvert(), py::arg("cells").noconvert(),
+          py::arg("inverse").noconvert(), py::arg("tensor").noconvert(), py::arg("cell"), py::arg("patch"),
+          py::arg("zorder"), py::arg("threads"), py::arg("lanes"));
+  };
+  define_patches(double{});
+  define_patches(uint32_t{});
+  define_patches(uint16_t{});
   m.def("patch_corner", [](int64_t cell_number, int32_t order, int64_t down, int64_t across, int64_t stride_image,
                            int64_t stride_row, int32_t cell, int32_t patch, bool zorder) {
     const int64_t strides[4] = {stride_image, 0, stride_row, 1};

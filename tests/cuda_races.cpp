@@ -7,6 +7,7 @@
 
 #include "attend.h"
 #include "draw_mask.h"
+#include "gather_index.h"
 #include "host_group.h"
 #include "l1_tile.h"
 #include "standardize_plane.h"
@@ -102,9 +103,25 @@ std::vector<double> distance(int32_t threads) {
   return results;
 }
 
+// The cells 4, 1 and 7 of nine, back in a map whose other cells are zero.
+std::vector<uint32_t> unpack(int32_t threads) {
+  constexpr int32_t SIDE = 3, CELL = 4, WIDTH = SIDE * CELL;
+  const int64_t cells[] = {4, 1, 7}, strides[] = {WIDTH * WIDTH, WIDTH * WIDTH, WIDTH, 1};
+  const sgmim::CellGrid grid = sgmim::cell_grid(1, WIDTH, WIDTH, strides, CELL, 2, true);
+  std::vector<uint32_t> packed(3 * CELL * CELL), map(WIDTH * WIDTH, 9);
+  for (size_t i = 0; i < packed.size(); ++i) packed[i] = static_cast<uint32_t>(i) + 10;
+  std::vector<int64_t> inverse(SIDE * SIDE, 2);
+  run_group(threads, [&](const HostGroup& group) {
+    sgmim::fill_cells<sgmim::Straight<uint32_t>>(
+        group, grid, cells, 3, SIDE * SIDE, 1, inverse.data(), packed.data(), map.data());
+  });
+  return map;
+}
+
 }  // namespace
 
 int main() {
+  check(unpack(1) == unpack(3), "a map's gradient");
   check(distance(1) == distance(3), "a sum of distances");
   check(attend(1) == attend(3), "attention");
   attend(64);  // two threads to a row: sums in another order, for the sanitizer alone

@@ -3,6 +3,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -214,39 +215,42 @@ sgmim::Attention<T> describe(
   return a;
 }
 
-// body(group, place, tiles) for every image and head, with NaN in the group's memory.
-template <class T, class Body>
-void each_place(const sgmim::Attention<T>& a, bool backward, int32_t threads, const Body& body) {
+// Tiles in memory of their own, with NaN in it.
+template <class T>
+struct OwnTiles {
   sgmim::Tiles<T> tiles;
-  std::vector<float> memory(tiles.lay_out(nullptr, a.depth, backward) / sizeof(float));
-  tiles.lay_out(reinterpret_cast<char*>(memory.data()), a.depth, backward);
-  for (int64_t image = 0; image < a.images; ++image)
-    for (int32_t head = 0; head < a.heads; ++head) {
-      std::fill(memory.begin(), memory.end(), NAN);
-      const sgmim::Place place = sgmim::place_of(a, image, head);
-      run_group(threads, [&](const HostGroup& group) { body(group, place, tiles); });
-    }
-}
+  std::vector<float> memory;
+
+  OwnTiles(int32_t depth, bool backward) : memory(tiles.lay_out(nullptr, depth, backward) / sizeof(float), NAN) {
+    tiles.lay_out(reinterpret_cast<char*>(memory.data()), depth, backward);
+  }
+};
 
 template <class T>
 void attend(
-    Matrix<T> q, Matrix<T> k, Matrix<T> v, Array<int64_t> visible_offsets, Array<int64_t> shown_offsets, Matrix<T> out, Array<float> lse, int32_t cells, int32_t heads, bool keep, int32_t threads) {
+    Matrix<T> q, Matrix<T> k, Matrix<T> v, Array<int64_t> visible_offsets, Array<int64_t> shown_offsets, Matrix<T> out,
+    Array<float> lse, int32_t cells, int32_t heads, bool keep, int32_t threads) {
   auto a = describe<T>(q, k, v, visible_offsets, shown_offsets, cells, heads, keep);
   a.out = write<T>(out);
   a.lse = lse.mutable_data();
-  each_place(a, false, threads, [&](const auto& group, const auto& place, const auto& tiles) {
-    for (int32_t begin = 0; begin < place.queries; begin += sgmim::QUERIES) {
-      sgmim::attend(group, a, place, begin, tiles);
-      group.sync();
+  for (int64_t image = 0; image < a.images; ++image)
+    for (int32_t head = 0; head < a.heads; ++head) {
+      const OwnTiles<T> own(a.depth, false);
+      const sgmim::Place place = sgmim::place_of(a, image, head);
+      run_group(threads, [&](const HostGroup& group) {
+        for (int32_t begin = 0; begin < place.queries; begin += sgmim::QUERIES) {
+          sgmim::attend(group, a, place, begin, own.tiles);
+          group.sync();
+        }
+      });
     }
-  });
 }
 
 template <class T>
 void attend_backward(
     Matrix<T> dout, Matrix<T> q, Matrix<T> k, Matrix<T> v, Matrix<T> out, Array<float> lse,
     Array<int64_t> visible_offsets, Array<int64_t> shown_offsets, Matrix<T> dq, Matrix<T> dk, Matrix<T> dv,
-    Array<float> hidden_sums, int32_t cells, int32_t heads, bool keep, int32_t threads) {
+    Array<float> hidden_sums, int32_t cells, int32_t heads, bool keep, int32_t threads, int32_t blocks) {
   auto a = describe<T>(q, k, v, visible_offsets, shown_offsets, cells, heads, keep);
   a.dout = read<T>(dout);
   a.out = write<T>(out);
@@ -255,15 +259,10 @@ void attend_backward(
   a.dk = write<T>(dk);
   a.dv = write<T>(dv);
   a.hidden_sums = hidden_sums.mutable_data();
-  each_place(a, true, threads, [&](const auto& group, const auto& place, const auto& tiles) {
-    for (int32_t first = 0; first <= place.shown; first += sgmim::KEYS) {
-      sgmim::attend_backward_keys(group, a, place, first, tiles);
-      group.sync();
-    }
-    for (int32_t begin = 0; begin < place.queries; begin += sgmim::QUERIES) {
-      sgmim::attend_backward_queries(group, a, place, begin, tiles);
-      group.sync();
-    }
+  std::vector<std::unique_ptr<OwnTiles<T>>> tiles(blocks);
+  for (auto& each : tiles) each = std::make_unique<OwnTiles<T>>(a.depth, true);
+  run_launch(blocks, 1, threads, [&](const HostThread& t) {
+    sgmim::attend_backward(t.block, t.launch, a, t.block_number, blocks, tiles[t.block_number]->tiles);
   });
 }
 

@@ -57,7 +57,7 @@ std::vector<float> attend(int32_t threads) {
   };
   const auto q = random(QUERIES * DEPTH), k = random(ROWS * DEPTH), v = random(ROWS * DEPTH);
   const auto dout = random(QUERIES * DEPTH);
-  std::vector<float> all(2 * QUERIES * DEPTH + QUERIES + 2 * ROWS * DEPTH + 2 * DEPTH);
+  std::vector<float> all(2 * QUERIES * DEPTH + 2 * ROWS * DEPTH + QUERIES + 2 * DEPTH);
   const int64_t visible[2] = {0, QUERIES}, shown[2] = {0, SHOWN};
   sgmim::Attention<float> a{};
   a.q = q.data(), a.k = k.data(), a.v = v.data(), a.dout = dout.data();
@@ -65,16 +65,23 @@ std::vector<float> attend(int32_t threads) {
   a.lse = a.dv + ROWS * DEPTH, a.hidden_sums = a.lse + QUERIES;
   a.visible_offsets = visible, a.shown_offsets = shown;
   a.images = 1, a.last = SHOWN, a.cells = 45, a.heads = 1, a.depth = DEPTH, a.scale = 0.2f, a.keep = true;
-  sgmim::Tiles<float> tiles;
-  std::vector<float> memory(tiles.lay_out(nullptr, DEPTH, true) / sizeof(float));
-  tiles.lay_out(reinterpret_cast<char*>(memory.data()), DEPTH, true);
+  constexpr int32_t BLOCKS = 2;
+  sgmim::Tiles<float> tiles[BLOCKS];
+  std::vector<float> memory[BLOCKS];
+  for (int32_t block = 0; block < BLOCKS; ++block) {
+    memory[block].resize(tiles[block].lay_out(nullptr, DEPTH, true) / sizeof(float));
+    tiles[block].lay_out(reinterpret_cast<char*>(memory[block].data()), DEPTH, true);
+  }
   const sgmim::Place place = sgmim::place_of(a, 0, 0);
-  const auto run = [&](const auto& body, int32_t begin) {
-    run_group(threads, [&](const HostGroup& group) { body(group, a, place, begin, tiles); });
-  };
-  for (int32_t begin : {0, 32}) run([](const auto&... x) { sgmim::attend(x...); }, begin);
-  for (int32_t begin : {0, 32}) run([](const auto&... x) { sgmim::attend_backward_queries(x...); }, begin);
-  for (int32_t begin : {0, 32}) run([](const auto&... x) { sgmim::attend_backward_keys(x...); }, begin);
+  run_group(threads, [&](const HostGroup& group) {
+    for (int32_t begin : {0, 32}) {
+      sgmim::attend(group, a, place, begin, tiles[0]);
+      group.sync();
+    }
+  });
+  run_launch(BLOCKS, 1, threads, [&](const HostThread& t) {
+    sgmim::attend_backward(t.block, t.launch, a, t.block_number, BLOCKS, tiles[t.block_number]);
+  });
   return all;
 }
 

@@ -85,7 +85,8 @@ std::vector<float> attend(int32_t threads) {
   return all;
 }
 
-// One tile of whole numbers, which add up to the same in any order: 70 rows and outputs of 130 channels.
+// One tile of whole numbers, which add up to the same in any order: 70 rows and outputs of 130 channels. Signs and sum,
+// and one tile of either gradient.
 std::vector<double> distance(int32_t threads) {
   constexpr int32_t WIDTH = 130, OUTS = 64, ROWS = 70;
   std::vector<float> x(ROWS * WIDTH), weight(OUTS * WIDTH), bias(OUTS, 2.0f), target(ROWS * OUTS);
@@ -94,18 +95,24 @@ std::vector<double> distance(int32_t threads) {
     for (float& value : *values) value = static_cast<float>(std::rand() % 7 - 3);
   std::vector<int64_t> cells(ROWS);
   for (int32_t i = 0; i < ROWS; ++i) cells[i] = i;
-  std::vector<int8_t> signs(ROWS * OUTS);
+  std::vector<uint32_t> signs(ROWS * 2 * sgmim::words_of(OUTS));
   sgmim::Head<float> head{};
   head.x = x.data(), head.weight = weight.data(), head.bias = bias.data(), head.cells = cells.data();
   head.signs = signs.data(), head.count = ROWS, head.width = WIDTH, head.outs = OUTS, head.packed = true;
   head.target.values = target.data(), head.target.across = head.target.per_image = 1, head.target.cell = 8;
   head.target.strides[0] = OUTS, head.target.strides[2] = 8, head.target.strides[3] = 1;
-  std::vector<float> memory(sgmim::l1_memory<float>() / sizeof(float));
+  std::vector<float> memory((sgmim::l1_memory<float>() + sgmim::l1_backward_memory<float>()) / sizeof(float));
+  char* const bytes = reinterpret_cast<char*>(memory.data());
   std::vector<double> sums(threads);
-  run_group(threads, [&](const HostGroup& group) {
-    sums[group.rank()] = sgmim::l1_tile(group, head, 0, 0, reinterpret_cast<char*>(memory.data()));
-  });
+  run_group(threads, [&](const HostGroup& group) { sums[group.rank()] = sgmim::l1_tile(group, head, 0, 0, bytes); });
+
+  std::vector<float> dx(x.size()), dweight(weight.size()), dbias(OUTS);
+  const float grad = 3;
+  const sgmim::HeadGradients<float> to{{dx.data(), true}, {dweight.data(), true}, dbias.data(), &grad, 1.0f};
+  run_group(threads, [&](const HostGroup& group) { sgmim::l1_input_gradient(group, head, to, 0, 0, bytes); });
+  run_group(threads, [&](const HostGroup& group) { sgmim::l1_weight_gradient(group, head, to, 0, 0, bytes); });
   std::vector<double> results(signs.begin(), signs.end());
+  for (const auto* values : {&dx, &dweight, &dbias}) results.insert(results.end(), values->begin(), values->end());
   results.push_back(sums[threads - 1]);
   return results;
 }
@@ -129,7 +136,7 @@ std::vector<uint32_t> unpack(int32_t threads) {
 
 int main() {
   check(unpack(1) == unpack(3), "a map's gradient");
-  check(distance(1) == distance(3), "a sum of distances");
+  check(distance(1) == distance(3), "a distance or its gradients");
   check(attend(1) == attend(3), "attention");
   attend(64);  // two threads to a row: sums in another order, for the sanitizer alone
   for (int32_t rows : {1, 3, 17})

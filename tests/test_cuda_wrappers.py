@@ -3,6 +3,8 @@ host's instances of the kernels' bodies, and the backend's functions are held ag
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -10,10 +12,12 @@ from checks import assert_all_close_to_truth
 from host_build import load_bodies
 from packed import chosen, rows_of
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sgmim_fast import _native, backends
 from sgmim_fast.ops import products
 from sgmim_fast.ops.cuda import gather_patches, linear_l1, relational_guidance, selective_mask, standardize_structure
+from sgmim_fast.ops.linear_l1 import unpack_signs
 
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.uint16: "uint16"}
 
@@ -53,10 +57,15 @@ def operators():
 
     def distances(x, weight, bias, target, valid, rows, cell, packed, scale, signs, partials, total):
         valid = torch.zeros(0, 0, 0, 0, dtype=torch.bool) if valid is None else valid
-        assert partials.shape == (-(-signs.shape[0] // 64) * -(-signs.shape[1] // 64),)
+        assert partials.shape == (-(-signs.shape[0] // 64) * -(-weight.shape[0] // 64),)
         arrays = (raw(t.detach()) for t in (x, weight, bias, target, valid, rows, signs))
         body = bodies.linear_l1 if x.dtype == torch.float32 else bodies.linear_l1_bfloat16
         total.fill_(scale * body(*arrays, cell, packed, 1))
+
+    def head_gradients(grad, x, weight, signs, rows, packed, scale, dx, dweight, dbias):
+        body = bodies.linear_l1_backward if x.dtype == torch.float32 else bodies.linear_l1_backward_bfloat16
+        operands = (raw(t.detach()) for t in (grad, x, weight, signs, rows))
+        body(*operands, packed, scale, *(raw(t) for t in (dx, dweight, dbias)), 1)
 
     def attend(*args):
         body = bodies.attend if args[0].dtype == torch.float32 else bodies.attend_bfloat16
@@ -72,6 +81,7 @@ def operators():
         "gather_patches": pack,
         "gather_patches_backward": unpack,
         "linear_l1": distances,
+        "linear_l1_backward": head_gradients,
         "attention": attend,
         "attention_backward": attend_backward,
     }
@@ -135,7 +145,41 @@ def test_linear_l1(operators, packed, masked, dtype, width):
     with products.compute_bfloat16_in(torch.bfloat16):
         actual, (found, *copies) = linear_l1.forward(*args)
     assert actual == expected and not copies
-    assert torch.equal(found, signs)
+    assert found.dtype == torch.int32 and torch.equal(unpack_signs(found, 32), signs)
+
+    grad = torch.tensor(0.5)
+    options = rows, 4, packed, 0.25
+    with backends.use("torch"), products.compute_bfloat16_in(torch.bfloat16):
+        truth = plain("linear_l1", "backward")(grad.double(), *wide[:4], [signs], *options, [True] * 4, None)
+        for needs in ([True] * 4, [True, False, False, False], [False, False, True, False], [False] * 4):
+            grads = linear_l1.backward(grad, *args[:4], [found], *options, needs, None)
+            # what another backend makes of packed signs
+            other = plain("linear_l1", "backward")(grad, *args[:4], [found], *options, needs, None)
+            for need, t, *those in zip(needs, args[:4], grads, other, truth, strict=True):
+                actual, same, exact = those
+                if not need:
+                    assert actual.numel() == same.numel() == 0
+                    continue
+                assert actual.dtype == t.dtype and actual.shape == t.shape
+                assert torch.equal(actual, exact.to(t.dtype)) and torch.equal(actual, same)
+
+
+@pytest.mark.parametrize("forced", ["cuda", "triton", "torch", None])
+def test_the_format_of_linear_l1s_signs_is_known_beforehand(monkeypatch, forced):
+    """Tracing sees the tensors that the backend chosen at that moment saves; the backward goes by what was saved."""
+    everything = dict.fromkeys(backends.NAMES, (True, ""))
+    monkeypatch.setattr(backends, "available", lambda: everything)
+    with FakeTensorMode(), backends.use(forced) if forced else contextlib.nullcontext():
+        shapes = (4, 16), (32, 16), (32,), (2, 2, 8, 8)
+        x, weight, bias, target = (torch.empty(shape, device="cuda") for shape in shapes)
+        rows = torch.empty(4, dtype=torch.int64, device="cuda")
+        _, (signs,) = torch.ops.sgmim_fast.linear_l1(x, weight, bias, target, None, rows, 4, True, 1.0, None)
+        assert (signs.dtype, signs.shape) == ((torch.int32, (4, 2, 1)) if forced == "cuda" else (torch.int8, (4, 32)))
+    args = x, x, weight, bias, target, [signs], rows, 4, True, 1.0, [True] * 4, None
+    able = {
+        name for name in ("cuda", "triton", "torch") if backends.can_run("linear_l1", name, *args, part="backward")[0]
+    }
+    assert able == {"torch", "cuda" if forced == "cuda" else "triton"}
 
 
 def attention(q, k, v, dout, offsets, cells: int, heads: int, keep: bool) -> list[Tensor]:

@@ -2,7 +2,9 @@
 // torch nor CUDA.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -12,6 +14,7 @@
 #include "gather_index.h"
 #include "host_group.h"
 #include "l1_tile.h"
+#include "place_tokens.h"
 #include "standardize_plane.h"
 
 namespace py = pybind11;
@@ -342,6 +345,71 @@ void linear_l1_backward(
   }
 }
 
+// weight, bias, statistics: of the norm, or of size 0.
+template <class T>
+sgmim::Tokens<T> describe_tokens(
+    const Matrix<T>& embedded, const Array<int64_t>& visible, Array<int64_t>& inverse, const Array<float>& weight,
+    const Array<float>& bias, Array<float>& statistics, int32_t width, float eps) {
+  const bool norm = weight.size() > 0;
+  return {
+      read<T>(embedded), visible.data(), inverse.mutable_data(), norm ? weight.data() : nullptr,
+      norm ? bias.data() : nullptr, norm ? statistics.mutable_data() : nullptr, visible.size(), inverse.size(), width,
+      eps};
+}
+
+// run(constant): with how many elements an access moves.
+template <class T, class Run>
+void with_many(int32_t width, std::initializer_list<const void*> pointers, const Run& run) {
+  constexpr int32_t MANY = 16 / sizeof(T);
+  uintptr_t addresses = 0;
+  for (const void* pointer : pointers) addresses |= reinterpret_cast<uintptr_t>(pointer);
+  if (width % MANY == 0 && addresses % 16 == 0)
+    run(std::integral_constant<int32_t, MANY>{});
+  else
+    run(std::integral_constant<int32_t, 1>{});
+}
+
+// shape: blocks, warps in a block, lanes in a warp.
+using LaunchShape = std::array<int32_t, 3>;
+
+template <class T>
+void place_tokens(
+    Matrix<T> embedded, Array<int64_t> visible, Array<int64_t> inverse, Array<float> token, Array<float> weight,
+    Array<float> bias, float eps, Matrix<T> out, Array<float> statistics, LaunchShape shape) {
+  const int32_t width = static_cast<int32_t>(out.shape(1));
+  const auto tokens = describe_tokens<T>(embedded, visible, inverse, weight, bias, statistics, width, eps);
+  T* const to = write<T>(out);
+  with_many<T>(width, {tokens.embedded, to}, [&](auto many) {
+    const auto [blocks, warps, lanes] = shape;
+    const int64_t all = int64_t{blocks} * warps, per_block = warps;
+    run_launch(blocks, warps, lanes, [&](const HostThread& t) {
+      const sgmim::Turn turn{t.block_number * per_block + t.warp_number, all};
+      sgmim::place_tokens<decltype(many)::value>(t.warp, turn, t.launch, tokens, token.data(), to);
+    });
+  });
+}
+
+template <class T>
+void take_tokens(
+    Matrix<T> dout, Matrix<T> embedded, Array<int64_t> visible, Array<int64_t> inverse, Array<float> weight,
+    Array<float> statistics, Matrix<T> dembedded, Array<float> partials, Array<float> sums, LaunchShape shape) {
+  const int32_t width = static_cast<int32_t>(dout.shape(1));
+  const auto tokens = describe_tokens<T>(embedded, visible, inverse, weight, weight, statistics, width, 0);
+  T* const to = write<T>(dembedded);
+  if (partials.size() != sgmim::parts_of(tokens.rows) * sums.size())
+    throw std::logic_error("the parts have another size");
+  with_many<T>(width, {tokens.embedded, dout.data(), to}, [&](auto many) {
+    const auto [blocks, warps, lanes] = shape;
+    const int64_t all = blocks, per_block = warps;
+    std::vector<std::vector<float>> memory(blocks, std::vector<float>(sgmim::place_memory(width, warps), NAN));
+    run_launch(blocks, warps, lanes, [&](const HostThread& t) {
+      sgmim::take_tokens<decltype(many)::value>(
+          t.warp, sgmim::Turn{t.warp_number, per_block}, t.block, sgmim::Turn{t.block_number, all}, t.launch, tokens,
+          read<T>(dout), to, partials.mutable_data(), sums.mutable_data(), memory[t.block_number].data());
+    });
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(cuda_bodies, m) {
@@ -371,6 +439,10 @@ PYBIND11_MODULE(cuda_bodies, m) {
   m.def("linear_l1_bfloat16", &linear_l1<Half>);
   m.def("linear_l1_backward", &linear_l1_backward<float>);
   m.def("linear_l1_backward_bfloat16", &linear_l1_backward<Half>);
+  m.def("place_tokens", &place_tokens<float>);
+  m.def("place_tokens_bfloat16", &place_tokens<Half>);
+  m.def("take_tokens", &take_tokens<float>);
+  m.def("take_tokens_bfloat16", &take_tokens<Half>);
   m.def("attend", &attend<float>);
   m.def("attend_backward", &attend_backward<float>);
   m.def("attend_bfloat16", &attend<Half>);

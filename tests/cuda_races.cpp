@@ -10,6 +10,7 @@
 #include "gather_index.h"
 #include "host_group.h"
 #include "l1_tile.h"
+#include "place_tokens.h"
 #include "standardize_plane.h"
 
 namespace {
@@ -132,9 +133,37 @@ std::vector<uint32_t> unpack(int32_t threads) {
   return map;
 }
 
+// Tokens of 11 patches, 5 of them visible, with a norm over 6 numbers; and the gradients. Two warps of two lanes in a
+// block.
+std::vector<float> place(int32_t blocks) {
+  constexpr int32_t ROWS = 11, COUNT = 5, WIDTH = 6, WARPS = 2, LANES = 2;
+  const int64_t visible[COUNT] = {7, 0, 10, 3, 4};
+  std::vector<float> embedded(COUNT * WIDTH), dout(ROWS * WIDTH), ones(WIDTH, 1.5f);
+  for (size_t i = 0; i < embedded.size(); ++i) embedded[i] = static_cast<float>(i * i % 13);
+  for (size_t i = 0; i < dout.size(); ++i) dout[i] = static_cast<float>(i * i % 7);
+  std::vector<int64_t> inverse(ROWS, 1);
+  std::vector<float> out(ROWS * WIDTH), dembedded(COUNT * WIDTH), statistics(2 * COUNT), sums(sgmim::SUMS * WIDTH);
+  std::vector<float> partials(sgmim::parts_of(ROWS) * sums.size());
+  const sgmim::Tokens<float> tokens{
+      embedded.data(), visible, inverse.data(), ones.data(), ones.data(), statistics.data(), COUNT, ROWS, WIDTH, 1e-5f};
+  std::vector<std::vector<float>> memory(blocks, std::vector<float>(sgmim::place_memory(WIDTH, WARPS)));
+  run_launch(blocks, WARPS, LANES, [&](const HostThread& t) {
+    const sgmim::Turn turn{t.block_number * WARPS + t.warp_number, blocks * WARPS};
+    sgmim::place_tokens<1>(t.warp, turn, t.launch, tokens, ones.data(), out.data());
+  });
+  run_launch(blocks, WARPS, LANES, [&](const HostThread& t) {
+    sgmim::take_tokens<1>(
+        t.warp, sgmim::Turn{t.warp_number, WARPS}, t.block, sgmim::Turn{t.block_number, blocks}, t.launch, tokens,
+        dout.data(), dembedded.data(), partials.data(), sums.data(), memory[t.block_number].data());
+  });
+  for (const auto* values : {&dembedded, &statistics, &sums}) out.insert(out.end(), values->begin(), values->end());
+  return out;
+}
+
 }  // namespace
 
 int main() {
+  check(place(1) == place(3), "tokens, or their gradients,");
   check(unpack(1) == unpack(3), "a map's gradient");
   check(distance(1) == distance(3), "a distance or its gradients");
   check(attend(1) == attend(3), "attention");

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from sgmim_fast import _native, backends, ops
-from sgmim_fast.ops.cuda import linear_l1, relational_guidance, selective_mask, standardize_structure
+from sgmim_fast.ops.cuda import (
+    linear_l1,
+    masked_patch_embed,
+    relational_guidance,
+    selective_mask,
+    standardize_structure,
+)
 
 needs_gpu = pytest.mark.skipif(not backends.available()["cuda"][0], reason=backends.available()["cuda"][1])
 
@@ -37,6 +43,29 @@ def test_linear_l1_names_the_dtype():
     with backends.use("cuda"):
         usable, reason = linear_l1.can_run("forward", (torch.zeros(2, 8, dtype=torch.float64), None))
     assert not usable and reason.startswith("dtype torch.float64; the CUDA kernel takes float32, bfloat16, float16")
+
+
+def test_masked_patch_embed_names_dtype_and_width():
+    if not _native.load_cuda()[0]:
+        pytest.skip(_native.load_cuda()[1])
+
+    def check(width: int, dtype: torch.dtype, reason: str) -> None:
+        args = torch.zeros(1, 3, 4, 4, dtype=dtype), torch.zeros(width, 3, 4, 4), None
+        for part, before in (("forward", ()), ("backward", (torch.zeros(1, 1, width),))):
+            usable, said = masked_patch_embed.can_run(part, (*before, *args))
+            assert usable == (not reason) and (usable or said == reason)
+
+    check(6144, torch.float32, "")
+    check(768, torch.float16, "")
+    check(6145, torch.float32, "rows of 6145 numbers; the CUDA kernel sums at most 6144 in shared memory")
+    check(768, torch.float64, "dtype torch.float64; the CUDA kernels take float32, bfloat16, float16")
+
+
+def test_every_row_is_in_a_part_of_the_sums():
+    if not _native.load_cuda()[0]:
+        pytest.skip(_native.load_cuda()[1])
+    parts = torch.ops.sgmim_fast_cuda.place_tokens_parts
+    assert [parts(rows, 128) for rows in (0, 1, 512, 513, 1024, 294912)] == [0, 1, 512, 257, 512, 512]
 
 
 def test_attention_memory_is_that_of_the_notes():

@@ -16,7 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sgmim_fast import _native, backends
 from sgmim_fast.ops import products
-from sgmim_fast.ops.cuda import gather_patches, linear_l1, relational_guidance, selective_mask, standardize_structure
+from sgmim_fast.ops.cuda import (
+    gather_patches,
+    linear_l1,
+    masked_patch_embed,
+    relational_guidance,
+    selective_mask,
+    standardize_structure,
+)
 from sgmim_fast.ops.linear_l1 import unpack_signs
 
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.uint16: "uint16"}
@@ -67,6 +74,19 @@ def operators():
         operands = (raw(t.detach()) for t in (grad, x, weight, signs, rows))
         body(*operands, packed, scale, *(raw(t) for t in (dx, dweight, dbias)), 1)
 
+    def place(embedded, visible, inverse, token, weight, bias, eps, out, statistics):
+        body = bodies.place_tokens if out.dtype == torch.float32 else bodies.place_tokens_bfloat16
+        weight, bias, statistics = (torch.zeros(0) if t is None else t for t in (weight, bias, statistics))
+        tensors = [raw(t.detach()) for t in (embedded, visible, inverse, token, weight, bias, out, statistics)]
+        body(*tensors[:6], eps, *tensors[6:], (1, 2, 1))
+
+    def take(dout, embedded, visible, inverse, weight, statistics, dembedded, partials, sums):
+        body = bodies.take_tokens if dout.dtype == torch.float32 else bodies.take_tokens_bfloat16
+        embedded = dout[:0] if embedded is None else embedded
+        weight, statistics = (torch.zeros(0) if t is None else t for t in (weight, statistics))
+        tensors = dout, embedded, visible, inverse, weight, statistics, dembedded, partials, sums
+        body(*(raw(t.detach()) for t in tensors), (1, 2, 1))
+
     def attend(*args):
         body = bodies.attend if args[0].dtype == torch.float32 else bodies.attend_bfloat16
         body(*(raw(t) for t in args[:7]), *args[7:], 1)
@@ -82,6 +102,8 @@ def operators():
         "gather_patches_backward": unpack,
         "linear_l1": distances,
         "linear_l1_backward": head_gradients,
+        "place_tokens": place,
+        "place_tokens_backward": take,
         "attention": attend,
         "attention_backward": attend_backward,
     }
@@ -180,6 +202,31 @@ def test_the_format_of_linear_l1s_signs_is_known_beforehand(monkeypatch, forced)
         name for name in ("cuda", "triton", "torch") if backends.can_run("linear_l1", name, *args, part="backward")[0]
     }
     assert able == {"torch", "cuda" if forced == "cuda" else "triton"}
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [16, 21])
+def test_masked_patch_embed(operators, norm, bias, dtype, width):
+    x, weight = torch.randn(2, 3, 8, 12), torch.randn(width, 3, 4, 4) / 7
+    vectors = [torch.randn(width) if wanted else None for wanted in (bias, True, norm, norm)]
+    visible, grad = torch.tensor([11, 2, 3, 6]), torch.randn(2, 6, width)
+    low = [None if t is None else t.to(dtype) for t in (x, weight, *vectors, grad)]
+
+    def run(forward, backward, tensors):
+        *first, norm_weight, norm_bias, grad = tensors
+        args = *first, visible, norm_weight, norm_bias
+        with backends.use("torch"), products.compute_bfloat16_in(torch.bfloat16):  # of the gathers inside
+            out, saved = forward(*args, 1e-5, None)
+            grads = backward(grad, *args, saved, [True, True, bias, True, norm, norm], None)
+        return [out, *(g for g in grads if g.numel())]
+
+    twin = plain("masked_patch_embed"), plain("masked_patch_embed", "backward")
+    actual = run(masked_patch_embed.forward, masked_patch_embed.backward, low)
+    truth = run(*twin, [None if t is None else t.double() for t in low])
+    assert [t.dtype for t in actual] == [dtype] * len(truth)
+    assert_all_close_to_truth(actual, run(*twin, low), truth, [str(i) for i in range(len(truth))])
 
 
 def attention(q, k, v, dout, offsets, cells: int, heads: int, keep: bool) -> list[Tensor]:

@@ -86,10 +86,10 @@ std::vector<float> attend(int32_t threads) {
   return all;
 }
 
-// One tile of whole numbers, which add up to the same in any order: 70 rows and outputs of 130 channels. Signs and sum,
-// and one tile of either gradient.
+// One tile of whole numbers, which add up to the same in any order: 140 rows and 192 outputs of 130 channels. Signs and
+// sum, and one tile of either gradient, which goes through more than one block of rows or outputs, and through none.
 std::vector<double> distance(int32_t threads) {
-  constexpr int32_t WIDTH = 130, OUTS = 64, ROWS = 70;
+  constexpr int32_t WIDTH = 130, OUTS = 192, ROWS = 140;
   std::vector<float> x(ROWS * WIDTH), weight(OUTS * WIDTH), bias(OUTS, 2.0f), target(ROWS * OUTS);
   std::srand(3);
   for (auto* values : {&x, &weight, &target})
@@ -101,7 +101,7 @@ std::vector<double> distance(int32_t threads) {
   head.x = x.data(), head.weight = weight.data(), head.bias = bias.data(), head.cells = cells.data();
   head.signs = signs.data(), head.count = ROWS, head.width = WIDTH, head.outs = OUTS, head.packed = true;
   head.target.values = target.data(), head.target.across = head.target.per_image = 1, head.target.cell = 8;
-  head.target.strides[0] = OUTS, head.target.strides[2] = 8, head.target.strides[3] = 1;
+  head.target.strides[0] = OUTS, head.target.strides[1] = 64, head.target.strides[2] = 8, head.target.strides[3] = 1;
   std::vector<float> memory((sgmim::l1_memory<float>() + sgmim::l1_backward_memory<float>()) / sizeof(float));
   char* const bytes = reinterpret_cast<char*>(memory.data());
   std::vector<double> sums(threads);
@@ -112,6 +112,8 @@ std::vector<double> distance(int32_t threads) {
   const sgmim::HeadGradients<float> to{{dx.data(), true}, {dweight.data(), true}, dbias.data(), &grad, 1.0f};
   run_group(threads, [&](const HostGroup& group) { sgmim::l1_input_gradient(group, head, to, 0, 0, bytes); });
   run_group(threads, [&](const HostGroup& group) { sgmim::l1_weight_gradient(group, head, to, 0, 0, bytes); });
+  head.count = 0;
+  run_group(threads, [&](const HostGroup& group) { sgmim::l1_weight_gradient(group, head, to, 64, 0, bytes); });
   std::vector<double> results(signs.begin(), signs.end());
   for (const auto* values : {&dx, &dweight, &dbias}) results.insert(results.end(), values->begin(), values->end());
   results.push_back(sums[threads - 1]);
@@ -133,10 +135,10 @@ std::vector<uint32_t> unpack(int32_t threads) {
   return map;
 }
 
-// Tokens of 11 patches, 5 of them visible, with a norm over 6 numbers; and the gradients. Two warps of two lanes in a
-// block.
+// Tokens of 11 patches, 5 of them visible, with a norm over 18 numbers; and the gradients. Two warps of three lanes in
+// a block, so that no thread reads only what it wrote itself.
 std::vector<float> place(int32_t blocks) {
-  constexpr int32_t ROWS = 11, COUNT = 5, WIDTH = 6, WARPS = 2, LANES = 2;
+  constexpr int32_t ROWS = 11, COUNT = 5, WIDTH = 18, WARPS = 2, LANES = 3;
   const int64_t visible[COUNT] = {7, 0, 10, 3, 4};
   std::vector<float> embedded(COUNT * WIDTH), dout(ROWS * WIDTH), ones(WIDTH, 1.5f);
   for (size_t i = 0; i < embedded.size(); ++i) embedded[i] = static_cast<float>(i * i % 13);

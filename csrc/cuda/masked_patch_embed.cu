@@ -9,7 +9,7 @@ namespace sgmim {
 
 namespace {
 
-constexpr uint32_t WARPS = 8;           // of a block, at most
+constexpr uint32_t WARPS = 8;              // of a block, at most
 constexpr int64_t MOST_MEMORY = 96 << 10;  // bytes of a block: within what every GPU since compute capability 8.0 has
 
 // Warps of a block of the backward, each with sums of its own in shared memory; 0 if not one fits.

@@ -54,10 +54,14 @@ def check(
     bodies.attend_backward(dout, q, k, v, out, sums, *offsets, *results, cells, heads, keep, threads, blocks)
     pairs = {"out": (out, expected), "lse": (sums, lse)}
     pairs |= {name: (a, leaf.grad) for name, a, leaf in zip(("dq", "dk", "dv"), (dq, dk, dv), leaves, strict=True)}
+    # Where a key has nearly all the weight, terms as large as this cancel in dq and dk; 0.3 of their rounding was seen.
+    most = [max(0, 0, *t.view(-1, depth).norm(dim=-1).tolist()) for t in wide]
+    terms = grad.norm().item() * max(most[:2]) * most[2] * depth**-0.5
     for name, (actual, wanted) in pairs.items():
         wanted = wanted.detach().numpy()
         # float32 sums; 7e-7 was seen at the most, and 5e-6 where logits reach 100
-        assert np.linalg.norm(actual - wanted) <= 1e-5 * np.linalg.norm(wanted) + 1e-6, name
+        room = 1e-5 * np.linalg.norm(wanted) + 1e-6 + (2**-23 * terms if name in ("dq", "dk") else 0)
+        assert np.linalg.norm(actual - wanted) <= room, name
 
 
 def test_every_small_count(bodies):

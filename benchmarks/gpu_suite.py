@@ -4,8 +4,9 @@
 
 Steps run one after the other, each with a limit of its own; one that fails is named and the next one runs. Written to
 the folder: gpu-NAME.json and .png (`bench_guidance.py`, batch 128), gpu-NAME-suite.json (steps, launches, gates),
-gpu-NAME-model.json (what `model.py` predicts), gpu-NAME-ops.json and gpu-NAME-*.log. Nothing is downloaded: torch,
-triton, numpy, timm, pytest and hypothesis must be there. Exit code 0 where every step passed, whatever the gates say.
+gpu-NAME-model.json (what `model.py` predicts), gpu-NAME-ops.json (`op_table.py`: every op by every backend) and
+gpu-NAME-*.log. Nothing is downloaded: torch, triton, numpy, timm, pytest and hypothesis must be there. Exit code 0
+where every step passed, whatever the gates say.
 """
 
 from __future__ import annotations
@@ -57,6 +58,22 @@ def verdicts(rows: list[dict[str, Any]], launches: dict[tuple[str, str], int]) -
                 verdict = None
             found.append({"encoder": encoder, "gate": gate, "holds": verdict})
     return found
+
+
+def sorting(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The gate of `standardize_structure`, 10 times as fast as sorting, for each encoder; rows of op_table.py."""
+    mine = [row for row in rows if (row["op"], row["dtype"]) == ("standardize_structure", "float32")]
+    ms = {(row["encoder"], row["backend"]): row["median_ms"] for row in mine}
+    gate = "standardize_structure: sort / ours >= 10"
+    return [
+        {
+            "encoder": encoder,
+            "gate": gate,
+            "holds": plain / ms[encoder, "cuda"] >= 10 if (encoder, "cuda") in ms else None,
+        }
+        for (encoder, backend), plain in ms.items()
+        if backend == "torch"
+    ]
 
 
 def count_launches(encoder: str, dtype: str, batch: int) -> int:
@@ -152,21 +169,21 @@ def main(argv: list[str] | None = None) -> int:
     bench = [sys.executable, here / "bench_guidance.py", "--device", "cuda", "--batch", args.batch, "--seconds", 8]
     plot = ["--plot", suite.path(".png")] if importlib.util.find_spec("matplotlib") else []
     print(suite.run("guidance", [*bench, "--dtype", "bfloat16,float32", "--json", results, *plot], 200))
-    short = [*pytest, "tests/test_gather_patches.py", "tests/test_selective_mask.py", "tests/test_linear_l1.py"]
+    native = ("gather_patches", "selective_mask", "linear_l1", "masked_patch_embed", "relational_guidance")
+    short = [*pytest, *(f"tests/test_{op}.py" for op in native)]
     if tool := shutil.which("compute-sanitizer"):
         for kind in ("memcheck", "racecheck"):
             picked = ["-k", "cuda-cuda or (triton-cuda and ragged)", "--maxfail", "3"]
-            suite.run(kind, [tool, "--tool", kind, "--error-exitcode", "9", *short, *picked], 60)
-    if importlib.util.find_spec("pytest_benchmark"):
-        ops = sorted(here.glob("bench_*.py"))
-        files = [path for path in ops if path.name not in ("bench_guidance.py", "bench_step.py")]
-        times = ["--benchmark-json", suite.path("-ops.json"), "--benchmark-max-time", "0.2"]
-        suite.run("ops", [*pytest, *files, *times], 90)
+            suite.run(kind, [tool, "--tool", kind, "--error-exitcode", "9", *short, *picked], 90)
+    times = suite.path("-ops.json")
+    times.unlink(missing_ok=True)
+    print(suite.run("ops", [sys.executable, here / "op_table.py", "--json", times, "--seconds", "1"], 90))
     suite.run("model", [sys.executable, here / "model.py", "--json", suite.path("-model.json")], 90)
 
     launches = {(e, d): n for e, d, n in json.loads(counted.strip().splitlines()[-1])} if counted else {}
     rows = json.loads(results.read_text())["rows"] if results.exists() else []
     found = verdicts(rows, launches)
+    found += sorting(json.loads(times.read_text())["rows"] if times.exists() else [])
     for verdict in found:
         word = {True: "holds", False: "DOES NOT HOLD", None: "not measured"}[verdict["holds"]]
         print(f"{verdict['encoder']:10} {verdict['gate']:36} {word}")

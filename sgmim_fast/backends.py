@@ -40,6 +40,7 @@ MODULES: dict[str, dict[str, str]] = {
     "masked_patch_embed": {
         "cpu": "sgmim_fast.ops.cpu.masked_patch_embed",
         "triton": "sgmim_fast.kernels.masked_patch_embed",
+        "cuda": "sgmim_fast.ops.cuda.masked_patch_embed",
     },
     "relational_guidance": {
         "cpu": "sgmim_fast.ops.cpu.relational_guidance",

@@ -188,13 +188,16 @@ def test_gpu_suite_needs_a_gpu():
     assert done.returncode == 2 and "no CUDA device" in done.stderr
 
 
-def test_gates_of_the_gpu_suite():
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """The folder's modules can be imported."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+def test_gates_of_the_gpu_suite(benchmarks):
     """Verdicts from made-up rows."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import gpu_suite
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+    import gpu_suite
+
     times = {"dense": 35.0, "dense-compiled": 26.0, "visible-compiled": 11.0, "fused-triton": 10.0, "gemm-floor": 9.0}
     rows = [
         {"encoder": "swin_base", "dtype": "bfloat16", "name": name, "median_ms": ms, "peak_mib": 10 * ms}
@@ -210,3 +213,47 @@ def test_gates_of_the_gpu_suite():
         "launches <= 48": False,
     }
     assert json.dumps(verdicts)
+    rows = [
+        {"encoder": "vit_base", "op": op, "dtype": "float32", "backend": backend, "median_ms": ms}
+        for op, backend, ms in (
+            ("standardize_structure", "torch", 9.9),
+            ("standardize_structure", "cuda", 1.0),
+            ("gather_patches", "torch", 9.9),
+        )
+    ]
+    assert [v["holds"] for v in gpu_suite.sorting(rows)] == [False]
+    assert [v["holds"] for v in gpu_suite.sorting(rows[::2])] == [None]
+    rows[0]["median_ms"] = 10.0
+    assert [v["holds"] for v in gpu_suite.sorting(rows)] == [True]
+
+
+def test_table_of_the_ops(benchmarks, monkeypatch, tmp_path, capsys):
+    """Every op of the branch, here on a CPU; and a backend that is wrong is named."""
+    import op_table
+    import shapes
+
+    tiny = shapes.Shape("tiny", width=32, stride=16, patch=4, image=64, heads=2, stem=16)
+    monkeypatch.setattr(op_table, "SHAPES", {"tiny": tiny})
+    options = ["--device", "cpu", "--encoder", "tiny", "--batch", "2", "--seconds", "0.01"]
+    file = tmp_path / "ops.json"
+    assert op_table.main([*options, "--dtype", "float32,bfloat16", "--json", str(file)]) == 0, capsys.readouterr().out
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["op"] for row in rows} == {name for name in backends.MODULES if "triton" in backends.MODULES[name]}
+    if not backends.available()["cpu"][0]:
+        return
+    assert {row["backend"] for row in rows} == {"cpu", "torch"}
+    right = backends.implementation
+    for op, change in (
+        ("standardize_structure", lambda t: t + 1e-3),
+        ("linear_l1", lambda results: (results[0] * 1.01, results[1])),
+    ):
+
+        def wrong(name, part, backend, op=op, change=change):
+            function = right(name, part, backend)
+            altered = (name, part, backend) == (op, "forward", "cpu")
+            return (lambda *args: change(function(*args))) if altered else function
+
+        monkeypatch.setattr(backends, "implementation", wrong)
+        assert op_table.main([*options, "--dtype", "float32"]) == 1
+        lines = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
+        assert len(lines) == 1 and lines[0].startswith(op)

@@ -32,7 +32,13 @@ except ModuleNotFoundError:
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModelForDepthEstimation, BaseImageProcessor, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForDepthEstimation,
+    BaseImageProcessor,
+    PreTrainedModel,
+)
 
 import sgmim_fast
 from sgmim_fast.data.files import find_files
@@ -138,6 +144,7 @@ def generate(
 
 def _load(model: str, revision: str | None) -> tuple[BaseImageProcessor, PreTrainedModel]:
     try:
+        AutoConfig.from_pretrained(model, revision=revision)  # fails first, and says best why
         processor = AutoImageProcessor.from_pretrained(model, revision=revision)
         return processor, AutoModelForDepthEstimation.from_pretrained(model, revision=revision)
     except (OSError, ValueError) as error:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import io
 import json
 import os
 import sys
@@ -29,8 +28,6 @@ except ModuleNotFoundError:
         "sgmim_fast.structure needs transformers, which is not installed: pip install 'sgmim_fast[structure]'",
         name="transformers",
     ) from None
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -43,6 +40,7 @@ from transformers import (
 import sgmim_fast
 from sgmim_fast.data.files import find_files
 from sgmim_fast.data.image_file import IMAGE_SUFFIXES, ImageFile
+from sgmim_fast.data.png import encode_png
 from sgmim_fast.data.report import BrokenFile, DataError
 
 MODEL = "depth-anything/Depth-Anything-V2-Small-hf"
@@ -100,8 +98,8 @@ def generate(
         device: a torch device; "auto" takes a GPU if there is one.
         revision: branch, tag or commit of the model's repository.
         workers: processes that read and prepare images.
-        compression: of the PNG, 0 to 9. Maps that are not compressed are about twice as large, and load and save ten
-            times as fast, which a loader feels.
+        compression: of the PNG, 0 to 9. Maps that are not compressed are up to several times as large, and load far
+            faster (benchmarks/NOTES.md, "Loading").
         progress: shows a bar.
 
     Raises:
@@ -249,12 +247,8 @@ def _predict(network: PreTrainedModel, processor: BaseImageProcessor, group: Gro
 def _png(prediction: np.ndarray, compression: int) -> bytes:
     least, greatest = float(prediction.min()), float(prediction.max())
     share = (prediction.astype(np.float64) - least) / max(greatest - least, np.finfo(np.float32).tiny)
-    note = PngInfo()
-    note.add_text("range", f"{least!r} {greatest!r}")
-    buffer = io.BytesIO()
     stored = (1 + (share * (LARGEST - 1)).round()).astype(np.uint16)
-    Image.fromarray(stored).save(buffer, "PNG", compress_level=compression, pnginfo=note)
-    return buffer.getvalue()
+    return encode_png(stored, compression=compression, text={"range": f"{least!r} {greatest!r}"})
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from sgmim_fast import data, standardize_structure
+from sgmim_fast.data.png import encode_png
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 NAMES = ["a/1", "a/2", "b/c/3", "d", "e.x"]
@@ -78,6 +80,20 @@ def test_formats_and_units(name):
     expected[0, 2, 3] = torch.nan
     assert file.size == (9, 14)
     torch.testing.assert_close(file.decode().as_subclass(torch.Tensor), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@given(
+    height=st.integers(1, 20),
+    width=st.integers(1, 20),
+    compression=st.sampled_from([0, 1, 6, 9]),
+    seed=st.integers(0, 99),
+)
+def test_own_png_is_read_by_pillow(height, width, compression, seed):
+    values = np.random.default_rng(seed).integers(0, 2**16, (height, width), dtype=np.uint16)
+    content = encode_png(values, compression=compression, text={"key": "a text"})
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()
+        assert image.mode == "I;16" and image.text == {"key": "a text"} and (np.array(image) == values).all()
 
 
 def test_exr(tmp_path):

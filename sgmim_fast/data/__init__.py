@@ -1,6 +1,8 @@
 """Pairs of images and structure maps for pre-training: from folders, from WebDataset shards, and made up."""
 
 try:
+    import matplotlib  # noqa: F401
+    import PIL  # noqa: F401
     import simplejpeg  # noqa: F401
     import torchvision  # noqa: F401
 except ModuleNotFoundError as missing:

@@ -92,6 +92,24 @@ def test_crops_have_the_published_shares_of_area():
     assert 0.72 < min(ratios) < 0.85 and 1.18 < max(ratios) < 1.38
 
 
+@pytest.mark.parametrize("size", [(400, 400), (300, 500), (500, 300), (90, 500), (500, 90), (3, 2), (1, 1)])
+def test_crops_are_distributed_as_torchvisions(size):
+    """Mean and spread of top, left, height and width, also where few or no drawn shapes fit."""
+    ours, theirs = data.PairTransform(8), v2.RandomResizedCrop(8, (0.67, 1.0))
+    whole = torch.empty(()).expand(size)
+    with seeded(0):
+        drawn = torch.tensor([ours._draw(*size)[0] for _ in range(600)]).double()
+        params = [theirs.make_params([whole]) for _ in range(600)]
+    expected = torch.tensor([[p["top"], p["left"], p["height"], p["width"]] for p in params]).double()
+    drawn[:, 2:] -= drawn[:, :2]
+    error = (drawn.mean(0) - expected.mean(0)).abs()
+    # four standard errors of the difference of two means, and the rounding of a middle
+    assert (error <= 4 * expected.std(0) * (2 / 600) ** 0.5 + 0.5).all()
+    assert (drawn.std(0) - expected.std(0)).abs().max() <= 0.15 * expected.std(0).max() + 0.5
+    assert (drawn.min(0).values >= torch.tensor([0, 0, 1, 1])).all()
+    assert ((drawn[:, :2] + drawn[:, 2:]).max(0).values <= torch.tensor(size)).all()
+
+
 def test_evaluation_takes_the_middle():
     here = coordinates(40, 60)
     image, structure = data.PairTransform.evaluation(20)(tv_tensors.Image(photograph(40, 60)), data.Structure(here))

@@ -10,12 +10,13 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from sgmim_fast.data.image_file import ImageFile
 from sgmim_fast.data.pair import resample
 from sgmim_fast.data.structure_file import StructureFile
+
+TRIES = 10  # of a crop that fits, as torchvision
 
 
 class Normalize:
@@ -89,17 +90,16 @@ class PairTransform(Normalize):
         if not 0 <= flip <= 1:
             raise ValueError(f"flip is {flip}; expected a probability")
         super().__init__(mean, std)
-        self.size = size
-        self.flip = flip
-        self._crop: v2.RandomResizedCrop | None = v2.RandomResizedCrop(size, scale, ratio)
+        self.size, self.scale, self.ratio, self.flip = size, scale, ratio, flip
+        self._middle = False  # see `evaluation`
 
     @classmethod
     def evaluation(
         cls, size: int, *, mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD
     ) -> PairTransform:
         """Nothing random: the largest square in the middle, resized."""
-        transform = cls(size, flip=0.0, mean=mean, std=std)
-        transform._crop = None
+        transform = cls(size, mean=mean, std=std)
+        transform._middle = True
         return transform
 
     def __call__(self, image: Tensor | ImageFile, *maps: Tensor | StructureFile) -> tuple[Tensor, ...]:
@@ -112,8 +112,7 @@ class PairTransform(Normalize):
             The image (3, size, size), float32, and the maps (..., size, size).
         """
         height, width = image.size if isinstance(image, ImageFile) else image.shape[-2:]
-        top, left, bottom, right = self._draw(height, width)
-        flipped = self.flip > 0 and float(torch.rand(())) < self.flip
+        (top, left, bottom, right), flipped = self._draw(height, width)
         if isinstance(image, ImageFile):
             image = image.decode(min(1.0, max(self.size / (bottom - top), self.size / (right - left))))
             # outwards to whole pixels of what may be a smaller image; the maps are cut at exactly the same place
@@ -136,12 +135,26 @@ class PairTransform(Normalize):
             image, cut = image.flip(-1), [F.horizontal_flip(pixels) for pixels in cut]
         return self.normalize(image), *cut
 
-    def _draw(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Top, left, bottom and right of the crop."""
-        if self._crop is None:
+    def _draw(self, height: int, width: int) -> tuple[tuple[int, int, int, int], bool]:
+        """Top, left, bottom and right of the crop, and whether to flip.
+
+        The crop is distributed as that of torchvision's RandomResizedCrop; one call of the generator instead of a dozen
+        saves a tenth of the time of an item.
+        """
+        if self._middle:
             side = min(height, width)
             top, left = (height - side) // 2, (width - side) // 2
-            return top, left, top + side, left + side
-        whole = torch.empty(()).expand(height, width)  # only its shape is looked at
-        crop = self._crop.make_params([whole])
-        return crop["top"], crop["left"], crop["top"] + crop["height"], crop["left"] + crop["width"]
+            return (top, left, top + side, left + side), False
+        flip, down, across, *numbers = torch.rand(3 + 2 * TRIES).tolist()
+        for a, b in zip(numbers[::2], numbers[1::2], strict=True):
+            area = height * width * (self.scale[0] + a * (self.scale[1] - self.scale[0]))
+            ratio = self.ratio[0] * (self.ratio[1] / self.ratio[0]) ** b
+            crop_height, crop_width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+            if 0 < crop_height <= height and 0 < crop_width <= width:
+                break
+        else:  # the largest crop of a permitted shape, from the middle
+            ratio = min(max(width / height, self.ratio[0]), self.ratio[1])
+            crop_height, crop_width = min(height, round(width / ratio)), min(width, round(height * ratio))
+            down = across = 0.5
+        top, left = int(down * (height - crop_height + 1)), int(across * (width - crop_width + 1))
+        return (top, left, top + crop_height, left + crop_width), flip < self.flip

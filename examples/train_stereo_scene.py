@@ -79,7 +79,7 @@ def create_model(encoder: str, size: int) -> sgmim_fast.SGMIM:
 def train(model: sgmim_fast.SGMIM, loader: DataLoader, learning_rate: float) -> list[tuple[float, float]]:
     """An ordinary training loop. Returns the image loss and the structure loss of every step."""
     steps, warm_up = len(loader), min(30, len(loader))
-    groups = param_groups_weight_decay(model, 0.05, model.no_weight_decay())
+    groups = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, (1 + math.cos(math.pi * step / steps)) / 2)

@@ -1,7 +1,8 @@
-"""`python -m sgmim_fast.env`: versions, the machine, and each backend with the reason where it is missing."""
+"""`sgmim-fast env`, `python -m sgmim_fast.env`: versions, the machine, and why a backend is missing."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import platform
@@ -36,6 +37,15 @@ def main() -> None:
         print(title)
         for name, text in facts.items():
             print(f"  {name:<16}{text}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`sgmim-fast env` has no arguments."""
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints `report`."""
+    main()
 
 
 def _version(package: str) -> str:

@@ -1,0 +1,78 @@
+"""The console command `sgmim-fast`.
+
+A subcommand is a module with `add_arguments(parser)` and `run(args) -> int | None`, imported only when it is called:
+`sgmim-fast env` needs nothing of the extras.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+
+from sgmim_fast.errors import UserError, nearest
+
+# name -> module, what it does, the extra it needs
+COMMANDS = {
+    "env": ("sgmim_fast.env", "versions, the machine, and why a backend is missing", ""),
+    "pretrain": ("sgmim_fast.train.pretrain", "pre-train an encoder on images and structure maps", "train"),
+    "structure": ("sgmim_fast.structure", "make structure maps for a folder of images", "structure"),
+    "reconstruct": ("sgmim_fast.train.reconstruct", "draw what a pre-trained model reconstructs", "train"),
+    "export": ("sgmim_fast.train.export", "write a run's encoder to a file that timm loads", "train"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message} (--help shows the usage)\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one subcommand; returns its exit code, 2 for what the user can put right, said in one line."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser("sgmim-fast", description="SG-MIM pre-training, from photographs to an encoder.")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    asked = next((argument for argument in argv if not argument.startswith("-")), None)
+    if asked is not None and asked not in COMMANDS:
+        parser.error(f"there is no command {asked!r}, only {', '.join(COMMANDS)}{nearest(asked, COMMANDS, 1)}")
+    try:
+        for name, (path, what, _) in COMMANDS.items():
+            subparser = subparsers.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+            if name == asked:
+                module = importlib.import_module(path)
+                module.add_arguments(subparser)
+        args = parser.parse_args(argv)
+        return module.run(args) or 0
+    except ModuleNotFoundError as error:
+        extra = COMMANDS[asked][2]
+        if not extra or (error.name or "").startswith("sgmim_fast"):
+            raise
+        print(
+            f"sgmim-fast {asked}: the package {error.name!r} is missing: pip install 'sgmim_fast[{extra}]'",
+            file=sys.stderr,
+        )
+        return 2
+    except ValueError as error:
+        if not isinstance(error, _shown()):
+            raise
+        print(f"sgmim-fast {asked}: {_rank()}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _shown() -> tuple[type[Exception], ...]:
+    """Errors that are one line. `DataError` is one where the data module is in use."""
+    data = sys.modules.get("sgmim_fast.data")
+    return (UserError,) if data is None else (UserError, data.DataError)
+
+
+def _rank() -> str:
+    """Which of several processes speaks; the first one says nothing about it."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"process {rank}: "
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""Model and data set of a configuration, and what can be wrong with it, each in one sentence."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import TYPE_CHECKING
+
+import timm
+from torch.utils.data import IterableDataset
+
+from sgmim_fast.encoders import create_encoder
+from sgmim_fast.errors import UserError, nearest
+from sgmim_fast.model import SGMIM
+from sgmim_fast.train.config import Config, flat
+from sgmim_fast.train.order import Layout
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
+
+_AT_LEAST_1 = (
+    *("model.stride", "data.size", "data.epoch_images", "mask.unit", "optim.batch", "optim.accumulate"),
+    *("run.log_every", "run.checkpoint_every", "run.keep", "run.pictures", "run.nonfinite"),
+)
+_AT_LEAST_0 = (
+    *("data.scenes", "data.workers", "optim.epochs", "optim.lr", "optim.warmup_lr", "optim.min_lr"),
+    *("optim.warmup_epochs", "optim.weight_decay", "optim.clip", "run.seed", "run.pictures_every"),
+)
+
+
+def create_model(config: Config) -> SGMIM:
+    """The model, its parameters drawn from torch's default generator.
+
+    Raises:
+        UserError: an unknown timm name (the nearest ones are named), or sizes that do not fit together.
+    """
+    settings, size = config.model, config.data.size
+    base = settings.encoder.split(".")[0]
+    if not timm.is_model(base):
+        families = ("swin_*", "swinv2_*", "beit_*", "beitv2_*", "vit_*", "deit_*")
+        raise UserError(f"timm has no model {settings.encoder!r}{nearest(base, timm.list_models(list(families)))}")
+    check(config)
+    arguments = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.arguments.items()}
+    if "img_size" in arguments:
+        raise UserError("model.arguments has img_size; expected data.size to say it, for the images as well")
+    try:
+        encoder = create_encoder(settings.encoder, img_size=size, **arguments)
+        check_windows(encoder.model, size)
+        return SGMIM(
+            encoder,
+            settings.stride,
+            guidance=settings.guidance,
+            hidden_context=settings.hidden_context,
+            position_embedding=settings.position_embedding,
+            accelerate=settings.accelerate,
+        )
+    except (
+        AssertionError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        # timm's own words on arguments that do not fit
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"model.encoder {settings.encoder} with {settings.arguments}: {error}") from error
+
+
+def check(config: Config) -> None:
+    """That images divide into tokens and mask units, that there is something to mask, and that numbers are possible.
+
+    Raises:
+        UserError: naming the setting, what came and what is expected.
+    """
+    size, stride, unit = config.data.size, config.model.stride, config.mask.unit
+    values = flat(config)
+    for name in _AT_LEAST_1:
+        if values[name] is not None and values[name] < 1:
+            raise UserError(f"{name} is {values[name]}; expected at least 1")
+    for name in _AT_LEAST_0:
+        if values[name] is not None and values[name] < 0:
+            raise UserError(f"{name} is {values[name]}; expected 0 or more")
+    for name, step in (("the encoder's stride (model.stride)", stride), ("the mask unit (mask.unit)", unit)):
+        if size % step:
+            step = math.lcm(stride, unit)
+            fitting = sorted({max(step, size // step * step), size // step * step + step})
+            raise UserError(
+                f"data.size is {size}, no multiple of {name} {stride if 'stride' in name else unit}; "
+                f"next that fit: {' or '.join(map(str, fitting))}"
+            )
+    if not 0 < config.mask.ratio < 1:
+        raise UserError(f"mask.ratio is {config.mask.ratio}; expected a share between 0 and 1")
+    units = (size // unit) ** 2
+    if math.ceil(config.mask.ratio * units) == units:
+        raise UserError(f"mask.ratio is {config.mask.ratio} of {units} mask units, which leaves none visible")
+    shown = config.mask.shown
+    if shown not in ("masked", "visible", "all"):
+        try:
+            fits = 0 <= float(shown) <= 1
+        except ValueError:
+            fits = False
+        if not fits:
+            raise UserError(f"mask.shown is {shown!r}; expected masked, visible, all or a share between 0 and 1")
+
+
+def check_windows(model: object, size: int) -> None:
+    """That every stage of a Swin divides into its windows: timm would pad it, and the published models do not.
+
+    Raises:
+        UserError: naming the stage.
+    """
+    for stage, layer in enumerate(getattr(model, "layers", ())):
+        block = layer.blocks[0]
+        for tokens, window in zip(block.input_resolution, block.window_size, strict=True):
+            if tokens % window:
+                raise UserError(
+                    f"data.size is {size}: stage {stage} has {tokens} tokens along a side, no multiple of its window "
+                    f"{window}; expected another data.size or model.arguments.window_size"
+                )
+
+
+def create_dataset(config: Config) -> Dataset:
+    """The data set of the configuration: items as described in `sgmim_fast.data`.
+
+    Raises:
+        UserError: none or several sources are given.
+        DataError: there is something wrong with the source.
+    """
+    from sgmim_fast import data
+
+    settings, seed = config.data, config.run.seed
+    folders = settings.images is not None or settings.structure is not None
+    sources = [folders, settings.shards is not None, settings.scenes > 0]
+    if sum(sources) != 1:
+        found = "none" if not any(sources) else "several"
+        raise UserError(
+            f"the images come from {found} of data.images with data.structure, data.shards, data.scenes; expected one: "
+            "--images DIR --structure DIR, --shards TARS or --set data.scenes=1000"
+        )
+    if settings.scenes:
+        return data.Scenes(settings.scenes, settings.size, seed=seed)
+    transform = data.PairTransform(settings.size, scale=settings.scale, ratio=settings.ratio, flip=settings.flip)
+    if settings.shards is not None:
+        if settings.epoch_images is None:
+            raise UserError("data.epoch_images is missing; with shards it says how many images count as an epoch")
+        return data.ShardPairs(
+            settings.shards, transform, length=settings.epoch_images, seed=seed, missing=settings.missing
+        )
+    for name in ("images", "structure"):
+        if getattr(settings, name) is None:
+            raise UserError(f"data.{name} is missing; expected --images DIR and --structure DIR together")
+    return data.FolderPairs(settings.images, settings.structure, transform, seed=seed, missing=settings.missing)
+
+
+def steps_per_epoch(config: Config, dataset: Dataset, layout: Layout) -> int:
+    """Optimizer steps of an epoch; what does not fill a step is left out.
+
+    Raises:
+        UserError: the data set does not fill one.
+    """
+    images = config.data.epoch_images if isinstance(dataset, IterableDataset) else len(dataset)
+    if images < layout.total:
+        raise UserError(
+            f"the data has {images} images, fewer than the {layout.total} of a step ({layout.batch} for each of "
+            f"{layout.processes} processes, {layout.accumulate} times); expected a smaller optim.batch"
+        )
+    return images // layout.total
+
+
+def workers(config: Config) -> int:
+    """Loading processes for each training process: what the cores allow, at most 8, unless the configuration says."""
+    if config.data.workers is not None:
+        return config.data.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))

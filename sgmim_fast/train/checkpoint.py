@@ -1,0 +1,181 @@
+"""Checkpoints on disk: folders `step-00001000` that are there whole or not at all.
+
+A checkpoint is written aside, flushed to the disk, and renamed. Its `checkpoint.json` holds the digest of every other
+file in it, so that damage is found before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sgmim_fast.errors import UserError
+
+FACTS = "checkpoint.json"
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be written, or is missing or damaged."""
+
+
+def write(folder: Path, step: int, parts: Mapping[str, dict[str, Tensor]], facts: dict[str, Any]) -> Path:
+    """Writes the checkpoint of a step, in place of one of the same step.
+
+    Args:
+        folder: of all checkpoints of the run.
+        parts: file name without ending -> tensors, each to one safetensors file.
+        facts: JSON beside them.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: the disk is full, or it cannot be written for another reason. What was there is untouched.
+    """
+    final, aside, old = folder / f"step-{step:08d}", folder / f".writing-{step:08d}", folder / f".old-{step:08d}"
+    try:
+        for leftover in (aside, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        aside.mkdir(parents=True)
+        files = {}
+        for name, tensors in parts.items():
+            path = aside / f"{name}.safetensors"
+            save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+            files[path.name] = _digest(path)
+        (aside / FACTS).write_text(json.dumps({**facts, "step": step, "files": files}, indent=1) + "\n")
+        for path in (*aside.iterdir(), aside):
+            _flush(path)
+        if final.exists():
+            final.rename(old)
+        aside.rename(final)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        before = steps(folder)
+        kept = f"{before[-1]} is intact" if before else "there was none before it"
+        free = shutil.disk_usage(folder).free / 2**20 if folder.exists() else 0
+        raise CheckpointError(
+            f"cannot write the checkpoint {final} ({_why(error)}; {free:.0f} MiB free on the disk); {kept}"
+        ) from error
+    shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def steps(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    found = folder.glob("step-*") if folder.is_dir() else ()
+    return sorted(path for path in found if re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def tidy(folder: Path, keep: int, newest: Path) -> None:
+    """Removes all but the last `keep` checkpoints up to `newest` and the one with the lowest loss.
+
+    Later ones than `newest` are what a run had done before it went back to an earlier one; damaged ones, perhaps.
+    """
+    found = steps(folder)
+    done = found[: found.index(newest) + 1]
+    best = min(done, key=loss)
+    for path in found:
+        if path not in done[-keep:] and path != best:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def loss(path: Path) -> float:
+    """The loss a checkpoint was saved with, infinite where it is not known."""
+    try:
+        value = facts(path).get("loss")
+    except CheckpointError:
+        return math.inf
+    return math.inf if value is None else value
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """What `write` was given beside the tensors, with "step" and "files".
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return json.loads((path / FACTS).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint {path} is damaged ({FACTS}: {_why(error)})") from error
+
+
+def damage(path: Path) -> str:
+    """What is wrong with a checkpoint's files, or ""."""
+    try:
+        files = facts(path)["files"]
+    except CheckpointError as error:
+        return f"{FACTS}: {_why(error.__cause__ or error)}"
+    for name, digest in files.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _digest(path / name) != digest:
+            return f"{name} is not what was written"
+    return ""
+
+
+def choose(run: Path, name: str | None = None) -> Path:
+    """A sound checkpoint of a run.
+
+    Args:
+        run: the run's folder.
+        name: "best", "step-00000100", or "100"; None: the newest.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged; the newest sound one is offered.
+    """
+    found = steps(run / "checkpoints")
+    if not found:
+        raise CheckpointError(f"{run} has no checkpoint; expected the folder of a run that has saved one")
+    if name is None:
+        path = found[-1]
+    elif name == "best":
+        path = min(found, key=loss)
+    else:
+        number = name.removeprefix("step-").lstrip("0")
+        path = next((path for path in found if path.name.removeprefix("step-").lstrip("0") == number), None)
+        if path is None:
+            raise CheckpointError(f"{run} has no checkpoint {name!r}, only best, {', '.join(p.name for p in found)}")
+    wrong = damage(path)
+    if wrong:
+        sound = next((other for other in reversed(found) if other != path and not damage(other)), None)
+        offer = f"--checkpoint {sound.name} takes the sound one of that name" if sound else "no other one is sound"
+        raise CheckpointError(f"the checkpoint {path} is damaged ({wrong}); {offer}")
+    return path
+
+
+def read(path: Path, part: str) -> dict[str, Tensor]:
+    """The tensors of one part, on the CPU."""
+    return load_file(path / f"{part}.safetensors")
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _why(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

@@ -1,0 +1,191 @@
+"""The training loop: steps, and between them what is logged, drawn and saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.utils.data import Dataset
+
+import sgmim_fast
+from sgmim_fast.errors import UserError
+from sgmim_fast.train import checkpoint, loader, log, pictures, state
+from sgmim_fast.train.build import steps_per_epoch, workers
+from sgmim_fast.train.config import Config
+from sgmim_fast.train.order import Layout
+from sgmim_fast.train.runs import Saved
+from sgmim_fast.train.step import Stepper
+from sgmim_fast.train.stop import StopSignals
+from sgmim_fast.train.window import Window, mean
+
+
+class Trainer:
+    """One run, from its first step or from a checkpoint.
+
+    Args:
+        run: the run's folder, which exists.
+        saved: the checkpoint to go on from, or None.
+
+    Raises:
+        UserError: something in the configuration does not fit the data or the machine.
+    """
+
+    def __init__(self, config: Config, run: Path, accelerator: Accelerator, dataset: Dataset, saved: Saved | None):
+        self.config, self.run, self.accelerator, self.dataset = config, run, accelerator, dataset
+        optim, count = config.optim, accelerator.num_processes
+        self.layout = Layout(optim.batch, optim.accumulate, count, accelerator.process_index)
+        self.steps_per_epoch = steps_per_epoch(config, dataset, self.layout)
+        self.steps = max(1, round(optim.epochs * self.steps_per_epoch))
+        self.stepper = Stepper(config, accelerator, self.layout, self.steps_per_epoch)
+        facts = saved.facts if saved else {}
+        self.done = facts.get("step", 0)
+        self.window = Window(accelerator, facts.get("skipped_steps", 0), facts.get("skipped_files", 0))
+        self.since_checkpoint: list[list[float]] = []  # values of its steps
+        if saved:
+            raw = self.stepper.optimizer.optimizer
+            parts = checkpoint.read(saved.path, "model"), checkpoint.read(saved.path, "optimizer")
+            state.restore(self.stepper.model, raw, *parts)
+            if accelerator.scaler is not None and facts.get("scaler"):
+                accelerator.scaler.load_state_dict(facts["scaler"])
+        self.broken: set[str] = set()  # names of files that this process has reported
+        self.log: log.Log | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.done >= self.steps
+
+    def train(self) -> str:
+        """Trains to the end, or to the signal that stops it, whose name is returned ("" at the end).
+
+        Raises:
+            UserError: a checkpoint cannot be written, or too many steps in a row have no finite loss.
+        """
+        config, main = self.config.run, self.accelerator.is_main_process
+        if main:
+            self.log = log.Log(self.run, self.steps, self.done, config.tensorboard)
+        examples = loader.examples(self.dataset, config.pictures)
+        pin, each = self.accelerator.device.type == "cuda", workers(self.config)
+        batches = loader.batches(
+            *(self.dataset, self.layout, config.seed, self.done, self.steps_per_epoch), workers=each, pin=pin
+        )
+        alone = self.accelerator.num_processes == 1
+        try:
+            with StopSignals() as signals:
+                self.window.pause()
+                while not self.finished:
+                    self._step(batches)
+                    log_due, save_due, draw_due = (
+                        self.finished or (every and self.done % every == 0)
+                        for every in (config.log_every, config.checkpoint_every, config.pictures_every)
+                    )
+                    # several processes can only agree on stopping where they talk to each other
+                    asked = bool(signals.asked) and alone
+                    if not (log_due or save_due or draw_due or asked):
+                        continue
+                    asked = self._close_window(bool(signals.asked))
+                    if save_due or asked:
+                        self._save()
+                    if draw_due:
+                        self._draw(examples)
+                    if asked and not self.finished:
+                        return signals.asked or "a signal to another process"
+                    self.window.pause()
+        finally:
+            del batches  # ends its workers
+            if self.log is not None:
+                self.log.close()
+        return ""
+
+    def _step(self, batches: Any) -> None:
+        done = self.stepper(self.done, batches)
+        self.window.steps.append(done)
+        self.done += 1
+        if self.log is not None:
+            self.log.steps_done(self.done)
+        new = sorted(set(done.skipped) - self.broken)
+        if new:
+            self.broken |= set(new)
+            with (self.run / "skipped-files.txt").open("a") as file:
+                file.write("".join(f"{name}\n" for name in new))
+
+    def _close_window(self, stop: bool) -> bool:
+        """Writes the log line; returns whether any process was asked to stop."""
+        lr = self.window.steps[-1].lr
+        rows, seconds, stop, too_many = self.window.close(stop, self.config.run.nonfinite)
+        self.since_checkpoint += rows
+        if self.log is not None:
+            total, image, structure, norm = mean(rows)
+            self.log.window(
+                {
+                    "step": self.done,
+                    "epoch": round(self.done / self.steps_per_epoch, 4),
+                    "loss": total,
+                    "image_loss": image,
+                    "structure_loss": structure,
+                    "lr": lr,
+                    "grad_norm": norm,
+                    "images_per_second": round(self.layout.total / seconds, 2),
+                    "memory_gib": round(log.memory(self.accelerator.device), 3),
+                    "skipped_steps": self.window.skipped_steps,
+                    "skipped_files": self.window.skipped_files,
+                    "seconds_left": round((self.steps - self.done) * seconds, 1),
+                    "time": round(time.time(), 1),
+                }
+            )
+        if too_many:
+            self._give_up()
+        return stop
+
+    def _give_up(self) -> None:
+        names = gather_object(self.window.worst)
+        path = self.run / "nonfinite.txt"
+        if self.accelerator.is_main_process:
+            path.write_text("".join(f"{name}\n" for name in names))
+        raise UserError(
+            f"{self.window.in_row} steps in a row up to step {self.done} had no finite loss or gradient, and were left "
+            f"out; the last one's images ({path} has all {len(names)}): {', '.join(names[:8])}"
+        )
+
+    def _save(self) -> None:
+        tensors = state.gather(self.stepper.model, self.stepper.optimizer.optimizer)
+        if self.accelerator.is_main_process:
+            total, image, structure, _ = mean(self.since_checkpoint)
+            scaler = self.accelerator.scaler
+            folder = self.run / "checkpoints"
+            path = checkpoint.write(
+                folder,
+                self.done,
+                tensors,
+                {
+                    "version": sgmim_fast.__version__,
+                    "torch": torch.__version__,
+                    "loss": total,  # means since the checkpoint before
+                    "image_loss": image,
+                    "structure_loss": structure,
+                    "steps": self.steps,
+                    "epoch": self.done / self.steps_per_epoch,
+                    "total_batch": self.layout.total,
+                    "images": self.steps_per_epoch * self.layout.total,
+                    "skipped_steps": self.window.skipped_steps,
+                    "skipped_files": self.window.skipped_files,
+                    "scaler": None if scaler is None else scaler.state_dict(),
+                    "config": dataclasses.asdict(self.config),
+                },
+            )
+            checkpoint.tidy(folder, self.config.run.keep, path)
+        self.since_checkpoint = []
+        self.accelerator.wait_for_everyone()
+
+    def _draw(self, examples: dict[str, Any]) -> None:
+        if not (self.accelerator.is_main_process or self.config.run.fsdp):  # sharded, all processes compute it
+            return
+        with self.accelerator.autocast():
+            found = pictures.panels(self.stepper.plain, examples, self.config, self.accelerator.device)
+        if self.accelerator.is_main_process:
+            name = f"step-{self.done:08d}.png"
+            pictures.grid(found, self.run / "pictures" / name, f"step {self.done} of {self.steps}")

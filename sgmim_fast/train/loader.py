@@ -1,0 +1,56 @@
+"""Batches of pairs, from any step on."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from itertools import count, islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from sgmim_fast.train.order import Layout, Order, mix
+
+
+def batches(
+    dataset: Dataset, layout: Layout, seed: int, step: int, steps_per_epoch: int, workers: int, pin: bool
+) -> Iterator[dict[str, Any]]:
+    """This process's batches from a step on, without end: items of `sgmim_fast.data`, collated.
+
+    A data set of known length goes on exactly where another call would be by then. One that only iterates (shards)
+    starts a new pass, in an order of its own, so resuming it repeats nothing but is not exact either.
+    """
+    options = {
+        "num_workers": workers,
+        "pin_memory": pin,
+        "worker_init_fn": _leave_signals_to_the_parent,
+        "generator": torch.Generator().manual_seed(mix(seed, 4, step)),  # the default generator is left alone
+    }
+    # a loader for each epoch: workers are copies of the data set and would not see a later set_epoch
+    if isinstance(dataset, IterableDataset):
+        for each in count(step):  # a number that no earlier pass had
+            if hasattr(dataset, "set_epoch"):
+                dataset.set_epoch(each)
+            yield from DataLoader(dataset, layout.batch, drop_last=True, **options)
+    for epoch in count(step // steps_per_epoch):
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(epoch)
+        first = step % steps_per_epoch if epoch == step // steps_per_epoch else 0
+        yield from DataLoader(dataset, batch_sampler=Order(len(dataset), layout, seed, epoch, first), **options)
+
+
+def examples(dataset: Dataset, number: int) -> dict[str, Any]:
+    """A batch to look at, the same at every call: items from all over the data set, or the first ones of shards."""
+    if hasattr(dataset, "set_epoch"):
+        dataset.set_epoch(0)
+    if isinstance(dataset, IterableDataset):
+        return default_collate(list(islice(iter(dataset), number)))
+    number = min(number, len(dataset))
+    return default_collate([dataset[i * len(dataset) // number] for i in range(number)])
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """A cluster sends SIGTERM, and a terminal SIGINT, to every process: workers go when the training has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,111 @@
+"""What a model makes of some pairs, and how its losses went."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sgmim_fast.data import standardize_valid
+from sgmim_fast.model import SGMIM
+from sgmim_fast.reference import pixel_mask
+from sgmim_fast.train import masks
+from sgmim_fast.train.config import Config
+
+# of ImageNet, by which the images were normalised
+MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
+
+
+class Panels(NamedTuple):
+    """What is drawn, on the CPU: (B, 3, H, W) normalised, (B, 1, H, W) standardised, bool."""
+
+    images: Tensor
+    hidden: Tensor  # (B, 1, H, W), True where the image was masked
+    image: Tensor  # predicted
+    structure: Tensor
+    valid: Tensor
+    shown: Tensor  # True where the structure branch could read the map
+    guess: Tensor | None  # of the structure; None without guidance
+
+
+@torch.no_grad()
+def panels(model: SGMIM, batch: dict[str, Any], config: Config, device: torch.device) -> Panels:
+    """Predictions for a batch of `sgmim_fast.data`, with masks that depend on the seed alone."""
+    training = model.training
+    model.eval()
+    images = batch["image"].to(device)
+    structure, valid = standardize_valid(batch["structure"].to(device))
+    mask = masks.draw(config.mask, config.data.size, len(images), config.run.seed, 0, device)
+    image, guess = model.predict(images, structure, mask, structure_valid=valid)
+    model.train(training)
+    hidden, shown = (pixel_mask(m, images).bool() for m in (mask.mask, mask.structure))
+    found = Panels(images, hidden, image.float(), structure, valid, shown, None if guess is None else guess.float())
+    return Panels(*(None if t is None else t.cpu() for t in found))
+
+
+def grid(found: Panels, path: Path, title: str = "") -> None:
+    """One row per pair. Grey is hidden, white is not known; predictions stand only where they were asked for."""
+    plt = _pyplot()
+
+    def colours(image: Tensor) -> Tensor:
+        return (image * STD + MEAN).clamp(0, 1)
+
+    def heat(structure: Tensor) -> Tensor:  # the same scale in all panels
+        rgba = plt.get_cmap("inferno")(plt.Normalize(-2, 2)(structure[:, 0].numpy()))
+        return torch.from_numpy(rgba[..., :3]).permute(0, 3, 1, 2).float()
+
+    grey, white = torch.full((3, 1, 1), 0.6), torch.ones(3, 1, 1)
+    truth = heat(found.structure).where(found.valid, white)
+    columns = {
+        "image": colours(found.images),
+        "masked image": colours(found.images).where(~found.hidden, grey),
+        "reconstruction": colours(found.image).where(found.hidden, colours(found.images)),
+    }
+    if found.guess is not None:
+        columns |= {
+            "structure shown": truth.where(found.shown, grey),
+            "structure predicted": heat(found.guess).where(~found.hidden, truth),
+            "structure truth": truth,
+        }
+    rows = len(found.images)
+    figure, axes = plt.subplots(
+        *(rows, len(columns)), figsize=(1.6 * len(columns), 1.65 * rows + 0.4), squeeze=False, layout="constrained"
+    )
+    for column, (label, pictures) in enumerate(columns.items()):
+        axes[0, column].set_title(label, fontsize=9)
+        for row, picture in enumerate(pictures):
+            axes[row, column].imshow(picture.permute(1, 2, 0).numpy())
+            axes[row, column].set_axis_off()
+    figure.suptitle(title, fontsize=9)
+    _save(figure, path)
+
+
+def curves(lines: list[dict[str, Any]], path: Path) -> None:
+    """Both losses and the learning rate over the steps of a log."""
+    figure, axes = _pyplot().subplots(1, 3, figsize=(10, 2.8), layout="constrained")
+    names = {"image_loss": "image loss", "structure_loss": "structure loss", "lr": "learning rate"}
+    for axis, (name, label) in zip(axes, names.items(), strict=True):
+        known = [(line["step"], line[name]) for line in lines if line[name] is not None]
+        axis.plot(*zip(*known, strict=True), linewidth=1) if known else None
+        axis.set_xlabel("step", fontsize=8)
+        axis.set_ylabel(label, fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")  # a cluster has no display
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    _pyplot().close(figure)

@@ -1,0 +1,42 @@
+"""The folder of a run, read again: its configuration, and the model of one of its checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from sgmim_fast.model import SGMIM
+from sgmim_fast.train import checkpoint
+from sgmim_fast.train.build import create_model
+from sgmim_fast.train.config import Config, from_mapping, with_changes
+
+
+class Saved(NamedTuple):
+    """A sound checkpoint of a run."""
+
+    path: Path
+    facts: dict[str, Any]
+    config: Config
+
+
+def find(run: Path, name: str | None = None) -> Saved:
+    """The checkpoint of that name, "best" or the newest, and the configuration it was trained with.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = checkpoint.choose(run, name)
+    facts = checkpoint.facts(path)
+    where = str(path / checkpoint.FACTS)
+    config = Config(preset=facts["config"].get("preset", ""))
+    return Saved(path, facts, with_changes(config, from_mapping(facts["config"], where), where))
+
+
+def load(saved: Saved) -> SGMIM:
+    """The model of a checkpoint, on the CPU, in evaluation mode."""
+    with torch.random.fork_rng(devices=[]):
+        model = create_model(saved.config)
+    model.load_state_dict(checkpoint.read(saved.path, "model"))
+    return model.eval()

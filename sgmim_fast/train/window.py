@@ -1,0 +1,72 @@
+"""The steps since the last log line: their values stay on the device until the line is due."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+
+from sgmim_fast.train.step import Done
+
+
+class Window:
+    """Collects steps, and brings them to the host in one transfer.
+
+    Attributes:
+        in_row: steps without a finite loss up to the last one.
+        skipped_steps, skipped_files: of the run, all processes together.
+    """
+
+    def __init__(self, accelerator: Accelerator, skipped_steps: int = 0, skipped_files: int = 0):
+        self.accelerator = accelerator
+        self.skipped_steps, self.skipped_files, self.in_row = skipped_steps, skipped_files, 0
+        self.steps: list[Done] = []
+        self.worst: list[str] = []  # images of this process in the last step without a finite loss
+        self.pause()
+
+    def pause(self) -> None:
+        """What happened since the last window closed does not count as time of the next one."""
+        self.begun = time.perf_counter()
+
+    def close(self, stop: bool, limit: int) -> tuple[list[list[float]], float, bool, bool]:
+        """Averages over the processes, which all have to call it; waits for the device.
+
+        Args:
+            stop: this process was asked to stop.
+            limit: so many steps in a row without a finite loss are too many.
+
+        Returns:
+            loss, image loss, structure loss and gradient norm of every step that counted; seconds that a step took;
+            whether any process was asked to stop; whether the limit was reached.
+        """
+        values = torch.stack([done.values for done in self.steps])
+        files = sum(len(done.skipped) for done in self.steps)
+        flags = torch.tensor([[float(stop), float(files), 0.0, 0.0]], device=values.device)
+        mean = self.accelerator.reduce(torch.cat([values, flags]), "mean").tolist()
+        seconds = (time.perf_counter() - self.begun) / len(self.steps)
+        *rows, (stop_share, file_share, _, _) = mean
+        self.skipped_files += round(file_share * self.accelerator.num_processes)
+        counted, too_many = [], False
+        scaled = self.accelerator.scaler is not None  # an overflow is then part of finding the scale
+        for done, row in zip(self.steps, rows, strict=True):
+            if all(map(math.isfinite, row)):
+                counted.append(row)
+            else:
+                self.skipped_steps += 1
+            if all(map(math.isfinite, row[:3] if scaled else row)):
+                self.in_row = 0
+                continue
+            self.in_row += 1
+            self.worst = done.names
+            too_many |= self.in_row >= limit
+        self.steps = []
+        self.pause()
+        return counted, seconds, stop_share > 0, too_many
+
+
+def mean(rows: Sequence[Sequence[float]]) -> list[float | None]:
+    """Of each column; None without rows."""
+    return [sum(column) / len(rows) for column in zip(*rows, strict=True)] if rows else [None] * 4

@@ -160,7 +160,7 @@ def test_gradient_of_the_logit_scale(place):
 
 
 @pytest.mark.parametrize("cosine", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("grid", "window", "shift"),
     [((12, 12), (6, 6), (3, 3)), ((8, 8), (8, 8), (0, 0)), ((14, 14), (7, 7), (3, 3)), ((13, 10), (6, 6), (3, 3))],
@@ -169,7 +169,7 @@ def test_swin_windows(place, grid, window, shift, dtype, cosine):
     check(place, dtype, shift, window, grid=grid, width=32, cosine=cosine)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", ["dense", None])
 def test_vit(place, dtype, bias):
     """One window over a class token and 10 x 10 patches."""

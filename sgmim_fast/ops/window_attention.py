@@ -16,6 +16,7 @@ from sgmim_fast.ops._plain import wide_dtype
 
 APART = -100.0  # added to the logits of tokens that only the cyclic shift has made neighbours, as in timm
 MAX_LOGIT_SCALE = math.log(1.0 / 0.01)
+MOST_TOKENS = 256  # of a window in the Triton kernels, whose tiles have complete rows of logits
 TINY = 1e-12  # least norm of a vector whose cosine is taken, as in torch.nn.functional.normalize
 
 

@@ -27,7 +27,7 @@ PARTS = {
     "structure_embed": "and (partial or layouts or not_contiguous)",
     "norm_linear": "",
     "norm_mlp": "",
-    "window_attention": "and (zero_vectors or strides or (vit and None) or (grid3-window3-shift3-dtype1))",
+    "window_attention": "and (strides or (vit and None and dtype2) or grid3-window3-shift3-dtype1)",
     "model_places": "",
 }
 

@@ -277,3 +277,24 @@ def test_cpu_rejects_an_index_out_of_range():
     index[0, 0] = 25
     with backends.use("cpu"), pytest.raises(RuntimeError, match="index has 25"):
         window_attention(qkv.float(), 2, (3, 3), bias=bias.float(), index=index)
+
+
+def test_what_triton_leaves_to_others():
+    pytest.importorskip("triton", reason="the Triton backend needs triton")
+    from sgmim_fast import blocks
+    from sgmim_fast.kernels.window_attention import can_run
+
+    def reason(qkv, heads=2, window=(16, 16)):
+        arguments = qkv, None, None, None, None, heads, list(window), [0, 0]
+        forward, backward = can_run("forward", arguments), can_run("backward", (qkv, *arguments, [True] * 4))
+        assert forward == backward
+        return None if forward[0] else forward[1]
+
+    qkv = torch.zeros(1, 2, 2, 3 * 256)
+    assert reason(qkv) is None and reason(qkv.half()) is None
+    assert "windows of 272 tokens" in reason(qkv, window=(17, 16))
+    assert "heads of 256 channels" in reason(qkv, heads=1)
+    assert "dtype torch.float64" in reason(qkv.double())
+    # which accelerated blocks know: there timm's attention is better than plain PyTorch's here
+    elsewhere = torch.empty(1, device="meta")
+    assert blocks._window_fits(elsewhere, 256) and not blocks._window_fits(elsewhere, 257)

@@ -28,7 +28,7 @@ from sgmim_fast.kernels.arithmetic import cast, dot
 from sgmim_fast.kernels.launch import launch, on_device, supported, target, tf32
 from sgmim_fast.kernels.sums import Sum, finish
 from sgmim_fast.ops._op import absent
-from sgmim_fast.ops.window_attention import APART, MAX_LOGIT_SCALE, MOST_TOKENS, TINY
+from sgmim_fast.ops.window_attention import APART, MAX_LOGIT_SCALE, TINY, most_tokens_on_a_gpu
 
 MOST_WIDTH = 128  # of a head
 PROGRAMS = 8  # per multiprocessor: enough to hide latencies, few enough that groups' sums stay small
@@ -362,13 +362,11 @@ def _tile_sizes(tokens: int, dtype: torch.dtype, heavy: bool) -> tuple[int, int,
     """Tokens a tile has where it has all; queries, or keys, where it has a block of them; warps.
 
     As many as registers hold: up to 64 tokens are one tile. `heavy`: with a shift, cosines or padding there is more to
-    hold than tiles; and float32 wants whole rows of the operands on its scalar units.
+    hold than tiles.
     """
     whole = max(16, triton.next_power_of_2(tokens))
     if whole <= 64:
         return whole, whole, whole, 8 if dtype == torch.float32 else 4
-    if dtype == torch.float32:
-        return whole, 16, 16, 8
     return whole, 16 if heavy else 32, (1 << 13) // whole, 8
 
 
@@ -420,8 +418,9 @@ def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
     usable, reason = supported(qkv.dtype)
     if not usable:
         return usable, reason
-    if window[0] * window[1] > MOST_TOKENS:
-        return False, f"windows of {window[0] * window[1]} tokens; the Triton kernels hold {MOST_TOKENS}"
+    tokens, most = window[0] * window[1], most_tokens_on_a_gpu(qkv.dtype)
+    if tokens > most:
+        return False, f"windows of {tokens} tokens; the Triton kernels hold {most} in {qkv.dtype}"
     width = qkv.shape[3] // 3 // heads
     return width <= MOST_WIDTH, f"heads of {width} channels; the Triton kernels hold {MOST_WIDTH}"
 

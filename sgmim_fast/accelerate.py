@@ -25,8 +25,8 @@ def accelerate(encoder: nn.Module) -> nn.Module:
     It changes the class of each block it recognises, exactly timm's own, and nothing else. At each call a block looks
     whether what it bypasses is still timm's: with hooks, adapters, attention or projection dropout at work, attention
     masks, norms of queries and keys or another activation, that half of it runs as timm has it. So does attention in
-    windows of more than 256 tokens on a GPU, and everything where a device has no kernels, as for float64 on a GPU. The
-    kernels for GPUs have passed their tests off a GPU only.
+    windows of more than 256 tokens (64 in float32) on a GPU, and everything where a device has no kernels, as for
+    float64 on a GPU. The kernels for GPUs have passed their tests off a GPU only.
 
     Args:
         encoder: any module with such blocks: what `create_encoder` made, a timm model, or a model around one. It is

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sgmim_fast import backends, ops
-from sgmim_fast.ops.window_attention import MOST_TOKENS
+from sgmim_fast.ops.window_attention import most_tokens_on_a_gpu
 
 
 def _changed(module: nn.Module | None, *types: type) -> str:
@@ -117,7 +117,11 @@ def _has_kernels(device: str) -> bool:
 
 def _window_fits(x: Tensor, tokens: int) -> bool:
     """Whether a window of so many tokens is one for the kernels: on a GPU timm's own attention takes the large ones."""
-    return x.device.type == "cpu" or tokens <= MOST_TOKENS
+    device = x.device.type
+    if device == "cpu":
+        return True
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return tokens <= most_tokens_on_a_gpu(dtype)
 
 
 class _SwinHalves:

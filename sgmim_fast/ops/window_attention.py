@@ -16,7 +16,6 @@ from sgmim_fast.ops._plain import wide_dtype
 
 APART = -100.0  # added to the logits of tokens that only the cyclic shift has made neighbours, as in timm
 MAX_LOGIT_SCALE = math.log(1.0 / 0.01)
-MOST_TOKENS = 256  # of a window in the Triton kernels, whose tiles have complete rows of logits
 TINY = 1e-12  # least norm of a vector whose cosine is taken, as in torch.nn.functional.normalize
 
 
@@ -90,6 +89,11 @@ def window_attention(
         _check.floating("pad", pad)
         _check.shape("pad", pad, (qkv.shape[3],), "(3 * channels,)")
     return _op(qkv, bias, index, logit_scale, pad, heads, list(window), list(shift))
+
+
+def most_tokens_on_a_gpu(dtype: torch.dtype) -> int:
+    """Of a window in the Triton kernels, whose tiles have complete rows of logits; in float32 registers hold less."""
+    return 64 if dtype == torch.float32 else 256
 
 
 def factor(logit_scale: Tensor, dtype: torch.dtype) -> Tensor:

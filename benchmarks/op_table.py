@@ -61,6 +61,23 @@ def cases(shape: Shape, batch: int, device: torch.device) -> dict[str, Callable[
         new = selective_mask(batch, shape.grid, shape.ratio, generator=torch.Generator(device).manual_seed(1))
         return [new.mask, new.visible.index, new.masked.index]
 
+    # of the encoder's first stage, or of a ViT, whose tokens are one window
+    across, c = shape.image // shape.patch, shape.stem
+    grid, window, shift, heads = (across, across), (shape.grid,) * 2, shape.grid // 2, max(1, c // 32)
+    if shape.prefix:
+        grid, window, shift, heads = (1, across**2 + 1), (1, across**2 + 1), 0, c // 64
+    n = window[0] * window[1]
+    index = None if shape.prefix else torch.randint((2 * shape.grid - 1) ** 2, (n, n), device=device)
+    table_shape = (heads, n, n) if shape.prefix else ((2 * shape.grid - 1) ** 2, heads)
+    qkv, biases = (torch.randn(s, device=device, requires_grad=True) for s in ((batch, *grid, 3 * c), table_shape))
+    tokens, norm1 = torch.randn(batch, *grid, c, device=device, requires_grad=True), nn.LayerNorm(c).to(device)
+    linear, fc1, fc2 = (nn.Linear(i * c, o * c).to(device) for i, o in ((1, 3), (1, 4), (4, 1)))
+    norms = {"norm_weight": norm1.weight, "norm_bias": norm1.bias}
+
+    def attend() -> Tensor:
+        x = qkv.to(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else qkv
+        return ops.window_attention(x, heads, window, (shift, shift), bias=biases, index=index)
+
     shown = cells.shown.index
     with backends.use("torch"):  # the shapes of the results
         return {
@@ -84,6 +101,19 @@ def cases(shape: Shape, batch: int, device: torch.device) -> dict[str, Callable[
                 lambda: ops.linear_l1(packed, head.weight, head.bias, target, cells.masked.index, cell=stride),
                 packed,
                 *head.parameters(),
+            ),
+            "window_attention": both(attend, qkv, biases),
+            "norm_linear": both(
+                lambda: ops.norm_linear(tokens, linear.weight, linear.bias, **norms),
+                tokens,
+                *linear.parameters(),
+                *norms.values(),
+            ),
+            "norm_mlp": both(
+                lambda: ops.norm_mlp(tokens, *fc1.parameters(), *fc2.parameters(), **norms),
+                tokens,
+                *(*fc1.parameters(), *fc2.parameters()),
+                *norms.values(),
             ),
         }
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sgmim_fast import backends, ops
+from sgmim_fast.ops.window_attention import most_tokens_on_a_gpu
 
 
 def _changed(module: nn.Module | None, *types: type) -> str:
@@ -100,21 +101,35 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm | None, weight: Tensor, bias: Tens
 
 
 def here(x: Tensor) -> bool:
-    """Only the C++ kernels have been measured to be a win so far: elsewhere timm's own forward runs."""
-    return x.device.type == "cpu" and _can_be_forced()
+    """Whether there are kernels for a tensor like this; where there are none, timm's own forward runs."""
+    return (x.device.type == "cpu" or x.dtype != torch.float64) and _has_kernels(x.device.type)
 
 
 @torch.compiler.assume_constant_result
-def _can_be_forced() -> bool:
-    """Whether the forced backend, if there is one, has a window attention; where it has none, timm's forward runs."""
+def _has_kernels(device: str) -> bool:
+    """Whether the forced backend, or one of the device's own, has a window attention."""
     forced = backends.forced()
-    return forced in (None, "torch") or forced in backends.MODULES["window_attention"]
+    if forced is not None:
+        return forced == "torch" or forced in backends.MODULES["window_attention"]
+    own = [name for name in backends.ORDER.get(device, ()) if name != "torch"]
+    return any(backends.can_run("window_attention", name)[0] for name in own)
+
+
+def _window_fits(x: Tensor, tokens: int) -> bool:
+    """Whether a window of so many tokens is one for the kernels: on a GPU timm's own attention takes the large ones."""
+    device = x.device.type
+    if device == "cpu":
+        return True
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return tokens <= most_tokens_on_a_gpu(dtype)
 
 
 class _SwinHalves:
     """What both Swin blocks share."""
 
     def _size_fits(self, x: Tensor) -> bool:
+        if not _window_fits(x, self.window_size[0] * self.window_size[1]):
+            return False
         return getattr(self, "dynamic_mask", False) or tuple(x.shape[1:3]) == tuple(self.input_resolution)
 
     def _windows(self, qkv: Tensor, bias: Tensor, pad: Tensor | None, logit_scale: Tensor | None = None) -> Tensor:
@@ -240,7 +255,7 @@ class BeitBlock(beit.Block):
         if not here(x):
             return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
         reasons = self.reasons()
-        if reasons["attention"]:
+        if reasons["attention"] or not _window_fits(x, x.shape[1]):
             attended = self.attn(self.norm1(x), shared_rel_pos_bias=shared_rel_pos_bias)
         else:
             attended = self._fused(x, shared_rel_pos_bias)
@@ -271,7 +286,7 @@ class ViTBlock(vision_transformer.Block):
         if not here(x) or attn_mask is not None or is_causal:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         reasons, attn = self.reasons(), self.attn
-        if reasons["attention"]:
+        if reasons["attention"] or not _window_fits(x, x.shape[1]):
             attended = attn(self.norm1(x))
         else:
             attended = _one_window(x, self.norm1, attn, attn.qkv.bias, None, None)

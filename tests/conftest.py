@@ -76,8 +76,9 @@ def place(request):
     usable, reason = backends.can_run(op, backend) if op in backends.MODULES else backends.available()[backend]
     if not usable:
         pytest.skip(reason)
-    precision = request.node.callspec.params.get("precision")
-    if backend == "cpu" and precision is not None and precision.dtype == torch.float16:
+    params = request.node.callspec.params
+    dtype = getattr(params.get("precision"), "dtype", params.get("dtype"))
+    if backend == "cpu" and dtype == torch.float16:
         pytest.skip("the C++ kernels take float32 and bfloat16")
     with contextlib.ExitStack() as stack:
         stack.enter_context(backends.use(backend))

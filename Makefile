@@ -14,10 +14,10 @@ build: ## compile what changed in csrc/, in place (after make install; needs tor
 	$(PYTHON) setup.py -q build_ext --inplace
 
 test: ## the quick tests
-	$(PYTHON) -m pytest -q
+	$(PYTHON) -m pytest -q -n auto
 
 test-slow: ## the tests that build or train something
-	$(PYTHON) -m pytest -q -m slow
+	$(PYTHON) -m pytest -q -n auto -m slow
 
 lint: ## what CI checks besides the tests
 	$(PYTHON) -m ruff check .

@@ -76,7 +76,7 @@ class Case:
 def build(shape: Shape, dtype: torch.dtype, batch: int, device: str, update: bool) -> Case:
     torch.manual_seed(0)
     name, arguments = ENCODERS[shape.name]
-    plain = SGMIM(sgmim_fast.create_encoder(name, **arguments), shape.stride)
+    plain = SGMIM(sgmim_fast.create_encoder(name, **arguments), shape.stride, accelerate=False)
     with torch.no_grad():  # SwinV2 starts with norms of weight 0, behind which no gradient could be compared
         for parameter in plain.encoder.parameters():
             if parameter.ndim == 1:
@@ -217,7 +217,8 @@ def plot(cases: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(cases), figsize=(4 * len(cases), 3.6), squeeze=False)
+    size = 2.6 * len(cases) + 1.6, 3.6
+    figure, axes = plt.subplots(1, len(cases), figsize=size, squeeze=False, layout="constrained")
     for axis, (title, columns) in zip(axes[0], cases.items(), strict=True):
         bottom = dict.fromkeys(columns, 0.0)
         for kind in [*KINDS, "everything else"]:
@@ -227,8 +228,7 @@ def plot(cases: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
         axis.set_title(title, fontsize=8)
         axis.tick_params(labelsize=7)
     axes[0][0].set_ylabel("ms of one step, profiled", fontsize=8)
-    axes[0][-1].legend(fontsize=6)
-    figure.tight_layout()
+    figure.legend(*axes[0][-1].get_legend_handles_labels(), loc="outside right center", fontsize=7, reverse=True)
     figure.savefig(path, dpi=130)
 
 

@@ -3,9 +3,11 @@
     python benchmarks/gpu_suite.py [--out benchmarks/results]
 
 Steps run one after the other, each with a limit of its own; one that fails is named and the next one runs. Written to
-the folder: gpu-NAME.json and .png (`bench_guidance.py`, batch 128), gpu-NAME-suite.json (steps, launches, gates),
-gpu-NAME-model.json (what `model.py` predicts), gpu-NAME-ops.json and gpu-NAME-*.log. Nothing is downloaded: torch,
-triton, numpy, timm, pytest and hypothesis must be there. Exit code 0 where every step passed, whatever the gates say.
+the folder: gpu-NAME.json and .png (`bench_guidance.py`, batch 128), gpu-NAME-step.json (`bench_step.py`, Swin-B),
+gpu-NAME-suite.json (steps, launches, gates), gpu-NAME-model.json (what `model.py` predicts), gpu-NAME-ops.json
+(`op_table.py`: every op by every backend) and
+gpu-NAME-*.log. Nothing is downloaded: torch, triton, numpy, timm, pytest and hypothesis must be there. Exit code 0
+where every step passed, whatever the gates say.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +36,24 @@ GATES = {  # bfloat16, on an H200 or H100
     "memory of dense <= 0.4": lambda ms, mib, launches: mib["fused"] / mib["dense"] <= 0.4,
     "launches <= 48": lambda ms, mib, launches: launches <= 48,
 }
+STEP_GATES = {  # of the whole step
+    "step: dense / accelerated >= 2.5": lambda ms, mib, _: ms["dense"] / ms["accelerated"] >= 2.5,
+    "step: dense-compiled / accelerated >= 1.3": lambda ms, mib, _: ms["dense-compiled"] / ms["accelerated"] >= 1.3,
+    "step: branch adds <= 3 %": lambda ms, mib, _: ms["accelerated"] / ms["simmim-accelerated"] <= 1.03,
+    "step: memory of dense <= 0.65": lambda ms, mib, _: mib["accelerated"] / mib["dense"] <= 0.65,
+}
 
 
-def verdicts(rows: list[dict[str, Any]], launches: dict[tuple[str, str], int]) -> list[dict[str, Any]]:
+def verdicts(
+    rows: list[dict[str, Any]], launches: dict[tuple[str, str], int], gates: dict[str, Callable[..., bool]] = GATES
+) -> list[dict[str, Any]]:
     """Each gate for each encoder in bfloat16: holds, does not hold (False), or could not be judged (None).
 
     Args:
-        rows: of `bench_guidance.py --json`; of several fused columns the fastest counts.
+        rows: of `bench_guidance.py --json`; of several fused columns the fastest counts. With STEP_GATES of
+            `bench_step.py --json`.
         launches: (encoder, dtype) -> launches of a forward and backward.
+        gates: name -> whether it holds, from milliseconds and MiB by column, and launches.
     """
     found = []
     for encoder in dict.fromkeys(row["encoder"] for row in rows if row["dtype"] == "bfloat16"):
@@ -50,13 +63,29 @@ def verdicts(rows: list[dict[str, Any]], launches: dict[tuple[str, str], int]) -
             mine["fused"] = min(fused, key=lambda row: row["median_ms"])
         ms = {name: row["median_ms"] for name, row in mine.items()}
         mib = {name: row["peak_mib"] for name, row in mine.items()}
-        for gate, holds in GATES.items():
+        for gate, holds in gates.items():
             try:
                 verdict = bool(holds(ms, mib, launches.get((encoder, "bfloat16"))))
             except (KeyError, TypeError):  # a column that could not run
                 verdict = None
             found.append({"encoder": encoder, "gate": gate, "holds": verdict})
     return found
+
+
+def sorting(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The gate of `standardize_structure`, 10 times as fast as sorting, for each encoder; rows of op_table.py."""
+    mine = [row for row in rows if (row["op"], row["dtype"]) == ("standardize_structure", "float32")]
+    ms = {(row["encoder"], row["backend"]): row["median_ms"] for row in mine}
+    gate = "standardize_structure: sort / ours >= 10"
+    return [
+        {
+            "encoder": encoder,
+            "gate": gate,
+            "holds": plain / ms[encoder, "cuda"] >= 10 if (encoder, "cuda") in ms else None,
+        }
+        for (encoder, backend), plain in ms.items()
+        if backend == "torch"
+    ]
 
 
 def count_launches(encoder: str, dtype: str, batch: int) -> int:
@@ -152,24 +181,30 @@ def main(argv: list[str] | None = None) -> int:
     bench = [sys.executable, here / "bench_guidance.py", "--device", "cuda", "--batch", args.batch, "--seconds", 8]
     plot = ["--plot", suite.path(".png")] if importlib.util.find_spec("matplotlib") else []
     print(suite.run("guidance", [*bench, "--dtype", "bfloat16,float32", "--json", results, *plot], 200))
-    short = [*pytest, "tests/test_gather_patches.py", "tests/test_selective_mask.py", "tests/test_linear_l1.py"]
+    step = [sys.executable, here / "bench_step.py", "--device", "cuda", "--batch", args.batch, "--dtype", "bfloat16"]
+    step += ["--encoder", "swin_base", "--columns", "dense,dense-compiled,accelerated,simmim-accelerated,gemm-floor"]
+    step_results = suite.path("-step.json")
+    step_results.unlink(missing_ok=True)
+    print(suite.run("step", [*step, "--seconds", 15, "--json", step_results], 150))
+    native = ("gather_patches", "selective_mask", "linear_l1", "masked_patch_embed", "relational_guidance")
+    short = [*pytest, *(f"tests/test_{op}.py" for op in native)]
     if tool := shutil.which("compute-sanitizer"):
         for kind in ("memcheck", "racecheck"):
             picked = ["-k", "cuda-cuda or (triton-cuda and ragged)", "--maxfail", "3"]
-            suite.run(kind, [tool, "--tool", kind, "--error-exitcode", "9", *short, *picked], 60)
-    if importlib.util.find_spec("pytest_benchmark"):
-        ops = sorted(here.glob("bench_*.py"))
-        files = [path for path in ops if path.name not in ("bench_guidance.py", "bench_step.py")]
-        times = ["--benchmark-json", suite.path("-ops.json"), "--benchmark-max-time", "0.2"]
-        suite.run("ops", [*pytest, *files, *times], 90)
-    suite.run("model", [sys.executable, here / "model.py", "--json", suite.path("-model.json")], 90)
+            suite.run(kind, [tool, "--tool", kind, "--error-exitcode", "9", *short, *picked], 90)
+    times = suite.path("-ops.json")
+    times.unlink(missing_ok=True)
+    print(suite.run("ops", [sys.executable, here / "op_table.py", "--json", times, "--seconds", "1"], 90))
+    suite.run("model", [sys.executable, here / "model.py", "--step", "--json", suite.path("-model.json")], 90)
 
     launches = {(e, d): n for e, d, n in json.loads(counted.strip().splitlines()[-1])} if counted else {}
-    rows = json.loads(results.read_text())["rows"] if results.exists() else []
-    found = verdicts(rows, launches)
+    rows, step_rows, op_rows = (
+        json.loads(path.read_text())["rows"] if path.exists() else [] for path in (results, step_results, times)
+    )
+    found = verdicts(rows, launches) + verdicts(step_rows, {}, STEP_GATES) + sorting(op_rows)
     for verdict in found:
         word = {True: "holds", False: "DOES NOT HOLD", None: "not measured"}[verdict["holds"]]
-        print(f"{verdict['encoder']:10} {verdict['gate']:36} {word}")
+        print(f"{verdict['encoder']:10} {verdict['gate']:42} {word}")
     summary = {"steps": suite.steps, "gates": found, "launches": [[*case, n] for case, n in launches.items()]}
     suite.path("-suite.json").write_text(json.dumps(summary, indent=1) + "\n")
     return int(any(step["result"] != "passed" for step in suite.steps))

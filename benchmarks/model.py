@@ -1,6 +1,9 @@
 """What the guidance branch should take on a GPU, from bytes, operations and launches: to be compared with a real run.
 
-    python benchmarks/model.py
+    python benchmarks/model.py [--step]
+
+--step: the encoder too, forward and backward, as timm has it and accelerated; with the branch that makes a training
+step without the optimizer, as `bench_step.py` times it.
 
 Runs anywhere. The fused branch runs with every Triton launch caught in place of being made, and the dense and the plain
 visible one on tensors without data; each launch, ours or PyTorch's, is one line of
@@ -28,6 +31,7 @@ from unittest import mock
 
 import torch
 from bench_guidance import build
+from bench_step import ENCODERS
 from measure import machine
 from shapes import SHAPES, Shape
 from torch import Tensor
@@ -35,6 +39,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+import sgmim_fast
 from sgmim_fast import backends
 from sgmim_fast.kernels import launch as launching
 from sgmim_fast.ops import products
@@ -150,6 +155,8 @@ def moved_by(name: str, a: dict[str, Any]) -> float:
         if gathered is None:
             gathered = a["b"][0] if a["KIND"].value == 2 else a["c"][0]
         total -= size(gathered) - rows * gathered.shape[1] * gathered.itemsize
+    elif name in ("window_attention._backward_kernel", "window_attention._keys_kernel") and a["softmaxes"] is not None:
+        total -= size(a["dqkv"]) * (2 if "dbias" in a else 1) / 3  # the other kernel writes the rest
     elif name.startswith("structure_embed."):
         pixels = a["count"] * a["CHANNELS"] * a["PATCH"] ** 2
         total -= size(a["structure"]) - pixels * a["structure"].itemsize
@@ -165,6 +172,12 @@ def operations_of(name: str, a: dict[str, Any]) -> float:
     if name.startswith("relational_guidance."):
         products = 2 if "_forward" in name else 7  # the backward takes two of five twice
         return 2 * products * a["q"].numel() * a["cells"]
+    if name.startswith("window_attention.") and "KEYS" in a:  # of whole tiles
+        products = {"_forward_kernel": 2, "_backward_kernel": 3, "_keys_kernel": 4}[name.partition(".")[2]]
+        if name.endswith("_backward_kernel") and a["softmaxes"] is None:
+            products = 5
+        tiles = -(-a["WINDOW_H"] * a["WINDOW_W"] // min(a["QUERIES"], a["KEYS"]))
+        return 2 * products * a["windows"] * a["heads"] * tiles * a["QUERIES"] * a["KEYS"] * a["BLOCK_D"]
     if name.startswith("structure_embed."):
         pixels = a["CHANNELS"] * a["PATCH"] ** 2
         return 2 * (1 if "_forward" in name else 2) * a["count"] * pixels * a["width"]
@@ -197,6 +210,26 @@ def predict(shape: Shape, dtype: torch.dtype, batch: int, column: str, device: D
     return trace.lines
 
 
+def predict_encoder(shape: Shape, dtype: torch.dtype, batch: int, accelerated: bool, device: Device) -> list[Line]:
+    """Every launch of forward and backward of the encoder, its stem included, on tensors without data."""
+    trace = Trace(device)
+    name, arguments = ENCODERS[shape.name]
+    encoder = sgmim_fast.create_encoder(name, **arguments)
+    with ExitStack() as stack:
+        fake = stack.enter_context(FakeTensorMode())
+        tensors = {key: fake.from_tensor(t) for key, t in (*encoder.named_parameters(), *encoder.named_buffers())}
+        side = shape.image // shape.patch
+        images, mask = torch.empty(batch, 3, shape.image, shape.image), torch.empty(batch, side, side, dtype=torch.bool)
+        visible = torch.empty(batch * shape.visible * (shape.stride // shape.patch) ** 2, dtype=torch.int64)
+        stack.enter_context(fused(trace))
+        if accelerated:
+            sgmim_fast.accelerate(encoder)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            features = torch.func.functional_call(encoder, tensors, (images, mask, visible))
+        features.backward(torch.empty_like(features))
+    return trace.lines
+
+
 def total(lines: list[Line]) -> dict[str, float]:
     return {
         "launches": len(lines),
@@ -220,11 +253,27 @@ def table(lines: list[Line]) -> str:
     return "\n".join([head, *body])
 
 
+def step(
+    shape: Shape, dtype: torch.dtype, batch: int, device: Device, branch: dict[str, list[Line]]
+) -> dict[str, dict[str, float]]:
+    """Prints and returns what a step takes: eager (timm's encoder, dense branch) and accelerated (fused branch)."""
+    sums = {}
+    for name, column in (("eager", "dense"), ("accelerated", "fused")):
+        lines = predict_encoder(shape, dtype, batch, name == "accelerated", device)
+        encoder, whole = total(lines), total(lines + branch[column])
+        print(f"{name} step: {whole['us']:.0f} us, {whole['launches']} launches, encoder {encoder['us']:.0f} us")
+        print(table(lines))
+        sums |= {f"{name} encoder": encoder, f"{name} step": whole}
+    print(f"eager / accelerated: {sums['eager step']['us'] / sums['accelerated step']['us']:.2f}")
+    return sums
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", default="swin_base,vit_base", help=f"of {','.join(SHAPES)}")
     parser.add_argument("--dtype", default="bfloat16,float32", help="bfloat16 is autocast over float32 parameters")
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--step", action="store_true", help="the encoder too")
     parser.add_argument("--all", action="store_true", help="every kernel of the plain columns too")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
@@ -242,7 +291,10 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{column}: {sums[column]['us']:.0f} us, {len(those)} launches, {ratio:.2f} x fused")
                 if column == "fused" or args.all:
                     print(table(those))
-            found.append({"encoder": encoder, "dtype": dtype, "batch": args.batch, "device": asdict(device), **sums})
+            row = {"encoder": encoder, "dtype": dtype, "batch": args.batch, "device": asdict(device), **sums}
+            if args.step:
+                row |= step(SHAPES[encoder], getattr(torch, dtype), args.batch, device, lines)
+            found.append(row)
     if args.json:
         args.json.write_text(json.dumps({"machine": machine("cpu"), "rows": found}, indent=1) + "\n")
     return 0

@@ -21,7 +21,7 @@ struct Attention {
   const T *q, *k, *v, *dout;
   T *out, *dq, *dk, *dv;
   float* lse;
-  float* hidden_sums;  // (2, images, heads * depth): gradients of the last key and value, a part per image
+  float* hidden_sums;  // (2, images, heads * depth): memory for the last rows of dk and dv, a part per image
   const int64_t *visible_offsets, *shown_offsets;
   int64_t images, last;  // `last`: number of the last row of k
   int32_t cells, heads, depth;
@@ -327,6 +327,49 @@ SGMIM_HOST_DEVICE void attend_backward_keys(
     a.hidden_sums[at] = t.sum[rows * t.wide_stride + d];
     a.hidden_sums[a.images * width + at] = t.more[rows * t.wide_stride + d];
   }
+}
+
+// The last rows of dk and dv: the images' parts added up in the images' order, shared out among any group's threads.
+template <class Group, class T>
+SGMIM_HOST_DEVICE void add_hidden(const Group& group, const Attention<T>& a) {
+  const int64_t width = int64_t{a.heads} * a.depth;
+  for (int64_t i = group.rank(); i < 2 * width; i += group.size()) {
+    const float* const parts = a.hidden_sums + i / width * a.images * width + i % width;
+    double total = 0;
+    SGMIM_UNROLL_BY(8)
+    for (int64_t image = 0; image < a.images; ++image) total += parts[image * width];
+    (i < width ? a.dk : a.dv)[a.last * width + i % width] = static_cast<T>(static_cast<float>(total));
+  }
+}
+
+// How the backward of all images and heads is cut up: sums over queries for dk and dv, sums over keys for dq, so that
+// no sum is shared.
+struct Parts {
+  int32_t of_keys, of_queries;  // of one image and head
+  int64_t all;
+};
+
+template <class T>
+SGMIM_HOST_DEVICE Parts parts_of(const Attention<T>& a) {
+  const int32_t of_keys = (a.cells + KEYS) / KEYS, of_queries = (a.cells + QUERIES - 1) / QUERIES;
+  return {of_keys, of_queries, a.images * a.heads * (of_keys + of_queries)};
+}
+
+// dq, dk and dv by `blocks` groups, of which this is number `block`; `launch` is all of them together.
+template <class Group, class Launch, class T>
+SGMIM_HOST_DEVICE void attend_backward(
+    const Group& group, const Launch& launch, const Attention<T>& a, int64_t block, int64_t blocks, const Tiles<T>& t) {
+  const Parts parts = parts_of(a);
+  const int32_t together = parts.of_keys + parts.of_queries;
+  for (int64_t i = block; i < parts.all; i += blocks) {
+    const Place place = place_of(a, i / together / a.heads, static_cast<int32_t>(i / together % a.heads));
+    const int32_t part = static_cast<int32_t>(i % together), begin = (part - parts.of_keys) * QUERIES;
+    if (part < parts.of_keys && part * KEYS <= place.shown) attend_backward_keys(group, a, place, part * KEYS, t);
+    if (0 <= begin && begin < place.queries) attend_backward_queries(group, a, place, begin, t);
+    group.sync();  // the next part writes the tiles
+  }
+  launch.sync();
+  add_hidden(launch, a);
 }
 
 }  // namespace sgmim

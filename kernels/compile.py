@@ -1,9 +1,9 @@
 """`python -m sgmim_fast.kernels.compile [--arch 80,90,100]`: compiles the Triton kernels ahead of time, without a GPU.
 
 The launchers of the ops run forward and backward on CPU tensors with every launch caught. What a GPU would compile for
-its arguments, at the widths of Swin-B and ViT-B and batches of 1 to 128, is compiled for each architecture and printed
-with registers, spilled bytes (stack) and shared memory. Exit code 1 where a kernel fails to compile, spills more than
-`configs.STACK` allows or takes more shared memory than the architecture has.
+their arguments, at the sizes of Swin-B, SwinV2-B and ViT-B and batches of 1 to 128, is compiled for each architecture
+and printed with registers, spilled bytes (stack) and shared memory. Exit code 1 where a kernel fails to compile, spills
+more than `configs.STACK` allows or takes more shared memory than the architecture has.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ from triton.compiler import ASTSource
 
 from sgmim_fast import backends, kernels
 from sgmim_fast.guidance import embedding_patch
-from sgmim_fast.kernels import configs, products
+from sgmim_fast.kernels import configs, norm_linear, norm_mlp, products, window_attention
 from sgmim_fast.kernels import launch as launching
 from sgmim_fast.kernels.launch import Target, caught
 from sgmim_fast.ops import GuidanceParameters, StructureParameters
 from sgmim_fast.ops.products import compute_bfloat16_in
+from sgmim_fast.ops.window_attention import most_tokens_on_a_gpu
 
 NAMES = [name for name, modules in backends.MODULES.items() if "triton" in modules]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -109,6 +110,70 @@ class Shape:
 
 # Swin-B/192 and ViT-B/16, of which a small batch takes the small and a large one the large configurations.
 SHAPES = [Shape(*model, batch) for model in ((1024, 32, 6), (768, 16, 14)) for batch in (1, 8, 128)]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Of the launches of window attention to compile: two by two windows of a map, or one of all its tokens."""
+
+    window: tuple[int, int]
+    heads: int = 4
+    width: int = 32  # of a head
+    bias: str = "table"
+    shifted: bool = False
+    cosine: bool = False
+    padded: bool = False
+
+    @property
+    def whole(self) -> bool:
+        return self.window[0] == 1
+
+
+# Swin-B, SwinV2-B and ViT-B, at 192 and other numbers of pixels.
+WINDOWS = [
+    Windows((6, 6)),
+    Windows((6, 6), shifted=True),
+    Windows((7, 7), shifted=True, padded=True),
+    *(Windows((side, side), shifted=True, cosine=True) for side in (8, 10, 12)),
+    Windows((16, 16), shifted=True, cosine=True, padded=True),
+    *(Windows((1, 197), heads=12, width=64, bias=bias) for bias in ("dense", "")),
+]
+LAYERS = [(128, 384), (512, 2048), (768, 3072)]  # widths of norms and products in those models
+
+
+def encoder(batch: int, mixed: bool, dtype: torch.dtype) -> None:
+    """Forward and backward of the ops that encoders are accelerated by."""
+
+    def parameter(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float32 if mixed else dtype)
+
+    for w in WINDOWS:
+        if math.prod(w.window) > most_tokens_on_a_gpu(dtype):
+            continue
+        n, channels = math.prod(w.window), w.heads * w.width
+        height, width = w.window if w.whole else (2 * side - w.padded for side in w.window)
+        entries = (2 * w.window[0] - 1) * (2 * w.window[1] - 1)
+        bias = {"table": parameter(entries, w.heads), "dense": parameter(w.heads, n, n), "": None}[w.bias]
+        index = torch.zeros(n, n, dtype=torch.int64) if w.bias == "table" else None
+        scale, pad = parameter(w.heads) if w.cosine else None, parameter(3 * channels) if w.padded else None
+        shift = w.window[0] // 2 if w.shifted else 0
+        inputs = torch.zeros(batch, height, width, 3 * channels, dtype=dtype), bias, index, scale, pad
+        inputs = *inputs, w.heads, list(w.window), [shift, shift]
+        out = window_attention.forward(*inputs)
+        needs = [True, *(t is not None for t in (bias, scale, pad))]
+        window_attention.backward(out, *inputs, needs)
+
+    cast = dtype if mixed else None
+    for width, wide in LAYERS:
+        x, norm = torch.zeros(128 * batch, width, dtype=torch.float32 if mixed else dtype), [parameter(width)] * 2
+        for vectors in (norm, [None, None]):
+            linear = parameter(wide, width), parameter(wide)
+            out, statistics = norm_linear.forward(x, *linear, *vectors, 1e-5, cast)
+            needs = [True] * 3 + [vectors[0] is not None] * 2
+            norm_linear.backward(out, x, linear[0], *vectors, statistics, needs, cast)
+            layers = *linear, parameter(width, wide), parameter(width)
+            out, hidden, statistics = norm_mlp.forward(x, *layers, *vectors, 1e-5, cast)
+            norm_mlp.backward(out, x, *layers[::2], *vectors, hidden, statistics, [True] * 2 + needs, cast)
 
 
 def branch(shape: Shape, mixed: bool, dtype: torch.dtype) -> None:
@@ -189,8 +254,11 @@ def launches(dtypes: list[str], architecture: int) -> list[Launch]:
                 for shape in SHAPES:
                     with mock.patch.object(products, "_wanted", lambda: "triton"):
                         branch(shape, mixed, DTYPES[name])
+            with mock.patch.object(products, "_wanted", lambda: "triton"):
+                encoder(128, name != "float32", DTYPES[name])
             with mock.patch.object(products, "_wanted", lambda: "library"):
                 branch(SHAPES[0], False, DTYPES[name])
+                encoder(1, False, DTYPES[name])
     return list(found)
 
 
@@ -230,7 +298,7 @@ def report(launch: Launch, architecture: int) -> tuple[bool, str]:
     options = " ".join(f"{key}={value}" for key, value in launch.options)
     blocks = {
         n: launch.kernel.arg_names.index(n)
-        for n in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_D", "BLOCK")
+        for n in ("QUERIES", "KEYS", "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_D", "BLOCK")
         if n in launch.kernel.arg_names
     }
     constants = dict(launch.constants)

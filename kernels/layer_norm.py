@@ -1,7 +1,8 @@
 """LayerNorm with its neighbours: a gather before it in the forward, a residual and a scatter after it in the backward,
 and sums over the rows that pass by; several norms of one width in one launch.
 
-Shared by `relational_guidance`, `structure_embed` and `masked_patch_embed`. A row is read once and stays in registers.
+Shared by `relational_guidance`, `structure_embed`, `masked_patch_embed`, `norm_linear` and `norm_mlp`. A row is
+read once and stays in registers.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from sgmim_fast.kernels.launch import target as machine
 from sgmim_fast.kernels.sums import Sum, finish
 from sgmim_fast.ops import products as dtypes
 from sgmim_fast.ops._op import absent
-from sgmim_fast.ops.linear_l1 import target_gradient
+from sgmim_fast.ops.linear_l1 import is_packed, target_gradient
 
 
 @triton.jit
@@ -58,6 +58,8 @@ def _forward_kernel(
 
 def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
     x, dtype = args[0] if part == "forward" else args[1], args[-1]
+    if part == "backward" and is_packed(args[5][0]):
+        return False, "the cuda backend ran the forward, and packed the signs to bits"
     return supported(dtype or x.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Matrix products of the guidance branch on a GPU: several small ones in one launch, with what follows in the epilogue.
+"""Matrix products on a GPU: several small ones in one launch, with what follows in the epilogue.
 
 One kernel computes C = A . B for up to a handful of problems, told apart by the program's number, in three kinds named
 after what they are to a linear layer of weight W (out, in):
@@ -13,7 +13,9 @@ where there is an epilogue. The reasoning, until both have been measured on a GP
 takes 5 to 40 us, so an epilogue's launch and its trip through memory (2 us + rows * out * 6 bytes / 4.8 TB/s, 9 us for
 the MLP's at Swin-B, B = 128) cost as much as Triton's products lose to cuBLAS (10 to 20 %), and products with few tiles
 leave multiprocessors idle unless they share a launch. In float32 without tf32, Triton's products run on the scalar
-units without cuBLAS's register blocking, so the library takes them. "auto" is that: Triton below 32 bits, or with tf32.
+units without cuBLAS's register blocking, so the library takes them. "auto" is that: Triton below 32 bits, or with tf32,
+for products that have an epilogue or share a launch. One product alone is the library's, above all a weight's gradient:
+few tiles that sum over all rows, a sum that the library splits.
 """
 
 from __future__ import annotations
@@ -162,12 +164,12 @@ def _epilogue_kernel(
     tl.store(c + at, cast(total, c.dtype.element_ty), mask=inside)
 
 
-def fused(dtype: torch.dtype) -> bool:
-    """Whether products of this dtype go through the kernel here; else through torch."""
+def fused(dtype: torch.dtype, saves: bool = True) -> bool:
+    """Whether products of this dtype go through the kernel here; else through torch. saves: a launch, if they do."""
     wanted = _wanted()
     if wanted != "auto":
         return wanted == "triton"
-    return dtype != torch.float32 or tf32() == "tf32"
+    return saves and (dtype != torch.float32 or tf32() == "tf32")
 
 
 @functools.cache
@@ -266,7 +268,7 @@ def _epilogue(kind: tl.constexpr, x: Tensor, c: Tensor, residual=None, before=No
 def linears(xs: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
     """x . W^T for each pair of one dtype, (n, in) and (out, in). Cost: 1 launch; through the library one each."""
     dtype = xs[0].dtype
-    if not fused(dtype):
+    if not fused(dtype, len(xs) > 1):
         return [torch.nn.functional.linear(x, weight) for x, weight in zip(xs, weights, strict=True)]
     ys = [torch.empty(x.shape[0], w.shape[0], dtype=dtype, device=x.device) for x, w in zip(xs, weights, strict=True)]
     shapes = [(x.shape[0], w.shape[1], w.shape[0]) for x, w in zip(xs, weights, strict=True)]
@@ -275,17 +277,19 @@ def linears(xs: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor, *, residual: Tensor | None = None, rows: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, residual: Tensor | None = None, rows: Tensor | None = None
 ) -> Tensor:
-    """x . W^T + bias + residual[rows], or + residual, in x's dtype. Cost: 1 launch; through the library 2."""
-    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-    shape = x.shape[0], weight.shape[1], weight.shape[0]
-    if fused(x.dtype):
-        _run(FORWARD, x.dtype, [x], [weight], [y], [shape], bias=[bias], residual=residual, index=rows)
+    """x . W^T + bias + residual[rows], or + residual, in x's dtype. Cost: 1 launch; through the library 1 for each
+    residual or cast of the bias more."""
+    if fused(x.dtype, residual is not None):
+        y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+        shape, biases = (x.shape[0], weight.shape[1], weight.shape[0]), None if bias is None else [bias]
+        _run(FORWARD, x.dtype, [x], [weight], [y], [shape], bias=biases, residual=residual, index=rows)
         return y
-    product = torch.nn.functional.linear(x, weight, bias.to(x.dtype))
+    product = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
     if residual is None:
         return product
+    y = torch.empty_like(product)
     _epilogue(FORWARD, product, y, residual=residual, index=rows)
     return y
 
@@ -305,7 +309,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
 def input_gradients(dys: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
     """dy . W for each pair of one dtype, (n, out) and (out, in). Cost: 1 launch; through the library one each."""
     dtype = dys[0].dtype
-    if not fused(dtype):
+    if not fused(dtype, len(dys) > 1):
         return [dy @ weight for dy, weight in zip(dys, weights, strict=True)]
     dxs = [
         torch.empty(dy.shape[0], w.shape[1], dtype=dtype, device=dy.device) for dy, w in zip(dys, weights, strict=True)
@@ -377,7 +381,7 @@ def weight_gradients(dys: list[Tensor], xs: list[Tensor], dtypes: list[torch.dty
     Cost: 1 launch; through the library one each, and what converts.
     """
     dtype = xs[0].dtype
-    if fused(dtype) and len(set(dtypes)) == 1:
+    if fused(dtype, len(dys) > 1) and len(set(dtypes)) == 1:
         dws = [
             torch.empty(dy.shape[1], x.shape[1], dtype=dtypes[0], device=x.device)
             for dy, x in zip(dys, xs, strict=True)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sgmim_fast.kernels.arithmetic import cast
-from sgmim_fast.kernels.launch import launch
+from sgmim_fast.kernels.launch import launch, rows_per_program
 
 
 class Sum(NamedTuple):
@@ -37,6 +37,7 @@ def _finish_kernel(partials, outs, scale, factor, counts, widths, BLOCK: tl.cons
             count = counts[i]
             width = widths[i]
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    count = tl.where(tl.program_id(0) * BLOCK < width, count, 0)  # another sum may be wider
     total = tl.zeros([BLOCK], tl.float32)
     for first in range(0, count, ROWS):
         row = first + tl.arange(0, ROWS)
@@ -53,8 +54,12 @@ def finish(sums: list[Sum], scale: Tensor | None = None, factor: float = 1.0) ->
     """Adds the programs' parts of every sum, times `scale` (a tensor of one number) and `factor`.
 
     Cost: reads the partials once; 1 launch for each dtype of the outs, which is one in every model whose norms and
-    biases have one.
+    biases have one, and 1 more where some have over a thousand parts, which one program would go through for long.
     """
+    long = [s for s in sums if s.partials.shape[0] > 1024 and s.out.numel() > 1]
+    if long:
+        sums = [s for s in sums if all(s is not other for other in long)]
+        sums += column_sums(*(list(tensors) for tensors in zip(*long, strict=True)))
     for dtype in dict.fromkeys(s.out.dtype for s in sums):
         _finish([s for s in sums if s.out.dtype == dtype], scale, float(factor))
 
@@ -77,9 +82,7 @@ def _finish(sums: list[Sum], scale: Tensor | None, factor: float) -> None:
 
 
 @triton.jit
-def _columns_kernel(
-    xs, partials, keep, counts, widths, per_program: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _columns_kernel(xs, partials, keep, counts, widths, per_program, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     job = tl.program_id(2)
     x = xs[0]
     partial = partials[0]
@@ -105,15 +108,14 @@ def _columns_kernel(
     tl.store(partial + program.to(tl.int64) * width + column, total, mask=here)
 
 
-PER_PROGRAM = 128  # rows
-
-
 def column_sums(xs: list[Tensor], outs: list[Tensor], keep: Tensor | None = None) -> list[Sum]:
     """Sums over rows of each (n, C) tensor of one dtype, to be finished into the outs (C,). keep: (n,), 0 leaves out.
 
     Cost: reads the tensors once, 1 launch.
     """
-    counts = [triton.cdiv(x.shape[0], PER_PROGRAM) for x in xs]
+    most = max(x.shape[0] for x in xs)
+    per_program = triton.cdiv(rows_per_program(most, xs[0].device, least=128), 32) * 32
+    counts = [triton.cdiv(x.shape[0], per_program) for x in xs]
     partials = [x.new_empty(count, x.shape[1], dtype=torch.float32) for x, count in zip(xs, counts, strict=True)]
     launch(
         _columns_kernel,
@@ -123,7 +125,7 @@ def column_sums(xs: list[Tensor], outs: list[Tensor], keep: Tensor | None = None
         keep,
         tuple(x.shape[0] for x in xs),
         tuple(x.shape[1] for x in xs),
-        per_program=PER_PROGRAM,
+        per_program,
         ROWS=32,
         BLOCK=128,
     )

@@ -7,6 +7,7 @@ import logging
 from torch import nn
 
 from sgmim_fast import backends, blocks
+from sgmim_fast.encoders import MaskedEncoder
 
 _logger = logging.getLogger("sgmim_fast")
 _said: set[str] = set()
@@ -23,8 +24,9 @@ def accelerate(encoder: nn.Module) -> nn.Module:
 
     It changes the class of each block it recognises, exactly timm's own, and nothing else. At each call a block looks
     whether what it bypasses is still timm's: with hooks, adapters, attention or projection dropout at work, attention
-    masks, norms of queries and keys or another activation, that half of it runs as timm has it. So does everything on a
-    GPU, for which no kernel has been measured yet.
+    masks, norms of queries and keys or another activation, that half of it runs as timm has it. So does attention in
+    windows of more than 256 tokens (64 in float32) on a GPU, and everything where a device has no kernels, as for
+    float64 on a GPU. The kernels for GPUs have passed their tests off a GPU only.
 
     Args:
         encoder: any module with such blocks: what `create_encoder` made, a timm model, or a model around one. It is
@@ -34,11 +36,13 @@ def accelerate(encoder: nn.Module) -> nn.Module:
         `encoder`. What it does not recognise it leaves as it is; that, and where the C++ library is missing, is logged
         once (logger "sgmim_fast", a warning).
     """
-    usable, reason = backends.can_run("window_attention", "cpu")
-    if not usable and backends.forced() is None:
+    (usable, reason), (on_gpu, _) = (backends.can_run("window_attention", name) for name in ("cpu", "triton"))
+    if not usable and not on_gpu and backends.forced() is None:
         _say(f"accelerate leaves encoders as they are: {reason}")
         return encoder
     name = type(getattr(encoder, "model", encoder)).__name__
+    if getattr(type(encoder), "forward", None) is MaskedEncoder.forward:
+        encoder.visible_stem = True
     found = False
     for module in encoder.modules():
         fast = blocks.FAST.get(type(module))

@@ -40,6 +40,7 @@ MODULES: dict[str, dict[str, str]] = {
     "masked_patch_embed": {
         "cpu": "sgmim_fast.ops.cpu.masked_patch_embed",
         "triton": "sgmim_fast.kernels.masked_patch_embed",
+        "cuda": "sgmim_fast.ops.cuda.masked_patch_embed",
     },
     "relational_guidance": {
         "cpu": "sgmim_fast.ops.cpu.relational_guidance",
@@ -57,9 +58,12 @@ MODULES: dict[str, dict[str, str]] = {
         "cuda": "sgmim_fast.ops.cuda.standardize_structure",
     },
     "structure_embed": {"cpu": "sgmim_fast.ops.cpu.structure_embed", "triton": "sgmim_fast.kernels.structure_embed"},
-    "norm_linear": {"cpu": "sgmim_fast.ops.cpu.norm_linear"},
-    "norm_mlp": {"cpu": "sgmim_fast.ops.cpu.norm_mlp"},
-    "window_attention": {"cpu": "sgmim_fast.ops.cpu.window_attention"},
+    "norm_linear": {"cpu": "sgmim_fast.ops.cpu.norm_linear", "triton": "sgmim_fast.kernels.norm_linear"},
+    "norm_mlp": {"cpu": "sgmim_fast.ops.cpu.norm_mlp", "triton": "sgmim_fast.kernels.norm_mlp"},
+    "window_attention": {
+        "cpu": "sgmim_fast.ops.cpu.window_attention",
+        "triton": "sgmim_fast.kernels.window_attention",
+    },
 }
 
 OLDEST_TRITON = (3, 4)

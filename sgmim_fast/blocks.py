@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from timm.layers import Attention, LayerNorm, Mlp
+from timm.layers import Attention, LayerNorm, Mlp, PatchEmbed
 from timm.layers.activations import GELU
 from timm.models import beit, swin_transformer, swin_transformer_v2, vision_transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sgmim_fast import backends, ops
+from sgmim_fast.ops.window_attention import most_tokens_on_a_gpu
 
 
 def _changed(module: nn.Module | None, *types: type) -> str:
@@ -100,21 +101,35 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm | None, weight: Tensor, bias: Tens
 
 
 def here(x: Tensor) -> bool:
-    """Only the C++ kernels have been measured to be a win so far: elsewhere timm's own forward runs."""
-    return x.device.type == "cpu" and _can_be_forced()
+    """Whether there are kernels for a tensor like this; where there are none, timm's own forward runs."""
+    return (x.device.type == "cpu" or x.dtype != torch.float64) and _has_kernels(x.device.type)
 
 
 @torch.compiler.assume_constant_result
-def _can_be_forced() -> bool:
-    """Whether the forced backend, if there is one, has a window attention; where it has none, timm's forward runs."""
+def _has_kernels(device: str) -> bool:
+    """Whether the forced backend, or one of the device's own, has a window attention."""
     forced = backends.forced()
-    return forced in (None, "torch") or forced in backends.MODULES["window_attention"]
+    if forced is not None:
+        return forced == "torch" or forced in backends.MODULES["window_attention"]
+    own = [name for name in backends.ORDER.get(device, ()) if name != "torch"]
+    return any(backends.can_run("window_attention", name)[0] for name in own)
+
+
+def _window_fits(x: Tensor, tokens: int) -> bool:
+    """Whether a window of so many tokens is one for the kernels: on a GPU timm's own attention takes the large ones."""
+    device = x.device.type
+    if device == "cpu":
+        return True
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return tokens <= most_tokens_on_a_gpu(dtype)
 
 
 class _SwinHalves:
     """What both Swin blocks share."""
 
     def _size_fits(self, x: Tensor) -> bool:
+        if not _window_fits(x, self.window_size[0] * self.window_size[1]):
+            return False
         return getattr(self, "dynamic_mask", False) or tuple(x.shape[1:3]) == tuple(self.input_resolution)
 
     def _windows(self, qkv: Tensor, bias: Tensor, pad: Tensor | None, logit_scale: Tensor | None = None) -> Tensor:
@@ -240,7 +255,7 @@ class BeitBlock(beit.Block):
         if not here(x):
             return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
         reasons = self.reasons()
-        if reasons["attention"]:
+        if reasons["attention"] or not _window_fits(x, x.shape[1]):
             attended = self.attn(self.norm1(x), shared_rel_pos_bias=shared_rel_pos_bias)
         else:
             attended = self._fused(x, shared_rel_pos_bias)
@@ -271,13 +286,39 @@ class ViTBlock(vision_transformer.Block):
         if not here(x) or attn_mask is not None or is_causal:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         reasons, attn = self.reasons(), self.attn
-        if reasons["attention"]:
+        if reasons["attention"] or not _window_fits(x, x.shape[1]):
             attended = attn(self.norm1(x))
         else:
             attended = _one_window(x, self.norm1, attn, attn.qkv.bias, None, None)
         x = x + self.drop_path1(self.ls1(attended))
         hidden = self.mlp(self.norm2(x)) if reasons["mlp"] else norm_mlp(x, self.norm2, self.mlp)
         return x + self.drop_path2(self.ls2(hidden))
+
+
+def stem_fits(stem: PatchEmbed, x: Tensor) -> bool:
+    """Whether the stem of images `x` may be computed by `masked_stem`."""
+    p, conv = stem.patch_size[0], stem.proj
+    changed = _first(
+        (
+            _changed(stem, PatchEmbed),
+            _changed(conv, nn.Conv2d),
+            "" if isinstance(stem.norm, nn.Identity) else _norm(stem.norm),
+        )
+    )
+    whole = x.shape[2] % p == 0 and x.shape[3] % p == 0  # else timm pads
+    return here(x) and not changed and whole and conv.kernel_size == conv.stride == (p, p)
+
+
+def masked_stem(stem: PatchEmbed, x: Tensor, mask_token: Tensor, visible: Tensor) -> Tensor:
+    """The stem's tokens, in the shape that it gives them, embedding only the visible patches of (B, C, H, W) images.
+
+    visible: (n,) int64 rows among the B * (H / p) * (W / p) patches. All others are the mask token.
+    """
+    norm = {}
+    if not isinstance(stem.norm, nn.Identity):
+        norm = {"norm_weight": stem.norm.weight, "norm_bias": stem.norm.bias, "eps": stem.norm.eps}
+    tokens = ops.masked_patch_embed(x, stem.proj.weight, stem.proj.bias, mask_token.flatten(), visible, **norm)
+    return tokens if stem.flatten else tokens.unflatten(1, stem.dynamic_feat_size(x.shape[2:]))
 
 
 # timm's class -> ours

@@ -19,6 +19,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sgmim_fast import blocks
+
 SUPPORTED = "timm's Swin (swin_*), SwinV2 (swinv2_*), BEiT (beit_*, beitv2_*) and plain ViT (vit_*, deit_*)"
 
 
@@ -33,7 +35,10 @@ class MaskedEncoder(nn.Module):
         patch_size: patch size p of the stem in pixels; an int, or (height, width) where the two differ.
         stride: pixels per output token; an int, or (height, width) where the two differ.
         timm_name, timm_arguments: what `create_encoder` was called with.
+        visible_stem: whether the stem embeds visible patches only where it is told which; `accelerate` sets it.
     """
+
+    visible_stem = False
 
     def __init__(self, model: nn.Module, timm_name: str, timm_arguments: dict[str, Any]) -> None:
         super().__init__()
@@ -51,13 +56,15 @@ class MaskedEncoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 1, weight.shape[0], device=weight.device, dtype=weight.dtype))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
         """Encodes the images, reading nothing under the mask.
 
         Args:
             x: (B, in_chans, H, W) images, floating point.
             mask: (B, H/p, W/p), bool or 0/1 numbers, 1 = masked (hidden from the encoder). None: nothing is masked,
                 and the result is that of `model.forward_features`, to the bit.
+            visible: (n,) int64, the patches that are not masked among the B * (H/p) * (W/p), ascending: what the mask
+                says, for an accelerated stem, which embeds only those. None: every patch is embedded.
 
         Returns:
             (B, N, C) tokens, row-major over the grid, without class, distillation and register tokens.
@@ -67,7 +74,10 @@ class MaskedEncoder(nn.Module):
             ValueError: a shape or device does not fit. The mask's values are not read, so nothing synchronises.
         """
         self._check(x, mask)
-        tokens = self.model.patch_embed(x)  # (B, L, D), or (B, H/p, W/p, D)
+        stem = self.model.patch_embed
+        if visible is not None and mask is not None and self.visible_stem and blocks.stem_fits(stem, x):
+            return self._after_stem(blocks.masked_stem(stem, x, self.mask_token, visible))
+        tokens = stem(x)  # (B, L, D), or (B, H/p, W/p, D)
         if mask is not None:
             hidden = mask.bool().reshape(*tokens.shape[:-1], 1)
             tokens = torch.where(hidden, self.mask_token, tokens)

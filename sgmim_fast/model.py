@@ -31,7 +31,7 @@ class SGMIM(nn.Module):
         position_embedding: learned positions on the queries and keys of the guidance. Hidden cells differ then, so the
             branch takes the dense arithmetic. Needs an encoder of known image size.
         accelerate: compute the encoder's timm blocks through fused ops, parameters and state dict unchanged (see
-            `sgmim_fast.accelerate`, which this calls). Less memory; off until it has been measured to be faster too.
+            `sgmim_fast.accelerate`, which this calls on `encoder` in place). False leaves the encoder alone.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is expected.
@@ -46,7 +46,7 @@ class SGMIM(nn.Module):
         structure_channels: int = 1,
         hidden_context: str = "keep",
         position_embedding: bool = False,
-        accelerate: bool = False,
+        accelerate: bool = True,
     ):
         super().__init__()
         for name in ("num_features", "in_chans", "patch_size"):
@@ -107,7 +107,7 @@ class SGMIM(nn.Module):
         # here and no deeper, so that the search breaks a compiled graph once
         cells = _drawn_cells(mask, *grid) if isinstance(mask, SelectiveMask) else search_cells(mask, *grid)
         masked, shown = reference.stem_masks(mask, images, self.patch_size)
-        features = self._tokens(self.encoder(images, masked), images)
+        features = self._tokens(self._encode(images, masked, cells), images)
         if cells is None or (self.guidance is not None and self.guidance.pos_embed is not None):
             losses = reference.losses_from_features(self, features, images, structure, masked, shown, structure_valid)
         else:
@@ -179,6 +179,13 @@ class SGMIM(nn.Module):
             counted = ops.gather_patches(structure_valid, visible, cell=stride, patch=stride).sum().to(image.dtype)
             structure_loss = structure_loss / (counted / self.structure_channels + 1e-5)
         return Losses(image + structure_loss, image, structure_loss)
+
+    def _encode(self, images: Tensor, masked: Tensor, cells: Cells | None) -> Tensor:
+        if cells is None or not getattr(self.encoder, "visible_stem", False):
+            return self.encoder(images, masked)
+        patches = (self.encoder_stride // self.patch_size) ** 2 * cells.visible.index.shape[0]
+        visible = torch.nonzero_static(~masked.flatten(), size=patches)  # the count is known: nothing waits for a GPU
+        return self.encoder(images, masked, visible.squeeze(1))
 
     def _tokens(self, features: Tensor, images: Tensor) -> Tensor:
         tokens = reference.to_tokens(features)

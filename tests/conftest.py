@@ -25,6 +25,9 @@ settings.register_profile(
 )
 settings.load_profile("sgmim_fast")
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
+
 
 class TorchRandom:
     """Lets hypothesis seed torch's generator before each example, so that a failure can be repeated."""
@@ -73,8 +76,9 @@ def place(request):
     usable, reason = backends.can_run(op, backend) if op in backends.MODULES else backends.available()[backend]
     if not usable:
         pytest.skip(reason)
-    precision = request.node.callspec.params.get("precision")
-    if backend == "cpu" and precision is not None and precision.dtype == torch.float16:
+    params = request.node.callspec.params
+    dtype = getattr(params.get("precision"), "dtype", params.get("dtype"))
+    if backend == "cpu" and dtype == torch.float16:
         pytest.skip("the C++ kernels take float32 and bfloat16")
     with contextlib.ExitStack() as stack:
         stack.enter_context(backends.use(backend))

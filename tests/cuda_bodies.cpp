@@ -2,7 +2,10 @@
 // torch nor CUDA.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -11,6 +14,7 @@
 #include "gather_index.h"
 #include "host_group.h"
 #include "l1_tile.h"
+#include "place_tokens.h"
 #include "standardize_plane.h"
 
 namespace py = pybind11;
@@ -27,44 +31,79 @@ struct Rank {
   int32_t size() const { return size_; }
 };
 
+// A tensor and its packed cells, and the accesses that fit both: run(access, grid) with one of them.
 template <class Element>
-void copy_rows(
-    const sgmim::CellGrid& grid, const py::array_t<int64_t>& cells, void* tensor, void* packed, bool scatter,
-    int32_t threads) {
-  auto *const outside = static_cast<Element*>(tensor), *const inside = static_cast<Element*>(packed);
-  const int32_t per_cell = sgmim::patches_per_cell(grid);
-  for (int64_t row = 0; row < cells.size() * per_cell; ++row)
-    for (int32_t rank = 0; rank < threads; ++rank) {
-      const Rank group{rank, threads};
-      const int64_t cell = cells.data()[row / per_cell];
-      if (scatter)
-        sgmim::copy_patch<true>(group, grid, cell, row, outside, inside);
-      else
-        sgmim::copy_patch<false>(group, grid, cell, row, outside, inside);
+struct Patches {
+  sgmim::CellGrid grid;
+  void *outside, *inside;
+
+  Patches(py::array_t<Element>& tensor, py::array_t<Element>& packed, int32_t cell, int32_t patch, bool zorder) {
+    const auto stride = [&](int axis) { return static_cast<int64_t>(tensor.strides(axis)) / int64_t{sizeof(Element)}; };
+    const int64_t strides[4] = {stride(0), stride(1), stride(2), stride(3)};
+    grid = sgmim::cell_grid(tensor.shape(1), tensor.shape(2), tensor.shape(3), strides, cell, patch, zorder);
+    outside = tensor.mutable_data();
+    inside = packed.mutable_data();
+  }
+
+  // Returns how many pixels and channels an access moves.
+  template <class Run>
+  py::tuple each(const Run& run) const {
+    using namespace sgmim;
+    constexpr int64_t SIZE = sizeof(Element);
+    const uint64_t addresses = reinterpret_cast<uintptr_t>(outside) | reinterpret_cast<uintptr_t>(inside);
+    if (const int32_t channels = channels_per_access(grid, SIZE, addresses)) {
+      if constexpr (SIZE == 2 || SIZE == 4) {
+        if (channels == 3)
+          run(Turned<Element, 3>{}, grid);
+        else
+          run(Turned<Element, 16 / SIZE>{}, grid);
+        return py::make_tuple(16 / SIZE, channels);
+      }
+      throw std::logic_error("turned elements of another size");
     }
+    const int32_t pixels = pixels_per_access(grid, SIZE, addresses);
+    const CellGrid wide = widen(grid, pixels);
+    switch (SIZE * pixels) {
+      case 2: run(Straight<uint16_t>{}, wide); break;
+      case 4: run(Straight<uint32_t>{}, wide); break;
+      case 8: run(Straight<uint64_t>{}, wide); break;
+      case 16: run(Straight<Sixteen>{}, wide); break;
+      default: throw std::logic_error("an access of no such size");
+    }
+    return py::make_tuple(pixels, 1);
+  }
+};
+
+template <class Element>
+py::tuple pack_patches(
+    py::array_t<Element> tensor, py::array_t<int64_t> cells, py::array_t<Element> packed, int32_t cell, int32_t patch,
+    bool zorder, int32_t threads) {
+  const Patches<Element> patches(tensor, packed, cell, patch, zorder);
+  return patches.each([&](auto access, const sgmim::CellGrid& grid) {
+    using Unit = typename decltype(access)::Element;
+    const int32_t per_cell = sgmim::patches_per_cell(grid);
+    for (int64_t row = 0; row < cells.size() * per_cell; ++row)
+      for (int32_t rank = 0; rank < threads; ++rank)
+        sgmim::copy_patch<decltype(access)>(
+            Rank{rank, threads}, grid, cells.data()[row / per_cell], row, static_cast<Unit*>(patches.outside),
+            static_cast<Unit*>(patches.inside));
+  });
 }
 
-// Returns how many pixels an access moved.
+// inverse (cells,): with anything in it.
 template <class Element>
-int32_t copy_patches(
-    py::array_t<Element> tensor, py::array_t<int64_t> cells, py::array_t<Element> packed, int32_t cell, int32_t patch,
-    bool zorder, bool scatter, int32_t threads) {
-  const auto stride = [&](int axis) { return static_cast<int64_t>(tensor.strides(axis)) / int64_t{sizeof(Element)}; };
-  const int64_t strides[4] = {stride(0), stride(1), stride(2), stride(3)};
-  const sgmim::CellGrid grid =
-      sgmim::cell_grid(tensor.shape(1), tensor.shape(2), tensor.shape(3), strides, cell, patch, zorder);
-  void *const outside = tensor.mutable_data(), *const inside = packed.mutable_data();
-  const uint64_t addresses = reinterpret_cast<uintptr_t>(outside) | reinterpret_cast<uintptr_t>(inside);
-  const int32_t pixels = sgmim::pixels_per_access(grid, sizeof(Element), addresses);
-  const sgmim::CellGrid wide = sgmim::widen(grid, pixels);
-  switch (sizeof(Element) * pixels) {
-    case 2: copy_rows<uint16_t>(wide, cells, outside, inside, scatter, threads); break;
-    case 4: copy_rows<uint32_t>(wide, cells, outside, inside, scatter, threads); break;
-    case 8: copy_rows<uint64_t>(wide, cells, outside, inside, scatter, threads); break;
-    case 16: copy_rows<sgmim::Sixteen>(wide, cells, outside, inside, scatter, threads); break;
-    default: throw std::logic_error("an access of no such size");
-  }
-  return pixels;
+py::tuple unpack_patches(
+    py::array_t<Element> packed, py::array_t<int64_t> cells, Array<int64_t> inverse, py::array_t<Element> tensor,
+    int32_t cell, int32_t patch, bool zorder, int32_t threads, int32_t lanes) {
+  const Patches<Element> patches(tensor, packed, cell, patch, zorder);
+  return patches.each([&](auto access, const sgmim::CellGrid& grid) {
+    using Unit = typename decltype(access)::Element;
+    run_group(threads, [&](const HostGroup& group) {
+      sgmim::fill_cells<decltype(access)>(
+          group, grid, cells.data(), cells.size(), inverse.size(), lanes, inverse.mutable_data(),
+          static_cast<Unit*>(patches.inside), static_cast<Unit*>(patches.outside));
+    });
+  });
 }
 
 // The key of each rank of `ranks`, and how many of its copies stand before that rank.
@@ -179,39 +218,42 @@ sgmim::Attention<T> describe(
   return a;
 }
 
-// body(group, place, tiles) for every image and head, with NaN in the group's memory.
-template <class T, class Body>
-void each_place(const sgmim::Attention<T>& a, bool backward, int32_t threads, const Body& body) {
+// Tiles in memory of their own, with NaN in it.
+template <class T>
+struct OwnTiles {
   sgmim::Tiles<T> tiles;
-  std::vector<float> memory(tiles.lay_out(nullptr, a.depth, backward) / sizeof(float));
-  tiles.lay_out(reinterpret_cast<char*>(memory.data()), a.depth, backward);
-  for (int64_t image = 0; image < a.images; ++image)
-    for (int32_t head = 0; head < a.heads; ++head) {
-      std::fill(memory.begin(), memory.end(), NAN);
-      const sgmim::Place place = sgmim::place_of(a, image, head);
-      run_group(threads, [&](const HostGroup& group) { body(group, place, tiles); });
-    }
-}
+  std::vector<float> memory;
+
+  OwnTiles(int32_t depth, bool backward) : memory(tiles.lay_out(nullptr, depth, backward) / sizeof(float), NAN) {
+    tiles.lay_out(reinterpret_cast<char*>(memory.data()), depth, backward);
+  }
+};
 
 template <class T>
 void attend(
-    Matrix<T> q, Matrix<T> k, Matrix<T> v, Array<int64_t> visible_offsets, Array<int64_t> shown_offsets, Matrix<T> out, Array<float> lse, int32_t cells, int32_t heads, bool keep, int32_t threads) {
+    Matrix<T> q, Matrix<T> k, Matrix<T> v, Array<int64_t> visible_offsets, Array<int64_t> shown_offsets, Matrix<T> out,
+    Array<float> lse, int32_t cells, int32_t heads, bool keep, int32_t threads) {
   auto a = describe<T>(q, k, v, visible_offsets, shown_offsets, cells, heads, keep);
   a.out = write<T>(out);
   a.lse = lse.mutable_data();
-  each_place(a, false, threads, [&](const auto& group, const auto& place, const auto& tiles) {
-    for (int32_t begin = 0; begin < place.queries; begin += sgmim::QUERIES) {
-      sgmim::attend(group, a, place, begin, tiles);
-      group.sync();
+  for (int64_t image = 0; image < a.images; ++image)
+    for (int32_t head = 0; head < a.heads; ++head) {
+      const OwnTiles<T> own(a.depth, false);
+      const sgmim::Place place = sgmim::place_of(a, image, head);
+      run_group(threads, [&](const HostGroup& group) {
+        for (int32_t begin = 0; begin < place.queries; begin += sgmim::QUERIES) {
+          sgmim::attend(group, a, place, begin, own.tiles);
+          group.sync();
+        }
+      });
     }
-  });
 }
 
 template <class T>
 void attend_backward(
     Matrix<T> dout, Matrix<T> q, Matrix<T> k, Matrix<T> v, Matrix<T> out, Array<float> lse,
     Array<int64_t> visible_offsets, Array<int64_t> shown_offsets, Matrix<T> dq, Matrix<T> dk, Matrix<T> dv,
-    Array<float> hidden_sums, int32_t cells, int32_t heads, bool keep, int32_t threads) {
+    Array<float> hidden_sums, int32_t cells, int32_t heads, bool keep, int32_t threads, int32_t blocks) {
   auto a = describe<T>(q, k, v, visible_offsets, shown_offsets, cells, heads, keep);
   a.dout = read<T>(dout);
   a.out = write<T>(out);
@@ -220,28 +262,36 @@ void attend_backward(
   a.dk = write<T>(dk);
   a.dv = write<T>(dv);
   a.hidden_sums = hidden_sums.mutable_data();
-  each_place(a, true, threads, [&](const auto& group, const auto& place, const auto& tiles) {
-    for (int32_t first = 0; first <= place.shown; first += sgmim::KEYS) {
-      sgmim::attend_backward_keys(group, a, place, first, tiles);
-      group.sync();
-    }
-    for (int32_t begin = 0; begin < place.queries; begin += sgmim::QUERIES) {
-      sgmim::attend_backward_queries(group, a, place, begin, tiles);
-      group.sync();
-    }
+  std::vector<std::unique_ptr<OwnTiles<T>>> tiles(blocks);
+  for (auto& each : tiles) each = std::make_unique<OwnTiles<T>>(a.depth, true);
+  run_launch(blocks, 1, threads, [&](const HostThread& t) {
+    sgmim::attend_backward(t.block, t.launch, a, t.block_number, blocks, tiles[t.block_number]->tiles);
   });
+}
+
+template <class T>
+sgmim::Head<T> describe_head(
+    const Matrix<T>& x, const Matrix<T>& weight, const Array<int64_t>& rows, Array<int32_t>& signs, bool packed) {
+  sgmim::Head<T> head{};
+  head.x = read<T>(x);
+  head.weight = read<T>(weight);
+  head.cells = rows.data();
+  head.signs = reinterpret_cast<uint32_t*>(signs.mutable_data());
+  head.count = rows.size();
+  head.width = static_cast<int32_t>(x.shape(1));
+  head.outs = static_cast<int32_t>(weight.shape(0));
+  head.packed = packed;
+  head.wide = head.width % 8 == 0;
+  return head;
 }
 
 // valid: like the target, or of size 0. Returns the sum over the tiles.
 template <class T>
 double linear_l1(
     Matrix<T> x, Matrix<T> weight, Array<float> bias, py::array_t<float> target, py::array_t<bool> valid,
-    Array<int64_t> rows, Array<int8_t> signs, int32_t cell, bool packed, int32_t threads) {
-  sgmim::Head<T> head{};
-  head.x = read<T>(x);
-  head.weight = read<T>(weight);
+    Array<int64_t> rows, Array<int32_t> signs, int32_t cell, bool packed, int32_t threads) {
+  auto head = describe_head<T>(x, weight, rows, signs, packed);
   head.bias = bias.data();
-  head.cells = rows.data();
   head.target.values = target.data();
   head.target.valid = valid.size() > 0 ? valid.data() : nullptr;
   for (int i = 0; i < 4; ++i) {
@@ -251,12 +301,6 @@ double linear_l1(
   head.target.across = target.shape(3) / cell;
   head.target.per_image = target.shape(2) / cell * head.target.across;
   head.target.cell = cell;
-  head.signs = signs.mutable_data();
-  head.count = rows.size();
-  head.width = static_cast<int32_t>(x.shape(1));
-  head.outs = static_cast<int32_t>(weight.shape(0));
-  head.packed = packed;
-  head.wide = head.width % 8 == 0;
   std::vector<float> memory(sgmim::l1_memory<T>() / sizeof(float));
   double total = 0;
   for (int64_t row = 0; row < head.count; row += sgmim::TILE)
@@ -273,15 +317,113 @@ double linear_l1(
   return total;
 }
 
+// Gradients of size 0 are not wanted; dx and dweight are floats, or of type T.
+template <class T>
+void linear_l1_backward(
+    Array<float> grad, Matrix<T> x, Matrix<T> weight, Array<int32_t> signs, Array<int64_t> rows, bool packed,
+    double scale, py::array dx, py::array dweight, Array<float> dbias, int32_t threads) {
+  const auto head = describe_head<T>(x, weight, rows, signs, packed);
+  const auto gradient = [](py::array& array) {
+    return sgmim::Gradient<T>{array.mutable_data(), array.itemsize() == sizeof(float)};
+  };
+  const sgmim::HeadGradients<T> to{
+      gradient(dx), gradient(dweight), dbias.mutable_data(), grad.data(), static_cast<float>(scale)};
+  std::vector<float> memory(sgmim::l1_backward_memory<T>() / sizeof(float));
+  const auto run = [&](const auto& body, auto first, int32_t column) {
+    std::fill(memory.begin(), memory.end(), NAN);
+    run_group(threads, [&](const HostGroup& group) {
+      body(group, head, to, first, column, reinterpret_cast<char*>(memory.data()));
+    });
+  };
+  for (int32_t column = 0; column < head.width; column += sgmim::TILE) {
+    if (dx.size() > 0)
+      for (int64_t row = 0; row < head.count; row += sgmim::TILE)
+        run([](auto&&... a) { sgmim::l1_input_gradient(a...); }, row, column);
+    if (dweight.size() > 0)
+      for (int32_t out = 0; out < head.outs; out += sgmim::TILE)
+        run([](auto&&... a) { sgmim::l1_weight_gradient(a...); }, out, column);
+  }
+}
+
+// weight, bias, statistics: of the norm, or of size 0.
+template <class T>
+sgmim::Tokens<T> describe_tokens(
+    const Matrix<T>& embedded, const Array<int64_t>& visible, Array<int64_t>& inverse, const Array<float>& weight,
+    const Array<float>& bias, Array<float>& statistics, int32_t width, float eps) {
+  const bool norm = weight.size() > 0;
+  return {
+      read<T>(embedded), visible.data(), inverse.mutable_data(), norm ? weight.data() : nullptr,
+      norm ? bias.data() : nullptr, norm ? statistics.mutable_data() : nullptr, visible.size(), inverse.size(), width,
+      eps};
+}
+
+// run(constant): with how many elements an access moves.
+template <class T, class Run>
+void with_many(int32_t width, std::initializer_list<const void*> pointers, const Run& run) {
+  constexpr int32_t MANY = 16 / sizeof(T);
+  uintptr_t addresses = 0;
+  for (const void* pointer : pointers) addresses |= reinterpret_cast<uintptr_t>(pointer);
+  if (width % MANY == 0 && addresses % 16 == 0)
+    run(std::integral_constant<int32_t, MANY>{});
+  else
+    run(std::integral_constant<int32_t, 1>{});
+}
+
+// shape: blocks, warps in a block, lanes in a warp.
+using LaunchShape = std::array<int32_t, 3>;
+
+template <class T>
+void place_tokens(
+    Matrix<T> embedded, Array<int64_t> visible, Array<int64_t> inverse, Array<float> token, Array<float> weight,
+    Array<float> bias, float eps, Matrix<T> out, Array<float> statistics, LaunchShape shape) {
+  const int32_t width = static_cast<int32_t>(out.shape(1));
+  const auto tokens = describe_tokens<T>(embedded, visible, inverse, weight, bias, statistics, width, eps);
+  T* const to = write<T>(out);
+  with_many<T>(width, {tokens.embedded, to}, [&](auto many) {
+    const auto [blocks, warps, lanes] = shape;
+    const int64_t all = int64_t{blocks} * warps, per_block = warps;
+    run_launch(blocks, warps, lanes, [&](const HostThread& t) {
+      const sgmim::Turn turn{t.block_number * per_block + t.warp_number, all};
+      sgmim::place_tokens<decltype(many)::value>(t.warp, turn, t.launch, tokens, token.data(), to);
+    });
+  });
+}
+
+template <class T>
+void take_tokens(
+    Matrix<T> dout, Matrix<T> embedded, Array<int64_t> visible, Array<int64_t> inverse, Array<float> weight,
+    Array<float> statistics, Matrix<T> dembedded, Array<float> partials, Array<float> sums, LaunchShape shape) {
+  const int32_t width = static_cast<int32_t>(dout.shape(1));
+  const auto tokens = describe_tokens<T>(embedded, visible, inverse, weight, weight, statistics, width, 0);
+  T* const to = write<T>(dembedded);
+  if (partials.size() != sgmim::parts_of(tokens.rows) * sums.size())
+    throw std::logic_error("the parts have another size");
+  with_many<T>(width, {tokens.embedded, dout.data(), to}, [&](auto many) {
+    const auto [blocks, warps, lanes] = shape;
+    const int64_t all = blocks, per_block = warps;
+    std::vector<std::vector<float>> memory(blocks, std::vector<float>(sgmim::place_memory(width, warps), NAN));
+    run_launch(blocks, warps, lanes, [&](const HostThread& t) {
+      sgmim::take_tokens<decltype(many)::value>(
+          t.warp, sgmim::Turn{t.warp_number, per_block}, t.block, sgmim::Turn{t.block_number, all}, t.launch, tokens,
+          read<T>(dout), to, partials.mutable_data(), sums.mutable_data(), memory[t.block_number].data());
+    });
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(cuda_bodies, m) {
-  m.def("copy_patches", &copy_patches<double>, py::arg("tensor").noconvert(), py::arg("cells").noconvert(),
-        py::arg("packed").noconvert(), py::arg("cell"), py::arg("patch"), py::arg("zorder"), py::arg("scatter"),
-        py::arg("threads"));
-  m.def("copy_patches", &copy_patches<uint16_t>, py::arg("tensor").noconvert(), py::arg("cells").noconvert(),
-        py::arg("packed").noconvert(), py::arg("cell"), py::arg("patch"), py::arg("zorder"), py::arg("scatter"),
-        py::arg("threads"));
+  const auto define_patches = [&](auto element) {
+    using Element = decltype(element);
+    m.def("pack_patches", &pack_patches<Element>, py::arg("tensor").noconvert(), py::arg("cells").noconvert(),
+          py::arg("packed").noconvert(), py::arg("cell"), py::arg("patch"), py::arg("zorder"), py::arg("threads"));
+    m.def("unpack_patches", &unpack_patches<Element>, py::arg("packed").noconvert(), py::arg("cells").noconvert(),
+          py::arg("inverse").noconvert(), py::arg("tensor").noconvert(), py::arg("cell"), py::arg("patch"),
+          py::arg("zorder"), py::arg("threads"), py::arg("lanes"));
+  };
+  define_patches(double{});
+  define_patches(uint32_t{});
+  define_patches(uint16_t{});
   m.def("patch_corner", [](int64_t cell_number, int32_t order, int64_t down, int64_t across, int64_t stride_image,
                            int64_t stride_row, int32_t cell, int32_t patch, bool zorder) {
     const int64_t strides[4] = {stride_image, 0, stride_row, 1};
@@ -295,6 +437,12 @@ PYBIND11_MODULE(cuda_bodies, m) {
         py::arg("visible_rows").noconvert(), py::arg("threads"));
   m.def("linear_l1", &linear_l1<float>);
   m.def("linear_l1_bfloat16", &linear_l1<Half>);
+  m.def("linear_l1_backward", &linear_l1_backward<float>);
+  m.def("linear_l1_backward_bfloat16", &linear_l1_backward<Half>);
+  m.def("place_tokens", &place_tokens<float>);
+  m.def("place_tokens_bfloat16", &place_tokens<Half>);
+  m.def("take_tokens", &take_tokens<float>);
+  m.def("take_tokens_bfloat16", &take_tokens<Half>);
   m.def("attend", &attend<float>);
   m.def("attend_backward", &attend_backward<float>);
   m.def("attend_bfloat16", &attend<Half>);

@@ -7,8 +7,10 @@
 
 #include "attend.h"
 #include "draw_mask.h"
+#include "gather_index.h"
 #include "host_group.h"
 #include "l1_tile.h"
+#include "place_tokens.h"
 #include "standardize_plane.h"
 
 namespace {
@@ -56,7 +58,7 @@ std::vector<float> attend(int32_t threads) {
   };
   const auto q = random(QUERIES * DEPTH), k = random(ROWS * DEPTH), v = random(ROWS * DEPTH);
   const auto dout = random(QUERIES * DEPTH);
-  std::vector<float> all(2 * QUERIES * DEPTH + QUERIES + 2 * ROWS * DEPTH + 2 * DEPTH);
+  std::vector<float> all(2 * QUERIES * DEPTH + 2 * ROWS * DEPTH + QUERIES + 2 * DEPTH);
   const int64_t visible[2] = {0, QUERIES}, shown[2] = {0, SHOWN};
   sgmim::Attention<float> a{};
   a.q = q.data(), a.k = k.data(), a.v = v.data(), a.dout = dout.data();
@@ -64,48 +66,108 @@ std::vector<float> attend(int32_t threads) {
   a.lse = a.dv + ROWS * DEPTH, a.hidden_sums = a.lse + QUERIES;
   a.visible_offsets = visible, a.shown_offsets = shown;
   a.images = 1, a.last = SHOWN, a.cells = 45, a.heads = 1, a.depth = DEPTH, a.scale = 0.2f, a.keep = true;
-  sgmim::Tiles<float> tiles;
-  std::vector<float> memory(tiles.lay_out(nullptr, DEPTH, true) / sizeof(float));
-  tiles.lay_out(reinterpret_cast<char*>(memory.data()), DEPTH, true);
+  constexpr int32_t BLOCKS = 2;
+  sgmim::Tiles<float> tiles[BLOCKS];
+  std::vector<float> memory[BLOCKS];
+  for (int32_t block = 0; block < BLOCKS; ++block) {
+    memory[block].resize(tiles[block].lay_out(nullptr, DEPTH, true) / sizeof(float));
+    tiles[block].lay_out(reinterpret_cast<char*>(memory[block].data()), DEPTH, true);
+  }
   const sgmim::Place place = sgmim::place_of(a, 0, 0);
-  const auto run = [&](const auto& body, int32_t begin) {
-    run_group(threads, [&](const HostGroup& group) { body(group, a, place, begin, tiles); });
-  };
-  for (int32_t begin : {0, 32}) run([](const auto&... x) { sgmim::attend(x...); }, begin);
-  for (int32_t begin : {0, 32}) run([](const auto&... x) { sgmim::attend_backward_queries(x...); }, begin);
-  for (int32_t begin : {0, 32}) run([](const auto&... x) { sgmim::attend_backward_keys(x...); }, begin);
+  run_group(threads, [&](const HostGroup& group) {
+    for (int32_t begin : {0, 32}) {
+      sgmim::attend(group, a, place, begin, tiles[0]);
+      group.sync();
+    }
+  });
+  run_launch(BLOCKS, 1, threads, [&](const HostThread& t) {
+    sgmim::attend_backward(t.block, t.launch, a, t.block_number, BLOCKS, tiles[t.block_number]);
+  });
   return all;
 }
 
-// One tile of whole numbers, which add up to the same in any order: 70 rows and outputs of 130 channels.
+// One tile of whole numbers, which add up to the same in any order: 140 rows and 192 outputs of 130 channels. Signs and
+// sum, and one tile of either gradient, which goes through more than one block of rows or outputs, and through none.
 std::vector<double> distance(int32_t threads) {
-  constexpr int32_t WIDTH = 130, OUTS = 64, ROWS = 70;
+  constexpr int32_t WIDTH = 130, OUTS = 192, ROWS = 140;
   std::vector<float> x(ROWS * WIDTH), weight(OUTS * WIDTH), bias(OUTS, 2.0f), target(ROWS * OUTS);
   std::srand(3);
   for (auto* values : {&x, &weight, &target})
     for (float& value : *values) value = static_cast<float>(std::rand() % 7 - 3);
   std::vector<int64_t> cells(ROWS);
   for (int32_t i = 0; i < ROWS; ++i) cells[i] = i;
-  std::vector<int8_t> signs(ROWS * OUTS);
+  std::vector<uint32_t> signs(ROWS * 2 * sgmim::words_of(OUTS));
   sgmim::Head<float> head{};
   head.x = x.data(), head.weight = weight.data(), head.bias = bias.data(), head.cells = cells.data();
   head.signs = signs.data(), head.count = ROWS, head.width = WIDTH, head.outs = OUTS, head.packed = true;
   head.target.values = target.data(), head.target.across = head.target.per_image = 1, head.target.cell = 8;
-  head.target.strides[0] = OUTS, head.target.strides[2] = 8, head.target.strides[3] = 1;
-  std::vector<float> memory(sgmim::l1_memory<float>() / sizeof(float));
+  head.target.strides[0] = OUTS, head.target.strides[1] = 64, head.target.strides[2] = 8, head.target.strides[3] = 1;
+  std::vector<float> memory((sgmim::l1_memory<float>() + sgmim::l1_backward_memory<float>()) / sizeof(float));
+  char* const bytes = reinterpret_cast<char*>(memory.data());
   std::vector<double> sums(threads);
-  run_group(threads, [&](const HostGroup& group) {
-    sums[group.rank()] = sgmim::l1_tile(group, head, 0, 0, reinterpret_cast<char*>(memory.data()));
-  });
+  run_group(threads, [&](const HostGroup& group) { sums[group.rank()] = sgmim::l1_tile(group, head, 0, 0, bytes); });
+
+  std::vector<float> dx(x.size()), dweight(weight.size()), dbias(OUTS);
+  const float grad = 3;
+  const sgmim::HeadGradients<float> to{{dx.data(), true}, {dweight.data(), true}, dbias.data(), &grad, 1.0f};
+  run_group(threads, [&](const HostGroup& group) { sgmim::l1_input_gradient(group, head, to, 0, 0, bytes); });
+  run_group(threads, [&](const HostGroup& group) { sgmim::l1_weight_gradient(group, head, to, 0, 0, bytes); });
+  head.count = 0;
+  run_group(threads, [&](const HostGroup& group) { sgmim::l1_weight_gradient(group, head, to, 64, 0, bytes); });
   std::vector<double> results(signs.begin(), signs.end());
+  for (const auto* values : {&dx, &dweight, &dbias}) results.insert(results.end(), values->begin(), values->end());
   results.push_back(sums[threads - 1]);
   return results;
+}
+
+// The cells 4, 1 and 7 of nine, back in a map whose other cells are zero.
+std::vector<uint32_t> unpack(int32_t threads) {
+  constexpr int32_t SIDE = 3, CELL = 4, WIDTH = SIDE * CELL;
+  const int64_t cells[] = {4, 1, 7}, strides[] = {WIDTH * WIDTH, WIDTH * WIDTH, WIDTH, 1};
+  const sgmim::CellGrid grid = sgmim::cell_grid(1, WIDTH, WIDTH, strides, CELL, 2, true);
+  std::vector<uint32_t> packed(3 * CELL * CELL), map(WIDTH * WIDTH, 9);
+  for (size_t i = 0; i < packed.size(); ++i) packed[i] = static_cast<uint32_t>(i) + 10;
+  std::vector<int64_t> inverse(SIDE * SIDE, 2);
+  run_group(threads, [&](const HostGroup& group) {
+    sgmim::fill_cells<sgmim::Straight<uint32_t>>(
+        group, grid, cells, 3, SIDE * SIDE, 1, inverse.data(), packed.data(), map.data());
+  });
+  return map;
+}
+
+// Tokens of 11 patches, 5 of them visible, with a norm over 18 numbers; and the gradients. Two warps of three lanes in
+// a block, so that no thread reads only what it wrote itself.
+std::vector<float> place(int32_t blocks) {
+  constexpr int32_t ROWS = 11, COUNT = 5, WIDTH = 18, WARPS = 2, LANES = 3;
+  const int64_t visible[COUNT] = {7, 0, 10, 3, 4};
+  std::vector<float> embedded(COUNT * WIDTH), dout(ROWS * WIDTH), ones(WIDTH, 1.5f);
+  for (size_t i = 0; i < embedded.size(); ++i) embedded[i] = static_cast<float>(i * i % 13);
+  for (size_t i = 0; i < dout.size(); ++i) dout[i] = static_cast<float>(i * i % 7);
+  std::vector<int64_t> inverse(ROWS, 1);
+  std::vector<float> out(ROWS * WIDTH), dembedded(COUNT * WIDTH), statistics(2 * COUNT), sums(sgmim::SUMS * WIDTH);
+  std::vector<float> partials(sgmim::parts_of(ROWS) * sums.size());
+  const sgmim::Tokens<float> tokens{
+      embedded.data(), visible, inverse.data(), ones.data(), ones.data(), statistics.data(), COUNT, ROWS, WIDTH, 1e-5f};
+  std::vector<std::vector<float>> memory(blocks, std::vector<float>(sgmim::place_memory(WIDTH, WARPS)));
+  run_launch(blocks, WARPS, LANES, [&](const HostThread& t) {
+    const sgmim::Turn turn{t.block_number * WARPS + t.warp_number, blocks * WARPS};
+    sgmim::place_tokens<1>(t.warp, turn, t.launch, tokens, ones.data(), out.data());
+  });
+  run_launch(blocks, WARPS, LANES, [&](const HostThread& t) {
+    sgmim::take_tokens<1>(
+        t.warp, sgmim::Turn{t.warp_number, WARPS}, t.block, sgmim::Turn{t.block_number, blocks}, t.launch, tokens,
+        dout.data(), dembedded.data(), partials.data(), sums.data(), memory[t.block_number].data());
+  });
+  for (const auto* values : {&dembedded, &statistics, &sums}) out.insert(out.end(), values->begin(), values->end());
+  return out;
 }
 
 }  // namespace
 
 int main() {
-  check(distance(1) == distance(3), "a sum of distances");
+  check(place(1) == place(3), "tokens, or their gradients,");
+  check(unpack(1) == unpack(3), "a map's gradient");
+  check(distance(1) == distance(3), "a distance or its gradients");
   check(attend(1) == attend(3), "attention");
   attend(64);  // two threads to a row: sums in another order, for the sanitizer alone
   for (int32_t rows : {1, 3, 17})

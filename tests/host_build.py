@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import shutil
 import subprocess
@@ -40,10 +41,12 @@ def build(target: str) -> Path:
         pybind11=pybind11.get_include(),
         python=sysconfig.get_path("include"),
     )
-    if not (folder / "build.ninja").exists() or (folder / "build.ninja").read_text() != rules:
-        (folder / "build.ninja").write_text(rules)
     wanted = module if target == "cuda_bodies" else target
-    done = subprocess.run(["ninja", "-C", folder, wanted], capture_output=True, text=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests may run side by side
+        if not (folder / "build.ninja").exists() or (folder / "build.ninja").read_text() != rules:
+            (folder / "build.ninja").write_text(rules)
+        done = subprocess.run(["ninja", "-C", folder, wanted], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     return folder / wanted
 

@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -101,4 +102,29 @@ void run_group(int32_t size, const Body& body) {
   for (int32_t rank = 1; rank < size; ++rank) others.emplace_back([&, rank] { body(HostGroup(shared, rank)); });
   body(HostGroup(shared, 0));
   for (std::thread& other : others) other.join();
+}
+
+// A thread of a launch: its warp, block and launch, and the numbers of the warp in the block and of the block.
+struct HostThread {
+  HostGroup warp, block, launch;
+  int32_t warp_number, block_number;
+};
+
+// body(thread) in every thread of `blocks` blocks of `warps` warps of `lanes` threads.
+template <class Body>
+void run_launch(int32_t blocks, int32_t warps, int32_t lanes, const Body& body) {
+  HostGroup::Shared launch(blocks * warps * lanes);
+  std::vector<std::thread> threads;
+  for (int32_t number = 0; number < blocks; ++number)
+    threads.emplace_back([&, number] {
+      std::vector<std::unique_ptr<HostGroup::Shared>> shared(warps);
+      for (auto& each : shared) each = std::make_unique<HostGroup::Shared>(lanes);
+      run_group(warps * lanes, [&](const HostGroup& block) {
+        const int32_t warp = block.rank() / lanes;
+        body(HostThread{
+            HostGroup(*shared[warp], block.rank() % lanes), block,
+            HostGroup(launch, number * warps * lanes + block.rank()), warp, number});
+      });
+    });
+  for (std::thread& thread : threads) thread.join();
 }

@@ -36,23 +36,26 @@ def gathered(tensor: np.ndarray, cells: np.ndarray, cell: int, patch: int, zorde
         for row, column in places:
             top, left = y * cell + row * patch, x * cell + column * patch
             rows.append(tensor[image, :, top : top + patch, left : left + patch].reshape(-1))
-    return np.array(rows).reshape(len(cells) * side * side, channels * patch * patch)
+    return np.array(rows, tensor.dtype).reshape(len(cells) * side * side, channels * patch * patch)
 
 
-def check(bodies, tensor: np.ndarray, cells: np.ndarray, cell: int, patch: int, zorder: bool, threads: int) -> None:
+def check(
+    bodies, tensor: np.ndarray, cells: np.ndarray, cell: int, patch: int, zorder: bool, threads: int, lanes: int = 1
+) -> None:
     expected = gathered(tensor, cells, cell, patch, zorder)
     packed = np.full_like(expected, 9)
-    bodies.copy_patches(tensor, cells, packed, cell, patch, zorder, False, threads)
+    bodies.pack_patches(tensor, cells, packed, cell, patch, zorder, threads)
     np.testing.assert_array_equal(packed, expected)
 
-    # Back: what was gathered returns to its place, and everything else stays zero.
-    scattered = np.zeros_like(tensor)  # keeps the strides' order
-    bodies.copy_patches(scattered, cells, packed, cell, patch, zorder, True, threads)
-    everywhere = gathered(scattered, np.arange(tensor.size // tensor.shape[1] // cell**2), cell, patch, zorder)
-    per_cell = (cell // patch) ** 2
-    wanted = np.zeros_like(everywhere).reshape(-1, per_cell, expected.shape[1])
-    wanted[cells] = expected.reshape(-1, per_cell, expected.shape[1])
-    np.testing.assert_array_equal(everywhere, wanted.reshape(everywhere.shape))
+    # Back: what was gathered returns to its place, and everything else is zero. What the inverse holds does not matter.
+    number = tensor.size // tensor.shape[1] // cell**2
+    for before in (0, 2, -1, 2**62):
+        filled = np.full_like(tensor, 9)  # keeps the strides' order
+        bodies.unpack_patches(packed, cells, np.full(number, before), filled, cell, patch, zorder, threads, lanes)
+        everywhere = gathered(filled, np.arange(number), cell, patch, zorder)
+        wanted = np.zeros_like(everywhere).reshape(number, (cell // patch) ** 2, expected.shape[1])
+        wanted[cells] = expected.reshape(-1, *wanted.shape[1:])
+        np.testing.assert_array_equal(everywhere, wanted.reshape(everywhere.shape))
 
 
 def layouts(shape: tuple[int, int, int, int], dtype: type) -> list[np.ndarray]:
@@ -66,14 +69,14 @@ def layouts(shape: tuple[int, int, int, int], dtype: type) -> list[np.ndarray]:
 
 SHAPES = [
     (batch, channels, down, across, cell, patch, zorder)
-    for batch, channels, down, across in itertools.product((1, 2), (1, 3), (1, 2), (1, 3))
+    for batch, channels, down, across in itertools.product((1, 2), (1, 2, 3), (1, 2), (1, 3))
     for cell, patch in ((1, 1), (2, 1), (4, 4), (4, 2), (6, 2), (8, 2), (8, 1), (14, 7))
     for zorder in (False, True)
     if not (zorder and (cell // patch) & (cell // patch - 1))
 ]
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.uint16])
+@pytest.mark.parametrize("dtype", [np.float64, np.uint32, np.uint16])
 def test_copy_patches_of_every_small_shape(bodies, dtype):
     for batch, channels, down, across, cell, patch, zorder in SHAPES:
         cells = np.random.default_rng(1).permutation(batch * down * across)
@@ -82,19 +85,20 @@ def test_copy_patches_of_every_small_shape(bodies, dtype):
 
 
 @given(
-    threads=st.sampled_from([1, 2, 5, 16, 32]),
+    threads=st.sampled_from([(1, 1), (2, 1), (3, 3), (4, 2)]),
+    dtype=st.sampled_from([np.float64, np.uint32, np.uint16]),
     side=st.sampled_from([1, 2, 4, 8]),
-    patch=st.integers(1, 5),
-    grid=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)),
+    patch=st.sampled_from([1, 2, 3, 4, 5, 8]),
+    grid=st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 3, 4, 8, 16]), st.integers(1, 3), st.integers(1, 3)),
     data=st.data(),
 )
-def test_copy_patches_with_any_group(bodies, threads, side, patch, grid, data):
+def test_copy_patches_with_any_group(bodies, threads, dtype, side, patch, grid, data):
     batch, channels, down, across = grid
     number = batch * down * across
     cells = data.draw(st.lists(st.integers(0, number - 1), unique=True, max_size=number))
     shape = (batch, channels, down * side * patch, across * side * patch)
-    for tensor in layouts(shape, np.float64):
-        check(bodies, tensor, np.array(cells, np.int64), side * patch, patch, data.draw(st.booleans()), threads)
+    for tensor in layouts(shape, dtype):
+        check(bodies, tensor, np.array(cells, np.int64), side * patch, patch, data.draw(st.booleans()), *threads)
 
 
 def test_accesses_are_as_wide_as_alignment_allows(bodies):
@@ -107,7 +111,10 @@ def test_accesses_are_as_wide_as_alignment_allows(bodies):
         cells = np.arange(shape[0] * (shape[2] // cell) * (shape[3] // cell))
         packed = np.zeros(tensor.size + 64, dtype)
         packed = packed[-packed.ctypes.data // packed.itemsize % (64 // packed.itemsize) :][: tensor.size]
-        return bodies.copy_patches(tensor, cells, packed, cell, patch, False, False, 1)
+        there = bodies.pack_patches(tensor, cells, packed, cell, patch, False, 1)
+        assert bodies.unpack_patches(packed, cells, np.zeros_like(cells), tensor, cell, patch, False, 1, 1) == there
+        assert there[1] == 1
+        return there[0]
 
     assert pixels((2, 1, 8, 8), np.uint16, 8, 4) == 4
     assert pixels((2, 1, 32, 32), np.uint16, 16, 16) == 8
@@ -117,6 +124,25 @@ def test_accesses_are_as_wide_as_alignment_allows(bodies):
     assert pixels((2, 1, 32, 32), np.uint16, 16, 16, start=1) == 1
     assert pixels((2, 1, 32, 32), np.uint16, 16, 16, start=4) == 4
     assert pixels((2, 1, 32, 32), np.uint16, 16, 16, step=2) == 1
+
+
+def test_channels_last_accesses_are_sixteen_bytes_too(bodies):
+    """Three channels, or 16 bytes of channels, where a patch is at least 16 bytes wide."""
+
+    def access(channels, dtype, patch, start=0):
+        memory = np.zeros(2 * 8 * patch**2 * channels + 64, dtype)
+        first = -memory.ctypes.data // memory.itemsize % (64 // memory.itemsize) + start
+        tensor = memory[first:][: 8 * patch**2 * channels].reshape(2, 2 * patch, 2 * patch, channels)
+        packed = np.zeros(tensor.size + 64, dtype)
+        packed = packed[-packed.ctypes.data // packed.itemsize % (64 // packed.itemsize) :][: tensor.size]
+        return bodies.pack_patches(tensor.transpose(0, 3, 1, 2), np.arange(8), packed, patch, patch, False, 1)
+
+    assert access(3, np.uint32, 4) == access(3, np.uint32, 16) == (4, 3)
+    assert access(3, np.uint16, 16) == access(3, np.uint16, 8) == (8, 3)
+    assert access(8, np.uint32, 4) == (4, 4) and access(16, np.uint16, 8) == (8, 8)
+    assert access(1, np.uint32, 4) == (4, 1)  # one channel: no different from contiguous
+    assert access(3, np.uint16, 4) == access(3, np.uint32, 14) == access(5, np.uint32, 4) == (1, 1)
+    assert access(3, np.uint32, 4, start=1) == access(4, np.uint32, 4, start=2) == (1, 1)
 
 
 def test_z_order_is_the_merging_order():

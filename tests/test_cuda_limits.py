@@ -3,11 +3,19 @@ given past the ops' own checks."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from sgmim_fast import _native, backends, ops
-from sgmim_fast.ops.cuda import linear_l1, relational_guidance, selective_mask, standardize_structure
+from sgmim_fast.ops.cuda import (
+    linear_l1,
+    masked_patch_embed,
+    relational_guidance,
+    selective_mask,
+    standardize_structure,
+)
 
 needs_gpu = pytest.mark.skipif(not backends.available()["cuda"][0], reason=backends.available()["cuda"][1])
 
@@ -37,6 +45,75 @@ def test_linear_l1_names_the_dtype():
     with backends.use("cuda"):
         usable, reason = linear_l1.can_run("forward", (torch.zeros(2, 8, dtype=torch.float64), None))
     assert not usable and reason.startswith("dtype torch.float64; the CUDA kernel takes float32, bfloat16, float16")
+
+
+def test_masked_patch_embed_names_dtype_and_width():
+    if not _native.load_cuda()[0]:
+        pytest.skip(_native.load_cuda()[1])
+
+    def check(width: int, dtype: torch.dtype, reason: str) -> None:
+        args = torch.zeros(1, 3, 4, 4, dtype=dtype), torch.zeros(width, 3, 4, 4), None
+        for part, before in (("forward", ()), ("backward", (torch.zeros(1, 1, width),))):
+            usable, said = masked_patch_embed.can_run(part, (*before, *args))
+            assert usable == (not reason) and (usable or said == reason)
+
+    check(6144, torch.float32, "")
+    check(768, torch.float16, "")
+    check(6145, torch.float32, "rows of 6145 numbers; the CUDA kernel sums at most 6144 in shared memory")
+    check(768, torch.float64, "dtype torch.float64; the CUDA kernels take float32, bfloat16, float16")
+
+
+def test_every_row_is_in_a_part_of_the_sums():
+    if not _native.load_cuda()[0]:
+        pytest.skip(_native.load_cuda()[1])
+    parts = torch.ops.sgmim_fast_cuda.place_tokens_parts
+    assert [parts(rows, 128) for rows in (0, 1, 512, 513, 1024, 294912)] == [0, 1, 512, 257, 512, 512]
+
+
+def call_of(op: str):
+    """An op's call, and tensors for it."""
+    rows = torch.tensor([0, 3])
+    if op == "gather_patches":
+        return lambda **t: ops.gather_patches(**t, cell=4, patch=4), {"pixels": torch.zeros(1, 1, 8, 8), "rows": rows}
+    if op == "masked_patch_embed":
+        vectors = {name: torch.zeros(5) for name in ("bias", "mask_token", "norm_weight", "norm_bias")}
+        images = {"x": torch.zeros(1, 3, 8, 8), "weight": torch.zeros(5, 3, 4, 4)}
+        return ops.masked_patch_embed, images | vectors | {"visible": rows}
+    head = {"x": torch.zeros(2, 6), "weight": torch.zeros(16, 6), "bias": torch.zeros(16), "rows": rows}
+    pixels = {"target": torch.zeros(1, 1, 8, 8), "valid": torch.ones(1, 1, 8, 8, dtype=torch.bool)}
+    return lambda **t: ops.linear_l1(**t, cell=4), head | pixels
+
+
+@pytest.mark.parametrize("op", ["gather_patches", "masked_patch_embed", "linear_l1"])
+def test_a_tensor_on_another_device_than_its_neighbours_is_named(op):
+    """Whatever backend would run: each argument in turn stands alone. The first one says where all should be."""
+    call, tensors = call_of(op)
+    call(**tensors)
+    first, *others = tensors
+    for name in others:
+        with pytest.raises(ValueError, match=f"^{name} is on meta; expected cpu, where the other arguments are"):
+            call(**tensors | {name: tensors[name].to("meta")})
+    with pytest.raises(ValueError, match="is on cpu; expected meta, where the other arguments are"):
+        call(**tensors | {first: tensors[first].to("meta")})
+
+
+@pytest.mark.parametrize("part", ["forward", "backward"])
+def test_a_gpu_that_the_library_has_no_code_for(monkeypatch, part):
+    """Forced, the backend says what the GPU is, and what it was built for; unforced, another one runs."""
+    if not _native.load_cuda()[0]:
+        pytest.skip(_native.load_cuda()[1])
+    monkeypatch.setattr(_native, "build_info", lambda: {"cuda": {"architectures": "8.0;9.0;10.0+PTX"}})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    found = {"cuda": backends._cuda(), "triton": (False, "made up"), "torch": (True, "")}
+    monkeypatch.setattr(backends, "available", lambda: found)
+    message = "the GPU has compute capability 7.5, the CUDA library is built for 8.0;9.0;10.0+PTX: install sgmim_fast"
+    for op, modules in backends.MODULES.items():
+        if "cuda" not in modules or (op, part) not in backends._plain:
+            continue
+        with backends.use("cuda"), pytest.raises(RuntimeError, match=f"cannot run {op}: .*{re.escape(message)}"):
+            backends.choose(op, part, "cuda", ())
+        assert backends.choose(op, part, "cuda", ()) == backends.implementation(op, part, "torch")
 
 
 def test_attention_memory_is_that_of_the_notes():
@@ -70,6 +147,17 @@ def test_launchers_name_what_is_wrong():
     with pytest.raises(RuntimeError, match="a grid of 1 x 16385 units; the CUDA kernel holds at most 16384"):
         draw(seed, 2, 1, 16385, 1, *good.values())
     assert torch.isfinite(ops.standardize_structure(torch.randn(1, 1, 8, 8, device="cuda"))).all()  # all is well after
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_launch_too_large_is_named():
+    """2^25 parts of 64 heads of 2 images are 2^32 blocks; nothing is read before that is seen."""
+    q, k = torch.zeros(1, 64, device="cuda"), torch.zeros(1, 64, device="cuda")
+    offsets = torch.zeros(3, dtype=torch.int64, device="cuda")
+    lse = torch.zeros(1, 64, device="cuda")
+    with pytest.raises(RuntimeError, match="a launch of 4294967296 blocks; CUDA takes less than 2"):
+        torch.ops.sgmim_fast_cuda.attention(q, k, k, offsets, offsets, q.clone(), lse, 2**30, 64, True)
 
 
 @pytest.mark.gpu

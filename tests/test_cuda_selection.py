@@ -95,9 +95,10 @@ def test_masks_of_any_grid(bodies, grid, scale, threads, seed, data):
     check_masks(bodies, seed, masked, grid, scale, threads)
 
 
-@pytest.mark.parametrize("masked", [0, 1, 9831, 16384])
-def test_masks_of_the_largest_grid(bodies, masked):
-    check_masks(bodies, [5, 6], [masked], (128, 128), 1, 1)
+@pytest.mark.parametrize("grid", [(128, 128), (1, 16384), (16384, 1)])
+def test_masks_of_the_largest_grids(bodies, grid):
+    """16,384 units, of which every image masks its own number."""
+    check_masks(bodies, [5, 6], [9831, 0, 1, 16383, 16384], grid, 1, 2)
 
 
 FORMATS = {

@@ -96,6 +96,44 @@ def test_cuda_is_left_out_with_a_reason(tmp_path):
     )
 
 
+WITHOUT_NVCC = """
+import os, runpy, sys
+isfile = os.path.isfile
+os.path.isfile = lambda path: "nvcc" not in str(path) and isfile(path)
+sys.argv[0] = "setup.py"
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+@needs_compiler
+def test_no_toolkit_anywhere_is_one_line(tmp_path):
+    """Not in the usual folders either, which the machine of this test may have."""
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / Path(compiler).name).symlink_to(compiler)
+    command = [sys.executable, "-c", WITHOUT_NVCC, "-q", "build_py", "--build-lib", tmp_path]
+    done = run(*command, PATH=str(tmp_path / "bin"))
+    reason = "no CUDA toolkit is found (CUDA_HOME, nvcc on PATH, /usr/local/cuda); install one"
+    assert [line for line in done.stdout.splitlines() if line.startswith("sgmim_fast:")] == [
+        f"sgmim_fast: the CUDA library is not built: {reason}"
+    ]
+    assert "Traceback" not in done.stdout
+    info = json.loads((tmp_path / "sgmim_fast" / "_build_info.json").read_text())
+    assert info["cuda"] == {"skipped": reason} and info["cpu"]["compiler"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("wanted", ["sm_90", "9", "9.0+ptx", "hopper"])
+def test_an_architecture_that_is_none_is_named(tmp_path, wanted):
+    """Before anything is compiled; an error, not a traceback."""
+    home = toolkit(tmp_path / "toolkit", our_cuda())
+    build = ["setup.py", "-q", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path / "objects"]
+    done = run(sys.executable, *build, check=False, CUDA_HOME=str(home), TORCH_CUDA_ARCH_LIST=f"8.0;{wanted}")
+    assert done.returncode == 1 and "Traceback" not in done.stdout and " -c csrc/" not in done.stdout
+    expected = f"error: TORCH_CUDA_ARCH_LIST has '{wanted}'; expected numbers such as 9.0 or 9.0+PTX"
+    assert done.stdout.splitlines()[-1] == expected
+
+
 @needs_compiler
 def test_cuda_is_planned_whatever_the_folder_of_nvcc(tmp_path):
     """A toolkit on PATH behind a wrapper script; no GPU is asked for; unknown architectures are left out."""
@@ -124,8 +162,16 @@ def test_cuda_library_loads_without_a_gpu():
     assert _native.load_cuda() == (True, "")
     ops = torch.ops.sgmim_fast_cuda
     assert [arg.name for arg in ops.gather_patches.default._schema.arguments if arg.is_write] == ["out"]
-    assert [arg.name for arg in ops.gather_patches_backward.default._schema.arguments if arg.is_write] == ["grad_input"]
-    kernels = ("selective_mask", "standardize_structure", "linear_l1", "attention", "attention_backward")
+    written = [arg.name for arg in ops.gather_patches_backward.default._schema.arguments if arg.is_write]
+    assert written == ["inverse", "grad_input"]
+    kernels = (
+        "selective_mask",
+        "standardize_structure",
+        "linear_l1",
+        "linear_l1_backward",
+        "attention",
+        "attention_backward",
+    )
     assert all(hasattr(ops, name) for name in kernels)
     assert ops.attention_memory(2, 128, False) <= 99 << 10  # what every GPU since compute capability 8.0 has per block
 
@@ -263,7 +309,11 @@ def test_sources_compile_without_warnings(tmp_path):
     assert " -c csrc/" not in again.stdout, "nothing has changed, so nothing is compiled again"
     if "csrc/cuda" in done.stdout:
         report = run(sys.executable, "benchmarks/cuda_report.py", tmp_path / "objects" / "ptxas.log")
-        assert report.stdout.splitlines()[-1].endswith(", 0 that spill registers")
+        *kernels, total = report.stdout.splitlines()[1:]
+        assert total == f"{len(kernels)} kernels, 0 that spill registers"
+        pairs = {tuple(re.match(r"(.*\S) +(sm_\d+) ", line).groups()) for line in kernels}
+        names, archs = map(set, zip(*pairs, strict=True))
+        assert len(pairs) == len(kernels) == len(names) * len(archs), "every architecture has every kernel"
 
 
 PTXAS = """\

@@ -19,6 +19,11 @@ from sgmim_fast import SGMIM, SelectiveMask, backends, reference, selective_mask
 
 ROOT = Path(__file__).parents[1]
 SIZE = (32, 48)
+ENCODERS = {  # one with padding, one with a shift and cosines
+    "swin": ("swin_tiny_patch4_window7_224", {"window_size": 5, "depths": (1, 1), "num_heads": (1, 2)}),
+    "swinv2": ("swinv2_tiny_window8_256", {"window_size": 4, "depths": (2, 1), "num_heads": (1, 2)}),
+    "beit": ("beit_base_patch16_224", {"depth": 1, "num_heads": 2}),
+}
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
 on_gpu = pytest.mark.parametrize("name", [pytest.param(n, marks=gpu) for n in ("torch", "triton")])
 
@@ -47,6 +52,23 @@ def test_float32(backend, device):
     assert actual.keys() == expected.keys()
     for name, e in expected.items():
         assert (actual[name] - e).norm() <= 1e-5 * e.norm(), name
+
+
+@pytest.mark.parametrize(("name", "arguments"), ENCODERS.values(), ids=ENCODERS)
+def test_accelerated_encoder(backend, device, name, arguments):
+    """The whole model through fused ops, against the dense arithmetic around timm's own blocks in float64."""
+    if backend == "cuda":
+        pytest.skip("timm's own forward runs where the forced backend has no window attention")
+    encoder = sgmim_fast.create_encoder(name, img_size=SIZE, embed_dim=24, **arguments)
+    model = SGMIM(encoder, encoder.stride, accelerate=False).to(device)
+    inputs = [t.to(device, torch.float32) for t in batch(model, SIZE)]
+    mask = selective_mask(2, (2, 3), device=device)
+    expected = evaluate(copy.deepcopy(model).double(), [t.double() for t in inputs], mask, dense=True)
+    sgmim_fast.accelerate(encoder)
+    actual = evaluate(model, inputs, mask)
+    assert actual.keys() == expected.keys()
+    for key, e in expected.items():
+        assert (actual[key] - e).norm() <= 1e-5 * e.norm(), key
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -90,6 +112,23 @@ def test_no_step_waits_for_the_device(name):
             for _ in range(2):
                 mask = selective_mask(2, (2, 3), device="cuda")
                 model(images, standardize_structure(structure, nonfinite="ignore"), mask).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_no_accelerated_step_waits_for_the_device(name, encoder):
+    timm_name, arguments = ENCODERS[encoder]
+    fast = sgmim_fast.create_encoder(timm_name, img_size=SIZE, embed_dim=24, **arguments)
+    model = SGMIM(fast, fast.stride, accelerate=True).cuda()
+    images, structure = (t.to("cuda", torch.float32) for t in batch(model, SIZE))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with backends.use(name):
+            for _ in range(2):
+                model(images, structure, selective_mask(2, (2, 3), device="cuda")).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -188,13 +227,16 @@ def test_gpu_suite_needs_a_gpu():
     assert done.returncode == 2 and "no CUDA device" in done.stderr
 
 
-def test_gates_of_the_gpu_suite():
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """The folder's modules can be imported."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+def test_gates_of_the_gpu_suite(benchmarks):
     """Verdicts from made-up rows."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import gpu_suite
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+    import gpu_suite
+
     times = {"dense": 35.0, "dense-compiled": 26.0, "visible-compiled": 11.0, "fused-triton": 10.0, "gemm-floor": 9.0}
     rows = [
         {"encoder": "swin_base", "dtype": "bfloat16", "name": name, "median_ms": ms, "peak_mib": 10 * ms}
@@ -210,3 +252,55 @@ def test_gates_of_the_gpu_suite():
         "launches <= 48": False,
     }
     assert json.dumps(verdicts)
+    rows = [
+        {"encoder": "vit_base", "op": op, "dtype": "float32", "backend": backend, "median_ms": ms}
+        for op, backend, ms in (
+            ("standardize_structure", "torch", 9.9),
+            ("standardize_structure", "cuda", 1.0),
+            ("gather_patches", "torch", 9.9),
+        )
+    ]
+    assert [v["holds"] for v in gpu_suite.sorting(rows)] == [False]
+    assert [v["holds"] for v in gpu_suite.sorting(rows[::2])] == [None]
+    rows[0]["median_ms"] = 10.0
+    assert [v["holds"] for v in gpu_suite.sorting(rows)] == [True]
+    times = {"dense": 250.0, "dense-compiled": 140.0, "accelerated": 100.0, "simmim-accelerated": 99.0}
+    rows = [
+        {"encoder": "swin_base", "dtype": "bfloat16", "name": name, "median_ms": ms, "peak_mib": 10 * ms}
+        for name, ms in times.items()
+    ]
+    assert all(v["holds"] for v in gpu_suite.verdicts(rows, {}, gpu_suite.STEP_GATES))
+    rows[0]["median_ms"] = 240.0
+    assert [v["holds"] for v in gpu_suite.verdicts(rows, {}, gpu_suite.STEP_GATES)] == [False, True, True, True]
+
+
+def test_table_of_the_ops(benchmarks, monkeypatch, tmp_path, capsys):
+    """Every op of the branch, here on a CPU; and a backend that is wrong is named."""
+    import op_table
+    import shapes
+
+    tiny = shapes.Shape("tiny", width=32, stride=16, patch=4, image=64, heads=2, stem=16)
+    monkeypatch.setattr(op_table, "SHAPES", {"tiny": tiny})
+    options = ["--device", "cpu", "--encoder", "tiny", "--batch", "2", "--seconds", "0.01"]
+    file = tmp_path / "ops.json"
+    assert op_table.main([*options, "--dtype", "float32,bfloat16", "--json", str(file)]) == 0, capsys.readouterr().out
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["op"] for row in rows} == {name for name in backends.MODULES if "triton" in backends.MODULES[name]}
+    if not backends.available()["cpu"][0]:
+        return
+    assert {row["backend"] for row in rows} == {"cpu", "torch"}
+    right = backends.implementation
+    for op, change in (
+        ("standardize_structure", lambda t: t + 1e-3),
+        ("linear_l1", lambda results: (results[0] * 1.01, results[1])),
+    ):
+
+        def wrong(name, part, backend, op=op, change=change):
+            function = right(name, part, backend)
+            altered = (name, part, backend) == (op, "forward", "cpu")
+            return (lambda *args: change(function(*args))) if altered else function
+
+        monkeypatch.setattr(backends, "implementation", wrong)
+        assert op_table.main([*options, "--dtype", "float32"]) == 1
+        lines = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
+        assert len(lines) == 1 and lines[0].startswith(op)

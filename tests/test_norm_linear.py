@@ -62,6 +62,12 @@ def test_bfloat16(place, norm, autocast, computed_in):
         check(place, inputs((2, 3, 8), 48, norm=norm), torch.bfloat16, autocast)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_float16(place, dtype, autocast):
+    check(place, inputs((2, 3, 8), 48), dtype, autocast)
+
+
 @pytest.mark.parametrize("wanted", [[0], [1], [2], [4], [1, 2]])
 @pytest.mark.parametrize("norm", [False, True])
 def test_partial_gradients(place, wanted, norm):

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the ops' tests run the kernels on the GPU"),
 ]
 HERE = Path(__file__).parent
-# File -> tests: a part of `TRITON_INTERPRET=1 python -m pytest -k triton-cpu`, which takes a quarter of an hour.
+# File -> tests: a part of `TRITON_INTERPRET=1 python -m pytest -k triton-cpu`, which takes half an hour.
 PARTS = {
     "gather_patches": "",
     "standardize_structure": "",
@@ -25,6 +25,9 @@ PARTS = {
     "linear_l1": "and (value or (gradients and ragged))",
     "relational_guidance": "and (partial or not_contiguous)",
     "structure_embed": "and (partial or layouts or not_contiguous)",
+    "norm_linear": "",
+    "norm_mlp": "",
+    "window_attention": "and (strides or (vit and None and dtype2) or grid3-window3-shift3-dtype1)",
     "model_places": "",
 }
 

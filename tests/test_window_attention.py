@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,7 +161,7 @@ def test_gradient_of_the_logit_scale(place):
 
 
 @pytest.mark.parametrize("cosine", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("grid", "window", "shift"),
     [((12, 12), (6, 6), (3, 3)), ((8, 8), (8, 8), (0, 0)), ((14, 14), (7, 7), (3, 3)), ((13, 10), (6, 6), (3, 3))],
@@ -169,10 +170,12 @@ def test_swin_windows(place, grid, window, shift, dtype, cosine):
     check(place, dtype, shift, window, grid=grid, width=32, cosine=cosine)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", ["dense", None])
 def test_vit(place, dtype, bias):
     """One window over a class token and 10 x 10 patches."""
+    if place.backend == "triton" and dtype == torch.float32:
+        pytest.skip("the Triton kernels hold 64 tokens in float32")
     check(place, dtype, (0, 0), (1, 101), grid=(1, 101), width=64, bias=bias, pad=False)
 
 
@@ -223,7 +226,8 @@ def test_strides(place):
 @pytest.mark.parametrize("window", [(3, 3), (12, 14)], ids=["many windows", "large windows"])
 def test_same_bits_on_any_number_of_threads(place, threads, window):
     tensors, index = inputs(grid=(24, 28), heads=3, window=window, cosine=True)
-    low = in_dtype([t.to(place.device) for t in tensors], torch.float32)
+    large = place.backend == "triton" and window != (3, 3)
+    low = in_dtype([t.to(place.device) for t in tensors], torch.bfloat16 if large else torch.float32)
     function = ours(3, window, (1, 1), index.to(place.device))
     results = []
     for number in (1, 2, 2) if place.backend == "cpu" else (2, 2):
@@ -277,3 +281,25 @@ def test_cpu_rejects_an_index_out_of_range():
     index[0, 0] = 25
     with backends.use("cpu"), pytest.raises(RuntimeError, match="index has 25"):
         window_attention(qkv.float(), 2, (3, 3), bias=bias.float(), index=index)
+
+
+def test_what_triton_leaves_to_others():
+    pytest.importorskip("triton", reason="the Triton backend needs triton")
+    from sgmim_fast import blocks
+    from sgmim_fast.kernels.window_attention import can_run
+
+    def reason(qkv, heads=2, window=(16, 16)):
+        arguments = qkv, None, None, None, None, heads, list(window), [0, 0]
+        forward, backward = can_run("forward", arguments), can_run("backward", (qkv, *arguments, [True] * 4))
+        assert forward == backward
+        return None if forward[0] else forward[1]
+
+    qkv = torch.zeros(1, 2, 2, 3 * 256)
+    assert reason(qkv, window=(8, 8)) is None and reason(qkv.half()) is None
+    assert "windows of 65 tokens; the Triton kernels hold 64 in torch.float32" in reason(qkv, window=(1, 65))
+    assert "windows of 272 tokens" in reason(qkv.bfloat16(), window=(17, 16))
+    assert "heads of 256 channels" in reason(qkv, heads=1, window=(8, 8))
+    assert "dtype torch.float64" in reason(qkv.double())
+    # which accelerated blocks know: there timm's attention is better than plain PyTorch's here
+    elsewhere = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert blocks._window_fits(elsewhere, 256) and not blocks._window_fits(elsewhere, 257)

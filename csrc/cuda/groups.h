@@ -1,5 +1,8 @@
-// The groups of threads that the bodies run on: a warp, or a block. csrc/group.h says what they promise.
+// The groups of threads that the bodies run on: a warp, a block, or a whole launch. csrc/group.h says what they
+// promise.
 #pragma once
+
+#include <cooperative_groups.h>
 
 #include "group.h"
 
@@ -67,6 +70,13 @@ struct BlockGroup {
     return value;
   }
   __device__ void add(uint32_t* counter, uint32_t n) const { atomicAdd(counter, n); }
+};
+
+// All threads of a launch by launch_together().
+struct LaunchGroup {
+  __device__ int32_t rank() const { return blockIdx.x * blockDim.x + threadIdx.x; }
+  __device__ int32_t size() const { return gridDim.x * blockDim.x; }
+  __device__ void sync() const { cooperative_groups::this_grid().sync(); }
 };
 
 }  // namespace sgmim

@@ -71,6 +71,20 @@ int64_t most_dynamic_memory(void (*kernel)(Parameters...), const Tensor& tensor)
          static_cast<int64_t>(attributes.sharedSizeBytes);
 }
 
+// Lets the kernel's blocks have `memory` bytes of shared memory beyond its own variables.
+template <class... Parameters>
+void allow_memory(void (*kernel)(Parameters...), int64_t memory, const Tensor& tensor) {
+  if (memory == 0) return;
+  const int64_t most = most_dynamic_memory(kernel, tensor);
+  SGMIM_CHECK(memory <= most, "a block needs ", memory, " bytes of shared memory; this GPU has ", most, " for it");
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(memory)));
+}
+
+inline void check_launch(cudaError_t error, const Tensor& tensor) {
+  check_architecture(error, tensor);
+  STD_CUDA_CHECK(error);
+}
+
 // Launches the kernel on the current stream of the tensor's GPU, which a DeviceGuard has made the current one.
 // memory: bytes of shared memory beyond the kernel's own variables.
 template <class... Parameters, class... Arguments>
@@ -78,16 +92,34 @@ void launch(
     void (*kernel)(Parameters...), int64_t blocks, dim3 threads, int64_t memory, const Tensor& tensor,
     const Arguments&... arguments) {
   SGMIM_CHECK(0 < blocks && blocks <= INT32_MAX, "a launch of ", blocks, " blocks; CUDA takes less than 2^31");
-  if (memory > 0) {
-    const int64_t most = most_dynamic_memory(kernel, tensor);
-    SGMIM_CHECK(memory <= most, "a block needs ", memory, " bytes of shared memory; this GPU has ", most, " for it");
-    STD_CUDA_CHECK(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(memory)));
-  }
+  allow_memory(kernel, memory, tensor);
   kernel<<<static_cast<uint32_t>(blocks), threads, static_cast<size_t>(memory), current_stream(tensor)>>>(arguments...);
-  const cudaError_t error = cudaGetLastError();
-  check_architecture(error, tensor);
-  STD_CUDA_CHECK(error);
+  check_launch(cudaGetLastError(), tensor);
+}
+
+// The same for a kernel whose blocks meet (LaunchGroup::sync), which all have to be on the GPU at once for that: as
+// many as `blocks` or as it holds, so the kernel loops over its work.
+template <class... Parameters, class... Arguments>
+void launch_together(
+    void (*kernel)(Parameters...), int64_t blocks, uint32_t threads, int64_t memory, const Tensor& tensor,
+    const Arguments&... arguments) {
+  allow_memory(kernel, memory, tensor);
+  int resident = 0;
+  const size_t bytes = static_cast<size_t>(memory);
+  check_launch(
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, static_cast<int>(threads), bytes), tensor);
+  const int64_t most = int64_t{resident} * device_attribute(cudaDevAttrMultiProcessorCount, tensor);
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<uint32_t>(std::min(blocks, most));
+  config.blockDim = threads;
+  config.dynamicSmemBytes = bytes;
+  config.stream = current_stream(tensor);
+  config.attrs = &together;
+  config.numAttrs = 1;
+  check_launch(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), tensor);
 }
 
 }  // namespace sgmim

@@ -1,4 +1,4 @@
-// The attention of relational_guidance, forward and backward, one launch each (and a sum of the hidden cells' parts): a block per 32 queries (and, in the
+// The attention of relational_guidance, forward and backward, one launch each: a block per 32 queries (and, in the
 // backward, per 32 keys) of one head of one image. attend.h holds the bodies; the tests run them on the host.
 #include <cmath>
 
@@ -12,48 +12,31 @@ namespace {
 
 constexpr uint32_t THREADS = 128;
 
-// What a block works on: its number counts (image, head, part), part fastest.
-struct Block {
-  int64_t image;
-  int32_t head, part;
-};
-
-__device__ inline Block block_of(int32_t heads, int32_t parts) {
-  const uint32_t row = blockIdx.x / parts;
-  return {row / heads, static_cast<int32_t>(row % heads), static_cast<int32_t>(blockIdx.x % parts)};
-}
-
 // Registers: 75 to 150. Shared memory at depth 128: 52,480 bytes in half precision, 79,104 in float32.
 // Reads k and v once per block of queries, q once; writes out and lse.
 template <class T>
 __global__ void __launch_bounds__(THREADS, 2) attention(Attention<T> a, int32_t parts) {
   extern __shared__ __align__(32) char memory[];
-  const Block block = block_of(a.heads, parts);
-  const Place place = place_of(a, block.image, block.head);
-  if (block.part * QUERIES >= place.queries) return;  // the whole block
+  const uint32_t head = blockIdx.x / parts;  // of all images
+  const int32_t begin = static_cast<int32_t>(blockIdx.x % parts) * QUERIES;
+  const Place place = place_of(a, head / a.heads, static_cast<int32_t>(head % a.heads));
+  if (begin >= place.queries) return;  // the whole block
   Tiles<T> tiles;
   tiles.lay_out(memory, a.depth, false);
-  attend(ProductGroup{}, a, place, block.part * QUERIES, tiles);
+  attend(ProductGroup{}, a, place, begin, tiles);
 }
 
-// The first `key_parts` parts sum over queries for dk and dv, the others over keys for dq, so no sum is shared.
-// Registers: 71 to 118. Shared memory at depth 128: 85,248 bytes in half precision, 122,112 in float32.
-// Reads q, dout and out once per block of keys, k and v once per block of queries; writes dq, dk, dv.
+// As many blocks as the GPU holds at once. When all are done they meet, and sum the hidden cells' key and value over
+// the images, in an order that the number of blocks does not change.
+// Registers: 80 to 139. Shared memory at depth 128: 85,248 bytes in half precision, 122,112 in float32.
+// Reads q, dout and out once per block of keys, k and v once per block of queries; writes dq, dk, dv, and of every
+// image two rows of float32, which it reads once.
 template <class T>
-__global__ void __launch_bounds__(THREADS, 1) attention_backward(Attention<T> a, int32_t parts, int32_t key_parts) {
+__global__ void __launch_bounds__(THREADS, 1) attention_backward(Attention<T> a) {
   extern __shared__ __align__(32) char memory[];
-  const Block block = block_of(a.heads, parts);
-  const Place place = place_of(a, block.image, block.head);
   Tiles<T> tiles;
   tiles.lay_out(memory, a.depth, true);
-  if (block.part < key_parts) {
-    if (block.part * KEYS > place.shown) return;
-    attend_backward_keys(ProductGroup{}, a, place, block.part * KEYS, tiles);
-  } else {
-    const int32_t begin = (block.part - key_parts) * QUERIES;
-    if (begin >= place.queries) return;
-    attend_backward_queries(ProductGroup{}, a, place, begin, tiles);
-  }
+  attend_backward(ProductGroup{}, LaunchGroup{}, a, blockIdx.x, gridDim.x, tiles);
 }
 
 // Checks the tensors that both passes have, and describes them.
@@ -106,7 +89,7 @@ void attention_forward(
   });
 }
 
-// hidden_sums (2, images, C) float32: what the last rows of dk and dv are sums of; those two rows are not written.
+// hidden_sums (2, images, C) float32 is memory to work in.
 void attention_gradients(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
     const Tensor& visible_offsets, const Tensor& shown_offsets, const Tensor& dq, const Tensor& dk, const Tensor& dv,
@@ -127,10 +110,8 @@ void attention_gradients(
     a.dv = pointer<T>(dv);
     a.hidden_sums = pointer<float>(hidden_sums);
     const DeviceGuard guard(q.get_device_index());
-    const int32_t key_parts = (a.cells + KEYS) / KEYS, parts = key_parts + (a.cells + QUERIES - 1) / QUERIES;
-    launch(
-        attention_backward<T>, a.images * heads * parts, THREADS, Tiles<T>{}.lay_out(nullptr, a.depth, true), q, a,
-        parts, key_parts);
+    launch_together(
+        attention_backward<T>, parts_of(a).all, THREADS, Tiles<T>{}.lay_out(nullptr, a.depth, true), q, a);
   });
 }
 

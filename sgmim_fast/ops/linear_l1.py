@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgmim_fast import backends
 from sgmim_fast.ops import _check, products
 from sgmim_fast.ops._op import Op, absent
 from sgmim_fast.ops.gather_patches import gather_patches, gather_patches_backward
@@ -88,6 +89,30 @@ def target_gradient(grad: Tensor, signs: Tensor, target: Tensor, rows: Tensor, c
     return gather_patches_backward(pixels, rows, target.shape, cell, cell, False)
 
 
+# What is kept of a prediction is its sign: a byte each, (n, outputs) int8, or, by the CUDA backend, packed to bits. Two
+# bits each, since it is 0 where the target does not count or is met: for every row 32-bit words of "above", lowest bit
+# first, then words of "below". Either backward knows by the dtype.
+
+
+def packed_shape(count: int, outs: int) -> tuple[int, int, int]:
+    """(n, 2, words)."""
+    return count, 2, (outs + 31) // 32
+
+
+def is_packed(signs: Tensor) -> bool:
+    """Whether saved signs are bits."""
+    return signs.dtype == torch.int32
+
+
+def unpack_signs(signs: Tensor, outs: int) -> Tensor:
+    """Saved signs as a byte each, (n, outs) int8."""
+    if not is_packed(signs):
+        return signs
+    bits = signs[..., None] >> torch.arange(32, device=signs.device, dtype=torch.int32) & 1
+    above, below = bits.flatten(2)[..., :outs].to(torch.int8).unbind(1)
+    return above - below
+
+
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -125,6 +150,7 @@ def _backward(
 ) -> list[Tensor]:
     # The signs go through the products as they are, exact in every dtype; the scalar is applied to the results.
     signs, *copies = saved
+    signs = unpack_signs(signs, weight.shape[0])
     xs, grad = operand(x, rows, packed, dtype), grad * scale
     s = signs.to(xs.dtype)
     grads = [absent(x) for _ in needs]
@@ -142,6 +168,9 @@ def _backward(
 
 def _fake(x, weight, bias, target, valid, rows, cell, packed, scale, dtype):
     signs = x.new_empty(rows.shape[0], weight.shape[0], dtype=torch.int8)
+    args = x, weight, bias, target, valid, rows, cell, packed, scale, dtype
+    if backends.forced() in (None, "cuda") and backends.can_run("linear_l1", "cuda", *args)[0]:
+        signs = x.new_empty(packed_shape(rows.shape[0], weight.shape[0]), dtype=torch.int32)
     copies = products.fake_copies([weight], products.compute_dtype(dtype or x.dtype, x.device))
     return x.new_empty((), dtype=sum_dtype(x.dtype)), [signs, *copies]
 

@@ -91,6 +91,11 @@ def window_attention(
     return _op(qkv, bias, index, logit_scale, pad, heads, list(window), list(shift))
 
 
+def most_tokens_on_a_gpu(dtype: torch.dtype) -> int:
+    """Of a window in the Triton kernels, whose tiles have complete rows of logits; in float32 registers hold less."""
+    return 64 if dtype == torch.float32 else 256
+
+
 def factor(logit_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """What cosines are multiplied by, per head."""
     return logit_scale.to(dtype).clamp(max=MAX_LOGIT_SCALE).exp()

@@ -57,15 +57,12 @@ def attention_backward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `kernels.relational_guidance.attention_backward`. Cost: reads q, dout and out once per 32 keys, k and v once
-    per 32 queries; 1 launch, and one that sums the hidden cells' parts over the images in a fixed order."""
-    from sgmim_fast.kernels.sums import Sum, finish
-
+    per 32 queries; 1 launch."""
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     hidden_sums = torch.empty(2, visible_offsets.shape[0] - 1, q.shape[1], dtype=torch.float32, device=q.device)
     offsets = visible_offsets, shown_offsets
     gradients = dq, dk, dv, hidden_sums
     torch.ops.sgmim_fast_cuda.attention_backward(dout, q, k, v, out, lse, *offsets, *gradients, cells, heads, keep)
-    finish([Sum(hidden_sums[0], dk[-1]), Sum(hidden_sums[1], dv[-1])])
     return dq, dk, dv
 
 

@@ -1,0 +1,187 @@
+"""Every op by every backend that runs on a device, beside plain PyTorch: times, and whether all agree.
+
+    python benchmarks/op_table.py [--device cuda] [--dtype bfloat16] [--batch 128] [--json FILE]
+
+Before it is timed, each backend's results are held against plain PyTorch's, bit for bit where an op only moves or
+counts, and against its own in a second run, bit for bit in every op. Exit code 1 where one disagrees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from agree import assert_agree
+from measure import interleaved, machine, summary
+from shapes import SHAPES, Shape
+from torch import Tensor, nn
+
+from sgmim_fast import backends, ops, selective_mask, standardize_structure
+from sgmim_fast.guidance import RelationalGuidance, StructureEncoder
+from sgmim_fast.masking import cells_of, resize
+
+EXACT = ("selective_mask", "gather_patches")  # the same bits from every backend
+ATOL = 1e-6  # of the standardised maps, whose plain version sums in another order
+
+
+def cases(shape: Shape, batch: int, device: torch.device) -> dict[str, Callable[[], list[Tensor]]]:
+    """Op -> a call of it, forward and backward, that returns results and gradients."""
+    torch.manual_seed(0)
+    side, width, stride = shape.image // shape.stride, shape.width, shape.stride
+    with backends.use("torch"):
+        drawn = selective_mask(batch, shape.grid, shape.ratio, device=device)
+    cells = cells_of(drawn, side, side)
+    stem = (~resize(drawn.mask, shape.image // shape.patch, shape.image // shape.patch)).flatten().nonzero().flatten()
+    images, depth = (torch.randn(batch, c, shape.image, shape.image, device=device) for c in (3, 1))
+    target = images + torch.where(images < 0, -4, 4)  # no sign hangs on a rounding error
+    packed = torch.randn(cells.masked.index.shape[0], width, device=device, requires_grad=True)
+    features = torch.randn(batch * shape.cells, width, device=device, requires_grad=True)
+    structure = torch.randn(cells.shown.index.shape[0] + 1, width, device=device, requires_grad=True)
+    head, embed = nn.Linear(width, 3 * stride**2).to(device), nn.Conv2d(3, shape.stem, shape.patch).to(device)
+    token, gain, shift = (torch.randn(shape.stem, device=device, requires_grad=True) for _ in range(3))
+    norm = {} if shape.prefix else {"norm_weight": gain, "norm_bias": shift}
+    guidance, encoder = RelationalGuidance(width, shape.heads).to(device), StructureEncoder(1, width, stride).to(device)
+    depth.requires_grad_()
+
+    def both(function: Callable[[], Tensor], *leaves: Tensor) -> Callable[[], list[Tensor]]:
+        cotangent = torch.randn(function().shape, device=device)
+
+        def run() -> list[Tensor]:
+            result = function()
+            return [result.detach(), *torch.autograd.grad(result, leaves, cotangent.to(result.dtype))]
+
+        return run
+
+    def draw() -> list[Tensor]:
+        new = selective_mask(batch, shape.grid, shape.ratio, generator=torch.Generator(device).manual_seed(1))
+        return [new.mask, new.visible.index, new.masked.index]
+
+    # of the encoder's first stage, or of a ViT, whose tokens are one window
+    across, c = shape.image // shape.patch, shape.stem
+    grid, window, shift, heads = (across, across), (shape.grid,) * 2, shape.grid // 2, max(1, c // 32)
+    if shape.prefix:
+        grid, window, shift, heads = (1, across**2 + 1), (1, across**2 + 1), 0, c // 64
+    n = window[0] * window[1]
+    index = None if shape.prefix else torch.randint((2 * shape.grid - 1) ** 2, (n, n), device=device)
+    table_shape = (heads, n, n) if shape.prefix else ((2 * shape.grid - 1) ** 2, heads)
+    qkv, biases = (torch.randn(s, device=device, requires_grad=True) for s in ((batch, *grid, 3 * c), table_shape))
+    tokens, norm1 = torch.randn(batch, *grid, c, device=device, requires_grad=True), nn.LayerNorm(c).to(device)
+    linear, fc1, fc2 = (nn.Linear(i * c, o * c).to(device) for i, o in ((1, 3), (1, 4), (4, 1)))
+    norms = {"norm_weight": norm1.weight, "norm_bias": norm1.bias}
+
+    def attend() -> Tensor:
+        x = qkv.to(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else qkv
+        return ops.window_attention(x, heads, window, (shift, shift), bias=biases, index=index)
+
+    shown = cells.shown.index
+    with backends.use("torch"):  # the shapes of the results
+        return {
+            "selective_mask": draw,
+            "standardize_structure": lambda: [standardize_structure(depth.detach())],
+            "gather_patches": both(lambda: ops.gather_patches(depth, shown, cell=stride, patch=4, order="z"), depth),
+            "masked_patch_embed": both(
+                lambda: ops.masked_patch_embed(images, embed.weight, embed.bias, token, stem, **norm),
+                *embed.parameters(),
+                token,
+                *norm.values(),
+            ),
+            "structure_embed": both(lambda: encoder(depth.detach(), cells.shown), *encoder.parameters()),
+            "relational_guidance": both(
+                lambda: guidance(features, structure, cells.visible, cells.shown),
+                features,
+                structure,
+                *guidance.parameters(),
+            ),
+            "linear_l1": both(
+                lambda: ops.linear_l1(packed, head.weight, head.bias, target, cells.masked.index, cell=stride),
+                packed,
+                *head.parameters(),
+            ),
+            "window_attention": both(attend, qkv, biases),
+            "norm_linear": both(
+                lambda: ops.norm_linear(tokens, linear.weight, linear.bias, **norms),
+                tokens,
+                *linear.parameters(),
+                *norms.values(),
+            ),
+            "norm_mlp": both(
+                lambda: ops.norm_mlp(tokens, *fc1.parameters(), *fc2.parameters(), **norms),
+                tokens,
+                *(*fc1.parameters(), *fc2.parameters()),
+                *norms.values(),
+            ),
+        }
+
+
+def disagreement(op: str, run: Callable[..., list[Tensor]], backend: str, dtype: torch.dtype) -> str:
+    """What is wrong with a backend's results, "" if nothing is."""
+    first, second, plain = run(backend), run(backend), run("torch")
+    if not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
+        return "two runs differ"
+    if op == "standardize_structure":
+        error = max((a - b).abs().max().item() for a, b in zip(first, plain, strict=True))
+        return f"off by {error:.1e}" if error > ATOL * max(1, plain[0].abs().max().item()) else ""
+    if op in EXACT:
+        return "" if all(torch.equal(a, b) for a, b in zip(first, plain, strict=True)) else "not the same bits"
+    try:
+        assert_agree(*([t.float() for t in r] for r in (first, plain, run("torch", torch.float32))))
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
+def table(shape: Shape, batch: int, device: str, dtype: torch.dtype, seconds: float) -> list[dict[str, Any]]:
+    """A row for each op and backend."""
+    rows = []
+    for op, function in cases(shape, batch, torch.device(device)).items():
+
+        def run(
+            backend: str, dtype: torch.dtype = dtype, function: Callable[[], list[Tensor]] = function
+        ) -> list[Tensor]:
+            with backends.use(backend), torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                return function()
+
+        names = [name for name in backends.ORDER[device] if backends.can_run(op, name)[0]]
+        wrong = {name: disagreement(op, run, name, dtype) for name in names if name != "torch"}
+        times = interleaved({name: lambda name=name: run(name) for name in names}, device, seconds=seconds)
+        plain = summary(times["torch"])["median_ms"]
+        for name in names:
+            row = {
+                "encoder": shape.name,
+                "op": op,
+                "backend": name,
+                "wrong": wrong.get(name, ""),
+                **summary(times[name]),
+            }
+            rows.append(row | {"dtype": str(dtype)[6:], "batch": batch})
+            note = f"  WRONG: {row['wrong']}" if row["wrong"] else ""
+            print(f"{op:24}{name:8}{row['median_ms']:10.3f} ms{plain / row['median_ms']:8.1f} x{note}", flush=True)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--encoder", default="swin_base,vit_base", help=f"of {','.join(SHAPES)}")
+    parser.add_argument("--dtype", default="bfloat16,float32", help="bfloat16 is autocast over float32 parameters")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--seconds", type=float, default=2, help="for each op")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(argv)
+    rows = []
+    for encoder in args.encoder.split(","):
+        for dtype in args.dtype.split(","):
+            print(f"\n{encoder}, {dtype}, batch {args.batch}: forward and backward, x plain PyTorch", flush=True)
+            rows += table(SHAPES[encoder], args.batch, args.device, getattr(torch, dtype), args.seconds)
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine(args.device), "rows": rows}, indent=1) + "\n")
+    return int(any(row["wrong"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

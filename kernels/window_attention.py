@@ -1,0 +1,499 @@
+"""`window_attention` in Triton: one kernel forward, one or two backward, and the sums of what windows share.
+
+A program takes one head of a block of queries, and goes with it through a group of windows. It keeps their part of the
+bias, and in the backward of its gradient, in registers, and reads each window's tokens from where they are: shift,
+padding, partition and mask are arithmetic on coordinates. A tile has all keys, so a row's softmax is complete in it,
+and the backward computes it again from the logits: from a saved log-sum it would be less exact where logits are large.
+
+Where one tile has all queries too (up to 64 tokens), the backward is one kernel. Above, a second one with a block of
+keys and all queries gives the gradients of keys and values, from the first one's maxima and sums: where one key has all
+the weight, its probability is only as exact as both kernels' logits are the same.
+
+Cost, n tokens a window, rows of C channels: forward reads 3 rows and writes 1, keys and values once more per further
+block of queries (out of the second-level cache); 4 n C operations a token in 1 launch. Backward reads 4 rows and writes
+3; 10 n C operations, 14 n C in two kernels; 1 or 2 launches, 1 for all sums over groups of windows, and 2 that
+gather a table's gradient from the dense one. Groups' sums of the bias: 4 n^2 bytes per program.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sgmim_fast.kernels.arithmetic import cast, dot
+from sgmim_fast.kernels.launch import launch, on_device, supported, target, tf32
+from sgmim_fast.kernels.sums import Sum, finish
+from sgmim_fast.ops._op import absent
+from sgmim_fast.ops.window_attention import APART, MAX_LOGIT_SCALE, TINY, most_tokens_on_a_gpu
+
+MOST_WIDTH = 128  # of a head
+PROGRAMS = 8  # per multiprocessor: enough to hide latencies, few enough that groups' sums stay small
+
+_APART, _MAX_LOGIT_SCALE, _TINY = tl.constexpr(APART), tl.constexpr(MAX_LOGIT_SCALE), tl.constexpr(TINY)
+
+
+@triton.jit
+def _places(window, t, geometry, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr):
+    """The first row of a window's image, and of the window's tokens: their rows in the image, whether they exist, and a
+    number that differs across a border of the grid."""
+    height, width, down, across, below, right = geometry
+    # row and column in one division each, of numbers that a loop over windows cannot keep in registers
+    first = window // across % down * (WINDOW_H * WINDOW_W)
+    y = (first + t) // WINDOW_W
+    x = first + window % across * WINDOW_W + t - y * WINDOW_W
+    exists = (t < WINDOW_H * WINDOW_W) & (y < height) & (x < width)
+    side = (y >= down * WINDOW_H - below).to(tl.int32) * 2 + (x >= across * WINDOW_W - right).to(tl.int32)
+    image = (window // (down * across)).to(tl.int64) * height * width
+    return image, (y + below) % height * width + (x + right) % width, exists, side
+
+
+@triton.jit
+def _load(x, image, row, exists, width, start, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Columns from `start` on of an image's rows, (rows, BLOCK_D), zero elsewhere; offsets in an image have 32 bits."""
+    d = tl.arange(0, BLOCK_D)
+    at = x + (image * width + start) + (row[:, None] * width + d[None, :])
+    return tl.load(at, mask=exists[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_padded(x, pad, image, row, exists, width, start, t, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The same with `pad` for tokens of the window outside of the grid."""
+    value = _load(x, image, row, exists, width, start, D, BLOCK_D)
+    if pad is not None:
+        d = tl.arange(0, BLOCK_D)
+        outside = cast(tl.load(pad + start + d, mask=d < D, other=0.0).to(tl.float32), x.dtype.element_ty)
+        value = tl.where(((t < N) & (exists == 0))[:, None], outside[None, :], value)
+    return value
+
+
+@triton.jit
+def _store(x, value, image, row, exists, width, start, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    at = x + (image * width + start) + (row[:, None] * width + d[None, :])
+    tl.store(at, cast(value, x.dtype.element_ty), mask=exists[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _biases(bias, index, head, heads, i, j, N: tl.constexpr):
+    """(queries, keys) of one head, float32, or None."""
+    biases = None
+    if bias is not None:
+        inside = (i < N)[:, None] & (j < N)[None, :]
+        at = i[:, None] * N + j[None, :]
+        if index is None:
+            at = bias + head * N * N + at
+        else:
+            at = bias + tl.load(index + at, mask=inside, other=0) * heads + head
+        biases = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    return biases
+
+
+@triton.jit
+def _scale(logit_scale, head, D: tl.constexpr):
+    """What a head's products or cosines are multiplied by."""
+    if logit_scale is None:
+        scale = 1 / tl.sqrt_rn(D + 0.0 * head)
+    else:
+        scale = tl.exp(tl.minimum(tl.load(logit_scale + head).to(tl.float32), _MAX_LOGIT_SCALE))
+    return scale
+
+
+@triton.jit
+def _inverse_norm(x):
+    x = x.to(tl.float32)
+    return 1 / tl.maximum(tl.sqrt_rn(tl.sum(x * x, 1)), _TINY)
+
+
+@triton.jit
+def _tile(
+    qkv, pad, biases, scale, window, head, heads, i, j, geometry,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFTED: tl.constexpr, COSINE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A window's queries i and keys j: places, vectors, inverse norms and logits (queries, keys)."""
+    N: tl.constexpr = WINDOW_H * WINDOW_W
+    channels = heads * D
+    image, q_row, q_exists, q_side = _places(window, i, geometry, WINDOW_H, WINDOW_W)
+    _, k_row, k_exists, k_side = _places(window, j, geometry, WINDOW_H, WINDOW_W)
+    q = _load(qkv, image, q_row, q_exists, 3 * channels, head * D, D, BLOCK_D)
+    k = _load_padded(qkv, pad, image, k_row, k_exists, 3 * channels, channels + head * D, j, N, D, BLOCK_D)
+    v = _load_padded(qkv, pad, image, k_row, k_exists, 3 * channels, 2 * channels + head * D, j, N, D, BLOCK_D)
+    s = dot(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32), PRECISION)
+    q_inverse, k_inverse = tl.zeros([q.shape[0]], tl.float32), tl.zeros([k.shape[0]], tl.float32)
+    if COSINE:  # of products of the vectors as they are: nothing of unit length is rounded
+        q_inverse, k_inverse = _inverse_norm(q), _inverse_norm(k)
+        s *= (q_inverse * scale)[:, None] * k_inverse[None, :]
+    else:
+        s *= scale
+    if biases is not None:
+        s += biases
+    if SHIFTED:
+        s += tl.where(q_side[:, None] == k_side[None, :], 0.0, _APART)
+    s = tl.where((j < N)[None, :], s, float("-inf"))
+    return image, q_row, q_exists, q, q_inverse, k_row, k_exists, k, k_inverse, v, s
+
+
+@triton.jit
+def _forward_kernel(
+    qkv, bias, index, logit_scale, pad, out, geometry, windows, per_program, heads,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFTED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    COSINE: tl.constexpr = logit_scale is not None
+    head, group = tl.program_id(0) % heads, tl.program_id(1)
+    i = tl.program_id(0) // heads * QUERIES + tl.arange(0, QUERIES)
+    j = tl.arange(0, KEYS)
+    biases = _biases(bias, index, head, heads, i, j, WINDOW_H * WINDOW_W)
+    scale = _scale(logit_scale, head, D)
+    for window in range(group * per_program, tl.minimum((group + 1) * per_program, windows)):
+        image, q_row, q_exists, _, _, _, _, _, _, v, s = _tile(
+            qkv, pad, biases, scale, window, head, heads, i, j, geometry, WINDOW_H, WINDOW_W, SHIFTED, COSINE,
+            D, BLOCK_D, PRECISION,
+        )  # fmt: skip
+        p = tl.exp(s - tl.max(s, 1)[:, None])
+        total = dot(cast(p, v.dtype), v, tl.zeros([QUERIES, BLOCK_D], tl.float32), PRECISION)
+        _store(out, total / tl.sum(p, 1)[:, None], image, q_row, q_exists, heads * D, head * D, D, BLOCK_D)
+
+
+@triton.jit
+def _unit(x, inverse, COSINE: tl.constexpr):
+    """What logits are linear in."""
+    if COSINE:
+        x = cast(x.to(tl.float32) * inverse[:, None], x.dtype)
+    return x
+
+
+@triton.jit
+def _unit_backward(dx, x, inverse):
+    """From the gradient of x / |x| that of x, and that of the logarithm of its factor."""
+    x = x.to(tl.float32) * inverse[:, None]
+    along = tl.sum(dx * x, 1)
+    return (dx - x * tl.where(inverse < 1 / _TINY, along, 0.0)[:, None]) * inverse[:, None], along
+
+
+@triton.jit
+def _store_keys(
+    p, ds, grad, q, q_inverse, k, k_inverse, scale, dqkv, image, k_row, k_exists, j, channels, head,
+    N: tl.constexpr, COSINE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the keys and values of a tile with all queries; returns their sums over the padding."""
+    none = tl.zeros([k.shape[0], k.shape[1]], tl.float32)
+    dv = dot(tl.trans(cast(p, grad.dtype)), grad, none, PRECISION)
+    dk = dot(tl.trans(ds), _unit(q, q_inverse, COSINE), none, PRECISION) * scale
+    if COSINE:
+        dk, _ = _unit_backward(dk, k, k_inverse)
+    _store(dqkv, dk, image, k_row, k_exists, 3 * channels, channels + head * D, D, BLOCK_D)
+    _store(dqkv, dv, image, k_row, k_exists, 3 * channels, 2 * channels + head * D, D, BLOCK_D)
+    outside = ((j < N) & (k_exists == 0))[:, None]
+    return tl.sum(tl.where(outside, dk, 0.0), 0), tl.sum(tl.where(outside, dv, 0.0), 0)
+
+
+@triton.jit
+def _store_padding(dpad, dk, dv, program, channels, head, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A program's part for the padding row; its query is nobody's."""
+    if dpad is not None:
+        d = tl.arange(0, BLOCK_D)
+        at = dpad + program.to(tl.int64) * 3 * channels + head * D + d
+        tl.store(at, 0.0 * d, mask=d < D)
+        tl.store(at + channels, dk, mask=d < D)
+        tl.store(at + 2 * channels, dv, mask=d < D)
+
+
+@triton.jit
+def _backward_kernel(
+    dout, qkv, bias, index, logit_scale, pad, dqkv, dbias, dscale, dpad, softmaxes,
+    geometry, windows, per_program, heads,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFTED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """For a block of queries dq and the group's sums for bias and scale; dk and dv too where it is all queries, and
+    maximum, sum and mean gradient of the softmaxes where not."""
+    N: tl.constexpr = WINDOW_H * WINDOW_W
+    COSINE: tl.constexpr = logit_scale is not None
+    head, channels = tl.program_id(0) % heads, heads * D
+    block, group = tl.program_id(0) // heads, tl.program_id(1)
+    i = block * QUERIES + tl.arange(0, QUERIES)
+    j = tl.arange(0, KEYS)
+    biases = _biases(bias, index, head, heads, i, j, N)
+    scale = _scale(logit_scale, head, D)
+    if dbias is not None:
+        bias_sum = tl.zeros([QUERIES, KEYS], tl.float32)
+    scale_sum = tl.zeros([QUERIES], tl.float32)
+    k_sum = tl.zeros([BLOCK_D], tl.float32)
+    v_sum = tl.zeros([BLOCK_D], tl.float32)
+    for window in range(group * per_program, tl.minimum((group + 1) * per_program, windows)):
+        image, q_row, q_exists, q, q_inverse, k_row, k_exists, k, k_inverse, v, s = _tile(
+            qkv, pad, biases, scale, window, head, heads, i, j, geometry, WINDOW_H, WINDOW_W, SHIFTED, COSINE,
+            D, BLOCK_D, PRECISION,
+        )  # fmt: skip
+        grad = _load(dout, image, q_row, q_exists, channels, head * D, D, BLOCK_D)
+        top = tl.max(s, 1)
+        p = tl.exp(s - top[:, None])
+        inverse_sum = 1 / tl.sum(p, 1)
+        p *= inverse_sum[:, None]
+        dp = dot(grad, tl.trans(v), tl.zeros([QUERIES, KEYS], tl.float32), PRECISION)
+        mean = tl.sum(p * dp, 1)
+        ds = p * (dp - mean[:, None])
+        if dbias is not None:
+            bias_sum += ds
+        ds = cast(ds, q.dtype)
+        dq = dot(ds, _unit(k, k_inverse, COSINE), tl.zeros([QUERIES, BLOCK_D], tl.float32), PRECISION) * scale
+        if COSINE:
+            dq, along = _unit_backward(dq, q, q_inverse)
+            scale_sum += along
+        _store(dqkv, dq, image, q_row, q_exists, 3 * channels, head * D, D, BLOCK_D)
+        if softmaxes is None:
+            dk, dv = _store_keys(
+                p, ds, grad, q, q_inverse, k, k_inverse, scale, dqkv, image, k_row, k_exists, j, channels, head,
+                N, COSINE, D, BLOCK_D, PRECISION,
+            )  # fmt: skip
+            if dpad is not None:
+                k_sum += dk
+                v_sum += dv
+        else:
+            at = softmaxes + (window * heads + head) * N + i
+            tl.store(at, top, mask=i < N)
+            tl.store(at + windows * heads * N, inverse_sum, mask=i < N)
+            tl.store(at + 2 * windows * heads * N, mean, mask=i < N)
+    if dbias is not None:
+        at = dbias + (group * heads + head).to(tl.int64) * N * N + i[:, None] * N + j[None, :]
+        tl.store(at, bias_sum, mask=(i < N)[:, None] & (j < N)[None, :])
+    if dscale is not None:
+        clamped = tl.load(logit_scale + head).to(tl.float32) > _MAX_LOGIT_SCALE
+        program = group * (tl.num_programs(0) // heads) + block
+        tl.store(dscale + program * heads + head, tl.where(clamped, 0.0, tl.sum(scale_sum, 0)))
+    if softmaxes is None:
+        _store_padding(dpad, k_sum, v_sum, group, channels, head, D, BLOCK_D)
+
+
+@triton.jit
+def _keys_kernel(
+    dout, qkv, bias, index, logit_scale, pad, dqkv, dpad, softmaxes, geometry, windows, per_program, heads,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFTED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a block of keys, with all queries."""
+    N: tl.constexpr = WINDOW_H * WINDOW_W
+    COSINE: tl.constexpr = logit_scale is not None
+    head, channels = tl.program_id(0) % heads, heads * D
+    block, group = tl.program_id(0) // heads, tl.program_id(1)
+    i = tl.arange(0, QUERIES)
+    j = block * KEYS + tl.arange(0, KEYS)
+    biases = _biases(bias, index, head, heads, i, j, N)
+    scale = _scale(logit_scale, head, D)
+    k_sum = tl.zeros([BLOCK_D], tl.float32)
+    v_sum = tl.zeros([BLOCK_D], tl.float32)
+    for window in range(group * per_program, tl.minimum((group + 1) * per_program, windows)):
+        image, q_row, q_exists, q, q_inverse, k_row, k_exists, k, k_inverse, v, s = _tile(
+            qkv, pad, biases, scale, window, head, heads, i, j, geometry, WINDOW_H, WINDOW_W, SHIFTED, COSINE,
+            D, BLOCK_D, PRECISION,
+        )  # fmt: skip
+        grad = _load(dout, image, q_row, q_exists, channels, head * D, D, BLOCK_D)
+        at = softmaxes + (window * heads + head) * N + i
+        top = tl.load(at, mask=i < N, other=0.0)
+        inverse_sum = tl.load(at + windows * heads * N, mask=i < N, other=0.0)
+        mean = tl.load(at + 2 * windows * heads * N, mask=i < N, other=0.0)
+        p = tl.exp(s - top[:, None]) * inverse_sum[:, None]
+        dp = dot(grad, tl.trans(v), tl.zeros([QUERIES, KEYS], tl.float32), PRECISION)
+        ds = cast(p * (dp - mean[:, None]), q.dtype)
+        dk, dv = _store_keys(
+            p, ds, grad, q, q_inverse, k, k_inverse, scale, dqkv, image, k_row, k_exists, j, channels, head,
+            N, COSINE, D, BLOCK_D, PRECISION,
+        )  # fmt: skip
+        if dpad is not None:
+            k_sum += dk
+            v_sum += dv
+    program = group * (tl.num_programs(0) // heads) + block
+    _store_padding(dpad, k_sum, v_sum, program, channels, head, D, BLOCK_D)
+
+
+@triton.jit
+def _entries_kernel(
+    dense, index, partials, positions, per_program, entries, heads,
+    ENTRIES: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums of `dense` (heads, positions) over a stretch of positions with the same entry, by products with 0 and 1.
+    Neighbouring positions have neighbouring entries, so that most blocks have none of a program's."""
+    e = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
+    h = tl.arange(0, HEADS)
+    total = tl.zeros([ENTRIES, HEADS], tl.float32)
+    first = tl.program_id(1) * per_program
+    last = tl.minimum(first + per_program, positions)
+    for start in range(first, last, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        entry = tl.load(index + at, mask=at < last, other=-1)
+        chosen = e[:, None] == entry[None, :]
+        if tl.max(tl.max(chosen.to(tl.int32), 1), 0) > 0:
+            inside = (at < last)[:, None] & (h < heads)[None, :]
+            values = tl.load(dense + h[None, :] * positions + at[:, None], mask=inside, other=0.0)
+            total = dot(chosen.to(tl.float32), values, total, "ieee")
+    at = (tl.program_id(1) * entries + e)[:, None] * heads + h[None, :]
+    tl.store(partials + at, total, mask=(e < entries)[:, None] & (h < heads)[None, :])
+
+
+def _table_sum(dense: Tensor, index: Tensor, dbias: Tensor) -> Sum:
+    """Of the dense gradient (heads, n, n) for a table (entries, heads), to be finished. Cost: 1 launch."""
+    positions, (entries, heads) = index.numel(), dbias.shape
+    per_program = max(256, triton.cdiv(triton.cdiv(positions, 16), 64) * 64)
+    chunks = triton.cdiv(positions, per_program)
+    partials = torch.empty(chunks, entries * heads, dtype=torch.float32, device=dense.device)
+    launch(
+        _entries_kernel,
+        (triton.cdiv(entries, 32), chunks),
+        dense,
+        index,
+        partials,
+        positions,
+        per_program,
+        entries,
+        heads,
+        ENTRIES=32,
+        HEADS=max(16, triton.next_power_of_2(heads)),
+        BLOCK=64,
+    )
+    return Sum(partials, dbias.view(-1))
+
+
+def _tile_sizes(tokens: int, dtype: torch.dtype, heavy: bool) -> tuple[int, int, int, int]:
+    """Tokens a tile has where it has all; queries, or keys, where it has a block of them; warps.
+
+    As many as registers hold: up to 64 tokens are one tile. `heavy`: with a shift, cosines or padding there is more to
+    hold than tiles.
+    """
+    whole = max(16, triton.next_power_of_2(tokens))
+    if whole <= 64:
+        return whole, whole, whole, 8 if dtype == torch.float32 else 4
+    return whole, 16 if heavy else 32, (1 << 13) // whole, 8
+
+
+class _Windows:
+    """The windows of a call, and what every kernel of it gets."""
+
+    def __init__(
+        self, qkv: Tensor, bias: Tensor | None, index: Tensor | None, logit_scale: Tensor | None, pad: Tensor | None,
+        heads: int, window: list[int], shift: list[int],
+    ):  # fmt: skip
+        batch, height, width, channels = qkv.shape
+        down, across = triton.cdiv(height, window[0]), triton.cdiv(width, window[1])
+        self.geometry = height, width, down, across, *shift
+        self.heads, self.tokens, self.count = heads, window[0] * window[1], batch * down * across
+        self.device = qkv.device
+        padded = height % window[0] > 0 or width % window[1] > 0
+        tensors = qkv, bias, index, logit_scale, pad if padded else None
+        self.inputs = [None if t is None else t.contiguous() for t in tensors]
+        heavy = padded or any(shift) or logit_scale is not None
+        self.whole, self.queries, self.keys, warps = _tile_sizes(self.tokens, qkv.dtype, heavy)
+        self.options: dict[str, Any] = {
+            "WINDOW_H": window[0],
+            "WINDOW_W": window[1],
+            "SHIFTED": any(shift),
+            "D": channels // 3 // heads,
+            "BLOCK_D": max(16, triton.next_power_of_2(channels // 3 // heads)),
+            "PRECISION": tf32(),
+            "num_warps": warps,
+            "num_stages": 1,
+        }
+
+    def programs(self, block: int) -> tuple[int, int, int]:
+        """Blocks of so many tokens in a window; groups of windows, and windows of each."""
+        blocks = triton.cdiv(self.tokens, block)
+        groups = triton.cdiv(PROGRAMS * target(self.device).multiprocessors, self.heads * blocks)
+        each = triton.cdiv(self.count, max(1, min(groups, self.count)))
+        return blocks, triton.cdiv(self.count, max(1, each)), each
+
+    def launch(self, kernel: Any, *args: Any, queries: int, keys: int) -> None:
+        blocks, groups, each = self.programs(min(queries, keys))
+        launch(
+            kernel, (self.heads * blocks, groups), *args, self.geometry, self.count, each, self.heads,
+            QUERIES=queries, KEYS=keys, **self.options,
+        )  # fmt: skip
+
+
+def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
+    qkv, heads, window = args[0 if part == "forward" else 1], *args[5 if part == "forward" else 6 :][:2]
+    usable, reason = supported(qkv.dtype)
+    if not usable:
+        return usable, reason
+    tokens, most = window[0] * window[1], most_tokens_on_a_gpu(qkv.dtype)
+    if tokens > most:
+        return False, f"windows of {tokens} tokens; the Triton kernels hold {most} in {qkv.dtype}"
+    width = qkv.shape[3] // 3 // heads
+    return width <= MOST_WIDTH, f"heads of {width} channels; the Triton kernels hold {MOST_WIDTH}"
+
+
+@on_device
+def forward(
+    qkv: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+    logit_scale: Tensor | None,
+    pad: Tensor | None,
+    heads: int,
+    window: list[int],
+    shift: list[int],
+) -> Tensor:
+    windows = _Windows(qkv, bias, index, logit_scale, pad, heads, window, shift)
+    out = torch.empty(*qkv.shape[:3], qkv.shape[3] // 3, dtype=qkv.dtype, device=qkv.device)
+    windows.launch(_forward_kernel, *windows.inputs, out, queries=windows.queries, keys=windows.whole)
+    return out
+
+
+@on_device
+def backward(
+    grad: Tensor,
+    qkv: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+    logit_scale: Tensor | None,
+    pad: Tensor | None,
+    heads: int,
+    window: list[int],
+    shift: list[int],
+    needs: list[bool],
+) -> list[Tensor]:
+    windows = _Windows(qkv, bias, index, logit_scale, pad, heads, window, shift)
+    grad = grad.to(qkv.dtype).contiguous()
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    grads = [dqkv if needs[0] else absent(qkv), *(absent(qkv) for _ in needs[1:])]
+    one_kernel = windows.queries >= windows.tokens
+    (blocks, groups, _), (key_blocks, key_groups, _) = (windows.programs(n) for n in (windows.queries, windows.keys))
+
+    def partials(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=qkv.device)
+
+    sums: list[Sum] = []
+    dense = dbias = dscale = dpad = softmaxes = None
+    if needs[1]:
+        grads[1] = torch.empty(bias.shape, dtype=bias.dtype, device=qkv.device)
+        dense = grads[1] if index is None else partials(heads, windows.tokens**2)
+        dbias = partials(groups, heads * windows.tokens**2)
+        sums.append(Sum(dbias, dense.view(-1)))
+    if needs[2]:
+        grads[2] = torch.empty(logit_scale.shape, dtype=logit_scale.dtype, device=qkv.device)
+        dscale = partials(groups * blocks, heads)
+        sums.append(Sum(dscale, grads[2]))
+    if needs[3] and windows.inputs[-1] is None:
+        grads[3] = torch.zeros(pad.shape, dtype=pad.dtype, device=qkv.device)
+    elif needs[3]:
+        grads[3] = torch.empty(pad.shape, dtype=pad.dtype, device=qkv.device)
+        dpad = partials(groups if one_kernel else key_groups * key_blocks, qkv.shape[3])
+        sums.append(Sum(dpad, grads[3]))
+    if not one_kernel:
+        softmaxes = partials(3, windows.count, heads, windows.tokens)
+    windows.launch(
+        _backward_kernel, grad, *windows.inputs, dqkv, dbias, dscale, dpad if one_kernel else None, softmaxes,
+        queries=windows.queries, keys=windows.whole,
+    )  # fmt: skip
+    if not one_kernel and (needs[0] or dpad is not None):
+        windows.launch(
+            _keys_kernel, grad, *windows.inputs, dqkv, dpad, softmaxes, queries=windows.whole, keys=windows.keys
+        )
+    if sums:
+        finish(sums)
+    if needs[1] and index is not None:
+        finish([_table_sum(dense, windows.inputs[2], grads[1])])
+    return grads

@@ -1,0 +1,42 @@
+"""Pairs of images and structure maps for pre-training: from folders, from WebDataset shards, and made up."""
+
+try:
+    import matplotlib  # noqa: F401
+    import PIL  # noqa: F401
+    import simplejpeg  # noqa: F401
+    import torchvision  # noqa: F401
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(
+        f"sgmim_fast.data needs {missing.name}, which is not installed: pip install 'sgmim_fast[train]'",
+        name=missing.name,
+    ) from None
+
+from sgmim_fast.data.folders import FolderPairs
+from sgmim_fast.data.image_file import IMAGE_SUFFIXES, ImageFile
+from sgmim_fast.data.pair import Item, Structure
+from sgmim_fast.data.report import BrokenFile, DataError, Report
+from sgmim_fast.data.scenes import Scenes
+from sgmim_fast.data.shards import ShardPairs
+from sgmim_fast.data.sheet import sheet
+from sgmim_fast.data.standardize import standardize_valid
+from sgmim_fast.data.structure_file import MAP_SUFFIXES, StructureFile
+from sgmim_fast.data.transform import Normalize, PairTransform
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MAP_SUFFIXES",
+    "BrokenFile",
+    "DataError",
+    "FolderPairs",
+    "ImageFile",
+    "Item",
+    "Normalize",
+    "PairTransform",
+    "Report",
+    "Scenes",
+    "ShardPairs",
+    "Structure",
+    "StructureFile",
+    "sheet",
+    "standardize_valid",
+]

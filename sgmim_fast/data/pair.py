@@ -1,0 +1,83 @@
+"""The pair of an image and its structure map, as tensors that torchvision's transforms know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+
+class Structure(tv_tensors.Mask):
+    """A structure map (1, H, W), float32, NaN where it has no value.
+
+    torchvision's v2 transforms crop, mirror and resize it with its image. It is never interpolated, so a missing value
+    spoils no neighbour: each new pixel is the old one that lies under its centre.
+    """
+
+
+def resample(pixels: Tensor, box: Sequence[float], size: int | Sequence[int]) -> Tensor:
+    """The box (top, left, height, width), in pixels and fractions of them, of (..., H, W) as (..., size, size) or
+    (..., height, width): each new pixel is the old one under its centre. Keeps the type."""
+    shape = (size, size) if isinstance(size, int) else (size[0], size[-1])
+    rows, columns = map(torch.from_numpy, under_centres(box, shape, pixels.shape[-2:]))
+    return tv_tensors.wrap(pixels.as_subclass(Tensor)[..., rows[:, None], columns], like=pixels)
+
+
+def under_centres(box: Sequence[float], size: Sequence[int], limits: Sequence[int]) -> list[np.ndarray]:
+    """Rows and columns, of an image of height and width `limits`, under the centres of the box's new pixels."""
+    return [
+        np.clip((start + (np.arange(count) + 0.5) * (length / count)).astype(np.int64), 0, limit - 1)
+        for start, length, count, limit in zip(box[:2], box[2:], size, limits, strict=True)
+    ]
+
+
+@F.register_kernel(F.resized_crop, Structure)
+def _resized_crop(
+    structure: Structure, top: int, left: int, height: int, width: int, size: Sequence[int], *_: Any, **__: Any
+) -> Structure:
+    return resample(structure, (top, left, height, width), size)
+
+
+@F.register_kernel(F.resize, Structure)
+def _resize(
+    structure: Structure, size: Sequence[int] | None, *_: Any, max_size: int | None = None, **__: Any
+) -> Structure:
+    plain = F.resize_image(structure.as_subclass(Tensor), size, InterpolationMode.NEAREST_EXACT, max_size=max_size)
+    return tv_tensors.wrap(plain, like=structure)
+
+
+class Item(TypedDict, total=False):
+    """What every data set here gives; default_collate makes a batch of plain tensors of it."""
+
+    image: tv_tensors.Image  # (3, H, W) float32, normalised
+    structure: Structure  # (1, H, W) float32, not standardised, NaN = missing
+    name: str
+    skipped: str  # broken files in whose place this item stands, separated by newlines
+    labels: tv_tensors.Mask  # (H, W) int64; of `Scenes`, where asked for
+
+
+def make_item(tensors: Sequence[Tensor], name: str, skipped: Sequence[str] = ()) -> Item:
+    """The item of what a transform returned: image, structure and perhaps labels.
+
+    Raises:
+        TypeError: the transform returned something else.
+    """
+    image, structure, *labels = tensors
+    for what, tensor, channels in (("image", image, 3), ("structure", structure, 1)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"transform returned a {type(tensor).__name__} for {what}; expected a tensor")
+        if tensor.dtype != torch.float32 or tensor.ndim != 3 or tensor.shape[0] != channels:
+            raise TypeError(
+                f"transform returned {what} as {tensor.dtype} {tuple(tensor.shape)}; "
+                f"expected float32 ({channels}, H, W)"
+            )
+    item = Item(image=image, structure=structure, name=name, skipped="\n".join(skipped))
+    if labels:
+        item["labels"] = labels[0]
+    return item

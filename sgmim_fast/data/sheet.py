@@ -1,0 +1,62 @@
+"""A picture of pairs: the quickest way to see whether images and maps belong together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import islice
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch.utils.data import Dataset, IterableDataset
+
+from sgmim_fast.data.pair import Item
+from sgmim_fast.data.report import DataError
+
+MISSING = "magenta"  # not in the colour map
+ACROSS = 4  # pairs
+
+
+def sheet(
+    dataset: Dataset | Sequence[Item],
+    path: str | os.PathLike[str],
+    count: int = 8,
+    *,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> None:
+    """Draws pairs as a picture: each image beside its structure map, whose missing values are magenta.
+
+    Args:
+        dataset: any of this package; one with a length gives `count` pairs evenly spread over it, another its first.
+        path: of the picture; the suffix tells the format.
+        count: how many pairs.
+        mean, std: what the images were normalised with.
+
+    Raises:
+        DataError: there are no pairs.
+    """
+    if isinstance(dataset, IterableDataset):
+        items = list(islice(dataset, count))
+    else:
+        indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
+        items = [dataset[int(index)] for index in indices]
+    if not items:
+        raise DataError("nothing to draw: the data set has no pairs")
+    colours = matplotlib.colormaps["viridis"].with_extremes(bad=MISSING)
+    across, down = min(ACROSS, len(items)), -(-len(items) // ACROSS)
+    figure = Figure((4 * across, 2.2 * down), layout="constrained")
+    axes = figure.subplots(down, 2 * across, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, item in zip(axes.reshape(-1, 2), items, strict=False):
+        image = item["image"].permute(1, 2, 0).numpy() * np.array(std) + np.array(mean)
+        structure = item["structure"][0].numpy()
+        axis[0].imshow(image.clip(0, 1))
+        axis[0].set_title(item["name"][-40:], fontsize=7)
+        axis[1].imshow(np.ma.masked_invalid(structure), cmap=colours, interpolation="nearest")
+        missing = np.mean(~np.isfinite(structure))
+        axis[1].set_title(f"{missing:.0%} missing" if missing else "", fontsize=7)
+    figure.savefig(path, dpi=100)

@@ -25,7 +25,7 @@ class Model:
     guidance: bool = True  # False: SimMIM
     hidden_context: Literal["keep", "drop"] = "keep"
     position_embedding: bool = False
-    accelerate: bool = False  # timm's blocks through fused ops
+    accelerate: bool = True  # timm's blocks through fused ops
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,6 @@ PRESETS: dict[str, dict[str, Any]] = {
             "encoder": "swinv2_tiny_window8_256",
             "arguments": {"embed_dim": 48, "depths": [2, 2, 2], "num_heads": [3, 6, 12], "window_size": 6},
             "stride": 16,
-            "accelerate": True,
         },
         "data": {"scenes": 1600, "size": 96},
         "mask": {"unit": 16},

@@ -49,7 +49,7 @@ STACK = {
     ("sums._columns_kernel", 4): 8,
     ("window_attention._backward_kernel", 2): 288,
     ("window_attention._backward_kernel", 4): 648,
-    ("window_attention._forward_kernel", 4): 8,
+    ("window_attention._forward_kernel", 4): 16,
     ("window_attention._keys_kernel", 2): 248,
 }
 # Compute capability, times ten -> bytes of shared memory that a block can have.

@@ -47,10 +47,10 @@ STACK = {
     ("structure_embed._backward_kernel", 2): 48,
     ("structure_embed._backward_kernel", 4): 400,
     ("sums._columns_kernel", 4): 8,
-    ("window_attention._backward_kernel", 2): 232,
+    ("window_attention._backward_kernel", 2): 288,
     ("window_attention._backward_kernel", 4): 648,
-    ("window_attention._forward_kernel", 4): 8,
-    ("window_attention._keys_kernel", 2): 88,
+    ("window_attention._forward_kernel", 4): 16,
+    ("window_attention._keys_kernel", 2): 248,
 }
 # Compute capability, times ten -> bytes of shared memory that a block can have.
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}

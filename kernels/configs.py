@@ -48,7 +48,7 @@ STACK = {
     ("structure_embed._backward_kernel", 4): 400,
     ("sums._columns_kernel", 4): 8,
     ("window_attention._backward_kernel", 2): 288,
-    ("window_attention._backward_kernel", 4): 648,
+    ("window_attention._backward_kernel", 4): 680,
     ("window_attention._forward_kernel", 4): 16,
     ("window_attention._keys_kernel", 2): 248,
 }

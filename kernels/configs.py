@@ -38,6 +38,8 @@ TUNED = Path(__file__).with_name("tuned")  # sm_XX.json: an architecture's own, 
 
 
 # (kernel, bytes of an operand's element) -> bytes that a thread may spill to its stack; every other kernel spills none.
+# Seen with Triton 3.9. Older ones spill more (3.5: 720 bytes of a product), which is reported but is no failure.
+STACK_SINCE = 3, 9
 STACK = {
     ("layer_norm._backward_kernel", 2): 8,
     ("products._product_kernel", 2): 80,

@@ -102,10 +102,12 @@ def test_limits_are_noticed(monkeypatch):
 
     monkeypatch.setattr(ahead, "SHAPES", ahead.SHAPES[:1])
     found = next(x for x in ahead.launches(["bfloat16"], 90) if x.kernel.fn.__name__ == "_product_kernel")
-    for facts, good in (
-        ({"registers": 255, "stack": 0, "shared": 1024}, True),
-        ({"registers": 255, "stack": 4096, "shared": 1024}, False),
-        ({"registers": 32, "stack": 0, "shared": 1 << 20}, False),
+    for facts, since, good in (
+        ({"registers": 255, "stack": 0, "shared": 1024}, (0, 0), True),
+        ({"registers": 255, "stack": 4096, "shared": 1024}, (0, 0), False),
+        ({"registers": 255, "stack": 4096, "shared": 1024}, (99, 0), True),  # an older Triton than the table's
+        ({"registers": 32, "stack": 0, "shared": 1 << 20}, (99, 0), False),
     ):
+        monkeypatch.setattr(ahead.configs, "STACK_SINCE", since)
         monkeypatch.setattr(ahead, "compile_for", lambda *_, facts=facts: facts)
         assert ahead.report(found, 90)[0] == good

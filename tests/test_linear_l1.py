@@ -337,7 +337,7 @@ def bad(**changes):
         ({"rows": lambda r: r.int()}, TypeError, "rows has dtype torch.int32; expected torch.int64"),
         ({"rows": lambda r: r[None]}, ValueError, r"rows has shape \(1, 6\); expected one dimension"),
     ],
-    ids=str,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
 def test_bad_arguments(changes, error, message):
     with pytest.raises(error, match=message):

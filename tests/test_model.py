@@ -427,7 +427,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
             "structure_valid is on meta; expected cpu",
         ),
     ],
-    ids=str,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )  # fmt: skip
 def test_bad_input(changes, error, message):
     with pytest.raises(error, match=message):

@@ -56,10 +56,11 @@ def finish(sums: list[Sum], scale: Tensor | None = None, factor: float = 1.0) ->
     Cost: reads the partials once; 1 launch for each dtype of the outs, which is one in every model whose norms and
     biases have one, and 1 more where some have over a thousand parts, which one program would go through for long.
     """
-    long = [s for s in sums if s.partials.shape[0] > 1024 and s.out.numel() > 1]
-    if long:
-        sums = [s for s in sums if all(s is not other for other in long)]
-        sums += column_sums(*(list(tensors) for tensors in zip(*long, strict=True)))
+    long = [s.partials.shape[0] > 1024 and s.out.numel() > 1 for s in sums]
+    if any(long):
+        first = [s for s, many in zip(sums, long, strict=True) if many]
+        sums = [s for s, many in zip(sums, long, strict=True) if not many]
+        sums += column_sums([s.partials for s in first], [s.out for s in first])
     for dtype in dict.fromkeys(s.out.dtype for s in sums):
         _finish([s for s in sums if s.out.dtype == dtype], scale, float(factor))
 

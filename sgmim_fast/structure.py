@@ -41,7 +41,7 @@ import sgmim_fast
 from sgmim_fast.data.files import find_files
 from sgmim_fast.data.image_file import IMAGE_SUFFIXES, ImageFile
 from sgmim_fast.data.png import encode_png
-from sgmim_fast.data.report import BrokenFile, DataError
+from sgmim_fast.data.report import BrokenFile, DataError, some
 
 MODEL = "depth-anything/Depth-Anything-V2-Small-hf"
 PROVENANCE = "structure.json"
@@ -64,11 +64,10 @@ class Generated:
 
     def summary(self) -> str:
         """One line."""
-        names = ", ".join(f"{name} ({reason})" for name, reason in list(self.broken.items())[:3])
-        more = ", ..." if len(self.broken) > 3 else ""
+        names = some([f"{name} ({reason})" for name, reason in self.broken.items()])
         return (
             f"{self.written} maps written, {self.kept} kept, {len(self.broken)} broken images"
-            f"{': ' + names if names else ''}{more}"
+            f"{': ' + names if names else ''}"
         )
 
 

@@ -14,7 +14,7 @@ except ModuleNotFoundError as missing:
 from sgmim_fast.data.folders import FolderPairs
 from sgmim_fast.data.image_file import IMAGE_SUFFIXES, ImageFile
 from sgmim_fast.data.pair import Item, Structure
-from sgmim_fast.data.report import BrokenFile, DataError, Report
+from sgmim_fast.data.report import BrokenFile, DataError, Report, skipped_names
 from sgmim_fast.data.scenes import Scenes
 from sgmim_fast.data.shards import ShardPairs
 from sgmim_fast.data.sheet import sheet
@@ -38,5 +38,6 @@ __all__ = [
     "Structure",
     "StructureFile",
     "sheet",
+    "skipped_names",
     "standardize_valid",
 ]

@@ -41,14 +41,13 @@ class Report:
 
     def add_skipped(self, skipped: str | Iterable[str]) -> None:
         """Adds the broken files named by an item's "skipped", or by those of a batch."""
-        for names in [skipped] if isinstance(skipped, str) else skipped:
-            for name in filter(None, names.split("\n")):
-                self.broken.setdefault(name, "could not be read while training")
+        for name in skipped_names([skipped] if isinstance(skipped, str) else skipped):
+            self.broken.setdefault(name, "could not be read while training")
 
     def summary(self) -> str:
         """One line: what is used, how much of what is left out, and the first names."""
         left_out = [
-            f"{len(names)} {kind} ({_some(names)})"
+            f"{len(names)} {kind} ({some(names)})"
             for kind, names in (
                 ("images without a map", self.images_without_map),
                 ("maps without an image", self.maps_without_image),
@@ -67,5 +66,11 @@ class Report:
         Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
 
 
-def _some(names: list[str]) -> str:
+def skipped_names(batch: Iterable[str]) -> list[str]:
+    """The broken files that the "skipped" of a batch's items name."""
+    return [name for names in batch for name in names.split("\n") if name]
+
+
+def some(names: list[str]) -> str:
+    """The first names, and whether there are more."""
     return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")

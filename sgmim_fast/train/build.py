@@ -11,7 +11,9 @@ from torch.utils.data import IterableDataset
 
 from sgmim_fast.encoders import create_encoder
 from sgmim_fast.errors import UserError, nearest
+from sgmim_fast.masking import SHOWN
 from sgmim_fast.model import SGMIM
+from sgmim_fast.train import masks
 from sgmim_fast.train.config import Config, flat
 from sgmim_fast.train.order import Layout
 
@@ -55,15 +57,9 @@ def create_model(config: Config) -> SGMIM:
             position_embedding=settings.position_embedding,
             accelerate=settings.accelerate,
         )
-    except (
-        AssertionError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        # timm's own words on arguments that do not fit
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # timm's own words
         raise UserError(f"model.encoder {settings.encoder} with {settings.arguments}: {error}") from error
 
 
@@ -83,25 +79,19 @@ def check(config: Config) -> None:
             raise UserError(f"{name} is {values[name]}; expected 0 or more")
     for name, step in (("the encoder's stride (model.stride)", stride), ("the mask unit (mask.unit)", unit)):
         if size % step:
-            step = math.lcm(stride, unit)
-            fitting = sorted({max(step, size // step * step), size // step * step + step})
+            both = math.lcm(stride, unit)
+            fitting = sorted({max(both, size // both * both), size // both * both + both})
             raise UserError(
-                f"data.size is {size}, no multiple of {name} {stride if 'stride' in name else unit}; "
-                f"next that fit: {' or '.join(map(str, fitting))}"
+                f"data.size is {size}, no multiple of {name} {step}; next that fit: {' or '.join(map(str, fitting))}"
             )
     if not 0 < config.mask.ratio < 1:
         raise UserError(f"mask.ratio is {config.mask.ratio}; expected a share between 0 and 1")
     units = (size // unit) ** 2
     if math.ceil(config.mask.ratio * units) == units:
         raise UserError(f"mask.ratio is {config.mask.ratio} of {units} mask units, which leaves none visible")
-    shown = config.mask.shown
-    if shown not in ("masked", "visible", "all"):
-        try:
-            fits = 0 <= float(shown) <= 1
-        except ValueError:
-            fits = False
-        if not fits:
-            raise UserError(f"mask.shown is {shown!r}; expected masked, visible, all or a share between 0 and 1")
+    shown = masks.read_shown(config.mask.shown)
+    if shown not in SHOWN if isinstance(shown, str) else not 0 <= shown <= 1:
+        raise UserError(f"mask.shown is {config.mask.shown!r}; expected {', '.join(SHOWN)} or a share between 0 and 1")
 
 
 def check_windows(model: object, size: int) -> None:

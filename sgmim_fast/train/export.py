@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import timm
+from safetensors import safe_open
 
 import sgmim_fast
 from sgmim_fast.checkpoints import export_timm
@@ -40,19 +42,17 @@ def export(saved: Saved, out: Path, num_classes: int | None = None) -> Path:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         export_timm(model, out, num_classes)
-        card.write_text(_card(saved, out, num_classes))
+        card.write_text(_card(saved, out))
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from error
     return card
 
 
-def _card(saved: Saved, out: Path, num_classes: int | None) -> str:
+def _card(saved: Saved, out: Path) -> str:
     config, facts = saved.config, saved.facts
-    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in config.model.arguments.items()}
-    given = {"img_size": config.data.size, **arguments}
-    given = {k: v for k, v in given.items() if k != "drop_path_rate"}
-    if num_classes is not None:
-        given["num_classes"] = num_classes
+    with safe_open(out, "pt") as file:
+        given = json.loads(file.metadata()["timm_arguments"])
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     call = "".join(f", {name}={value!r}" for name, value in given.items())
     losses = ", ".join(
         f"{name} {'not known' if facts[key] is None else format(facts[key], '.4f')}"

@@ -19,7 +19,7 @@ def draw(settings: Mask, size: int, images: int, seed: int, step: int, device: t
     """
     generator = torch.Generator(device).manual_seed(mix(seed, 2, step))
     return selective_mask(
-        images, size // settings.unit, settings.ratio, generator=generator, shown=_shown(settings.shown)
+        images, size // settings.unit, settings.ratio, generator=generator, shown=read_shown(settings.shown)
     )
 
 
@@ -39,7 +39,8 @@ def part(mask: SelectiveMask, first: int, count: int) -> SelectiveMask:
     return SelectiveMask(values, shown, rows(mask.visible), masked, masked if same else rows(mask.shown))
 
 
-def _shown(text: str) -> str | float:
+def read_shown(text: str) -> str | float:
+    """The setting `mask.shown` as `selective_mask` takes it."""
     try:
         return float(text)
     except ValueError:

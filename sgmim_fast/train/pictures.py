@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
 import torch
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from sgmim_fast.data import standardize_valid
@@ -14,8 +18,8 @@ from sgmim_fast.reference import pixel_mask
 from sgmim_fast.train import masks
 from sgmim_fast.train.config import Config
 
-# of ImageNet, by which the images were normalised
-MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
+# by which the images were normalised
+MEAN, STD = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])[:, :, None, None]
 
 
 class Panels(NamedTuple):
@@ -47,13 +51,12 @@ def panels(model: SGMIM, batch: dict[str, Any], config: Config, device: torch.de
 
 def grid(found: Panels, path: Path, title: str = "") -> None:
     """One row per pair. Grey is hidden, white is not known; predictions stand only where they were asked for."""
-    plt = _pyplot()
 
     def colours(image: Tensor) -> Tensor:
         return (image * STD + MEAN).clamp(0, 1)
 
     def heat(structure: Tensor) -> Tensor:  # the same scale in all panels
-        rgba = plt.get_cmap("inferno")(plt.Normalize(-2, 2)(structure[:, 0].numpy()))
+        rgba = matplotlib.colormaps["inferno"](Normalize(-2, 2)(structure[:, 0].numpy()))
         return torch.from_numpy(rgba[..., :3]).permute(0, 3, 1, 2).float()
 
     grey, white = torch.full((3, 1, 1), 0.6), torch.ones(3, 1, 1)
@@ -70,9 +73,8 @@ def grid(found: Panels, path: Path, title: str = "") -> None:
             "structure truth": truth,
         }
     rows = len(found.images)
-    figure, axes = plt.subplots(
-        *(rows, len(columns)), figsize=(1.6 * len(columns), 1.65 * rows + 0.4), squeeze=False, layout="constrained"
-    )
+    figure = Figure((1.6 * len(columns), 1.65 * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, len(columns), squeeze=False)
     for column, (label, pictures) in enumerate(columns.items()):
         axes[0, column].set_title(label, fontsize=9)
         for row, picture in enumerate(pictures):
@@ -84,7 +86,8 @@ def grid(found: Panels, path: Path, title: str = "") -> None:
 
 def curves(lines: list[dict[str, Any]], path: Path) -> None:
     """Both losses and the learning rate over the steps of a log."""
-    figure, axes = _pyplot().subplots(1, 3, figsize=(10, 2.8), layout="constrained")
+    figure = Figure((10, 2.8), layout="constrained")
+    axes = figure.subplots(1, 3)
     names = {"image_loss": "image loss", "structure_loss": "structure loss", "lr": "learning rate"}
     for axis, (name, label) in zip(axes, names.items(), strict=True):
         known = [(line["step"], line[name]) for line in lines if line[name] is not None]
@@ -96,16 +99,6 @@ def curves(lines: list[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")  # a cluster has no display
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
-    _pyplot().close(figure)

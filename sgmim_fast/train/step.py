@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from sgmim_fast.data import standardize_valid
+from sgmim_fast.data import skipped_names, standardize_valid
 from sgmim_fast.model import SGMIM
 from sgmim_fast.train import masks
 from sgmim_fast.train.build import create_model
@@ -67,7 +67,7 @@ class Stepper:
         for backward in range(accumulate):
             batch = next(batches)
             names += batch["name"]
-            skipped += [name for names in batch["skipped"] for name in names.split("\n") if name]
+            skipped += skipped_names(batch["skipped"])
             own = masks.part(mask, self.layout.first(backward), self.layout.batch)
             with self._sync(backward == accumulate - 1):
                 losses += self._backward(batch, own).float() / accumulate

@@ -27,10 +27,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sgmim_fast import cli, data
 from sgmim_fast.errors import UserError
 from sgmim_fast.train import checkpoint, log, masks
-from sgmim_fast.train.config import with_changes
 from sgmim_fast.train.engine import Trainer
 from sgmim_fast.train.order import Layout, mix
+from sgmim_fast.train.pretraining import Pretraining
 from sgmim_fast.train.runs import find, load
+from sgmim_fast.train.settings import with_changes
 from sgmim_fast.train.step import Stepper
 
 
@@ -42,7 +43,7 @@ def on_the_cpu():
 
 def trainer(run, config=None, dataset=None, saved=None):
     run.mkdir(exist_ok=True)
-    return Trainer(config or tiny(), run, Accelerator(), dataset or Pairs(), saved)
+    return Trainer(Pretraining(config or tiny()), run, Accelerator(), dataset or Pairs(), saved)
 
 
 def pretrain(run, *words, **changes):
@@ -144,15 +145,15 @@ def test_resumed_run_is_the_same_to_the_bit(finished, tmp_path):
     """16 steps at once, and 8 steps, a stop, and 8 more, from the files alone."""
 
     class Stops(Trainer):
-        def _save(self):
-            super()._save()
+        def _save(self, score):
+            super()._save(score)
             if self.done == 8:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     run, config = tmp_path / "run", find(finished).config
     run.mkdir()
     dataset = data.Scenes(32, 64, seed=0)
-    first = Stops(config, run, Accelerator(), dataset, None)
+    first = Stops(Pretraining(config), run, Accelerator(), dataset, None)
     first.train()
     assert checkpoint.choose(run).name == "step-00000009"  # the signal came behind step 8
     # what was logged behind the checkpoint is repeated, not doubled
@@ -176,7 +177,7 @@ def test_sigterm_saves_and_ends(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     before = signal.getsignal(signal.SIGTERM)
-    killed = Killed(tiny(), run, Accelerator(), Pairs(), None)
+    killed = Killed(Pretraining(tiny()), run, Accelerator(), Pairs(), None)
     assert killed.train() == "SIGTERM" and not killed.finished
     assert checkpoint.choose(run).name == "step-00000005"
     assert signal.getsignal(signal.SIGTERM) == before
@@ -200,7 +201,7 @@ def test_one_step_by_hand(clip):
     """Clipping to a norm, and AdamW's first step: every parameter moves by lr against the gradient's sign."""
     config = tiny(optim__clip=clip, optim__warmup_epochs=0, optim__lr=1.28)
     layout = Layout(4)
-    stepper = Stepper(config, Accelerator(), layout, 8)
+    stepper = Stepper(Pretraining(config), Accelerator(), layout, 8)
     model = copy.deepcopy(stepper.plain)
     items = [Pairs()[i] for i in range(4)]
     batch = torch.utils.data.default_collate(items)
@@ -235,7 +236,7 @@ class Reads(TorchDispatchMode):
 
 
 def test_a_step_reads_nothing_from_the_device():
-    stepper = Stepper(tiny(optim__accumulate=2), Accelerator(), Layout(4, 2), 8)
+    stepper = Stepper(Pretraining(tiny(optim__accumulate=2)), Accelerator(), Layout(4, 2), 8)
     batches = iter([torch.utils.data.default_collate([Pairs()[i] for i in range(4)])] * 4)
     stepper(0, batches)
     with Reads() as reads:
@@ -248,7 +249,7 @@ def test_a_step_reads_nothing_from_the_device():
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_step_without_a_finite_loss_is_skipped(tmp_path, value):
     """It is counted, and leaves weights and moments as they were."""
-    stepper = Stepper(tiny(), Accelerator(), Layout(4), 8)
+    stepper = Stepper(Pretraining(tiny()), Accelerator(), Layout(4), 8)
     good, bad = (
         torch.utils.data.default_collate([Pairs(broken=broken)[i] for i in range(4)]) for broken in ({}, {2: value})
     )

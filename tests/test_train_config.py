@@ -8,8 +8,10 @@ pytest.importorskip("accelerate", reason="pre-training needs the extra [train]")
 from pretraining import tiny
 
 from sgmim_fast.errors import UserError
-from sgmim_fast.train.config import (
-    Config,
+from sgmim_fast.train import settings
+from sgmim_fast.train.config import Config
+from sgmim_fast.train.presets import PRESETS, preset
+from sgmim_fast.train.settings import (
     differences,
     flat,
     from_mapping,
@@ -18,7 +20,6 @@ from sgmim_fast.train.config import (
     to_yaml,
     with_changes,
 )
-from sgmim_fast.train.presets import PRESETS, preset, resolve
 
 # docs/SPEC.md "Published recipes": epochs, base lr, warm-up lr, min lr, schedule, drop path; image size and window
 RECIPES = {
@@ -27,6 +28,10 @@ RECIPES = {
     "swin_large_800ep": (800, 1e-4, 5e-7, None, "multistep", 0, 192, 12),
     "vit_base_800ep": (800, 1e-4, 5e-7, None, "multistep", 0.1, 224, None),
 }
+
+
+def resolve(name, file, changes):
+    return settings.resolve(Config(), PRESETS, name, file, changes)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import TYPE_CHECKING
 
 import timm
-from torch.utils.data import IterableDataset
 
 from sgmim_fast.encoders import create_encoder
 from sgmim_fast.errors import UserError, nearest
 from sgmim_fast.masking import SHOWN
 from sgmim_fast.model import SGMIM
 from sgmim_fast.train import masks
-from sgmim_fast.train.config import Config, flat
-from sgmim_fast.train.order import Layout
+from sgmim_fast.train.config import Config
+from sgmim_fast.train.settings import OF_EVERY_RUN_0, OF_EVERY_RUN_1, at_least
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
-
-
-_AT_LEAST_1 = (
-    *("model.stride", "data.size", "data.epoch_images", "mask.unit", "optim.batch", "optim.accumulate"),
-    *("run.log_every", "run.checkpoint_every", "run.keep", "run.pictures", "run.nonfinite"),
-)
-_AT_LEAST_0 = (
-    *("data.scenes", "data.workers", "optim.epochs", "optim.lr", "optim.warmup_lr", "optim.min_lr"),
-    *("optim.warmup_epochs", "optim.weight_decay", "optim.clip", "run.seed", "run.pictures_every"),
-)
 
 
 def create_model(config: Config) -> SGMIM:
@@ -70,13 +58,8 @@ def check(config: Config) -> None:
         UserError: naming the setting, what came and what is expected.
     """
     size, stride, unit = config.data.size, config.model.stride, config.mask.unit
-    values = flat(config)
-    for name in _AT_LEAST_1:
-        if values[name] is not None and values[name] < 1:
-            raise UserError(f"{name} is {values[name]}; expected at least 1")
-    for name in _AT_LEAST_0:
-        if values[name] is not None and values[name] < 0:
-            raise UserError(f"{name} is {values[name]}; expected 0 or more")
+    at_least(config, 1, (*OF_EVERY_RUN_1, "model.stride", "data.size", "data.epoch_images", "mask.unit"))
+    at_least(config, 0, (*OF_EVERY_RUN_0, "data.scenes", "optim.warmup_lr", "optim.min_lr", "optim.warmup_epochs"))
     for name, step in (("the encoder's stride (model.stride)", stride), ("the mask unit (mask.unit)", unit)):
         if size % step:
             both = math.lcm(stride, unit)
@@ -141,26 +124,3 @@ def create_dataset(config: Config) -> Dataset:
         if getattr(settings, name) is None:
             raise UserError(f"data.{name} is missing; expected --images DIR and --structure DIR together")
     return data.FolderPairs(settings.images, settings.structure, transform, seed=seed, missing=settings.missing)
-
-
-def steps_per_epoch(config: Config, dataset: Dataset, layout: Layout) -> int:
-    """Optimizer steps of an epoch; what does not fill a step is left out.
-
-    Raises:
-        UserError: the data set does not fill one.
-    """
-    images = config.data.epoch_images if isinstance(dataset, IterableDataset) else len(dataset)
-    if images < layout.total:
-        raise UserError(
-            f"the data has {images} images, fewer than the {layout.total} of a step ({layout.batch} for each of "
-            f"{layout.processes} processes, {layout.accumulate} times); expected a smaller optim.batch"
-        )
-    return images // layout.total
-
-
-def workers(config: Config) -> int:
-    """Loading processes for each training process: what the cores allow, at most 8, unless the configuration says."""
-    if config.data.workers is not None:
-        return config.data.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))

@@ -79,24 +79,25 @@ def steps(folder: Path) -> list[Path]:
 
 
 def tidy(folder: Path, keep: int, newest: Path) -> None:
-    """Removes all but the last `keep` checkpoints up to `newest` and the one with the lowest loss.
+    """Removes all but the last `keep` checkpoints up to `newest` and the one with the best score.
 
     Later ones than `newest` are what a run had done before it went back to an earlier one; damaged ones, perhaps.
     """
     found = steps(folder)
     done = found[: found.index(newest) + 1]
-    best = min(done, key=loss)
+    best = min(done, key=score)
     for path in found:
         if path not in done[-keep:] and path != best:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def loss(path: Path) -> float:
-    """The loss a checkpoint was saved with, infinite where it is not known."""
+def score(path: Path) -> float:
+    """The score a checkpoint was saved with, the lower the better; infinite where it is not known."""
     try:
-        value = facts(path).get("loss")
+        known = facts(path)
     except CheckpointError:
         return math.inf
+    value = known.get("score", known.get("loss"))
     return math.inf if value is None else value
 
 
@@ -142,7 +143,7 @@ def choose(run: Path, name: str | None = None) -> Path:
     if name is None:
         path = found[-1]
     elif name == "best":
-        path = min(found, key=loss)
+        path = min(found, key=score)
     else:
         number = name.removeprefix("step-").lstrip("0")
         path = next((path for path in found if path.name.removeprefix("step-").lstrip("0") == number), None)

@@ -14,13 +14,12 @@ from torch.utils.data import Dataset
 
 import sgmim_fast
 from sgmim_fast.errors import UserError
-from sgmim_fast.train import checkpoint, loader, log, pictures, state
-from sgmim_fast.train.build import steps_per_epoch, workers
-from sgmim_fast.train.config import Config
+from sgmim_fast.train import checkpoint, loader, log, state
 from sgmim_fast.train.order import Layout
 from sgmim_fast.train.runs import Saved
 from sgmim_fast.train.step import Stepper
 from sgmim_fast.train.stop import StopSignals
+from sgmim_fast.train.task import Task
 from sgmim_fast.train.window import Window, mean
 
 
@@ -28,6 +27,7 @@ class Trainer:
     """One run, from its first step or from a checkpoint.
 
     Args:
+        task: what is trained.
         run: the run's folder, which exists.
         saved: the checkpoint to go on from, or None.
 
@@ -35,13 +35,13 @@ class Trainer:
         UserError: something in the configuration does not fit the data or the machine.
     """
 
-    def __init__(self, config: Config, run: Path, accelerator: Accelerator, dataset: Dataset, saved: Saved | None):
-        self.config, self.run, self.accelerator, self.dataset = config, run, accelerator, dataset
-        optim, count = config.optim, accelerator.num_processes
+    def __init__(self, task: Task, run: Path, accelerator: Accelerator, dataset: Dataset, saved: Saved | None):
+        self.task, self.config, self.run, self.accelerator, self.dataset = task, task.config, run, accelerator, dataset
+        optim, count = task.config.optim, accelerator.num_processes
         self.layout = Layout(optim.batch, optim.accumulate, count, accelerator.process_index)
-        self.steps_per_epoch = steps_per_epoch(config, dataset, self.layout)
-        self.steps = max(1, round(optim.epochs * self.steps_per_epoch))
-        self.stepper = Stepper(config, accelerator, self.layout, self.steps_per_epoch)
+        self.steps_per_epoch = loader.steps_per_epoch(task.config.data, dataset, self.layout, task.what)
+        self.stepper = Stepper(task, accelerator, self.layout, self.steps_per_epoch)
+        self.steps = self.stepper.steps
         facts = saved.facts if saved else {}
         self.done = facts.get("step", 0)
         self.window = Window(accelerator, facts.get("skipped_steps", 0), facts.get("skipped_files", 0))
@@ -67,9 +67,9 @@ class Trainer:
         """
         config, main = self.config.run, self.accelerator.is_main_process
         if main:
-            self.log = log.Log(self.run, self.steps, self.done, config.tensorboard)
+            self.log = log.Log(self.run, self.steps, self.done, config.tensorboard, self.task.losses)
         examples = loader.examples(self.dataset, config.pictures)
-        pin, each = self.accelerator.device.type == "cuda", workers(self.config)
+        pin, each = self.accelerator.device.type == "cuda", loader.workers(self.config.data)
         batches = loader.batches(
             *(self.dataset, self.layout, config.seed, self.done, self.steps_per_epoch), workers=each, pin=pin
         )
@@ -89,7 +89,7 @@ class Trainer:
                         continue
                     asked = self._close_window(bool(signals.asked))
                     if save_due or asked:
-                        self._save()
+                        self._save(self._evaluate() if save_due else None)
                     if draw_due:
                         self._draw(examples)
                     if asked and not self.finished:
@@ -119,16 +119,12 @@ class Trainer:
         rows, seconds, stop, too_many = self.window.close(stop, self.config.run.nonfinite)
         self.since_checkpoint += rows
         if self.log is not None:
-            total, image, structure, norm = mean(rows)
             self.log.window(
                 {
                     "step": self.done,
                     "epoch": round(self.done / self.steps_per_epoch, 4),
-                    "loss": total,
-                    "image_loss": image,
-                    "structure_loss": structure,
                     "lr": lr,
-                    "grad_norm": norm,
+                    **self._means(rows),
                     "images_per_second": round(self.layout.total / seconds, 2),
                     "memory_gib": round(log.memory(self.accelerator.device), 3),
                     "skipped_steps": self.window.skipped_steps,
@@ -151,10 +147,24 @@ class Trainer:
             f"out; the last one's images ({path} has all {len(names)}): {', '.join(names[:8])}"
         )
 
-    def _save(self) -> None:
+    def _means(self, rows: list[list[float]]) -> dict[str, float | None]:
+        names = (*self.task.losses, "grad_norm")
+        return dict(zip(names, mean(rows, len(names)), strict=True))
+
+    def _evaluate(self) -> float | None:
+        """The score of the model as it is, where the task has one, which is logged."""
+        found = self.task.evaluate(self.stepper.plain, self.accelerator)
+        if found is None:
+            return None
+        score, metrics = found
+        if self.log is not None:
+            self.log.metrics(self.done, metrics)
+        return score
+
+    def _save(self, score: float | None) -> None:
         tensors = state.gather(self.stepper.model, self.stepper.optimizer.optimizer)
         if self.accelerator.is_main_process:
-            total, image, structure, _ = mean(self.since_checkpoint)
+            means = self._means(self.since_checkpoint)
             scaler = self.accelerator.scaler
             folder = self.run / "checkpoints"
             path = checkpoint.write(
@@ -164,9 +174,9 @@ class Trainer:
                 {
                     "version": sgmim_fast.__version__,
                     "torch": torch.__version__,
-                    "loss": total,  # means since the checkpoint before
-                    "image_loss": image,
-                    "structure_loss": structure,
+                    "command": self.task.command,
+                    **{name: means[name] for name in self.task.losses},  # since the checkpoint before
+                    "score": means["loss"] if score is None else score,
                     "steps": self.steps,
                     "epoch": self.done / self.steps_per_epoch,
                     "total_batch": self.layout.total,
@@ -184,8 +194,7 @@ class Trainer:
     def _draw(self, examples: dict[str, Any]) -> None:
         if not (self.accelerator.is_main_process or self.config.run.fsdp):  # sharded, all processes compute it
             return
-        with self.accelerator.autocast():
-            found = pictures.panels(self.stepper.plain, examples, self.config, self.accelerator.device)
+        found = self.task.draw_picture(self.stepper.plain, examples, self.accelerator)
         if self.accelerator.is_main_process:
             name = f"step-{self.done:08d}.png"
-            pictures.grid(found, self.run / "pictures" / name, f"step {self.done} of {self.steps}")
+            self.task.save_picture(found, self.run / "pictures" / name, f"step {self.done} of {self.steps}")

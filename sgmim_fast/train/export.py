@@ -12,8 +12,9 @@ from safetensors import safe_open
 import sgmim_fast
 from sgmim_fast.checkpoints import export_timm
 from sgmim_fast.errors import UserError
-from sgmim_fast.train.config import Config, Data, to_yaml
+from sgmim_fast.train.config import Config, Data
 from sgmim_fast.train.runs import Saved, find, load
+from sgmim_fast.train.settings import to_yaml
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

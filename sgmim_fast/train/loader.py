@@ -1,7 +1,8 @@
-"""Batches of pairs, from any step on."""
+"""Batches of items, from any step on."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from itertools import count, islice
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from sgmim_fast.errors import UserError
 from sgmim_fast.train.order import Layout, Order, mix
 
 
@@ -38,6 +40,33 @@ def batches(
             dataset.set_epoch(epoch)
         first = step % steps_per_epoch if epoch == step // steps_per_epoch else 0
         yield from DataLoader(dataset, batch_sampler=Order(len(dataset), layout, seed, epoch, first), **options)
+
+
+def steps_per_epoch(settings: Any, dataset: Dataset, layout: Layout, what: str = "images") -> int:
+    """Optimizer steps of an epoch; what does not fill a step is left out.
+
+    Args:
+        settings: the section "data"; its `epoch_images` counts for a data set that only iterates.
+        what: an item, in the plural.
+
+    Raises:
+        UserError: the data set does not fill one.
+    """
+    items = settings.epoch_images if isinstance(dataset, IterableDataset) else len(dataset)
+    if items < layout.total:
+        raise UserError(
+            f"the data has {items} {what}, fewer than the {layout.total} of a step ({layout.batch} for each of "
+            f"{layout.processes} processes, {layout.accumulate} times); expected a smaller optim.batch"
+        )
+    return items // layout.total
+
+
+def workers(settings: Any) -> int:
+    """Loading processes for each training process: what the cores allow, at most 8, unless the section "data" says."""
+    if settings.workers is not None:
+        return settings.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
 def examples(dataset: Dataset, number: int) -> dict[str, Any]:

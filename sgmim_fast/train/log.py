@@ -1,10 +1,11 @@
-"""What a run says: a JSON line for every window of steps, a progress bar or plain lines, TensorBoard on request."""
+"""What a run says: JSON lines for windows of steps and evaluations, a progress bar or plain lines, TensorBoard."""
 
 from __future__ import annotations
 
 import json
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from tqdm import tqdm
 
 from sgmim_fast.errors import UserError
+
+STEPS, METRICS = "log.jsonl", "metrics.jsonl"
 
 
 class Log:
@@ -22,17 +25,22 @@ class Log:
         steps: of the whole run.
         done: steps that are done; later lines, of a run that was cut off, are taken out.
         tensorboard: write `tensorboard/` as well.
+        losses: names of the losses, the total first.
 
     Raises:
         UserError: TensorBoard is asked for and not installed.
     """
 
-    def __init__(self, run: Path, steps: int, done: int = 0, tensorboard: bool = False):
-        self.path, self.steps = run / "log.jsonl", steps
-        lines = [line for line in read(run) if line["step"] <= done]
-        aside = self.path.with_suffix(".writing")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        aside.rename(self.path)
+    def __init__(
+        self, run: Path, steps: int, done: int = 0, tensorboard: bool = False, losses: Sequence[str] = ("loss",)
+    ):
+        self.run, self.steps, self.losses = run, steps, losses
+        for name in (STEPS, METRICS):
+            lines = [line for line in read(run, name) if line["step"] <= done]
+            if lines or name == STEPS:
+                aside = (run / name).with_suffix(".writing")
+                aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
+                aside.rename(run / name)
         self.board = _board(run / "tensorboard", done) if tensorboard else None
         self.bar = tqdm(total=steps, initial=done, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
@@ -42,18 +50,26 @@ class Log:
 
     def window(self, line: dict[str, Any]) -> None:
         """One line about the last steps; "step" is the number of steps done."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        if self.board is not None:
-            for name, value in line.items():
-                if name != "step" and value is not None:
-                    self.board.add_scalar(name, value, line["step"])
-        text = describe(line)
+        self._write(STEPS, line)
+        text = describe(line, self.losses)
         if self.bar.disable:
             width = len(str(self.steps))
             self.say(f"step {line['step']:{width}}/{self.steps}  epoch {line['epoch']:.2f}  {text}")
         else:
             self.bar.set_postfix_str(text)
+
+    def metrics(self, step: int, found: dict[str, float]) -> None:
+        """What an evaluation after so many steps found."""
+        self._write(METRICS, {"step": step, **found})
+        self.say(f"evaluation after step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in found.items()))
+
+    def _write(self, name: str, line: dict[str, Any]) -> None:
+        with (self.run / name).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.board is not None:
+            for key, value in line.items():
+                if key != "step" and value is not None:
+                    self.board.add_scalar(key, value, line["step"])
 
     def say(self, text: str) -> None:
         """A line of text, above the bar."""
@@ -66,9 +82,9 @@ class Log:
             self.board.close()
 
 
-def read(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log. One that was cut off in the middle ends it."""
-    path, lines = run / "log.jsonl", []
+def read(run: Path, name: str = STEPS) -> list[dict[str, Any]]:
+    """The lines of a run's log of steps, or of metrics. One that was cut off in the middle ends it."""
+    path, lines = run / name, []
     for text in path.read_text().splitlines() if path.is_file() else ():
         try:
             lines.append(json.loads(text))
@@ -77,15 +93,16 @@ def read(run: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def describe(line: dict[str, Any]) -> str:
+def describe(line: dict[str, Any], losses: Sequence[str]) -> str:
     """The numbers of a window in words."""
+    total, *parts_of_it = losses
 
     def number(name: str, form: str) -> str:
         return "none" if line[name] is None else format(line[name], form)
 
+    inside = ", ".join(f"{name.removesuffix('_loss')} {number(name, '.4f')}" for name in parts_of_it)
     parts = [
-        f"loss {number('loss', '.4f')} (image {number('image_loss', '.4f')}, "
-        f"structure {number('structure_loss', '.4f')})",
+        f"{total} {number(total, '.4f')}" + (f" ({inside})" if inside else ""),
         f"lr {line['lr']:.2e}",
         f"norm {number('grad_norm', '.2f')}",
         f"{line['images_per_second']:.0f} images/s",

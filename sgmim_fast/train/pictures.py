@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,16 +85,15 @@ def grid(found: Panels, path: Path, title: str = "") -> None:
     _save(figure, path)
 
 
-def curves(lines: list[dict[str, Any]], path: Path) -> None:
-    """Both losses and the learning rate over the steps of a log."""
-    figure = Figure((10, 2.8), layout="constrained")
-    axes = figure.subplots(1, 3)
-    names = {"image_loss": "image loss", "structure_loss": "structure loss", "lr": "learning rate"}
-    for axis, (name, label) in zip(axes, names.items(), strict=True):
-        known = [(line["step"], line[name]) for line in lines if line[name] is not None]
+def curves(lines: list[dict[str, Any]], path: Path, names: Sequence[str]) -> None:
+    """What has these names, and the learning rate, over the steps of a log."""
+    names = (*names, "lr")
+    figure = Figure((3.4 * len(names), 2.8), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names)), names, strict=True):
+        known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         axis.plot(*zip(*known, strict=True), linewidth=1) if known else None
         axis.set_xlabel("step", fontsize=8)
-        axis.set_ylabel(label, fontsize=8)
+        axis.set_ylabel("learning rate" if name == "lr" else name.replace("_", " "), fontsize=8)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from sgmim_fast.errors import UserError, nearest
-from sgmim_fast.train.config import Config, from_mapping, read_yaml, with_changes
+from sgmim_fast.train import settings
+from sgmim_fast.train.config import Config
 
 _SWIN_BASE = {"encoder": "swin_base_patch4_window7_224", "arguments": {"window_size": 6}}
 _800 = {"epochs": 800, "lr": 1e-4, "warmup_lr": 5e-7, "schedule": "multistep", "milestones": [700]}
@@ -57,27 +56,4 @@ def preset(name: str) -> Config:
     Raises:
         UserError: there is none of that name; the nearest ones are named.
     """
-    if name not in PRESETS:
-        raise UserError(f"there is no preset {name!r}, only {', '.join(PRESETS)}{nearest(name, PRESETS)}")
-    config = Config(preset=name)
-    return with_changes(config, from_mapping(PRESETS[name], name), name)
-
-
-def resolve(name: str | None, file: str | Path | None, changes: dict[str, Any]) -> Config:
-    """Preset, then a YAML file over it, then single changes over both.
-
-    Args:
-        name: of the preset; None: the file's own `preset:`, if it has one.
-        file: YAML, or None.
-        changes: "section.field" -> value.
-
-    Raises:
-        UserError: naming what does not fit.
-    """
-    from_file = read_yaml(file) if file is not None else {}
-    name = name or from_file.get("preset")
-    if name is None and file is None and "model.encoder" not in changes:
-        raise UserError(f"give --preset, one of {', '.join(PRESETS)}, or --config FILE")
-    config = preset(str(name)) if name else Config()
-    config = with_changes(config, from_file, str(file))
-    return with_changes(config, changes, "--set")
+    return settings.preset(Config(), PRESETS, name)

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sgmim_fast.errors import UserError
 from sgmim_fast.model import SGMIM
 from sgmim_fast.train import checkpoint
 from sgmim_fast.train.build import create_model
-from sgmim_fast.train.config import Config, from_mapping, with_changes
+from sgmim_fast.train.config import Config
+from sgmim_fast.train.settings import from_mapping, with_changes
 
 
 class Saved(NamedTuple):
@@ -18,19 +20,27 @@ class Saved(NamedTuple):
 
     path: Path
     facts: dict[str, Any]
-    config: Config
+    config: Any
 
 
-def find(run: Path, name: str | None = None) -> Saved:
+def find(run: Path, name: str | None = None, kind: type = Config, command: str = "pretrain") -> Saved:
     """The checkpoint of that name, "best" or the newest, and the configuration it was trained with.
+
+    Args:
+        kind: of the configuration.
+        command: that made the run.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
+        UserError: another command made the run.
     """
     path = checkpoint.choose(run, name)
     facts = checkpoint.facts(path)
+    made_by = facts.get("command", "pretrain")
+    if made_by != command:
+        raise UserError(f"{run} is a run of sgmim-fast {made_by}; expected one of sgmim-fast {command}")
     where = str(path / checkpoint.FACTS)
-    config = Config(preset=facts["config"].get("preset", ""))
+    config = kind(preset=facts["config"].get("preset", ""))
     return Saved(path, facts, with_changes(config, from_mapping(facts["config"], where), where))
 
 

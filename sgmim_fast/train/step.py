@@ -1,4 +1,4 @@
-"""One optimizer step: masks and standardisation on the device, forward and backward, clipping, AdamW."""
+"""One optimizer step: what the task draws for it, forward and backward, clipping, AdamW."""
 
 from __future__ import annotations
 
@@ -11,20 +11,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from sgmim_fast.data import skipped_names, standardize_valid
-from sgmim_fast.model import SGMIM
-from sgmim_fast.train import masks
-from sgmim_fast.train.build import create_model
-from sgmim_fast.train.config import Config
-from sgmim_fast.train.optimizer import create_optimizer, learning_rate
+from sgmim_fast.data import skipped_names
 from sgmim_fast.train.order import Layout, mix
+from sgmim_fast.train.task import Task
 
 
 class Done(NamedTuple):
     """A step that was taken, without waiting for the device."""
 
-    values: Tensor  # (4,) float32 on the device: loss, image loss, structure loss of this process, gradient norm of all
+    values: Tensor  # (n + 1,) float32 on the device: the task's n losses of this process, gradient norm of all
     lr: float
     names: list[str]  # of the images
     skipped: list[str]  # broken files that other images stand in for
@@ -33,63 +30,69 @@ class Done(NamedTuple):
 class Stepper:
     """Model and optimizer, placed by accelerate, and the step that trains them.
 
-    A step draws its masks and its random numbers (drop path) from the seed and its own number alone, so it does the
-    same after any interruption. Where the loss is not finite, every gradient becomes NaN, in all processes, and AdamW
-    is told on the device to leave parameters and moments alone: nothing waits for that.
+    A step draws what it draws (masks, drop path) from the seed and its own number alone, so it does the same after any
+    interruption. Where the loss is not finite, every gradient becomes NaN, in all processes, and AdamW is told on the
+    device to leave parameters and moments alone, and running statistics of batch norms are put back: nothing waits.
 
     Raises:
         UserError: the model's settings do not fit together.
     """
 
-    def __init__(self, config: Config, accelerator: Accelerator, layout: Layout, steps_per_epoch: int):
-        self.config, self.accelerator, self.layout = config, accelerator, layout
-        self.steps_per_epoch = steps_per_epoch
-        torch.manual_seed(mix(config.run.seed, 0))
-        self.plain: SGMIM = create_model(config).to(accelerator.device)
+    def __init__(self, task: Task, accelerator: Accelerator, layout: Layout, steps_per_epoch: int):
+        self.task, self.accelerator, self.layout = task, accelerator, layout
+        self.config, self.steps_per_epoch = task.config, steps_per_epoch
+        self.steps = max(1, round(task.config.optim.epochs * steps_per_epoch))  # of the whole run
+        torch.manual_seed(mix(self.config.run.seed, 0))
+        self.plain: nn.Module = task.create_model()
+        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+            self.plain = nn.SyncBatchNorm.convert_sync_batchnorm(self.plain)
+        self.plain.to(accelerator.device)
         self.model: nn.Module = self.plain
-        if config.run.fsdp:
+        if self.config.run.fsdp:
             self._shard()
-            self.optimizer = accelerator.prepare(create_optimizer(self.plain, config.optim))
+            self.optimizer = accelerator.prepare(task.create_optimizer(self.plain))
         else:
-            self.model, self.optimizer = accelerator.prepare(self.plain, create_optimizer(self.plain, config.optim))
+            self.model, self.optimizer = accelerator.prepare(self.plain, task.create_optimizer(self.plain))
         self.model.train()
 
     def __call__(self, step: int, batches: Iterator[dict[str, Any]]) -> Done:
         """Takes the step of that number, from 0, with the next batches."""
         settings, device, accumulate = self.config.optim, self.accelerator.device, self.layout.accumulate
         seed = self.config.run.seed
-        lr = learning_rate(settings, step, self.steps_per_epoch, self.layout.total)
+        lr = self.task.learning_rate(step, self.steps_per_epoch, self.steps, self.layout.total)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         torch.manual_seed(mix(seed, 3, step, self.layout.rank))
-        mask = masks.draw(self.config.mask, self.config.data.size, self.layout.total, seed, step, device)
-        losses, names, skipped = torch.zeros(3, device=device), [], []
+        drawn = self.task.draw(step, self.layout.total, device)
+        losses, names, skipped = torch.zeros(len(self.task.losses), device=device), [], []
+        before = [buffer.clone() for buffer in self._statistics()]
         for backward in range(accumulate):
             batch = next(batches)
             names += batch["name"]
             skipped += skipped_names(batch["skipped"])
-            own = masks.part(mask, self.layout.first(backward), self.layout.batch)
             with self._sync(backward == accumulate - 1):
-                losses += self._backward(batch, own).float() / accumulate
+                losses += self._backward(batch, drawn, self.layout.first(backward)) / accumulate
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), settings.clip or torch.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if self.accelerator.scaler is None:  # a gradient scaler does the same by itself
             self.optimizer.optimizer.found_inf = (~norm.isfinite()).float()
+        for buffer, old in zip(self._statistics(), before, strict=True):
+            buffer.copy_(torch.where(norm.isfinite(), buffer, old))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return Done(torch.cat([losses, norm.float().view(1)]), lr, names, skipped)
 
-    def _backward(self, batch: dict[str, Any], mask: masks.SelectiveMask) -> Tensor:
-        device = self.accelerator.device
-        images = batch["image"].to(device, non_blocking=True)
-        structure, valid = standardize_valid(batch["structure"].to(device, non_blocking=True))
-        with self.accelerator.autocast():
-            losses = self.model(images, structure, mask, return_losses=True, structure_valid=valid)
-        finite = losses.total.detach().isfinite()
+    def _backward(self, batch: dict[str, Any], drawn: Any, first: int) -> Tensor:
+        losses = self.task.loss(self.model, batch, drawn, first, self.accelerator)
+        finite = losses[0].detach().isfinite()
         # L1's gradient is a sign, which does not pass an infinite loss on
         poison = torch.where(finite, 1 / self.layout.accumulate, torch.nan)
-        self.accelerator.backward(losses.total * poison)
-        return torch.stack([loss.detach() for loss in losses])
+        self.accelerator.backward(losses[0] * poison)
+        return torch.stack([loss.detach().float() for loss in losses])
+
+    def _statistics(self) -> list[Tensor]:
+        norms = (module for module in self.plain.modules() if isinstance(module, _BatchNorm))
+        return [buffer for norm in norms for buffer in norm.buffers()]
 
     @contextlib.contextmanager
     def _sync(self, last: bool) -> Iterator[None]:
@@ -102,11 +105,10 @@ class Stepper:
                 yield
 
     def _shard(self) -> None:
-        """FSDP over all processes: each block of the encoder is gathered by itself, the rest together."""
+        """FSDP over all processes: each part that the task names is gathered by itself, the rest together."""
         mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
-        encoder = self.plain.encoder.model
-        for stage in getattr(encoder, "layers", [encoder]):
-            for block in stage.blocks:
-                fully_shard(block, mesh=mesh)
+        for part in self.task.shards(self.plain):
+            fully_shard(part, mesh=mesh)
         fully_shard(self.plain, mesh=mesh)
-        register_fsdp_forward_method(self.plain, "predict")
+        if hasattr(self.plain, "predict"):
+            register_fsdp_forward_method(self.plain, "predict")

@@ -39,15 +39,16 @@ class Window:
             limit: so many steps in a row without a finite loss are too many.
 
         Returns:
-            loss, image loss, structure loss and gradient norm of every step that counted; seconds that a step took;
+            the losses and the gradient norm of every step that counted; seconds that a step took;
             whether any process was asked to stop; whether the limit was reached.
         """
         values = torch.stack([done.values for done in self.steps])
         files = sum(len(done.skipped) for done in self.steps)
-        flags = torch.tensor([[float(stop), float(files), 0.0, 0.0]], device=values.device)
+        flags = values.new_zeros(1, values.shape[1])
+        flags[0, :2] = torch.tensor([float(stop), float(files)])
         mean = self.accelerator.reduce(torch.cat([values, flags]), "mean").tolist()
         seconds = (time.perf_counter() - self.begun) / len(self.steps)
-        *rows, (stop_share, file_share, _, _) = mean
+        *rows, (stop_share, file_share, *_) = mean
         self.skipped_files += round(file_share * self.accelerator.num_processes)
         counted, too_many = [], False
         scaled = self.accelerator.scaler is not None  # an overflow is then part of finding the scale
@@ -56,7 +57,7 @@ class Window:
                 counted.append(row)
             else:
                 self.skipped_steps += 1
-            if all(map(math.isfinite, row[:3] if scaled else row)):
+            if all(map(math.isfinite, row[:-1] if scaled else row)):
                 self.in_row = 0
                 continue
             self.in_row += 1
@@ -67,6 +68,6 @@ class Window:
         return counted, seconds, stop_share > 0, too_many
 
 
-def mean(rows: Sequence[Sequence[float]]) -> list[float | None]:
+def mean(rows: Sequence[Sequence[float]], columns: int) -> list[float | None]:
     """Of each column; None without rows."""
-    return [sum(column) / len(rows) for column in zip(*rows, strict=True)] if rows else [None] * 4
+    return [sum(column) / len(rows) for column in zip(*rows, strict=True)] if rows else [None] * columns

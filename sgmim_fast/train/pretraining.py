@@ -1,0 +1,95 @@
+"""Pre-training as a `Task`: SGMIM, masks and pairs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from sgmim_fast.data import sheet, standardize_valid
+from sgmim_fast.model import SGMIM
+from sgmim_fast.train import build, export, masks, optimizer, pictures
+from sgmim_fast.train.config import Config
+from sgmim_fast.train.runs import find
+from sgmim_fast.train.task import Task
+
+
+class Pretraining(Task):
+    """SG-MIM, or SimMIM without its guidance."""
+
+    config: Config
+    command = "pretrain"
+    losses = ("loss", "image_loss", "structure_loss")
+
+    def check(self) -> None:
+        build.check(self.config)
+
+    def create_model(self) -> SGMIM:
+        return build.create_model(self.config)
+
+    def create_dataset(self) -> Dataset:
+        return build.create_dataset(self.config)
+
+    def create_optimizer(self, model: SGMIM) -> torch.optim.AdamW:
+        return optimizer.create_optimizer(model, self.config.optim)
+
+    def learning_rate(self, step: int, steps_per_epoch: int, steps: int, total_batch: int) -> float:
+        return optimizer.learning_rate(self.config.optim, step, steps_per_epoch, total_batch)
+
+    def draw(self, step: int, images: int, device: torch.device) -> masks.SelectiveMask:
+        return masks.draw(self.config.mask, self.config.data.size, images, self.config.run.seed, step, device)
+
+    def loss(
+        self,
+        model: nn.Module,
+        batch: dict[str, Any],
+        drawn: masks.SelectiveMask,
+        first: int,
+        accelerator: Accelerator,
+    ) -> Sequence[Tensor]:
+        device = accelerator.device
+        images = batch["image"].to(device, non_blocking=True)
+        structure, valid = standardize_valid(batch["structure"].to(device, non_blocking=True))
+        mask = masks.part(drawn, first, len(images))
+        with accelerator.autocast():
+            return model(images, structure, mask, return_losses=True, structure_valid=valid)
+
+    def shards(self, model: SGMIM) -> Iterable[nn.Module]:
+        """The blocks of the encoder."""
+        encoder = model.encoder.model
+        for stage in getattr(encoder, "layers", [encoder]):
+            yield from stage.blocks
+
+    def draw_picture(self, model: SGMIM, examples: dict[str, Any], accelerator: Accelerator) -> pictures.Panels:
+        with accelerator.autocast():
+            return pictures.panels(model, examples, self.config, accelerator.device)
+
+    def save_picture(self, found: pictures.Panels, path: Path, title: str) -> None:
+        pictures.grid(found, path, title)
+
+    def describe(self, model: SGMIM) -> str:
+        parameters, encoder = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, model.encoder))
+        return f"{self.config.model.encoder}, {parameters:.1f} M parameters, {encoder:.1f} M of them the encoder's"
+
+    def dry_run(self, dataset: Dataset, folder: Path) -> str:
+        """Reads every pair where that can be done, and draws some."""
+        if hasattr(dataset, "verify"):
+            for _ in tqdm(dataset.verify(), "reading", len(dataset), unit="pair", disable=not sys.stderr.isatty()):
+                pass
+        path = folder / "pairs.png"
+        sheet(dataset, path)
+        return f"{path} shows some pairs"
+
+    def finish(self, folder: Path, lines: list[dict[str, Any]]) -> str:
+        pictures.curves(lines, folder / "losses.png", ("image_loss", "structure_loss"))
+        encoder = folder / "encoder.safetensors"
+        card = export.export(find(folder), encoder)
+        last = max((folder / "pictures").glob("*.png"), default=None)
+        return f"wrote {encoder} and {card.name}; look at {folder / 'losses.png'} and {last}"

@@ -1,0 +1,237 @@
+"""Typed settings: how a preset, a YAML file and `--set` become the dataclass of a run's configuration, and back.
+
+A configuration is a frozen dataclass with a text `preset` and sections, which are frozen dataclasses themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from sgmim_fast.errors import UserError, nearest
+
+C = TypeVar("C")
+
+# Settings of any section "run" that change what is computed; the rest of it says how to run and what to leave behind.
+_OF_RUN = ("seed", "precision", "fsdp")
+# Changing these on resuming leaves every step what it would have been; images a step are compared by themselves.
+_FREE = ("data.workers", "optim.batch", "optim.accumulate")
+# What every configuration has, and is at least 1, or 0
+OF_EVERY_RUN_1 = (
+    *("optim.batch", "optim.accumulate", "run.log_every", "run.checkpoint_every"),
+    *("run.keep", "run.pictures", "run.nonfinite"),
+)
+OF_EVERY_RUN_0 = (
+    *("data.workers", "optim.epochs", "optim.lr", "optim.weight_decay"),
+    *("optim.clip", "run.seed", "run.pictures_every"),
+)
+
+
+def with_changes(config: C, changes: Mapping[str, Any], where: str) -> C:
+    """The configuration with some fields replaced.
+
+    Args:
+        changes: "section.field" -> value of the field's type, or text to be read as one. Keys below
+            "model.arguments." are arguments of timm.
+        where: what the changes come from, for the message.
+
+    Raises:
+        UserError: a key that does not exist (the nearest ones are named), or a value of another type.
+    """
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        if key == "preset":
+            continue
+        section, _, name = key.partition(".")
+        kinds = typing.get_type_hints(type(getattr(config, section, None)))
+        argument = section == "model" and name.startswith("arguments.")
+        if not argument and name not in kinds:
+            raise UserError(f"{where}: there is no setting {key!r}{nearest(key, flat(config))}")
+        new = sections.setdefault(section, {})
+        if argument:
+            arguments = new.get("arguments", config.model.arguments)
+            new["arguments"] = {**arguments, name.partition(".")[2]: _read(value)}
+        else:
+            new[name] = _as(kinds[name], value, f"{where}: {key}")
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **new) for name, new in sections.items()}
+    )
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """ "section.field" -> value, in order."""
+    return {
+        f"{section.name}.{f.name}": getattr(getattr(config, section.name), f.name)
+        for section in dataclasses.fields(config)
+        if section.name != "preset"
+        for f in dataclasses.fields(getattr(config, section.name))
+    }
+
+
+def differences(old: C, new: C) -> list[str]:
+    """ "key: old -> new" for every field that changes what a run computes."""
+    before, after = flat(old), flat(new)
+    changed = [key for key in before if before[key] != after[key] and not _is_free(key)]
+    return [f"{key}: {before[key]} -> {after[key]}" for key in changed]
+
+
+def _is_free(key: str) -> bool:
+    section, _, name = key.partition(".")
+    return key in _FREE or (section == "run" and name not in _OF_RUN)
+
+
+def at_least(config: Any, least: int, names: Iterable[str]) -> None:
+    """Raises UserError for the first of these settings that is a number below `least` (0 or 1)."""
+    values = flat(config)
+    for name in names:
+        if values[name] is not None and values[name] < least:
+            raise UserError(f"{name} is {values[name]}; expected {'at least 1' if least else '0 or more'}")
+
+
+def to_yaml(config: Any) -> str:
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def from_mapping(tree: Any, where: str) -> dict[str, Any]:
+    """Nested sections, as in a YAML file, to the flat keys of `with_changes` ("preset" stays).
+
+    Raises:
+        UserError: it is no mapping of sections.
+    """
+    if tree is None:
+        return {}
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{where} is no configuration: expected sections like 'optim:' with settings below them")
+    changes: dict[str, Any] = {}
+    for section, settings in tree.items():
+        if section == "preset":
+            changes["preset"] = settings
+        elif isinstance(settings, Mapping):
+            changes |= {f"{section}.{name}": value for name, value in settings.items()}
+        else:
+            raise UserError(f"{where}: {section} is {settings!r}; expected a section with settings below it")
+    return changes
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The flat keys of a YAML file.
+
+    Raises:
+        UserError: the file cannot be read, or is no YAML, or no configuration.
+    """
+    try:
+        return from_mapping(yaml.safe_load(Path(path).read_text()), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the configuration {path}: {getattr(error, 'strerror', error)}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no YAML: {error}") from error
+
+
+def read_assignments(assignments: Iterable[str]) -> dict[str, str]:
+    """`--set` "a.b=value" texts to flat keys.
+
+    Raises:
+        UserError: one has no "=".
+    """
+    changes = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--set {assignment}: expected SECTION.SETTING=VALUE, like optim.lr=1e-4")
+        changes[key.strip()] = value.strip()
+    return changes
+
+
+def resolve(
+    default: C, presets: Mapping[str, Any], name: str | None, file: str | Path | None, changes: dict[str, Any]
+) -> C:
+    """Preset, then a YAML file over it, then single changes over both.
+
+    Args:
+        default: the configuration before them.
+        presets: name -> nested sections.
+        name: of the preset; None: the file's own `preset:`, if it has one.
+        file: YAML, or None.
+        changes: "section.field" -> value.
+
+    Raises:
+        UserError: naming what does not fit.
+    """
+    from_file = read_yaml(file) if file is not None else {}
+    name = name or from_file.get("preset")
+    if name is None and file is None and "model.encoder" not in changes:
+        raise UserError(f"give --preset, one of {', '.join(presets)}, or --config FILE")
+    config = preset(default, presets, str(name)) if name else default
+    config = with_changes(config, from_file, str(file))
+    return with_changes(config, changes, "--set")
+
+
+def preset(default: C, presets: Mapping[str, Any], name: str) -> C:
+    """One of the presets.
+
+    Raises:
+        UserError: there is none of that name; the nearest ones are named.
+    """
+    if name not in presets:
+        raise UserError(f"there is no preset {name!r}, only {', '.join(presets)}{nearest(name, presets)}")
+    return with_changes(dataclasses.replace(default, preset=name), from_mapping(presets[name], name), name)
+
+
+def _read(value: Any) -> Any:
+    """Text as YAML reads it, but 1e-4 is a number."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value) if "e" in value.lower() else yaml.safe_load(value)
+    except (ValueError, yaml.YAMLError):
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError:
+            return value
+
+
+def _as(kind: Any, value: Any, where: str) -> Any:
+    """`value` as a `kind` of a field above."""
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        given = _read(value)
+        if given is None:
+            return None
+        return _as(next(option for option in options if option is not type(None)), value, where)
+    if origin is Literal:
+        if value not in options:
+            raise UserError(
+                f"{where} is {value!r}; expected one of {', '.join(options)}{nearest(str(value), options, 1)}"
+            )
+        return value
+    if kind is str:
+        return str(value)
+    given = _read(value)
+    if kind is float and isinstance(given, int) and not isinstance(given, bool):
+        return float(given)
+    if kind is int and isinstance(given, float) and given.is_integer():
+        return int(given)
+    if origin is None and isinstance(given, kind) and (kind is bool) == isinstance(given, bool):
+        return given
+    if origin is dict and isinstance(given, Mapping):
+        return dict(given)
+    if origin is tuple:
+        items = given if isinstance(given, list | tuple) else [given]
+        if options[-1] is Ellipsis or len(items) == len(options):
+            return tuple(_as(options[0], item, where) for item in items)
+    expected = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "")
+    if origin is tuple:
+        expected = "numbers like [1, 2]" if options[-1] is Ellipsis else f"{len(options)} numbers like [1, 2]"
+    raise UserError(f"{where} is {value!r}; expected {expected or 'settings like {a: 1}'}")
+
+
+def _plain(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _plain(value) for key, value in tree.items()}
+    return list(tree) if isinstance(tree, tuple) else tree

@@ -41,14 +41,14 @@ class Command:
         default: the configuration before any preset.
         presets: name -> nested settings.
         short: option -> the setting it stands for, beside `SHORT`.
-        task: makes the task of a configuration.
+        task: makes the task of a configuration and a checkpoint's facts.
     """
 
     name: str
     default: Any
     presets: Mapping[str, Any]
     short: Mapping[str, str]
-    task: Callable[[Any], Task]
+    task: Callable[..., Task]
 
     def add_arguments(self, parser: argparse.ArgumentParser, hint: str) -> None:
         """The options that both commands have. `hint`: what to say of the presets."""
@@ -76,10 +76,10 @@ class Command:
         if args.resume is not None:
             saved = find(args.resume, args.checkpoint, type(self.default), self.name)
         config = self._configuration(args, saved)
-        task = self.task(config)
+        task = self.task(config, saved.facts if saved else None)
         if args.dry_run:
             return _dry_run(task, args.resume or args.out or Path())
-        folder = args.resume or args.out or Path("runs", config.preset or "run")
+        folder = args.resume or args.out or Path("runs", task.name)
         if saved is None and checkpoint.steps(folder / "checkpoints"):
             raise UserError(
                 f"{folder} holds a run already; --resume {folder} goes on with it, --out starts another one"

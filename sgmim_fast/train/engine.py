@@ -68,7 +68,7 @@ class Trainer:
         config, main = self.config.run, self.accelerator.is_main_process
         if main:
             self.log = log.Log(self.run, self.steps, self.done, config.tensorboard, self.task.losses)
-        examples = loader.examples(self.dataset, config.pictures)
+        examples = self.task.examples(self.dataset, config.pictures)
         pin, each = self.accelerator.device.type == "cuda", loader.workers(self.config.data)
         batches = loader.batches(
             *(self.dataset, self.layout, config.seed, self.done, self.steps_per_epoch), workers=each, pin=pin
@@ -176,6 +176,7 @@ class Trainer:
                     "torch": torch.__version__,
                     "command": self.task.command,
                     **{name: means[name] for name in self.task.losses},  # since the checkpoint before
+                    **self.task.facts_of(self.stepper.plain),
                     "score": means["loss"] if score is None else score,
                     "steps": self.steps,
                     "epoch": self.done / self.steps_per_epoch,
@@ -191,7 +192,7 @@ class Trainer:
         self.since_checkpoint = []
         self.accelerator.wait_for_everyone()
 
-    def _draw(self, examples: dict[str, Any]) -> None:
+    def _draw(self, examples: Any) -> None:
         if not (self.accelerator.is_main_process or self.config.run.fsdp):  # sharded, all processes compute it
             return
         found = self.task.draw_picture(self.stepper.plain, examples, self.accelerator)

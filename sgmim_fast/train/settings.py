@@ -18,7 +18,8 @@ from sgmim_fast.errors import UserError, nearest
 
 C = TypeVar("C")
 
-# Settings of any section "run" that change what is computed; the rest of it says how to run and what to leave behind.
+# Sections that say how to run, what to leave behind and how to evaluate, and what of them changes the training
+_ASIDE = ("run", "evaluation")
 _OF_RUN = ("seed", "precision", "fsdp")
 # Changing these on resuming leaves every step what it would have been; images a step are compared by themselves.
 _FREE = ("data.workers", "optim.batch", "optim.accumulate")
@@ -83,7 +84,7 @@ def differences(old: C, new: C) -> list[str]:
 
 def _is_free(key: str) -> bool:
     section, _, name = key.partition(".")
-    return key in _FREE or (section == "run" and name not in _OF_RUN)
+    return key in _FREE or (section in _ASIDE and name not in _OF_RUN)
 
 
 def at_least(config: Any, least: int, names: Iterable[str]) -> None:

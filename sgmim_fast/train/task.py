@@ -12,9 +12,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from sgmim_fast.train import loader
+
 
 class Task(ABC):
     """A configuration, and what follows from it.
+
+    Args:
+        facts: of the checkpoint to go on from, {} at the start.
 
     Attributes:
         config: with the sections optim (epochs, batch, accumulate, clip), data (workers) and run
@@ -28,8 +33,13 @@ class Task(ABC):
     losses: tuple[str, ...] = ("loss",)
     what = "images"
 
-    def __init__(self, config: Any) -> None:
-        self.config = config
+    def __init__(self, config: Any, facts: dict[str, Any] | None = None) -> None:
+        self.config, self.facts = config, facts or {}
+
+    @property
+    def name(self) -> str:
+        """Of a run's folder, where the user gives none."""
+        return self.config.preset or "run"
 
     @abstractmethod
     def check(self) -> None:
@@ -75,9 +85,17 @@ class Task(ABC):
         """A score, the lower the better, and metrics by name; before every checkpoint. None: the loss is the score."""
         return None
 
+    def examples(self, dataset: Dataset, number: int) -> Any:
+        """Something to draw, the same at every call."""
+        return loader.examples(dataset, number)
+
+    def facts_of(self, model: nn.Module) -> dict[str, Any]:
+        """What checkpoints say about the model besides the configuration; JSON."""
+        return {}
+
     @abstractmethod
-    def draw_picture(self, model: nn.Module, examples: dict[str, Any], accelerator: Accelerator) -> Any:
-        """What there is to see of some items; `save_picture` takes it. All processes call it with run.fsdp."""
+    def draw_picture(self, model: nn.Module, examples: Any, accelerator: Accelerator) -> Any:
+        """What there is to see of `examples`; `save_picture` takes it. All processes call it with run.fsdp."""
 
     @abstractmethod
     def save_picture(self, found: Any, path: Path, title: str) -> None: ...

@@ -39,7 +39,13 @@ class Features(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, name: str, indices: Sequence[int], img_size: tuple[int, int], notes: Sequence[str] = ()
+        self,
+        model: nn.Module,
+        name: str,
+        indices: Sequence[int],
+        img_size: tuple[int, int],
+        any_size: bool,
+        notes: Sequence[str] = (),
     ) -> None:
         super().__init__()
         info = [_feature_info(model)[index] for index in indices]
@@ -49,8 +55,7 @@ class Features(nn.Module):
         self.channels: list[int] = [level["num_chs"] for level in info]
         self.strides: list[int] = [level["reduction"] for level in info]
         self.img_size = img_size
-        strict = getattr(getattr(model, "patch_embed", None), "strict_img_size", False)
-        self.fixed_size = img_size if strict else None
+        self.fixed_size = None if any_size else img_size
         self.notes = list(notes)
         model.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
 
@@ -117,7 +122,7 @@ def create_features(
         timm_arguments: further ones for `timm.create_model`, over those of an exported file.
 
     Raises:
-        UserError: an unknown name, a file that cannot be read or has too few or too many parameters (all are listed),
+        UserError: an unknown name, a file that cannot be read or has too few or too many parameters (the first are named),
             or arguments timm does not accept.
     """
     state, written = (None, {}) if checkpoint is None else weights.read(checkpoint)
@@ -138,7 +143,7 @@ def create_features(
         target_arguments["window_size"] = _tuples(window_size)
     if isinstance(source, SwinTransformerV2):
         target_arguments.setdefault("pretrained_window_sizes", _trained_windows(source))
-    model = _create_for_size(name, size, drop_path_rate, target_arguments)
+    model, any_size = _create_for_size(name, size, drop_path_rate, target_arguments)
     if not hasattr(model, "forward_intermediates"):
         raise UserError(
             f"timm's {name} gives no intermediate maps; expected a model with forward_intermediates, such as swin_*, "
@@ -150,7 +155,7 @@ def create_features(
         notes = weights.load(model, state, source, what=str(checkpoint or name), source_known=known)
     for note in notes:
         _logger.info(note)
-    features = Features(model, name, _indices(model, name, indices), size, notes)
+    features = Features(model, name, _indices(model, name, indices), size, any_size, notes)
     if accelerate and any(type(module) in blocks.FAST for module in model.modules()):
         accelerate_blocks(model)
     return features
@@ -177,29 +182,30 @@ def _create(name: str, arguments: dict[str, Any], **more: Any) -> nn.Module:
         raise UserError(f"timm cannot create {name} with {arguments}: {error}") from error
 
 
-def _create_for_size(name: str, size: tuple[int, int], drop_path_rate: float, arguments: dict[str, Any]) -> nn.Module:
-    """The model for that image size, and for any other where timm can: each family has its own argument for it."""
-    base = {**arguments, "num_classes": 0}
-    if drop_path_rate or "drop_path_rate" not in base:
-        base["drop_path_rate"] = drop_path_rate
+def _create_for_size(
+    name: str, size: tuple[int, int], drop_path_rate: float, arguments: dict[str, Any]
+) -> tuple[nn.Module, bool]:
+    """The model for that image size, and whether it takes others: each family has its own argument for that."""
     attempts: list[dict[str, Any]] = [
         {"img_size": size, "dynamic_img_size": True},  # ViT, and Swin in new timm
         {"img_size": size, "strict_img_size": False},  # Swin
         {"img_size": size},
         {},  # convolutions take any size
     ]
-    for extra in attempts:
+    drop_path = {"drop_path_rate": drop_path_rate}
+    refused = ""
+    for extra in [{**one, **drop_path} for one in attempts] + ([] if drop_path_rate else [{}]):
         try:
-            return timm.create_model(name, **base, **extra)
+            model = timm.create_model(name, **{**arguments, "num_classes": 0, **extra})
+            return model, "img_size" not in extra or len(extra) == 3
         except TypeError as error:
             refused = str(error)
             if not any(f"'{argument}'" in refused for argument in extra):
                 break
         except (AssertionError, RuntimeError, ValueError) as error:
-            raise UserError(f"timm cannot create {name} for {size[0]}x{size[1]} with {arguments}: {error}") from error
-    if "'drop_path_rate'" in refused and not drop_path_rate:
-        return _create(name, {**arguments, "num_classes": 0})
-    raise UserError(f"timm cannot create {name} with {arguments}: {refused}")
+            refused = str(error)
+            break
+    raise UserError(f"timm cannot create {name} for {size[0]}x{size[1]} with {arguments}: {refused}")
 
 
 def _feature_info(model: nn.Module) -> list[dict[str, Any]]:

@@ -61,7 +61,7 @@ class DepthMetrics(Metric):
             valid pixels first, for models that know depth up to a scale.
 
     Raises:
-        UserError: an unknown crop or align.
+        UserError: an unknown crop or align, or a range that does not start above 0.
     """
 
     full_state_update = False
@@ -77,6 +77,8 @@ class DepthMetrics(Metric):
         **torchmetrics: object,
     ) -> None:
         super().__init__(**torchmetrics)
+        if not 0 < min_depth < max_depth:
+            raise UserError(f"min_depth and max_depth are {min_depth}, {max_depth}; expected 0 < min_depth < max_depth")
         if crop is not None and crop not in CROPS:
             raise UserError(f"crop is {crop!r}; expected None, {', '.join(CROPS)}")
         if align not in (None, "median"):
@@ -111,7 +113,11 @@ class DepthMetrics(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Each of `NAMES` -> mean over images (NaN without any), and "images" and "skipped": how many there were."""
         means = self.sums / self.images
-        return {**dict(zip(self.NAMES, means, strict=True)), "images": self.images, "skipped": self.skipped}
+        return {
+            **dict(zip(self.NAMES, means, strict=True)),
+            "images": self.images.clone(),
+            "skipped": self.skipped.clone(),
+        }
 
 
 def depth_errors(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +74,17 @@ def load(
         A line for each kind of resizing, and one where the sizes of pre-training had to be guessed.
 
     Raises:
-        UserError: parameters are missing, unexpected or of another shape; they are listed.
+        UserError: parameters are missing, unexpected or of another shape; the first are named.
     """
-    fitted = {name: value for name, value in state.items() if not _BUFFERS.search(name)}
+    fitted = dict(state)
     # the tables are resized here: timm's filters take every table for one of a square window
     positions = {name: fitted.pop(name) for name in list(fitted) if name.endswith(_TABLE) or name == "pos_embed"}
     convert: Callable[..., dict[str, Tensor]] | None = getattr(
         sys.modules[type(model).__module__], "checkpoint_filter_fn", None
     )
-    if convert is not None:
-        fitted = convert(fitted, model)
+    fitted = _used(fitted if convert is None else convert(fitted, model))
     resized: dict[str, set[tuple[Pair, Pair]]] = {"relative position bias tables": set(), "absolute positions": set()}
-    expected = {name: value for name, value in model.state_dict().items() if not _BUFFERS.search(name)}
+    expected = _used(model.state_dict())
     for name, value in positions.items():
         if name == "pos_embed" and expected.get(name) is not None:
             value, change = _absolute(value, expected[name], model, source)
@@ -101,6 +100,10 @@ def load(
     _require_same(what, fitted, expected)
     model.load_state_dict(fitted, strict=False)
     return _notes(resized, model, source, what, source_known)
+
+
+def _used(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if not _UNUSED.match(name) and not _BUFFERS.search(name)}
 
 
 def _table(name: str, value: Tensor, model: nn.Module, source: nn.Module) -> tuple[Tensor, tuple[Pair, Pair] | None]:
@@ -145,17 +148,21 @@ def _absolute(
 
 
 def _require_same(what: str, given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    missing = [name for name in expected if name not in given and not _UNUSED.match(name)]
-    unexpected = [name for name in given if name not in expected and not _UNUSED.match(name)]
+    missing = [name for name in expected if name not in given]
+    unexpected = [name for name in given if name not in expected]
     shapes = [
         f"{name} {tuple(given[name].shape)} instead of {tuple(expected[name].shape)}"
         for name in expected
         if name in given and given[name].shape != expected[name].shape
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+    listed = "; ".join(f"{len(names)} {kind}: {_first(names)}" for kind, names in problems.items() if names)
     if listed:
         raise UserError(f"{what} does not fit the encoder; {listed}")
+
+
+def _first(names: Sequence[str], count: int = 8) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
 def _notes(

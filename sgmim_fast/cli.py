@@ -19,6 +19,8 @@ COMMANDS = {
     "pretrain": ("sgmim_fast.train.pretrain", "pre-train an encoder on images and structure maps", "train"),
     "structure": ("sgmim_fast.structure", "make structure maps for a folder of images", "structure"),
     "reconstruct": ("sgmim_fast.train.reconstruct", "draw what a pre-trained model reconstructs", "train"),
+    "finetune": ("sgmim_fast.downstream.finetune", "train an encoder on depth or segmentation", "downstream"),
+    "evaluate": ("sgmim_fast.downstream.evaluate", "the metrics of a fine-tuned model", "downstream"),
     "export": ("sgmim_fast.train.export", "write a run's encoder to a file that timm loads", "train"),
 }
 

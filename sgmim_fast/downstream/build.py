@@ -1,4 +1,4 @@
-"""Model, data sets and metrics of a fine-tuning's configuration, and what can be wrong with it, in one sentence each."""
+"""Model, data sets and metrics of a fine-tuning's configuration, and what can be wrong with it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def create_features_of(config: Config, encoder: dict[str, Any] | None = None) ->
         return create_features(encoder["name"], **given, **_tuples(encoder["arguments"]))
     path, name = Path(settings.encoder), None
     if not settings.encoder:
-        raise UserError("model.encoder is missing; expected --encoder FILE.safetensors, the folder of a run, or a timm name")
+        raise UserError(
+            "model.encoder is missing; expected --encoder FILE.safetensors, the folder of a run, or a timm name"
+        )
     if path.is_dir():
         path = path / "encoder.safetensors"
         if not path.is_file():
@@ -109,7 +111,9 @@ def create_dataset(config: Config, train: bool) -> Dataset:
     """
     settings, seed = config.data, config.run.seed
     if settings.source == "scenes":
-        return data.SceneMaps(settings.task, settings.scenes if train else settings.test_scenes, settings.size[0], seed, train)
+        return data.SceneMaps(
+            settings.task, settings.scenes if train else settings.test_scenes, settings.size[0], seed, train
+        )
     if train:
         transform = data.DenseTransform(tuple(settings.size), **_augmentation(config))
     else:
@@ -118,7 +122,9 @@ def create_dataset(config: Config, train: bool) -> Dataset:
     if settings.source != "folders":
         root = _needed(settings, "root")
         kind = {"nyu": data.NYU, "kitti": data.KITTI, "ade20k": data.ADE20K}[settings.source]
-        lists = {} if settings.source == "ade20k" else {"split_file": settings.train_list if train else settings.test_list}
+        lists = (
+            {} if settings.source == "ade20k" else {"split_file": settings.train_list if train else settings.test_list}
+        )
         return kind(root, split, transform, seed=seed, **lists)
     images, maps = (_needed(settings, name if train else f"test_{name}") for name in ("images", "maps"))
     if settings.task == "depth":
@@ -127,7 +133,10 @@ def create_dataset(config: Config, train: bool) -> Dataset:
         raise UserError(f"data.classes is {settings.classes}; expected the number of classes in data.maps, 2 or more")
     return data.SegmentationFolders(
         *(images, maps, transform),
-        classes=settings.classes, ignore=settings.ignore, reduce_zero=settings.reduce_zero, seed=seed,
+        classes=settings.classes,
+        ignore=settings.ignore,
+        reduce_zero=settings.reduce_zero,
+        seed=seed,
     )
 
 
@@ -136,7 +145,9 @@ def depth_range(config: Config, dataset: Any) -> tuple[float, float]:
     low = dataset.min_depth if config.data.min_depth is None else config.data.min_depth
     high = dataset.max_depth if config.data.max_depth is None else config.data.max_depth
     if not 0 < low < high:
-        raise UserError(f"data.min_depth is {low} and data.max_depth {high}; expected 0 < smallest < largest, in metres")
+        raise UserError(
+            f"data.min_depth is {low} and data.max_depth {high}; expected 0 < smallest < largest, in metres"
+        )
     return low, high
 
 
@@ -155,7 +166,9 @@ def plain(found: dict[str, Tensor]) -> dict[str, float]:
 def _needed(settings: Any, name: str) -> str:
     value = getattr(settings, name)
     if value is None:
-        raise UserError(f"data.{name} is missing; expected --{name.replace('_', '-')} DIR with data.source {settings.source}")
+        raise UserError(
+            f"data.{name} is missing; expected --{name.replace('_', '-')} DIR with data.source {settings.source}"
+        )
     return value
 
 

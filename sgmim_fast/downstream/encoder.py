@@ -30,7 +30,7 @@ class Features(nn.Module):
     Attributes:
         model: the timm module, cut behind the last map that is read; no classifier and no final norm, which would never
             get a gradient (heads that want normalised maps bring a norm of their own, as mmsegmentation's Swin does).
-        name: timm's name.
+        name, arguments: timm's name, and arguments that make `create_features` build the same again, without weights.
         channels, strides: of each map, finest first; strides are pixels per position.
         img_size: (height, width) it was made for.
         fixed_size: `img_size` where images of another size do not fit (BEiT, whose position tables belong to one grid),
@@ -51,6 +51,7 @@ class Features(nn.Module):
         info = [_feature_info(model)[index] for index in indices]
         self.model = model
         self.name = name
+        self.arguments: dict[str, Any] = {}
         self.indices = list(indices)
         self.channels: list[int] = [level["num_chs"] for level in info]
         self.strides: list[int] = [level["reduction"] for level in info]
@@ -122,8 +123,8 @@ def create_features(
         timm_arguments: further ones for `timm.create_model`, over those of an exported file.
 
     Raises:
-        UserError: an unknown name, a file that cannot be read or has too few or too many parameters (the first are named),
-            or arguments timm does not accept.
+        UserError: an unknown name, a file that cannot be read or has too few or too many parameters (the first are
+            named), or arguments timm does not accept.
     """
     state, written = (None, {}) if checkpoint is None else weights.read(checkpoint)
     if pretrained and checkpoint is not None:
@@ -156,6 +157,7 @@ def create_features(
     for note in notes:
         _logger.info(note)
     features = Features(model, name, _indices(model, name, indices), size, any_size, notes)
+    features.arguments = {**target_arguments, "indices": features.indices}
     if accelerate and any(type(module) in blocks.FAST for module in model.modules()):
         accelerate_blocks(model)
     return features

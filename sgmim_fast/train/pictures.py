@@ -82,7 +82,7 @@ def grid(found: Panels, path: Path, title: str = "") -> None:
             axes[row, column].imshow(picture.permute(1, 2, 0).numpy())
             axes[row, column].set_axis_off()
     figure.suptitle(title, fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def curves(lines: list[dict[str, Any]], path: Path, names: Sequence[str]) -> None:
@@ -96,9 +96,9 @@ def curves(lines: list[dict[str, Any]], path: Path, names: Sequence[str]) -> Non
         axis.set_ylabel("learning rate" if name == "lr" else name.replace("_", " "), fontsize=8)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)

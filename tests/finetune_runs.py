@@ -1,0 +1,33 @@
+"""A very small fine-tuning for the tests, by `sgmim-fast finetune`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sgmim_fast import cli
+
+TINY = {
+    "model": {
+        "encoder": "vit_tiny_patch16_224",
+        "arguments": {"depth": 4, "embed_dim": 48, "num_heads": 3},
+        "drop_path": 0.1,
+        "head": "dpt",
+    },
+    "data": {"source": "scenes", "scenes": 16, "test_scenes": 3, "size": [64, 64], "workers": 0},
+    "optim": {"epochs": 2, "batch": 4, "lr": 1e-3, "layer_decay": 0.7},
+    "run": {"log_every": 3, "checkpoint_every": 4, "pictures_every": 0, "pictures": 2},
+}
+
+
+def arguments(**changes: Any) -> list[str]:
+    """The small configuration, with changes as `optim__lr=1`, as options."""
+    given = {f"{section}.{name}": value for section, part in TINY.items() for name, value in part.items()}
+    given |= {key.replace("__", "."): value for key, value in changes.items()}
+    return [f"--set={key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in given.items()]
+
+
+def finetune(run: Path, task: str = "depth", *words: str, **changes: Any) -> int:
+    """The exit code of `sgmim-fast finetune`."""
+    return cli.main(["finetune", task, f"--out={run}", *words, *arguments(**changes)])

@@ -7,14 +7,15 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("accelerate", reason="fine-tuning needs the extra [downstream]")
 pytest.importorskip("segmentation_models_pytorch", reason="fine-tuning needs the extra [downstream]")
 pytest.importorskip("torchmetrics", reason="fine-tuning needs the extra [downstream]")
 from accelerate.state import AcceleratorState
-from finetune_runs import finetune
+from finetune_runs import arguments, finetune
 from PIL import Image
-from pretraining import fresh_accelerate, same, weights
+from pretraining import finish, fresh_accelerate, same, start, weights
 
 from sgmim_fast import SGMIM, cli, create_encoder
 from sgmim_fast.checkpoints import export_timm
@@ -176,6 +177,20 @@ def test_runs_of_one_command_are_not_the_other_ones(depth, tmp_path, capsys):
     assert "data.task: depth -> segmentation" in capsys.readouterr().err
     assert cli.main(["finetune", "depth", "--preset=tiny_demo", f"--encoder={tmp_path}"]) == 2
     assert "has no encoder.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
+def test_two_processes_test_what_they_save(tmp_path):
+    """Each takes its share of the test set, with the batch norms' statistics of the first one."""
+    run, file = tmp_path / "run", tmp_path / "found.json"
+    settings = arguments(optim__epochs=1, optim__batch=2, model__head="deconv")
+    command = ("-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "sgmim_fast.cli")
+    out, _ = finish(start(*command, "finetune", "depth", f"--out={run}", *settings))
+    assert "2 processes" in out
+    assert cli.main(["evaluate", str(run), f"--json={file}"]) == 0
+    found, last = json.loads(file.read_text()), log.read(run, log.METRICS)[-1]
+    assert {name: found[name] for name in last} == pytest.approx(last, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", PRESETS)

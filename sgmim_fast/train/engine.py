@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, gather_object
 from torch.utils.data import Dataset
 
 import sgmim_fast
@@ -153,6 +153,8 @@ class Trainer:
 
     def _evaluate(self) -> float | None:
         """The score of the model as it is, where the task has one, which is logged."""
+        for statistics in self.stepper.statistics():  # of batch norms: what the first process saves is what is tested
+            statistics.copy_(broadcast(statistics))
         found = self.task.evaluate(self.stepper.plain, self.accelerator)
         if found is None:
             return None

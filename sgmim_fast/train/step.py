@@ -65,7 +65,7 @@ class Stepper:
         torch.manual_seed(mix(seed, 3, step, self.layout.rank))
         drawn = self.task.draw(step, self.layout.total, device)
         losses, names, skipped = torch.zeros(len(self.task.losses), device=device), [], []
-        before = [buffer.clone() for buffer in self._statistics()]
+        before = [buffer.clone() for buffer in self.statistics()]
         for backward in range(accumulate):
             batch = next(batches)
             names += batch["name"]
@@ -76,7 +76,7 @@ class Stepper:
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if self.accelerator.scaler is None:  # a gradient scaler does the same by itself
             self.optimizer.optimizer.found_inf = (~norm.isfinite()).float()
-        for buffer, old in zip(self._statistics(), before, strict=True):
+        for buffer, old in zip(self.statistics(), before, strict=True):
             buffer.copy_(torch.where(norm.isfinite(), buffer, old))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -90,7 +90,8 @@ class Stepper:
         self.accelerator.backward(losses[0] * poison)
         return torch.stack([loss.detach().float() for loss in losses])
 
-    def _statistics(self) -> list[Tensor]:
+    def statistics(self) -> list[Tensor]:
+        """The running statistics of batch norms."""
         norms = (module for module in self.plain.modules() if isinstance(module, _BatchNorm))
         return [buffer for norm in norms for buffer in norm.buffers()]
 

@@ -1,0 +1,1 @@
+"""Fine-tuning on depth and segmentation, and its evaluation."""

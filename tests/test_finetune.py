@@ -184,7 +184,7 @@ def test_runs_of_one_command_are_not_the_other_ones(depth, tmp_path, capsys):
 def test_two_processes_test_what_they_save(tmp_path):
     """Each takes its share of the test set, with the batch norms' statistics of the first one."""
     run, file = tmp_path / "run", tmp_path / "found.json"
-    settings = arguments(optim__epochs=1, optim__batch=2, model__head="deconv")
+    settings = arguments(optim__epochs=1, optim__batch=2, model__head="upernet")
     command = ("-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "sgmim_fast.cli")
     out, _ = finish(start(*command, "finetune", "depth", f"--out={run}", *settings))
     assert "2 processes" in out

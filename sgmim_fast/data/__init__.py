@@ -13,13 +13,14 @@ except ModuleNotFoundError as missing:
 
 from sgmim_fast.data.folders import FolderPairs
 from sgmim_fast.data.image_file import IMAGE_SUFFIXES, ImageFile
+from sgmim_fast.data.map_file import MAP_SUFFIXES
 from sgmim_fast.data.pair import Item, Structure
 from sgmim_fast.data.report import BrokenFile, DataError, Report, skipped_names
 from sgmim_fast.data.scenes import Scenes
 from sgmim_fast.data.shards import ShardPairs
 from sgmim_fast.data.sheet import sheet
 from sgmim_fast.data.standardize import standardize_valid
-from sgmim_fast.data.structure_file import MAP_SUFFIXES, StructureFile
+from sgmim_fast.data.structure_file import StructureFile
 from sgmim_fast.data.transform import Normalize, PairTransform
 
 __all__ = [

@@ -69,15 +69,21 @@ def make_item(tensors: Sequence[Tensor], name: str, skipped: Sequence[str] = ())
         TypeError: the transform returned something else.
     """
     image, structure, *labels = tensors
-    for what, tensor, channels in (("image", image, 3), ("structure", structure, 1)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"transform returned a {type(tensor).__name__} for {what}; expected a tensor")
-        if tensor.dtype != torch.float32 or tensor.ndim != 3 or tensor.shape[0] != channels:
-            raise TypeError(
-                f"transform returned {what} as {tensor.dtype} {tuple(tensor.shape)}; "
-                f"expected float32 ({channels}, H, W)"
-            )
+    check_tensor("image", image, torch.float32, (3,))
+    check_tensor("structure", structure, torch.float32, (1,))
     item = Item(image=image, structure=structure, name=name, skipped="\n".join(skipped))
     if labels:
         item["labels"] = labels[0]
     return item
+
+
+def check_tensor(what: str, tensor: Any, dtype: torch.dtype, channels: tuple[int, ...]) -> None:
+    """Raises TypeError unless a transform returned a tensor of this dtype with these sizes before height and width."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"transform returned a {type(tensor).__name__} for {what}; expected a tensor")
+    if tensor.dtype != dtype or tensor.ndim != len(channels) + 2 or tensor.shape[:-2] != channels:
+        expected = ", ".join([*map(str, channels), "H", "W"])
+        raise TypeError(
+            f"transform returned {what} as {tensor.dtype} {tuple(tensor.shape)}; "
+            f"expected {str(dtype).removeprefix('torch.')} ({expected})"
+        )

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from sgmim_fast.data.image_file import IMAGE_SUFFIXES, ImageFile
+from sgmim_fast.data.map_file import MAP_SUFFIXES
 from sgmim_fast.data.pair import Item, make_item
 from sgmim_fast.data.report import BrokenFile, DataError, Report
 from sgmim_fast.data.seeding import Seeded, seeded
-from sgmim_fast.data.structure_file import MAP_SUFFIXES, StructureFile
+from sgmim_fast.data.structure_file import StructureFile
 from sgmim_fast.data.transform import Normalize, transformed
 
 TRIED = 100  # samples of the first shard, at construction

@@ -47,12 +47,13 @@ def decode(*files: Tensor | ImageFile | StructureFile) -> list[Tensor]:
 
 
 def transformed(
-    transform: Callable[..., Sequence[Tensor]], image: ImageFile, structure: StructureFile
+    transform: Callable[..., Sequence[Tensor]], image: ImageFile | Tensor, structure: StructureFile | Tensor
 ) -> Sequence[Tensor]:
-    """What a transform makes of a pair of files. Ours decode no more than they need; others get tensors."""
+    """What a transform makes of a pair. Ours decode no more of a file than they need; others get tensors."""
     if isinstance(transform, Normalize):
         return transform(image, structure)
-    return transform(tv_tensors.Image(image.decode()), structure.decode())
+    image, structure = decode(image, structure)
+    return transform(tv_tensors.Image(image), structure)
 
 
 class PairTransform(Normalize):

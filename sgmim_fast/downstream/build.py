@@ -114,30 +114,55 @@ def create_dataset(config: Config, train: bool) -> Dataset:
         return data.SceneMaps(
             settings.task, settings.scenes if train else settings.test_scenes, settings.size[0], seed, train
         )
-    if train:
-        transform = data.DenseTransform(tuple(settings.size), **_augmentation(config))
-    else:
-        transform = data.DenseTransform.evaluation()
-    split = "train" if train else "test"
+    dataset = _read(config, train)
+    dataset.transform = _transform(config, dataset, train)
+    return dataset
+
+
+def _read(config: Config, train: bool) -> Any:
+    settings, seed = config.data, config.run.seed
+    names = settings.train_list if train else settings.test_list
+    if settings.source == "ade20k":
+        return data.ADE20K(_needed(settings, "root"), "train" if train else "test", seed=seed)
     if settings.source != "folders":
-        root = _needed(settings, "root")
-        kind = {"nyu": data.NYU, "kitti": data.KITTI, "ade20k": data.ADE20K}[settings.source]
-        lists = (
-            {} if settings.source == "ade20k" else {"split_file": settings.train_list if train else settings.test_list}
-        )
-        return kind(root, split, transform, seed=seed, **lists)
+        kind = {"nyu": data.NYU, "kitti": data.KITTI}[settings.source]
+        options = {"split_file": names, "check_units": settings.check_units, "seed": seed}
+        return kind(_needed(settings, "root"), "train" if train else "test", **options)
     images, maps = (_needed(settings, name if train else f"test_{name}") for name in ("images", "maps"))
     if settings.task == "depth":
-        return data.DepthFolders(images, maps, transform, scale=settings.scale, seed=seed)
+        known = {"min_depth": settings.min_depth, "max_depth": settings.max_depth}
+        known = {name: value for name, value in known.items() if value is not None}
+        return data.DepthFolders(
+            *(images, maps),
+            names=names,
+            scale=settings.scale,
+            check_units=settings.check_units,
+            seed=seed,
+            **known,
+        )
     if settings.classes < 2:
         raise UserError(f"data.classes is {settings.classes}; expected the number of classes in data.maps, 2 or more")
     return data.SegmentationFolders(
-        *(images, maps, transform),
+        *(images, maps),
         classes=settings.classes,
+        names=names,
         ignore=settings.ignore,
         reduce_zero=settings.reduce_zero,
         seed=seed,
     )
+
+
+def _transform(config: Config, dataset: Any, train: bool) -> Any:
+    settings = config.data
+    if not train:
+        return data.DenseTransform.evaluation(settings.task, tuple(settings.size))
+    given = _tuples(settings.augment)
+    if settings.task == "depth":
+        given.setdefault("max_depth", depth_range(config, dataset)[1])
+    try:
+        return data.DenseTransform(tuple(settings.size), settings.task, **given)
+    except TypeError as error:
+        raise UserError(f"data.augment is {settings.augment}; expected arguments of DenseTransform: {error}") from error
 
 
 def depth_range(config: Config, dataset: Any) -> tuple[float, float]:
@@ -170,10 +195,6 @@ def _needed(settings: Any, name: str) -> str:
             f"data.{name} is missing; expected --{name.replace('_', '-')} DIR with data.source {settings.source}"
         )
     return value
-
-
-def _augmentation(config: Config) -> dict[str, Any]:
-    return {"task": config.data.task, **_tuples(config.data.augment)}
 
 
 def _tuples(value: Any) -> Any:

@@ -31,13 +31,14 @@ class Data:
     task: Literal["depth", "segmentation"] = "depth"
     source: Literal["folders", "nyu", "kitti", "ade20k", "scenes"] = "folders"
     root: str | None = None  # of nyu, kitti, ade20k
-    train_list: str | None = None  # of nyu and kitti: the split's file; None: the usual one, under root
-    test_list: str | None = None
+    train_list: str | None = None  # file with the names of a split, of all sources but ade20k; None: nyu's and kitti's
+    test_list: str | None = None  # usual ones, under root, and all of folders
     images: str | None = None  # of folders: images to train on
     maps: str | None = None  # the mirrored folder of depth or label maps
     test_images: str | None = None
     test_maps: str | None = None
-    scale: float = 1000.0  # of folders: what an integer map has for one metre
+    scale: float | None = None  # of folders: what an integer map has for one metre, such as 1000
+    check_units: bool = True  # refuse depth whose median is far outside of what is evaluated
     classes: int = 0  # of folders of labels
     ignore: int = 255  # label that does not count
     reduce_zero: bool = False  # label 0 does not count, and 1 becomes 0
@@ -47,7 +48,7 @@ class Data:
     max_depth: float | None = None
     crop: Literal["eigen", "garg", "none"] | None = None  # part of an image that is evaluated; None: the data set's
     size: tuple[int, int] = (480, 480)  # height and width of training crops, pixels
-    augment: dict[str, Any] = field(default_factory=dict)  # further arguments of DenseTransform
+    augment: dict[str, Any] = field(default_factory=dict)  # further arguments of DenseTransform, such as {flip: 0}
     workers: int | None = None  # loading processes of each training process; None: what the cores allow, at most 8
 
 

@@ -1,0 +1,120 @@
+"""Random colours, as the published recipes for depth and segmentation change them.
+
+They take and return (3, H, W) float32 from 0 to 1; their random numbers come from torch's CPU generator.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+Range = tuple[float, float]
+
+
+class DepthColors:
+    """Contrast and brightness together, gamma, and hue, saturation and value together, each with probability `p`.
+
+    What GLPDepth and MIM-Depth-Estimation do, by the defaults of albumentations' RandomBrightnessContrast, RandomGamma
+    and HueSaturationValue. Grey pixels stay grey here; OpenCV's conversion tints them red where saturation is added.
+
+    Args:
+        p: probability of each of the three.
+        brightness: most that is added, of 1.
+        contrast: pixels are multiplied by 1 - contrast to 1 + contrast.
+        gamma: range of the exponent.
+        hue: most that the hue turns, as a share of the circle, at most 0.5.
+        saturation, value: most that is added to them, of 1.
+    """
+
+    def __init__(
+        self,
+        p: float = 0.5,
+        *,
+        brightness: float = 0.2,
+        contrast: float = 0.2,
+        gamma: Range = (0.8, 1.2),
+        hue: float = 20 / 180,
+        saturation: float = 30 / 255,
+        value: float = 20 / 255,
+    ) -> None:
+        self.p, self.brightness, self.contrast, self.gamma = p, brightness, contrast, gamma
+        self.hue, self.saturation, self.value = hue, saturation, value
+
+    def __call__(self, image: Tensor) -> Tensor:
+        *chosen, a, b, c, d, e, f = torch.rand(9).tolist()
+        exposure, gamma, shift = (number < self.p for number in chosen)
+        if exposure:
+            image = (image * (1 + _within(a, self.contrast)) + _within(b, self.brightness)).clamp_(0, 1)
+        if gamma:
+            image = F.adjust_gamma_image(image, self.gamma[0] + c * (self.gamma[1] - self.gamma[0]))
+        if shift:
+            image = F.adjust_hue_image(image, _within(d, self.hue))
+            image = saturate(image, add=_within(e, self.saturation))
+            image = add_value(image, _within(f, self.value))
+        return image
+
+
+class SegmentationColors:
+    """Brightness, contrast, saturation and hue, each with probability `p`; contrast before or after the latter two.
+
+    What mmsegmentation's PhotoMetricDistortion does, but for rounding to 8 bits between the steps.
+
+    Args:
+        p: probability of each of the four.
+        brightness: most that is added, of 1.
+        contrast: range of what pixels are multiplied by.
+        saturation: range of what the saturation is multiplied by.
+        hue: most that the hue turns, as a share of the circle, at most 0.5.
+    """
+
+    def __init__(
+        self,
+        p: float = 0.5,
+        *,
+        brightness: float = 32 / 255,
+        contrast: Range = (0.5, 1.5),
+        saturation: Range = (0.5, 1.5),
+        hue: float = 18 / 180,
+    ) -> None:
+        self.p, self.brightness, self.contrast, self.saturation, self.hue = p, brightness, contrast, saturation, hue
+
+    def __call__(self, image: Tensor) -> Tensor:
+        *chosen, order, a, b, c, d = torch.rand(9).tolist()
+        brightness, contrast, saturation, hue = (number < self.p for number in chosen)
+        factor = self.contrast[0] + b * (self.contrast[1] - self.contrast[0])
+        if brightness:
+            image = (image + _within(a, self.brightness)).clamp_(0, 1)
+        if contrast and order < 0.5:
+            image = F.adjust_brightness_image(image, factor)
+        if saturation:
+            image = saturate(image, factor=self.saturation[0] + c * (self.saturation[1] - self.saturation[0]))
+        if hue:
+            image = F.adjust_hue_image(image, _within(d, self.hue))
+        if contrast and order >= 0.5:
+            image = F.adjust_brightness_image(image, factor)
+        return image
+
+
+def saturate(image: Tensor, factor: float = 1.0, add: float = 0.0) -> Tensor:
+    """Multiplies the saturation of HSV, and adds to it, at the same hue and value. Grey stays grey.
+
+    torchvision's adjust_saturation is another operation: it blends with grey, and changes the value.
+    """
+    value = image.amax(-3, keepdim=True)
+    span = value - image.amin(-3, keepdim=True)
+    wanted = (span / value * factor + add).clamp_(0, 1) * value
+    ratio = torch.where(span > 0, wanted / span, 0.0)
+    return value - (value - image) * ratio
+
+
+def add_value(image: Tensor, add: float) -> Tensor:
+    """Adds to the value of HSV, the largest channel, at the same hue and saturation."""
+    value = image.amax(-3, keepdim=True)
+    wanted = (value + add).clamp_(0, 1)
+    return torch.where(value > 0, image * (wanted / value), wanted)
+
+
+def _within(number: float, most: float) -> float:
+    """A number from 0 to 1 as one from -most to most."""
+    return (2 * number - 1) * most

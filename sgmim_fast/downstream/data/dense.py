@@ -1,0 +1,76 @@
+"""What data sets for depth and segmentation have in common."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sgmim_fast.data.image_file import ImageFile
+from sgmim_fast.data.pair import check_tensor
+from sgmim_fast.data.pairs import Pairs
+from sgmim_fast.data.report import BrokenFile
+from sgmim_fast.errors import UserError
+
+SPLITS = ("train", "test")
+
+
+class DensePairs(Pairs):
+    """Images with a map that has a value for every pixel. Image and map have the same height and width.
+
+    Subclasses set `images` and `maps`, the folders that their entries, (pairs, 2) paths as bytes, are relative to.
+    """
+
+    task: ClassVar[str]
+    kind: ClassVar[str]  # what messages call a map
+    images: Path
+    maps: Path
+
+    def name(self, index: int) -> str:
+        """Path of an image inside the tree."""
+        return os.fsdecode(self._entries[index, 0])
+
+    def _map_name(self, index: int) -> str:
+        return os.path.join(self.maps, os.fsdecode(self._entries[index, 1]))
+
+    def _image(self, index: int) -> Tensor:
+        """(3, H, W) uint8."""
+        return ImageFile(os.path.join(self.images, self.name(index))).decode()
+
+    @abstractmethod
+    def _map(self, index: int) -> Tensor:
+        """(..., H, W)"""
+
+    def _part(self, pixels: Tensor, index: int) -> Tensor:
+        """The part of an image or map that the benchmark uses."""
+        return pixels
+
+    def _read(self, index: int) -> tuple[Tensor, Tensor]:
+        image, pixels = self._image(index), self._map(index)
+        if image.shape[-2:] != pixels.shape[-2:]:
+            (height, width), (map_height, map_width) = image.shape[-2:], pixels.shape[-2:]
+            raise BrokenFile(
+                self._map_name(index),
+                f"{self.kind} is {map_height}×{map_width}, its image {height}×{width}; expected the same size",
+            )
+        return self._part(image, index), self._part(pixels, index)
+
+    def _item(self, tensors: Sequence[Tensor], name: str, skipped: Sequence[str]) -> dict[str, Any]:
+        image, pixels = tensors
+        check_tensor("image", image, torch.float32, (3,))
+        if self.task == "depth":
+            check_tensor("depth", pixels, torch.float32, (1,))
+            return {"image": image, "depth": pixels, "name": name, "skipped": "\n".join(skipped)}
+        check_tensor("labels", pixels, torch.int64, ())
+        return {"image": image, "labels": pixels, "name": name, "skipped": "\n".join(skipped)}
+
+
+def check_split(split: str) -> None:
+    """Raises UserError unless it is "train" or "test"."""
+    if split not in SPLITS:
+        raise UserError(f"split is {split!r}; expected {' or '.join(SPLITS)}")

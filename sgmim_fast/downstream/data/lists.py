@@ -1,0 +1,144 @@
+"""The files of a split: lists of them, and where they are in a tree."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sgmim_fast.data.files import Found
+from sgmim_fast.data.image_file import IMAGE_SUFFIXES
+from sgmim_fast.data.report import DataError, Report
+
+# beside the data, or in the folder that a published repository has it in (BTS, GLPDepth, ZoeDepth)
+LIST_FOLDERS = (".", "train_test_inputs", "filenames", "splits", "data_splits")
+NONE = "None"  # in place of a map: there is none for this image
+
+
+def find_split_file(root: Path, given: str | os.PathLike[str] | None, names: Sequence[str]) -> Path:
+    """The file of a split: the one given, or the first of these names beside the data.
+
+    Raises:
+        DataError: it is not there; says where it was looked for.
+    """
+    if given is not None:
+        if not (path := Path(given)).is_file():
+            raise DataError(
+                f"split_file is {path}; expected a file, found {'a folder' if path.exists() else 'nothing'}"
+            )
+        return path
+    for folder in LIST_FOLDERS:
+        for name in names:
+            if (path := root / folder / name).is_file():
+                return path
+    raise DataError(
+        f"no split file: looked for {' and '.join(names)} in {root} and its folders {', '.join(LIST_FOLDERS[1:])}; "
+        "give split_file, the file's path"
+    )
+
+
+def read_list(path: Path) -> list[tuple[str, str]]:
+    """Image and map of each line; further columns, such as the focal length, are left out.
+
+    Raises:
+        DataError: a line has no two columns, or there is none.
+    """
+    pairs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="surrogateescape").splitlines(), 1):
+        columns = [column.lstrip("/") for column in line.split()]
+        if len(columns) == 1:
+            raise DataError(f"{path}, line {number}: found {line.strip()!r}; expected an image and its map")
+        if columns:
+            pairs.append((columns[0], columns[1]))
+    if not pairs:
+        raise DataError(f"{path} is empty; expected an image and its map in each line")
+    return pairs
+
+
+class Tree:
+    """Finds files below `root`, whose names in a list are relative to one of some folders of it.
+
+    Looks at each folder once: a list has tens of thousands of names in a hundred folders.
+    """
+
+    def __init__(self, root: Path, folders: Sequence[str], other_suffixes: Sequence[str] = ()) -> None:
+        self.root, self.folders, self.other_suffixes = root, folders, other_suffixes
+        self._inside: dict[str, frozenset[str]] = {}
+
+    def find(self, name: str) -> str | None:
+        """Its path relative to the root, perhaps with one of the other suffixes."""
+        parent, file = os.path.split(name)
+        stem = os.path.splitext(file)[0]
+        for folder in self.folders:
+            place = os.path.normpath(os.path.join(folder, parent))
+            inside = self._files(place)
+            for other in (file, *(stem + suffix for suffix in self.other_suffixes)):
+                if other in inside:
+                    return os.path.join(place, other)
+        return None
+
+    def _files(self, place: str) -> frozenset[str]:
+        if place not in self._inside:
+            try:
+                self._inside[place] = frozenset(os.listdir(self.root / place))
+            except OSError:
+                self._inside[place] = frozenset()
+        return self._inside[place]
+
+
+def listed_pairs(source: Path, images: Tree, maps: Tree, kind: str, report: Report) -> np.ndarray:
+    """The pairs of a list: (pairs, 2) paths relative to the trees' roots, as bytes.
+
+    Images without a map, listed so or because it is not there, and images that are not there go into `report`.
+
+    Raises:
+        DataError: the list cannot be read, or none of its pairs is there.
+    """
+    pairs = []
+    for image_name, map_name in read_list(source):
+        image, pixels = images.find(image_name), None if map_name == NONE else maps.find(map_name)
+        if image is None:
+            report.broken[image_name] = f"is listed in {source}, but not there"
+        elif pixels is None:
+            report.images_without_map.append(image_name)
+        else:
+            pairs.append((os.fsencode(image), os.fsencode(pixels)))
+    if not pairs:
+        image_name, map_name = next((pair for pair in read_list(source) if pair[1] != NONE), read_list(source)[0])
+        raise DataError(
+            f"none of the pairs in {source} is there: looked for images such as {image_name} in {_places(images)}, and "
+            f"for {kind}s such as {map_name} in {_places(maps)}"
+        )
+    return np.array(pairs, dtype=np.bytes_)
+
+
+def _places(tree: Tree) -> str:
+    return f"{tree.root}" + "".join(f", {folder}/" for folder in tree.folders if folder != ".")
+
+
+def only_listed(found: Found, names: str | os.PathLike[str] | None, root: Path, report: Report) -> Found:
+    """Those of the files in a tree that a list names, with or without suffix, one a line; None: all.
+
+    Raises:
+        DataError: there is no such list, or none of its files.
+    """
+    if names is None:
+        return found
+    if not (path := Path(names)).is_file():
+        raise DataError(f"names is {path}; expected a file, found {'a folder' if path.exists() else 'nothing'}")
+    kept: Found = {}
+    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()]
+    for name in filter(None, lines):
+        stem, suffix = os.path.splitext(os.path.normpath(name))
+        if suffix.lower() not in IMAGE_SUFFIXES:
+            stem, suffix = stem + suffix, ""
+        suffixes = [end for end in found.get(stem, []) if suffix in ("", end)]
+        if suffixes:
+            kept[stem] = kept.get(stem, []) + suffixes
+        else:
+            report.broken[name] = f"is listed in {path}, but not there"
+    if not kept:
+        raise DataError(f"none of the {len(report.broken)} images that {path} lists is in {root}; such as {lines[0]}")
+    return dict(sorted(kept.items()))

@@ -89,7 +89,7 @@ def test_segmentation_with_upernet_learns_from_an_exported_encoder(tmp_path):
     file = pretrained / "encoder.safetensors"
     export_timm(SGMIM(encoder, encoder_stride=32), file)
     run = tmp_path / "run"
-    changes = {"model__arguments": {}, "model__encoder": str(pretrained), "model__head": "upernet"}
+    changes = {"model__arguments": {}, "model__encoder": str(pretrained)}
     assert finetune(run, "segmentation", **changes, optim__epochs=1) == 0
     found = log.read(run, log.METRICS)[-1]
     assert 0 <= found["mIoU"] <= found["aAcc"] <= 1
@@ -133,14 +133,14 @@ def test_folders_of_depth(tmp_path):
             depth[:10] = 0
             Image.fromarray(depth).save(tmp_path / part / "maps" / f"{i}.png")
     words = [
-        *("--source=folders", f"--images={tmp_path}/train/images", f"--maps={tmp_path}/train/maps"),
+        *(f"--images={tmp_path}/train/images", f"--maps={tmp_path}/train/maps"),
         *(f"--test-images={tmp_path}/test/images", f"--test-maps={tmp_path}/test/maps"),
     ]
     run = tmp_path / "run"
-    assert finetune(run, "depth", *words, data__max_depth=10, optim__epochs=1) == 0
+    assert finetune(run, "depth", *words, data__source="folders", data__scale=1000, optim__epochs=1) == 0
     found = log.read(run, log.METRICS)[-1]
     assert found["images"] == 2 and 0 < found["rmse"] < 10
-    assert finetune(tmp_path / "dry", "depth", *words, "--dry-run") == 0
+    assert finetune(tmp_path / "dry", "depth", *words, "--dry-run", data__source="folders", data__scale=1000) == 0
     assert (tmp_path / "dry" / "items.png").is_file()
 
 
@@ -158,8 +158,8 @@ WRONG = [
     ("depth", {"run__fsdp": True}, "run.fsdp is true"),
     ("depth", {"data__min_depth": 5, "data__max_depth": 3}, "expected 0 < smallest < largest"),
     ("depth", {"optim__batch": 100}, "fewer than the 100 of a step"),
-    ("depth", {"data__size": [56, 56]}, "multiples of 16"),
-    ("depth", {"model__head": "upernet", "data__size": [48, 48]}, "multiples of 32"),
+    ("depth", {"data__size": [56, 56], "model__head": "deconv"}, "multiples of 16"),
+    ("depth", {"data__size": [48, 48]}, "multiples of 32"),
 ]
 
 
@@ -184,7 +184,7 @@ def test_runs_of_one_command_are_not_the_other_ones(depth, tmp_path, capsys):
 def test_two_processes_test_what_they_save(tmp_path):
     """Each takes its share of the test set, with the batch norms' statistics of the first one."""
     run, file = tmp_path / "run", tmp_path / "found.json"
-    settings = arguments(optim__epochs=1, optim__batch=2, model__head="upernet")
+    settings = arguments(optim__epochs=1, optim__batch=2)
     command = ("-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "sgmim_fast.cli")
     out, _ = finish(start(*command, "finetune", "depth", f"--out={run}", *settings))
     assert "2 processes" in out

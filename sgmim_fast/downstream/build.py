@@ -23,8 +23,8 @@ _TASKS = {"nyu": "depth", "kitti": "depth", "ade20k": "segmentation"}  # of the 
 def check(config: Config) -> None:
     """Raises UserError, naming the setting, what came and what is expected."""
     settings, optim = config.data, config.optim
-    at_least(config, 1, OF_EVERY_RUN_1)
-    at_least(config, 0, (*OF_EVERY_RUN_0, "data.scenes", "data.classes", "optim.min_lr", "optim.warmup_epochs"))
+    at_least(config, 1, (*OF_EVERY_RUN_1, "model.head_channels", "evaluation.images"))
+    at_least(config, 0, (*OF_EVERY_RUN_0, "data.classes", "optim.min_lr", "optim.warmup_epochs"))
     only = _TASKS.get(settings.source, settings.task)
     if only != settings.task:
         raise UserError(
@@ -32,8 +32,10 @@ def check(config: Config) -> None:
         )
     if min(settings.size) < 1:
         raise UserError(f"data.size is {settings.size}; expected height and width in pixels")
-    if settings.source == "scenes" and settings.size[0] != settings.size[1]:
-        raise UserError(f"data.size is {settings.size}; procedural scenes are square")
+    if settings.source == "scenes":
+        at_least(config, 1, ("data.scenes", "data.test_scenes"))
+        if settings.size[0] != settings.size[1]:
+            raise UserError(f"data.size is {settings.size}; procedural scenes are square")
     if not 0 <= optim.layer_decay <= 1:
         raise UserError(f"optim.layer_decay is {optim.layer_decay}; expected 0 to 1")
     if not 0 <= config.model.drop_path < 1:
@@ -94,7 +96,9 @@ def create_model(config: Config, outputs: int, encoder: dict[str, Any] | None = 
     Raises:
         UserError: see `create_features_of`; or the head cannot use the encoder.
     """
-    model = with_head(create_features_of(config, encoder), config.model.head, outputs)
+    model = with_head(
+        create_features_of(config, encoder), config.model.head, outputs, channels=config.model.head_channels
+    )
     if config.model.freeze:
         model.freeze()
     if config.model.checkpointing:

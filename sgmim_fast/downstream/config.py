@@ -19,6 +19,7 @@ class Model:
     window_size: tuple[int, ...] | None = None  # of Swin's stages, in tokens; one number: of all; None: as it was
     drop_path: float = 0.1
     head: Literal["deconv", "dpt", "upernet"] = "deconv"
+    head_channels: int | None = None  # its width; None: the published one
     freeze: bool = False  # train the head alone
     accelerate: bool = True  # timm's blocks through fused ops
     checkpointing: bool = False  # compute activations again in the backward, to save memory

@@ -2,8 +2,8 @@
 segmentation. docs/DOWNSTREAM_DATA.md has their layouts.
 
 `dense`: what they have in common · `depth`, `segmentation`: maps, their checks, and folders of pairs · `lists`: files
-of a split, found in a tree · `nyu`, `nyu_mat`, `kitti`, `ade20k`: one layout each · `scenes`: made up · `transform`, `colors`: crops and
-colours of the published recipes.
+of a split, found in a tree · `nyu`, `nyu_mat`, `kitti`, `ade20k`: one layout each · `scenes`: made up · `transform`,
+`colors`: crops and colours of the published recipes.
 """
 
 from sgmim_fast.downstream.data.ade20k import ADE20K

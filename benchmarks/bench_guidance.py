@@ -84,7 +84,7 @@ def build(shape: Shape, dtype: torch.dtype, batch: int, device: str) -> Case:
     images = torch.randn(batch, 3, shape.image, shape.image, device=device)
     structure = standardize_structure(torch.rand(batch, 1, shape.image, shape.image, device=device))
     with torch.device(device):
-        model = SGMIM(Features(shape, features), shape.stride)
+        model = SGMIM(Features(shape, features), shape.stride, accelerate=False)
     drawn = selective_mask(batch, shape.grid, shape.ratio, device=device)
     side = shape.image // shape.stride
     cells = cells_of(drawn, side, side)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -171,6 +172,15 @@ def test_bad_mat_files(tmp_path):
     raises(DataError, "'testNdxs'; expected a MATLAB file with trainNdxs and testNdxs", tmp_path, "test")
     write_mat(tmp_path, scale=1000)
     raises(DataError, r"rawDepths \d: the median depth is [\d.e+]+ m as stored; expected 0.1 to 15 m", tmp_path, "test")
+
+
+@pytest.mark.parametrize("package", ["h5py", "scipy"])
+def test_a_missing_package_is_named(labelled, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, "scipy.io" if package == "scipy" else package, None)
+    with pytest.raises(
+        ModuleNotFoundError, match=f"need {package}, which is not installed: .*'sgmim_fast.downstream.'"
+    ):
+        NYU(labelled[0], "train")
 
 
 def test_depth_in_another_unit(tmp_path):

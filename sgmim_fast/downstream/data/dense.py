@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torchvision import tv_tensors
 
 from sgmim_fast.data.image_file import ImageFile
 from sgmim_fast.data.pair import check_tensor
@@ -58,7 +59,8 @@ class DensePairs(Pairs):
                 self._map_name(index),
                 f"{self.kind} is {map_height}×{map_width}, its image {height}×{width}; expected the same size",
             )
-        return self._part(image, index), self._part(pixels, index)
+        # slicing forgets the class, by which torchvision's transforms know what to do with a map
+        return self._part(image, index), tv_tensors.wrap(self._part(pixels, index), like=pixels)
 
     def _item(self, tensors: Sequence[Tensor], name: str, skipped: Sequence[str]) -> dict[str, Any]:
         image, pixels = tensors

@@ -93,6 +93,13 @@ def test_folders(folders):
     assert (test.min_depth, test.max_depth, test.crop, test.task) == (1e-3, 10.0, "eigen", "depth")
 
 
+def test_folders_go_before_the_mat_beside_them(tmp_path):
+    write_nyu_folders(tmp_path)
+    write_mat(tmp_path)
+    assert NYU(tmp_path, "test").name(0).startswith("official_splits")
+    assert NYU(tmp_path / "nyu_depth_v2_labeled.mat", "test").name(0) == f"rgb_{TEST[0] - 1:05d}"
+
+
 def test_border_is_cut_from_both(folders):
     whole, inside = NYU(folders, "train", WHITE), NYU(folders, "train", WHITE, border="crop")
     a, b = whole[0], inside[0]
@@ -115,11 +122,14 @@ def test_scenes_beside_the_lists(tmp_path):
 
 def test_what_is_listed_but_not_there_is_named(tmp_path):
     write_nyu_folders(tmp_path)
+    for number in ("00000", "00045"):
+        (tmp_path / "sync" / "kitchen_0028b" / f"rgb_{number}.jpg").unlink()
+    dataset = NYU(tmp_path, "train")  # as many are missing as are tried
+    assert len(dataset) == 2 and dataset.report.images_without_map == []
+    assert list(dataset.report.broken) == ["kitchen_0028b/rgb_00000.jpg", "kitchen_0028b/rgb_00045.jpg"]
     (tmp_path / "sync" / "cafe_0001a" / "sync_depth_00045.png").unlink()
-    (tmp_path / "sync" / "kitchen_0028b" / "rgb_00000.jpg").unlink()
     dataset = NYU(tmp_path, "train")
-    assert len(dataset) == 2 and dataset.report.images_without_map == ["cafe_0001a/rgb_00045.jpg"]
-    assert list(dataset.report.broken) == ["kitchen_0028b/rgb_00000.jpg"]
+    assert len(dataset) == 1 and dataset.report.images_without_map == ["cafe_0001a/rgb_00045.jpg"]
 
 
 def raises(kind, message, *arguments, **options):

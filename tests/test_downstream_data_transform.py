@@ -104,6 +104,7 @@ def test_published_defaults():
     )
     assert (ade.size, ade.fit, ade.scale, ade.max_share, ade.cut_depth) == ((512, 512), (2048, 512), (0.5, 2), 0.75, 0)
     assert isinstance(depth.colors, DepthColors) and isinstance(ade.colors, SegmentationColors)
+    assert isinstance(DenseTransform(8, "segmentation", colors=True).colors, SegmentationColors)
     assert depth.flip == ade.flip == 0.5 and depth.cut_width == 0.75
     assert DenseTransform(640, "segmentation").fit == DenseTransform.evaluation("segmentation", 640).fit == (2560, 640)
 

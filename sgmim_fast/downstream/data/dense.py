@@ -29,6 +29,9 @@ class DensePairs(Pairs):
 
     task: ClassVar[str]
     kind: ClassVar[str]  # what messages call a map
+    target: ClassVar[
+        tuple[str, torch.dtype, tuple[int, ...]]
+    ]  # a map's key in items, its dtype, and what is before H, W
     images: Path
     maps: Path
 
@@ -64,12 +67,10 @@ class DensePairs(Pairs):
 
     def _item(self, tensors: Sequence[Tensor], name: str, skipped: Sequence[str]) -> dict[str, Any]:
         image, pixels = tensors
+        key, dtype, channels = self.target
         check_tensor("image", image, torch.float32, (3,))
-        if self.task == "depth":
-            check_tensor("depth", pixels, torch.float32, (1,))
-            return {"image": image, "depth": pixels, "name": name, "skipped": "\n".join(skipped)}
-        check_tensor("labels", pixels, torch.int64, ())
-        return {"image": image, "labels": pixels, "name": name, "skipped": "\n".join(skipped)}
+        check_tensor(key, pixels, dtype, channels)
+        return {"image": image, key: pixels, "name": name, "skipped": "\n".join(skipped)}
 
 
 def check_split(split: str) -> None:

@@ -73,6 +73,7 @@ class DepthPairs(DensePairs):
 
     task = "depth"
     kind = DepthFile.kind
+    target = ("depth", torch.float32, (1,))
 
     def __init__(
         self,

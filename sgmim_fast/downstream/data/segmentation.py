@@ -93,6 +93,7 @@ class SegmentationFolders(DensePairs):
 
     task = "segmentation"
     kind = LabelFile.kind
+    target = ("labels", torch.int64, ())
 
     def __init__(
         self,

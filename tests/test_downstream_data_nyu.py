@@ -80,6 +80,14 @@ def test_labelled_is_read_in_workers(labelled, context):
         assert type(batch["image"]) is torch.Tensor
 
 
+def test_a_forked_process_opens_the_labelled_file_itself(labelled, monkeypatch):
+    mat = NYU(labelled[0], "train")._mat
+    here = mat._open()
+    assert mat._open() is here
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    assert mat._open() is not here
+
+
 def test_folders(folders):
     train, test = NYU(folders, "train", WHITE), NYU(folders, "test", WHITE)
     assert [item["name"] for item in train] == [

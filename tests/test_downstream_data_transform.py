@@ -153,8 +153,9 @@ def test_a_crop_filled_by_one_class_is_drawn_again():
 
     assert (shares(max_share=1.0) >= 0.75).float().mean() > 0.4
     assert (shares() < 0.75).all()
-    labels[:, :50] = 255  # what is ignored fills no crop, but counts as no class either
-    assert (shares() <= 0.25).all()
+    labels[:, :50] = 255  # what is ignored is no class
+    found = shares()
+    assert (found <= 0.25).all() and ((found > 0) & (found < 0.06)).any() and (found > 0).all()
     labels[:] = 3  # the last of ten tries counts
     assert (shares() == 1).all()
 
@@ -182,6 +183,24 @@ def test_strips_are_drawn_before_the_crop_as_often_as_asked():
     cut = sum(bool((image != 1).any()) for image in images) / 800
     assert 0.02 < cut < 0.25  # a quarter of the images, of which a crop shows a quarter
     assert all((image[:, :1] == image).all() for image in images)  # from top to bottom
+
+
+def test_a_crop_shows_its_part_of_the_strip():
+    """The first numbers drawn are the strip's, whatever the crop."""
+    depth = (torch.arange(40) + 1).expand(1, 6, 40) / 10
+    whole, part = (
+        DenseTransform((6, width), "depth", cut_depth=1, max_depth=10, flip=0, **PLAIN) for width in (40, 15)
+    )
+    seen = 0
+    for seed in range(40):
+        with seeded(seed):
+            strip = (whole(torch.ones(3, 6, 40), depth)[0] != 1)[0, 0]
+        with seeded(seed):
+            image, columns = part(torch.ones(3, 6, 40), depth)
+        left = round(float(columns[0, 0, 0]) * 10) - 1
+        assert torch.equal((image != 1)[0, 0], strip[left : left + 15])
+        seen += bool((image != 1).any())
+    assert 5 < seen < 40
 
 
 def test_evaluation_leaves_the_map_alone():

@@ -175,7 +175,7 @@ class DenseTransform(Normalize):
                 break
             part = target[..., top : top + self.size[0], left : left + self.size[1]]
             counts = torch.bincount(part.reshape(-1), minlength=IGNORED + 1)[:IGNORED]
-            if (counts > 0).sum() > 1 and counts.max() < self.max_share * counts.sum():
+            if counts.max() < self.max_share * counts.sum():
                 break
         return top, left
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from layouts import DRIVES, depth_values, write_image, write_kitti, write_map
 from PIL import Image
+from torchvision.transforms import v2
 
 from sgmim_fast.data import DataError
 from sgmim_fast.downstream.data import KITTI, DenseTransform
@@ -38,6 +39,12 @@ def test_values_crop_and_what_has_no_ground_truth(root):
         pixels = np.array(image)[top:, left : left + 1216]
     np.testing.assert_allclose(item["image"].numpy() * 255, pixels.transpose(2, 0, 1), atol=1e-3)
     assert (dataset.min_depth, dataset.max_depth, dataset.crop, dataset.scale) == (1e-3, 80.0, "garg", 256)
+
+
+def test_own_transforms_crop_both(root):
+    """torchvision's leave alone what they do not know to be a map."""
+    item = KITTI(root, "train", v2.Compose([v2.RandomCrop((30, 40)), v2.ToDtype(torch.float32, scale=True)]))[0]
+    assert item["image"].shape == (3, 30, 40) and item["depth"].shape == (1, 30, 40)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -79,6 +80,14 @@ def test_labelled_is_read_in_workers(labelled, context):
         assert type(batch["image"]) is torch.Tensor
 
 
+def test_a_forked_process_opens_the_labelled_file_itself(labelled, monkeypatch):
+    mat = NYU(labelled[0], "train")._mat
+    here = mat._open()
+    assert mat._open() is here
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    assert mat._open() is not here
+
+
 def test_folders(folders):
     train, test = NYU(folders, "train", WHITE), NYU(folders, "test", WHITE)
     assert [item["name"] for item in train] == [
@@ -90,6 +99,13 @@ def test_folders(folders):
     expected[expected == 0] = torch.nan
     torch.testing.assert_close(item["depth"].as_subclass(torch.Tensor), expected, rtol=0, atol=0, equal_nan=True)
     assert (test.min_depth, test.max_depth, test.crop, test.task) == (1e-3, 10.0, "eigen", "depth")
+
+
+def test_folders_go_before_the_mat_beside_them(tmp_path):
+    write_nyu_folders(tmp_path)
+    write_mat(tmp_path)
+    assert NYU(tmp_path, "test").name(0).startswith("official_splits")
+    assert NYU(tmp_path / "nyu_depth_v2_labeled.mat", "test").name(0) == f"rgb_{TEST[0] - 1:05d}"
 
 
 def test_border_is_cut_from_both(folders):
@@ -114,11 +130,14 @@ def test_scenes_beside_the_lists(tmp_path):
 
 def test_what_is_listed_but_not_there_is_named(tmp_path):
     write_nyu_folders(tmp_path)
+    for number in ("00000", "00045"):
+        (tmp_path / "sync" / "kitchen_0028b" / f"rgb_{number}.jpg").unlink()
+    dataset = NYU(tmp_path, "train")  # as many are missing as are tried
+    assert len(dataset) == 2 and dataset.report.images_without_map == []
+    assert list(dataset.report.broken) == ["kitchen_0028b/rgb_00000.jpg", "kitchen_0028b/rgb_00045.jpg"]
     (tmp_path / "sync" / "cafe_0001a" / "sync_depth_00045.png").unlink()
-    (tmp_path / "sync" / "kitchen_0028b" / "rgb_00000.jpg").unlink()
     dataset = NYU(tmp_path, "train")
-    assert len(dataset) == 2 and dataset.report.images_without_map == ["cafe_0001a/rgb_00045.jpg"]
-    assert list(dataset.report.broken) == ["kitchen_0028b/rgb_00000.jpg"]
+    assert len(dataset) == 1 and dataset.report.images_without_map == ["cafe_0001a/rgb_00045.jpg"]
 
 
 def raises(kind, message, *arguments, **options):
@@ -171,6 +190,15 @@ def test_bad_mat_files(tmp_path):
     raises(DataError, "'testNdxs'; expected a MATLAB file with trainNdxs and testNdxs", tmp_path, "test")
     write_mat(tmp_path, scale=1000)
     raises(DataError, r"rawDepths \d: the median depth is [\d.e+]+ m as stored; expected 0.1 to 15 m", tmp_path, "test")
+
+
+@pytest.mark.parametrize("package", ["h5py", "scipy"])
+def test_a_missing_package_is_named(labelled, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, "scipy.io" if package == "scipy" else package, None)
+    with pytest.raises(
+        ModuleNotFoundError, match=f"need {package}, which is not installed: .*'sgmim_fast.downstream.'"
+    ):
+        NYU(labelled[0], "train")
 
 
 def test_depth_in_another_unit(tmp_path):

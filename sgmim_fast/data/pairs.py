@@ -67,11 +67,10 @@ class Pairs(Seeded, Dataset, ABC):
 
     def _try_some(self) -> None:
         tried = self._sampled()
-        for index in tried:
-            if (broken := self._fault(index)) is not None:
-                self.report.broken[broken.name] = broken.reason
-        if len(self.report.broken) == len(tried):
-            raise DataError(f"none of {len(tried)} pairs tried can be used; the last: {broken}")
+        faults = [broken for index in tried if (broken := self._fault(index)) is not None]
+        self.report.broken.update({broken.name: broken.reason for broken in faults})
+        if len(faults) == len(tried):
+            raise DataError(f"none of {len(tried)} pairs tried can be used; the last: {faults[-1]}")
 
     def _fault(self, index: int) -> BrokenFile | None:
         try:

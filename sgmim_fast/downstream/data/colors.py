@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+GREY = 1e-6  # channels that differ less do so by rounding, which must not become a colour
+
 Range = tuple[float, float]
 
 
@@ -104,8 +106,8 @@ def saturate(image: Tensor, factor: float = 1.0, add: float = 0.0) -> Tensor:
     value = image.amax(-3, keepdim=True)
     span = value - image.amin(-3, keepdim=True)
     wanted = (span / value * factor + add).clamp_(0, 1) * value
-    ratio = torch.where(span > 0, wanted / span, 0.0)
-    return value - (value - image) * ratio
+    ratio = torch.where(span > GREY, wanted / span, 0.0)
+    return (value - (value - image) * ratio).clamp_(min=0)  # rounding may end below
 
 
 def add_value(image: Tensor, add: float) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torchvision import tv_tensors
 
 from sgmim_fast.data.image_file import ImageFile
 from sgmim_fast.data.pair import check_tensor
@@ -28,6 +29,9 @@ class DensePairs(Pairs):
 
     task: ClassVar[str]
     kind: ClassVar[str]  # what messages call a map
+    target: ClassVar[
+        tuple[str, torch.dtype, tuple[int, ...]]
+    ]  # a map's key in items, its dtype, and what is before H, W
     images: Path
     maps: Path
 
@@ -58,16 +62,15 @@ class DensePairs(Pairs):
                 self._map_name(index),
                 f"{self.kind} is {map_height}×{map_width}, its image {height}×{width}; expected the same size",
             )
-        return self._part(image, index), self._part(pixels, index)
+        # slicing forgets the class, by which torchvision's transforms know what to do with a map
+        return self._part(image, index), tv_tensors.wrap(self._part(pixels, index), like=pixels)
 
     def _item(self, tensors: Sequence[Tensor], name: str, skipped: Sequence[str]) -> dict[str, Any]:
         image, pixels = tensors
+        key, dtype, channels = self.target
         check_tensor("image", image, torch.float32, (3,))
-        if self.task == "depth":
-            check_tensor("depth", pixels, torch.float32, (1,))
-            return {"image": image, "depth": pixels, "name": name, "skipped": "\n".join(skipped)}
-        check_tensor("labels", pixels, torch.int64, ())
-        return {"image": image, "labels": pixels, "name": name, "skipped": "\n".join(skipped)}
+        check_tensor(key, pixels, dtype, channels)
+        return {"image": image, key: pixels, "name": name, "skipped": "\n".join(skipped)}
 
 
 def check_split(split: str) -> None:

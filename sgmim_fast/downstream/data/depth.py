@@ -48,7 +48,7 @@ def to_metres(pixels: np.ndarray, scale: float) -> Structure:
 
     NaN where there is no value: at 0 and below, at NaN and at infinities.
     """
-    metres = np.divide(pixels, scale, dtype=np.float32, casting="unsafe")
+    metres = np.divide(pixels, scale, dtype=np.float32, casting="unsafe", order="C")
     metres[~(metres > 0) | np.isinf(metres)] = np.nan
     return Structure(torch.from_numpy(metres)[None])
 
@@ -73,6 +73,7 @@ class DepthPairs(DensePairs):
 
     task = "depth"
     kind = DepthFile.kind
+    target = ("depth", torch.float32, (1,))
 
     def __init__(
         self,

@@ -96,8 +96,8 @@ def listed_pairs(source: Path, images: Tree, maps: Tree, kind: str, report: Repo
     Raises:
         DataError: the list cannot be read, or none of its pairs is there.
     """
-    pairs = []
-    for image_name, map_name in read_list(source):
+    pairs, names = [], read_list(source)
+    for image_name, map_name in names:
         image, pixels = images.find(image_name), None if map_name == NONE else maps.find(map_name)
         if image is None:
             report.broken[image_name] = f"is listed in {source}, but not there"
@@ -106,7 +106,7 @@ def listed_pairs(source: Path, images: Tree, maps: Tree, kind: str, report: Repo
         else:
             pairs.append((os.fsencode(image), os.fsencode(pixels)))
     if not pairs:
-        image_name, map_name = next((pair for pair in read_list(source) if pair[1] != NONE), read_list(source)[0])
+        image_name, map_name = next((pair for pair in names if pair[1] != NONE), names[0])
         raise DataError(
             f"none of the pairs in {source} is there: looked for images such as {image_name} in {_places(images)}, and "
             f"for {kind}s such as {map_name} in {_places(maps)}"

@@ -44,9 +44,7 @@ class LabelFile(MapFile):
             DataError: an id is out of range.
         """
         labels = self.pixels.astype(np.int64)
-        ignored = labels == (IGNORED if ignore is None else ignore)
-        if ignore is None:
-            ignored[:] = False
+        ignored = np.zeros(labels.shape, bool) if ignore is None else labels == ignore
         if reduce_zero:
             ignored |= labels == 0
             labels -= 1
@@ -74,7 +72,7 @@ class SegmentationFolders(DensePairs):
     Items: {"image": (3, H, W) float32, normalised; "labels": (H, W) int64, 0 to classes - 1, 255 = ignored; "name":
     path of the image in its tree; "skipped": broken files in whose place the item stands}. What has no partner, or
     cannot be read, is left out and named in `report`; a broken pair that is met later is replaced by the next good one.
-    A class id out of range is no broken file: it is raised whenever it is met, and `verify` looks for all of them.
+    A class id out of range is no broken file: it is raised whenever it is met, also by `verify`.
 
     Args:
         images: folder of images, in any format of `sgmim_fast.data.IMAGE_SUFFIXES`.
@@ -95,6 +93,7 @@ class SegmentationFolders(DensePairs):
 
     task = "segmentation"
     kind = LabelFile.kind
+    target = ("labels", torch.int64, ())
 
     def __init__(
         self,

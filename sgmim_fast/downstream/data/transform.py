@@ -23,7 +23,7 @@ TRIES = 10  # of a crop that no class fills, as mmsegmentation
 LONGEST = 4  # sides of the crop: mmsegmentation fits ADE20K into (2048, 512) for crops of 512 × 512
 
 Fit = tuple[int, int] | Literal[False] | None
-Colors = Callable[[Tensor], Tensor] | Literal[False] | None
+Colors = Callable[[Tensor], Tensor] | bool | None
 
 
 class DenseTransform(Normalize):
@@ -60,7 +60,7 @@ class DenseTransform(Normalize):
             2201.07436). 0: never.
         cut_width: largest share of what lies to the right of the strip's left edge that it may cover.
         max_depth: depth in metres that is white in such a strip, such as 10 for NYU-v2; only `cut_depth` needs it.
-        colors: takes and returns (3, h, w) float32 from 0 to 1. False: colours stay.
+        colors: takes and returns (3, h, w) float32 from 0 to 1. False: colours stay. True: as published, like None.
         mean, std: of the image's channels, ImageNet's by default.
 
     Raises:
@@ -94,7 +94,7 @@ class DenseTransform(Normalize):
         self.flip = flip
         self.cut_depth = (0.0 if segments else 0.25) if cut_depth is None else cut_depth
         self.cut_width, self.max_depth = cut_width, max_depth
-        self.colors = (SegmentationColors() if segments else DepthColors()) if colors is None else colors
+        self.colors = (SegmentationColors() if segments else DepthColors()) if colors in (None, True) else colors
         self._check()
 
     def _check(self) -> None:
@@ -175,7 +175,7 @@ class DenseTransform(Normalize):
                 break
             part = target[..., top : top + self.size[0], left : left + self.size[1]]
             counts = torch.bincount(part.reshape(-1), minlength=IGNORED + 1)[:IGNORED]
-            if (counts > 0).sum() > 1 and counts.max() < self.max_share * counts.sum():
+            if counts.max() < self.max_share * counts.sum():
                 break
         return top, left
 

@@ -99,9 +99,10 @@ def create_features(
     and BEiT four evenly spaced blocks, 2, 5, 8 and 11 of 12, without class and register tokens.
 
     What belongs to an image or window size is fitted: relative position tables (Swin, BEiT) by timm's
-    `resize_rel_pos_bias_table`, absolute positions by its `resample_abs_pos_embed`. SwinV2's bias is a function of
-    distances in units of the window it was trained with; that unit stays the window of pre-training when the window
-    changes (`pretrained_window_sizes`), as in timm's own window12to16 models and the published fine-tuning of SimMIM
+    `resize_rel_pos_bias_table` (BEiT's way: near distances keep their values, far ones are spread, and beyond what a
+    very small window can reach the last value holds), absolute positions by its `resample_abs_pos_embed`. SwinV2's
+    bias is a function of distances in units of the window it was trained with; that unit stays the window of
+    pre-training when the window changes (`pretrained_window_sizes`), as in timm's own window12to16 models and the published fine-tuning of SimMIM
     (arXiv 2205.13543, `--pretrain_window_size`). The window of pre-training is read from an exported file; for other
     files it is that of timm's default for `name`, which a note says.
 
@@ -122,8 +123,8 @@ def create_features(
         timm_arguments: further ones for `timm.create_model`, over those of an exported file.
 
     Raises:
-        UserError: an unknown name, a file that cannot be read or has too few or too many parameters (the first are named),
-            or arguments timm does not accept.
+        UserError: an unknown name, a file that cannot be read or whose parameters are not the encoder's (the first are
+            named), or arguments timm does not accept.
     """
     state, written = (None, {}) if checkpoint is None else weights.read(checkpoint)
     if pretrained and checkpoint is not None:
@@ -178,8 +179,8 @@ def _checked_name(name: str | None, written: str | None, checkpoint: str | os.Pa
 def _create(name: str, arguments: dict[str, Any], **more: Any) -> nn.Module:
     try:
         return timm.create_model(name, **{**arguments, **more})
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # timm's own words
-        raise UserError(f"timm cannot create {name} with {arguments}: {error}") from error
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:  # timm's own words, or no network
+        raise UserError(f"timm cannot create {name} with {arguments}: {_one_line(error)}") from error
 
 
 def _create_for_size(
@@ -199,11 +200,11 @@ def _create_for_size(
             model = timm.create_model(name, **{**arguments, "num_classes": 0, **extra})
             return model, "img_size" not in extra or len(extra) == 3
         except TypeError as error:
-            refused = str(error)
+            refused = _one_line(error)
             if not any(f"'{argument}'" in refused for argument in extra):
                 break
         except (AssertionError, RuntimeError, ValueError) as error:
-            refused = str(error)
+            refused = _one_line(error)
             break
     raise UserError(f"timm cannot create {name} for {size[0]}x{size[1]} with {arguments}: {refused}")
 
@@ -233,6 +234,10 @@ def _trained_windows(source: SwinTransformerV2) -> tuple[tuple[int, int], ...]:
     return tuple(
         tuple(one.pretrained_window_size if one.pretrained_window_size[0] > 0 else one.window_size) for one in attention
     )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _tuples(value: Any) -> Any:

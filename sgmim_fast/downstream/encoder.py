@@ -102,9 +102,9 @@ def create_features(
     `resize_rel_pos_bias_table` (BEiT's way: near distances keep their values, far ones are spread, and beyond what a
     very small window can reach the last value holds), absolute positions by its `resample_abs_pos_embed`. SwinV2's
     bias is a function of distances in units of the window it was trained with; that unit stays the window of
-    pre-training when the window changes (`pretrained_window_sizes`), as in timm's own window12to16 models and the published fine-tuning of SimMIM
-    (arXiv 2205.13543, `--pretrain_window_size`). The window of pre-training is read from an exported file; for other
-    files it is that of timm's default for `name`, which a note says.
+    pre-training when the window changes (`pretrained_window_sizes`), as in timm's own window12to16 models and the
+    published fine-tuning of SimMIM (arXiv 2205.13543, `--pretrain_window_size`). The window of pre-training is read
+    from an exported file; for other files it is that of timm's default for `name`, which a note says.
 
     Swin, SwinV2 and ViT then take images of any size that is a multiple of the largest stride: Swin in windows of the
     size chosen here (and unshifted where a window covered the whole map of `img_size`), ViT with positions resampled

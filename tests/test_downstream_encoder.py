@@ -14,6 +14,7 @@ from torch import Tensor
 
 import sgmim_fast
 from sgmim_fast.checkpoints import export_timm
+from sgmim_fast.downstream import weights
 from sgmim_fast.downstream.encoder import Features, create_features
 from sgmim_fast.errors import UserError
 
@@ -281,3 +282,13 @@ def test_parameters_that_do_not_fit(tmp_path: Path) -> None:
     assert "1 missing: blocks.1.mlp.fc1.bias;" in message
     assert "1 unexpected: blocks.0.adapter.weight;" in message
     assert "1 of another shape: blocks.2.attn.qkv.bias (5,) instead of (144,)" in message
+
+
+def test_a_timm_that_knows_squares_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "e.safetensors"
+    exported(path, "beit", (32, 64))
+    monkeypatch.setattr(weights, "resize_rel_pos_bias_table", lambda table, new_window_size, new_bias_shape: table)
+    with pytest.raises(
+        UserError, match=r"timm .* cannot resize blocks.0.* oblong windows of 2x4; install a newer timm"
+    ):
+        create_features(checkpoint=path, img_size=64)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from sgmim_fast import accelerate as accelerate_blocks
 from sgmim_fast import blocks
 from sgmim_fast.downstream import weights
+from sgmim_fast.downstream.sizes import Size, by, pair
 from sgmim_fast.errors import UserError, nearest
 
 _logger = logging.getLogger("sgmim_fast")
 
-Size = int | tuple[int, int]
 _MAPS = 4  # what the heads are made for
 
 
@@ -131,7 +131,7 @@ def create_features(
         raise UserError(f"checkpoint {checkpoint} and pretrained weights are given; expected one of them")
     name = _checked_name(name, written.get("timm_name"), checkpoint)
     arguments = {**weights.arguments_in(written), **timm_arguments}
-    size = (img_size, img_size) if isinstance(img_size, int) else (int(img_size[0]), int(img_size[1]))
+    size = pair(img_size)
     source = None
     if checkpoint is not None or pretrained:
         with torch.device("meta"):  # only its sizes are needed
@@ -141,7 +141,7 @@ def create_features(
 
     target_arguments = {k: v for k, v in arguments.items() if k not in ("img_size", "num_classes", "global_pool")}
     if window_size is not None:
-        target_arguments["window_size"] = _tuples(window_size)
+        target_arguments["window_size"] = weights.tuples(window_size)
     if isinstance(source, SwinTransformerV2):
         target_arguments.setdefault("pretrained_window_sizes", _trained_windows(source))
     model, any_size = _create_for_size(name, size, drop_path_rate, target_arguments)
@@ -188,8 +188,8 @@ def _create_for_size(
 ) -> tuple[nn.Module, bool]:
     """The model for that image size, and whether it takes others: each family has its own argument for that."""
     attempts: list[dict[str, Any]] = [
-        {"img_size": size, "dynamic_img_size": True},  # ViT, and Swin in new timm
         {"img_size": size, "strict_img_size": False},  # Swin
+        {"img_size": size, "dynamic_img_size": True},  # ViT
         {"img_size": size},
         {},  # convolutions take any size
     ]
@@ -206,7 +206,7 @@ def _create_for_size(
         except (AssertionError, RuntimeError, ValueError) as error:
             refused = _one_line(error)
             break
-    raise UserError(f"timm cannot create {name} for {size[0]}x{size[1]} with {arguments}: {refused}")
+    raise UserError(f"timm cannot create {name} for {by(size)} with {arguments}: {refused}")
 
 
 def _feature_info(model: nn.Module) -> list[dict[str, Any]]:
@@ -238,7 +238,3 @@ def _trained_windows(source: SwinTransformerV2) -> tuple[tuple[int, int], ...]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, Sequence) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -219,6 +220,20 @@ def test_swinv2_from_a_file_that_does_not_say(tmp_path: Path) -> None:
     made = create_features(name, checkpoint=path, img_size=256, window_size=16, **own)
     assert made.model.layers[0].blocks[0].attn.pretrained_window_size == (8, 8)
     assert "timm's default for the name" in made.notes[0]
+
+
+def test_microsofts_names(tmp_path: Path) -> None:
+    """Its Swin has a downsampling at the end of a stage; timm's filter renames it."""
+    name, own = ENCODERS["swin"]
+    source = timm.create_model(name, img_size=64, **own)
+    renamed = {
+        re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", key): value
+        for key, value in source.state_dict().items()
+    }
+    torch.save({"model": renamed}, tmp_path / "swin.pth")
+    made = create_features(name, checkpoint=tmp_path / "swin.pth", img_size=64, **own)
+    for key, value in made.model.state_dict().items():
+        torch.testing.assert_close(value, source.state_dict()[key], rtol=0, atol=0)
 
 
 def test_pretrained(tmp_path: Path) -> None:

@@ -88,6 +88,9 @@ def create_model(features: Features, head: str = "dpt", outputs: int = 1, *, cha
     - "dpt": DPT with 256 fusion channels and, as segmentation_models_pytorch has it, one kind of head for depth and
       segmentation. Class tokens are left out ("ignore" in DPT's words), which masked image modelling does not train.
 
+    All have batch norms. With few images in each process let `torch.nn.SyncBatchNorm.convert_sync_batchnorm` join them,
+    as mmsegmentation does.
+
     Args:
         channels: width of the head, instead of the above; for "deconv" an eighth of the last map's.
 

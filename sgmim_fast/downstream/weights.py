@@ -82,7 +82,7 @@ def load(
     """
     fitted = dict(state)
     # the tables are resized here: timm's filters take every table for one of a square window
-    positions = {name: fitted.pop(name) for name in list(fitted) if name.endswith(_TABLE) or name == "pos_embed"}
+    positions = {name: fitted.pop(name) for name, value in state.items() if _is_position(name, value, model)}
     convert: Callable[..., dict[str, Tensor]] | None = getattr(
         sys.modules[type(model).__module__], "checkpoint_filter_fn", None
     )
@@ -108,6 +108,13 @@ def load(
 
 def _used(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if not _UNUSED.match(name) and not _BUFFERS.search(name)}
+
+
+def _is_position(name: str, value: Tensor, model: nn.Module) -> bool:
+    """Whether it is laid out as in Swin, BEiT and ViT; other families fit theirs in their own filters."""
+    if name == "pos_embed":
+        return value.ndim == 3 and getattr(getattr(model, "patch_embed", None), "grid_size", None) is not None
+    return name.endswith(_TABLE) and value.ndim == 2
 
 
 def _table(name: str, value: Tensor, model: nn.Module, source: nn.Module) -> tuple[Tensor, tuple[Pair, Pair] | None]:

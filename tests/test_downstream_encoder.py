@@ -222,6 +222,17 @@ def test_swinv2_from_a_file_that_does_not_say(tmp_path: Path) -> None:
     assert "timm's default for the name" in made.notes[0]
 
 
+def test_patches_are_resized(tmp_path: Path) -> None:
+    path = tmp_path / "e.safetensors"
+    exported(path, "vit", 64)
+    made = create_features(checkpoint=path, img_size=64, patch_size=8)
+    assert made.strides == [8] * 4
+    assert made.notes == [
+        f"{path}: resized by timm's filter: patch_embed.proj.weight",
+        f"{path}: absolute positions resized for a grid of tokens: 4x4 -> 8x8",
+    ]
+
+
 def test_microsofts_names(tmp_path: Path) -> None:
     """Its Swin has a downsampling at the end of a stage; timm's filter renames it."""
     name, own = ENCODERS["swin"]

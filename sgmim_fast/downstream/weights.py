@@ -87,6 +87,7 @@ def load(
         sys.modules[type(model).__module__], "checkpoint_filter_fn", None
     )
     fitted = _used(fitted if convert is None else convert(fitted, model))
+    by_timm = [name for name, value in fitted.items() if name in state and value.shape != state[name].shape]
     resized: dict[str, set[tuple[Pair, Pair]]] = {"relative position bias tables": set(), "absolute positions": set()}
     expected = _used(model.state_dict())
     for name, value in positions.items():
@@ -103,7 +104,8 @@ def load(
         fitted[name] = value
     _require_same(what, fitted, expected)
     model.load_state_dict(fitted, strict=False)
-    return _notes(resized, model, source, what, source_known)
+    notes = [f"{what}: resized by timm's filter: {_first(by_timm)}"] if by_timm else []
+    return notes + _notes(resized, model, what, source_known)
 
 
 def _used(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -181,9 +183,7 @@ def _first(names: Sequence[str], count: int = 8) -> str:
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
-def _notes(
-    resized: Mapping[str, set[tuple[Pair, Pair]]], model: nn.Module, source: nn.Module, what: str, source_known: bool
-) -> list[str]:
+def _notes(resized: Mapping[str, set[tuple[Pair, Pair]]], model: nn.Module, what: str, source_known: bool) -> list[str]:
     notes = []
     for kind, changes in resized.items():
         if changes:

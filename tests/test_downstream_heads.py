@@ -45,6 +45,14 @@ def test_patches_of_14() -> None:
         assert model(torch.randn(2, 3, 56, 84)).shape == (2, 1, 56, 84)
 
 
+@pytest.mark.parametrize("kind", ["swin", "swinv2-3-stages", "vit"])
+def test_resolution_before_the_last_resizing(kind: str) -> None:
+    """UPerNet classifies at a quarter of the images' resolution, DPT and the deconvolutions end at all of it."""
+    for head, size in (("upernet", (16, 24)), ("dpt", (64, 96)), ("deconv", (64, 96))):
+        model = create_model(features(kind, (64, 96)), head, 1, channels=16).eval()
+        assert model.head(model.features(torch.randn(1, 3, 64, 96))).shape == (1, 1, *size), head
+
+
 def test_widths() -> None:
     """By default those of mmsegmentation's UPerNet and of DPT."""
     made = features("swin")

@@ -198,7 +198,8 @@ def _create_for_size(
     for extra in [{**one, **drop_path} for one in attempts] + ([] if drop_path_rate else [{}]):
         try:
             model = timm.create_model(name, **{**arguments, "num_classes": 0, **extra})
-            return model, "img_size" not in extra or len(extra) == 3
+            strict = getattr(getattr(model, "patch_embed", None), "strict_img_size", False)
+            return model, "img_size" not in extra or (len(extra) == 3 and not strict)
         except TypeError as error:
             refused = _one_line(error)
             if not any(f"'{argument}'" in refused for argument in extra):

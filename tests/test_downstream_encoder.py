@@ -240,7 +240,9 @@ def test_microsofts_names(tmp_path: Path) -> None:
     renamed = {
         re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", key): value
         for key, value in source.state_dict().items()
+        if not key.startswith("head.")
     }
+    renamed |= {"head.weight": source.head.fc.weight, "head.bias": source.head.fc.bias}
     torch.save({"model": renamed}, tmp_path / "swin.pth")
     made = create_features(name, checkpoint=tmp_path / "swin.pth", img_size=64, **own)
     for key, value in made.model.state_dict().items():

@@ -40,8 +40,7 @@ def test_silog_is_its_formula(seed: int, shape: tuple[int, int, int], lam: float
     expected = np.sqrt(max(0.0, (d**2).mean() - lam * d.mean() ** 2)) if d.size else 0.0
     tensors = (torch.tensor(x, dtype=torch.float32).unsqueeze(1) for x in (prediction, target))
     found = silog(*tensors, lam=lam, min_depth=1, max_depth=10)
-    # the root of a difference that is 0 but for the rounding of squares near 1 in float32
-    assert found.item() == pytest.approx(expected, rel=1e-4, abs=2e-3 if lam > 0.99 or d.size == 1 else 1e-5)
+    assert found.item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def test_silog_gradient() -> None:

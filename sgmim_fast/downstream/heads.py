@@ -86,7 +86,7 @@ def create_model(features: Features, head: str = "dpt", outputs: int = 1, *, cha
       a ViT first become a pyramid, as in BEiT's segmentation protocol, see `Pyramid`. The auxiliary head of
       mmsegmentation's recipe is not there. A batch of one cannot be trained: it pools to 1x1 in front of a batch norm.
     - "dpt": DPT with 256 fusion channels and, as segmentation_models_pytorch has it, one kind of head for depth and
-      segmentation. Class tokens are left out ("ignore" in DPT's words), which masked image modelling does not train.
+      segmentation. Class tokens, for which masked image modelling has no loss, are left out: DPT's readout "ignore".
 
     All have batch norms. With few images in each process let `torch.nn.SyncBatchNorm.convert_sync_batchnorm` join them,
     as mmsegmentation does.

@@ -123,7 +123,7 @@ def create_features(
         timm_arguments: further ones for `timm.create_model`, over those of an exported file.
 
     Raises:
-        UserError: an unknown name, a file that cannot be read or whose parameters are not the encoder's (the first are
+        UserError: an unknown name, a file that cannot be read or has too few or too many parameters (the first are
             named), or arguments timm does not accept.
     """
     state, written = (None, {}) if checkpoint is None else weights.read(checkpoint)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from sgmim_fast import accelerate as accelerate_blocks
 from sgmim_fast import blocks
 from sgmim_fast.downstream import weights
+from sgmim_fast.downstream.sizes import Size, by, pair
 from sgmim_fast.errors import UserError, nearest
 
 _logger = logging.getLogger("sgmim_fast")
 
-Size = int | tuple[int, int]
 _MAPS = 4  # what the heads are made for
 
 
@@ -100,11 +100,12 @@ def create_features(
     and BEiT four evenly spaced blocks, 2, 5, 8 and 11 of 12, without class and register tokens.
 
     What belongs to an image or window size is fitted: relative position tables (Swin, BEiT) by timm's
-    `resize_rel_pos_bias_table`, absolute positions by its `resample_abs_pos_embed`. SwinV2's bias is a function of
-    distances in units of the window it was trained with; that unit stays the window of pre-training when the window
-    changes (`pretrained_window_sizes`), as in timm's own window12to16 models and the published fine-tuning of SimMIM
-    (arXiv 2205.13543, `--pretrain_window_size`). The window of pre-training is read from an exported file; for other
-    files it is that of timm's default for `name`, which a note says.
+    `resize_rel_pos_bias_table` (BEiT's way: near distances keep their values, far ones are spread, and beyond what a
+    very small window can reach the last value holds), absolute positions by its `resample_abs_pos_embed`. SwinV2's
+    bias is a function of distances in units of the window it was trained with; that unit stays the window of
+    pre-training when the window changes (`pretrained_window_sizes`), as in timm's own window12to16 models and the
+    published fine-tuning of SimMIM (arXiv 2205.13543, `--pretrain_window_size`). The window of pre-training is read
+    from an exported file; for other files it is that of timm's default for `name`, which a note says.
 
     Swin, SwinV2 and ViT then take images of any size that is a multiple of the largest stride: Swin in windows of the
     size chosen here (and unshifted where a window covered the whole map of `img_size`), ViT with positions resampled
@@ -131,7 +132,7 @@ def create_features(
         raise UserError(f"checkpoint {checkpoint} and pretrained weights are given; expected one of them")
     name = _checked_name(name, written.get("timm_name"), checkpoint)
     arguments = {**weights.arguments_in(written), **timm_arguments}
-    size = (img_size, img_size) if isinstance(img_size, int) else (int(img_size[0]), int(img_size[1]))
+    size = pair(img_size)
     source = None
     if checkpoint is not None or pretrained:
         with torch.device("meta"):  # only its sizes are needed
@@ -141,7 +142,7 @@ def create_features(
 
     target_arguments = {k: v for k, v in arguments.items() if k not in ("img_size", "num_classes", "global_pool")}
     if window_size is not None:
-        target_arguments["window_size"] = _tuples(window_size)
+        target_arguments["window_size"] = weights.tuples(window_size)
     if isinstance(source, SwinTransformerV2):
         target_arguments.setdefault("pretrained_window_sizes", _trained_windows(source))
     model, any_size = _create_for_size(name, size, drop_path_rate, target_arguments)
@@ -180,8 +181,8 @@ def _checked_name(name: str | None, written: str | None, checkpoint: str | os.Pa
 def _create(name: str, arguments: dict[str, Any], **more: Any) -> nn.Module:
     try:
         return timm.create_model(name, **{**arguments, **more})
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # timm's own words
-        raise UserError(f"timm cannot create {name} with {arguments}: {error}") from error
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:  # timm's own words, or no network
+        raise UserError(f"timm cannot create {name} with {arguments}: {_one_line(error)}") from error
 
 
 def _create_for_size(
@@ -189,8 +190,8 @@ def _create_for_size(
 ) -> tuple[nn.Module, bool]:
     """The model for that image size, and whether it takes others: each family has its own argument for that."""
     attempts: list[dict[str, Any]] = [
-        {"img_size": size, "dynamic_img_size": True},  # ViT, and Swin in new timm
         {"img_size": size, "strict_img_size": False},  # Swin
+        {"img_size": size, "dynamic_img_size": True},  # ViT
         {"img_size": size},
         {},  # convolutions take any size
     ]
@@ -199,15 +200,16 @@ def _create_for_size(
     for extra in [{**one, **drop_path} for one in attempts] + ([] if drop_path_rate else [{}]):
         try:
             model = timm.create_model(name, **{**arguments, "num_classes": 0, **extra})
-            return model, "img_size" not in extra or len(extra) == 3
+            strict = getattr(getattr(model, "patch_embed", None), "strict_img_size", False)
+            return model, "img_size" not in extra or (len(extra) == 3 and not strict)
         except TypeError as error:
-            refused = str(error)
+            refused = _one_line(error)
             if not any(f"'{argument}'" in refused for argument in extra):
                 break
         except (AssertionError, RuntimeError, ValueError) as error:
-            refused = str(error)
+            refused = _one_line(error)
             break
-    raise UserError(f"timm cannot create {name} for {size[0]}x{size[1]} with {arguments}: {refused}")
+    raise UserError(f"timm cannot create {name} for {by(size)} with {arguments}: {refused}")
 
 
 def _feature_info(model: nn.Module) -> list[dict[str, Any]]:
@@ -237,5 +239,5 @@ def _trained_windows(source: SwinTransformerV2) -> tuple[tuple[int, int], ...]:
     )
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, Sequence) else value
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

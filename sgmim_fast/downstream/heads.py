@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sgmim_fast.downstream.encoder import Features
+from sgmim_fast.downstream.sizes import by
 from sgmim_fast.errors import UserError
 
 
@@ -48,9 +49,9 @@ class DenseModel(nn.Module):
         """
         size = tuple(images.shape[2:])
         if self.fixed_size is not None and size != self.fixed_size:
-            raise ValueError(f"images must be {_by(self.fixed_size)} pixels for {self.features.name}, got {_by(size)}")
+            raise ValueError(f"images must be {by(self.fixed_size)} pixels for {self.features.name}, got {by(size)}")
         if any(side % self.multiple for side in size):
-            raise ValueError(f"images must have sides of multiples of {self.multiple} pixels, got {_by(size)}")
+            raise ValueError(f"images must have sides of multiples of {self.multiple} pixels, got {by(size)}")
         out = self.head(self.features(images))
         if out.shape[2:] != size:
             out = F.interpolate(out, size, mode="bilinear", align_corners=False)
@@ -85,7 +86,10 @@ def create_model(features: Features, head: str = "dpt", outputs: int = 1, *, cha
       a ViT first become a pyramid, as in BEiT's segmentation protocol, see `Pyramid`. The auxiliary head of
       mmsegmentation's recipe is not there. A batch of one cannot be trained: it pools to 1x1 in front of a batch norm.
     - "dpt": DPT with 256 fusion channels and, as segmentation_models_pytorch has it, one kind of head for depth and
-      segmentation. Class tokens are left out ("ignore" in DPT's words), which masked image modelling does not train.
+      segmentation. Class tokens, for which masked image modelling has no loss, are left out: DPT's readout "ignore".
+
+    All have batch norms. With few images in each process let `torch.nn.SyncBatchNorm.convert_sync_batchnorm` join them,
+    as mmsegmentation does.
 
     Args:
         channels: width of the head, instead of the above; for "deconv" an eighth of the last map's.
@@ -100,7 +104,7 @@ def create_model(features: Features, head: str = "dpt", outputs: int = 1, *, cha
     module, multiple = heads[head](features, outputs, channels)
     if any(side % multiple for side in features.img_size):
         raise UserError(
-            f"img_size is {_by(features.img_size)}; expected multiples of {multiple} for {features.name} and the head "
+            f"img_size is {by(features.img_size)}; expected multiples of {multiple} for {features.name} and the head "
             f"{head}"
         )
     return DenseModel(features, module, multiple)
@@ -252,7 +256,3 @@ def _require_pyramid(features: Features, head: str) -> None:
             f"the head {head} cannot use {features.name}: its maps have strides {', '.join(map(str, strides))}; "
             "expected three or four that double, such as 4, 8, 16, 32, or four of one stride, such as 16, 16, 16, 16"
         )
-
-
-def _by(size: tuple[int, ...]) -> str:
-    return f"{size[0]}x{size[1]}"

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sgmim_fast.downstream.heads import DenseModel
+from sgmim_fast.downstream.sizes import Size, by, pair
 from sgmim_fast.errors import UserError
-
-Size = int | tuple[int, int]
 
 
 @torch.no_grad()
@@ -58,12 +57,12 @@ def predict(
     fixed = model.fixed_size
     if window is None:
         window = fixed if fixed is not None else size
-    window = _pair(window)
+    window = pair(window)
     if fixed is not None and window != fixed:
-        raise UserError(f"window is {window[0]}x{window[1]}; {model.features.name} takes {fixed[0]}x{fixed[1]} only")
-    step = tuple(max(1, side * 2 // 3) for side in window) if stride is None else _pair(stride)
+        raise UserError(f"window is {by(window)}; {model.features.name} takes {by(fixed)} only")
+    step = tuple(max(1, side * 2 // 3) for side in window) if stride is None else pair(stride)
     if not all(0 < one <= side for one, side in zip(step, window, strict=True)):
-        raise UserError(f"stride is {step[0]}x{step[1]}; expected 1 to the window's {window[0]}x{window[1]}")
+        raise UserError(f"stride is {by(step)}; expected 1 to the window's {by(window)}")
 
     total: Tensor | None = None
     for top, bottom in starts_and_ends(size[0], window[0], step[0]):
@@ -101,7 +100,3 @@ def _padded(model: DenseModel, images: Tensor, transform: Callable[[Tensor], Ten
         images = F.pad(images, (0, full[1] - width, 0, full[0] - height))
     out = model(images)[:, :, :height, :width].float()
     return out if transform is None else transform(out)
-
-
-def _pair(size: Size) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

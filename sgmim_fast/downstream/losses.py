@@ -26,9 +26,11 @@ def silog(prediction: Tensor, target: Tensor, *, lam: float = 0.5, min_depth: fl
     prediction, target = prediction.float(), target.float()
     valid = valid_depth(target, min_depth, max_depth)
     difference = torch.log(prediction.clamp(min=_LEAST)) - torch.log(torch.where(valid, target, 1.0))
-    difference = torch.where(valid, difference, 0.0)
     count = valid.sum().clamp(min=1)
-    square = difference.square().sum() / count - lam * (difference.sum() / count).square()
+    mean = torch.where(valid, difference, 0.0).sum() / count
+    # the same as variance and mean, which does not cancel
+    variance = torch.where(valid, difference - mean, 0.0).square().sum() / count
+    square = variance + (1 - lam) * mean.square()
     positive = square > 0  # not so without error: the root has no gradient there
     return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
 

@@ -156,11 +156,13 @@ class SegmentationMetrics(MulticlassConfusionMatrix):
     matrix; its MeanIoU averages over images first.
 
     Args:
-        classes: how many.
+        classes: how many, 2 or more.
         ignore: the label of pixels that are not evaluated.
     """
 
     def __init__(self, classes: int, ignore: int = 255, **torchmetrics: object) -> None:
+        if classes < 2:
+            raise UserError(f"classes is {classes}; expected 2 or more")
         super().__init__(classes, ignore_index=ignore, validate_args=False, **torchmetrics)
 
     def update(self, prediction: Tensor, labels: Tensor) -> None:

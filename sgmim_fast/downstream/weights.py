@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 from safetensors import SafetensorError, safe_open
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from timm.models import load_state_dict
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
+from sgmim_fast.downstream.sizes import by
 from sgmim_fast.errors import UserError
 
 _TABLE = "relative_position_bias_table"
@@ -41,7 +44,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
         state = load_state_dict(str(path))
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, AttributeError) as error:
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {str(error).splitlines()[0] if str(error) else error!r}") from error
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} holds no state dict of tensors; expected a timm checkpoint (.safetensors, .pth)")
@@ -50,12 +53,13 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
 
 def arguments_in(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The arguments of `timm.create_model` in that metadata."""
-
-    def tuples(value: Any) -> Any:
-        return tuple(map(tuples, value)) if isinstance(value, list) else value
-
     given = json.loads(metadata.get("timm_arguments", "{}"))
     return {name: tuples(value) for name, value in given.items()}
+
+
+def tuples(value: Any) -> Any:
+    """The same with tuples for lists, also inside, as timm takes sizes."""
+    return tuple(map(tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def load(
@@ -78,11 +82,12 @@ def load(
     """
     fitted = dict(state)
     # the tables are resized here: timm's filters take every table for one of a square window
-    positions = {name: fitted.pop(name) for name in list(fitted) if name.endswith(_TABLE) or name == "pos_embed"}
+    positions = {name: fitted.pop(name) for name, value in state.items() if _is_position(name, value, model)}
     convert: Callable[..., dict[str, Tensor]] | None = getattr(
         sys.modules[type(model).__module__], "checkpoint_filter_fn", None
     )
     fitted = _used(fitted if convert is None else convert(fitted, model))
+    by_timm = [name for name, value in fitted.items() if name in state and value.shape != state[name].shape]
     resized: dict[str, set[tuple[Pair, Pair]]] = {"relative position bias tables": set(), "absolute positions": set()}
     expected = _used(model.state_dict())
     for name, value in positions.items():
@@ -99,11 +104,19 @@ def load(
         fitted[name] = value
     _require_same(what, fitted, expected)
     model.load_state_dict(fitted, strict=False)
-    return _notes(resized, model, source, what, source_known)
+    notes = [f"{what}: resized by timm's filter: {_first(by_timm)}"] if by_timm else []
+    return notes + _notes(resized, model, what, source_known)
 
 
 def _used(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if not _UNUSED.match(name) and not _BUFFERS.search(name)}
+
+
+def _is_position(name: str, value: Tensor, model: nn.Module) -> bool:
+    """Whether it is laid out as in Swin, BEiT and ViT; other families fit theirs in their own filters."""
+    if name == "pos_embed":
+        return value.ndim == 3 and getattr(getattr(model, "patch_embed", None), "grid_size", None) is not None
+    return name.endswith(_TABLE) and value.ndim == 2
 
 
 def _table(name: str, value: Tensor, model: nn.Module, source: nn.Module) -> tuple[Tensor, tuple[Pair, Pair] | None]:
@@ -118,9 +131,14 @@ def _table(name: str, value: Tensor, model: nn.Module, source: nn.Module) -> tup
         if (2 * side - 1) ** 2 + extra != value.shape[0]:
             return value, None  # listed as of another shape
         old = (side, side)
-    # a timm that knows nothing of oblong windows has no such argument
     oblong = {} if old[0] == old[1] else {"old_window_size": old}
-    return resize_rel_pos_bias_table(value, new_window_size=new, new_bias_shape=shape, **oblong), (old, new)
+    try:
+        value = resize_rel_pos_bias_table(value, new_window_size=new, new_bias_shape=shape, **oblong)
+    except TypeError:  # an older timm, which takes every window for a square
+        raise UserError(
+            f"timm {timm.__version__} cannot resize {name} from oblong windows of {by(old)}; install a newer timm"
+        ) from None
+    return value, (old, new)
 
 
 def _window_of(source: nn.Module, name: str, value: Tensor) -> Pair | None:
@@ -165,18 +183,16 @@ def _first(names: Sequence[str], count: int = 8) -> str:
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
-def _notes(
-    resized: Mapping[str, set[tuple[Pair, Pair]]], model: nn.Module, source: nn.Module, what: str, source_known: bool
-) -> list[str]:
+def _notes(resized: Mapping[str, set[tuple[Pair, Pair]]], model: nn.Module, what: str, source_known: bool) -> list[str]:
     notes = []
     for kind, changes in resized.items():
         if changes:
             unit = "windows" if kind.startswith("relative") else "a grid"
-            listed = ", ".join(f"{_by(old)} -> {_by(new)}" for old, new in sorted(changes, reverse=True))
+            listed = ", ".join(f"{by(old)} -> {by(new)}" for old, new in sorted(changes, reverse=True))
             notes.append(f"{what}: {kind} resized for {unit} of tokens: {listed}")
     if isinstance(model, SwinTransformerV2):
         pairs = [(new.blocks[0].attn.pretrained_window_size, new.blocks[0].attn.window_size) for new in model.layers]
-        changes = [f"{_by(old)} -> {_by(new)}" for old, new in pairs if tuple(old) != tuple(new)]
+        changes = [f"{by(old)} -> {by(new)}" for old, new in pairs if tuple(old) != tuple(new)]
         if changes:
             guessed = "" if source_known else " (timm's default for the name: the file does not say)"
             notes.append(
@@ -184,7 +200,3 @@ def _notes(
                 f"pre-training{guessed}: {', '.join(dict.fromkeys(changes))}"
             )
     return notes
-
-
-def _by(size: Pair) -> str:
-    return f"{size[0]}x{size[1]}"

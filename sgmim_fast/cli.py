@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         if not isinstance(error, _shown()):
             raise
-        print(f"sgmim-fast {asked}: {_rank()}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"sgmim-fast {asked}: {_rank()}{_line(str(error))}", file=sys.stderr, flush=True)
         return 2
 
 
@@ -68,6 +68,13 @@ def _shown() -> tuple[type[Exception], ...]:
     """Errors that are one line. `DataError` is one where the data module is in use."""
     data = sys.modules.get("sgmim_fast.data")
     return (UserError,) if data is None else (UserError, data.DataError)
+
+
+def _line(message: str) -> str:
+    """One line of it. PyTorch puts a traceback around what a loading process raises, with the message in its end."""
+    if "\nOriginal Traceback" in message:
+        message = message.rstrip().splitlines()[-1].partition(": ")[2]
+    return " ".join(message.split())
 
 
 def _rank() -> str:

@@ -93,7 +93,8 @@ def test_a_length_gives_every_process_as_many(shards, monkeypatch):
 def test_crops_differ_between_pairs_and_epochs(shards):
     dataset = data.ShardPairs(shards, data.PairTransform(8), shuffle=0)
     first, same = ([item["structure"] for item in dataset] for _ in range(2))
-    assert all(map(torch.equal, first, same)) and not torch.equal(first[0], first[1])
+    # two crops of 8 pixels can be the same by chance
+    assert all(map(torch.equal, first, same)) and not all(torch.equal(first[0], other) for other in first[1:])
     dataset.set_epoch(1)
     assert not all(torch.equal(a, item["structure"]) for a, item in zip(first, dataset, strict=True))
 

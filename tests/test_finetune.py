@@ -144,6 +144,21 @@ def test_folders_of_depth(tmp_path):
     assert (tmp_path / "dry" / "items.png").is_file()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_label_out_of_range_is_named_in_one_line(tmp_path, capsys, workers):
+    """Also where a loading process finds it."""
+    for kind in ("images", "maps"):
+        (tmp_path / kind).mkdir()
+    for i in range(20):  # of which 8 are looked at when the data set is made, not the second one
+        Image.new("RGB", (64, 64), (10 * i, 0, 0)).save(tmp_path / "images" / f"{i:02}.png")
+        Image.new("L", (64, 64), 9 if i == 1 else 1).save(tmp_path / "maps" / f"{i:02}.png")
+    words = [f"--{part}={tmp_path}/{kind}" for kind in ("images", "maps") for part in (kind, f"test-{kind}")]
+    changes = {"data__source": "folders", "data__classes": 3, "data__workers": workers}
+    assert finetune(tmp_path / "run", "segmentation", *words, **changes) == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert err.startswith("sgmim-fast finetune: ") and "01.png" in err and "9" in err and "Traceback" not in err
+
+
 # one line, exit code 2
 WRONG = [
     ("depth", {"model__encoder": "nowhere.safetensors"}, "nowhere.safetensors"),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from sgmim_fast.downstream import build, pictures
@@ -122,8 +122,8 @@ class Finetuning(Task):
         training = model.training
         model.eval()
         # images differ in size
-        batches = DataLoader(own, batch_size=1, num_workers=loader.workers(self.config.data))
-        for batch in tqdm(batches, "evaluating", unit="image", disable=not progress):
+        batches = loader.read(own, loader.workers(self.config.data), batch_size=1)
+        for batch in tqdm(batches, "evaluating", len(own), unit="image", disable=not progress):
             target = self.target(batch)
             metrics.update(
                 self.predict(model, batch["image"], target.shape[-2:], accelerator), target.to(accelerator.device)

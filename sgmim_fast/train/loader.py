@@ -24,9 +24,8 @@ def batches(
     starts a new pass, in an order of its own, so resuming it repeats nothing but is not exact either.
     """
     options = {
-        "num_workers": workers,
+        "workers": workers,
         "pin_memory": pin,
-        "worker_init_fn": _leave_signals_to_the_parent,
         "generator": torch.Generator().manual_seed(mix(seed, 4, step)),  # the default generator is left alone
     }
     # a loader for each epoch: workers are copies of the data set and would not see a later set_epoch
@@ -34,12 +33,23 @@ def batches(
         for each in count(step):  # a number that no earlier pass had
             if hasattr(dataset, "set_epoch"):
                 dataset.set_epoch(each)
-            yield from DataLoader(dataset, layout.batch, drop_last=True, **options)
+            yield from read(dataset, batch_size=layout.batch, drop_last=True, **options)
     for epoch in count(step // steps_per_epoch):
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(epoch)
         first = step % steps_per_epoch if epoch == step // steps_per_epoch else 0
-        yield from DataLoader(dataset, batch_sampler=Order(len(dataset), layout, seed, epoch, first), **options)
+        yield from read(dataset, batch_sampler=Order(len(dataset), layout, seed, epoch, first), **options)
+
+
+def read(dataset: Dataset, workers: int, **options: Any) -> Iterator[dict[str, Any]]:
+    """One pass of a DataLoader, whose workers leave signals to the parent and end with this, whatever ends it."""
+    batches = iter(DataLoader(dataset, num_workers=workers, worker_init_fn=_leave_signals_to_the_parent, **options))
+    try:
+        yield from batches
+    finally:
+        # an error's traceback keeps `batches` alive to the end of the process, which waits for workers that ignore it
+        if workers:
+            batches._shutdown_workers()
 
 
 def steps_per_epoch(settings: Any, dataset: Dataset, layout: Layout, what: str = "images") -> int:

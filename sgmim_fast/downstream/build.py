@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sgmim_fast.downstream import data
+from sgmim_fast.downstream import data, weights
 from sgmim_fast.downstream.config import Config
 from sgmim_fast.downstream.encoder import Features, create_features
 from sgmim_fast.downstream.heads import DenseModel
@@ -60,7 +60,7 @@ def create_features_of(config: Config, encoder: dict[str, Any] | None = None) ->
         "accelerate": settings.accelerate,
     }
     if encoder is not None:
-        return create_features(encoder["name"], **given, **_tuples(encoder["arguments"]))
+        return create_features(encoder["name"], **given, **weights.tuples(encoder["arguments"]))
     path, name = Path(settings.encoder), None
     if not settings.encoder:
         raise UserError(
@@ -81,7 +81,7 @@ def create_features_of(config: Config, encoder: dict[str, Any] | None = None) ->
     if settings.window_size is not None:
         sizes = settings.window_size
         given["window_size"] = sizes[0] if len(sizes) == 1 else sizes
-    arguments = _tuples(settings.arguments)
+    arguments = weights.tuples(settings.arguments)
     return create_features(name, checkpoint=checkpoint, pretrained=settings.pretrained, **given, **arguments)
 
 
@@ -160,7 +160,7 @@ def _transform(config: Config, dataset: Any, train: bool) -> Any:
     settings = config.data
     if not train:
         return data.DenseTransform.evaluation(settings.task, tuple(settings.size))
-    given = _tuples(settings.augment)
+    given = weights.tuples(settings.augment)
     if settings.task == "depth":
         given.setdefault("max_depth", depth_range(config, dataset)[1])
     try:
@@ -199,9 +199,3 @@ def _needed(settings: Any, name: str) -> str:
             f"data.{name} is missing; expected --{name.replace('_', '-')} DIR with data.source {settings.source}"
         )
     return value
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _tuples(item) for name, item in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value

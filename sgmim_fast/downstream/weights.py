@@ -59,6 +59,8 @@ def arguments_in(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def tuples(value: Any) -> Any:
     """The same with tuples for lists, also inside, as timm takes sizes."""
+    if isinstance(value, dict):
+        return {name: tuples(item) for name, item in value.items()}
     return tuple(map(tuples, value)) if isinstance(value, (list, tuple)) else value
 
 

@@ -54,7 +54,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
 def arguments_in(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The arguments of `timm.create_model` in that metadata."""
     given = json.loads(metadata.get("timm_arguments", "{}"))
-    return {name: tuples(value) for name, value in given.items()}
+    return tuples(given)
 
 
 def tuples(value: Any) -> Any:

@@ -14,7 +14,7 @@ from sgmim_fast.kernels.launch import on_device
 from sgmim_fast.kernels.norm_linear import as_read, can_run, normalized, normalized_backward
 from sgmim_fast.kernels.sums import column_sums, finish
 from sgmim_fast.ops._op import absent
-from sgmim_fast.ops.norm_linear import storage_dtype
+from sgmim_fast.ops.norm_linear import result_dtype, storage_dtype
 
 __all__ = ["backward", "can_run", "forward"]
 
@@ -28,6 +28,7 @@ def forward(
     fc2_bias: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    residual: bool,
     eps: float,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,7 +36,9 @@ def forward(
     y, statistics = normalized(x, norm_weight, norm_bias, eps, storage)
     w1, b1, w2, b2 = as_read(storage, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     hidden, activated = products.linear_gelu(y, w1, b1)
-    return products.linear(activated, w2, b2).to(dtype or x.dtype), hidden, statistics
+    added = x.contiguous() if residual else None
+    wanted = result_dtype(x, added, dtype)
+    return products.linear(activated, w2, b2, residual=added, dtype=wanted).to(wanted), hidden, statistics
 
 
 @on_device
@@ -48,11 +51,12 @@ def backward(
     norm_bias: Tensor | None,
     hidden: Tensor,
     statistics: Tensor,
+    residual: bool,
     needs: list[bool],
     dtype: torch.dtype | None,
 ) -> list[Tensor]:
     storage = hidden.dtype
-    grad = grad.to(storage).contiguous()
+    added, grad = grad.contiguous() if residual else None, grad.to(storage).contiguous()
     found = {
         i: torch.empty(size, dtype=fc1_weight.dtype, device=x.device)
         for i, size in ((2, hidden.shape[1]), (4, grad.shape[1]))
@@ -65,7 +69,9 @@ def backward(
     dy = None
     if needs[0] or norm_weight is not None:
         (dy,) = products.input_gradients([dhidden], [w1])
-    found[0], y, sums = normalized_backward(dy, x, statistics, norm_weight, norm_bias, storage, again=needs[1])
+    found[0], y, sums = normalized_backward(
+        dy, x, statistics, norm_weight, norm_bias, storage, again=needs[1], residual=added
+    )
     found |= {5 + i: s.out for i, s in enumerate(sums)}
     if needs[1]:
         (found[1],) = products.weight_gradients([dhidden], [y], [fc1_weight.dtype])

@@ -8,10 +8,12 @@ block at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 import torch
-from timm.layers import Attention, LayerNorm, Mlp, PatchEmbed
+from timm.layers import Attention, DropPath, LayerNorm, Mlp, PatchEmbed
 from timm.layers.activations import GELU
 from timm.models import beit, swin_transformer, swin_transformer_v2, vision_transformer
 from torch import Tensor, nn
@@ -87,17 +89,48 @@ def _attention_reason(norm: nn.Module | None, attn: nn.Module, kind: type, *iden
     )
 
 
-def norm_mlp(x: Tensor, norm: nn.LayerNorm | None, mlp: Mlp) -> Tensor:
+def _vectors(norm: nn.LayerNorm | None) -> dict[str, Any]:
+    return {} if norm is None else {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
+
+
+def norm_mlp(x: Tensor, norm: nn.LayerNorm | None, mlp: Mlp, residual: bool = False) -> Tensor:
     layers = mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
-    if norm is None:
-        return ops.norm_mlp(x, *layers)
-    return ops.norm_mlp(x, *layers, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps)
+    return ops.norm_mlp(x, *layers, **_vectors(norm), residual=residual)
 
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm | None, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if norm is None:
-        return ops.norm_linear(x, weight, bias)
-    return ops.norm_linear(x, weight, bias, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps)
+    return ops.norm_linear(x, weight, bias, **_vectors(norm))
+
+
+Between = Callable[[Tensor], Tensor]
+
+
+def _nothing(between: Iterable[Between]) -> bool:
+    """Whether all of it does nothing, a drop path at rest included, so that the op may add the residual itself."""
+    return not any(
+        _changed(step, nn.Identity, DropPath) or (type(step) is DropPath and step.training and step.drop_prob)
+        for step in between
+    )
+
+
+def _apply(between: Iterable[Between], x: Tensor) -> Tensor:
+    for step in between:
+        x = step(x)
+    return x
+
+
+def add_linear(x: Tensor, y: Tensor, linear: nn.Linear, *between: Between) -> Tensor:
+    """x + linear(y), the projection's result going through layer scale and drop path first."""
+    if _nothing(between):
+        return ops.norm_linear(y, linear.weight, linear.bias, residual=x)
+    return x + _apply(between, ops.norm_linear(y, linear.weight, linear.bias))
+
+
+def add_mlp(x: Tensor, norm: nn.LayerNorm, mlp: Mlp, *between: Between) -> Tensor:
+    """x + mlp(norm(x)), the MLP's result going through layer scale and drop path first."""
+    if _nothing(between):
+        return norm_mlp(x, norm, mlp, residual=True)
+    return x + _apply(between, norm_mlp(x, norm, mlp))
 
 
 def here(x: Tensor) -> bool:
@@ -161,16 +194,16 @@ class SwinTransformerBlock(_SwinHalves, swin_transformer.SwinTransformerBlock):
             return super().forward(x)
         reasons, attn = self.reasons(), self.attn
         if reasons["attention"] or not self._size_fits(x):
-            attended = self._attn(self.norm1(x))
+            x = x + self.drop_path1(self._attn(self.norm1(x)))
         else:
             qkv = norm_linear(x, self.norm1, attn.qkv.weight, attn.qkv.bias)
             attended = self._windows(qkv, attn.relative_position_bias_table, attn.qkv.bias)
-            attended = norm_linear(attended, None, attn.proj.weight, attn.proj.bias)
-        x = x + self.drop_path1(attended)
+            x = add_linear(x, attended, attn.proj, self.drop_path1)
         flat = x.flatten(1, 2)
-        flat = flat + self.drop_path2(
-            self.mlp(self.norm2(flat)) if reasons["mlp"] else norm_mlp(flat, self.norm2, self.mlp)
-        )
+        if reasons["mlp"]:
+            flat = flat + self.drop_path2(self.mlp(self.norm2(flat)))
+        else:
+            flat = add_mlp(flat, self.norm2, self.mlp, self.drop_path2)
         return flat.view(x.shape)
 
 
@@ -236,10 +269,9 @@ def _neighbours(x: Tensor) -> Tensor:
 def _one_window(
     x: Tensor, norm: nn.Module, attn: nn.Module, qkv_bias: Tensor | None, bias: Tensor | None, index: Tensor | None
 ) -> Tensor:
-    """Attention of all tokens (B, N, C) over all of them, with the norm before and the projection behind it."""
+    """Attention of all tokens (B, N, C) over all of them, with the norm before; what the projection reads."""
     qkv = norm_linear(x, norm, attn.qkv.weight, qkv_bias).unsqueeze(1)
-    out = ops.window_attention(qkv, attn.num_heads, (1, x.shape[1]), bias=bias, index=index)
-    return norm_linear(out.squeeze(1), None, attn.proj.weight, attn.proj.bias)
+    return ops.window_attention(qkv, attn.num_heads, (1, x.shape[1]), bias=bias, index=index).squeeze(1)
 
 
 class BeitBlock(beit.Block):
@@ -255,13 +287,17 @@ class BeitBlock(beit.Block):
         if not here(x):
             return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
         reasons = self.reasons()
+        between = [
+            (path,) if gamma is None else (partial(torch.mul, gamma), path)
+            for gamma, path in ((self.gamma_1, self.drop_path1), (self.gamma_2, self.drop_path2))
+        ]
         if reasons["attention"] or not _window_fits(x, x.shape[1]):
-            attended = self.attn(self.norm1(x), shared_rel_pos_bias=shared_rel_pos_bias)
+            x = x + _apply(between[0], self.attn(self.norm1(x), shared_rel_pos_bias=shared_rel_pos_bias))
         else:
-            attended = self._fused(x, shared_rel_pos_bias)
-        x = x + self.drop_path1(attended if self.gamma_1 is None else self.gamma_1 * attended)
-        hidden = self.mlp(self.norm2(x)) if reasons["mlp"] else norm_mlp(x, self.norm2, self.mlp)
-        return x + self.drop_path2(hidden if self.gamma_2 is None else self.gamma_2 * hidden)
+            x = add_linear(x, self._fused(x, shared_rel_pos_bias), self.attn.proj, *between[0])
+        if reasons["mlp"]:
+            return x + _apply(between[1], self.mlp(self.norm2(x)))
+        return add_mlp(x, self.norm2, self.mlp, *between[1])
 
     def _fused(self, x: Tensor, shared: Tensor | None) -> Tensor:
         attn = self.attn
@@ -287,12 +323,13 @@ class ViTBlock(vision_transformer.Block):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         reasons, attn = self.reasons(), self.attn
         if reasons["attention"] or not _window_fits(x, x.shape[1]):
-            attended = attn(self.norm1(x))
+            x = x + self.drop_path1(self.ls1(attn(self.norm1(x))))
         else:
             attended = _one_window(x, self.norm1, attn, attn.qkv.bias, None, None)
-        x = x + self.drop_path1(self.ls1(attended))
-        hidden = self.mlp(self.norm2(x)) if reasons["mlp"] else norm_mlp(x, self.norm2, self.mlp)
-        return x + self.drop_path2(self.ls2(hidden))
+            x = add_linear(x, attended, attn.proj, self.ls1, self.drop_path1)
+        if reasons["mlp"]:
+            return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return add_mlp(x, self.norm2, self.mlp, self.ls2, self.drop_path2)
 
 
 def stem_fits(stem: PatchEmbed, x: Tensor) -> bool:

@@ -70,9 +70,10 @@ def _has_onednn() -> bool:
         x, weight, bias = torch.eye(8) * 2, torch.arange(64.0).reshape(8, 8), torch.ones(8)
         with torch.no_grad():
             y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        z = torch.ops.mkldnn._linear_pointwise.binary(x, weight, weight, bias, "add")
     except (AttributeError, RuntimeError, TypeError):
         return False
-    return torch.equal(y, 2 * weight.t() + 1)
+    return torch.equal(y, 2 * weight.t() + 1) and torch.equal(z, y + weight)
 
 
 @functools.cache
@@ -84,20 +85,28 @@ def _mkl_is_slow() -> bool:
         return any("AuthenticAMD" in line for line in lines)
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     bias = None if bias is None else bias.contiguous()  # the op reads it without its stride
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    if residual is None:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, residual.contiguous(), weight, bias, "add")
 
 
 def _use_onednn(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 and _has_onednn()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (n, i) . weight (o, i)^T + bias (o,) -> (n, o); weight and bias are cast to x's dtype."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """x (n, i) . weight (o, i)^T + bias (o,) + residual (n, o) -> (n, o); weight and bias are cast to x's dtype.
+
+    In x's dtype; with a residual in the wider one of the two.
+    """
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    return _onednn(x, weight, bias) if _use_onednn(x) else torch.nn.functional.linear(x, weight, bias)
+    if _use_onednn(x):
+        return _onednn(x, weight, bias, None if residual is None else residual.to(x.dtype))
+    product = torch.nn.functional.linear(x, weight, bias)
+    return product if residual is None else product + residual
 
 
 def linear_input_gradient(dy: Tensor, weight: Tensor) -> Tensor:

@@ -49,14 +49,19 @@ def normalized_backward(
     dtype: torch.dtype,
     again: bool,
     residual: Tensor | None = None,
+    residual_sum: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, list[Sum]]:
-    """dx + residual in x's dtype, what the product read if `again`, and the sums for the norm's two, to be finished."""
+    """dx + residual in x's dtype, what the product read if `again`, and the sums to be finished: for the norm's two, if
+    there is one, then of the residual's rows, if that goes into `residual_sum`.
+    """
     if weight is None:
         dx = None if dy is None else (dy if residual is None else dy + residual).to(x.dtype)
-        return dx, x.to(dtype).contiguous() if again else None, []
+        sums = [] if residual_sum is None else column_sums([residual], [residual_sum])
+        return dx, x.to(dtype).contiguous() if again else None, sums
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     vectors = weight.contiguous(), bias.contiguous()
-    norm = NormGradient(dy, x.contiguous(), statistics, *vectors, dx, residual=residual, again=again)
+    biases = () if residual_sum is None else (residual_sum,)
+    norm = NormGradient(dy, x.contiguous(), statistics, *vectors, dx, residual=residual, again=again, biases=biases)
     (y,), (sums,) = layer_norm_backward([norm])
     return dx, y, sums
 

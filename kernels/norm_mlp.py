@@ -1,7 +1,9 @@
 """`norm_mlp` in Triton: the norm's kernel, and two products with GELU and its derivative in their epilogues.
 
-Cost: forward 3 launches, backward 8, and 1 each that casts the weights where their dtype is another. What is as wide
-as the hidden layer is written twice in the forward (before and after GELU), in the backward read once, written twice.
+Cost: forward 3 launches, backward 8, and 1 each that casts the weights where their dtype is another. A residual is
+added in the second product's epilogue, its gradient in the norm's backward, which also sums it for the second layer's
+bias: 1 launch less. What is as wide as the hidden layer is written twice in the forward (before and after GELU), in the
+backward read once, written twice.
 """
 
 from __future__ import annotations
@@ -70,10 +72,21 @@ def backward(
     if needs[0] or norm_weight is not None:
         (dy,) = products.input_gradients([dhidden], [w1])
     found[0], y, sums = normalized_backward(
-        dy, x, statistics, norm_weight, norm_bias, storage, again=needs[1], residual=added
+        dy,
+        x,
+        statistics,
+        norm_weight,
+        norm_bias,
+        storage,
+        again=needs[1],
+        residual=added,
+        residual_sum=found[4] if residual and needs[4] else None,
     )
-    found |= {5 + i: s.out for i, s in enumerate(sums)}
+    if norm_weight is not None:
+        found |= {5: sums[0].out, 6: sums[1].out}
+    if needs[4] and not residual:
+        sums += column_sums([grad], [found[4]])
     if needs[1]:
         (found[1],) = products.weight_gradients([dhidden], [y], [fc1_weight.dtype])
-    finish([fc1_sum, *sums, *(column_sums([grad], [found[4]]) if needs[4] else [])])
+    finish([fc1_sum, *sums])
     return [found[i] if need else absent(x) for i, need in enumerate(needs)]

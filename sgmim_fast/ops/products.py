@@ -70,10 +70,9 @@ def _has_onednn() -> bool:
         x, weight, bias = torch.eye(8) * 2, torch.arange(64.0).reshape(8, 8), torch.ones(8)
         with torch.no_grad():
             y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        z = torch.ops.mkldnn._linear_pointwise.binary(x, weight, weight, bias, "add")
     except (AttributeError, RuntimeError, TypeError):
         return False
-    return torch.equal(y, 2 * weight.t() + 1) and torch.equal(z, y + weight)
+    return torch.equal(y, 2 * weight.t() + 1)
 
 
 @functools.cache
@@ -85,11 +84,9 @@ def _mkl_is_slow() -> bool:
         return any("AuthenticAMD" in line for line in lines)
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     bias = None if bias is None else bias.contiguous()  # the op reads it without its stride
-    if residual is None:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return torch.ops.mkldnn._linear_pointwise.binary(x, residual.contiguous(), weight, bias, "add")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def _use_onednn(x: Tensor) -> bool:
@@ -103,10 +100,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     """
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    if _use_onednn(x):
-        return _onednn(x, weight, bias, None if residual is None else residual.to(x.dtype))
-    product = torch.nn.functional.linear(x, weight, bias)
-    return product if residual is None else product + residual
+    product = _onednn(x, weight, bias) if _use_onednn(x) else torch.nn.functional.linear(x, weight, bias)
+    if residual is None:
+        return product
+    narrower = torch.promote_types(x.dtype, residual.dtype) != x.dtype
+    return product + residual if narrower else product.add_(residual)  # in place is faster than oneDNN's own "add"
 
 
 def linear_input_gradient(dy: Tensor, weight: Tensor) -> Tensor:

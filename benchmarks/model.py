@@ -61,8 +61,8 @@ class Device:
 # NVIDIA's data sheet: 4.8 TB/s, 989 and 67 TFLOP/s. Assumed to be reached: 75 %, 60 % and 75 % of it.
 H200 = Device("H200", "sm_90", 132, 0.75 * 4.8e12, 0.60 * 989e12, 0.75 * 67e12, 2.5e-6)
 
-# Allocations and views launch nothing.
-FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh", "alias", "device"}
+# Allocations, views and questions launch nothing.
+FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh", "alias", "device", "promote_types"}
 
 
 @dataclass

@@ -26,6 +26,12 @@ class Shape:
         return self.image // self.unit
 
     @property
+    def deepest(self) -> tuple[int, int]:
+        """Patches along an image and channels in the stage that has most of the blocks."""
+        stage = self.depths.index(max(self.depths))
+        return self.image // (self.patch << stage), self.stem << stage
+
+    @property
     def cells(self) -> int:
         """N, tokens of an image."""
         return (self.image // self.stride) ** 2

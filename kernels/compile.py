@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -167,14 +168,16 @@ def encoder(batch: int, mixed: bool, dtype: torch.dtype) -> None:
     cast = dtype if mixed else None
     for width, wide in LAYERS:
         x, norm = torch.zeros(128 * batch, width, dtype=torch.float32 if mixed else dtype), [parameter(width)] * 2
-        for vectors in (norm, [None, None]):
+        for vectors, residual in itertools.product((norm, [None, None]), (False, True)):
             linear = parameter(wide, width), parameter(wide)
-            out, statistics = norm_linear.forward(x, *linear, *vectors, 1e-5, cast)
+            added = torch.zeros(x.shape[0], wide, dtype=x.dtype) if residual else None
+            out, statistics = norm_linear.forward(x, *linear, *vectors, added, 1e-5, cast)
             needs = [True] * 3 + [vectors[0] is not None] * 2
             norm_linear.backward(out, x, linear[0], *vectors, statistics, needs, cast)
             layers = *linear, parameter(width, wide), parameter(width)
-            out, hidden, statistics = norm_mlp.forward(x, *layers, *vectors, 1e-5, cast)
-            norm_mlp.backward(out, x, *layers[::2], *vectors, hidden, statistics, [True] * 2 + needs, cast)
+            out, hidden, statistics = norm_mlp.forward(x, *layers, *vectors, residual, 1e-5, cast)
+            needs = [True] * 2 + needs
+            norm_mlp.backward(out, x, *layers[::2], *vectors, hidden, statistics, residual, needs, cast)
 
 
 def branch(shape: Shape, mixed: bool, dtype: torch.dtype) -> None:

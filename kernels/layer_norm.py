@@ -115,7 +115,7 @@ class NormGradient(NamedTuple):
     rows: Tensor | None = None
     residual: Tensor | None = None
     again: bool = True  # whether the normalised rows are written once more, in dy's dtype
-    biases: tuple[Tensor, ...] = ()  # gradients that are sums over the rows of residual and of dx, if wanted
+    biases: tuple[Tensor, ...] = ()  # gradients that are sums over the rows of residual, and of dx, as far as wanted
 
 
 @triton.jit
@@ -166,11 +166,11 @@ def _differentiate(
         if residual is not None:
             added = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
             out += added
-            if SUMS:
+            if SUMS > 0:
                 residual_sum += tl.sum(added, 0)
         out = cast(out, dx.dtype.element_ty)
         tl.store(dx + place, out, mask=inside)
-        if SUMS:
+        if SUMS > 1:
             dx_sum += tl.sum(tl.where(inside, out.to(tl.float32), 0.0), 0)
         if y is not None:
             tl.store(y + at, cast(xhat * gain + shift, y.dtype.element_ty), mask=inside)
@@ -179,13 +179,14 @@ def _differentiate(
     at = program.to(tl.int64) * width + column
     tl.store(partials + at, dgain, mask=column < width)
     tl.store(partials + stride + at, dshift, mask=column < width)
-    if SUMS:
+    if SUMS > 0:
         tl.store(partials + 2 * stride + at, residual_sum, mask=column < width)
+    if SUMS > 1:
         tl.store(partials + 3 * stride + at, dx_sum, mask=column < width)
 
 
 def layer_norm_backward(gradients: list[NormGradient]) -> tuple[list[Tensor | None], list[list[Sum]]]:
-    """Gradients through norms of one width, all or none of them with `biases`.
+    """Gradients through norms of one width, all of them with as many `biases`.
 
     Returns of each its normalised rows once more, or None, and the sums to be finished: for weight and bias, in the
     weight's dtype, then for `biases`. Cost: reads dy, x and the residual, writes dx and y, n rows each; 1 launch.
@@ -195,8 +196,8 @@ def layer_norm_backward(gradients: list[NormGradient]) -> tuple[list[Tensor | No
     counts = [g.dy.shape[0] for g in gradients]
     per_program = rows_per_program(sum(counts), device)
     programs = [triton.cdiv(count, per_program) for count in counts]
-    vectors = 2 + len(gradients[0].biases)
-    partials = [torch.empty(vectors, n, width, dtype=torch.float32, device=device) for n in programs]
+    wanted = len(gradients[0].biases)
+    partials = [torch.empty(2 + wanted, n, width, dtype=torch.float32, device=device) for n in programs]
     block = triton.next_power_of_2(width)
     launch(
         _backward_kernel,
@@ -218,7 +219,7 @@ def layer_norm_backward(gradients: list[NormGradient]) -> tuple[list[Tensor | No
         per_program,
         ROWS=max(1, 2048 // block),
         BLOCK=block,
-        SUMS=vectors > 2,
+        SUMS=wanted,
         num_warps=_warps(block),
     )
     sums = [

@@ -17,7 +17,7 @@ from sgmim_fast.kernels.launch import copies_of, fits, on_device, supported
 from sgmim_fast.kernels.layer_norm import Norm, NormGradient, layer_norm, layer_norm_backward
 from sgmim_fast.kernels.sums import Sum, column_sums, finish
 from sgmim_fast.ops._op import absent
-from sgmim_fast.ops.norm_linear import storage_dtype
+from sgmim_fast.ops.norm_linear import result_dtype, storage_dtype
 
 
 def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
@@ -48,13 +48,20 @@ def normalized_backward(
     bias: Tensor | None,
     dtype: torch.dtype,
     again: bool,
+    residual: Tensor | None = None,
+    residual_sum: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, list[Sum]]:
-    """dx in x's dtype, what the product read if `again`, and the sums for the norm's two, to be finished."""
+    """dx + residual in x's dtype, what the product read if `again`, and the sums to be finished: for the norm's two, if
+    there is one, then of the residual's rows, if that goes into `residual_sum`.
+    """
     if weight is None:
-        dx = None if dy is None else dy.to(x.dtype)
-        return dx, x.to(dtype).contiguous() if again else None, []
+        dx = None if dy is None else (dy if residual is None else dy + residual).to(x.dtype)
+        sums = [] if residual_sum is None else column_sums([residual], [residual_sum])
+        return dx, x.to(dtype).contiguous() if again else None, sums
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    norm = NormGradient(dy, x.contiguous(), statistics, weight.contiguous(), bias.contiguous(), dx, again=again)
+    vectors = weight.contiguous(), bias.contiguous()
+    biases = () if residual_sum is None else (residual_sum,)
+    norm = NormGradient(dy, x.contiguous(), statistics, *vectors, dx, residual=residual, again=again, biases=biases)
     (y,), (sums,) = layer_norm_backward([norm])
     return dx, y, sums
 
@@ -73,12 +80,15 @@ def forward(
     bias: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    residual: Tensor | None,
     eps: float,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     storage = storage_dtype(x, dtype)
     y, statistics = normalized(x, norm_weight, norm_bias, eps, storage)
-    return products.linear(y, *as_read(storage, weight, bias)).to(dtype or x.dtype), statistics
+    wanted, residual = result_dtype(x, residual, dtype), None if residual is None else residual.contiguous()
+    out = products.linear(y, *as_read(storage, weight, bias), residual=residual, dtype=wanted)
+    return out.to(wanted), statistics
 
 
 @on_device

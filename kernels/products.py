@@ -277,19 +277,28 @@ def linears(xs: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, residual: Tensor | None = None, rows: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    rows: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x . W^T + bias + residual[rows], or + residual, in x's dtype. Cost: 1 launch; through the library 1 for each
-    residual or cast of the bias more."""
+    """x . W^T + bias + residual[rows], or + residual; with a residual in `dtype`, else, or if that is None, in x's.
+
+    Cost: 1 launch; through the library 1 for each residual or cast of the bias more.
+    """
+    dtype = dtype or x.dtype
     if fused(x.dtype, residual is not None):
-        y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+        y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype if residual is None else dtype, device=x.device)
         shape, biases = (x.shape[0], weight.shape[1], weight.shape[0]), None if bias is None else [bias]
         _run(FORWARD, x.dtype, [x], [weight], [y], [shape], bias=biases, residual=residual, index=rows)
         return y
     product = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
     if residual is None:
         return product
-    y = torch.empty_like(product)
+    y = torch.empty_like(product, dtype=dtype)
     _epilogue(FORWARD, product, y, residual=residual, index=rows)
     return y
 

@@ -9,95 +9,50 @@ block at a time.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from timm.layers import Attention, LayerNorm, Mlp, PatchEmbed
-from timm.layers.activations import GELU
+from timm.layers import Attention, Mlp, PatchEmbed
 from timm.models import beit, swin_transformer, swin_transformer_v2, vision_transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sgmim_fast import backends, ops
+from sgmim_fast.bypass import attention_reason, changed, first, mlp_reason, norm_reason, nothing
 from sgmim_fast.ops.window_attention import most_tokens_on_a_gpu
 
 
-def _changed(module: nn.Module | None, *types: type) -> str:
-    """Why the module's own forward may not be bypassed: it is not exactly of one of the types, or has hooks."""
-    if type(module) not in types:
-        return f"{type(module).__name__} in place of {types[0].__name__}"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return f"hooks on a {types[0].__name__}"
-    return ""
+def _vectors(norm: nn.LayerNorm | None) -> dict[str, Any]:
+    return {} if norm is None else {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
 
 
-def _active(dropout: nn.Module | None) -> str:
-    """Dropout that does something."""
-    if type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not (dropout.training and dropout.p)):
-        return ""
-    return "dropout"
-
-
-def _norm(norm: nn.Module) -> str:
-    if why := _changed(norm, nn.LayerNorm, LayerNorm):
-        return why
-    if norm.weight is None or norm.bias is None or len(norm.normalized_shape) != 1:
-        return "a LayerNorm without weight and bias of a vector"
-    return "timm's fast norm" if getattr(norm, "_fast_norm", False) else ""
-
-
-def _first(reasons: Iterable[str]) -> str:
-    return next(filter(None, reasons), "")
-
-
-def mlp_reason(norm: nn.Module | None, mlp: nn.Module) -> str:
-    """Why norm and MLP cannot be one op; "" if they can. A norm of None is left out."""
-    if why := _changed(mlp, Mlp):
-        return why
-    if type(mlp.act) is nn.GELU and mlp.act.approximate != "none":
-        return "an approximate GELU"
-    return _first(
-        (
-            "" if norm is None else _norm(norm),
-            _changed(mlp.fc1, nn.Linear),
-            _changed(mlp.act, nn.GELU, GELU),
-            _active(mlp.drop1),
-            _changed(mlp.norm, nn.Identity),
-            _changed(mlp.fc2, nn.Linear),
-            _active(mlp.drop2),
-            "" if mlp.fc1.bias is not None and mlp.fc2.bias is not None else "an MLP without bias",
-        )
-    )
-
-
-def _attention_reason(norm: nn.Module | None, attn: nn.Module, kind: type, *identities: str) -> str:
-    if why := _changed(attn, kind):
-        return why
-    scale = (attn.qkv.weight.shape[0] // 3 // attn.num_heads) ** -0.5 if type(attn.qkv) is nn.Linear else None
-    return _first(
-        (
-            "" if norm is None else _norm(norm),
-            _changed(attn.qkv, nn.Linear),
-            _active(attn.attn_drop),
-            _changed(attn.proj, nn.Linear),
-            _active(attn.proj_drop),
-            *(_changed(getattr(attn, name, None), nn.Identity) for name in identities),
-            "gated attention" if getattr(attn, "gate", None) is not None else "",
-            "another scale of the attention" if getattr(attn, "scale", scale) != scale else "",
-        )
-    )
-
-
-def norm_mlp(x: Tensor, norm: nn.LayerNorm | None, mlp: Mlp) -> Tensor:
+def norm_mlp(x: Tensor, norm: nn.LayerNorm | None, mlp: Mlp, residual: bool = False) -> Tensor:
     layers = mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
-    if norm is None:
-        return ops.norm_mlp(x, *layers)
-    return ops.norm_mlp(x, *layers, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps)
+    return ops.norm_mlp(x, *layers, **_vectors(norm), residual=residual)
 
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm | None, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if norm is None:
-        return ops.norm_linear(x, weight, bias)
-    return ops.norm_linear(x, weight, bias, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps)
+    return ops.norm_linear(x, weight, bias, **_vectors(norm))
+
+
+def _through(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
+    for module in modules:
+        x = module(x)
+    return x
+
+
+def add_linear(x: Tensor, y: Tensor, linear: nn.Linear, *between: nn.Module) -> Tensor:
+    """x + linear(y), the projection's result going through layer scale and drop path first."""
+    if nothing(between):
+        return ops.norm_linear(y, linear.weight, linear.bias, residual=x)
+    return x + _through(between, ops.norm_linear(y, linear.weight, linear.bias))
+
+
+def add_mlp(x: Tensor, norm: nn.LayerNorm, mlp: Mlp, *between: nn.Module) -> Tensor:
+    """x + mlp(norm(x)), the MLP's result going through layer scale and drop path first."""
+    if nothing(between):
+        return norm_mlp(x, norm, mlp, residual=True)
+    return x + _through(between, norm_mlp(x, norm, mlp))
 
 
 def here(x: Tensor) -> bool:
@@ -152,7 +107,7 @@ class SwinTransformerBlock(_SwinHalves, swin_transformer.SwinTransformerBlock):
     def reasons(self) -> dict[str, str]:
         """Why each half runs as timm's; "" where it is fused."""
         return {
-            "attention": _attention_reason(self.norm1, self.attn, swin_transformer.WindowAttention),
+            "attention": attention_reason(self.norm1, self.attn, swin_transformer.WindowAttention),
             "mlp": mlp_reason(self.norm2, self.mlp),
         }
 
@@ -161,16 +116,16 @@ class SwinTransformerBlock(_SwinHalves, swin_transformer.SwinTransformerBlock):
             return super().forward(x)
         reasons, attn = self.reasons(), self.attn
         if reasons["attention"] or not self._size_fits(x):
-            attended = self._attn(self.norm1(x))
+            x = x + self.drop_path1(self._attn(self.norm1(x)))
         else:
             qkv = norm_linear(x, self.norm1, attn.qkv.weight, attn.qkv.bias)
             attended = self._windows(qkv, attn.relative_position_bias_table, attn.qkv.bias)
-            attended = norm_linear(attended, None, attn.proj.weight, attn.proj.bias)
-        x = x + self.drop_path1(attended)
+            x = add_linear(x, attended, attn.proj, self.drop_path1)
         flat = x.flatten(1, 2)
-        flat = flat + self.drop_path2(
-            self.mlp(self.norm2(flat)) if reasons["mlp"] else norm_mlp(flat, self.norm2, self.mlp)
-        )
+        if reasons["mlp"]:
+            flat = flat + self.drop_path2(self.mlp(self.norm2(flat)))
+        else:
+            flat = add_mlp(flat, self.norm2, self.mlp, self.drop_path2)
         return flat.view(x.shape)
 
 
@@ -179,7 +134,7 @@ class SwinTransformerV2Block(_SwinHalves, swin_transformer_v2.SwinTransformerV2B
 
     def reasons(self) -> dict[str, str]:
         return {
-            "attention": _attention_reason(None, self.attn, swin_transformer_v2.WindowAttention),
+            "attention": attention_reason(None, self.attn, swin_transformer_v2.WindowAttention),
             "mlp": mlp_reason(None, self.mlp),
         }
 
@@ -207,7 +162,7 @@ class PatchMerging(swin_transformer.PatchMerging):
     """Swin's: the norm and the reduction as one op, behind timm's gather of 2 x 2 neighbours."""
 
     def reasons(self) -> dict[str, str]:
-        return {"reduction": _norm(self.norm) or _changed(self.reduction, nn.Linear)}
+        return {"reduction": norm_reason(self.norm) or changed(self.reduction, nn.Linear)}
 
     def forward(self, x: Tensor) -> Tensor:
         if not here(x) or any(self.reasons().values()):
@@ -219,7 +174,7 @@ class PatchMergingV2(swin_transformer_v2.PatchMerging):
     """SwinV2's: the norm comes after the reduction."""
 
     def reasons(self) -> dict[str, str]:
-        return {"reduction": _changed(self.reduction, nn.Linear)}
+        return {"reduction": changed(self.reduction, nn.Linear)}
 
     def forward(self, x: Tensor) -> Tensor:
         if not here(x) or any(self.reasons().values()):
@@ -236,18 +191,20 @@ def _neighbours(x: Tensor) -> Tensor:
 def _one_window(
     x: Tensor, norm: nn.Module, attn: nn.Module, qkv_bias: Tensor | None, bias: Tensor | None, index: Tensor | None
 ) -> Tensor:
-    """Attention of all tokens (B, N, C) over all of them, with the norm before and the projection behind it."""
+    """Attention of all tokens (B, N, C) over all of them, with the norm before; what the projection reads."""
     qkv = norm_linear(x, norm, attn.qkv.weight, qkv_bias).unsqueeze(1)
-    out = ops.window_attention(qkv, attn.num_heads, (1, x.shape[1]), bias=bias, index=index)
-    return norm_linear(out.squeeze(1), None, attn.proj.weight, attn.proj.bias)
+    return ops.window_attention(qkv, attn.num_heads, (1, x.shape[1]), bias=bias, index=index).squeeze(1)
 
 
 class BeitBlock(beit.Block):
-    """BEiT: norm1 and qkv, attention over all tokens with relative position bias, projection; norm2 and MLP."""
+    """BEiT: norm1 and qkv, attention over all tokens with relative position bias, projection; norm2 and MLP.
+
+    Its layer scale keeps the residuals outside the ops.
+    """
 
     def reasons(self) -> dict[str, str]:
         return {
-            "attention": _attention_reason(self.norm1, self.attn, beit.Attention),
+            "attention": attention_reason(self.norm1, self.attn, beit.Attention),
             "mlp": mlp_reason(self.norm2, self.mlp),
         }
 
@@ -270,7 +227,8 @@ class BeitBlock(beit.Block):
         if shared is not None:
             shared = shared.view(shared.shape[-3:])
             bias, index = shared if bias is None else attn._get_rel_pos_bias().squeeze(0) + shared, None
-        return _one_window(x, self.norm1, attn, qkv_bias, bias, index)
+        attended = _one_window(x, self.norm1, attn, qkv_bias, bias, index)
+        return norm_linear(attended, None, attn.proj.weight, attn.proj.bias)
 
 
 class ViTBlock(vision_transformer.Block):
@@ -278,7 +236,7 @@ class ViTBlock(vision_transformer.Block):
 
     def reasons(self) -> dict[str, str]:
         return {
-            "attention": _attention_reason(self.norm1, self.attn, Attention, "q_norm", "k_norm", "norm"),
+            "attention": attention_reason(self.norm1, self.attn, Attention, "q_norm", "k_norm", "norm"),
             "mlp": mlp_reason(self.norm2, self.mlp),
         }
 
@@ -287,26 +245,27 @@ class ViTBlock(vision_transformer.Block):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         reasons, attn = self.reasons(), self.attn
         if reasons["attention"] or not _window_fits(x, x.shape[1]):
-            attended = attn(self.norm1(x))
+            x = x + self.drop_path1(self.ls1(attn(self.norm1(x))))
         else:
             attended = _one_window(x, self.norm1, attn, attn.qkv.bias, None, None)
-        x = x + self.drop_path1(self.ls1(attended))
-        hidden = self.mlp(self.norm2(x)) if reasons["mlp"] else norm_mlp(x, self.norm2, self.mlp)
-        return x + self.drop_path2(self.ls2(hidden))
+            x = add_linear(x, attended, attn.proj, self.ls1, self.drop_path1)
+        if reasons["mlp"]:
+            return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return add_mlp(x, self.norm2, self.mlp, self.ls2, self.drop_path2)
 
 
 def stem_fits(stem: PatchEmbed, x: Tensor) -> bool:
     """Whether the stem of images `x` may be computed by `masked_stem`."""
     p, conv = stem.patch_size[0], stem.proj
-    changed = _first(
+    why = first(
         (
-            _changed(stem, PatchEmbed),
-            _changed(conv, nn.Conv2d),
-            "" if isinstance(stem.norm, nn.Identity) else _norm(stem.norm),
+            changed(stem, PatchEmbed),
+            changed(conv, nn.Conv2d),
+            "" if isinstance(stem.norm, nn.Identity) else norm_reason(stem.norm),
         )
     )
     whole = x.shape[2] % p == 0 and x.shape[3] % p == 0  # else timm pads
-    return here(x) and not changed and whole and conv.kernel_size == conv.stride == (p, p)
+    return here(x) and not why and whole and conv.kernel_size == conv.stride == (p, p)
 
 
 def masked_stem(stem: PatchEmbed, x: Tensor, mask_token: Tensor, visible: Tensor) -> Tensor:

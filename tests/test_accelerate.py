@@ -14,6 +14,7 @@ import torch
 from checks import FEW_ULP
 from timm.layers import DropPath
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sgmim_fast
 from sgmim_fast import SGMIM, accelerate, backends, blocks
@@ -215,6 +216,43 @@ def test_compile_in_one_graph(name):
     actual = step(model, images)
     for key, value in expected.items():
         torch.testing.assert_close(actual[key], value, rtol=1e-4, atol=1e-4, msg=key)
+
+
+class Additions(TorchDispatchMode):
+    """Counts the additions that are not inside an op."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket is torch.ops.aten.add
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["swin", "vit with registers"])
+def test_the_ops_add_the_residuals(name):
+    """Unless a drop path is at work, or listened to."""
+    model, _ = timm_model(name, drop_path_rate=0.5)
+    block = [m for m in fused(model).modules() if type(m) in blocks.FAST.values() and hasattr(m, "attn")][1]
+    assert isinstance(block.drop_path1, DropPath) and isinstance(block.drop_path2, DropPath)
+    shape = (1, *block.input_resolution, 24) if name == "swin" else (1, 9, 48)
+    counts = []
+    for training, listening in ((True, False), (False, False), (False, True)):
+        block.train(training)
+        if listening:
+            block.drop_path2.register_forward_hook(lambda module, args, result: result)
+        with Additions() as additions:
+            block(torch.randn(shape))
+        counts.append(additions.count)
+    assert counts == [2, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["swin", "swinv2", "beit", "vit"])
+def test_channels_last_images(name):
+    model, size = timm_model(name)
+    fast, images = fused(model), torch.randn(2, 3, *size)
+    expected, actual = (step(fast, x) for x in (images, images.contiguous(memory_format=torch.channels_last)))
+    for key, value in expected.items():
+        assert (actual[key] - value).norm() <= 1e-5 * (1e-2 + value.norm()), key
 
 
 class Adapter(nn.Linear):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from checks import check_op, gradcheck64, gradients, opcheck
@@ -15,32 +13,36 @@ from torch.nn import functional as F
 from sgmim_fast.ops import norm_linear, products
 from sgmim_fast.ops.norm_linear import _op
 
-NAMES = ("x", "weight", "bias", "norm_weight", "norm_bias")
+NAMES = ("x", "weight", "bias", "norm_weight", "norm_bias", "residual")
 EPS = 1e-6
 
 
-def inputs(rows=(2, 5), width=24, out=40, with_bias=True, norm=True):
+def inputs(rows=(2, 5), width=24, out=40, with_bias=True, norm=True, residual=False):
     """float64"""
+    added = [torch.randn(*rows, out, dtype=torch.float64)] if residual else []
     return [
         torch.randn(*rows, width, dtype=torch.float64) + 0.5,
         matrix(out, width),
         bias(out) if with_bias else None,
         norm_weight(width) if norm else None,
         bias(width) if norm else None,
+        *added,
     ]
 
 
-def plain(x, weight, bias, norm_weight, norm_bias):
+def plain(x, weight, bias, norm_weight, norm_bias, residual=None):
     if norm_weight is not None:
         x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, EPS)
-    return F.linear(x, weight, bias)
+    y = F.linear(x, weight, bias)
+    return y if residual is None else residual + y
 
 
-def ours(x, weight, bias, norm_weight, norm_bias):
-    return norm_linear(x, weight, bias, norm_weight=norm_weight, norm_bias=norm_bias, eps=EPS)
+def ours(x, weight, bias, norm_weight, norm_bias, residual=None):
+    return norm_linear(x, weight, bias, norm_weight=norm_weight, norm_bias=norm_bias, eps=EPS, residual=residual)
 
 
-check = partial(check_op, ours, plain, NAMES)
+def check(place, tensors, *args):
+    check_op(ours, plain, NAMES[: len(tensors)], place, tensors, *args)
 
 
 @given(
@@ -49,9 +51,28 @@ check = partial(check_op, ours, plain, NAMES)
     out=st.integers(1, 40),
     with_bias=st.booleans(),
     norm=st.booleans(),
+    residual=st.booleans(),
 )
-def test_float32(place, rows, width, out, with_bias, norm):
-    check(place, inputs(rows, width, out, with_bias, norm), torch.float32)
+def test_float32(place, rows, width, out, with_bias, norm, residual):
+    check(place, inputs(rows, width, out, with_bias, norm, residual), torch.float32)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("computed_in", [torch.float32, torch.bfloat16])
+def test_residual_in_bfloat16(place, norm, computed_in):
+    with products.compute_bfloat16_in(computed_in):
+        check(place, inputs((2, 3, 8), 48, norm=norm, residual=True), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("computed_in", [torch.float32, torch.bfloat16])
+def test_a_float32_residual_stays_one_under_autocast(place, dtype, computed_in):
+    """What is added is not rounded to the dtype of the products, nor is its gradient."""
+    tensors = [t.to(place.device, torch.float32) for t in inputs(residual=True)]
+    tensors[1:3] = [torch.zeros_like(t) for t in tensors[1:3]]
+    with products.compute_bfloat16_in(computed_in), torch.autocast(place.device, dtype):
+        result, (*_, gradient) = gradients(ours, tensors, cotangent := torch.randn_like(tensors[-1]))
+    assert torch.equal(result, tensors[-1]) and torch.equal(gradient, cotangent)
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -68,10 +89,10 @@ def test_float16(place, dtype, autocast):
     check(place, inputs((2, 3, 8), 48), dtype, autocast)
 
 
-@pytest.mark.parametrize("wanted", [[0], [1], [2], [4], [1, 2]])
+@pytest.mark.parametrize("wanted", [[0], [1], [2], [4], [5], [1, 2]])
 @pytest.mark.parametrize("norm", [False, True])
 def test_partial_gradients(place, wanted, norm):
-    low = [None if t is None else t.to(place.device, torch.float32) for t in inputs(norm=norm)]
+    low = [None if t is None else t.to(place.device, torch.float32) for t in inputs(norm=norm, residual=5 in wanted)]
     _, complete = gradients(ours, low, torch.ones(2, 5, 40, device=place.device))
     complete = dict(zip([i for i, t in enumerate(low) if t is not None], complete, strict=True))
     if not set(wanted) <= set(complete):
@@ -86,18 +107,20 @@ def test_partial_gradients(place, wanted, norm):
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_gradcheck_and_opcheck(place, norm):
-    tensors = inputs((1, 3), 5, 4, norm=norm)
+@pytest.mark.parametrize("residual", [False, True])
+def test_gradcheck_and_opcheck(place, norm, residual):
+    tensors = inputs((1, 3), 5, 4, norm=norm, residual=residual)
     if place.backend == "torch":
         gradcheck64(ours, [None if t is None else t.to(place.device) for t in tensors])
     x, *rest = [None if t is None else t.to(place.device, torch.float32).requires_grad_() for t in tensors]
+    rest[4:] = [rest[4].detach()[0].requires_grad_() if residual else None]
     opcheck(_op.overload, (x.detach()[0].requires_grad_(), *rest, EPS, None))
 
 
 def test_strides(place):
-    x, *rest = (t.to(place.device, torch.float32) for t in inputs((6, 4)))
-    strided = x.permute(2, 1, 0).contiguous().permute(2, 1, 0)
-    torch.testing.assert_close(ours(strided, *rest), ours(x, *rest))
+    x, *rest, added = (t.to(place.device, torch.float32) for t in inputs((6, 4), residual=True))
+    strided, added_strided = (t.permute(2, 1, 0).contiguous().permute(2, 1, 0) for t in (x, added))
+    torch.testing.assert_close(ours(strided, *rest, added_strided), ours(x, *rest, added))
 
 
 def test_errors():
@@ -110,6 +133,10 @@ def test_errors():
         norm_linear(x, weight, norm_weight=scale)
     with pytest.raises(ValueError, match=r"norm_bias has shape \(23,\)"):
         norm_linear(x, weight, norm_weight=scale, norm_bias=shift[:23])
+    with pytest.raises(ValueError, match=r"residual has shape \(2, 5, 24\); expected .* = \(2, 5, 40\)"):
+        norm_linear(x, weight, residual=x)
+    with pytest.raises(TypeError, match=r"residual has dtype torch.int64"):
+        norm_linear(x, weight, residual=x.long())
     with pytest.raises(TypeError, match=r"x has dtype torch.float64 and weight torch.float32"):
         norm_linear(x, weight.float())
     with pytest.raises(ValueError, match=r"x has shape \(24,\); expected \(\.\.\., channels\)"):

@@ -29,18 +29,19 @@ def inputs(rows=(2, 5), width=24, hidden=40, out=16, norm=True):
     ]
 
 
-def plain(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias):
-    if norm_weight is not None:
-        x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, EPS)
-    return F.linear(F.gelu(F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+def plain(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, residual=False):
+    y = x if norm_weight is None else F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, EPS)
+    y = F.linear(F.gelu(F.linear(y, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+    return x + y if residual else y
 
 
-def ours(x, *tensors):
+def ours(x, *tensors, residual=False):
     *layers, norm_weight, norm_bias = tensors
-    return norm_mlp(x, *layers, norm_weight=norm_weight, norm_bias=norm_bias, eps=EPS)
+    return norm_mlp(x, *layers, norm_weight=norm_weight, norm_bias=norm_bias, eps=EPS, residual=residual)
 
 
 check = partial(check_op, ours, plain, NAMES)
+check_residual = partial(check_op, partial(ours, residual=True), partial(plain, residual=True), NAMES)
 
 
 @given(
@@ -51,6 +52,29 @@ check = partial(check_op, ours, plain, NAMES)
 )
 def test_float32(place, rows, width, hidden, norm):
     check(place, inputs(rows, width, hidden, norm=norm), torch.float32)
+
+
+@given(rows=st.tuples(st.integers(1, 3), st.integers(1, 9)), width=st.integers(8, 70), norm=st.booleans())
+def test_residual(place, rows, width, norm):
+    check_residual(place, inputs(rows, width, out=width, norm=norm), torch.float32)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("computed_in", [torch.float32, torch.bfloat16])
+def test_residual_in_bfloat16(place, norm, computed_in):
+    with products.compute_bfloat16_in(computed_in):
+        check_residual(place, inputs((2, 3, 8), 48, out=48, norm=norm), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("computed_in", [torch.float32, torch.bfloat16])
+def test_a_float32_residual_stays_one_under_autocast(place, dtype, computed_in):
+    """What is added is not rounded to the dtype of the products, nor is its gradient."""
+    tensors = [t.to(place.device, torch.float32) for t in inputs((2, 5), 48, out=48)]
+    tensors[3:5] = [torch.zeros_like(t) for t in tensors[3:5]]  # the MLP gives 0, and to x no gradient
+    with products.compute_bfloat16_in(computed_in), torch.autocast(place.device, dtype):
+        result, (dx, *_) = gradients(partial(ours, residual=True), tensors, cotangent := torch.randn_like(tensors[0]))
+    assert torch.equal(result, tensors[0]) and torch.equal(dx, cotangent)
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -68,12 +92,14 @@ def test_float16(place, dtype, autocast):
 
 
 @pytest.mark.parametrize("wanted", [[0], [1], [2], [3], [4], [6], [1, 3]])
-def test_partial_gradients(place, wanted):
-    low = [t.to(place.device, torch.float32) for t in inputs()]
-    _, complete = gradients(ours, low, torch.ones(2, 5, 16, device=place.device))
+@pytest.mark.parametrize("residual", [False, True])
+def test_partial_gradients(place, wanted, residual):
+    low = [t.to(place.device, torch.float32) for t in inputs(out=24)]
+    function = partial(ours, residual=residual)
+    _, complete = gradients(function, low, torch.ones(2, 5, 24, device=place.device))
     for i in wanted:
         low[i].requires_grad_()
-    ours(*low).sum().backward()
+    function(*low).sum().backward()
     for i, grad in enumerate(complete):
         assert (low[i].grad is None) == (i not in wanted)
         if i in wanted:
@@ -81,12 +107,13 @@ def test_partial_gradients(place, wanted):
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_gradcheck_and_opcheck(place, norm):
-    tensors = inputs((1, 3), 5, 6, 4, norm=norm)
+@pytest.mark.parametrize("residual", [False, True])
+def test_gradcheck_and_opcheck(place, norm, residual):
+    tensors = inputs((1, 3), 5, 6, 5 if residual else 4, norm=norm)
     if place.backend == "torch":
-        gradcheck64(ours, [None if t is None else t.to(place.device) for t in tensors])
+        gradcheck64(partial(ours, residual=residual), [None if t is None else t.to(place.device) for t in tensors])
     x, *rest = [None if t is None else t.to(place.device, torch.float32).requires_grad_() for t in tensors]
-    opcheck(_op.overload, (x.detach()[0].requires_grad_(), *rest, EPS, None))
+    opcheck(_op.overload, (x.detach()[0].requires_grad_(), *rest, residual, EPS, None))
 
 
 def test_errors():
@@ -99,5 +126,9 @@ def test_errors():
         norm_mlp(x, *layers[:3], layers[3][:15])
     with pytest.raises(ValueError, match=r"norm_weight and norm_bias: expected both or neither"):
         norm_mlp(x, *layers, norm_weight=scale)
+    with pytest.raises(
+        ValueError, match=r"fc2_weight has shape \(16, 40\); expected .*x, which is added.* = \(24, 40\)"
+    ):
+        norm_mlp(x, *layers, residual=True)
     with pytest.raises(TypeError, match=r"x has dtype torch.float32 and fc1_weight torch.float64"):
         norm_mlp(x.float(), *layers)

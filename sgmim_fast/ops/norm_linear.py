@@ -20,8 +20,9 @@ def norm_linear(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """`F.linear(F.layer_norm(x, ...), weight, bias)`; the norm's result is not kept but computed again.
+    """`F.linear(F.layer_norm(x, ...), weight, bias) + residual`; the norm's result is not kept but computed again.
 
     Args:
         x: (..., C), floating point.
@@ -29,9 +30,10 @@ def norm_linear(
         bias: (O,) or None.
         norm_weight, norm_bias: (C,) of the LayerNorm; both None: no LayerNorm.
         eps: of the LayerNorm.
+        residual: (..., O), floating point, or None: nothing is added.
 
     Returns:
-        (..., O); the autocast dtype, or that of `x`. Differentiable in every tensor.
+        (..., O); the autocast dtype, or that of `x`, and at least that of `residual`. Differentiable in every tensor.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what is expected.
@@ -44,8 +46,13 @@ def norm_linear(
         _check.shape("bias", bias, (weight.shape[0],), "(out,)")
     check_norm(x, norm_weight, norm_bias)
     _check.same_dtype("x", x, "weight", weight)
+    if residual is not None:
+        _check.floating("residual", residual)
+        _check.shape("residual", residual, (*x.shape[:-1], weight.shape[0]), "(those of x, out)")
+        _check.same_device(x.device, residual=residual)
+        residual = residual.flatten(0, -2)
     _check.same_device(x.device, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
-    out, _ = _op(x.flatten(0, -2), weight, bias, norm_weight, norm_bias, eps, None)
+    out, _ = _op(x.flatten(0, -2), weight, bias, norm_weight, norm_bias, residual, eps, None)
     return out.unflatten(0, x.shape[:-1])
 
 
@@ -62,6 +69,12 @@ def storage_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return products.compute_dtype(dtype or x.dtype, x.device)
 
 
+def result_dtype(x: Tensor, residual: Tensor | None, dtype: torch.dtype | None) -> torch.dtype:
+    """As of the sum in PyTorch."""
+    wanted = dtype or x.dtype
+    return wanted if residual is None else torch.promote_types(wanted, residual.dtype)
+
+
 def normalized(x: Tensor, statistics: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What the product reads, again."""
     return (x if weight is None else apply_norm(x.to(dtype), statistics, weight, bias)).to(dtype)
@@ -73,13 +86,14 @@ def _forward(
     bias: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    residual: Tensor | None,
     eps: float,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     y, statistics = x.to(storage_dtype(x, dtype)), absent(x)
     if norm_weight is not None:
         y, statistics = layer_norm(y, norm_weight, norm_bias, eps)
-    return products.linear(y, weight, bias).to(dtype or x.dtype), statistics
+    return products.linear(y, weight, bias, residual).to(result_dtype(x, residual, dtype)), statistics
 
 
 def _backward(
@@ -114,28 +128,30 @@ def collect(
     ]
 
 
-def _fake(x, weight, bias, norm_weight, norm_bias, eps, dtype):
+def _fake(x, weight, bias, norm_weight, norm_bias, residual, eps, dtype):
     wide = wide_dtype(x)
     statistics = absent(x) if norm_weight is None else x.new_empty(2, x.shape[0], dtype=wide)
-    return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype or x.dtype), statistics
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=result_dtype(x, residual, dtype)), statistics
 
 
 _op = Op(
     "norm_linear",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float eps, ScalarType? dtype) "
-    "-> (Tensor, Tensor)",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, float eps, "
+    "ScalarType? dtype) -> (Tensor, Tensor)",
     forward=_forward,
     fake=_fake,
 )
 
 
 def _save(ctx: Any, inputs: tuple, results: tuple) -> None:
-    x, weight, _, norm_weight, norm_bias, _, ctx.dtype = inputs
+    x, weight, _, norm_weight, norm_bias, residual, _, ctx.dtype = inputs
+    ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.save_for_backward(x, weight, norm_weight, norm_bias, results[1])
 
 
 def _gradients(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
-    return tuple(_op.backward_overload(grad, *ctx.saved_tensors, list(needs[:5]), ctx.dtype))
+    grads = _op.backward_overload(grad, *ctx.saved_tensors, list(needs[:5]), ctx.dtype)
+    return *grads, None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
 
 
 def _fake_backward(grad, x, weight, norm_weight, norm_bias, statistics, needs, dtype):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from sgmim_fast.ops import _check, products
 from sgmim_fast.ops._op import Op, absent
 from sgmim_fast.ops._plain import layer_norm, layer_norm_backward, wide_dtype
-from sgmim_fast.ops.norm_linear import check_norm, normalized, storage_dtype
+from sgmim_fast.ops.norm_linear import check_norm, normalized, result_dtype, storage_dtype
 
 
 def norm_mlp(
@@ -24,6 +24,7 @@ def norm_mlp(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
+    residual: bool = False,
 ) -> Tensor:
     """`F.linear(F.gelu(F.linear(F.layer_norm(x, ...), fc1...)), fc2...)`; of it all, only GELU's input is kept.
 
@@ -33,9 +34,11 @@ def norm_mlp(
         fc2_weight, fc2_bias: (O, hidden), (O,).
         norm_weight, norm_bias: (C,) of the LayerNorm; both None: no LayerNorm.
         eps: of the LayerNorm.
+        residual: whether x itself is added to the result, O = C; its gradient is then added in the norm's backward.
 
     Returns:
-        (..., O); the autocast dtype, or that of `x`. Differentiable in every tensor. GELU is the exact one.
+        (..., O); the autocast dtype, or that of `x`, with `residual` the wider one. Differentiable in every tensor.
+        GELU is the exact one.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what is expected.
@@ -48,11 +51,13 @@ def norm_mlp(
     _check.shape("fc1_bias", fc1_bias, (hidden,), "(hidden,)")
     _check.shape("fc2_weight", fc2_weight, (None, hidden), "(out, hidden)")
     _check.shape("fc2_bias", fc2_bias, fc2_weight.shape[:1], "(out,)")
+    if residual:
+        _check.shape("fc2_weight", fc2_weight, (x.shape[-1], hidden), "(channels of x, which is added, hidden)")
     check_norm(x, norm_weight, norm_bias)
     _check.same_dtype("x", x, "fc1_weight", fc1_weight)
     _check.same_device(x.device, fc1_weight=fc1_weight, fc2_weight=fc2_weight, norm_weight=norm_weight)
     rows = x.flatten(0, -2)
-    out = _op(rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, eps, None)[0]
+    out = _op(rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, residual, eps, None)[0]
     return out.unflatten(0, x.shape[:-1])
 
 
@@ -64,6 +69,7 @@ def _forward(
     fc2_bias: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    residual: bool,
     eps: float,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,7 +77,9 @@ def _forward(
     if norm_weight is not None:
         y, statistics = layer_norm(y, norm_weight, norm_bias, eps)
     hidden = products.linear(y, fc1_weight, fc1_bias)
-    return products.linear(F.gelu(hidden), fc2_weight, fc2_bias).to(dtype or x.dtype), hidden, statistics
+    added = x if residual else None
+    out = products.linear(F.gelu(hidden), fc2_weight, fc2_bias, added)
+    return out.to(result_dtype(x, added, dtype)), hidden, statistics
 
 
 def _backward(
@@ -83,10 +91,11 @@ def _backward(
     norm_bias: Tensor | None,
     hidden: Tensor,
     statistics: Tensor,
+    residual: bool,
     needs: list[bool],
     dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    grad, wide = grad.to(hidden.dtype), wide_dtype(hidden)
+    added, grad, wide = grad, grad.to(hidden.dtype), wide_dtype(hidden)
     dfc2 = products.linear_weight_gradient(grad, F.gelu(hidden)) if needs[3] else grad
     h = hidden.to(wide)
     density = (-0.5 * h * h).exp() * (2 * torch.pi) ** -0.5
@@ -97,6 +106,8 @@ def _backward(
     dx = dnorm_weight = dnorm_bias = products.linear_input_gradient(dhidden, fc1_weight)
     if norm_weight is not None:
         dx, dnorm_weight, dnorm_bias = layer_norm_backward(dx, x.to(hidden.dtype), statistics, norm_weight)
+    if residual:
+        dx = dx + added
     grads = [dx, dfc1, dfc1_bias, dfc2, grad.sum(0, dtype=wide), dnorm_weight, dnorm_bias]
     return collect(x, fc1_weight, needs, grads, norm_weight)
 
@@ -112,32 +123,33 @@ def collect(
     ]
 
 
-def _fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, eps, dtype):
+def _fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, residual, eps, dtype):
     rows = x.shape[0]
     statistics = absent(x) if norm_weight is None else x.new_empty(2, rows, dtype=wide_dtype(x))
     hidden = x.new_empty(rows, fc1_weight.shape[0], dtype=storage_dtype(x, dtype))
-    return x.new_empty(rows, fc2_weight.shape[0], dtype=dtype or x.dtype), hidden, statistics
+    out = x.new_empty(rows, fc2_weight.shape[0], dtype=result_dtype(x, x if residual else None, dtype))
+    return out, hidden, statistics
 
 
 _op = Op(
     "norm_mlp",
     "(Tensor x, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor? norm_weight, "
-    "Tensor? norm_bias, float eps, ScalarType? dtype) -> (Tensor, Tensor, Tensor)",
+    "Tensor? norm_bias, bool residual, float eps, ScalarType? dtype) -> (Tensor, Tensor, Tensor)",
     forward=_forward,
     fake=_fake,
 )
 
 
 def _save(ctx: Any, inputs: tuple, results: tuple) -> None:
-    x, fc1_weight, _, fc2_weight, _, norm_weight, norm_bias, _, ctx.dtype = inputs
+    x, fc1_weight, _, fc2_weight, _, norm_weight, norm_bias, ctx.residual, _, ctx.dtype = inputs
     ctx.save_for_backward(x, fc1_weight, fc2_weight, norm_weight, norm_bias, *results[1:])
 
 
 def _gradients(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
-    return tuple(_op.backward_overload(grad, *ctx.saved_tensors, list(needs[:7]), ctx.dtype))
+    return tuple(_op.backward_overload(grad, *ctx.saved_tensors, ctx.residual, list(needs[:7]), ctx.dtype))
 
 
-def _fake_backward(grad, x, fc1_weight, fc2_weight, norm_weight, norm_bias, hidden, statistics, needs, dtype):
+def _fake_backward(grad, x, fc1_weight, fc2_weight, norm_weight, norm_bias, hidden, statistics, residual, needs, dtype):
     norm = x if norm_weight is None else norm_weight
     layers = [shape for weight in (fc1_weight, fc2_weight) for shape in (weight.shape, weight.shape[:1])]
     shapes = [(x, x.shape), *((fc1_weight, shape) for shape in layers), *[(norm, x.shape[1:])] * 2]
@@ -146,7 +158,7 @@ def _fake_backward(grad, x, fc1_weight, fc2_weight, norm_weight, norm_bias, hidd
 
 _op.differentiable(
     "(Tensor grad, Tensor x, Tensor fc1_weight, Tensor fc2_weight, Tensor? norm_weight, Tensor? norm_bias, "
-    "Tensor hidden, Tensor statistics, bool[] needs, ScalarType? dtype) -> Tensor[]",
+    "Tensor hidden, Tensor statistics, bool residual, bool[] needs, ScalarType? dtype) -> Tensor[]",
     backward=_backward,
     fake=_fake_backward,
     save=_save,

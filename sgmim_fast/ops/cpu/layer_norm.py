@@ -38,10 +38,14 @@ def layer_norm_backward(
     *,
     rows: Tensor | None = None,
     residual: Tensor | None = None,
+    sum_dx: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dx (+ residual), the forward's y again, and the column sums: of dweight, dbias and, with residual, dx."""
+    """Returns dx (+ residual), the forward's y again, and the column sums: of dweight, dbias and, if `sum_dx`, dx.
+
+    residual: in the dtype of dy, which dx replaces.
+    """
     y = torch.empty_like(dy)
-    sums = torch.empty(2 if residual is None else 3, dy.shape[1])
+    sums = torch.empty(3 if sum_dx else 2, dy.shape[1])
     torch.ops.sgmim_fast_cpu.layer_norm_backward(
         dy, x, rows, statistics[0], statistics[1], *_vectors(weight, bias), residual, dy, y, sums
     )

@@ -11,7 +11,7 @@ from sgmim_fast.ops import products
 from sgmim_fast.ops._op import absent
 from sgmim_fast.ops.cpu.layer_norm import layer_norm, layer_norm_backward
 from sgmim_fast.ops.cpu.linear_l1 import NATIVE
-from sgmim_fast.ops.norm_linear import collect, storage_dtype
+from sgmim_fast.ops.norm_linear import collect, result_dtype, storage_dtype
 
 
 def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
@@ -26,6 +26,7 @@ def forward(
     bias: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    residual: Tensor | None,
     eps: float,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
@@ -34,7 +35,7 @@ def forward(
         y = x.to(storage).contiguous()
     else:
         y, statistics = layer_norm(x.contiguous(), norm_weight, norm_bias, eps, storage)
-    return products.linear(y, weight, bias).to(dtype or x.dtype), statistics
+    return products.linear(y, weight, bias, residual).to(result_dtype(x, residual, dtype)), statistics
 
 
 def backward(

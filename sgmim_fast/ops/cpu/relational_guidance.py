@@ -108,6 +108,7 @@ def backward(
         w.out_norm_weight,
         w.out_norm_bias,
         residual=grad,
+        sum_dx=True,
     )
     dfc1 = weight_gradient(need.fc1_weight, dhidden, y)
     del dhidden, y
@@ -119,7 +120,7 @@ def backward(
     kernels.attention_backward(
         dattended, s.q, s.k, s.v, s.attended, s.lse, visible_offsets, shown_offsets, cells, heads, keep, dq, dk, dv
     )
-    dx, query, (dquery_norm, dquery_norm_bias, _) = layer_norm_backward(
+    dx, query, (dquery_norm, dquery_norm_bias) = layer_norm_backward(
         products.linear_input_gradient(dq, w.q_weight),
         features,
         s.query_statistics,

@@ -20,6 +20,7 @@ COMMANDS = {
     "structure": ("sgmim_fast.structure", "make structure maps for a folder of images", "structure"),
     "reconstruct": ("sgmim_fast.train.reconstruct", "draw what a pre-trained model reconstructs", "train"),
     "export": ("sgmim_fast.train.export", "write a run's encoder to a file that timm loads", "train"),
+    "fourier": ("sgmim_fast.fourier.command", "compare the frequencies in the feature maps of encoders", "downstream"),
 }
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import tempfile
 import time
@@ -25,7 +26,7 @@ import torch
 from evidence_data import Split, make_scenes
 from evidence_pretrain import CONTROLS, MAIN, METHODS, Settings, pretrain
 from evidence_probe import finetune, probe
-from evidence_real import REAL, crops, probe_crops
+from evidence_real import crops, probe_crops
 from evidence_report import differences, plot, table
 
 SCENES = {"pretrain": 6144, "labelled": 1024, "validation": 512, "test": 1024}
@@ -36,16 +37,18 @@ class Plan(NamedTuple):
     """What is done."""
 
     settings: Settings = Settings()
+    methods: tuple[str, ...] = tuple(METHODS)
     scenes: dict[str, int] = SCENES
     labelled: tuple[int, ...] = LABELLED
     seeds: int = 3
     control_seeds: int = 2
-    finetune_steps: int = 100  # 0: none
+    finetune_steps: int = 80  # 0: none
     real: bool = False
 
 
 QUICK = Plan(
     Settings(size=32, width=32, depth=1, steps=3, batch=8),
+    tuple(METHODS),
     {"pretrain": 48, "labelled": 16, "validation": 8, "test": 8},
     (8, 16),
     seeds=2,
@@ -62,12 +65,10 @@ class Job(NamedTuple):
 
 
 def jobs(plan: Plan) -> list[Job]:
-    """The longest first."""
-    methods = MAIN if plan.real else METHODS
-    found = [
-        Job(name, seed) for name in methods for seed in range(plan.control_seeds if name in CONTROLS else plan.seeds)
-    ]
-    return sorted(found, key=lambda job: (job.method not in MAIN, not METHODS[job.method].steps))
+    """The main comparison first, the longest of it before the others; then a seed of every control after the other."""
+    seeds = {name: range(plan.control_seeds if name in CONTROLS else plan.seeds) for name in plan.methods}
+    found = [Job(name, seed) for name in plan.methods for seed in seeds[name]]
+    return sorted(found, key=lambda job: (job.seed + 1 if job.method in CONTROLS else 0, not METHODS[job.method].steps))
 
 
 def do(job: Job, plan: Plan, sets: dict[str, Split]) -> list[dict[str, Any]]:
@@ -80,7 +81,7 @@ def do(job: Job, plan: Plan, sets: dict[str, Split]) -> list[dict[str, Any]]:
         found = {("frozen", len(sets["train"].images)): probe_crops(encoder, sets)}
     else:
         found = {("frozen", size): metrics for size, metrics in probe(encoder, sets, plan.labelled).items()}
-    if plan.finetune_steps and job.method in MAIN and not plan.real:
+    if plan.finetune_steps and job.method in MAIN:
         for size in plan.labelled:
             tuned = finetune(encoder, sets, size, job.seed, plan.settings, plan.finetune_steps)
             found["fine-tuned", size] = tuned
@@ -103,8 +104,8 @@ def _work(job: Job, plan: Plan) -> list[dict[str, Any]]:
     return do(job, plan, _sets)
 
 
-def run(plan: Plan, workers: int) -> list[dict[str, Any]]:
-    """All rows, in the order of `jobs`, whatever the number of processes."""
+def run(plan: Plan, workers: int, minutes: float = math.inf) -> list[dict[str, Any]]:
+    """All rows, the same whatever the number of processes; after so many minutes nothing new is begun."""
     start = time.perf_counter()
     sets = crops(plan.settings.size) if plan.real else make_scenes(plan.scenes, plan.settings.size, workers)
     print(f"{sum(len(s.images) for s in sets.values())} images in {time.perf_counter() - start:.0f} s", flush=True)
@@ -116,6 +117,8 @@ def run(plan: Plan, workers: int) -> list[dict[str, Any]]:
             futures = {pool.submit(_work, job, plan): job for job in todo}
             done = {}
             for future in as_completed(futures):
+                if future.cancelled():
+                    continue
                 job, rows = futures[future], future.result()
                 done[job] = rows
                 note = f"{len(done)}/{len(todo)} {job.method}, seed {job.seed}: {rows[0]['cpu_s']:.0f} s CPU, RMSE"
@@ -123,7 +126,7 @@ def run(plan: Plan, workers: int) -> list[dict[str, Any]]:
                     note, *(f"{row['rmse']:.3f}" for row in rows), f"({time.perf_counter() - start:.0f} s)", flush=True
                 )
     order = {name: number for number, name in enumerate(METHODS)}
-    rows = [row for job in todo for row in done[job]]
+    rows = [row for job in done for row in done[job]]
     return sorted(rows, key=lambda row: (row["how"] != "frozen", order[row["method"]], row["seed"], row["labelled"]))
 
 
@@ -133,6 +136,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a miniature, to see that everything runs")
     parser.add_argument("--seeds", type=int, metavar="N", help="of each method; 3, and 2 of each control, by default")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), metavar="N", help="processes")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, metavar="M", help="begin nothing new after that long"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
     args = parser.parse_args(arguments)
@@ -141,12 +147,12 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"--{name} is {getattr(args, name)}; expected at least 1")
     plan = QUICK if args.quick else Plan()
     if args.real:
-        plan = plan._replace(real=True, settings=plan.settings._replace(**({} if args.quick else REAL)))
+        plan = plan._replace(real=True, methods=tuple(MAIN), finetune_steps=0)
     if args.seeds:
         plan = plan._replace(seeds=args.seeds, control_seeds=args.seeds)
     torch.set_num_threads(1)  # as its processes
     start = time.perf_counter()
-    rows = run(plan, args.workers)
+    rows = run(plan, args.workers, args.minutes)
     seconds = time.perf_counter() - start
     print(f"\n{table(rows)}\n\n{differences(rows, 'SimMIM')}\n\n{seconds:.0f} s with {args.workers} processes")
     if args.json:

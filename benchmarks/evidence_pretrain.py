@@ -22,10 +22,10 @@ class Settings(NamedTuple):
     """The same for all methods."""
 
     size: int = 48
-    width: int = 128
+    width: int = 96
     depth: int = 4
     steps: int = 300
-    batch: int = 64
+    batch: int = 32
     lr: float = 2e-3
     weight_decay: float = 0.05
 

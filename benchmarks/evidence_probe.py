@@ -73,7 +73,7 @@ def ridge(tokens: Tensor, targets: Tensor, lambdas: Sequence[float]) -> list[Pre
     projected = vectors.T @ (x.T @ y) / len(x)
 
     def predictor(penalty: float) -> Predictor:
-        weight = (vectors @ (projected / (values.clamp_min(0)[:, None] + penalty))).float()
+        weight = (vectors @ (projected / (values.clamp_min(0)[:, None] + penalty))).to(tokens.dtype)
         return lambda tokens: (tokens / scale - mean) @ weight + bias
 
     return [predictor(penalty) for penalty in lambdas]

@@ -20,7 +20,6 @@ from sgmim_fast.data import Normalize
 COLUMNS = {"pretrain": (0, 420), "train": (0, 420), "validation": (420, 520), "test": (520, 741)}  # of 741
 CROPS = {"pretrain": 2048, "train": 768, "validation": 256, "test": 512}
 SIDES = (72, 220)  # pixels along a crop, at most what the part is wide
-REAL = {"steps": 150}  # settings that differ from the scenes'
 
 
 def crops(size: int) -> dict[str, Split]:

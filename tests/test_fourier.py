@@ -197,7 +197,7 @@ def test_images_of_a_folder(pretrained, tmp_path, capsys):
         (("vit_tiny_patch16_224", "--scenes=1", "--label=a", "--label=b"), "--label is there 2 times"),
         (("vit_tiny_patch16_224", "--scenes=1", "--out=f.csv"), "expected the figure's name"),
     ],
-    ids=lambda value: "" if isinstance(value, str) else "-".join(value[-1:]).strip("-."),
+    ids=["nothing", "both", "none", "no-folder", "typo", "family", "no-file", "no-run", "size", "labels", "csv"],
 )
 def test_wrong_words_are_one_line(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -105,7 +105,10 @@ def _work(job: Job, plan: Plan) -> list[dict[str, Any]]:
 
 
 def run(plan: Plan, workers: int, minutes: float = math.inf) -> list[dict[str, Any]]:
-    """All rows, the same whatever the number of processes; after so many minutes nothing new is begun."""
+    """All rows, the same whatever the number of processes.
+
+    After so many minutes nothing new is begun; what is left out is said.
+    """
     start = time.perf_counter()
     sets = crops(plan.settings.size) if plan.real else make_scenes(plan.scenes, plan.settings.size, workers)
     print(f"{sum(len(s.images) for s in sets.values())} images in {time.perf_counter() - start:.0f} s", flush=True)
@@ -121,10 +124,16 @@ def run(plan: Plan, workers: int, minutes: float = math.inf) -> list[dict[str, A
                     continue
                 job, rows = futures[future], future.result()
                 done[job] = rows
-                note = f"{len(done)}/{len(todo)} {job.method}, seed {job.seed}: {rows[0]['cpu_s']:.0f} s CPU, RMSE"
-                print(
-                    note, *(f"{row['rmse']:.3f}" for row in rows), f"({time.perf_counter() - start:.0f} s)", flush=True
-                )
+                seconds = time.perf_counter() - start
+                found = " ".join(f"{row['rmse']:.3f}" for row in rows)
+                note = f"{len(done)}/{len(todo)} {job.method}, seed {job.seed}: {rows[0]['cpu_s']:.0f} s CPU"
+                print(f"{note}, RMSE {found} ({seconds:.0f} s)", flush=True)
+                if seconds > 60 * minutes:
+                    for other in futures:
+                        other.cancel()
+    left = [f"{job.method} {job.seed}" for job in todo if job not in done]
+    if left:
+        print(f"left out after {minutes:g} minutes: {', '.join(left)}", flush=True)
     order = {name: number for number, name in enumerate(METHODS)}
     rows = [row for job in done for row in done[job]]
     return sorted(rows, key=lambda row: (row["how"] != "frozen", order[row["method"]], row["seed"], row["labelled"]))

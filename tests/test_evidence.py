@@ -213,6 +213,16 @@ def test_parts_of_the_photograph(monkeypatch):
 
 
 @pytest.mark.slow
+def test_nothing_is_begun_after_the_minutes(capsys):
+    plan = evidence.QUICK._replace(methods=("scratch", "SimMIM"), seeds=4)
+    rows = evidence.run(plan, 1, minutes=0)
+    methods = {(row["method"], row["seed"]) for row in rows}
+    out = capsys.readouterr().out
+    assert ("SimMIM", 0) in methods and len(methods) < 8 and "left out after 0 minutes: " in out
+    assert len(out.split("left out")[1].split(",")) == 8 - len(methods)
+
+
+@pytest.mark.slow
 def test_the_script(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "evidence.py"), "--quick", "--seeds=1"]
     files = [f"--json={tmp_path / 'a.json'}", f"--plot={tmp_path / 'a.png'}"]

@@ -163,7 +163,8 @@ def main(arguments: list[str] | None = None) -> None:
     start = time.perf_counter()
     rows = run(plan, args.workers, args.minutes)
     seconds = time.perf_counter() - start
-    print(f"\n{table(rows)}\n\n{differences(rows, 'SimMIM')}\n\n{seconds:.0f} s with {args.workers} processes")
+    print("", table(rows), differences(rows, "SimMIM"), differences(rows, "SG-MIM"), sep="\n\n")
+    print(f"\n{seconds:.0f} s with {args.workers} processes")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         facts = {"machine": measure.machine("cpu"), "seconds": round(seconds), "workers": args.workers}

@@ -156,7 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"--{name} is {getattr(args, name)}; expected at least 1")
     plan = QUICK if args.quick else Plan()
     if args.real:
-        plan = plan._replace(real=True, methods=tuple(MAIN), finetune_steps=0)
+        plan = plan._replace(real=True, methods=tuple(MAIN), scenes={}, labelled=(), finetune_steps=0)
     if args.seeds:
         plan = plan._replace(seeds=args.seeds, control_seeds=args.seeds)
     torch.set_num_threads(1)  # as its processes

@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("sgmim_fast.data", reason="the benchmark needs the extra [train]")
 pytest.importorskip("yaml", reason="the benchmark needs the extra [train]")
+pytest.importorskip("skimage", reason="the benchmark needs the extra [train]")
 ROOT = Path(__file__).parents[1]
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -200,7 +201,6 @@ def test_disparity_of_tokens():
 
 
 def test_parts_of_the_photograph(monkeypatch):
-    pytest.importorskip("skimage", reason="the photograph is scikit-image's")
     monkeypatch.setattr(evidence_real, "CROPS", {"pretrain": 4, "train": 6, "validation": 3, "test": 3})
     columns = evidence_real.COLUMNS
     assert columns["pretrain"] == columns["train"] and columns["train"][1] == columns["validation"][0]

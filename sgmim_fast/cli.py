@@ -22,6 +22,7 @@ COMMANDS = {
     "finetune": ("sgmim_fast.downstream.finetune", "train an encoder on depth or segmentation", "downstream"),
     "evaluate": ("sgmim_fast.downstream.evaluate", "the metrics of a fine-tuned model", "downstream"),
     "export": ("sgmim_fast.train.export", "write a run's encoder to a file that timm loads", "train"),
+    "fourier": ("sgmim_fast.fourier.command", "compare the frequencies in the feature maps of encoders", "downstream"),
 }
 
 

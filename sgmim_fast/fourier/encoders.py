@@ -1,0 +1,102 @@
+"""What `sgmim-fast fourier` takes as an encoder: a run's folder, an exported file, or a timm name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
+
+from sgmim_fast.encoders import create_encoder
+from sgmim_fast.errors import UserError, nearest
+from sgmim_fast.train import runs
+
+Triple = tuple[float, float, float]
+
+
+class Encoder(NamedTuple):
+    """A timm module, and the images it takes."""
+
+    label: str
+    model: nn.Module
+    size: int  # pixels along each side
+    mean: Triple = IMAGENET_DEFAULT_MEAN
+    std: Triple = IMAGENET_DEFAULT_STD
+
+
+def load(name: str, label: str | None = None, size: int | None = None, *, pretrained: bool = False) -> Encoder:
+    """Loads an encoder, on the CPU, in evaluation mode.
+
+    Args:
+        name: folder of a run (its newest checkpoint), file of `sgmim_fast.checkpoints.export_timm`, or timm name.
+        label: in the figure; the folder's, file's or timm's name by default.
+        size: pixels along an image; by default what it was pre-trained with.
+        pretrained: timm's own weights for a timm name (which are downloaded); random ones otherwise.
+
+    Raises:
+        UserError: naming what does not fit.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return _from_run(path, label or path.resolve().name, size)
+    if path.suffix == ".safetensors" or path.is_file():
+        return _from_file(path, label or path.stem, size)
+    base = name.split(".")[0]
+    if not timm.is_model(base):
+        known = timm.list_models(["swin*", "beit*", "vit_*", "deit_*"])
+        raise UserError(
+            f"{name} is no folder of a run, no .safetensors file and no name that timm knows{nearest(base, known)}"
+        )
+    found = _create(name, {"pretrained": pretrained}, size)
+    config = found.model.pretrained_cfg
+    note = "" if pretrained else ", random"
+    return found._replace(label=label or name + note, mean=config["mean"], std=config["std"])
+
+
+def _from_run(folder: Path, label: str, size: int | None) -> Encoder:
+    saved = runs.find(folder)
+    trained = saved.config.data.size
+    if size not in (None, trained):
+        raise UserError(
+            f"--size is {size}; expected {trained}, with which {folder} was pre-trained, or an exported file"
+        )
+    return Encoder(label, runs.load(saved).encoder.model, trained)
+
+
+def _from_file(path: Path, label: str, size: int | None) -> Encoder:
+    try:
+        with safe_open(path, "pt") as file:
+            facts = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if "timm_name" not in facts:
+        raise UserError(f"{path} does not say of which timm model it is; expected a file of sgmim-fast export")
+    arguments = json.loads(facts["timm_arguments"])
+    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+    arguments.pop("num_classes", None)
+    # timm's filters resize positions and drop the classifier
+    overlay = {"file": str(path), "custom_load": False}
+    arguments |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    return _create(facts["timm_name"], arguments, size)._replace(label=label)
+
+
+def _create(name: str, arguments: dict[str, object], size: int | None) -> Encoder:
+    given = arguments if size is None else {**arguments, "img_size": size}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # random weights, of which two calls have the same
+            encoder = create_encoder(name, **given)
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:  # timm's own words
+        raise UserError(f"{name}{'' if size is None else f' with --size {size}'}: {error}") from error
+    height, width = encoder.model.patch_embed.img_size
+    if height != width:
+        raise UserError(f"{name} takes images of {height}x{width} pixels; expected square ones, or --size")
+    patch = encoder.patch_size
+    if height % patch:
+        raise UserError(f"--size is {height}; expected a multiple of {patch}, the patch size of {name}")
+    return Encoder(name, encoder.model.eval(), height)

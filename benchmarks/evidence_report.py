@@ -77,7 +77,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                     sizes, means, deviations = zip(*points, strict=True)
                     style = {"linestyle": "-" if number < 3 else "--", "linewidth": 1.6 if number < 3 else 0.9}
                     axis.errorbar(sizes, means, deviations, label=method, color=f"C{number}", capsize=2, **style)
-            axis.set_xscale("log", base=2)
+            sizes = sorted({row["labelled"] for row in rows if row["how"] == how})
+            axis.set_xscale("log")
+            axis.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+            axis.minorticks_off()
             axis.set_title(f"{how}: {NAMES[metric]}", fontsize=9)
             axis.set_xlabel("labelled images", fontsize=8)
             axis.tick_params(labelsize=7)

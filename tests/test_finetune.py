@@ -14,6 +14,7 @@ pytest.importorskip("segmentation_models_pytorch", reason="fine-tuning needs the
 pytest.importorskip("torchmetrics", reason="fine-tuning needs the extra [downstream]")
 from accelerate.state import AcceleratorState
 from finetune_runs import arguments, finetune
+from layouts import write_ade20k, write_kitti, write_nyu_folders
 from PIL import Image
 from pretraining import finish, fresh_accelerate, same, start, weights
 
@@ -142,6 +143,22 @@ def test_folders_of_depth(tmp_path):
     assert found["images"] == 2 and 0 < found["rmse"] < 10
     assert finetune(tmp_path / "dry", "depth", *words, "--dry-run", data__source="folders", data__scale=1000) == 0
     assert (tmp_path / "dry" / "items.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("source", "write", "best"),
+    [("nyu", write_nyu_folders, "rmse"), ("kitti", write_kitti, "rmse"), ("ade20k", write_ade20k, "mIoU")],
+    ids=["nyu", "kitti", "ade20k"],
+)
+def test_published_layouts_from_end_to_end(tmp_path, source, write, best):
+    """Whole images are tested, in windows of the size that was trained."""
+    root = write(tmp_path)
+    changes = {"data__source": source, "optim__batch": 2, "optim__epochs": 1, "data__size": [64, 128]}
+    changes |= {"evaluation__flip": False, "evaluation__stride": [64, 128]}
+    task = "segmentation" if source == "ade20k" else "depth"
+    assert finetune(tmp_path / "run", task, f"--root={root}", **changes) == 0
+    found = log.read(tmp_path / "run", log.METRICS)[-1]
+    assert math.isfinite(found[best])
 
 
 @pytest.mark.parametrize("workers", [0, 1])

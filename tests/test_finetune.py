@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ import torch.distributed as dist
 pytest.importorskip("accelerate", reason="fine-tuning needs the extra [downstream]")
 pytest.importorskip("segmentation_models_pytorch", reason="fine-tuning needs the extra [downstream]")
 pytest.importorskip("torchmetrics", reason="fine-tuning needs the extra [downstream]")
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from finetune_runs import arguments, finetune
+from finetune_runs import TINY, arguments, finetune
 from layouts import write_ade20k, write_kitti, write_nyu_folders
 from PIL import Image
 from pretraining import finish, fresh_accelerate, same, start, weights
@@ -25,6 +28,7 @@ from sgmim_fast.downstream.finetune import PRESETS
 from sgmim_fast.downstream.finetuning import Finetuning
 from sgmim_fast.downstream.schedule import learning_rate
 from sgmim_fast.train import checkpoint, log, settings
+from sgmim_fast.train.engine import Trainer
 from sgmim_fast.train.runs import find
 
 
@@ -78,6 +82,24 @@ def test_resumed_run_is_the_same_to_the_bit(depth, tmp_path):
     finally:
         (run / "checkpoints" / "step-00000004").rename(depth / "checkpoints" / "step-00000004")
     assert same(weights(run, 8), weights(depth, 8))
+
+
+def test_a_checkpoint_that_was_not_tested_is_not_the_best(tmp_path):
+    """SIGTERM saves at once."""
+
+    class Stopped(Trainer):
+        def _step(self, batches):
+            super()._step(batches)
+            if self.done == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    run = tmp_path / "run"
+    run.mkdir()
+    config = settings.with_changes(Config(), settings.from_mapping(TINY, "TINY"), "TINY")
+    task = Finetuning(config)
+    assert Stopped(task, run, Accelerator(), task.create_dataset(), None).train() == "SIGTERM"
+    assert checkpoint.choose(run).name == "step-00000005" and checkpoint.choose(run, "best").name == "step-00000004"
+    assert [line["step"] for line in log.read(run, log.METRICS)] == [4]
 
 
 def test_segmentation_with_upernet_learns_from_an_exported_encoder(tmp_path):

@@ -45,18 +45,18 @@ def run(args: argparse.Namespace) -> None:
     model = task.create_model()
     model.load_state_dict(checkpoint.read(saved.path, "model"))
     model.to(accelerator.device).eval()
-    _, found = task.evaluate(model, accelerator, images=len(task.tested), progress=sys.stderr.isatty())
+    _, found = task.evaluate(model, accelerator, images=len(task.test_set), progress=sys.stderr.isatty())
     if not accelerator.is_main_process:
         return
     step = saved.facts["step"]
-    print(f"{args.run}, step {step}, {len(task.tested)} images:")
+    print(f"{args.run}, step {step}, {len(task.test_set)} images:")
     for name, value in found.items():
         print(f"  {name:9} {value:.4f}" if isinstance(value, float) else f"  {name:9} {value}")
     try:
         if args.json is not None:
             args.json.write_text(json.dumps({"run": str(args.run), "step": step, **found}, indent=1) + "\n")
         if args.picture is not None:
-            panels = task.draw_picture(model, task.examples(task.tested, config.run.pictures), accelerator)
+            panels = task.draw_picture(model, task.examples(task.test_set, config.run.pictures), accelerator)
             task.save_picture(panels, args.picture, f"{args.run}, step {step}")
     except (OSError, ValueError) as error:  # matplotlib says with ValueError which endings it knows
         raise UserError(f"cannot write {args.json} or {args.picture}: {error}") from error

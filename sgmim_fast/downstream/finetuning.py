@@ -33,6 +33,7 @@ class Finetuning(Task):
 
     config: Config
     command = "finetune"
+    tested = True
 
     @property
     def name(self) -> str:
@@ -42,26 +43,26 @@ class Finetuning(Task):
         build.check(self.config)
 
     @cached_property
-    def tested(self) -> Dataset:
+    def test_set(self) -> Dataset:
         """What is tested on."""
         return build.create_dataset(self.config, train=False)
 
     @cached_property
-    def trained(self) -> Dataset:
+    def train_set(self) -> Dataset:
         return build.create_dataset(self.config, train=True)
 
     def create_dataset(self) -> Dataset:
         """Also opens what is tested on, to say at once what is wrong with it."""
-        _ = self.tested
-        return self.trained
+        _ = self.test_set
+        return self.train_set
 
     @cached_property
     def range(self) -> tuple[float, float]:
         """Smallest and largest depth, metres."""
-        return build.depth_range(self.config, self.tested)
+        return build.depth_range(self.config, self.test_set)
 
     def create_model(self) -> DenseModel:
-        outputs = 1 if self.config.data.task == "depth" else self.tested.classes
+        outputs = 1 if self.config.data.task == "depth" else self.test_set.classes
         return build.create_model(self.config, outputs, self.facts.get("encoder"))
 
     def facts_of(self, model: DenseModel) -> dict[str, Any]:
@@ -115,7 +116,7 @@ class Finetuning(Task):
     ) -> tuple[float, dict[str, float]]:
         """The score and the metrics, over `images` of the test set, from all over it; None: what the configuration says
         for checkpoints. Every process takes its share."""
-        dataset, metrics = self.tested, build.create_metrics(self.config, self.tested).to(accelerator.device)
+        dataset, metrics = self.test_set, build.create_metrics(self.config, self.test_set).to(accelerator.device)
         count = min(len(dataset), images or self.config.evaluation.images or len(dataset))
         chosen = [i * len(dataset) // count for i in range(count)]
         own = Subset(dataset, chosen[accelerator.process_index :: accelerator.num_processes])
@@ -135,8 +136,8 @@ class Finetuning(Task):
 
     def examples(self, dataset: Dataset, number: int) -> list[dict[str, Any]]:
         """Items of the test set, which may differ in size."""
-        number = min(number, len(self.tested))
-        return [self.tested[i * len(self.tested) // number] for i in range(number)]
+        number = min(number, len(self.test_set))
+        return [self.test_set[i * len(self.test_set) // number] for i in range(number)]
 
     @torch.no_grad()
     def draw_picture(
@@ -153,7 +154,7 @@ class Finetuning(Task):
         return found
 
     def save_picture(self, found: list[pictures.Panel], path: Path, title: str) -> None:
-        pictures.grid(found, path, title, None if self.config.data.task == "depth" else self.tested.classes)
+        pictures.grid(found, path, title, None if self.config.data.task == "depth" else self.test_set.classes)
 
     def describe(self, model: DenseModel) -> str:
         settings, features = self.config, model.features
@@ -162,7 +163,7 @@ class Finetuning(Task):
             [
                 f"{features.name} with the head {settings.model.head} for {settings.data.task}, "
                 f"{whole:.1f} M parameters, {encoder:.1f} M of them the encoder's",
-                f"{len(self.trained)} images to train on, {len(self.tested)} to test on",
+                f"{len(self.train_set)} images to train on, {len(self.test_set)} to test on",
                 *features.notes,
             ]
         )

@@ -152,13 +152,12 @@ class Trainer:
         return dict(zip(names, mean(rows, len(names)), strict=True))
 
     def _evaluate(self) -> float | None:
-        """The score of the model as it is, where the task has one, which is logged."""
+        """The score of the model as it is, which is logged; None where the task is not tested."""
+        if not self.task.tested:
+            return None
         for statistics in self.stepper.statistics():  # of batch norms: what the first process saves is what is tested
             statistics.copy_(broadcast(statistics))
-        found = self.task.evaluate(self.stepper.plain, self.accelerator)
-        if found is None:
-            return None
-        score, metrics = found
+        score, metrics = self.task.evaluate(self.stepper.plain, self.accelerator)
         if self.log is not None:
             self.log.metrics(self.done, metrics)
         return score
@@ -179,7 +178,7 @@ class Trainer:
                     "command": self.task.command,
                     **{name: means[name] for name in self.task.losses},  # since the checkpoint before
                     **self.task.facts_of(self.stepper.plain),
-                    "score": means["loss"] if score is None else score,
+                    "score": score if self.task.tested else means["loss"],  # not known where a signal asked to save
                     "steps": self.steps,
                     "epoch": self.done / self.steps_per_epoch,
                     "total_batch": self.layout.total,

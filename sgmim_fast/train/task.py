@@ -27,11 +27,13 @@ class Task(ABC):
         command: of `sgmim-fast`, by which a run is known when it is read again.
         losses: names of what `loss` returns; the first one is minimised.
         what: one item of the data set, in the plural.
+        tested: whether `evaluate` gives a checkpoint's score, the lower the better; otherwise the loss is it.
     """
 
     command: str
     losses: tuple[str, ...] = ("loss",)
     what = "images"
+    tested = False
 
     def __init__(self, config: Any, facts: dict[str, Any] | None = None) -> None:
         self.config, self.facts = config, facts or {}
@@ -81,9 +83,9 @@ class Task(ABC):
         """The parts that FSDP gathers by themselves, with run.fsdp."""
         raise NotImplementedError
 
-    def evaluate(self, model: nn.Module, accelerator: Accelerator) -> tuple[float, dict[str, float]] | None:
-        """A score, the lower the better, and metrics by name; before every checkpoint. None: the loss is the score."""
-        return None
+    def evaluate(self, model: nn.Module, accelerator: Accelerator) -> tuple[float, dict[str, float]]:
+        """The score and metrics by name, before every checkpoint that is due, where the task is `tested`."""
+        raise NotImplementedError
 
     def examples(self, dataset: Dataset, number: int) -> Any:
         """Something to draw, the same at every call."""

@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, metavar="N", help="of each method; 3, and 2 of each control, by default")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), metavar="N", help="processes")
     parser.add_argument(
-        "--minutes", type=float, default=math.inf, metavar="M", help="begin nothing new after that long"
+        "--minutes", type=float, default=8.8, metavar="M", help="begin nothing new after that long (8.8)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")

@@ -42,13 +42,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # procedural scenes, minutes on a CPU: what the demo of `sgmim-fast pretrain` is good for
     "tiny_demo": {
-        "model": {"head": "deconv", "drop_path": 0.0},
-        "data": {"source": "scenes", "scenes": 256, "test_scenes": 64, "size": [96, 96]},
+        "model": {"head": "upernet", "head_channels": 64, "drop_path": 0.0},
+        "data": {"source": "scenes", "scenes": 512, "test_scenes": 64, "size": [96, 96]},
         "optim": {
-            **{"epochs": 12, "batch": 16, "lr": 2e-3, "min_lr": 1e-5, "schedule": "cosine", "warmup_epochs": 1.0},
+            **{"epochs": 8, "batch": 16, "lr": 2e-3, "min_lr": 1e-5, "schedule": "cosine", "warmup_epochs": 1.0},
             **{"layer_decay": 0.9, "clip": 5.0},
         },
         "evaluation": {"slide": False, "flip": True},
-        "run": {"log_every": 16, "checkpoint_every": 96, "pictures_every": 0},
+        "run": {"log_every": 16, "checkpoint_every": 128, "pictures_every": 0},
     },
 }

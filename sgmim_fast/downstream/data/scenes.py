@@ -21,7 +21,7 @@ class SceneMaps(Dataset):
         train: with random flips.
     """
 
-    min_depth, max_depth, crop = 0.1, 30.0, None
+    min_depth, max_depth, crop = 0.1, 16.0, None  # corners of large rooms are farther
     class_names = ("room", "sphere", "box", "plane")
     classes = len(class_names)
 

@@ -61,7 +61,7 @@ class Log:
     def metrics(self, step: int, found: dict[str, float]) -> None:
         """What an evaluation after so many steps found."""
         self._write(METRICS, {"step": step, **found})
-        self.say(f"evaluation after step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in found.items()))
+        self.say(f"evaluation after step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
 
     def _write(self, name: str, line: dict[str, Any]) -> None:
         with (self.run / name).open("a") as file:

@@ -117,8 +117,7 @@ class Finetuning(Task):
         """The score and the metrics, over `images` of the test set, from all over it; None: what the configuration says
         for checkpoints. Every process takes its share."""
         dataset, metrics = self.test_set, build.create_metrics(self.config, self.test_set).to(accelerator.device)
-        count = min(len(dataset), images or self.config.evaluation.images or len(dataset))
-        chosen = [i * len(dataset) // count for i in range(count)]
+        chosen = loader.spread(len(dataset), images or self.config.evaluation.images or len(dataset))
         own = Subset(dataset, chosen[accelerator.process_index :: accelerator.num_processes])
         training = model.training
         model.eval()
@@ -136,8 +135,7 @@ class Finetuning(Task):
 
     def examples(self, dataset: Dataset, number: int) -> list[dict[str, Any]]:
         """Items of the test set, which may differ in size."""
-        number = min(number, len(self.test_set))
-        return [self.test_set[i * len(self.test_set) // number] for i in range(number)]
+        return [self.test_set[index] for index in loader.spread(len(self.test_set), number)]
 
     @torch.no_grad()
     def draw_picture(
@@ -170,7 +168,7 @@ class Finetuning(Task):
 
     def dry_run(self, dataset: Dataset, folder: Path) -> str:
         path = folder / "items.png"
-        items = [dataset[i * len(dataset) // 6] for i in range(min(6, len(dataset)))]
+        items = [dataset[index] for index in loader.spread(len(dataset), 6)]
         panels = [pictures.Panel(item["image"], None, self.target(item)) for item in items]
         self.save_picture(panels, path, "items to train on")
         return f"{path} shows some of the {len(dataset)} items to train on"

@@ -39,7 +39,7 @@ class Trainer:
         self.task, self.config, self.run, self.accelerator, self.dataset = task, task.config, run, accelerator, dataset
         optim, count = task.config.optim, accelerator.num_processes
         self.layout = Layout(optim.batch, optim.accumulate, count, accelerator.process_index)
-        self.steps_per_epoch = loader.steps_per_epoch(task.config.data, dataset, self.layout, task.what)
+        self.steps_per_epoch = loader.steps_per_epoch(task.config.data, dataset, self.layout)
         self.stepper = Stepper(task, accelerator, self.layout, self.steps_per_epoch)
         self.steps = self.stepper.steps
         facts = saved.facts if saved else {}

@@ -52,12 +52,11 @@ def read(dataset: Dataset, workers: int, **options: Any) -> Iterator[dict[str, A
             batches._shutdown_workers()
 
 
-def steps_per_epoch(settings: Any, dataset: Dataset, layout: Layout, what: str = "images") -> int:
+def steps_per_epoch(settings: Any, dataset: Dataset, layout: Layout) -> int:
     """Optimizer steps of an epoch; what does not fill a step is left out.
 
     Args:
         settings: the section "data"; its `epoch_images` counts for a data set that only iterates.
-        what: an item, in the plural.
 
     Raises:
         UserError: the data set does not fill one.
@@ -65,7 +64,7 @@ def steps_per_epoch(settings: Any, dataset: Dataset, layout: Layout, what: str =
     items = settings.epoch_images if isinstance(dataset, IterableDataset) else len(dataset)
     if items < layout.total:
         raise UserError(
-            f"the data has {items} {what}, fewer than the {layout.total} of a step ({layout.batch} for each of "
+            f"the data has {items} images, fewer than the {layout.total} of a step ({layout.batch} for each of "
             f"{layout.processes} processes, {layout.accumulate} times); expected a smaller optim.batch"
         )
     return items // layout.total
@@ -85,8 +84,13 @@ def examples(dataset: Dataset, number: int) -> dict[str, Any]:
         dataset.set_epoch(0)
     if isinstance(dataset, IterableDataset):
         return default_collate(list(islice(iter(dataset), number)))
-    number = min(number, len(dataset))
-    return default_collate([dataset[i * len(dataset) // number] for i in range(number)])
+    return default_collate([dataset[index] for index in spread(len(dataset), number)])
+
+
+def spread(length: int, number: int) -> list[int]:
+    """So many of the indices below `length`, or all, from all over it."""
+    number = min(number, length)
+    return [i * length // number for i in range(number)]
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

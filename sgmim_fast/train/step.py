@@ -47,6 +47,7 @@ class Stepper:
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             self.plain = nn.SyncBatchNorm.convert_sync_batchnorm(self.plain)
         self.plain.to(accelerator.device)
+        self._norms = [module for module in self.plain.modules() if isinstance(module, _BatchNorm)]
         self.model: nn.Module = self.plain
         if self.config.run.fsdp:
             self._shard()
@@ -92,8 +93,7 @@ class Stepper:
 
     def statistics(self) -> list[Tensor]:
         """The running statistics of batch norms."""
-        norms = (module for module in self.plain.modules() if isinstance(module, _BatchNorm))
-        return [buffer for norm in norms for buffer in norm.buffers()]
+        return [buffer for norm in self._norms for buffer in norm.buffers()]
 
     @contextlib.contextmanager
     def _sync(self, last: bool) -> Iterator[None]:

@@ -26,13 +26,11 @@ class Task(ABC):
             (`sgmim_fast.train.config.Run`).
         command: of `sgmim-fast`, by which a run is known when it is read again.
         losses: names of what `loss` returns; the first one is minimised.
-        what: one item of the data set, in the plural.
         tested: whether `evaluate` gives a checkpoint's score, the lower the better; otherwise the loss is it.
     """
 
     command: str
     losses: tuple[str, ...] = ("loss",)
-    what = "images"
     tested = False
 
     def __init__(self, config: Any, facts: dict[str, Any] | None = None) -> None:

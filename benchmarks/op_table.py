@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,9 +136,10 @@ def disagreement(op: str, run: Callable[..., list[Tensor]], backend: str, dtype:
     return ""
 
 
-def table(shape: Shape, batch: int, device: str, dtype: torch.dtype, seconds: float) -> list[dict[str, Any]]:
-    """A row for each op and backend."""
-    rows = []
+def table(
+    shape: Shape, batch: int, device: str, dtype: torch.dtype, seconds: float, keep: Callable[[dict[str, Any]], None]
+) -> None:
+    """A row for each op and backend, given to `keep` as soon as it is known."""
     for op, function in cases(shape, batch, torch.device(device)).items():
 
         def run(
@@ -147,21 +149,25 @@ def table(shape: Shape, batch: int, device: str, dtype: torch.dtype, seconds: fl
                 return function()
 
         names = [name for name in backends.ORDER[device] if backends.can_run(op, name)[0]]
-        wrong = {name: disagreement(op, run, name, dtype) for name in names if name != "torch"}
-        times = interleaved({name: lambda name=name: run(name) for name in names}, device, seconds=seconds)
+        wrong = dict.fromkeys(names, "")
+        for name in names:
+            try:
+                wrong[name] = disagreement(op, run, name, dtype) if name != "torch" else ""
+            except Exception as error:  # one backend that raises leaves the others' rows
+                wrong[name] = f"raised {type(error).__name__}: {str(error)[:300]}"
+                traceback.print_exc()
+        runnable = [name for name in names if not wrong[name].startswith("raised")]
+        times = interleaved({name: lambda name=name: run(name) for name in runnable}, device, seconds=seconds)
         plain = summary(times["torch"])["median_ms"]
         for name in names:
-            row = {
-                "encoder": shape.name,
-                "op": op,
-                "backend": name,
-                "wrong": wrong.get(name, ""),
-                **summary(times[name]),
-            }
-            rows.append(row | {"dtype": str(dtype)[6:], "batch": batch})
-            note = f"  WRONG: {row['wrong']}" if row["wrong"] else ""
-            print(f"{op:24}{name:8}{row['median_ms']:10.3f} ms{plain / row['median_ms']:8.1f} x{note}", flush=True)
-    return rows
+            row = {"encoder": shape.name, "op": op, "backend": name, "wrong": wrong[name]}
+            row |= {"dtype": str(dtype)[6:], "batch": batch}
+            speed = ""
+            if name in times:
+                row |= summary(times[name])
+                speed = f"{row['median_ms']:10.3f} ms{plain / row['median_ms']:8.1f} x"
+            print(f"{op:24}{name:8}{speed}{'  WRONG: ' if wrong[name] else ''}{wrong[name]}", flush=True)
+            keep(row)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -173,13 +179,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=2, help="for each op")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    facts = machine(args.device)
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if args.json:  # at once: what is known stays known if a limit ends the run
+            args.json.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
+
     for encoder in args.encoder.split(","):
         for dtype in args.dtype.split(","):
             print(f"\n{encoder}, {dtype}, batch {args.batch}: forward and backward, x plain PyTorch", flush=True)
-            rows += table(SHAPES[encoder], args.batch, args.device, getattr(torch, dtype), args.seconds)
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine(args.device), "rows": rows}, indent=1) + "\n")
+            table(SHAPES[encoder], args.batch, args.device, getattr(torch, dtype), args.seconds, keep)
     return int(any(row["wrong"] for row in rows))
 
 

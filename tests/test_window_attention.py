@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
-from checks import assert_close_to_truth, gradcheck64, gradients, in_dtype, opcheck
+from checks import AGAIN, assert_close_to_truth, gradcheck64, gradients, in_dtype, moved, opcheck
 from hypothesis import given
 from hypothesis import strategies as st
 from packed import assert_same_bits
@@ -85,9 +86,9 @@ def ours(heads, window, shift, index):
     return function
 
 
-def draw(place, dtype, shift, window, heads, **options) -> list[tuple[str, Tensor, Tensor, Tensor]]:
-    """Name, ours, plain and true for the result and every gradient of inputs at random. The truth is computed from what
-    the low precision really holds."""
+def draw(place, dtype, shift, window, heads, **options) -> list[tuple[str, Tensor, Tensor, Tensor, Callable]]:
+    """Name, ours, plain and true for the result and every gradient of inputs at random, and what makes plain's of moved
+    inputs. The truth is computed from what the low precision really holds."""
     tensors, index = inputs(heads=heads, window=window, **options)
     tensors = [None if t is None else t.to(place.device) for t in tensors]
     index = None if index is None else index.to(place.device)
@@ -97,13 +98,19 @@ def draw(place, dtype, shift, window, heads, **options) -> list[tuple[str, Tenso
     expression, op = (make(heads, window, shift, index) for make in (plain, ours))
     cotangent = torch.randn_like(tensors[0][..., : tensors[0].shape[3] // 3]).to(dtype).double()
     truth = gradients(expression, in_dtype(low, torch.float64), cotangent)
-    usual = gradients(expression, [None if t is None else t.to(dtype) for t in low], cotangent)
+
+    def plain_of(tensors: list[Tensor | None]) -> list[Tensor]:
+        result, grads = gradients(expression, [None if t is None else t.to(dtype) for t in tensors], cotangent)
+        return [result, *grads]
+
+    usual = plain_of(low)
     actual = gradients(op, low, cotangent)
     present = [(name, t) for name, t in zip(NAMES, low, strict=True) if t is not None]
     assert actual[0].dtype == dtype and actual[0].is_contiguous()
     assert [g.dtype for g in actual[1]] == [t.dtype for _, t in present]
     names = ["result", *(name for name, _ in present)]
-    return list(zip(names, *([result, *grads] for result, grads in (actual, usual, truth)), strict=True))
+    again = [lambda i=i: plain_of(moved(low))[i] for i in range(len(names))]
+    return list(zip(names, [actual[0], *actual[1]], usual, [truth[0], *truth[1]], again, strict=True))
 
 
 def check(place, dtype, shift=(0, 0), window=(3, 3), heads=2, draws=1, skip=(), **options) -> None:
@@ -111,11 +118,13 @@ def check(place, dtype, shift=(0, 0), window=(3, 3), heads=2, draws=1, skip=(), 
         name = same[0][0]
         if name in skip:
             continue
-        actual, usual, truth = (torch.stack(t) for t in list(zip(*same, strict=True))[1:])
+        actual, usual, truth = (torch.stack(t) for t in list(zip(*same, strict=True))[1:4])
+        again = [of_draw[4] for of_draw in same]
         if dtype == torch.float64:
             assert (actual - truth).norm() <= 1e-10 * (1 + truth.norm()), name
         elif truth.norm() > 1e-30:  # e^-100 of tokens that are no neighbours is below float32's normal numbers
-            assert_close_to_truth(actual, usual, truth, name)
+            others = (torch.stack([plain() for plain in again]) for _ in range(AGAIN))
+            assert_close_to_truth(actual, usual, truth, name, lambda others=others: others)
         else:
             assert actual.norm() <= 1e-30, name
 

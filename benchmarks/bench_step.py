@@ -12,7 +12,8 @@ simmim-accelerated    the same without guidance: what the structure branch adds 
 gemm-floor            only the products of all linear layers, each through the best library call
 
 All columns but simmim-accelerated compute the same loss: they are first checked against each other. A column whose loss
-disagrees gets no speed; one with a gradient out of tolerance is flagged, and the exit code is 1. They take turns in one process, so their ratios hold even where the machine is noisy.
+disagrees gets no speed; one with a gradient out of tolerance is flagged, and the exit code is 1. They take turns in one
+process, so their ratios hold even where the machine is noisy.
 MiB: peak memory without parameters and their gradients. --update adds clipping and AdamW to every column but the floor.
 """
 

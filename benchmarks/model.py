@@ -139,13 +139,13 @@ def size(t: Tensor | None) -> int:
 def moved_by(name: str, a: dict[str, Any]) -> float:
     """Bytes of a launch of ours: each tensor once, less the rows of a gathered one that are not wanted."""
     total = sum(map(size, tensors(a)))
-    if name == "layer_norm._forward_kernel":
+    if name == "layer_norm._layer_norm_forward_kernel":
         pairs = zip(a["xs"], a["counts"], strict=True)
         return total - sum(size(x) - count * a["width"] * x.itemsize for x, count in pairs)
-    if name == "layer_norm._backward_kernel":
+    if name == "layer_norm._layer_norm_backward_kernel":
         for x, count in [*zip(a["xs"], a["counts"], strict=True), *zip(a["dxs"], a["counts"], strict=True)]:
             total -= size(x) - count * a["width"] * x.itemsize
-    elif name == "linear_l1._forward_kernel":
+    elif name == "linear_l1._linear_l1_forward_kernel":
         pixels = a["count"] * a["outs"]
         for t, wanted in (("x", a["count"] * a["width"]), ("target", pixels), ("valid", pixels)):
             if a[t] is not None:
@@ -155,7 +155,10 @@ def moved_by(name: str, a: dict[str, Any]) -> float:
         if gathered is None:
             gathered = a["b"][0] if a["KIND"].value == 2 else a["c"][0]
         total -= size(gathered) - rows * gathered.shape[1] * gathered.itemsize
-    elif name in ("window_attention._backward_kernel", "window_attention._keys_kernel") and a["softmaxes"] is not None:
+    elif (
+        name in ("window_attention._window_attention_backward_kernel", "window_attention._window_attention_keys_kernel")
+        and a["softmaxes"] is not None
+    ):
         total -= size(a["dqkv"]) * (2 if "dbias" in a else 1) / 3  # the other kernel writes the rest
     elif name.startswith("structure_embed."):
         pixels = a["count"] * a["CHANNELS"] * a["PATCH"] ** 2
@@ -167,13 +170,13 @@ def operations_of(name: str, a: dict[str, Any]) -> float:
     """Multiplications and additions of a launch's matrix products."""
     if name == "products._product_kernel":
         return 2 * sum(r * i * o for r, i, o in zip(a["rows"], a["ins"], a["outs"], strict=True))
-    if name == "linear_l1._forward_kernel":
+    if name == "linear_l1._linear_l1_forward_kernel":
         return 2 * a["count"] * a["width"] * a["outs"]
     if name.startswith("relational_guidance."):
         products = 2 if "_forward" in name else 7  # the backward takes two of five twice
         return 2 * products * a["q"].numel() * a["cells"]
     if name.startswith("window_attention.") and "KEYS" in a:  # of whole tiles
-        products = {"_forward_kernel": 2, "_backward_kernel": 3, "_keys_kernel": 4}[name.partition(".")[2]]
+        products = {"forward": 2, "backward": 3, "keys": 4}[name.split("_")[-2]]
         if name.endswith("_backward_kernel") and a["softmaxes"] is None:
             products = 5
         tiles = -(-a["WINDOW_H"] * a["WINDOW_W"] // min(a["QUERIES"], a["KEYS"]))

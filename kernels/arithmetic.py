@@ -39,10 +39,30 @@ def dot(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _tail(x):
+    """1 - Phi(|x|), Phi the normal distribution, to 8e-8, and exp(-x^2 / 2). Abramowitz and Stegun 7.1.26."""
+    u = tl.abs(x) * 0.7071067811865476
+    t = 1 / (1 + 0.3275911 * u)
+    e = tl.exp(-u * u)
+    poly = t * (0.127414796 + t * (-0.142248368 + t * (0.710706870 + t * (-0.726576014 + t * 0.530702714))))
+    return poly * e, e
+
+
+@triton.jit
 def gelu(x):
-    return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    tail, _ = _tail(x)
+    return x * tl.where(x >= 0, 1 - tail, tail)
+
+
+@triton.jit
+def gelu_both(x):
+    """gelu(x) and its derivative."""
+    tail, e = _tail(x)
+    phi = tl.where(x >= 0, 1 - tail, tail)
+    return x * phi, phi + x * 0.3989422804014327 * e
 
 
 @triton.jit
 def gelu_derivative(x):
-    return 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    _, slope = gelu_both(x)
+    return slope

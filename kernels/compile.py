@@ -59,7 +59,7 @@ def describe(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Lau
     """As Triton specialises a call: pointers, sizes that are 1 or divisible by 16, absent arguments."""
     names = kernel.arg_names
     options = dict(options)
-    launch_options = {key: options.pop(key) for key in ("num_warps", "num_stages") if key in options}
+    launch_options = {key: options.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in options}
     values = dict(zip(names, args, strict=False)) | options
     constants: dict[Any, Any] = {}
     aligned: list[tuple[int, ...]] = []

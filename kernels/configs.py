@@ -41,18 +41,18 @@ TUNED = Path(__file__).with_name("tuned")  # sm_XX.json: an architecture's own, 
 # Seen with Triton 3.9. Older ones spill more (3.5: 720 bytes of a product), which is reported but is no failure.
 STACK_SINCE = 3, 9
 STACK = {
-    ("layer_norm._backward_kernel", 2): 8,
+    ("layer_norm._layer_norm_backward_kernel", 2): 8,
     ("products._product_kernel", 2): 80,
     ("products._product_kernel", 4): 16,
-    ("relational_guidance._backward_kernel", 4): 288,
-    ("relational_guidance._forward_kernel", 4): 8,
-    ("structure_embed._backward_kernel", 2): 48,
-    ("structure_embed._backward_kernel", 4): 400,
+    ("relational_guidance._relational_guidance_backward_kernel", 4): 288,
+    ("relational_guidance._relational_guidance_forward_kernel", 4): 8,
+    ("structure_embed._structure_embed_backward_kernel", 2): 48,
+    ("structure_embed._structure_embed_backward_kernel", 4): 400,
     ("sums._columns_kernel", 4): 8,
-    ("window_attention._backward_kernel", 2): 288,
-    ("window_attention._backward_kernel", 4): 680,
-    ("window_attention._forward_kernel", 4): 16,
-    ("window_attention._keys_kernel", 2): 248,
+    ("window_attention._window_attention_backward_kernel", 2): 288,
+    ("window_attention._window_attention_backward_kernel", 4): 680,
+    ("window_attention._window_attention_forward_kernel", 4): 16,
+    ("window_attention._window_attention_keys_kernel", 2): 248,
 }
 # Compute capability, times ten -> bytes of shared memory that a block can have.
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sgmim_fast import backends
 
@@ -80,6 +81,19 @@ def rows_per_program(count: int, device: torch.device, least: int = 8) -> int:
     return max(least, triton.cdiv(count, 2 * target(device).multiprocessors))
 
 
+def programs_of_rows(
+    rows: int, width: int, device: torch.device, columns: int = 256, per_multiprocessor: int = 16, least: int = 32
+) -> tuple[int, int]:
+    """Rows of a program, a multiple of `least`, and programs along the rows, where each also has `columns` of a width.
+
+    So many that all of them together are about `per_multiprocessor` for each multiprocessor.
+    """
+    across = -(-width // columns)
+    wanted = max(1, per_multiprocessor * target(device).multiprocessors // across)
+    each = -(-max(1, -(-rows // wanted)) // least) * least
+    return each, max(1, -(-rows // each))
+
+
 def supported(dtype: torch.dtype) -> tuple[bool, str]:
     """Whether the kernels take a request for `dtype`, and the reason where not."""
     return dtype in DTYPES, f"dtype {dtype}; the Triton kernels take float32, bfloat16 and float16"
@@ -92,12 +106,32 @@ def fits(*widths: int) -> tuple[bool, str]:
 
 
 def copies_of(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """`ops.products.copies` by one launch: all weights in `dtype`, or [] where they are in it as they are."""
+    """`ops.products.copies`: all weights in `dtype`, or [] where they are in it as they are. Cost: 1 launch each.
+
+    One launch for all (`torch._foreach_copy_`) takes longer: it gives 65,536 numbers to a block, and a layer's weights
+    are too few for all multiprocessors (H200, a Swin-B's weights twice: 154 launches took 2.4 ms; by traffic 0.25).
+    """
     if all(weight.dtype == dtype for weight in weights):
         return []
-    copies = [torch.empty(weight.shape, dtype=dtype, device=weight.device) for weight in weights]
-    torch._foreach_copy_(copies, [weight.detach() for weight in weights])
-    return copies
+    return [weight.detach().to(dtype, memory_format=torch.contiguous_format) for weight in weights]
+
+
+_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> its version, and the copy that its forward made
+
+
+def keep_copy(weight: Tensor, copy: Tensor) -> None:
+    """Lets the backward of this op use the copy again, whose memory is held until then."""
+    if copy is not weight and weight.requires_grad:
+        _kept[weight] = weight._version, copy
+
+
+def kept_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in `dtype`: the forward's copy if it is still there, which is then given up. As under autocast, a
+    weight that changed since in a way that autograd does not see counts as it was."""
+    version, copy = _kept.pop(weight, (None, None))
+    if copy is not None and version == weight._version and copy.dtype == dtype:
+        return copy
+    return weight.detach().to(dtype, memory_format=torch.contiguous_format)
 
 
 def tf32() -> str:

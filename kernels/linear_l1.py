@@ -20,7 +20,7 @@ from sgmim_fast.ops.linear_l1 import is_packed, target_gradient
 
 
 @triton.jit
-def _forward_kernel(
+def _linear_l1_forward_kernel(
     x, x_rows, weight, bias, target, valid, rows, signs, partials, count, width, outs, across, cells,
     tb, tc, th, tw, vb, vc, vh, vw,  # strides of target and valid
     CELL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -88,7 +88,7 @@ def forward(
     partials = torch.empty(tiles, 1, dtype=torch.float32, device=x.device)
     across = target.shape[3] // cell
     launch(
-        _forward_kernel,
+        _linear_l1_forward_kernel,
         (tiles,),
         x,
         None if packed else rows,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sgmim_fast.kernels import products
-from sgmim_fast.kernels.launch import copies_of, fits, on_device, supported
+from sgmim_fast.kernels.launch import copies_of, fits, keep_copy, kept_copy, on_device, supported
 from sgmim_fast.kernels.layer_norm import Norm, NormGradient, layer_norm, layer_norm_backward
 from sgmim_fast.kernels.sums import Sum, column_sums, finish
 from sgmim_fast.ops._op import absent
@@ -67,10 +67,14 @@ def normalized_backward(
 
 
 def as_read(dtype: torch.dtype, *parameters: Tensor | None) -> list[Tensor | None]:
-    """Weights and biases as the products read them."""
+    """Weights and biases as the products read them; the backward has the weights' copies by `kept_copy`."""
     present = [t for t in parameters if t is not None]
-    copies = iter(copies_of(present, dtype) or [t.contiguous() for t in present])
-    return [None if t is None else next(copies) for t in parameters]
+    copies = copies_of(present, dtype) or [t.contiguous() for t in present]
+    for parameter, copy in zip(present, copies, strict=True):
+        if parameter.ndim == 2:
+            keep_copy(parameter, copy)
+    found = iter(copies)
+    return [None if t is None else next(found) for t in parameters]
 
 
 @on_device
@@ -106,7 +110,7 @@ def backward(
     grad = grad.to(storage).contiguous()
     dy = None
     if needs[0] or norm_weight is not None:
-        (dy,) = products.input_gradients([grad], as_read(storage, weight))
+        (dy,) = products.input_gradients([grad], [kept_copy(weight, storage)])
     dx, y, sums = normalized_backward(dy, x, statistics, norm_weight, norm_bias, storage, again=needs[1])
     found = {0: dx} | {3 + i: s.out for i, s in enumerate(sums)}
     if needs[1]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sgmim_fast.kernels import products
-from sgmim_fast.kernels.launch import on_device
+from sgmim_fast.kernels.launch import kept_copy, on_device
 from sgmim_fast.kernels.norm_linear import as_read, can_run, normalized, normalized_backward
 from sgmim_fast.kernels.sums import column_sums, finish
 from sgmim_fast.ops._op import absent
@@ -63,7 +63,7 @@ def backward(
         i: torch.empty(size, dtype=fc1_weight.dtype, device=x.device)
         for i, size in ((2, hidden.shape[1]), (4, grad.shape[1]))
     }
-    w1, w2 = as_read(storage, fc1_weight, fc2_weight)
+    w1, w2 = (kept_copy(weight, storage) for weight in (fc1_weight, fc2_weight))
     dhidden, activated, fc1_sum = products.input_gradient_gelu(grad, w2, hidden, found[2])
     if needs[3]:
         (found[3],) = products.weight_gradients([grad], [activated], [fc1_weight.dtype])

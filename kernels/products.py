@@ -8,14 +8,9 @@ after what they are to a linear layer of weight W (out, in):
                                 tile; a scale; a scatter by rows
     WEIGHT    dW = dy^T . x     x read by rows; a scale; the bias's gradient
 
-Which path: `SGMIM_FAST_TRITON_PRODUCTS=auto|triton|library`. "library" is torch (cuBLAS) and one elementwise kernel
-where there is an epilogue. The reasoning, until both have been measured on a GPU: in half precision a product of it
-takes 5 to 40 us, so an epilogue's launch and its trip through memory (2 us + rows * out * 6 bytes / 4.8 TB/s, 9 us for
-the MLP's at Swin-B, B = 128) cost as much as Triton's products lose to cuBLAS (10 to 20 %), and products with few tiles
-leave multiprocessors idle unless they share a launch. In float32 without tf32, Triton's products run on the scalar
-units without cuBLAS's register blocking, so the library takes them. "auto" is that: Triton below 32 bits, or with tf32,
-for products that have an epilogue or share a launch. One product alone is the library's, above all a weight's gradient:
-few tiles that sum over all rows, a sum that the library splits.
+Which path: `SGMIM_FAST_TRITON_PRODUCTS=auto|triton|library`. "library" is torch (cuBLAS) and an elementwise kernel for
+an epilogue. "auto" is the library, as an H200 measured it (benchmarks/NOTES.md): in Swin-B's step this kernel's gemms with their
+epilogues took more than twice as long as the library's and the elementwise kernels together.
 """
 
 from __future__ import annotations
@@ -30,6 +25,7 @@ from torch import Tensor
 
 from sgmim_fast.kernels import configs
 from sgmim_fast.kernels.arithmetic import TYPES, cast, dot, gelu, gelu_derivative
+from sgmim_fast.kernels.gelu import gelu_backward, gelu_forward
 from sgmim_fast.kernels.launch import launch, target, tf32
 from sgmim_fast.kernels.sums import Sum, column_sums
 from sgmim_fast.kernels.sums import finish as finish_sums
@@ -151,25 +147,20 @@ def finish(
 
 
 @triton.jit
-def _epilogue_kernel(
-    x, c, residual, before, after, index, rows, width,
-    KIND: tl.constexpr, GELU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+def _add_rows_kernel(x, residual, index, y, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (n < width)[None, :]
-    at = row[:, None] * width + n[None, :]
+    at = row.to(tl.int64)[:, None] * width + n[None, :]
+    place = tl.load(index + row, mask=row < rows, other=0)
     total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    total = finish(total, at, row, row < rows, n, width, inside, residual, before, after, index, KIND, GELU)
-    tl.store(c + at, cast(total, c.dtype.element_ty), mask=inside)
+    total += tl.load(residual + place[:, None] * width + n[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + at, cast(total, y.dtype.element_ty), mask=inside)
 
 
-def fused(dtype: torch.dtype, saves: bool = True) -> bool:
-    """Whether products of this dtype go through the kernel here; else through torch. saves: a launch, if they do."""
-    wanted = _wanted()
-    if wanted != "auto":
-        return wanted == "triton"
-    return saves and (dtype != torch.float32 or tf32() == "tf32")
+def fused() -> bool:
+    """Whether products go through the kernel here; else through torch."""
+    return _wanted() == "triton"
 
 
 @functools.cache
@@ -245,30 +236,23 @@ def _run(
     )
 
 
-def _epilogue(kind: tl.constexpr, x: Tensor, c: Tensor, residual=None, before=None, after=None, index=None) -> None:
-    rows, width = x.shape
+def _add(product: Tensor, residual: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """product + residual[index], or + residual, in `dtype`, in place where that is the product's. Cost: 1 launch."""
+    y = product if product.dtype == dtype else torch.empty_like(product, dtype=dtype)
+    if index is None:
+        return torch.add(product, residual, out=y)
+    rows, width = product.shape
     launch(
-        _epilogue_kernel,
-        (triton.cdiv(rows, 4), triton.cdiv(width, 512)),
-        x,
-        c,
-        residual,
-        before,
-        after,
-        index,
-        rows,
-        width,
-        KIND=kind,
-        GELU=before is not None,
-        ROWS=4,
-        BLOCK=512,
-    )
+        _add_rows_kernel, (triton.cdiv(rows, 4), triton.cdiv(width, 512)), product, residual, index, y, rows, width,
+        ROWS=4, BLOCK=512,
+    )  # fmt: skip
+    return y
 
 
 def linears(xs: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
     """x . W^T for each pair of one dtype, (n, in) and (out, in). Cost: 1 launch; through the library one each."""
     dtype = xs[0].dtype
-    if not fused(dtype, len(xs) > 1):
+    if not fused():
         return [torch.nn.functional.linear(x, weight) for x, weight in zip(xs, weights, strict=True)]
     ys = [torch.empty(x.shape[0], w.shape[0], dtype=dtype, device=x.device) for x, w in zip(xs, weights, strict=True)]
     shapes = [(x.shape[0], w.shape[1], w.shape[0]) for x, w in zip(xs, weights, strict=True)]
@@ -290,7 +274,7 @@ def linear(
     Cost: 1 launch; through the library 1 for each residual or cast of the bias more.
     """
     dtype = dtype or x.dtype
-    if fused(x.dtype, residual is not None):
+    if fused():
         y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype if residual is None else dtype, device=x.device)
         shape, biases = (x.shape[0], weight.shape[1], weight.shape[0]), None if bias is None else [bias]
         _run(FORWARD, x.dtype, [x], [weight], [y], [shape], bias=biases, residual=residual, index=rows)
@@ -298,27 +282,25 @@ def linear(
     product = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
     if residual is None:
         return product
-    y = torch.empty_like(product, dtype=dtype)
-    _epilogue(FORWARD, product, y, residual=residual, index=rows)
-    return y
+    return _add(product, residual, rows, dtype)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """h = x . W^T + bias and gelu(h). Cost: 1 launch; through the library 2."""
+    if not fused():
+        before = torch.nn.functional.linear(x, weight, bias.to(x.dtype))
+        return before, gelu_forward(before)
     before = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     after = torch.empty_like(before)
     shape = x.shape[0], weight.shape[1], weight.shape[0]
-    if fused(x.dtype):
-        _run(FORWARD, x.dtype, [x], [weight], [after], [shape], bias=[bias], before=before)
-    else:
-        _epilogue(FORWARD, torch.nn.functional.linear(x, weight, bias.to(x.dtype)), after, before=before)
+    _run(FORWARD, x.dtype, [x], [weight], [after], [shape], bias=[bias], before=before)
     return before, after
 
 
 def input_gradients(dys: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
     """dy . W for each pair of one dtype, (n, out) and (out, in). Cost: 1 launch; through the library one each."""
     dtype = dys[0].dtype
-    if not fused(dtype, len(dys) > 1):
+    if not fused():
         return [dy @ weight for dy, weight in zip(dys, weights, strict=True)]
     dxs = [
         torch.empty(dy.shape[0], w.shape[1], dtype=dtype, device=dy.device) for dy, w in zip(dys, weights, strict=True)
@@ -331,12 +313,11 @@ def input_gradients(dys: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
 def input_gradient_gelu(dy: Tensor, weight: Tensor, before: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Sum]:
     """dx = dy . W * gelu'(before), gelu(before), and the sum of dx over its rows, to be finished into `bias`.
 
-    Cost: 1 launch; through the library 3.
+    Cost: 1 launch; through the library 2.
     """
+    if not fused():
+        return gelu_backward(dy @ weight, before, bias)
     dx, after = torch.empty_like(before), torch.empty_like(before)
-    if not fused(dy.dtype):
-        _epilogue(INPUT, dy @ weight, dx, before=before, after=after)
-        return dx, after, *column_sums([dx], [bias])
     shape = dy.shape[0], weight.shape[1], weight.shape[0]
     tiles = triton.cdiv(shape[0], _config(INPUT, dy.dtype, [shape], dy.device).block_m)
     partials = torch.empty(tiles, shape[1], dtype=torch.float32, device=dy.device)
@@ -351,7 +332,7 @@ def input_gradient_of_signs(
 
     Cost: 1 launch; through the library 4.
     """
-    if fused(weight.dtype):
+    if fused():
         shape = signs.shape[0], weight.shape[1], weight.shape[0]
         _run(INPUT, weight.dtype, [signs], [weight], [dx], [shape], index=rows, scale=scale, factor=factor)
         return
@@ -373,7 +354,7 @@ def weight_gradients_of_signs(
 
     x is rounded to `dtype`, that of the products, as it is read. Cost: 1 launch; through the library 7.
     """
-    if fused(dtype):
+    if fused():
         shape = signs.shape[0], x.shape[1], signs.shape[1]
         options = {"index": rows, "scale": scale, "factor": factor, "sums": dbias}
         _run(WEIGHT, dtype, [signs], [x], [dweight], [shape], **options)
@@ -390,7 +371,7 @@ def weight_gradients(dys: list[Tensor], xs: list[Tensor], dtypes: list[torch.dty
     Cost: 1 launch; through the library one each, and what converts.
     """
     dtype = xs[0].dtype
-    if fused(dtype, len(dys) > 1) and len(set(dtypes)) == 1:
+    if fused() and len(set(dtypes)) == 1:
         dws = [
             torch.empty(dy.shape[1], x.shape[1], dtype=dtypes[0], device=x.device)
             for dy, x in zip(dys, xs, strict=True)
@@ -398,4 +379,11 @@ def weight_gradients(dys: list[Tensor], xs: list[Tensor], dtypes: list[torch.dty
         shapes = [(dy.shape[0], x.shape[1], dy.shape[1]) for dy, x in zip(dys, xs, strict=True)]
         _run(WEIGHT, dtype, dys, xs, dws, shapes)
         return dws
-    return [(dy.t() @ x).to(wanted) for dy, x, wanted in zip(dys, xs, dtypes, strict=True)]
+    return [_weight_gradient(dy, x, wanted) for dy, x, wanted in zip(dys, xs, dtypes, strict=True)]
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """dy^T . x through the library, which on a GPU writes what it has summed in float32 as float32."""
+    if dtype == torch.float32 and dy.dtype != dtype and dy.is_cuda:
+        return torch.mm(dy.t(), x, out_dtype=dtype)
+    return (dy.t() @ x).to(dtype)

@@ -50,7 +50,7 @@ def _logits(q, k, j, count, hidden, scale, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
+def _relational_guidance_forward_kernel(
     q, k, v, out, lse, visible_offsets, shown_offsets, last, cells, heads, width, scale,
     KEEP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -89,7 +89,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _relational_guidance_backward_kernel(
     dout, q, k, v, out, lse, visible_offsets, shown_offsets, dq, dk, dv, hidden_sums,
     last, cells, heads, width, scale, key_blocks,
     KEEP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -187,7 +187,7 @@ def attention(
     width, images = q.shape[1], visible_offsets.shape[0] - 1
     options = _options(q, heads, cells, keep, False)
     launch(
-        _forward_kernel,
+        _relational_guidance_forward_kernel,
         (triton.cdiv(cells, options["BLOCK_M"]), heads, images),
         q,
         k,
@@ -229,7 +229,7 @@ def attention_backward(
     options = _options(q, heads, cells, keep, True)
     key_blocks = triton.cdiv(cells + 1, options["BLOCK_N"])
     launch(
-        _backward_kernel,
+        _relational_guidance_backward_kernel,
         (key_blocks + triton.cdiv(cells, options["BLOCK_M"]), heads, images),
         dout,
         q,

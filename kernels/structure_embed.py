@@ -73,7 +73,7 @@ def _quarters(x, width, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
+def _structure_embed_forward_kernel(
     structure, rows, weight, bias, gain, shift, merge_gain, merge_shift, y, statistics, merge_statistics,
     count, merged, eps, cells, across, sb, sc, sh, sw, width,
     CHANNELS: tl.constexpr, PATCH: tl.constexpr, MERGES: tl.constexpr, ROWS: tl.constexpr,
@@ -108,7 +108,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _structure_embed_backward_kernel(
     dy, structure, rows, weight, bias, gain, shift, merge_gain, merge_shift, statistics, merge_statistics,
     y, dembedded, dmerge_gain, dmerge_shift, dgain, dshift, dbias, dweight,
     count, merged, cells, across, sb, sc, sh, sw, width, per_program,
@@ -238,7 +238,7 @@ def forward(
     weights = saved.copies or w.merge_weights
     y = torch.empty(shape.merged, weights[0].shape[1], dtype=storage, device=device)
     launch(
-        _forward_kernel,
+        _structure_embed_forward_kernel,
         (triton.cdiv(shape.merged, shape.options["ROWS"]),),
         structure,
         rows,
@@ -332,7 +332,7 @@ def _backward_first(
     y = torch.empty_like(dy)
     dembedded = torch.empty(shape.tokens, width, dtype=dy.dtype, device=device) if embedded else None
     launch(
-        _backward_kernel,
+        _structure_embed_backward_kernel,
         (programs,),
         dy,
         structure,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sgmim_fast.kernels.arithmetic import cast
-from sgmim_fast.kernels.launch import launch, rows_per_program
+from sgmim_fast.kernels.launch import launch, programs_of_rows
 
 
 class Sum(NamedTuple):
@@ -38,12 +38,13 @@ def _finish_kernel(partials, outs, scale, factor, counts, widths, BLOCK: tl.cons
             width = widths[i]
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     count = tl.where(tl.program_id(0) * BLOCK < width, count, 0)  # another sum may be wider
-    total = tl.zeros([BLOCK], tl.float32)
+    parts = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(0, count, ROWS):
         row = first + tl.arange(0, ROWS)
         inside = (row < count)[:, None] & (column < width)[None, :]
         at = row.to(tl.int64)[:, None] * width + column[None, :]
-        total += tl.sum(tl.load(partial + at, mask=inside, other=0.0), 0)
+        parts += tl.load(partial + at, mask=inside, other=0.0)
+    total = tl.sum(parts, 0)
     if scale is not None:
         total *= tl.load(scale)
     total *= factor
@@ -67,7 +68,7 @@ def finish(sums: list[Sum], scale: Tensor | None = None, factor: float = 1.0) ->
 
 def _finish(sums: list[Sum], scale: Tensor | None, factor: float) -> None:
     partials, outs = (tuple(t) for t in zip(*sums, strict=True))
-    block = 64 if len(outs) > 1 or outs[0].numel() > 1 else 1
+    block = 32 if len(outs) > 1 or outs[0].numel() > 1 else 1
     launch(
         _finish_kernel,
         (triton.cdiv(max(out.numel() for out in outs), block), len(outs)),
@@ -78,7 +79,8 @@ def _finish(sums: list[Sum], scale: Tensor | None, factor: float) -> None:
         tuple(p.shape[0] for p in partials),
         tuple(out.numel() for out in outs),
         BLOCK=block,
-        ROWS=16 if block > 1 else 1024,
+        ROWS=128 if block > 1 else 1024,
+        num_warps=8,
     )
 
 
@@ -97,16 +99,16 @@ def _columns_kernel(xs, partials, keep, counts, widths, per_program, ROWS: tl.co
             width = widths[i]
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     program = tl.program_id(1)
-    total = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
     for step in range(0, per_program, ROWS):
         row = program * per_program + step + tl.arange(0, ROWS)
         inside = (row < count)[:, None] & (column < width)[None, :]
         at = row.to(tl.int64)[:, None] * width + column[None, :]
         if keep is not None:
             inside = inside & (tl.load(keep + row, mask=row < count, other=0)[:, None] > 0)
-        total += tl.sum(tl.load(x + at, mask=inside, other=0).to(tl.float32), 0)
+        total += tl.load(x + at, mask=inside, other=0).to(tl.float32)
     here = (column < width) & (0 * column + program * per_program < count)
-    tl.store(partial + program.to(tl.int64) * width + column, total, mask=here)
+    tl.store(partial + program.to(tl.int64) * width + column, tl.sum(total, 0), mask=here)
 
 
 def column_sums(xs: list[Tensor], outs: list[Tensor], keep: Tensor | None = None) -> list[Sum]:
@@ -114,20 +116,20 @@ def column_sums(xs: list[Tensor], outs: list[Tensor], keep: Tensor | None = None
 
     Cost: reads the tensors once, 1 launch.
     """
-    most = max(x.shape[0] for x in xs)
-    per_program = triton.cdiv(rows_per_program(most, xs[0].device, least=128), 32) * 32
+    rows, widest = max(x.shape[0] for x in xs), max(x.shape[1] for x in xs)
+    per_program, _ = programs_of_rows(rows, widest, xs[0].device, columns=256)
     counts = [triton.cdiv(x.shape[0], per_program) for x in xs]
     partials = [x.new_empty(count, x.shape[1], dtype=torch.float32) for x, count in zip(xs, counts, strict=True)]
     launch(
         _columns_kernel,
-        (triton.cdiv(max(x.shape[1] for x in xs), 128), max(counts), len(xs)),
+        (triton.cdiv(widest, 256), max(counts), len(xs)),
         tuple(xs),
         tuple(partials),
         keep,
         tuple(x.shape[0] for x in xs),
         tuple(x.shape[1] for x in xs),
         per_program,
-        ROWS=32,
-        BLOCK=128,
+        ROWS=8,
+        BLOCK=256,
     )
     return [Sum(partial, out) for partial, out in zip(partials, outs, strict=True)]

@@ -185,7 +185,8 @@ def test_layouts(backend, device, name, layout):
     strided = layouts(inputs[at])[layout]
     expected = gradients(case.op, [*inputs[:at], strided.contiguous(), *inputs[at + 1 :]], COTANGENT.to(device))
     actual = gradients(case.op, [*inputs[:at], strided, *inputs[at + 1 :]], COTANGENT.to(device))
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    # on a GPU another layout is another kernel, whose threads add up other numbers
+    torch.testing.assert_close(actual, expected, rtol=1e-6 if device.type == "cuda" else 0, atol=0)
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -187,7 +187,9 @@ def test_nothing_valid():
     assert losses.structure == 0 and losses.image > 0
 
 
-def test_every_backend(backend):
+def test_every_backend(backend, device):
+    if device.type != "cpu":
+        pytest.skip("tests/test_model_places.py has the model on a GPU")
     model, size = foreign(structure_channels=2), (32, 48)
     mask = drawn(model, size, ratio=[0.3, 0.8])
     valid = torch.rand(2, 2, *size) < 0.8

@@ -138,7 +138,7 @@ class _Attention:
         self.scale = (width // heads) ** -0.5
         hidden = (cells - shown_offsets.diff()).to(dtype)[:, None]
         bias = torch.full((self.images * cells,), -torch.inf, dtype=dtype, device=self.shown.device)
-        bias[self.shown] = 0.0
+        bias.index_fill_(0, self.shown, 0.0)  # `bias[...] = 0.0` would copy the number to the device, and wait
         last = hidden.log() if keep else torch.full_like(hidden, -torch.inf)
         self.bias = torch.cat([bias.view(self.images, cells), last], 1)[:, None, None]
 

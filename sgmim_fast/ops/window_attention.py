@@ -155,7 +155,7 @@ class _Windows:
         """Queries, keys and values as they come, and what the queries are multiplied by, (heads, 1, 1) or ()."""
         parts = tuple(self.split(x) for x in self.cut(qkv, self.pad).chunk(3, -1))
         if logit_scale is None:
-            return parts, torch.tensor(parts[0].shape[-1] ** -0.5, dtype=self.dtype, device=qkv.device)
+            return parts, torch.full((), parts[0].shape[-1] ** -0.5, dtype=self.dtype, device=qkv.device)
         return parts, factor(logit_scale, self.dtype)[:, None, None]
 
     def logits(self, q: Tensor, k: Tensor, bias: Tensor | None, index: Tensor | None) -> Tensor:

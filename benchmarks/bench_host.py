@@ -1,0 +1,199 @@
+"""What a step costs the host: forward and backward at an encoder's full depth, on tensors too small to matter.
+
+    python benchmarks/bench_host.py
+
+eager        timm's blocks and the dense branch (sgmim_fast.reference), PyTorch in eager mode
+sgmim        sgmim_fast.SGMIM around timm's blocks, the branch through the Triton kernels
+accelerated  sgmim_fast.SGMIM with its blocks through them, too
+
+Runs anywhere, in bfloat16 autocast: the Triton kernels' launches are caught in place of being made, so what Triton itself
+takes for a launch (5 to 7 us on a device, more for many arguments) is missing. Milliseconds of the process, on one thread;
+launches: Triton's, and the ATen operators that would launch one. --ops lists the ops of the accelerated column.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from bench_step import BEIT
+from measure import machine
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sgmim_fast
+from sgmim_fast import SGMIM, backends, reference, selective_mask
+from sgmim_fast.kernels import launch as launching
+from sgmim_fast.ops import products
+
+SWIN = {"img_size": 96, "window_size": 3, "embed_dim": 16, "num_heads": (1, 2, 4, 8), "depths": (2, 2, 18, 2)}
+ENCODERS: dict[str, tuple[str, dict[str, Any], int]] = {  # depths of the published ones
+    "swin_base": ("swin_base_patch4_window7_224", SWIN, 32),
+    "swinv2_base": ("swinv2_base_window12_192", SWIN, 32),
+    "vit_base": ("beit_base_patch16_224", {**BEIT, "img_size": 96, "embed_dim": 16, "num_heads": 1}, 16),
+}
+NAMES = ("eager", "sgmim", "accelerated")
+# Allocations, views and questions launch nothing.
+FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh", "alias", "device", "promote_types"}
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be launched in its block, by the name of the Triton kernel or the ATen operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = defaultdict(int)
+
+    def launch(self, kernel: Any, *_: Any) -> None:
+        self.counts[f"triton {kernel.fn.__name__}"] += 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.namespace == "sgmim_fast":
+            with self:
+                return _run(func, args)
+        if not (func.is_view or func._opname in FREE or func._opname.startswith("_unsafe_view")):
+            self.counts[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _run(func: Any, args: tuple) -> Any:
+    op, backward, _ = func._opname.partition("_backward")
+    return backends.implementation(op, "backward" if backward else "forward", "triton")(*args)
+
+
+@contextlib.contextmanager
+def on_triton(listener: Callable[..., None]) -> Iterator[None]:
+    """Within the block the ops run their Triton implementations on the CPU's tensors, and launch nothing."""
+    usable = {name: (name in ("triton", "torch"), "") for name in backends.NAMES}
+    with (
+        launching.caught(listener, launching.Target("sm_90", 132)),
+        products.compute_bfloat16_in(torch.bfloat16),
+        mock.patch.object(backends, "available", lambda: usable),
+        mock.patch.object(backends, "triton_interpreted", lambda: True),
+        backends.use("triton"),
+    ):
+        yield
+
+
+def columns(encoder: str) -> dict[str, Callable[[], Tensor]]:
+    name, arguments, stride = ENCODERS[encoder]
+
+    def model(accelerate: bool) -> SGMIM:
+        return SGMIM(sgmim_fast.create_encoder(name, **arguments), stride, accelerate=accelerate)
+
+    plain, fast = model(False), model(True)
+    images, structure = torch.randn(2, 3, 96, 96), torch.randn(2, 1, 96, 96)
+    drawn = selective_mask(2, 3)
+
+    def step(model: SGMIM, losses: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = losses()
+            loss.backward()
+            return loss
+
+        return run
+
+    return {
+        "eager": step(plain, lambda: reference.sgmim_losses(plain, images, structure, drawn).total),
+        "sgmim": step(plain, lambda: plain(images, structure, drawn)),
+        "accelerated": step(fast, lambda: fast(images, structure, drawn)),
+    }
+
+
+def nothing(*_: Any) -> None:
+    """A launch that is not made."""
+
+
+def measure(encoder: str, rounds: int) -> list[dict[str, Any]]:
+    steps = columns(encoder)
+    places = {n: contextlib.nullcontext if n == "eager" else (lambda: on_triton(nothing)) for n in steps}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 2):
+        for name, step in steps.items():  # in turns, so that a slow spell hits all alike
+            with places[name]():
+                start = time.process_time()
+                step()
+                seconds = time.process_time() - start
+            if number > 1:
+                times[name].append(seconds)
+    rows = []
+    for name, step in steps.items():
+        counted = Launches()
+        with contextlib.nullcontext() if name == "eager" else on_triton(counted.launch), counted:
+            step()
+        row = {"encoder": encoder, "name": name, "median_ms": 1e3 * statistics.median(times[name])}
+        rows.append(row | {"launches": sum(counted.counts.values()), "counts": dict(counted.counts)})
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    eager = rows[0]["median_ms"]
+    lines = [f"{rows[0]['encoder']:14}{'ms':>8}{'/ eager':>9}{'launches':>10}"]
+    lines += [
+        f"  {row['name']:12}{row['median_ms']:8.1f}{row['median_ms'] / eager:8.2f}x{row['launches']:10}" for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def ops(encoder: str) -> str:
+    """Time within the ops of an accelerated step by op and part, launchers included, the least of five steps."""
+    step, best = columns(encoder)["accelerated"], dict[tuple[str, str], tuple[float, int]]()
+    for _ in range(5):
+        found: dict[tuple[str, str], list[float]] = defaultdict(list)
+        choose = backends.choose
+
+        def timed(op: str, part: str, *rest: Any) -> Callable[..., Any]:
+            function = choose(op, part, *rest)
+
+            def run(*args: Any) -> Any:
+                start = time.process_time()
+                result = function(*args)
+                found[op, part].append(time.process_time() - start)
+                return result
+
+            return run
+
+        with on_triton(nothing), mock.patch.object(backends, "choose", timed):
+            step()
+        for key, values in found.items():
+            best[key] = min(best.get(key, (float("inf"), 0)), (sum(values), len(values)))
+    lines = [f"{'op':38}{'calls':>6}{'us each':>9}"]
+    lines += [f"{f'{op} {part}':38}{n:6}{1e6 * total / n:9.1f}" for (op, part), (total, n) in sorted(best.items())]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", default=",".join(ENCODERS), help=f"of {','.join(ENCODERS)}")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--ops", action="store_true", help="time within each op, too")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    for encoder in args.encoder.split(","):
+        if encoder not in ENCODERS:
+            parser.error(f"unknown encoder: {encoder}")
+        rows += (new := measure(encoder, args.rounds))
+        print(table(new), flush=True)
+        if args.ops:
+            print(ops(encoder), flush=True)
+        if args.json:
+            args.json.write_text(json.dumps({"machine": machine("cpu"), "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""GELU and its derivative as elementwise kernels, for what the library's gemms leave to be done.
+
+The exact GELU, with erf by Abramowitz and Stegun 7.1.26 (absolute error 1.5e-7, below what float32 resolves of GELU):
+one exponential and one reciprocal serve function and derivative, half the instructions of libdevice's erf. On an H200
+that is what decides: as the epilogue of a gemm in Triton, libdevice's erf took longer than the gemm itself.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sgmim_fast.kernels.arithmetic import cast, gelu, gelu_both
+from sgmim_fast.kernels.launch import launch, programs_of_rows
+from sgmim_fast.kernels.sums import Sum
+
+FLAT = 2048  # elements of a program
+
+
+@triton.jit
+def _gelu_forward_kernel(before, after, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(before + at, mask=at < count, other=0.0).to(tl.float32)
+    tl.store(after + at, cast(gelu(x), after.dtype.element_ty), mask=at < count)
+
+
+def gelu_forward(before: Tensor) -> Tensor:
+    """gelu(before), of a contiguous tensor. Cost: reads it once, writes as much; 1 launch."""
+    after = torch.empty_like(before)
+    count = before.numel()
+    launch(_gelu_forward_kernel, (-(-count // FLAT),), before, after, count, BLOCK=FLAT)
+    return after
+
+
+@triton.jit
+def _gelu_backward_kernel(
+    grad, before, after, partials, rows, width, per_program, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(1)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    last = tl.minimum((program + 1) * per_program, rows)
+    for first in range(program * per_program, last, ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = (row < last)[:, None] & (column < width)[None, :]
+        at = row.to(tl.int64)[:, None] * width + column[None, :]
+        x = tl.load(before + at, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+        y, slope = gelu_both(x)
+        tl.store(after + at, cast(y, after.dtype.element_ty), mask=inside)
+        dy *= slope
+        tl.store(grad + at, cast(dy, grad.dtype.element_ty), mask=inside)
+        total += dy
+    tl.store(partials + program.to(tl.int64) * width + column, tl.sum(total, 0), mask=column < width)
+
+
+def gelu_backward(grad: Tensor, before: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Sum]:
+    """grad * gelu'(before) in place of `grad`, gelu(before), and the former's sum over rows to be finished into `bias`.
+
+    Cost: reads two (rows, width) tensors and writes two; 1 launch.
+    """
+    rows, width = before.shape
+    after = torch.empty_like(before)
+    per_program, programs = programs_of_rows(rows, width, before.device)
+    partials = torch.empty(programs, width, dtype=torch.float32, device=before.device)
+    launch(
+        _gelu_backward_kernel, (-(-width // 256), programs), grad, before, after, partials, rows, width, per_program,
+        ROWS=8, BLOCK=256,
+    )  # fmt: skip
+    return grad, after, Sum(partials, bias)

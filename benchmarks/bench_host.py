@@ -6,9 +6,9 @@ eager        timm's blocks and the dense branch (sgmim_fast.reference), PyTorch 
 sgmim        sgmim_fast.SGMIM around timm's blocks, the branch through the Triton kernels
 accelerated  sgmim_fast.SGMIM with its blocks through them, too
 
-Runs anywhere, in bfloat16 autocast: the Triton kernels' launches are caught in place of being made, so what Triton itself
-takes for a launch (5 to 7 us on a device, more for many arguments) is missing. Milliseconds of the process, on one thread;
-launches: Triton's, and the ATen operators that would launch one. --ops lists the ops of the accelerated column.
+Runs anywhere, in bfloat16 autocast: the Triton kernels' launches are caught in place of being made, so what Triton
+itself takes for a launch (5 to 7 us on a device, more for many arguments) is missing. Milliseconds of the process, on
+one thread; launches: Triton's, and the ATen operators that would launch one. --ops lists the accelerated ops.
 """
 
 from __future__ import annotations
@@ -154,7 +154,9 @@ def ops(encoder: str) -> str:
         found: dict[tuple[str, str], list[float]] = defaultdict(list)
         choose = backends.choose
 
-        def timed(op: str, part: str, *rest: Any) -> Callable[..., Any]:
+        def timed(
+            op: str, part: str, *rest: Any, choose: Callable[..., Any] = choose, found: dict[Any, Any] = found
+        ) -> Callable[..., Any]:
             function = choose(op, part, *rest)
 
             def run(*args: Any) -> Any:

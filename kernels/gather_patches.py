@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sgmim_fast.kernels.launch import launch, on_device
+from sgmim_fast.kernels.launch import cdiv, launch, on_device
 
 _DTYPES = (
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -54,7 +54,7 @@ def _run(pixels: Tensor, rows: Tensor, packed: Tensor, cell: int, patch: int, zo
     side, across = cell // patch, pixels.shape[3] // cell
     launch(
         _kernel,
-        (triton.cdiv(packed.numel(), _BLOCK),),
+        (cdiv(packed.numel(), _BLOCK),),
         pixels,
         rows.contiguous(),
         packed,

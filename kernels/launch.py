@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -18,6 +17,16 @@ INTERPRETED = backends.triton_interpreted()  # Triton looks at the same moment, 
 
 MOST_COLUMNS = 1 << 14  # of a row that one program holds in its registers
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up: `triton.cdiv` in a tenth of its time on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """`triton.next_power_of_2`, likewise."""
+    return 1 << (n - 1).bit_length()
 
 
 def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,7 +87,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 def rows_per_program(count: int, device: torch.device, least: int = 8) -> int:
     """Rows each program goes through where it sums over rows: two programs per multiprocessor, whatever the load."""
-    return max(least, triton.cdiv(count, 2 * target(device).multiprocessors))
+    return max(least, cdiv(count, 2 * target(device).multiprocessors))
 
 
 def programs_of_rows(

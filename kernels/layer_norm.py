@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sgmim_fast.kernels.arithmetic import cast
-from sgmim_fast.kernels.launch import launch, target
+from sgmim_fast.kernels.launch import cdiv, launch, next_power_of_2, target
 from sgmim_fast.kernels.sums import Sum
 
 TILE = 1024  # numbers of a tensor that a program of the backward has at a time
@@ -83,11 +83,11 @@ def layer_norm(norms: list[Norm], eps: float) -> list[Tensor]:
     """
     width = norms[0].x.shape[1]
     statistics = [torch.empty(2, norm.count, dtype=torch.float32, device=norm.x.device) for norm in norms]
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     tile = max(1, 2048 // block)
     launch(
         _layer_norm_forward_kernel,
-        (sum(triton.cdiv(norm.count, tile) for norm in norms),),
+        (sum(cdiv(norm.count, tile) for norm in norms),),
         tuple(norm.x for norm in norms),
         tuple(norm.rows for norm in norms),
         tuple(norm.weight for norm in norms),
@@ -200,12 +200,12 @@ def layer_norm_backward(gradients: list[NormGradient]) -> tuple[list[Tensor | No
     width, device = gradients[0].dy.shape[1], gradients[0].dy.device
     ys = [torch.empty_like(g.dy) if g.again else None for g in gradients]
     counts = [g.dy.shape[0] for g in gradients]
-    tile, multiple = max(1, TILE // triton.next_power_of_2(width)), PROGRAMS * target(device).multiprocessors
-    per_program = triton.cdiv(max(8, triton.cdiv(sum(counts), multiple)), tile) * tile
-    programs = [triton.cdiv(count, per_program) for count in counts]
+    tile, multiple = max(1, TILE // next_power_of_2(width)), PROGRAMS * target(device).multiprocessors
+    per_program = cdiv(max(8, cdiv(sum(counts), multiple)), tile) * tile
+    programs = [cdiv(count, per_program) for count in counts]
     wanted = len(gradients[0].biases)
     partials = [torch.empty(2 + wanted, n, width, dtype=torch.float32, device=device) for n in programs]
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     launch(
         _layer_norm_backward_kernel,
         (sum(programs),),

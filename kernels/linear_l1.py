@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sgmim_fast.kernels import configs, products
 from sgmim_fast.kernels.arithmetic import cast, dot
-from sgmim_fast.kernels.launch import copies_of, launch, on_device, supported, tf32
+from sgmim_fast.kernels.launch import cdiv, copies_of, launch, on_device, supported, tf32
 from sgmim_fast.kernels.launch import target as machine
 from sgmim_fast.kernels.sums import Sum, finish
 from sgmim_fast.ops import products as dtypes
@@ -84,7 +84,7 @@ def forward(
     count, (outs, width) = rows.shape[0], w.shape
     signs = torch.empty(count, outs, dtype=torch.int8, device=x.device)
     config = configs.product(count, outs, compute.itemsize, machine(x.device).architecture)
-    tiles = triton.cdiv(count, config.block_m) * triton.cdiv(outs, config.block_n)
+    tiles = cdiv(count, config.block_m) * cdiv(outs, config.block_n)
     partials = torch.empty(tiles, 1, dtype=torch.float32, device=x.device)
     across = target.shape[3] // cell
     launch(

@@ -9,8 +9,8 @@ after what they are to a linear layer of weight W (out, in):
     WEIGHT    dW = dy^T . x     x read by rows; a scale; the bias's gradient
 
 Which path: `SGMIM_FAST_TRITON_PRODUCTS=auto|triton|library`. "library" is torch (cuBLAS) and an elementwise kernel for
-an epilogue. "auto" is the library, as an H200 measured it (benchmarks/NOTES.md): in Swin-B's step this kernel's gemms with their
-epilogues took more than twice as long as the library's and the elementwise kernels together.
+an epilogue. "auto" is the library, as an H200 measured it (benchmarks/NOTES.md): in Swin-B's step this kernel's gemms
+with their epilogues took twice as long as the library's and the elementwise kernels together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from sgmim_fast.kernels import configs
 from sgmim_fast.kernels.arithmetic import TYPES, cast, dot, gelu, gelu_derivative
 from sgmim_fast.kernels.gelu import gelu_backward, gelu_forward
-from sgmim_fast.kernels.launch import launch, target, tf32
+from sgmim_fast.kernels.launch import cdiv, launch, target, tf32
 from sgmim_fast.kernels.sums import Sum, column_sums
 from sgmim_fast.kernels.sums import finish as finish_sums
 
@@ -202,9 +202,7 @@ def _run(
     """shapes: (rows, ins, outs) of every problem."""
     sides = _SIDES[kind.value]
     config = _config(kind, dtype, shapes, a[0].device)
-    tiles = sum(
-        triton.cdiv(shape[sides[0]], config.block_m) * triton.cdiv(shape[sides[1]], config.block_n) for shape in shapes
-    )
+    tiles = sum(cdiv(shape[sides[0]], config.block_m) * cdiv(shape[sides[1]], config.block_n) for shape in shapes)
     rows, ins, outs = (tuple(sizes) for sizes in zip(*shapes, strict=True))
     launch(
         _product_kernel,
@@ -243,7 +241,7 @@ def _add(product: Tensor, residual: Tensor, index: Tensor | None, dtype: torch.d
         return torch.add(product, residual, out=y)
     rows, width = product.shape
     launch(
-        _add_rows_kernel, (triton.cdiv(rows, 4), triton.cdiv(width, 512)), product, residual, index, y, rows, width,
+        _add_rows_kernel, (cdiv(rows, 4), cdiv(width, 512)), product, residual, index, y, rows, width,
         ROWS=4, BLOCK=512,
     )  # fmt: skip
     return y
@@ -319,7 +317,7 @@ def input_gradient_gelu(dy: Tensor, weight: Tensor, before: Tensor, bias: Tensor
         return gelu_backward(dy @ weight, before, bias)
     dx, after = torch.empty_like(before), torch.empty_like(before)
     shape = dy.shape[0], weight.shape[1], weight.shape[0]
-    tiles = triton.cdiv(shape[0], _config(INPUT, dy.dtype, [shape], dy.device).block_m)
+    tiles = cdiv(shape[0], _config(INPUT, dy.dtype, [shape], dy.device).block_m)
     partials = torch.empty(tiles, shape[1], dtype=torch.float32, device=dy.device)
     _run(INPUT, dy.dtype, [dy], [weight], [dx], [shape], before=before, after=after, sums=partials)
     return dx, after, Sum(partials, bias)

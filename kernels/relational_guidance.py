@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sgmim_fast.kernels import products
 from sgmim_fast.kernels.arithmetic import cast, dot
-from sgmim_fast.kernels.launch import copies_of, fits, launch, on_device, supported, tf32
+from sgmim_fast.kernels.launch import cdiv, copies_of, fits, launch, next_power_of_2, on_device, supported, tf32
 from sgmim_fast.kernels.layer_norm import Norm, NormGradient, layer_norm, layer_norm_backward
 from sgmim_fast.kernels.sums import Sum, finish
 from sgmim_fast.ops._op import absent
@@ -165,7 +165,7 @@ def _options(q: Tensor, heads: int, cells: int, keep: bool, backward: bool) -> d
     return {
         "KEEP": keep,
         "D": d,
-        "BLOCK_D": max(triton.next_power_of_2(d), 16),
+        "BLOCK_D": max(next_power_of_2(d), 16),
         "BLOCK_M": min(block, 32),
         "BLOCK_N": block,
         "PRECISION": tf32(),
@@ -188,7 +188,7 @@ def attention(
     options = _options(q, heads, cells, keep, False)
     launch(
         _relational_guidance_forward_kernel,
-        (triton.cdiv(cells, options["BLOCK_M"]), heads, images),
+        (cdiv(cells, options["BLOCK_M"]), heads, images),
         q,
         k,
         v,
@@ -227,10 +227,10 @@ def attention_backward(
     width, images = q.shape[1], visible_offsets.shape[0] - 1
     hidden_sums = torch.empty(2, images, width, dtype=torch.float32, device=q.device)
     options = _options(q, heads, cells, keep, True)
-    key_blocks = triton.cdiv(cells + 1, options["BLOCK_N"])
+    key_blocks = cdiv(cells + 1, options["BLOCK_N"])
     launch(
         _relational_guidance_backward_kernel,
-        (key_blocks + triton.cdiv(cells, options["BLOCK_M"]), heads, images),
+        (key_blocks + cdiv(cells, options["BLOCK_M"]), heads, images),
         dout,
         q,
         k,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sgmim_fast.kernels.launch import MOST_COLUMNS, launch, on_device
+from sgmim_fast.kernels.launch import MOST_COLUMNS, launch, next_power_of_2, on_device
 from sgmim_fast.ops.selective_mask import counts, offsets, sizes
 
 
@@ -117,7 +117,7 @@ def forward(
         gh,
         gw,
         scale,
-        UNITS=max(triton.next_power_of_2(units), 2),
-        CELLS=min(max(triton.next_power_of_2(units * scale * scale), 2), 4096),
+        UNITS=max(next_power_of_2(units), 2),
+        CELLS=min(max(next_power_of_2(units * scale * scale), 2), 4096),
     )
     return mask, rows[0], starts[0], rows[1], starts[1]

@@ -17,7 +17,17 @@ from torch import Tensor
 
 from sgmim_fast.kernels import products
 from sgmim_fast.kernels.arithmetic import TYPES, cast, dot
-from sgmim_fast.kernels.launch import copies_of, fits, launch, on_device, rows_per_program, supported, tf32
+from sgmim_fast.kernels.launch import (
+    cdiv,
+    copies_of,
+    fits,
+    launch,
+    next_power_of_2,
+    on_device,
+    rows_per_program,
+    supported,
+    tf32,
+)
 from sgmim_fast.kernels.layer_norm import Norm, NormGradient, layer_norm, layer_norm_backward
 from sgmim_fast.kernels.sums import Sum, finish
 from sgmim_fast.ops import products as library
@@ -189,7 +199,7 @@ class _Shape(NamedTuple):
 
 def _shape(structure: Tensor, rows: Tensor, w: StructureParameters, cell: int, dtype: torch.dtype) -> _Shape:
     width, channels, patch, _ = w.embed_weight.shape
-    block_d = max(triton.next_power_of_2(width), 16)
+    block_d = max(next_power_of_2(width), 16)
     tokens = rows.shape[0] * per_cell(w)
     across = structure.shape[3] // cell
     options = {
@@ -197,7 +207,7 @@ def _shape(structure: Tensor, rows: Tensor, w: StructureParameters, cell: int, d
         "PATCH": patch,
         "MERGES": len(w.merge_weights),
         "ROWS": 8 if block_d <= 64 else 4,
-        "BLOCK_K": max(triton.next_power_of_2(channels * patch * patch), 16),
+        "BLOCK_K": max(next_power_of_2(channels * patch * patch), 16),
         "BLOCK_D": block_d,
         "DTYPE": TYPES[dtype],
         "PRECISION": tf32(),
@@ -239,7 +249,7 @@ def forward(
     y = torch.empty(shape.merged, weights[0].shape[1], dtype=storage, device=device)
     launch(
         _structure_embed_forward_kernel,
-        (triton.cdiv(shape.merged, shape.options["ROWS"]),),
+        (cdiv(shape.merged, shape.options["ROWS"]),),
         structure,
         rows,
         *_vectors(w),
@@ -324,8 +334,8 @@ def _backward_first(
     embedded patches, and the sums for merging norm, patch norm and embedding (bias, weight)."""
     width, device = w.embed_weight.shape[0], dy.device
     rows_of_a_tile = shape.options["ROWS"]
-    per_program = triton.cdiv(rows_per_program(shape.merged, device), rows_of_a_tile) * rows_of_a_tile
-    programs = triton.cdiv(shape.merged, per_program)
+    per_program = cdiv(rows_per_program(shape.merged, device), rows_of_a_tile) * rows_of_a_tile
+    programs = cdiv(shape.merged, per_program)
     weight, bias, gain, shift, merge_gain, merge_shift = (torch.empty_like(vector) for vector in _vectors(w))
     outs = merge_gain, merge_shift, gain, shift, bias, weight.view(-1)
     sums = [Sum(torch.empty(programs, out.numel(), dtype=torch.float32, device=device), out) for out in outs]

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sgmim_fast.kernels.arithmetic import cast
-from sgmim_fast.kernels.launch import launch, programs_of_rows
+from sgmim_fast.kernels.launch import cdiv, launch, programs_of_rows
 
 
 class Sum(NamedTuple):
@@ -71,7 +71,7 @@ def _finish(sums: list[Sum], scale: Tensor | None, factor: float) -> None:
     block = 32 if len(outs) > 1 or outs[0].numel() > 1 else 1
     launch(
         _finish_kernel,
-        (triton.cdiv(max(out.numel() for out in outs), block), len(outs)),
+        (cdiv(max(out.numel() for out in outs), block), len(outs)),
         partials,
         outs,
         scale,
@@ -118,11 +118,11 @@ def column_sums(xs: list[Tensor], outs: list[Tensor], keep: Tensor | None = None
     """
     rows, widest = max(x.shape[0] for x in xs), max(x.shape[1] for x in xs)
     per_program, _ = programs_of_rows(rows, widest, xs[0].device, columns=256)
-    counts = [triton.cdiv(x.shape[0], per_program) for x in xs]
+    counts = [cdiv(x.shape[0], per_program) for x in xs]
     partials = [x.new_empty(count, x.shape[1], dtype=torch.float32) for x, count in zip(xs, counts, strict=True)]
     launch(
         _columns_kernel,
-        (triton.cdiv(widest, 256), max(counts), len(xs)),
+        (cdiv(widest, 256), max(counts), len(xs)),
         tuple(xs),
         tuple(partials),
         keep,

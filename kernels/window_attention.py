@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sgmim_fast.kernels.arithmetic import cast, dot
-from sgmim_fast.kernels.launch import launch, on_device, supported, target, tf32
+from sgmim_fast.kernels.launch import cdiv, launch, next_power_of_2, on_device, supported, target, tf32
 from sgmim_fast.kernels.sums import Sum, finish
 from sgmim_fast.ops._op import absent
 from sgmim_fast.ops.window_attention import APART, MAX_LOGIT_SCALE, TINY, most_tokens_on_a_gpu
@@ -338,12 +338,12 @@ def _window_attention_entries_kernel(
 def _table_sum(dense: Tensor, index: Tensor, dbias: Tensor) -> Sum:
     """Of the dense gradient (heads, n, n) for a table (entries, heads), to be finished. Cost: 1 launch."""
     positions, (entries, heads) = index.numel(), dbias.shape
-    per_program = max(256, triton.cdiv(triton.cdiv(positions, 16), 64) * 64)
-    chunks = triton.cdiv(positions, per_program)
+    per_program = max(256, cdiv(cdiv(positions, 16), 64) * 64)
+    chunks = cdiv(positions, per_program)
     partials = torch.empty(chunks, entries * heads, dtype=torch.float32, device=dense.device)
     launch(
         _window_attention_entries_kernel,
-        (triton.cdiv(entries, 32), chunks),
+        (cdiv(entries, 32), chunks),
         dense,
         index,
         partials,
@@ -352,7 +352,7 @@ def _table_sum(dense: Tensor, index: Tensor, dbias: Tensor) -> Sum:
         entries,
         heads,
         ENTRIES=32,
-        HEADS=max(16, triton.next_power_of_2(heads)),
+        HEADS=max(16, next_power_of_2(heads)),
         BLOCK=64,
     )
     return Sum(partials, dbias.view(-1))
@@ -364,7 +364,7 @@ def _tile_sizes(tokens: int, dtype: torch.dtype, heavy: bool) -> tuple[int, int,
     As many as registers hold: up to 64 tokens are one tile. `heavy`: with a shift, cosines or padding there is more to
     hold than tiles.
     """
-    whole = max(16, triton.next_power_of_2(tokens))
+    whole = max(16, next_power_of_2(tokens))
     if whole <= 64:
         return whole, whole, whole, 8 if dtype == torch.float32 else 4
     return whole, 16 if heavy else 32, (1 << 13) // whole, 8
@@ -378,7 +378,7 @@ class _Windows:
         heads: int, window: list[int], shift: list[int],
     ):  # fmt: skip
         batch, height, width, channels = qkv.shape
-        down, across = triton.cdiv(height, window[0]), triton.cdiv(width, window[1])
+        down, across = cdiv(height, window[0]), cdiv(width, window[1])
         self.geometry = height, width, down, across, *shift
         self.heads, self.tokens, self.count = heads, window[0] * window[1], batch * down * across
         self.device = qkv.device
@@ -392,7 +392,7 @@ class _Windows:
             "WINDOW_W": window[1],
             "SHIFTED": any(shift),
             "D": channels // 3 // heads,
-            "BLOCK_D": max(16, triton.next_power_of_2(channels // 3 // heads)),
+            "BLOCK_D": max(16, next_power_of_2(channels // 3 // heads)),
             "PRECISION": tf32(),
             "num_warps": warps,
             "num_stages": 1,
@@ -402,10 +402,10 @@ class _Windows:
 
     def programs(self, block: int) -> tuple[int, int, int]:
         """Blocks of so many tokens in a window; groups of windows, and windows of each."""
-        blocks = triton.cdiv(self.tokens, block)
-        groups = triton.cdiv(PROGRAMS * target(self.device).multiprocessors, self.heads * blocks)
-        each = triton.cdiv(self.count, max(1, min(groups, self.count)))
-        return blocks, triton.cdiv(self.count, max(1, each)), each
+        blocks = cdiv(self.tokens, block)
+        groups = cdiv(PROGRAMS * target(self.device).multiprocessors, self.heads * blocks)
+        each = cdiv(self.count, max(1, min(groups, self.count)))
+        return blocks, cdiv(self.count, max(1, each)), each
 
     def launch(self, kernel: Any, *args: Any, queries: int, keys: int, **options: Any) -> None:
         blocks, groups, each = self.programs(min(queries, keys))

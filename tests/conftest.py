@@ -29,6 +29,13 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cor
     torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
 
 
+def pytest_runtest_logreport(report):
+    """With SGMIM_FAST_FAILURES=FILE each failure is written there at once, should a limit end the run."""
+    if report.failed and (path := os.environ.get("SGMIM_FAST_FAILURES")):
+        with open(path, "a") as file:
+            print(f"#### {report.nodeid}\n{report.longreprtext[-3000:]}", file=file)
+
+
 class TorchRandom:
     """Lets hypothesis seed torch's generator before each example, so that a failure can be repeated."""
 

@@ -39,6 +39,21 @@ def dot(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def inside_of(index, count):
+    """The index, or the nearest of those from 0 to below `count`. Nobody looks at indices on a GPU before they are
+    used, so a wrong one gives a wrong result, but no access outside of a tensor."""
+    return tl.minimum(tl.maximum(index, 0), count - 1)
+
+
+@triton.jit
+def add(total, lost, x):
+    """total + x, and what its rounding loses added to `lost` (Neumaier's sum: the result is total + lost)."""
+    result = total + x
+    lost += tl.where(tl.abs(total) >= tl.abs(x), (total - result) + x, (x - result) + total)
+    return result, lost
+
+
+@triton.jit
 def gelu(x):
     return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sgmim_fast.kernels.arithmetic import cast
+from sgmim_fast.kernels.arithmetic import add, cast, inside_of
 from sgmim_fast.kernels.launch import launch, rows_per_program
 from sgmim_fast.kernels.sums import Sum
 
@@ -36,29 +36,42 @@ class Norm(NamedTuple):
 
 @triton.jit
 def _forward_kernel(
-    xs, rows, weights, biases, ys, y_rows, statistics, counts, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    xs,
+    rows,
+    weights,
+    biases,
+    ys,
+    y_rows,
+    statistics,
+    counts,
+    limits,
+    width,
+    eps,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
     for i in tl.static_range(len(xs)):
         programs = tl.cdiv(counts[i], ROWS)
         if (program >= 0) & (program < programs):
             _normalise(
-                program, xs[i], rows[i], weights[i], biases[i], ys[i], y_rows[i], statistics[i], counts[i], width, eps,
-                ROWS, BLOCK,
+                program, xs[i], rows[i], weights[i], biases[i], ys[i], y_rows[i], statistics[i], counts[i], limits[i],
+                width, eps, ROWS, BLOCK,
             )  # fmt: skip
         program -= programs
 
 
 @triton.jit
 def _normalise(
-    program, x, rows, weight, bias, y, y_rows, statistics, count, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+    program, x, rows, weight, bias, y, y_rows, statistics, count, limit, width, eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = program * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = (row < count)[:, None] & (column < width)[None, :]
     source = row.to(tl.int64)
     if rows is not None:
-        source = tl.load(rows + row, mask=row < count, other=0)
+        source = inside_of(tl.load(rows + row, mask=row < count, other=0), limit)
     value = tl.load(x + source[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(value, 1) / width
     centred = tl.where(inside, value - mean[:, None], 0.0)
@@ -68,7 +81,7 @@ def _normalise(
     out = centred * rstd[:, None] * gain[None, :] + shift[None, :]
     place = row.to(tl.int64)
     if y_rows is not None:
-        place = tl.load(y_rows + row, mask=row < count, other=0)
+        place = inside_of(tl.load(y_rows + row, mask=row < count, other=0), limit)
     tl.store(y + place[:, None] * width + column[None, :], cast(out, y.dtype.element_ty), mask=inside)
     tl.store(statistics + row, mean, mask=row < count)
     tl.store(statistics + count + row, rstd, mask=row < count)
@@ -93,6 +106,7 @@ def layer_norm(norms: list[Norm], eps: float) -> list[Tensor]:
         tuple(norm.y_rows for norm in norms),
         tuple(statistics),
         tuple(norm.count for norm in norms),
+        tuple((norm.y if norm.rows is None else norm.x).shape[0] for norm in norms),
         width,
         eps,
         ROWS=tile,
@@ -120,7 +134,7 @@ class NormGradient(NamedTuple):
 
 @triton.jit
 def _backward_kernel(
-    dys, mores, xs, rows, statistics, weights, biases, residuals, dxs, ys, partials, counts, strides,
+    dys, mores, xs, rows, statistics, weights, biases, residuals, dxs, ys, partials, counts, limits, strides,
     width, per_program, ROWS: tl.constexpr, BLOCK: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -129,14 +143,14 @@ def _backward_kernel(
         if (program >= 0) & (program < programs):
             _differentiate(
                 program, dys[i], mores[i], xs[i], rows[i], statistics[i], weights[i], biases[i], residuals[i], dxs[i],
-                ys[i], partials[i], counts[i], strides[i], width, per_program, ROWS, BLOCK, SUMS,
+                ys[i], partials[i], counts[i], limits[i], strides[i], width, per_program, ROWS, BLOCK, SUMS,
             )  # fmt: skip
         program -= programs
 
 
 @triton.jit
 def _differentiate(
-    program, dy, more, x, rows, statistics, weight, bias, residual, dx, y, partials, count, stride,
+    program, dy, more, x, rows, statistics, weight, bias, residual, dx, y, partials, count, limit, stride,
     width, per_program, ROWS: tl.constexpr, BLOCK: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
@@ -146,6 +160,10 @@ def _differentiate(
     dshift = tl.zeros([BLOCK], tl.float32)
     residual_sum = tl.zeros([BLOCK], tl.float32)
     dx_sum = tl.zeros([BLOCK], tl.float32)
+    lost_gain = tl.zeros([BLOCK], tl.float32)
+    lost_shift = tl.zeros([BLOCK], tl.float32)
+    lost_residual = tl.zeros([BLOCK], tl.float32)
+    lost_dx = tl.zeros([BLOCK], tl.float32)
     last = tl.minimum((program + 1) * per_program, count)
     for first in range(program * per_program, last, ROWS):
         row = first + tl.arange(0, ROWS)
@@ -156,7 +174,7 @@ def _differentiate(
             grad += tl.load(more + at, mask=inside, other=0.0).to(tl.float32)
         place = at
         if rows is not None:
-            place = tl.load(rows + row, mask=row < last, other=0)[:, None] * width + column[None, :]
+            place = inside_of(tl.load(rows + row, mask=row < last, other=0), limit)[:, None] * width + column[None, :]
         value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
         mean = tl.load(statistics + row, mask=row < last, other=0.0)[:, None]
         rstd = tl.load(statistics + count + row, mask=row < last, other=0.0)[:, None]
@@ -167,22 +185,22 @@ def _differentiate(
             added = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
             out += added
             if SUMS > 0:
-                residual_sum += tl.sum(added, 0)
+                residual_sum, lost_residual = add(residual_sum, lost_residual, tl.sum(added, 0))
         out = cast(out, dx.dtype.element_ty)
         tl.store(dx + place, out, mask=inside)
         if SUMS > 1:
-            dx_sum += tl.sum(tl.where(inside, out.to(tl.float32), 0.0), 0)
+            dx_sum, lost_dx = add(dx_sum, lost_dx, tl.sum(tl.where(inside, out.to(tl.float32), 0.0), 0))
         if y is not None:
             tl.store(y + at, cast(xhat * gain + shift, y.dtype.element_ty), mask=inside)
-        dgain += tl.sum(grad * xhat, 0)
-        dshift += tl.sum(grad, 0)
+        dgain, lost_gain = add(dgain, lost_gain, tl.sum(grad * xhat, 0))
+        dshift, lost_shift = add(dshift, lost_shift, tl.sum(grad, 0))
     at = program.to(tl.int64) * width + column
-    tl.store(partials + at, dgain, mask=column < width)
-    tl.store(partials + stride + at, dshift, mask=column < width)
+    tl.store(partials + at, dgain + lost_gain, mask=column < width)
+    tl.store(partials + stride + at, dshift + lost_shift, mask=column < width)
     if SUMS > 0:
-        tl.store(partials + 2 * stride + at, residual_sum, mask=column < width)
+        tl.store(partials + 2 * stride + at, residual_sum + lost_residual, mask=column < width)
     if SUMS > 1:
-        tl.store(partials + 3 * stride + at, dx_sum, mask=column < width)
+        tl.store(partials + 3 * stride + at, dx_sum + lost_dx, mask=column < width)
 
 
 def layer_norm_backward(gradients: list[NormGradient]) -> tuple[list[Tensor | None], list[list[Sum]]]:
@@ -214,6 +232,7 @@ def layer_norm_backward(gradients: list[NormGradient]) -> tuple[list[Tensor | No
         tuple(ys),
         tuple(partials),
         tuple(counts),
+        tuple(g.x.shape[0] for g in gradients),
         tuple(n * width for n in programs),
         width,
         per_program,

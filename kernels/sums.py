@@ -1,6 +1,6 @@
 """Sums over rows, in two stages of fixed order: partial sums per program, then one launch for all that an op needs.
 
-No atomics: the same number of programs gives the same bits.
+No atomics: the same number of programs gives the same bits. What a sum's rounding loses is kept and added at the end.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sgmim_fast.kernels.arithmetic import cast
+from sgmim_fast.kernels.arithmetic import add, cast
 from sgmim_fast.kernels.launch import launch, rows_per_program
 
 
@@ -39,11 +39,13 @@ def _finish_kernel(partials, outs, scale, factor, counts, widths, BLOCK: tl.cons
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     count = tl.where(tl.program_id(0) * BLOCK < width, count, 0)  # another sum may be wider
     total = tl.zeros([BLOCK], tl.float32)
+    lost = tl.zeros([BLOCK], tl.float32)
     for first in range(0, count, ROWS):
         row = first + tl.arange(0, ROWS)
         inside = (row < count)[:, None] & (column < width)[None, :]
         at = row.to(tl.int64)[:, None] * width + column[None, :]
-        total += tl.sum(tl.load(partial + at, mask=inside, other=0.0), 0)
+        total, lost = add(total, lost, tl.sum(tl.load(partial + at, mask=inside, other=0.0), 0))
+    total += lost
     if scale is not None:
         total *= tl.load(scale)
     total *= factor
@@ -98,15 +100,16 @@ def _columns_kernel(xs, partials, keep, counts, widths, per_program, ROWS: tl.co
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     program = tl.program_id(1)
     total = tl.zeros([BLOCK], tl.float32)
+    lost = tl.zeros([BLOCK], tl.float32)
     for step in range(0, per_program, ROWS):
         row = program * per_program + step + tl.arange(0, ROWS)
         inside = (row < count)[:, None] & (column < width)[None, :]
         at = row.to(tl.int64)[:, None] * width + column[None, :]
         if keep is not None:
             inside = inside & (tl.load(keep + row, mask=row < count, other=0)[:, None] > 0)
-        total += tl.sum(tl.load(x + at, mask=inside, other=0).to(tl.float32), 0)
+        total, lost = add(total, lost, tl.sum(tl.load(x + at, mask=inside, other=0).to(tl.float32), 0))
     here = (column < width) & (0 * column + program * per_program < count)
-    tl.store(partial + program.to(tl.int64) * width + column, total, mask=here)
+    tl.store(partial + program.to(tl.int64) * width + column, total + lost, mask=here)
 
 
 def column_sums(xs: list[Tensor], outs: list[Tensor], keep: Tensor | None = None) -> list[Sum]:

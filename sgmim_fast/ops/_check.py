@@ -95,7 +95,7 @@ def image_rows(name: str, index: Tensor, offsets: Tensor, cells: int) -> None:
         return
     starts, values = offsets.tolist(), index.tolist()
     if starts[0] != 0 or starts[-1] != len(values) or any(a > b for a, b in pairwise(starts)):
-        raise ValueError(f"{name}.offsets must rise from 0 to the number of rows, {len(values)}")
+        raise ValueError(f"{name}.offsets is {starts}; expected it to rise from 0 to the number of rows, {len(values)}")
     for image, (begin, end) in enumerate(pairwise(starts)):
         least, most = image * cells, (image + 1) * cells
         before = least - 1

@@ -131,7 +131,7 @@ class Op:
             schema: arguments and returns of `NAME_backward`.
             backward: the `torch` backend's backward.
             fake: shapes and dtypes of the backward's results.
-            save: `save(ctx, inputs, results)` keeps what the backward needs.
+            save: `save(ctx, inputs, results)` keeps what the backward needs, and every input that it depends on.
             gradients: `gradients(ctx, needs, *grads) -> one gradient, list of gradients or None per input`, calling the
                 backward op. `needs` has one bool, or list of bools, per input. Trailing inputs may be left out.
             outputs: how many leading results carry gradients; the others are saved for the backward only.
@@ -170,7 +170,10 @@ class Op:
                 flat = [grad for group in result for grad in (group if isinstance(group, list) else [group])]
                 flat += [None] * (len(needs) - len(flat))
                 flat = [grad if need else None for grad, need in zip(flat, needs, strict=True)]
-                return (None, *(_differentiable_once(name, flat) if torch.is_grad_enabled() else flat))
+                if torch.is_grad_enabled():  # create_graph=True
+                    depends_on = [t for t in (*ctx.saved_tensors, *grads) if t is not None and t.requires_grad]
+                    flat = _Once.apply(name, len(flat), *flat, *depends_on)
+                return (None, *flat)
 
         name = self.name
         Function.__name__ = Function.__qualname__ = f"{self.name}_function"
@@ -213,16 +216,20 @@ def _refuse_tangents(name: str, leaves: Sequence[Any]) -> None:
             )
 
 
-def _differentiable_once(name: str, grads: list[Tensor | None]) -> list[Tensor | None]:
-    """The gradients, as results of something that raises where it is differentiated.
+class _Once(torch.autograd.Function):
+    """Gradients as results of what they depend on, which raises where that dependence is differentiated.
 
-    `once_differentiable` does this only where a gradient that comes in requires one; but these depend on the forward's
-    inputs in any case.
+    `once_differentiable` looks at the incoming gradients alone, and is on no path to the forward's inputs.
     """
-    message = f"sgmim_fast.ops.{name} has no second derivative; its gradient cannot be differentiated again"
-    raising = torch._C._functions.DelayedError(message.encode(), len(grads))
-    results = raising(*(None if grad is None else grad.detach().requires_grad_() for grad in grads))
-    return list(results) if isinstance(results, tuple) else [results]
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Any) -> tuple:
+        ctx.name = name
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(f"sgmim_fast.ops.{ctx.name} has no second derivative; its gradient cannot be differentiated")
 
 
 class _Call:

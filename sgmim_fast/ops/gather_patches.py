@@ -70,7 +70,7 @@ def _forward(pixels: Tensor, rows: Tensor, cell: int, patch: int, zorder: bool) 
     side = cell // patch
     _check.rows("rows", rows, batch * (height // cell) * (width // cell), distinct=False)
     cells = pixels.reshape(batch, channels, height // cell, side, patch, width // cell, side, patch)
-    cells = cells.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(-1, side * side, channels * patch * patch)
+    cells = cells.permute(0, 2, 5, 3, 6, 1, 4, 7).flatten(0, 2).flatten(1, 2).flatten(2)
     return cells[rows][:, patch_order(side, zorder, rows.device)].reshape(_packed_shape(pixels, rows, cell, patch))
 
 
@@ -79,9 +79,8 @@ def _backward(grad: Tensor, rows: Tensor, shape: list[int], cell: int, patch: in
     side = cell // patch
     cells = grad.new_zeros(batch * (height // cell) * (width // cell), side * side, channels * patch * patch)
     _check.rows("rows", rows, cells.shape[0])
-    raster = grad.reshape(-1, side * side, channels * patch * patch)[
-        :, patch_order(side, zorder, rows.device).argsort()
-    ]
+    raster = grad.reshape(rows.shape[0], side * side, channels * patch * patch)
+    raster = raster[:, patch_order(side, zorder, rows.device).argsort()]
     cells[rows] = raster
     cells = cells.reshape(batch, height // cell, width // cell, side, side, channels, patch, patch)
     return cells.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(shape).contiguous()

@@ -156,12 +156,13 @@ _op = Op(
 
 
 def _save(ctx: Any, inputs: tuple, results: tuple) -> None:
-    x, fc1_weight, _, fc2_weight, _, norm_weight, norm_bias, ctx.residual, _, ctx.dtype = inputs
-    ctx.save_for_backward(x, fc1_weight, fc2_weight, norm_weight, norm_bias, *results[1:])
+    x, fc1_weight, fc1_bias, fc2_weight, _, norm_weight, norm_bias, ctx.residual, _, ctx.dtype = inputs
+    # the backward does without fc1_bias, but `hidden` has it in it
+    ctx.save_for_backward(x, fc1_weight, fc2_weight, norm_weight, norm_bias, *results[1:], fc1_bias)
 
 
 def _gradients(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
-    return tuple(_op.backward_overload(grad, *ctx.saved_tensors, ctx.residual, list(needs[:7]), ctx.dtype))
+    return tuple(_op.backward_overload(grad, *ctx.saved_tensors[:-1], ctx.residual, list(needs[:7]), ctx.dtype))
 
 
 def _fake_backward(grad, x, fc1_weight, fc2_weight, norm_weight, norm_bias, hidden, statistics, residual, needs, dtype):

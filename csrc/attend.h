@@ -4,6 +4,7 @@
 // The group has product(), see group.h.
 #pragma once
 
+#include <cassert>
 #include <cmath>
 #include <type_traits>
 
@@ -23,7 +24,7 @@ struct Attention {
   float* lse;
   float* hidden_sums;  // (2, images, heads * depth): memory for the last rows of dk and dv, a part per image
   const int64_t *visible_offsets, *shown_offsets;
-  int64_t images, last;  // `last`: number of the last row of k
+  int64_t images, queries, last;  // rows of q; `last`: number of the last row of k
   int32_t cells, heads, depth;
   float scale;
   bool keep;  // whether hidden cells take part
@@ -45,6 +46,8 @@ SGMIM_HOST_DEVICE Place place_of(const Attention<T>& a, int64_t image, int32_t h
   p.queries = static_cast<int32_t>(a.visible_offsets[image + 1] - p.first_query);
   p.first_key = a.shown_offsets[image];
   p.shown = static_cast<int32_t>(a.shown_offsets[image + 1] - p.first_key);
+  assert(0 <= p.first_query && 0 <= p.queries && p.first_query + p.queries <= a.queries && "wrong visible.offsets");
+  assert(0 <= p.first_key && 0 <= p.shown && p.first_key + p.shown <= a.last && "wrong shown.offsets");
   p.hidden = a.keep ? a.cells - p.shown : 0;
   return p;
 }
@@ -260,11 +263,13 @@ SGMIM_HOST_DEVICE void weights_and_gradients(
   group.template product<false, true>(
       t.dout, t.stride, t.v, t.stride, t.dp, Tiles<T>::S_STRIDE, QUERIES, KEYS, t.depth);
   group.sync();
+  // of a single key, whose weight is 1 whatever the logit, exactly 0
+  const float scale = place.shown + (place.hidden > 0) == 1 ? 0 : a.scale;
   each_row(group, [&](int32_t row, int32_t lane, int32_t lanes) {
     for (int32_t j = lane; j < KEYS; j += lanes) {
       const float s = logit(t.s[row * Tiles<T>::S_STRIDE + j], first + j, place, a.scale, log_hidden);
       const float p = begin + row < place.queries ? expf(s - t.top[row]) : 0.0f;
-      const float ds = p != 0 ? p * (t.dp[row * Tiles<T>::S_STRIDE + j] - t.norm[row]) * a.scale : 0.0f;
+      const float ds = p != 0 ? p * (t.dp[row * Tiles<T>::S_STRIDE + j] - t.norm[row]) * scale : 0.0f;
       t.p[row * Tiles<T>::P_STRIDE + j] = static_cast<T>(p);
       t.ds[row * Tiles<T>::P_STRIDE + j] = static_cast<T>(ds);
     }

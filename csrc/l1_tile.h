@@ -6,6 +6,7 @@
 // a plane of bits that say "above" and one that say "below", a quarter of a byte a sign.
 #pragma once
 
+#include <cassert>
 #include <cmath>
 
 #include "group.h"
@@ -31,6 +32,7 @@ struct Head {
   const T *x, *weight;
   const float* bias;
   const int64_t* cells;
+  int64_t all_cells;  // that `cells` are numbers of
   Target target;
   uint32_t* signs;
   int64_t count;
@@ -38,6 +40,13 @@ struct Head {
   bool packed;
   bool wide;  // whether 16 bytes can be read at a time: width a multiple of 8, x and weight begin on 16 bytes
 };
+
+template <class T>
+SGMIM_HOST_DEVICE int64_t cell_of(const Head<T>& head, int64_t row) {
+  const int64_t cell = head.cells[row];
+  assert(0 <= cell && cell < head.all_cells && "linear_l1: a row is not the number of a cell");
+  return cell;
+}
 
 constexpr int32_t BITS = 32;
 SGMIM_HOST_DEVICE int64_t words_of(int64_t outs) { return (outs + BITS - 1) / BITS; }
@@ -110,7 +119,7 @@ SGMIM_HOST_DEVICE double l1_tile(
   float* const sums = reinterpret_cast<float*>(right + TILE * STRIDE<T, DEPTH>);
   const auto x_row = [&](int32_t r) -> int64_t {
     if (first_row + r >= head.count) return -1;
-    return head.packed ? first_row + r : head.cells[first_row + r];
+    return head.packed ? first_row + r : cell_of(head, first_row + r);
   };
   const auto weight_row = [&](int32_t r) -> int64_t { return first_out + r < head.outs ? first_out + r : -1; };
   for (int32_t i = group.rank(); i < TILE * SUM_STRIDE; i += group.size()) sums[i] = 0;
@@ -134,7 +143,7 @@ SGMIM_HOST_DEVICE double l1_tile(
       prediction = 0;
       continue;
     }
-    const int64_t number = head.cells[row], image = number / target.per_image, inside = number % target.per_image;
+    const int64_t number = cell_of(head, row), image = number / target.per_image, inside = number % target.per_image;
     const int64_t y = inside / target.across * cell + out % pixels / cell, x = inside % target.across * cell + out % cell;
     const int64_t channel = out / pixels;
     const auto at = [&](const int64_t* s) { return image * s[0] + channel * s[1] + y * s[2] + x * s[3]; };
@@ -206,7 +215,7 @@ SGMIM_HOST_DEVICE void l1_input_gradient(
     const int64_t row = first_row + i / TILE;
     const int32_t column = first_column + i % TILE;
     if (row >= head.count || column >= head.width) continue;
-    const int64_t to_row = head.packed ? row : head.cells[row];
+    const int64_t to_row = head.packed ? row : cell_of(head, row);
     to.dx.store(to_row * head.width + column, sums[i / TILE * SUM_STRIDE + i % TILE] * factor);
   }
 }
@@ -226,7 +235,7 @@ SGMIM_HOST_DEVICE void l1_weight_gradient(
   for (int64_t begin = 0; begin < head.count; begin += DEPTH) {
     const auto x_row = [&](int32_t r) -> int64_t {
       if (begin + r >= head.count) return -1;
-      return head.packed ? begin + r : head.cells[begin + r];
+      return head.packed ? begin + r : cell_of(head, begin + r);
     };
     load_signs<DEPTH, TILE>(group, head, begin, first_out, left);
     load_tile<DEPTH, TILE>(group, head.x, head.width, head.wide, first_column, x_row, right);

@@ -39,6 +39,13 @@ def dot(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def inside_of(index, count):
+    """The index, or the nearest of those from 0 to below `count`. Nobody looks at indices on a GPU before they are
+    used, so a wrong one gives a wrong result, but no access outside of a tensor."""
+    return tl.minimum(tl.maximum(index, 0), count - 1)
+
+
+@triton.jit
 def _tail(x):
     """1 - Phi(|x|), Phi the normal distribution, to 8e-8, and exp(-x^2 / 2). Abramowitz and Stegun 7.1.26."""
     u = tl.abs(x) * 0.7071067811865476

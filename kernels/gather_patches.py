@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sgmim_fast.kernels.arithmetic import inside_of
 from sgmim_fast.kernels.launch import cdiv, launch, on_device
 
 _DTYPES = (
@@ -20,7 +21,7 @@ _BLOCK = 1024
 
 @triton.jit
 def _kernel(
-    pixels, rows, packed, elements, width, across, cells, sb, sc, sh, sw,
+    pixels, rows, packed, elements, width, across, cells, all_cells, sb, sc, sh, sw,
     SIDE: tl.constexpr, LEVELS: tl.constexpr, PATCH: tl.constexpr, ZORDER: tl.constexpr, BACKWARD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -35,7 +36,7 @@ def _kernel(
             x += (t >> (2 * level + 1) & 1) << level
     else:
         y, x = t // SIDE, t % SIDE
-    cell = tl.load(rows + patch // (SIDE * SIDE), mask=inside, other=0)
+    cell = inside_of(tl.load(rows + patch // (SIDE * SIDE), mask=inside, other=0), all_cells)
     y = (cell % cells // across * SIDE + y) * PATCH + k % (PATCH * PATCH) // PATCH
     x = (cell % across * SIDE + x) * PATCH + k % PATCH
     place = cell // cells * sb + k // (PATCH * PATCH) * sc + y * sh + x * sw
@@ -62,6 +63,7 @@ def _run(pixels: Tensor, rows: Tensor, packed: Tensor, cell: int, patch: int, zo
         packed.shape[1],
         across,
         across * (pixels.shape[2] // cell),
+        pixels.shape[0] * across * (pixels.shape[2] // cell),
         *pixels.stride(),
         SIDE=side,
         LEVELS=side.bit_length() - 1,

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sgmim_fast.kernels.arithmetic import cast, gelu, gelu_both
-from sgmim_fast.kernels.launch import launch, programs_of_rows
-from sgmim_fast.kernels.sums import Sum
+from sgmim_fast.kernels.launch import cdiv, launch, programs_of_rows
+from sgmim_fast.kernels.sums import MOST_ADDED, Sum
 
 FLAT = 2048  # elements of a program
 
@@ -30,7 +30,7 @@ def gelu_forward(before: Tensor) -> Tensor:
     """gelu(before), of a contiguous tensor. Cost: reads it once, writes as much; 1 launch."""
     after = torch.empty_like(before)
     count = before.numel()
-    launch(_gelu_forward_kernel, (-(-count // FLAT),), before, after, count, BLOCK=FLAT)
+    launch(_gelu_forward_kernel, (cdiv(count, FLAT),), before, after, count, BLOCK=FLAT)
     return after
 
 
@@ -63,10 +63,10 @@ def gelu_backward(grad: Tensor, before: Tensor, bias: Tensor) -> tuple[Tensor, T
     """
     rows, width = before.shape
     after = torch.empty_like(before)
-    per_program, programs = programs_of_rows(rows, width, before.device)
+    per_program, programs = programs_of_rows(rows, width, before.device, most=8 * MOST_ADDED)
     partials = torch.empty(programs, width, dtype=torch.float32, device=before.device)
     launch(
-        _gelu_backward_kernel, (-(-width // 256), programs), grad, before, after, partials, rows, width, per_program,
+        _gelu_backward_kernel, (cdiv(width, 256), programs), grad, before, after, partials, rows, width, per_program,
         ROWS=8, BLOCK=256,
     )  # fmt: skip
     return grad, after, Sum(partials, bias)

@@ -91,16 +91,15 @@ def rows_per_program(count: int, device: torch.device, least: int = 8) -> int:
 
 
 def programs_of_rows(
-    rows: int, width: int, device: torch.device, columns: int = 256, per_multiprocessor: int = 16, least: int = 32
+    rows: int, width: int, device: torch.device, most: int, columns: int = 256, per_multiprocessor: int = 16
 ) -> tuple[int, int]:
-    """Rows of a program, a multiple of `least`, and programs along the rows, where each also has `columns` of a width.
-
-    So many that all of them together are about `per_multiprocessor` for each multiprocessor.
+    """Rows of a program, a multiple of 32 and at most `most`, and programs along the rows, where each has `columns` of a
+    width: so many that all of them together are about `per_multiprocessor` for each multiprocessor.
     """
-    across = -(-width // columns)
+    across = cdiv(width, columns)
     wanted = max(1, per_multiprocessor * target(device).multiprocessors // across)
-    each = -(-max(1, -(-rows // wanted)) // least) * least
-    return each, max(1, -(-rows // each))
+    each = min(cdiv(max(1, cdiv(rows, wanted)), 32) * 32, most)
+    return each, max(1, cdiv(rows, each))
 
 
 def supported(dtype: torch.dtype) -> tuple[bool, str]:

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sgmim_fast.kernels.arithmetic import cast
+from sgmim_fast.kernels.arithmetic import cast, inside_of
 from sgmim_fast.kernels.launch import cdiv, launch, next_power_of_2, target
-from sgmim_fast.kernels.sums import Sum
+from sgmim_fast.kernels.sums import MOST_ADDED, Sum
 
 TILE = 1024  # numbers of a tensor that a program of the backward has at a time
 PROGRAMS = 8  # of the backward per multiprocessor; of 10 pairs measured on an H200 the best at all of Swin-B's widths
@@ -39,29 +39,42 @@ class Norm(NamedTuple):
 
 @triton.jit
 def _layer_norm_forward_kernel(
-    xs, rows, weights, biases, ys, y_rows, statistics, counts, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    xs,
+    rows,
+    weights,
+    biases,
+    ys,
+    y_rows,
+    statistics,
+    counts,
+    limits,
+    width,
+    eps,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
     for i in tl.static_range(len(xs)):
         programs = tl.cdiv(counts[i], ROWS)
         if (program >= 0) & (program < programs):
             _normalise(
-                program, xs[i], rows[i], weights[i], biases[i], ys[i], y_rows[i], statistics[i], counts[i], width, eps,
-                ROWS, BLOCK,
+                program, xs[i], rows[i], weights[i], biases[i], ys[i], y_rows[i], statistics[i], counts[i], limits[i],
+                width, eps, ROWS, BLOCK,
             )  # fmt: skip
         program -= programs
 
 
 @triton.jit
 def _normalise(
-    program, x, rows, weight, bias, y, y_rows, statistics, count, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+    program, x, rows, weight, bias, y, y_rows, statistics, count, limit, width, eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = program * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = (row < count)[:, None] & (column < width)[None, :]
     source = row.to(tl.int64)
     if rows is not None:
-        source = tl.load(rows + row, mask=row < count, other=0)
+        source = inside_of(tl.load(rows + row, mask=row < count, other=0), limit)
     value = tl.load(x + source[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(value, 1) / width
     centred = tl.where(inside, value - mean[:, None], 0.0)
@@ -71,7 +84,7 @@ def _normalise(
     out = centred * rstd[:, None] * gain[None, :] + shift[None, :]
     place = row.to(tl.int64)
     if y_rows is not None:
-        place = tl.load(y_rows + row, mask=row < count, other=0)
+        place = inside_of(tl.load(y_rows + row, mask=row < count, other=0), limit)
     tl.store(y + place[:, None] * width + column[None, :], cast(out, y.dtype.element_ty), mask=inside)
     tl.store(statistics + row, mean, mask=row < count)
     tl.store(statistics + count + row, rstd, mask=row < count)
@@ -96,6 +109,7 @@ def layer_norm(norms: list[Norm], eps: float) -> list[Tensor]:
         tuple(norm.y_rows for norm in norms),
         tuple(statistics),
         tuple(norm.count for norm in norms),
+        tuple((norm.y if norm.rows is None else norm.x).shape[0] for norm in norms),
         width,
         eps,
         ROWS=tile,
@@ -123,7 +137,7 @@ class NormGradient(NamedTuple):
 
 @triton.jit
 def _layer_norm_backward_kernel(
-    dys, mores, xs, rows, statistics, weights, biases, residuals, dxs, ys, partials, counts, strides,
+    dys, mores, xs, rows, statistics, weights, biases, residuals, dxs, ys, partials, counts, limits, strides,
     width, per_program, ROWS: tl.constexpr, BLOCK: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -132,14 +146,14 @@ def _layer_norm_backward_kernel(
         if (program >= 0) & (program < programs):
             _differentiate(
                 program, dys[i], mores[i], xs[i], rows[i], statistics[i], weights[i], biases[i], residuals[i], dxs[i],
-                ys[i], partials[i], counts[i], strides[i], width, per_program, ROWS, BLOCK, SUMS,
+                ys[i], partials[i], counts[i], limits[i], strides[i], width, per_program, ROWS, BLOCK, SUMS,
             )  # fmt: skip
         program -= programs
 
 
 @triton.jit
 def _differentiate(
-    program, dy, more, x, rows, statistics, weight, bias, residual, dx, y, partials, count, stride,
+    program, dy, more, x, rows, statistics, weight, bias, residual, dx, y, partials, count, limit, stride,
     width, per_program, ROWS: tl.constexpr, BLOCK: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
@@ -162,7 +176,7 @@ def _differentiate(
             grad += tl.load(more + at, mask=inside, other=0.0).to(tl.float32)
         place = at
         if rows is not None:
-            place = tl.load(rows + row, mask=row < last, other=0)[:, None] * width + column[None, :]
+            place = inside_of(tl.load(rows + row, mask=row < last, other=0), limit)[:, None] * width + column[None, :]
         value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
         mean = tl.load(statistics + row, mask=row < last, other=0.0)[:, None]
         rstd = tl.load(statistics + count + row, mask=row < last, other=0.0)[:, None]
@@ -201,7 +215,7 @@ def layer_norm_backward(gradients: list[NormGradient]) -> tuple[list[Tensor | No
     ys = [torch.empty_like(g.dy) if g.again else None for g in gradients]
     counts = [g.dy.shape[0] for g in gradients]
     tile, multiple = max(1, TILE // next_power_of_2(width)), PROGRAMS * target(device).multiprocessors
-    per_program = cdiv(max(8, cdiv(sum(counts), multiple)), tile) * tile
+    per_program = min(cdiv(max(8, cdiv(sum(counts), multiple)), tile), MOST_ADDED) * tile
     programs = [cdiv(count, per_program) for count in counts]
     wanted = len(gradients[0].biases)
     partials = [torch.empty(2 + wanted, n, width, dtype=torch.float32, device=device) for n in programs]
@@ -221,6 +235,7 @@ def layer_norm_backward(gradients: list[NormGradient]) -> tuple[list[Tensor | No
         tuple(ys),
         tuple(partials),
         tuple(counts),
+        tuple(g.x.shape[0] for g in gradients),
         tuple(n * width for n in programs),
         width,
         per_program,

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sgmim_fast.kernels import configs, products
-from sgmim_fast.kernels.arithmetic import cast, dot
+from sgmim_fast.kernels.arithmetic import cast, dot, inside_of
 from sgmim_fast.kernels.launch import cdiv, copies_of, launch, on_device, supported, tf32
 from sgmim_fast.kernels.launch import target as machine
 from sgmim_fast.kernels.sums import Sum, finish
@@ -21,7 +21,7 @@ from sgmim_fast.ops.linear_l1 import is_packed, target_gradient
 
 @triton.jit
 def _linear_l1_forward_kernel(
-    x, x_rows, weight, bias, target, valid, rows, signs, partials, count, width, outs, across, cells,
+    x, x_rows, weight, bias, target, valid, rows, signs, partials, count, width, outs, across, cells, all_cells,
     tb, tc, th, tw, vb, vc, vh, vw,  # strides of target and valid
     CELL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -30,7 +30,7 @@ def _linear_l1_forward_kernel(
     n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     source = m.to(tl.int64)
     if x_rows is not None:
-        source = tl.load(x_rows + m, mask=m < count, other=0)
+        source = inside_of(tl.load(x_rows + m, mask=m < count, other=0), all_cells)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, width, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -40,7 +40,7 @@ def _linear_l1_forward_kernel(
         total = dot(cast(a, w.dtype), tl.trans(w), total, PRECISION)
     total += tl.load(bias + n, mask=n < outs, other=0.0).to(tl.float32)[None, :]
 
-    row = tl.load(rows + m, mask=m < count, other=0)
+    row = inside_of(tl.load(rows + m, mask=m < count, other=0), all_cells)
     inside = (m < count)[:, None] & (n < outs)[None, :]
     image, cell = (row // cells)[:, None], row % cells
     y = (cell // across * CELL)[:, None] + (n % (CELL * CELL) // CELL)[None, :]
@@ -93,7 +93,7 @@ def forward(
         x,
         None if packed else rows,
         w,
-        bias,
+        bias.contiguous(),
         target,
         None if valid is None else valid.view(torch.uint8),
         rows,
@@ -104,6 +104,7 @@ def forward(
         outs,
         across,
         across * (target.shape[2] // cell),
+        target.shape[0] * across * (target.shape[2] // cell),
         *target.stride(),
         *((0, 0, 0, 0) if valid is None else valid.stride()),
         CELL=cell,
@@ -145,7 +146,8 @@ def backward(
         products.input_gradient_of_signs(signs, w, grad, scale, grads[0], listed)
     if needs[1] or needs[2]:
         compute = dtypes.compute_dtype(dtype or x.dtype, x.device)
-        dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        dbias = torch.empty_like(bias)
         products.weight_gradients_of_signs(signs, x, compute, grad, scale, listed, dweight, dbias)
         grads[1], grads[2] = dweight if needs[1] else grads[1], dbias if needs[2] else grads[2]
     if needs[3]:

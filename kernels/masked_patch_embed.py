@@ -37,13 +37,14 @@ def forward(
     """Cost: reads the visible patches, writes them packed, embedded and in place; at most 6 launches."""
     pixels = patches(x, weight, visible, dtype)
     w = weight.flatten(1).to(pixels.dtype).contiguous()
-    tokens = products.linears([pixels], [w])[0] if bias is None else products.linear(pixels, w, bias)
+    tokens = products.linears([pixels], [w])[0] if bias is None else products.linear(pixels, w, bias.contiguous())
     shape, visible = output_shape(x, weight), visible.contiguous()
     out = mask_token.to(dtype or x.dtype).repeat(shape[0] * shape[1], 1)
     if norm_weight is None:
         out.index_copy_(0, visible, tokens.to(out.dtype))
         return out.view(shape), []
-    return out.view(shape), [tokens, *layer_norm([Norm(tokens, norm_weight, norm_bias, out, y_rows=visible)], eps)]
+    norm = Norm(tokens, norm_weight.contiguous(), norm_bias.contiguous(), out, y_rows=visible)
+    return out.view(shape), [tokens, *layer_norm([norm], eps)]
 
 
 @on_device
@@ -69,7 +70,8 @@ def backward(
     if norm_weight is not None:
         tokens, statistics = saved
         dy, dtokens = dtokens, torch.empty_like(tokens)
-        gradient = NormGradient(dy, tokens, statistics, norm_weight, norm_bias, dtokens, again=False)
+        vectors = norm_weight.contiguous(), norm_bias.contiguous()
+        gradient = NormGradient(dy, tokens, statistics, *vectors, dtokens, again=False)
         _, (norm_sums,) = layer_norm_backward([gradient])
     bias_sum: list[Sum] = [] if bias is None else column_sums([dtokens], [torch.empty_like(bias)])
     finish([*token_sum, *norm_sums, *bias_sum])

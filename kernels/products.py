@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sgmim_fast.kernels import configs
-from sgmim_fast.kernels.arithmetic import TYPES, cast, dot, gelu, gelu_derivative
+from sgmim_fast.kernels.arithmetic import TYPES, cast, dot, gelu, gelu_derivative, inside_of
 from sgmim_fast.kernels.gelu import gelu_backward, gelu_forward
 from sgmim_fast.kernels.launch import cdiv, launch, target, tf32
 from sgmim_fast.kernels.sums import Sum, column_sums
@@ -36,7 +36,7 @@ FORWARD, INPUT, WEIGHT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 @triton.jit
 def _product_kernel(
     a, b, c,  # operands and result of every problem
-    bias, residual, before, after, index, scale, sums,  # of the epilogue, or None; see `linear` and the others
+    bias, residual, before, after, index, limit, scale, sums,  # of the epilogue, or None; see `linear` and the others
     factor,
     rows, ins, outs,  # tokens, width of x, width of y
     KIND: tl.constexpr, DTYPE: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
@@ -87,7 +87,7 @@ def _product_kernel(
             x = tl.trans(cast(x, DTYPE))
             at = k.to(tl.int64)
             if index is not None:
-                at = tl.load(index + k, mask=k < K, other=0)
+                at = inside_of(tl.load(index + k, mask=k < K, other=0), limit)
             w = tl.load(B + at[:, None] * I + n[None, :], mask=(k < K)[:, None] & (n < N)[None, :], other=0)
         else:
             x = tl.load(A + wide[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0)
@@ -115,17 +115,17 @@ def _product_kernel(
         if KIND == WEIGHT and sums is not None:  # sixteen equal columns; the first column of tiles writes one
             bias_total = tl.sum(bias_total, 1) * 0.0625 * by
             tl.store(sums + m, cast(bias_total, sums.dtype.element_ty), mask=(m < M) & (n_tile + 0 * m == 0))
-    total = finish(total, at, wide, m < M, n, N, inside, residual, before, after, index, KIND, GELU)
+    total = finish(total, at, wide, m < M, n, N, inside, residual, before, after, index, limit, KIND, GELU)
     if KIND == INPUT and sums is not None:
         tl.store(sums + m_tile.to(tl.int64) * N + n, tl.sum(total, 0), mask=n < N)
     if KIND == INPUT and index is not None:
-        at = tl.load(index + m, mask=m < M, other=0)[:, None] * N + n[None, :]
+        at = inside_of(tl.load(index + m, mask=m < M, other=0), limit)[:, None] * N + n[None, :]
     tl.store(C + at, cast(total, C.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def finish(
-    total, at, row, here, n, N, inside, residual, before, after, index,
+    total, at, row, here, n, N, inside, residual, before, after, index, limit,
     KIND: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
     """What follows a product; `at` are the places of the result's elements, `before` holds GELU's argument."""
@@ -141,18 +141,18 @@ def finish(
     if residual is not None:
         place = row
         if index is not None:
-            place = tl.load(index + row, mask=here, other=0)
+            place = inside_of(tl.load(index + row, mask=here, other=0), limit)
         total += tl.load(residual + place[:, None] * N + n[None, :], mask=inside, other=0.0).to(tl.float32)
     return total
 
 
 @triton.jit
-def _add_rows_kernel(x, residual, index, y, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _add_rows_kernel(x, residual, index, limit, y, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (n < width)[None, :]
     at = row.to(tl.int64)[:, None] * width + n[None, :]
-    place = tl.load(index + row, mask=row < rows, other=0)
+    place = inside_of(tl.load(index + row, mask=row < rows, other=0), limit)
     total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     total += tl.load(residual + place[:, None] * width + n[None, :], mask=inside, other=0.0).to(tl.float32)
     tl.store(y + at, cast(total, y.dtype.element_ty), mask=inside)
@@ -215,6 +215,7 @@ def _run(
         before,
         after,
         index,
+        (b[0] if kind is WEIGHT else c[0] if residual is None else residual).shape[0],
         scale,
         sums,
         factor,
@@ -241,7 +242,8 @@ def _add(product: Tensor, residual: Tensor, index: Tensor | None, dtype: torch.d
         return torch.add(product, residual, out=y)
     rows, width = product.shape
     launch(
-        _add_rows_kernel, (cdiv(rows, 4), cdiv(width, 512)), product, residual, index, y, rows, width,
+        _add_rows_kernel, (cdiv(rows, 4), cdiv(width, 512)),
+        product, residual, index, residual.shape[0], y, rows, width,
         ROWS=4, BLOCK=512,
     )  # fmt: skip
     return y

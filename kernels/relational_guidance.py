@@ -24,12 +24,19 @@ from sgmim_fast.ops.relational_guidance import LINEAR, GuidanceParameters, Saved
 
 
 @triton.jit
-def _keys(shown_offsets, image, cells, KEEP: tl.constexpr):
+def _keys(shown_offsets, image, last, cells, KEEP: tl.constexpr):
     """First row of an image's shown keys, their number, and of how many hidden cells the collapsed key stands for."""
-    first = tl.load(shown_offsets + image)
-    count = (tl.load(shown_offsets + image + 1) - first).to(tl.int32)
+    first, count = _range(shown_offsets, image, last, cells)
     hidden = cells - count if KEEP else 0 * count
     return first, count, hidden
+
+
+@triton.jit
+def _range(offsets, image, rows, cells):
+    """An image's first row and their number, which are those of some of the `rows` whatever the offsets are."""
+    first = tl.minimum(tl.maximum(tl.load(offsets + image), 0), rows)
+    end = tl.minimum(tl.maximum(tl.load(offsets + image + 1), first), rows)
+    return first, tl.minimum(end - first, cells).to(tl.int32)
 
 
 @triton.jit
@@ -51,16 +58,15 @@ def _logits(q, k, j, count, hidden, scale, PRECISION: tl.constexpr):
 
 @triton.jit
 def _relational_guidance_forward_kernel(
-    q, k, v, out, lse, visible_offsets, shown_offsets, last, cells, heads, width, scale,
+    q, k, v, out, lse, visible_offsets, shown_offsets, visible, last, cells, heads, width, scale,
     KEEP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     head, image = tl.program_id(1), tl.program_id(2)
-    begin = tl.load(visible_offsets + image)
-    queries = (tl.load(visible_offsets + image + 1) - begin).to(tl.int32)
+    begin, queries = _range(visible_offsets, image, visible, cells)
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     if tl.program_id(0) * BLOCK_M < queries:
-        first, count, hidden = _keys(shown_offsets, image, cells, KEEP)
+        first, count, hidden = _keys(shown_offsets, image, last, cells, KEEP)
         row = begin + i
         query = _rows(q, row, i < queries, width, head, D, BLOCK_D)
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -91,15 +97,15 @@ def _relational_guidance_forward_kernel(
 @triton.jit
 def _relational_guidance_backward_kernel(
     dout, q, k, v, out, lse, visible_offsets, shown_offsets, dq, dk, dv, hidden_sums,
-    last, cells, heads, width, scale, key_blocks,
+    visible, last, cells, heads, width, scale, key_blocks,
     KEEP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Programs below `key_blocks` sum over queries for dk and dv, the others over keys for dq; no sum is shared."""
     block, head, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    begin = tl.load(visible_offsets + image)
-    queries = (tl.load(visible_offsets + image + 1) - begin).to(tl.int32)
-    first, count, hidden = _keys(shown_offsets, image, cells, KEEP)
+    begin, queries = _range(visible_offsets, image, visible, cells)
+    first, count, hidden = _keys(shown_offsets, image, last, cells, KEEP)
+    single = count + (hidden > 0).to(tl.int32) == 1  # its weight is 1 whatever the logit, without a rounding
     d = tl.arange(0, BLOCK_D)
     if block < key_blocks:
         j = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -119,7 +125,7 @@ def _relational_guidance_backward_kernel(
                 norm = tl.load(lse + row * heads + head, mask=i < queries, other=0.0)
                 p = tl.exp(_logits(query, key, j, count, hidden, scale, PRECISION) - norm[:, None])
                 dp = dot(grad, tl.trans(value), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
-                ds = p * (dp - delta[:, None]) * scale
+                ds = tl.where(single, 0.0, p * (dp - delta[:, None]) * scale)
                 dvalue = dot(tl.trans(cast(p, grad.dtype)), grad, dvalue, PRECISION)
                 dkey = dot(tl.trans(cast(ds, query.dtype)), query, dkey, PRECISION)
             at = key_row[:, None] * width + head * D + d[None, :]
@@ -147,7 +153,7 @@ def _relational_guidance_backward_kernel(
                 value = _rows(v, key_row, j <= count, width, head, D, BLOCK_D)
                 p = tl.exp(_logits(query, key, j, count, hidden, scale, PRECISION) - norm[:, None])
                 dp = dot(grad, tl.trans(value), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
-                ds = p * (dp - delta[:, None]) * scale
+                ds = tl.where(single, 0.0, p * (dp - delta[:, None]) * scale)
                 dquery = dot(cast(ds, key.dtype), key, dquery, PRECISION)
             at = row[:, None] * width + head * D + d[None, :]
             tl.store(dq + at, cast(dquery, dq.dtype.element_ty), mask=(i < queries)[:, None] & (d < D)[None, :])
@@ -196,6 +202,7 @@ def attention(
         lse,
         visible_offsets,
         shown_offsets,
+        q.shape[0],
         k.shape[0] - 1,
         cells,
         heads,
@@ -243,6 +250,7 @@ def attention_backward(
         dk,
         dv,
         hidden_sums,
+        q.shape[0],
         k.shape[0] - 1,
         cells,
         heads,

@@ -105,7 +105,7 @@ def forward(
     launch(
         _kernel,
         (batch,),
-        seed,
+        seed.contiguous(),
         mask.view(torch.int8),
         drawn,
         rows[0],

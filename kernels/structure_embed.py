@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sgmim_fast.kernels import products
-from sgmim_fast.kernels.arithmetic import TYPES, cast, dot
+from sgmim_fast.kernels.arithmetic import TYPES, cast, dot, inside_of
 from sgmim_fast.kernels.launch import (
     cdiv,
     copies_of,
@@ -38,7 +38,7 @@ from sgmim_fast.ops.structure_embed import Saved, StructureParameters, per_cell,
 
 @triton.jit
 def _pixels(
-    structure, rows, token, shown, cells, across, sb, sc, sh, sw,
+    structure, rows, token, shown, cells, across, all_cells, sb, sc, sh, sw,
     CHANNELS: tl.constexpr, PATCH: tl.constexpr, MERGES: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Patches in Z-order inside their cell, (tokens, BLOCK_K)."""
@@ -48,7 +48,7 @@ def _pixels(
     for level in tl.static_range(MERGES):  # the row's bit below the column's at each level
         y += (z >> (2 * level) & 1) << level
         x += (z >> (2 * level + 1) & 1) << level
-    cell = tl.load(rows + token // PER_CELL, mask=shown, other=0)
+    cell = inside_of(tl.load(rows + token // PER_CELL, mask=shown, other=0), all_cells)
     y = (cell % cells // across * 2**MERGES + y) * PATCH
     x = (cell % across * 2**MERGES + x) * PATCH
     k = tl.arange(0, BLOCK_K)
@@ -85,7 +85,7 @@ def _quarters(x, width, BLOCK_D: tl.constexpr):
 @triton.jit
 def _structure_embed_forward_kernel(
     structure, rows, weight, bias, gain, shift, merge_gain, merge_shift, y, statistics, merge_statistics,
-    count, merged, eps, cells, across, sb, sc, sh, sw, width,
+    count, merged, eps, cells, across, all_cells, sb, sc, sh, sw, width,
     CHANNELS: tl.constexpr, PATCH: tl.constexpr, MERGES: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -94,7 +94,9 @@ def _structure_embed_forward_kernel(
     shown = token < count
     d = tl.arange(0, BLOCK_D)
     inside = shown[:, None] & (d < width)[None, :]
-    pixels = _pixels(structure, rows, token, shown, cells, across, sb, sc, sh, sw, CHANNELS, PATCH, MERGES, BLOCK_K)
+    pixels = _pixels(
+        structure, rows, token, shown, cells, across, all_cells, sb, sc, sh, sw, CHANNELS, PATCH, MERGES, BLOCK_K
+    )
     x = _embed(pixels, weight, bias, width, CHANNELS * PATCH * PATCH, BLOCK_K, BLOCK_D, DTYPE, PRECISION)
     x = tl.where(inside, x, 0.0)
     mean = tl.sum(x, 1) / width
@@ -121,7 +123,7 @@ def _structure_embed_forward_kernel(
 def _structure_embed_backward_kernel(
     dy, structure, rows, weight, bias, gain, shift, merge_gain, merge_shift, statistics, merge_statistics,
     y, dembedded, dmerge_gain, dmerge_shift, dgain, dshift, dbias, dweight,
-    count, merged, cells, across, sb, sc, sh, sw, width, per_program,
+    count, merged, cells, across, all_cells, sb, sc, sh, sw, width, per_program,
     CHANNELS: tl.constexpr, PATCH: tl.constexpr, MERGES: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -143,7 +145,9 @@ def _structure_embed_backward_kernel(
         inside = shown[:, None] & (d < width)[None, :]
         inside_merged = (row < last)[:, None, None] & (d < width)[None, None, :] & (four >= 0)[None, :, None]
         # the forward again
-        pixels = _pixels(structure, rows, token, shown, cells, across, sb, sc, sh, sw, CHANNELS, PATCH, MERGES, BLOCK_K)
+        pixels = _pixels(
+            structure, rows, token, shown, cells, across, all_cells, sb, sc, sh, sw, CHANNELS, PATCH, MERGES, BLOCK_K
+        )
         x = _embed(pixels, weight, bias, width, CHANNELS * PATCH * PATCH, BLOCK_K, BLOCK_D, DTYPE, PRECISION)
         mean = tl.load(statistics + token, mask=shown, other=0.0)
         rstd = tl.load(statistics + count + token, mask=shown, other=0.0)
@@ -193,7 +197,7 @@ class _Shape(NamedTuple):
 
     tokens: int  # embedded patches of the shown cells
     merged: int  # rows after the first merging, the hidden cell's included
-    pixels: tuple[int, ...]  # cells of an image, cells across, strides of the map
+    pixels: tuple[int, ...]  # cells of an image, cells across, all cells, strides of the map
     options: dict[str, Any]
 
 
@@ -213,7 +217,8 @@ def _shape(structure: Tensor, rows: Tensor, w: StructureParameters, cell: int, d
         "PRECISION": tf32(),
         "num_warps": 8 if block_d <= 256 else 16,
     }
-    pixels = (across * (structure.shape[2] // cell), across, *structure.stride())
+    cells = across * (structure.shape[2] // cell)
+    pixels = (cells, across, structure.shape[0] * cells, *structure.stride())
     return _Shape(tokens, (tokens + per_cell(w)) // 4, pixels, options)
 
 

@@ -1,6 +1,6 @@
 """Sums over rows, in two stages of fixed order: partial sums per program, then one launch for all that an op needs.
 
-No atomics: the same number of programs gives the same bits.
+No atomics: the same number of programs gives the same bits. What a sum's rounding loses is kept and added at the end.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from sgmim_fast.kernels.arithmetic import cast
 from sgmim_fast.kernels.launch import cdiv, launch, programs_of_rows
+
+MOST_ADDED = 32
 
 
 class Sum(NamedTuple):
@@ -117,7 +119,7 @@ def column_sums(xs: list[Tensor], outs: list[Tensor], keep: Tensor | None = None
     Cost: reads the tensors once, 1 launch.
     """
     rows, widest = max(x.shape[0] for x in xs), max(x.shape[1] for x in xs)
-    per_program, _ = programs_of_rows(rows, widest, xs[0].device, columns=256)
+    per_program, _ = programs_of_rows(rows, widest, xs[0].device, most=8 * MOST_ADDED)
     counts = [cdiv(x.shape[0], per_program) for x in xs]
     partials = [x.new_empty(count, x.shape[1], dtype=torch.float32) for x, count in zip(xs, counts, strict=True)]
     launch(

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sgmim_fast.kernels.arithmetic import cast, dot
+from sgmim_fast.kernels.arithmetic import cast, dot, inside_of
 from sgmim_fast.kernels.launch import cdiv, launch, next_power_of_2, on_device, supported, target, tf32
 from sgmim_fast.kernels.sums import Sum, finish
 from sgmim_fast.ops._op import absent
@@ -78,7 +78,7 @@ def _store(x, value, image, row, exists, width, start, D: tl.constexpr, BLOCK_D:
 
 
 @triton.jit
-def _biases(bias, index, head, heads, i, j, N: tl.constexpr):
+def _biases(bias, index, head, heads, entries, i, j, N: tl.constexpr):
     """(queries, keys) of one head, float32, or None."""
     biases = None
     if bias is not None:
@@ -87,7 +87,7 @@ def _biases(bias, index, head, heads, i, j, N: tl.constexpr):
         if index is None:
             at = bias + head * N * N + at
         else:
-            at = bias + tl.load(index + at, mask=inside, other=0) * heads + head
+            at = bias + inside_of(tl.load(index + at, mask=inside, other=0), entries) * heads + head
         biases = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     return biases
 
@@ -139,7 +139,7 @@ def _tile(
 
 @triton.jit
 def _window_attention_forward_kernel(
-    qkv, bias, index, logit_scale, pad, out, geometry, windows, per_program, heads,
+    qkv, bias, index, logit_scale, pad, out, geometry, windows, per_program, heads, entries,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFTED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +147,7 @@ def _window_attention_forward_kernel(
     head, group = tl.program_id(0) % heads, tl.program_id(1)
     i = tl.program_id(0) // heads * QUERIES + tl.arange(0, QUERIES)
     j = tl.arange(0, KEYS)
-    biases = _biases(bias, index, head, heads, i, j, WINDOW_H * WINDOW_W)
+    biases = _biases(bias, index, head, heads, entries, i, j, WINDOW_H * WINDOW_W)
     scale = _scale(logit_scale, head, D)
     for window in range(group * per_program, tl.minimum((group + 1) * per_program, windows)):
         image, q_row, q_exists, _, _, _, _, _, _, v, s = _tile(
@@ -206,7 +206,7 @@ def _store_padding(dpad, dk, dv, program, channels, head, D: tl.constexpr, BLOCK
 @triton.jit
 def _window_attention_backward_kernel(
     dout, qkv, bias, index, logit_scale, pad, dqkv, dbias, dscale, dpad, softmaxes,
-    geometry, windows, per_program, heads,
+    geometry, windows, per_program, heads, entries,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFTED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -218,7 +218,7 @@ def _window_attention_backward_kernel(
     block, group = tl.program_id(0) // heads, tl.program_id(1)
     i = block * QUERIES + tl.arange(0, QUERIES)
     j = tl.arange(0, KEYS)
-    biases = _biases(bias, index, head, heads, i, j, N)
+    biases = _biases(bias, index, head, heads, entries, i, j, N)
     scale = _scale(logit_scale, head, D)
     if dbias is not None:
         bias_sum = tl.zeros([QUERIES, KEYS], tl.float32)
@@ -272,7 +272,7 @@ def _window_attention_backward_kernel(
 
 @triton.jit
 def _window_attention_keys_kernel(
-    dout, qkv, bias, index, logit_scale, pad, dqkv, dpad, softmaxes, geometry, windows, per_program, heads,
+    dout, qkv, bias, index, logit_scale, pad, dqkv, dpad, softmaxes, geometry, windows, per_program, heads, entries,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFTED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -283,7 +283,7 @@ def _window_attention_keys_kernel(
     block, group = tl.program_id(0) // heads, tl.program_id(1)
     i = tl.arange(0, QUERIES)
     j = block * KEYS + tl.arange(0, KEYS)
-    biases = _biases(bias, index, head, heads, i, j, N)
+    biases = _biases(bias, index, head, heads, entries, i, j, N)
     scale = _scale(logit_scale, head, D)
     k_sum = tl.zeros([BLOCK_D], tl.float32)
     v_sum = tl.zeros([BLOCK_D], tl.float32)
@@ -381,7 +381,7 @@ class _Windows:
         down, across = cdiv(height, window[0]), cdiv(width, window[1])
         self.geometry = height, width, down, across, *shift
         self.heads, self.tokens, self.count = heads, window[0] * window[1], batch * down * across
-        self.device = qkv.device
+        self.device, self.entries = qkv.device, 1 if bias is None else bias.shape[0]
         padded = height % window[0] > 0 or width % window[1] > 0
         tensors = qkv, bias, index, logit_scale, pad if padded else None
         self.inputs = [None if t is None else t.contiguous() for t in tensors]
@@ -411,6 +411,7 @@ class _Windows:
         blocks, groups, each = self.programs(min(queries, keys))
         launch(
             kernel, (self.heads * blocks, groups), *args, self.geometry, self.count, each, self.heads,
+            self.entries,
             QUERIES=queries, KEYS=keys, **self.options, **options,
         )  # fmt: skip
 

@@ -10,6 +10,7 @@ Environment: `SGMIM_FAST_BACKEND=torch|cpu|triton|cuda` forces one backend for t
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import importlib
 import importlib.metadata
@@ -72,7 +73,7 @@ OLDEST_TRITON = (3, 4)
 BRANCH = ("structure_embed", "relational_guidance", "linear_l1")
 
 _plain: dict[tuple[str, str], Callable[..., Any]] = {}
-_forced: list[str] = []
+FORCED: contextvars.ContextVar[str | None] = contextvars.ContextVar("sgmim_fast.backend", default=None)
 
 
 def register(op: str, part: str, function: Callable[..., Any]) -> None:
@@ -90,7 +91,11 @@ def _environment() -> str | None:
 
 @contextlib.contextmanager
 def use(name: str) -> Iterator[None]:
-    """Forces one backend inside a `with` block, for the thread of the whole process, forward and backward.
+    """Forces one backend inside a `with` block, for the thread or asynchronous task that enters it.
+
+    The backward of what is computed inside runs on the backend that its forward was forced to, wherever and whenever it
+    runs. Only what `torch.compile` has compiled chooses again: on a CPU by the block that `backward()` is called in, on
+    a GPU, whose backward has a thread of its own, by SGMIM_FAST_BACKEND alone.
 
     Args:
         name: "torch", "cpu", "triton" or "cuda".
@@ -100,16 +105,16 @@ def use(name: str) -> Iterator[None]:
     """
     if name not in NAMES:
         raise ValueError(f"name is {name!r}; expected one of {', '.join(NAMES)}")
-    _forced.append(name)
+    token = FORCED.set(name)
     try:
         yield
     finally:
-        _forced.pop()
+        FORCED.reset(token)
 
 
 def forced() -> str | None:
     """The backend forced by `use` or by SGMIM_FAST_BACKEND, or None."""
-    return _forced[-1] if _forced else _environment()
+    return FORCED.get() or _environment()
 
 
 @functools.cache

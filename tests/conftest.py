@@ -122,7 +122,7 @@ def poisoned_buffers(monkeypatch):
             # torch.compile traces the plain allocation
             if torch.compiler.is_compiling() or not _caller(1).startswith("sgmim_fast"):
                 return buffer
-            if buffer.is_floating_point():
+            if buffer.is_floating_point() or buffer.is_complex():
                 return buffer.fill_(torch.nan)
             return buffer.fill_(True if buffer.dtype == torch.bool else torch.iinfo(buffer.dtype).max)
 

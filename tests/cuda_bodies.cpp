@@ -208,6 +208,7 @@ sgmim::Attention<T> describe(
   a.visible_offsets = visible_offsets.data();
   a.shown_offsets = shown_offsets.data();
   a.images = visible_offsets.size() - 1;
+  a.queries = q.shape(0);
   a.last = k.shape(0) - 1;
   a.cells = cells;
   a.heads = heads;
@@ -276,6 +277,7 @@ sgmim::Head<T> describe_head(
   head.x = read<T>(x);
   head.weight = read<T>(weight);
   head.cells = rows.data();
+  head.all_cells = x.shape(0);
   head.signs = reinterpret_cast<uint32_t*>(signs.mutable_data());
   head.count = rows.size();
   head.width = static_cast<int32_t>(x.shape(1));
@@ -301,6 +303,7 @@ double linear_l1(
   head.target.across = target.shape(3) / cell;
   head.target.per_image = target.shape(2) / cell * head.target.across;
   head.target.cell = cell;
+  head.all_cells = target.shape(0) * head.target.per_image;
   std::vector<float> memory(sgmim::l1_memory<T>() / sizeof(float));
   double total = 0;
   for (int64_t row = 0; row < head.count; row += sgmim::TILE)

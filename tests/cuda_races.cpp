@@ -65,7 +65,7 @@ std::vector<float> attend(int32_t threads) {
   a.out = all.data(), a.dq = a.out + QUERIES * DEPTH, a.dk = a.dq + QUERIES * DEPTH, a.dv = a.dk + ROWS * DEPTH;
   a.lse = a.dv + ROWS * DEPTH, a.hidden_sums = a.lse + QUERIES;
   a.visible_offsets = visible, a.shown_offsets = shown;
-  a.images = 1, a.last = SHOWN, a.cells = 45, a.heads = 1, a.depth = DEPTH, a.scale = 0.2f, a.keep = true;
+  a.images = 1, a.queries = QUERIES, a.last = SHOWN, a.cells = 45, a.heads = 1, a.depth = DEPTH, a.scale = 0.2f, a.keep = true;
   constexpr int32_t BLOCKS = 2;
   sgmim::Tiles<float> tiles[BLOCKS];
   std::vector<float> memory[BLOCKS];
@@ -99,6 +99,7 @@ std::vector<double> distance(int32_t threads) {
   std::vector<uint32_t> signs(ROWS * 2 * sgmim::words_of(OUTS));
   sgmim::Head<float> head{};
   head.x = x.data(), head.weight = weight.data(), head.bias = bias.data(), head.cells = cells.data();
+  head.all_cells = cells.size();
   head.signs = signs.data(), head.count = ROWS, head.width = WIDTH, head.outs = OUTS, head.packed = true;
   head.target.values = target.data(), head.target.across = head.target.per_image = 1, head.target.cell = 8;
   head.target.strides[0] = OUTS, head.target.strides[1] = 64, head.target.strides[2] = 8, head.target.strides[3] = 1;

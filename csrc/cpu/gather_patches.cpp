@@ -27,9 +27,18 @@ void for_patch_rows(const CellGrid& grid, const int64_t* rows, int64_t begin, in
   }
 }
 
-CellGrid grid_of(const Tensor& pixels, const Tensor& rows, int64_t cell, int64_t patch, bool zorder) {
-  const int64_t down = pixels.size(2) / cell, across = pixels.size(3) / cell;
-  check_rows(rows, pixels.size(0) * down * across, "rows");
+// pixels (B, C, H, W) of any strides; packed (n * side * side, C * patch * patch).
+CellGrid grid_of(const Tensor& pixels, const Tensor& packed, const Tensor& rows, int64_t cell, int64_t patch, bool zorder) {
+  SGMIM_CHECK(pixels.dim() == 4, "the map must have 4 dimensions, got ", pixels.dim());
+  SGMIM_CHECK(
+      0 < patch && patch <= cell && cell <= INT16_MAX && cell % patch == 0, "cell ", cell,
+      " must be a multiple of patch ", patch, " and less than 2^15");
+  SGMIM_CHECK(
+      pixels.size(2) % cell == 0 && pixels.size(3) % cell == 0, "height and width must be multiples of cell ", cell,
+      ", got ", pixels.size(2), " x ", pixels.size(3));
+  const int64_t side = cell / patch, channels = pixels.size(1);
+  SGMIM_CHECK(!zorder || (side & (side - 1)) == 0, "Z-order needs a power of two of patches per side, got ", side);
+  check_packed(packed, "the packed patches", pixels.scalar_type(), rows.numel() * channels * cell * cell);
   const int64_t strides[4] = {pixels.stride(0), pixels.stride(1), pixels.stride(2), pixels.stride(3)};
   return cell_grid(pixels.size(1), pixels.size(2), pixels.size(3), strides, cell, patch, zorder);
 }
@@ -46,7 +55,8 @@ void dispatch_size(const Tensor& tensor, const Body& body) {
 }
 
 void gather_patches(const Tensor& input, const Tensor& rows, const Tensor& out, int64_t cell, int64_t patch, bool zorder) {
-  const CellGrid grid = grid_of(input, rows, cell, patch, zorder);
+  const CellGrid grid = grid_of(input, out, rows, cell, patch, zorder);
+  check_rows(rows, input.size(0) * cells_per_image(grid), "rows");
   dispatch_size(input, [&](auto type) {
     using E = decltype(type);
     const E* source = data<E>(input);
@@ -67,7 +77,8 @@ void gather_patches(const Tensor& input, const Tensor& rows, const Tensor& out, 
 // The cells of `rows` are distinct, so every pixel is written by one thread at most.
 void gather_patches_backward(
     const Tensor& grad_out, const Tensor& rows, const Tensor& grad_input, int64_t cell, int64_t patch, bool zorder) {
-  const CellGrid grid = grid_of(grad_input, rows, cell, patch, zorder);
+  const CellGrid grid = grid_of(grad_input, grad_out, rows, cell, patch, zorder);
+  places(rows, grad_input.size(0) * cells_per_image(grid), "rows");
   dispatch_size(grad_input, [&](auto type) {
     using E = decltype(type);
     const E* source = data<E>(grad_out);

@@ -84,12 +84,31 @@ void statistics_rows(
 
 #ifdef SGMIM_ONCE
 
+// What both directions read: x (*, width), at `rows` or all of it.
+static void check_norm(
+    const Tensor& x, const std::optional<Tensor>& rows, const Tensor& weight, const Tensor& bias, const Tensor& mean,
+    const Tensor& rstd, int64_t count, int64_t width) {
+  check_matrix(x, "x");
+  SGMIM_CHECK(x.size(1) == width, "x must have ", width, " columns, got ", x.size(1));
+  if (rows.has_value()) check_rows(*rows, x.size(0), "visible.index");
+  const int64_t listed = rows.has_value() ? rows->numel() : x.size(0);
+  SGMIM_CHECK(listed == count, "x must give ", count, " rows, got ", listed);
+  for (const auto& [tensor, name] : {std::pair{&weight, "weight"}, std::pair{&bias, "bias"}})
+    check_packed(*tensor, name, ScalarType::Float, width);
+  for (const auto& [tensor, name] : {std::pair{&mean, "mean"}, std::pair{&rstd, "rstd"}})
+    check_packed(*tensor, name, ScalarType::Float, count);
+}
+
 static void layer_norm(
     const Tensor& x, const std::optional<Tensor>& rows, const std::optional<Tensor>& addend, const Tensor& weight,
     const Tensor& bias, double eps, const Tensor& y, const std::optional<Tensor>& sum, const Tensor& mean,
     const Tensor& rstd) {
+  check_matrix(y, "y");
   const int64_t width = y.size(1), count = y.size(0);
-  if (rows.has_value()) check_rows(*rows, x.size(0), "visible.index");
+  check_norm(x, rows, weight, bias, mean, rstd, count, width);
+  check_packed(addend, "addend", y.scalar_type(), count * width);
+  check_packed(sum, "sum", y.scalar_type(), count * width);
+  SGMIM_CHECK(sum.has_value() == addend.has_value(), "addend and sum must both be there, or neither");
   dispatch_float(x, "x", [&](auto x_type) {
     dispatch_float(y, "y", [&](auto type) {
       using X = decltype(x_type);
@@ -107,7 +126,13 @@ static void layer_norm_backward(
     const Tensor& dy, const Tensor& x, const std::optional<Tensor>& rows, const Tensor& mean, const Tensor& rstd,
     const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& residual, const Tensor& dx,
     const std::optional<Tensor>& y, const Tensor& sums) {
+  check_matrix(dy, "dy");
   const int64_t width = dy.size(1), count = dy.size(0);
+  check_norm(x, rows, weight, bias, mean, rstd, count, width);
+  check_packed(residual, "residual", dy.scalar_type(), count * width);
+  check_packed(dx, "dx", dy.scalar_type(), count * width);
+  check_packed(y, "y", dy.scalar_type(), count * width);
+  check_packed(sums, "sums", ScalarType::Float, (sums.size(0) == 3 ? 3 : 2) * width);
   dispatch_float(x, "x", [&](auto x_type) {
     dispatch_float(dy, "dy", [&](auto type) {
       using X = decltype(x_type);
@@ -124,7 +149,9 @@ static void layer_norm_backward(
 
 // The statistics alone, (2, count): mean and 1 / sqrt(variance + eps).
 static void row_statistics(const Tensor& x, double eps, const Tensor& statistics) {
+  check_matrix(x, "x");
   const int64_t width = x.size(1), count = x.size(0);
+  check_packed(statistics, "statistics", ScalarType::Float, 2 * count);
   dispatch_float(x, "x", [&](auto type) {
     using T = decltype(type);
     const auto kernel = SGMIM_SELECT((statistics_rows<T>));

@@ -94,10 +94,24 @@ void expand_sign_rows(
 static void l1(
     const Tensor& prediction, const Tensor& cells, const Tensor& target, const std::optional<Tensor>& valid,
     int64_t cell, const Tensor& signs, const Tensor& sum) {
+  check_matrix(prediction, "prediction");
+  SGMIM_CHECK(
+      target.dim() == 4 && target.scalar_type() == ScalarType::Float, "target must be float32 (B, S, H, W), got ",
+      torch::headeronly::toString(target.scalar_type()), " of ", target.dim(), " dimensions");
+  SGMIM_CHECK(
+      0 < cell && cell <= INT16_MAX && target.size(2) % cell == 0 && target.size(3) % cell == 0,
+      "height and width must be multiples of cell ", cell, ", got ", target.size(2), " x ", target.size(3));
+  SGMIM_CHECK(
+      prediction.size(1) == target.size(1) * cell * cell && prediction.size(0) == cells.numel(),
+      "prediction must be (", cells.numel(), ", ", target.size(1) * cell * cell, "), got (", prediction.size(0), ", ",
+      prediction.size(1), ")");
+  check_packed(valid, "valid", ScalarType::Bool, target.numel());
+  check_packed(signs, "signs", ScalarType::Char, prediction.numel());
+  check_packed(sum, "sum", ScalarType::Double, 1);
+  places(cells, target.size(0) * (target.size(2) / cell) * (target.size(3) / cell), "rows");
   Pixels map{data<float>(target), data<bool>(valid), target.size(1), target.size(2), target.size(3), cell, {}};
   for (int64_t i = 0; i < 4; ++i) map.strides[i] = target.stride(i);
   const int64_t count = prediction.size(0);
-  check_rows(cells, target.size(0) * (target.size(2) / cell) * (target.size(3) / cell), "rows");
   std::vector<double> sums(count);
   dispatch_float(prediction, "prediction", [&](auto type) {
     using T = decltype(type);
@@ -112,7 +126,11 @@ static void l1(
 }
 
 static void expand_signs(const Tensor& signs, double scale, const Tensor& out, const Tensor& sums) {
+  check_matrix(signs, "signs");
   const int64_t width = signs.size(1);
+  check_packed(signs, "signs", ScalarType::Char, signs.numel());
+  check_packed(out, "out", out.scalar_type(), signs.numel());
+  check_packed(sums, "sums", ScalarType::Float, width);
   dispatch_float(out, "out", [&](auto type) {
     using T = decltype(type);
     const auto kernel = SGMIM_SELECT((expand_sign_rows<T>));

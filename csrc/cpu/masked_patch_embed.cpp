@@ -81,30 +81,27 @@ void place_token_backward_rows(
 
 #ifdef SGMIM_ONCE
 
-// For each patch of the batch its place among the visible ones, or -1.
-static std::vector<int64_t> positions(const Tensor& visible, int64_t patches) {
-  std::vector<int64_t> position(patches, -1);
-  const int64_t* rows = data<int64_t>(visible);
-  for (int64_t i = 0; i < visible.numel(); ++i) {
-    SGMIM_CHECK(0 <= rows[i] && rows[i] < patches, "visible has ", rows[i], "; expected indices below ", patches);
-    SGMIM_CHECK(position[rows[i]] < 0, "visible has ", rows[i], " twice; expected distinct indices");
-    position[rows[i]] = i;
-  }
-  return position;
-}
-
 static StemNorm stem_norm(
-    const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& statistics) {
+    const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& statistics,
+    int64_t count, int64_t width) {
+  SGMIM_CHECK(weight.has_value() == statistics.has_value(), "a norm's weight and statistics must both be there");
+  check_packed(weight, "weight", ScalarType::Float, width);
+  check_packed(bias, "bias", ScalarType::Float, width);
+  check_packed(statistics, "statistics", ScalarType::Float, 2 * count);
   float* mean = data<float>(statistics);
-  return {data<float>(weight), data<float>(bias), mean, mean ? mean + statistics->size(1) : nullptr};
+  return {data<float>(weight), data<float>(bias), mean, mean ? mean + count : nullptr};
 }
 
 static void place_tokens(
     const Tensor& embedded, const Tensor& visible, const Tensor& token, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& bias, double eps, const Tensor& out, const std::optional<Tensor>& statistics) {
-  const int64_t width = out.size(1), rows = out.size(0);
-  const std::vector<int64_t> position = positions(visible, rows);
-  const StemNorm norm = stem_norm(weight, bias, statistics);
+  check_matrix(out, "out");
+  const int64_t width = out.size(1), rows = out.size(0), count = visible.numel();
+  const std::vector<int64_t> position = places(visible, rows, "visible");
+  SGMIM_CHECK(weight.has_value() == bias.has_value(), "a norm's weight and bias must both be there");
+  const StemNorm norm = stem_norm(weight, bias, statistics, count, width);
+  check_packed(embedded, "embedded", embedded.scalar_type(), count * width);
+  check_packed(token, "token", ScalarType::Float, width);
   dispatch_float(embedded, "embedded", [&](auto type) {
     dispatch_float(out, "out", [&](auto out_type) {
       using T = decltype(type);
@@ -121,9 +118,14 @@ static void place_tokens_backward(
     const Tensor& dout, const std::optional<Tensor>& embedded, const Tensor& visible,
     const std::optional<Tensor>& weight, const std::optional<Tensor>& statistics, const Tensor& dembedded,
     const Tensor& sums) {
-  const int64_t width = dout.size(1), rows = dout.size(0);
-  const std::vector<int64_t> position = positions(visible, rows);
-  const StemNorm norm = stem_norm(weight, std::nullopt, statistics);
+  check_matrix(dout, "dout");
+  const int64_t width = dout.size(1), rows = dout.size(0), count = visible.numel();
+  const std::vector<int64_t> position = places(visible, rows, "visible");
+  const StemNorm norm = stem_norm(weight, std::nullopt, statistics, count, width);
+  SGMIM_CHECK(embedded.has_value() || !weight.has_value(), "embedded must be there for a norm");
+  check_packed(embedded, "embedded", dembedded.scalar_type(), count * width);
+  check_packed(dembedded, "dembedded", dembedded.scalar_type(), count * width);
+  check_packed(sums, "sums", ScalarType::Float, 4 * width);
   dispatch_float(dembedded, "dembedded", [&](auto type) {
     dispatch_float(dout, "dout", [&](auto out_type) {
       using T = decltype(type);

@@ -137,7 +137,6 @@ template <class T>
 void attention_backward_heads(
     const T* dout,  // (visible rows, width)
     const T* q, const T* k, const T* v,
-    const T* out,      // the forward's result
     const float* lse,  // (visible rows, heads)
     T* dq,             // (visible rows, width)
     T* dk,             // (shown rows + 1, width): the shown rows are written here
@@ -174,13 +173,12 @@ void attention_backward_heads(
       if (hidden > 0) row[shown] += __builtin_logf(hidden);
       const float log_sum = lse[(first + r) * shape->heads + head];
       for (int64_t j = 0; j < ks; j += LANES) store(row + j, exp(load(row + j) - log_sum));
-      // sum_j p_j dp_j equals dout . out, which is already there
+      // dout . out is the same sum and already there, but rounded otherwise: of a single key the gradient is exactly 0
+      for (int64_t j = keys; j < ks; ++j) row[j] = drow[j] = 0.0f;
       vf dot = {};
-      for (int64_t i = 0; i < d; i += LANES)
-        dot += load(grad + r * ds + i) * load_part(out + at + r * width + i, part(i, d));
+      for (int64_t j = 0; j < ks; j += LANES) dot += load(row + j) * load(drow + j);
       const float mean = hsum(dot);
       for (int64_t j = 0; j < ks; j += LANES) store(drow + j, load(row + j) * (load(drow + j) - mean));
-      for (int64_t j = keys; j < ks; ++j) row[j] = drow[j] = 0.0f;
     }
 
     // dv = p^T . dout
@@ -251,18 +249,32 @@ void sum_rows(const T* x, float* sums, int64_t width, int64_t begin, int64_t end
 #ifdef SGMIM_ONCE
 
 static AttentionShape attention_shape(
-    const Tensor& q, const Tensor& k, const Tensor& query_offsets, const Tensor& key_offsets, int64_t cells,
-    int64_t heads, bool keep_hidden) {
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse, const Tensor& query_offsets,
+    const Tensor& key_offsets, int64_t cells, int64_t heads, bool keep_hidden) {
+  check_matrix(q, "q");
+  check_matrix(k, "k");
+  const int64_t width = q.size(1);
+  SGMIM_CHECK(k.size(0) > 0 && k.size(1) == width, "k must be (shown cells + 1, ", width, ")");
+  SGMIM_CHECK(heads > 0 && width % heads == 0, "heads ", heads, " must divide the width ", width);
+  check_packed(k, "k", q.scalar_type(), k.numel());
+  check_packed(v, "v", q.scalar_type(), k.numel());
+  check_packed(lse, "lse", ScalarType::Float, q.size(0) * heads);
+  SGMIM_CHECK(query_offsets.numel() == key_offsets.numel(), "visible.offsets and shown.offsets must be of as many images");
   check_offsets(query_offsets, q.size(0), "visible.offsets");
   check_offsets(key_offsets, k.size(0) - 1, "shown.offsets");
   return {data<int64_t>(query_offsets), data<int64_t>(key_offsets), query_offsets.numel() - 1, cells, heads, q.size(1),
           keep_hidden};
 }
 
+// query_rows, key_rows: the cells that the rows are of, looked at to find mistakes alone.
 static void attention(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& query_offsets, const Tensor& key_offsets,
-    int64_t cells, int64_t heads, bool keep_hidden, const Tensor& out, const Tensor& lse) {
-  const AttentionShape shape = attention_shape(q, k, query_offsets, key_offsets, cells, heads, keep_hidden);
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& query_rows, const Tensor& query_offsets,
+    const Tensor& key_rows, const Tensor& key_offsets, int64_t cells, int64_t heads, bool keep_hidden,
+    const Tensor& out, const Tensor& lse) {
+  const AttentionShape shape = attention_shape(q, k, v, lse, query_offsets, key_offsets, cells, heads, keep_hidden);
+  check_packed(out, "out", q.scalar_type(), q.numel());
+  check_image_rows(query_rows, query_offsets, cells, "visible.index");
+  check_image_rows(key_rows, key_offsets, cells, "shown.index");
   dispatch_float(q, "q", [&](auto type) {
     using T = decltype(type);
     const auto kernel = SGMIM_SELECT((attention_heads<T>));
@@ -273,18 +285,22 @@ static void attention(
 }
 
 static void attention_backward(
-    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
     const Tensor& query_offsets, const Tensor& key_offsets, int64_t cells, int64_t heads, bool keep_hidden,
     const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+  const AttentionShape shape = attention_shape(q, k, v, lse, query_offsets, key_offsets, cells, heads, keep_hidden);
   const int64_t width = q.size(1);
-  const AttentionShape shape = attention_shape(q, k, query_offsets, key_offsets, cells, heads, keep_hidden);
+  for (const auto& [tensor, name] : {std::pair{&dout, "dout"}, std::pair{&dq, "dq"}})
+    check_packed(*tensor, name, q.scalar_type(), q.numel());
+  for (const auto& [tensor, name] : {std::pair{&dk, "dk"}, std::pair{&dv, "dv"}})
+    check_packed(*tensor, name, q.scalar_type(), k.numel());
   std::vector<float> hidden_dk(shape.images * width, 0.0f), hidden_dv(shape.images * width, 0.0f);
   dispatch_float(q, "q", [&](auto type) {
     using T = decltype(type);
     const auto kernel = SGMIM_SELECT((attention_backward_heads<T>));
     parallel(shape.images * heads, 1, [&](int64_t begin, int64_t end) {
-      kernel(data<T>(dout), data<T>(q), data<T>(k), data<T>(v), data<T>(out), data<float>(lse), data<T>(dq),
-             data<T>(dk), data<T>(dv), hidden_dk.data(), hidden_dv.data(), &shape, begin, end);
+      kernel(data<T>(dout), data<T>(q), data<T>(k), data<T>(v), data<float>(lse), data<T>(dq), data<T>(dk), data<T>(dv),
+             hidden_dk.data(), hidden_dv.data(), &shape, begin, end);
     });
     const auto sum = SGMIM_SELECT((hidden_row<T>));
     const int64_t last = shape.key_offsets[shape.images] * width;
@@ -294,6 +310,8 @@ static void attention_backward(
 }
 
 static void gelu(const Tensor& x, const Tensor& y) {
+  check_packed(x, "x", x.scalar_type(), x.numel());
+  check_packed(y, "y", x.scalar_type(), x.numel());
   dispatch_float(x, "x", [&](auto type) {
     using T = decltype(type);
     const auto kernel = SGMIM_SELECT((gelu_range<T>));
@@ -302,7 +320,11 @@ static void gelu(const Tensor& x, const Tensor& y) {
 }
 
 static void gelu_backward(const Tensor& x, const Tensor& dy, const Tensor& y, const Tensor& sums) {
+  check_matrix(x, "x");
   const int64_t width = x.size(1);
+  check_packed(dy, "dy", x.scalar_type(), x.numel());
+  check_packed(y, "y", x.scalar_type(), x.numel());
+  check_packed(sums, "sums", ScalarType::Float, width);
   dispatch_float(x, "x", [&](auto type) {
     using T = decltype(type);
     const auto kernel = SGMIM_SELECT((gelu_backward_rows<T>));
@@ -313,7 +335,9 @@ static void gelu_backward(const Tensor& x, const Tensor& dy, const Tensor& y, co
 }
 
 static void column_sum(const Tensor& x, const Tensor& sums) {
+  check_matrix(x, "x");
   const int64_t width = x.size(1);
+  check_packed(sums, "sums", ScalarType::Float, width);
   dispatch_float(x, "x", [&](auto type) {
     using T = decltype(type);
     const auto kernel = SGMIM_SELECT((sum_rows<T>));
@@ -325,10 +349,10 @@ static void column_sum(const Tensor& x, const Tensor& sums) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sgmim_fast_cpu, m) {
   m.def(
-      "attention(Tensor q, Tensor k, Tensor v, Tensor query_offsets, Tensor key_offsets, int cells, int heads, "
-      "bool keep_hidden, Tensor(a!) out, Tensor(b!) lse) -> ()");
+      "attention(Tensor q, Tensor k, Tensor v, Tensor query_rows, Tensor query_offsets, Tensor key_rows, "
+      "Tensor key_offsets, int cells, int heads, bool keep_hidden, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def(
-      "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor query_offsets, "
+      "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor query_offsets, "
       "Tensor key_offsets, int cells, int heads, bool keep_hidden, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
   m.def("gelu(Tensor x, Tensor(a!) y) -> ()");
   m.def("gelu_backward(Tensor x, Tensor(a!) dy, Tensor(b!) y, Tensor(c!) sums) -> ()");

@@ -42,7 +42,13 @@ void write_image(
 void selective_mask(
     const Tensor& seed, const std::vector<int64_t>& counts, int64_t gh, int64_t gw, int64_t scale, const Tensor& mask,
     const Tensor& visible, const Tensor& visible_offsets, const Tensor& masked, const Tensor& masked_offsets) {
+  SGMIM_CHECK(
+      0 < gh && 0 < gw && 0 < scale && gh <= INT32_MAX && gw <= INT32_MAX / gh && scale <= INT16_MAX, "a grid of ", gh,
+      " x ", gw, " units of scale ", scale);
   const int64_t batch = counts.size(), units = gh * gw, per_unit = scale * scale, cells = units * per_unit;
+  check_packed(seed, "seed", ScalarType::Long, 2);
+  check_packed(visible_offsets, "visible_offsets", ScalarType::Long, batch + 1);
+  check_packed(masked_offsets, "masked_offsets", ScalarType::Long, batch + 1);
   int64_t *v = data<int64_t>(visible_offsets), *m = data<int64_t>(masked_offsets);
   v[0] = m[0] = 0;
   for (int64_t b = 0; b < batch; ++b) {
@@ -50,9 +56,9 @@ void selective_mask(
     v[b + 1] = v[b] + (units - counts[b]) * per_unit;
     m[b + 1] = m[b] + counts[b] * per_unit;
   }
-  SGMIM_CHECK(
-      visible.numel() == v[batch] && masked.numel() == m[batch] && mask.numel() == batch * cells,
-      "the results do not have the sizes that the counts give");
+  check_packed(visible, "visible", ScalarType::Long, v[batch]);
+  check_packed(masked, "masked", ScalarType::Long, m[batch]);
+  check_packed(mask, "mask", ScalarType::Bool, batch * cells);
   const int64_t* key = data<int64_t>(seed);
   parallel(batch, 1 + 4096 / cells, [&](int64_t begin, int64_t end) {
     std::vector<uint64_t> keys(units);

@@ -205,7 +205,10 @@ void standardize_planes(
 #ifdef SGMIM_ONCE
 
 static void standardize_structure(const Tensor& input, const Tensor& output, const Tensor& nonfinite) {
-  SGMIM_CHECK(input.scalar_type() == ScalarType::Float, "input must be float32");
+  check_matrix(input, "input");
+  check_packed(input, "input", ScalarType::Float, input.numel());
+  check_packed(output, "output", ScalarType::Float, input.numel());
+  check_packed(nonfinite, "nonfinite", ScalarType::Long, input.size(0));
   const auto kernel = SGMIM_SELECT((standardize_planes));
   parallel(input.size(0), 1, [&](int64_t begin, int64_t end) {
     kernel(data<float>(input), data<float>(output), data<int64_t>(nonfinite), input.size(1), begin, end);

@@ -126,9 +126,29 @@ void embed_norm_backward_rows(
 
 #ifdef SGMIM_ONCE
 
+// (2, count) of float32, rows of it contiguous.
+static void check_statistics(const Tensor& statistics, const char* name) {
+  SGMIM_CHECK(
+      statistics.dim() == 2 && statistics.size(0) == 2 && statistics.scalar_type() == ScalarType::Float &&
+          (statistics.stride(1) == 1 || statistics.size(1) <= 1),
+      name, " must be float32, two contiguous rows");
+}
+
+// x (4 * embedded, width). The merging's vectors may be missing.
 static TwoNorms two_norms(
-    const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& merge_weight, const Tensor& merge_bias,
-    const Tensor& statistics, const Tensor& merge_statistics) {
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& merge_weight,
+    const std::optional<Tensor>& merge_bias, const Tensor& statistics, const Tensor& merge_statistics) {
+  check_matrix(x, "x");
+  const int64_t width = x.size(1), embedded = x.size(0) / 4;
+  check_packed(weight, "weight", ScalarType::Float, width);
+  check_packed(bias, "bias", ScalarType::Float, width);
+  check_packed(merge_weight, "merge_weight", ScalarType::Float, 4 * width);
+  check_packed(merge_bias, "merge_bias", ScalarType::Float, 4 * width);
+  check_statistics(statistics, "statistics");
+  check_statistics(merge_statistics, "merge_statistics");
+  SGMIM_CHECK(
+      x.size(0) == 4 * embedded && statistics.size(1) == x.size(0) && merge_statistics.size(1) >= embedded,
+      "x has ", x.size(0), " rows, the statistics ", statistics.size(1), " and ", merge_statistics.size(1));
   return {data<float>(weight),
           data<float>(bias),
           data<float>(merge_weight),
@@ -137,14 +157,15 @@ static TwoNorms two_norms(
           data<float>(statistics) + statistics.stride(0),
           data<float>(merge_statistics),
           data<float>(merge_statistics) + merge_statistics.stride(0),
-          weight.numel(),
-          x.size(0) / 4};
+          width,
+          embedded};
 }
 
 static void embed_norm(
     const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& merge_weight, const Tensor& merge_bias,
     double eps, const std::optional<Tensor>& y, const Tensor& statistics, const Tensor& merge_statistics) {
   const TwoNorms norms = two_norms(x, weight, bias, merge_weight, merge_bias, statistics, merge_statistics);
+  check_packed(y, "y", x.scalar_type(), merge_statistics.size(1) * 4 * norms.width);
   dispatch_float(x, "x", [&](auto type) {
     using T = decltype(type);
     const auto kernel = SGMIM_SELECT((embed_norm_rows<T>));
@@ -159,6 +180,11 @@ static void embed_norm_backward(
     const Tensor& merge_bias, const Tensor& statistics, const Tensor& merge_statistics, const Tensor& y,
     const Tensor& sums) {
   const TwoNorms norms = two_norms(x, weight, bias, merge_weight, merge_bias, statistics, merge_statistics);
+  check_matrix(y, "y");
+  check_packed(y, "y", x.scalar_type(), merge_statistics.size(1) * 4 * norms.width);
+  SGMIM_CHECK(y.size(1) == 4 * norms.width, "y must have ", 4 * norms.width, " columns, got ", y.size(1));
+  check_packed(dy, "dy", x.scalar_type(), y.numel());
+  check_packed(sums, "sums", ScalarType::Float, 11 * norms.width);
   dispatch_float(x, "x", [&](auto type) {
     using T = decltype(type);
     const auto kernel = SGMIM_SELECT((embed_norm_backward_rows<T>));
@@ -171,7 +197,10 @@ static void embed_norm_backward(
 static void embed_statistics_backward(
     const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& statistics, const Tensor& merge_statistics,
     const Tensor& merged_scale, const Tensor& patch_scale, const Tensor& sums) {
-  const TwoNorms norms = two_norms(x, weight, bias, weight, bias, statistics, merge_statistics);
+  const TwoNorms norms = two_norms(x, weight, bias, std::nullopt, std::nullopt, statistics, merge_statistics);
+  check_packed(merged_scale, "merged_scale", ScalarType::Float, merge_statistics.size(1));
+  check_packed(patch_scale, "patch_scale", ScalarType::Float, 4 * norms.embedded);
+  check_packed(sums, "sums", ScalarType::Float, 3 * norms.width);
   dispatch_float(x, "x", [&](auto type) {
     using T = decltype(type);
     const auto kernel = SGMIM_SELECT((embed_statistics_backward_rows<T>));

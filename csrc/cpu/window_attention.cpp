@@ -124,14 +124,24 @@ class GridWithBias {
  public:
   GridWithBias(
       const Tensor& qkv, const std::optional<Tensor>& bias, const std::optional<Tensor>& index,
-      const std::optional<Tensor>& logit_scale, int64_t heads, int64_t window_h, int64_t window_w, int64_t shift_h,
+      const std::optional<Tensor>& logit_scale, const std::optional<Tensor>& pad, int64_t heads, int64_t window_h, int64_t window_w, int64_t shift_h,
       int64_t shift_w) {
+    SGMIM_CHECK(qkv.dim() == 4 && heads > 0 && qkv.size(3) % (3 * heads) == 0, "qkv must be (B, H, W, 3 * heads * d)");
+    check_packed(qkv, "qkv", qkv.scalar_type(), qkv.numel());
+    SGMIM_CHECK(0 < window_h && window_h <= INT16_MAX && 0 < window_w && window_w <= INT16_MAX, "a window of ", window_h, " x ", window_w, " tokens");
+    check_packed(logit_scale, "logit_scale", ScalarType::Float, heads);
+    check_packed(pad, "pad", qkv.scalar_type(), qkv.size(3));
     SGMIM_CHECK(0 <= shift_h && shift_h < window_h && 0 <= shift_w && shift_w < window_w, "shift is not in the window");
     const int64_t n = window_h * window_w, ns = (n + 15) / 16 * 16;
     grid = {qkv.size(0), qkv.size(1), qkv.size(2), window_h, window_w, shift_h, shift_w, heads,
             qkv.size(3) / (3 * heads), data<float>(logit_scale), nullptr, ns};
     if (!bias.has_value()) return;
-    if (index.has_value()) check_rows(*index, bias->size(0), "index");
+    const int64_t entries = index.has_value() ? bias->size(0) : n * n;
+    check_packed(*bias, "bias", ScalarType::Float, entries * heads);
+    if (index.has_value()) {
+      check_rows(*index, entries, "index");
+      check_packed(*index, "index", ScalarType::Long, n * n);
+    }
     dense_.assign(heads * n * ns, 0.0f);
     grid.bias = dense_.data();
     const int64_t* at = data<int64_t>(index);
@@ -169,7 +179,8 @@ static void window_attention(
     const Tensor& qkv, const std::optional<Tensor>& bias, const std::optional<Tensor>& index,
     const std::optional<Tensor>& logit_scale, const std::optional<Tensor>& pad, int64_t heads, int64_t window_h,
     int64_t window_w, int64_t shift_h, int64_t shift_w, const Tensor& out) {
-  const GridWithBias call(qkv, bias, index, logit_scale, heads, window_h, window_w, shift_h, shift_w);
+  const GridWithBias call(qkv, bias, index, logit_scale, pad, heads, window_h, window_w, shift_h, shift_w);
+  check_packed(out, "out", qkv.scalar_type(), qkv.numel() / 3);
   dispatch_float(qkv, "qkv", [&](auto type) {
     using T = decltype(type);
     const auto kernel = SGMIM_SELECT((window_attention_range<T>));
@@ -185,13 +196,19 @@ static void window_attention_backward(
     const std::optional<Tensor>& logit_scale, const std::optional<Tensor>& pad, int64_t heads,
     int64_t window_h, int64_t window_w, int64_t shift_h, int64_t shift_w, const Tensor& dqkv,
     const std::optional<Tensor>& dbias, const std::optional<Tensor>& dpad, const std::optional<Tensor>& dlogit_scale) {
-  const GridWithBias call(qkv, bias, index, logit_scale, heads, window_h, window_w, shift_h, shift_w);
+  const GridWithBias call(qkv, bias, index, logit_scale, pad, heads, window_h, window_w, shift_h, shift_w);
+  check_packed(dout, "dout", qkv.scalar_type(), qkv.numel() / 3);
+  check_packed(dqkv, "dqkv", qkv.scalar_type(), qkv.numel());
+  SGMIM_CHECK(bias.has_value() || !dbias.has_value(), "dbias is wanted of no bias");
+  if (dbias.has_value()) check_packed(*dbias, "dbias", ScalarType::Float, bias->numel());
+  check_packed(dpad, "dpad", ScalarType::Float, qkv.size(3));
+  check_packed(dlogit_scale, "dlogit_scale", ScalarType::Float, heads);
   const int64_t windows = call.grid.windows(), width = 3 * call.grid.channels();
   const int64_t bias_size = dbias.has_value() ? heads * call.grid.tokens() * call.grid.padded_tokens : 0;
   const int64_t size = bias_size + (dpad.has_value() ? width : 0) + (dlogit_scale.has_value() ? heads : 0);
   // As many blocks of windows as fit into 2M floats; few of them are split by heads, whose sums lie apart anyway.
   const int64_t blocks =
-      std::clamp<int64_t>((int64_t{2} << 20) / std::max<int64_t>(size, 1), 1, std::min<int64_t>(windows, 64));
+      std::clamp<int64_t>((int64_t{2} << 20) / std::max<int64_t>(size, 1), 1, std::clamp<int64_t>(windows, 1, 64));
   const int64_t groups = blocks >= 32 ? 1 : heads;
   std::vector<float> sums(blocks * size, 0.0f);
   dispatch_float(qkv, "qkv", [&](auto type) {

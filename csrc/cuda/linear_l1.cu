@@ -72,6 +72,7 @@ Head<T> describe(
   head.x = pointer<const T>(x);
   head.weight = pointer<const T>(weight);
   head.cells = pointer<const int64_t>(rows);
+  head.all_cells = cells;
   head.signs = pointer<uint32_t>(signs);
   head.count = count;
   head.width = static_cast<int32_t>(width);

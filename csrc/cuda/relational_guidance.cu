@@ -65,6 +65,7 @@ Attention<T> describe(
   a.visible_offsets = pointer<const int64_t>(visible_offsets);
   a.shown_offsets = pointer<const int64_t>(shown_offsets);
   a.images = images;
+  a.queries = q.size(0);
   a.last = k.size(0) - 1;
   a.cells = static_cast<int32_t>(cells);
   a.heads = static_cast<int32_t>(heads);

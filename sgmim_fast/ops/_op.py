@@ -2,24 +2,31 @@
 
 Every op is a pair `sgmim_fast::NAME` and `sgmim_fast::NAME_backward` defined from Python, so that the names exist
 whatever was built. The kernel behind both asks `backends.choose` which backend runs, then calls that backend's
-`forward` or `backward` function. The gradient is one `torch.autograd.Function` around the pair.
+`forward` or `backward` function. The gradient is one `torch.autograd.Function` around the pair. There is no second
+derivative and no forward-mode derivative: both raise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from sgmim_fast import backends
+from sgmim_fast.ops import _check, products
 
 LIBRARY = torch.library.Library("sgmim_fast", "FRAGMENT")
 
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
 )
+
+# What was chosen for the forward is chosen for its backward too, which may run later and in a thread of autograd's.
+_CARRIED = (backends.FORCED, products.BFLOAT16_IN)
 
 
 class Op:
@@ -32,25 +39,51 @@ class Op:
         forward: the `torch` backend's forward, plain PyTorch, run anywhere. Other backends are modules named in
             `backends.MODULES` with functions `forward` and `backward` of the same signatures.
         fake: shapes and dtypes of the forward's results (FakeTensor arithmetic).
+        check: `check(*args)` raises unless shapes and dtypes are those the docstring promises, before any backend or
+            `fake` sees the arguments. That all tensors are on one device is checked for every op.
+        fields: argument that is a list of tensors -> `names(length)`, what they are called.
     """
 
-    def __init__(self, name: str, schema: str, *, forward: Callable[..., Any], fake: Callable[..., Any]):
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        forward: Callable[..., Any],
+        fake: Callable[..., Any],
+        check: Callable[..., None],
+        fields: dict[str, Callable[[int], Sequence[str]]] | None = None,
+    ):
         self.name = name
         self._takes_dtype = "ScalarType? dtype" in schema
-        self._define(name, schema, forward, fake, "forward")
+        self._fields = fields or {}
+        self._define(name, schema, forward, fake, "forward", check)
         self.overload = getattr(torch.ops.sgmim_fast, name).default
 
     def __call__(self, *args: Any) -> Any:
         return self.overload(*args)
 
-    def _define(self, qualifier: str, schema: str, plain: Callable, fake: Callable, part: str) -> None:
+    def _define(
+        self, qualifier: str, schema: str, plain: Callable, fake: Callable, part: str, check: Callable | None = None
+    ) -> None:
         LIBRARY.define(f"{qualifier}{schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
         op, name = getattr(torch.ops.sgmim_fast, qualifier).default, self.name
         backends.register(name, part, plain)
+        places = [argument.name for argument in op._schema.arguments]
+
+        def checked(args: tuple) -> torch.device:
+            device = _check.together(self._tensors(places, args))
+            if check is not None:
+                check(*args)
+            return device
 
         def kernel(*args: Any) -> Any:
-            device = next(arg for arg in args if isinstance(arg, torch.Tensor)).device.type
-            return backends.choose(name, part, device, args)(*args)
+            device = checked(args)
+            return backends.choose(name, part, device.type, args)(*args)
+
+        def checked_fake(*args: Any) -> Any:
+            checked(args)
+            return fake(*args)
 
         def autocast_kernel(*args: Any) -> Any:
             # Below this point the op does its own casting: nothing it calls may be cast a second time.
@@ -62,7 +95,16 @@ class Op:
         LIBRARY.impl(qualifier, kernel, "CompositeExplicitAutograd")
         for key in ("AutocastCPU", "AutocastCUDA"):
             LIBRARY.impl(qualifier, autocast_kernel, key)
-        torch.library.register_fake(f"sgmim_fast::{qualifier}", fake, lib=LIBRARY)
+        torch.library.register_fake(f"sgmim_fast::{qualifier}", checked_fake, lib=LIBRARY)
+
+    def _tensors(self, places: list[str], args: tuple) -> Iterator[tuple[str, Tensor]]:
+        """The tensors among the arguments, by name."""
+        for place, arg in zip(places, args, strict=False):
+            if isinstance(arg, Tensor):
+                yield place, arg
+            elif isinstance(arg, list | tuple) and arg and isinstance(arg[0], Tensor):
+                names = self._fields.get(place, lambda count, place=place: [f"{place}[{i}]" for i in range(count)])
+                yield from zip(names(len(arg)), arg, strict=False)
 
     @staticmethod
     def _fill_dtype(op: torch._ops.OpOverload, args: tuple) -> tuple:
@@ -89,7 +131,7 @@ class Op:
             schema: arguments and returns of `NAME_backward`.
             backward: the `torch` backend's backward.
             fake: shapes and dtypes of the backward's results.
-            save: `save(ctx, inputs, results)` keeps what the backward needs.
+            save: `save(ctx, inputs, results)` keeps what the backward needs, and every input that it depends on.
             gradients: `gradients(ctx, needs, *grads) -> one gradient, list of gradients or None per input`, calling the
                 backward op. `needs` has one bool, or list of bools, per input. Trailing inputs may be left out.
             outputs: how many leading results carry gradients; the others are saved for the backward only.
@@ -106,35 +148,88 @@ class Op:
                 with torch._C._AutoDispatchBelowAutograd():
                     results = overload(*args)
                 save(ctx, args, results)
-                ctx.call = call
+                ctx.call, ctx.chosen = call, [variable.get() for variable in _CARRIED]
                 leaves, call.results = pytree.tree_flatten(results)
                 ctx.mark_non_differentiable(*leaves[outputs:])
                 ctx.set_materialize_grads(False)
                 return tuple(leaves)
 
             @staticmethod
-            @torch.autograd.function.once_differentiable
             def backward(ctx: Any, *grads: Any) -> tuple:
                 _, *needs = ctx.needs_input_grad
                 if all(grad is None for grad in grads[:outputs]):
                     return (None,) * len(ctx.needs_input_grad)
                 wanted = pytree.tree_unflatten(needs, ctx.call.arguments)
-                result = gradients(ctx, wanted, *grads[:outputs])
+                tokens = [variable.set(value) for variable, value in zip(_CARRIED, ctx.chosen, strict=True)]
+                try:
+                    with torch.no_grad():
+                        result = gradients(ctx, wanted, *grads[:outputs])
+                finally:
+                    for variable, token in zip(_CARRIED, tokens, strict=True):
+                        variable.reset(token)
                 flat = [grad for group in result for grad in (group if isinstance(group, list) else [group])]
                 flat += [None] * (len(needs) - len(flat))
-                return (None, *(grad if need else None for grad, need in zip(flat, needs, strict=True)))
+                flat = [grad if need else None for grad, need in zip(flat, needs, strict=True)]
+                if torch.is_grad_enabled():  # create_graph=True
+                    depends_on = [t for t in (*ctx.saved_tensors, *grads) if t is not None and t.requires_grad]
+                    flat = _Once.apply(name, len(flat), *flat, *depends_on)
+                return (None, *flat)
 
+        name = self.name
         Function.__name__ = Function.__qualname__ = f"{self.name}_function"
 
         def autograd_kernel(*args: Any) -> Any:
             flat, arguments = pytree.tree_flatten(args)
+            _refuse_tangents(name, flat)
             if torch.is_grad_enabled() and any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in flat):
+                if torch._C._are_functorch_transforms_active():
+                    raise NotImplementedError(
+                        f"sgmim_fast.ops.{name} has no derivative in torch.func; expected torch.autograd or backward()"
+                    )
                 call = _Call(arguments)
                 return pytree.tree_unflatten(list(Function.apply(call, *flat)), call.results)
             with torch._C._AutoDispatchBelowAutograd():
                 return overload(*args)
 
         LIBRARY.impl(self.name, autograd_kernel, "Autograd")
+
+    def not_differentiable(self) -> None:
+        """Says that the op has no gradient. Its public function raises for an argument that requires one."""
+
+        def autograd_kernel(*args: Any) -> Any:
+            _refuse_tangents(self.name, args)
+            with torch._C._AutoDispatchBelowAutograd():
+                return self.overload(*args)
+
+        LIBRARY.impl(self.name, autograd_kernel, "Autograd")
+
+
+def _refuse_tangents(name: str, leaves: Sequence[Any]) -> None:
+    """Raises NotImplementedError where forward-mode differentiation would lose a tangent here."""
+    level = forward_ad._current_level
+    if level < 0:
+        return
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and forward_ad.unpack_dual(leaf, level=level).tangent is not None:
+            raise NotImplementedError(
+                f"sgmim_fast.ops.{name} has no forward-mode derivative (make_dual, torch.func.jvp); expected backward()"
+            )
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as results of what they depend on, which raises where that dependence is differentiated.
+
+    `once_differentiable` looks at the incoming gradients alone, and is on no path to the forward's inputs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Any) -> tuple:
+        ctx.name = name
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(f"sgmim_fast.ops.{ctx.name} has no second derivative; its gradient cannot be differentiated")
 
 
 class _Call:

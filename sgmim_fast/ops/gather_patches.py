@@ -33,17 +33,19 @@ def gather_patches(pixels: Tensor, rows: Tensor, *, cell: int, patch: int, order
     Raises:
         ValueError, TypeError: naming the argument, what came and what is expected.
     """
+    if order not in ("raster", "z"):
+        raise ValueError(f"order is {order!r}; expected 'raster' or 'z'")
+    return _op(pixels, rows, cell, patch, order == "z")
+
+
+def _check_arguments(pixels: Tensor, rows: Tensor, cell: int, patch: int, zorder: bool) -> None:
     if cell < 1 or patch < 1 or cell % patch:
         raise ValueError(f"patch is {patch} and cell {cell}; expected positive numbers, patch a divisor of cell")
     _check.cells("pixels", pixels, cell)
     _check.index("rows", rows)
-    _check.same_device(pixels.device, rows=rows)
-    if order not in ("raster", "z"):
-        raise ValueError(f"order is {order!r}; expected 'raster' or 'z'")
     side = cell // patch
-    if order == "z" and side & (side - 1):
+    if zorder and side & (side - 1):
         raise ValueError(f"order is 'z' with {side} patches along a cell; expected a power of two")
-    return _op(pixels, rows, cell, patch, order == "z")
 
 
 def patch_order(side: int, zorder: bool, device: torch.device | None = None) -> Tensor:
@@ -66,8 +68,9 @@ def _packed_shape(pixels: Tensor, rows: Tensor, cell: int, patch: int) -> tuple[
 def _forward(pixels: Tensor, rows: Tensor, cell: int, patch: int, zorder: bool) -> Tensor:
     batch, channels, height, width = pixels.shape
     side = cell // patch
+    _check.rows("rows", rows, batch * (height // cell) * (width // cell), distinct=False)
     cells = pixels.reshape(batch, channels, height // cell, side, patch, width // cell, side, patch)
-    cells = cells.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(-1, side * side, channels * patch * patch)
+    cells = cells.permute(0, 2, 5, 3, 6, 1, 4, 7).flatten(0, 2).flatten(1, 2).flatten(2)
     return cells[rows][:, patch_order(side, zorder, rows.device)].reshape(_packed_shape(pixels, rows, cell, patch))
 
 
@@ -75,9 +78,9 @@ def _backward(grad: Tensor, rows: Tensor, shape: list[int], cell: int, patch: in
     batch, channels, height, width = shape
     side = cell // patch
     cells = grad.new_zeros(batch * (height // cell) * (width // cell), side * side, channels * patch * patch)
-    raster = grad.reshape(-1, side * side, channels * patch * patch)[
-        :, patch_order(side, zorder, rows.device).argsort()
-    ]
+    _check.rows("rows", rows, cells.shape[0])
+    raster = grad.reshape(rows.shape[0], side * side, channels * patch * patch)
+    raster = raster[:, patch_order(side, zorder, rows.device).argsort()]
     cells[rows] = raster
     cells = cells.reshape(batch, height // cell, width // cell, side, side, channels, patch, patch)
     return cells.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(shape).contiguous()
@@ -88,6 +91,7 @@ _op = Op(
     "(Tensor pixels, Tensor rows, SymInt cell, SymInt patch, bool zorder) -> Tensor",
     forward=_forward,
     fake=lambda pixels, rows, cell, patch, zorder: pixels.new_empty(_packed_shape(pixels, rows, cell, patch)),
+    check=_check_arguments,
 )
 
 

@@ -49,20 +49,35 @@ def linear_l1(
     Raises:
         ValueError, TypeError: naming the argument, what came and what is expected.
     """
+    return _op(x, weight, bias, target, valid, rows, cell, packed, scale, None)[0]
+
+
+def _check_arguments(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    valid: Tensor | None,
+    rows: Tensor,
+    cell: int,
+    packed: bool,
+    scale: float,
+    dtype: torch.dtype | None,
+) -> None:
     _check.floating("x", x)
     _check.cells("target", target, cell)
+    if target.is_complex():
+        raise TypeError(f"target has dtype {target.dtype}; expected real numbers")
     _check.index("rows", rows)
     count = rows.shape[0] if packed else target.shape[0] * (target.shape[2] // cell) * (target.shape[3] // cell)
     _check.shape("x", x, (count, None), "(rows, channels)" if packed else "(cells, channels)")
-    _check.shape("weight", weight, (target.shape[1] * cell * cell, x.shape[1]), "(channels * cell^2, width of x)")
-    _check.shape("bias", bias, (weight.shape[0],), "(channels * cell^2,)")
-    _check.same_dtype("x", x, "weight", weight)
-    _check.same_device(x.device, weight=weight, bias=bias, target=target, rows=rows, valid=valid)
+    _check.parameter("weight", weight, (target.shape[1] * cell * cell, x.shape[1]), "(channels * cell^2, width of x)")
+    _check.parameter("bias", bias, (weight.shape[0],), "(channels * cell^2,)")
+    _check.same_dtype("x", x, "weight", weight, dtype)
     if valid is not None:
         _check.shape("valid", valid, target.shape, "the target's shape")
         if valid.dtype != torch.bool:
             raise TypeError(f"valid has dtype {valid.dtype}; expected torch.bool")
-    return _op(x, weight, bias, target, valid, rows, cell, packed, scale, None)[0]
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -125,6 +140,7 @@ def _forward(
     scale: float,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, list[Tensor]]:
+    _check.rows("rows", rows, target.shape[0] * (target.shape[2] // cell) * (target.shape[3] // cell))
     exact, xs = sum_dtype(x.dtype), operand(x, rows, packed, dtype)
     copies = products.copies([weight], xs.dtype)
     prediction = products.linear(xs, *(copies or [weight]), bias).to(exact)
@@ -181,6 +197,7 @@ _op = Op(
     "float scale, ScalarType? dtype) -> (Tensor, Tensor[])",
     forward=_forward,
     fake=_fake,
+    check=_check_arguments,
 )
 
 

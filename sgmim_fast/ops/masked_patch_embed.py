@@ -59,7 +59,22 @@ def masked_patch_embed(
     Raises:
         ValueError, TypeError: naming the argument, what came and what is expected.
     """
+    return _op(x, weight, bias, mask_token, visible, norm_weight, norm_bias, eps, None)[0]
+
+
+def _check_arguments(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask_token: Tensor,
+    visible: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> None:
     _check.floating("x", x)
+    _check.floating("weight", weight)
     if weight.ndim != 4 or weight.shape[2] != weight.shape[3]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; expected (D, C, p, p)")
     _check.cells("x", x, weight.shape[2])
@@ -71,11 +86,8 @@ def masked_patch_embed(
         raise ValueError(f"{missing} is None; expected norm_weight and norm_bias, or neither")
     vectors = {"bias": bias, "mask_token": mask_token, "norm_weight": norm_weight, "norm_bias": norm_bias}
     for name, vector in vectors.items():
-        if vector is not None:
-            _check.shape(name, vector, (width,), "(D,)")
-    _check.same_dtype("x", x, "weight", weight)
-    _check.same_device(x.device, weight=weight, visible=visible, **vectors)
-    return _op(x, weight, bias, mask_token, visible, norm_weight, norm_bias, eps, None)[0]
+        _check.parameter(name, vector, (width,), "(D,)")
+    _check.same_dtype("x", x, "weight", weight, dtype)
 
 
 def patches(x: Tensor, weight: Tensor, visible: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -107,13 +119,15 @@ def _forward(
     eps: float,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, list[Tensor]]:
+    shape = output_shape(x, weight)
+    _check.rows("visible", visible, shape[0] * shape[1])
     tokens = products.linear(patches(x, weight, visible, dtype), weight.flatten(1), bias)
     saved = []
     if norm_weight is not None:
         saved = [tokens]
         tokens, statistics = layer_norm(tokens, norm_weight, norm_bias, eps)
         saved.append(statistics)
-    shape, dtype = output_shape(x, weight), dtype or x.dtype
+    dtype = dtype or x.dtype
     out = mask_token.to(dtype).repeat(shape[0] * shape[1], 1)
     out[visible] = tokens.to(dtype)
     return out.view(shape), saved
@@ -186,6 +200,7 @@ _op = Op(
     "Tensor? norm_bias, float eps, ScalarType? dtype) -> (Tensor, Tensor[])",
     forward=_forward,
     fake=_fake,
+    check=_check_arguments,
 )
 
 

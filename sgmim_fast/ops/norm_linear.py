@@ -38,30 +38,42 @@ def norm_linear(
     Raises:
         ValueError, TypeError: naming the argument, what came and what is expected.
     """
-    _check.floating("x", x)
     if x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., channels)")
-    _check.shape("weight", weight, (None, x.shape[-1]), "(out, channels of x)")
-    if bias is not None:
-        _check.shape("bias", bias, (weight.shape[0],), "(out,)")
-    check_norm(x, norm_weight, norm_bias)
-    _check.same_dtype("x", x, "weight", weight)
-    if residual is not None:
-        _check.floating("residual", residual)
-        _check.shape("residual", residual, (*x.shape[:-1], weight.shape[0]), "(those of x, out)")
-        _check.same_device(x.device, residual=residual)
+    if residual is not None and weight.ndim == 2:
+        _check.parameter("residual", residual, (*x.shape[:-1], weight.shape[0]), "(those of x, out)")
         residual = residual.flatten(0, -2)
-    _check.same_device(x.device, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
     out, _ = _op(x.flatten(0, -2), weight, bias, norm_weight, norm_bias, residual, eps, None)
     return out.unflatten(0, x.shape[:-1])
+
+
+def _check_arguments(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> None:
+    check_rows(x)
+    _check.parameter("weight", weight, (None, x.shape[1]), "(out, channels of x)")
+    _check.parameter("bias", bias, (weight.shape[0],), "(out,)")
+    check_norm(x, norm_weight, norm_bias)
+    _check.parameter("residual", residual, (x.shape[0], weight.shape[0]), "(rows of x, out)")
+    _check.same_dtype("x", x, "weight", weight, dtype)
+
+
+def check_rows(x: Tensor) -> None:
+    _check.parameter("x", x, (None, None), "(rows, channels)")
 
 
 def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
     if (weight is None) != (bias is None):
         raise ValueError("norm_weight and norm_bias: expected both or neither")
     for name, vector in (("norm_weight", weight), ("norm_bias", bias)):
-        if vector is not None:
-            _check.shape(name, vector, (x.shape[-1],), "(channels of x,)")
+        _check.parameter(name, vector, (x.shape[-1],), "(channels of x,)")
 
 
 def storage_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -140,6 +152,7 @@ _op = Op(
     "ScalarType? dtype) -> (Tensor, Tensor)",
     forward=_forward,
     fake=_fake,
+    check=_check_arguments,
 )
 
 

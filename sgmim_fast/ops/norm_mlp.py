@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from sgmim_fast.ops import _check, products
 from sgmim_fast.ops._op import Op, absent
 from sgmim_fast.ops._plain import layer_norm, layer_norm_backward, wide_dtype
-from sgmim_fast.ops.norm_linear import check_norm, normalized, result_dtype, storage_dtype
+from sgmim_fast.ops.norm_linear import check_norm, check_rows, normalized, result_dtype, storage_dtype
 
 
 def norm_mlp(
@@ -43,22 +43,36 @@ def norm_mlp(
     Raises:
         ValueError, TypeError: naming the argument, what came and what is expected.
     """
-    _check.floating("x", x)
     if x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., channels)")
-    _check.shape("fc1_weight", fc1_weight, (None, x.shape[-1]), "(hidden, channels of x)")
-    hidden = fc1_weight.shape[0]
-    _check.shape("fc1_bias", fc1_bias, (hidden,), "(hidden,)")
-    _check.shape("fc2_weight", fc2_weight, (None, hidden), "(out, hidden)")
-    _check.shape("fc2_bias", fc2_bias, fc2_weight.shape[:1], "(out,)")
-    if residual:
-        _check.shape("fc2_weight", fc2_weight, (x.shape[-1], hidden), "(channels of x, which is added, hidden)")
-    check_norm(x, norm_weight, norm_bias)
-    _check.same_dtype("x", x, "fc1_weight", fc1_weight)
-    _check.same_device(x.device, fc1_weight=fc1_weight, fc2_weight=fc2_weight, norm_weight=norm_weight)
     rows = x.flatten(0, -2)
     out = _op(rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, residual, eps, None)[0]
     return out.unflatten(0, x.shape[:-1])
+
+
+def _check_arguments(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: bool,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> None:
+    check_rows(x)
+    _check.parameter("fc1_weight", fc1_weight, (None, x.shape[-1]), "(hidden, channels of x)")
+    hidden = fc1_weight.shape[0]
+    _check.parameter("fc1_bias", fc1_bias, (hidden,), "(hidden,)")
+    _check.parameter("fc2_weight", fc2_weight, (None, hidden), "(out, hidden)")
+    _check.parameter("fc2_bias", fc2_bias, fc2_weight.shape[:1], "(out,)")
+    if residual:
+        _check.shape("fc2_weight", fc2_weight, (x.shape[-1], hidden), "(channels of x, which is added, hidden)")
+    check_norm(x, norm_weight, norm_bias)
+    _check.same_dtype("x", x, "fc1_weight", fc1_weight, dtype)
+    _check.same_dtype("x", x, "fc2_weight", fc2_weight, dtype)
 
 
 def _forward(
@@ -137,16 +151,18 @@ _op = Op(
     "Tensor? norm_bias, bool residual, float eps, ScalarType? dtype) -> (Tensor, Tensor, Tensor)",
     forward=_forward,
     fake=_fake,
+    check=_check_arguments,
 )
 
 
 def _save(ctx: Any, inputs: tuple, results: tuple) -> None:
-    x, fc1_weight, _, fc2_weight, _, norm_weight, norm_bias, ctx.residual, _, ctx.dtype = inputs
-    ctx.save_for_backward(x, fc1_weight, fc2_weight, norm_weight, norm_bias, *results[1:])
+    x, fc1_weight, fc1_bias, fc2_weight, _, norm_weight, norm_bias, ctx.residual, _, ctx.dtype = inputs
+    # the backward does without fc1_bias, but `hidden` has it in it
+    ctx.save_for_backward(x, fc1_weight, fc2_weight, norm_weight, norm_bias, *results[1:], fc1_bias)
 
 
 def _gradients(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
-    return tuple(_op.backward_overload(grad, *ctx.saved_tensors, ctx.residual, list(needs[:7]), ctx.dtype))
+    return tuple(_op.backward_overload(grad, *ctx.saved_tensors[:-1], ctx.residual, list(needs[:7]), ctx.dtype))
 
 
 def _fake_backward(grad, x, fc1_weight, fc2_weight, norm_weight, norm_bias, hidden, statistics, residual, needs, dtype):

@@ -12,6 +12,7 @@ Environment: `SGMIM_FAST_PRODUCTS=auto|float32|bfloat16` sets what a bfloat16 re
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import os
 import platform
@@ -20,19 +21,22 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_forced: list[torch.dtype] = []
+BFLOAT16_IN: contextvars.ContextVar[torch.dtype | None] = contextvars.ContextVar("sgmim_fast.bfloat16", default=None)
 
 
 @contextlib.contextmanager
 def compute_bfloat16_in(dtype: torch.dtype) -> Iterator[None]:
-    """Within the block a bfloat16 request on a CPU is computed in `dtype`: torch.float32 or torch.bfloat16."""
+    """Within the block a bfloat16 request on a CPU is computed in `dtype`: torch.float32 or torch.bfloat16.
+
+    Holds for the thread or task that enters it, and for the backward of what is computed inside.
+    """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype is {dtype}; expected torch.float32 or torch.bfloat16")
-    _forced.append(dtype)
+    token = BFLOAT16_IN.set(dtype)
     try:
         yield
     finally:
-        _forced.pop()
+        BFLOAT16_IN.reset(token)
 
 
 @functools.cache
@@ -49,7 +53,7 @@ def _bfloat16_on_cpu() -> torch.dtype:
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype that products asked for in `dtype` are done, and their operands kept, in."""
     if dtype == torch.bfloat16 and device.type == "cpu":
-        return _forced[-1] if _forced else _bfloat16_on_cpu()
+        return BFLOAT16_IN.get() or _bfloat16_on_cpu()
     return dtype
 
 

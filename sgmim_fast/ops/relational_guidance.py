@@ -100,25 +100,59 @@ def relational_guidance(
     Raises:
         ValueError, TypeError: naming the argument, what came and what is expected.
     """
-    _check.floating("features", features)
-    _check.shape("features", features, (None, parameters.q_weight.shape[1]), "(cells of the batch, width)")
-    _check.shape("structure", structure, (shown.index.shape[0] + 1, features.shape[1]), "(shown cells + 1, width)")
-    _check.same_dtype("features", features, "q_weight", parameters.q_weight)
-    _check.same_device(features.device, structure=structure, visible=visible.index, shown=shown.index)
-    for name, rows in (("visible", visible), ("shown", shown)):
-        _check.index(f"{name}.index", rows.index)
-        _check.index(f"{name}.offsets", rows.offsets)
-    images = visible.offsets.shape[0] - 1
-    _check.shape("shown.offsets", shown.offsets, (images + 1,), "(images + 1,), as visible.offsets")
-    if images < 1 or features.shape[0] % images:
-        raise ValueError(f"features has {features.shape[0]} rows for {images} images; expected as many for each image")
-    if features.shape[1] % heads:
-        raise ValueError(f"heads is {heads}; expected a divisor of the width {features.shape[1]}")
     if hidden_context not in ("keep", "drop"):
         raise ValueError(f"hidden_context is {hidden_context!r}; expected 'keep' or 'drop'")
     rows = [visible.index, visible.offsets, shown.index, shown.offsets]
+    cells = features.shape[0] // max(visible.offsets.numel() - 1, 1) if features.ndim else 0
     keep = hidden_context == "keep"
-    return _op(features, structure, list(parameters), rows, features.shape[0] // images, heads, keep, eps, None)[0]
+    return _op(features, structure, list(parameters), rows, cells, heads, keep, eps, None)[0]
+
+
+ROWS = ("visible.index", "visible.offsets", "shown.index", "shown.offsets")
+
+
+def _check_arguments(
+    features: Tensor,
+    structure: Tensor,
+    parameters: list[Tensor],
+    rows: list[Tensor],
+    cells: int,
+    heads: int,
+    keep: bool,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> None:
+    if len(parameters) != len(GuidanceParameters._fields) or len(rows) != len(ROWS):
+        raise ValueError(
+            f"parameters and rows have {len(parameters)} and {len(rows)} tensors; expected "
+            f"{len(GuidanceParameters._fields)} and {len(ROWS)}"
+        )
+    for name, list_of_rows in zip(ROWS, rows, strict=True):
+        _check.index(name, list_of_rows)
+    w = GuidanceParameters(*parameters)
+    _check.shape("q_weight", w.q_weight, (None, None), "(width, width)")
+    _check.parameter("features", features, (None, w.q_weight.shape[1]), "(cells of the batch, width)")
+    count, width = features.shape
+    _check.parameter("structure", structure, (rows[2].shape[0] + 1, width), "(shown cells + 1, width)")
+    images = rows[1].shape[0] - 1
+    _check.shape("shown.offsets", rows[3], (images + 1,), "(images + 1,), as visible.offsets")
+    if images < 1 or count != images * cells:
+        raise ValueError(f"features has {count} rows for {images} images; expected as many for each image")
+    if heads < 1 or width % heads:
+        raise ValueError(f"heads is {heads}; expected a divisor of the width {width}")
+    _check.shape("fc1_weight", w.fc1_weight, (None, width), "(hidden, width of features)")
+    hidden = w.fc1_weight.shape[0]
+    vector, square = ((width,), "(width of features,)"), ((width, width), "(width of features, the same)")
+    others = {
+        "fc1_weight": ((hidden, width), "(hidden, width of features)"),
+        "fc1_bias": ((hidden,), "(hidden,)"),
+        "fc2_weight": ((width, hidden), "(width of features, hidden)"),
+    }
+    for name, tensor in zip(w._fields, w, strict=True):
+        _check.parameter(name, tensor, *(others.get(name) or (square if name in LINEAR else vector)))
+    for name in LINEAR:
+        _check.same_dtype("features", features, name, getattr(w, name), dtype)
+    _check.same_dtype("features", features, "structure", structure, dtype)
 
 
 def storage_dtype(features: Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -194,6 +228,8 @@ def _forward(
     eps: float,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, list[Tensor]]:
+    _check.image_rows("visible", *rows[:2], cells)
+    _check.image_rows("shown", *rows[2:], cells)
     w = GuidanceParameters(*parameters)
     storage = storage_dtype(features, dtype)
     copies = products.copies([getattr(w, name) for name in LINEAR], storage)
@@ -334,6 +370,8 @@ _op = Op(
     "bool keep_hidden, float eps, ScalarType? dtype) -> (Tensor, Tensor[])",
     forward=_forward,
     fake=_fake,
+    check=_check_arguments,
+    fields={"parameters": lambda _: GuidanceParameters._fields, "rows": lambda _: ROWS},
 )
 
 

@@ -38,22 +38,25 @@ def selective_mask(
     Raises:
         ValueError, TypeError: naming the argument, what came and what is expected.
     """
+    rows, columns = grid
+    mask, visible, visible_offsets, hidden, hidden_offsets = _op(seed, list(masked), rows, columns, scale)
+    return mask, Rows(visible, visible_offsets), Rows(hidden, hidden_offsets)
+
+
+def _check_arguments(seed: Tensor, masked: Sequence[int], gh: int, gw: int, scale: int) -> None:
     _check.shape("seed", seed, (2,), "two numbers")
     _check.index("seed", seed)
-    rows, columns = grid
-    if rows < 1 or columns < 1:
-        raise ValueError(f"grid is {tuple(grid)}; expected at least one unit along each side")
-    if rows * columns >= 2**31:
-        raise ValueError(f"grid is {tuple(grid)}; expected less than 2^31 units")
+    if gh < 1 or gw < 1:
+        raise ValueError(f"grid is {(gh, gw)}; expected at least one unit along each side")
+    if gh * gw >= 2**31:
+        raise ValueError(f"grid is {(gh, gw)}; expected less than 2^31 units")
     if scale < 1:
         raise ValueError(f"scale is {scale}; expected at least 1")
     if len(masked) == 0:
         raise ValueError("masked is empty; expected one number of masked units per image")
     for image, count in enumerate(masked):
-        if not 0 <= count <= rows * columns:
-            raise ValueError(f"masked is {count} for image {image}; expected 0 to {rows * columns} units")
-    mask, visible, visible_offsets, hidden, hidden_offsets = _op(seed, list(masked), rows, columns, scale)
-    return mask, Rows(visible, visible_offsets), Rows(hidden, hidden_offsets)
+        if not 0 <= count <= gh * gw:
+            raise ValueError(f"masked is {count} for image {image}; expected 0 to {gh * gw} units")
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
@@ -129,4 +132,6 @@ _op = Op(
     "(Tensor seed, SymInt[] masked, SymInt gh, SymInt gw, SymInt scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     forward=_forward,
     fake=_fake,
+    check=_check_arguments,
 )
+_op.not_differentiable()

@@ -33,6 +33,14 @@ def standardize_structure(structure: Tensor, *, nonfinite: str = "raise") -> Ten
     Raises:
         ValueError, TypeError: naming the argument, what came and what is expected.
     """
+    if structure.requires_grad and torch.is_grad_enabled():
+        raise ValueError("structure requires grad; expected data: standardising is not differentiable, detach() it")
+    if nonfinite not in ("raise", "ignore"):
+        raise ValueError(f"nonfinite is {nonfinite!r}; expected 'raise' or 'ignore'")
+    return _op(structure, nonfinite == "ignore")
+
+
+def _check_arguments(structure: Tensor, ignore: bool) -> None:
     if structure.ndim != 4:
         raise ValueError(f"structure has shape {tuple(structure.shape)}; expected (B, S, H, W)")
     if structure.numel() == 0:
@@ -41,11 +49,6 @@ def standardize_structure(structure: Tensor, *, nonfinite: str = "raise") -> Ten
         )
     if structure.dtype not in DTYPES:
         raise TypeError(f"structure has dtype {structure.dtype}; expected one of {', '.join(map(str, DTYPES))}")
-    if structure.requires_grad and torch.is_grad_enabled():
-        raise ValueError("structure requires grad; expected data: standardising is not differentiable, detach() it")
-    if nonfinite not in ("raise", "ignore"):
-        raise ValueError(f"nonfinite is {nonfinite!r}; expected 'raise' or 'ignore'")
-    return _op(structure, nonfinite == "ignore")
 
 
 def planes(structure: Tensor) -> Tensor:
@@ -93,4 +96,6 @@ _op = Op(
     "(Tensor structure, bool ignore) -> Tensor",
     forward=_forward,
     fake=lambda structure, ignore: structure.new_empty(structure.shape, dtype=_result_dtype(structure)),
+    check=_check_arguments,
 )
+_op.not_differentiable()

@@ -29,6 +29,12 @@ class StructureParameters(NamedTuple):
         return [*self[:4], *self.merge_norm_weights, *self.merge_norm_biases, *self.merge_weights]
 
     @classmethod
+    def names(cls, count: int) -> list[str]:
+        """What the tensors of `flat()`, so many, are called."""
+        lists = [f"{name}[{i}]" for name in cls._fields[4:] for i in range((count - 4) // 3)]
+        return [*cls._fields[:4], *lists]
+
+    @classmethod
     def nested(cls, flat: list[Any]) -> StructureParameters:
         """From `flat()`, or from anything that has one entry per parameter in that order."""
         k = (len(flat) - 4) // 3
@@ -75,21 +81,37 @@ def structure_embed(
     Raises:
         ValueError, TypeError: naming the argument, what came and what is expected.
     """
+    lists = [len(tensors) for tensors in parameters[4:]]
+    if len(set(lists)) > 1:
+        raise ValueError(f"the lists of the mergings have {lists} tensors; expected as many in each")
+    return _op(structure, rows, parameters.flat(), cell, eps, None)[0]
+
+
+def _check_arguments(
+    structure: Tensor, rows: Tensor, parameters: list[Tensor], cell: int, eps: float, dtype: torch.dtype | None
+) -> None:
     _check.floating("structure", structure)
     _check.cells("structure", structure, cell)
     _check.index("rows", rows)
-    weight = parameters.embed_weight
-    _check.same_dtype("structure", structure, "embed_weight", weight)
-    _check.same_device(structure.device, rows=rows, embed_weight=weight)
-    if weight.ndim != 4 or weight.shape[1] != structure.shape[1]:
+    if len(parameters) < 4 or (len(parameters) - 4) % 3:
+        raise ValueError(f"parameters has {len(parameters)} tensors; expected 4, and 3 for each merging")
+    names, w = StructureParameters.names(len(parameters)), StructureParameters.nested(list(parameters))
+    weight, mergings = w.embed_weight, len(w.merge_weights)
+    if weight.ndim != 4 or weight.shape[1] != structure.shape[1] or weight.shape[2] != weight.shape[3]:
         raise ValueError(f"embed_weight has shape {tuple(weight.shape)}; expected (D, {structure.shape[1]}, e, e)")
-    mergings = len(parameters.merge_weights)
+    width = weight.shape[0]
+    shapes = [weight.shape, *[(width,)] * 3]
+    shapes += [(4 * width << i,) for i in range(mergings)] * 2
+    shapes += [(2 * width << i, 4 * width << i) for i in range(mergings)]
+    for name, tensor, shape in zip(names, parameters, shapes, strict=True):
+        _check.parameter(name, tensor, shape, f"that of {mergings} mergings from width {width}")
+        if tensor.ndim > 1:
+            _check.same_dtype("structure", structure, name, tensor, dtype)
     if weight.shape[2] << mergings != cell:
         raise ValueError(
             f"embed_weight has patches of {weight.shape[2]} pixels and there are {mergings} mergings; "
             f"expected patches of cell / 2^mergings = {cell} / {1 << mergings} pixels"
         )
-    return _op(structure, rows, parameters.flat(), cell, eps, None)[0]
 
 
 def patches(structure: Tensor, rows: Tensor, weight: Tensor, cell: int, dtype: torch.dtype) -> Tensor:
@@ -114,6 +136,7 @@ def _with_hidden(tokens: Tensor, w: StructureParameters) -> Tensor:
 def _forward(
     structure: Tensor, rows: Tensor, parameters: list[Tensor], cell: int, eps: float, dtype: torch.dtype | None
 ) -> tuple[Tensor, list[Tensor]]:
+    _check.rows("rows", rows, structure.shape[0] * (structure.shape[2] // cell) * (structure.shape[3] // cell))
     w = StructureParameters.nested(parameters)
     storage = storage_dtype(structure, dtype)
     x = patches(structure, rows, w.embed_weight, cell, storage)
@@ -193,6 +216,8 @@ _op = Op(
     "-> (Tensor, Tensor[])",
     forward=_forward,
     fake=_fake,
+    check=_check_arguments,
+    fields={"parameters": StructureParameters.names},
 )
 
 

@@ -58,6 +58,19 @@ def window_attention(
 
     Source: Swin (arXiv 2103.14030), SwinV2 (arXiv 2111.09883), timm's arithmetic.
     """
+    return _op(qkv, bias, index, logit_scale, pad, heads, list(window), list(shift))
+
+
+def _check_arguments(
+    qkv: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+    logit_scale: Tensor | None,
+    pad: Tensor | None,
+    heads: int,
+    window: Sequence[int],
+    shift: Sequence[int],
+) -> None:
     _check.floating("qkv", qkv)
     if qkv.ndim != 4:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected (B, H, W, 3 * channels)")
@@ -68,7 +81,6 @@ def window_attention(
             raise ValueError(f"{name} is {tuple(pair)}; expected two integers from {low}")
     if shift[0] >= window[0] or shift[1] >= window[1]:
         raise ValueError(f"shift is {tuple(shift)}; expected less than the window {tuple(window)}")
-    _check.same_device(qkv.device, bias=bias, index=index, logit_scale=logit_scale, pad=pad)
     n = window[0] * window[1]
     if index is not None:
         if bias is None:
@@ -76,19 +88,12 @@ def window_attention(
         _check.shape("index", index, (n, n), "(tokens of a window, the same)")
         if index.dtype != torch.int64:
             raise TypeError(f"index has dtype {index.dtype}; expected torch.int64")
-    if bias is not None:
-        _check.floating("bias", bias)
-        if index is None:
-            _check.shape("bias", bias, (heads, n, n), "(heads, tokens of a window, the same)")
-        else:
-            _check.shape("bias", bias, (None, heads), "(entries, heads)")
-    if logit_scale is not None:
-        _check.floating("logit_scale", logit_scale)
-        _check.shape("logit_scale", logit_scale, (heads,), "(heads,)")
-    if pad is not None:
-        _check.floating("pad", pad)
-        _check.shape("pad", pad, (qkv.shape[3],), "(3 * channels,)")
-    return _op(qkv, bias, index, logit_scale, pad, heads, list(window), list(shift))
+    if index is None:
+        _check.parameter("bias", bias, (heads, n, n), "(heads, tokens of a window, the same)")
+    else:
+        _check.parameter("bias", bias, (None, heads), "(entries, heads)")
+    _check.parameter("logit_scale", logit_scale, (heads,), "(heads,)")
+    _check.parameter("pad", pad, (qkv.shape[3],), "(3 * channels,)")
 
 
 def most_tokens_on_a_gpu(dtype: torch.dtype) -> int:
@@ -191,6 +196,8 @@ def _forward(
     window: list[int],
     shift: list[int],
 ) -> Tensor:
+    if index is not None:
+        _check.rows("index", index, bias.shape[0], distinct=False)
     windows = _Windows(qkv, pad, heads, window, shift)
     (q, k, v), scale = windows.operands(qkv, logit_scale)
     if logit_scale is not None:
@@ -251,6 +258,7 @@ _op = Op(
     "SymInt[] shift) -> Tensor",
     forward=_forward,
     fake=_fake,
+    check=_check_arguments,
 )
 
 

@@ -161,7 +161,7 @@ def compose(w: StructureParameters, count: int) -> list[Composed]:
     composed = [Composed(w.norm_weight.float()[:, None] * embed, w.norm_bias.float(), embed)]
     for weight, gain, shift in zip(w.merge_weights[:count], w.merge_norm_weights, w.merge_norm_biases, strict=False):
         below = composed[-1]
-        centred = weight.float() * gain.float()
+        centred = weight.float().contiguous() * gain.float()
         centred -= centred.mean(1, keepdim=True)
         blocks = centred.view(-1, below.constant.shape[0])  # (4 d_i, d_(i-1))
         matrix = products.linear_input_gradient(blocks, below.matrix).view(weight.shape[0], -1)

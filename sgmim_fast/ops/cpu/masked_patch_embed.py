@@ -62,7 +62,7 @@ def backward(
     visible = visible.contiguous()
     embedded, statistics = saved or (None, None)
     width = weight.shape[0]
-    storage = products.compute_dtype(dtype or x.dtype, x.device)
+    storage = products.compute_dtype(dtype or x.dtype, x.device) if embedded is None else embedded.dtype
     dembedded = torch.empty(visible.shape[0], width, dtype=storage)
     sums = torch.empty(4, width)
     torch.ops.sgmim_fast_cpu.place_tokens_backward(

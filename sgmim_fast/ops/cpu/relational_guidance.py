@@ -47,7 +47,7 @@ def forward(
     copies = products.copies([getattr(w, name) for name in LINEAR], storage)
     w = linear_weights(w, copies)
     features, structure = features.contiguous(), structure.contiguous()
-    visible, visible_offsets, _, shown_offsets = (r.contiguous() for r in rows)
+    visible, visible_offsets, shown, shown_offsets = (r.contiguous() for r in rows)
 
     query, query_statistics = layer_norm(features, w.query_norm_weight, w.query_norm_bias, eps, storage, rows=visible)
     q = products.linear(query, w.q_weight)
@@ -55,7 +55,9 @@ def forward(
     k, v = products.linear(context, w.k_weight), products.linear(context, w.v_weight)
     attended = torch.empty_like(q)
     lse = torch.empty(q.shape[0], heads)
-    torch.ops.sgmim_fast_cpu.attention(q, k, v, visible_offsets, shown_offsets, cells, heads, keep, attended, lse)
+    torch.ops.sgmim_fast_cpu.attention(
+        q, k, v, visible, visible_offsets, shown, shown_offsets, cells, heads, keep, attended, lse
+    )
     t = products.linear(attended, w.proj_weight, w.proj_bias)
     y, out_statistics = layer_norm(features, w.out_norm_weight, w.out_norm_bias, eps, storage, rows=visible, add_to=t)
     hidden = products.linear(y, w.fc1_weight, w.fc1_bias)
@@ -118,7 +120,7 @@ def backward(
     dattended = products.linear_input_gradient(dt, w.proj_weight)
     dq, dk, dv = torch.empty_like(s.q), torch.empty_like(s.k), torch.empty_like(s.v)
     kernels.attention_backward(
-        dattended, s.q, s.k, s.v, s.attended, s.lse, visible_offsets, shown_offsets, cells, heads, keep, dq, dk, dv
+        dattended, s.q, s.k, s.v, s.lse, visible_offsets, shown_offsets, cells, heads, keep, dq, dk, dv
     )
     dx, query, (dquery_norm, dquery_norm_bias) = layer_norm_backward(
         products.linear_input_gradient(dq, w.q_weight),

@@ -1,0 +1,347 @@
+"""Every argument of every op, changed in every way: an error that says what is expected, or the right result.
+
+The arguments come from the ops' schemas and the changes from the arguments, so an op that is added is tested as soon as
+EXAMPLES has a call of it. The C++ launchers below the ops get the same: their calls are recorded while the ops run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from checks import in_dtype
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from sgmim_fast import backends
+from sgmim_fast.ops.relational_guidance import ROWS, GuidanceParameters
+from sgmim_fast.ops.structure_embed import StructureParameters
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values)
+
+
+# One valid call of each op, on the CPU, every optional argument given.
+EXAMPLES: dict[str, Callable[[], list[Any]]] = {
+    "gather_patches": lambda: [torch.randn(2, 3, 8, 8), ints(1, 5, 0), 4, 2, True],
+    "linear_l1": lambda: [
+        *(torch.randn(3, 6), torch.randn(8, 6), torch.randn(8), torch.randn(2, 2, 4, 4)),
+        *(torch.rand(2, 2, 4, 4) > 0.3, ints(6, 1, 4), 2, True, 0.5, None),
+    ],
+    "masked_patch_embed": lambda: [
+        *(torch.randn(2, 3, 4, 4), torch.randn(5, 3, 2, 2), torch.randn(5), torch.randn(5), ints(7, 0, 3)),
+        *(torch.randn(5), torch.randn(5), 1e-5, None),
+    ],
+    "norm_linear": lambda: [
+        *(torch.randn(4, 6), torch.randn(5, 6), torch.randn(5), torch.randn(6), torch.randn(6), torch.randn(4, 5)),
+        *(1e-5, None),
+    ],
+    "norm_mlp": lambda: [
+        *(torch.randn(4, 6), torch.randn(7, 6), torch.randn(7), torch.randn(6, 7), torch.randn(6)),
+        *(torch.randn(6), torch.randn(6), True, 1e-5, None),
+    ],
+    "relational_guidance": lambda: [
+        *(torch.randn(8, 6), torch.randn(4, 6)),
+        [torch.randn(shape) / 2 for shape in [(6,)] * 4 + [(6, 6)] * 4 + [(6,)] * 3 + [(7, 6), (7,), (6, 7), (6,)]],
+        [ints(0, 2, 5), ints(0, 2, 3), ints(1, 4, 7), ints(0, 1, 3)],
+        *(4, 2, True, 1e-5, None),
+    ],
+    "selective_mask": lambda: [ints(3, 4), [2, 3], 2, 3, 2],
+    "standardize_structure": lambda: [torch.randn(2, 1, 4, 5), False],
+    "structure_embed": lambda: [
+        *(torch.randn(2, 1, 8, 8), ints(1, 6, 3)),
+        [torch.randn(shape) for shape in [(3, 1, 1, 1)] + [(3,)] * 3 + [(12,), (24,)] * 2 + [(6, 12), (12, 24)]],
+        *(4, 1e-5, None),
+    ],
+    "window_attention": lambda: [
+        *(torch.randn(2, 5, 4, 18), torch.randn(12, 2), torch.randint(12, (6, 6)), torch.randn(2), torch.randn(18)),
+        *(2, [2, 3], [1, 1]),
+    ],
+}
+OPS = sorted(backends.MODULES)
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.skipif(not usable, reason=reason or "runs here"))
+    for name, (usable, reason) in backends.available().items()
+    if name != "cuda"  # the tensors here are the CPU's
+]
+LISTS = {"parameters": {15: GuidanceParameters._fields, 10: StructureParameters.names(10)}, "rows": {4: ROWS}}
+
+
+def overload(op: str) -> Any:
+    return getattr(torch.ops.sgmim_fast, op).default
+
+
+def example(op: str) -> list[Any]:
+    assert op in EXAMPLES, f"{op} is new: EXAMPLES needs a valid call of it"
+    torch.manual_seed(0)
+    args = EXAMPLES[op]()
+    assert len(args) == len(overload(op)._schema.arguments), f"the schema of {op} has other arguments than its example"
+    return args
+
+
+def tensors(op: str) -> list[str]:
+    """What the op's tensors are called, in the order of the flat arguments."""
+    names = []
+    for argument, value in zip(overload(op)._schema.arguments, example(op), strict=True):
+        if isinstance(value, Tensor):
+            names.append(argument.name)
+        elif isinstance(value, list) and isinstance(value[0], Tensor):
+            names += LISTS[argument.name][len(value)]
+    return names
+
+
+def replaced(args: list[Any], place: int, change: Callable[[Tensor], Tensor]) -> list[Any]:
+    """The arguments with the place-th tensor changed."""
+    flat, spec = pytree.tree_flatten(args)
+    at = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)][place]
+    flat[at] = change(flat[at])
+    return pytree.tree_unflatten(flat, spec)
+
+
+def shapes(tensor: Tensor) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    for dim in range(tensor.ndim):
+        yield f"one more along {dim}", lambda t, dim=dim: torch.cat([t, t.narrow(dim, 0, 1)], dim)
+        yield f"one less along {dim}", lambda t, dim=dim: t.narrow(dim, 0, t.shape[dim] - 1)
+        yield f"none along {dim}", lambda t, dim=dim: t.narrow(dim, 0, 0)
+        yield f"long along {dim}", lambda t, dim=dim: torch.cat([t] * 100, dim)
+    yield "one dimension more", lambda t: t[None]
+    if tensor.ndim > 0:
+        yield "one dimension less", lambda t: t[0]
+        yield "no dimension", lambda t: t.flatten()[0]
+        yield "transposed", lambda t: t.mT.contiguous() if t.ndim > 1 else t[:, None]
+
+
+def dtypes(tensor: Tensor) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    for dtype in (
+        *(torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64),
+        *(torch.int64, torch.int32, torch.uint8, torch.bool),
+    ):
+        if dtype != tensor.dtype:
+            yield str(dtype), lambda t, dtype=dtype: t.to(dtype)
+
+
+def places(tensor: Tensor) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    yield "meta", lambda t: t.to("meta")
+    yield "sparse", lambda t: t.to_sparse()
+
+
+def strides(tensor: Tensor) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    """The same values in other places."""
+
+    def every_other(t: Tensor) -> Tensor:
+        larger = torch.full([2 * size + 1 for size in t.shape], 77, dtype=t.dtype)
+        larger[tuple(slice(1, None, 2) for _ in t.shape)] = t
+        return larger[tuple(slice(1, None, 2) for _ in t.shape)]
+
+    def turned(t: Tensor) -> Tensor:
+        return t.permute(*reversed(range(t.ndim))).contiguous().permute(*reversed(range(t.ndim)))
+
+    if tensor.ndim == 0:
+        return
+    yield "every other", every_other
+    yield "first dimension last", turned
+    yield "not at the beginning", lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)
+    yield "backwards", lambda t: torch.stack([t.flip(-1), t], -1)[..., 1]
+    if tensor.is_floating_point():
+        yield "negative bit", lambda t: torch._neg_view(-t)
+
+
+def values(tensor: Tensor) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    """Indices that point elsewhere."""
+    if tensor.dtype == torch.int64:
+        for value in (-1, -(2**40), 10**6, 2**40):
+            for at in (0, -1):
+                yield f"{value} at {at}", lambda t, value=value, at=at: _with(t, at, value)
+
+
+def _with(t: Tensor, at: int, value: int) -> Tensor:
+    t = t.clone()
+    t.view(-1)[at] = value
+    return t
+
+
+def run(op: str, args: list[Any], backend: str | None) -> list[Tensor]:
+    """Results that do not depend on the backend, and gradients of all that is floating."""
+    flat, spec = pytree.tree_flatten(args)
+    differentiable = op not in ("selective_mask", "standardize_structure")
+    leaves = [
+        leaf.detach().requires_grad_(differentiable) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+        for leaf in flat
+    ]
+    with backends.use(backend):
+        results = overload(op)(*pytree.tree_unflatten(leaves, spec))
+        if not differentiable:
+            return list(results) if isinstance(results, tuple) else [results]
+        result = results[0] if isinstance(results, tuple) else results
+        wanted = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if not wanted:
+            return [result]
+        torch.manual_seed(1)
+        cotangent = torch.randn(result.shape, dtype=torch.float64)
+        grads = torch.autograd.grad(result, wanted, cotangent.to(result.dtype), allow_unused=True)
+    return [result.detach(), *(grad for grad in grads if grad is not None)]
+
+
+def assert_same(actual: list[Tensor], truth: list[Tensor], what: str) -> None:
+    """To the precision of float32, or of the coarsest dtype where that is coarser: nothing here is ill-conditioned."""
+    assert len(actual) == len(truth), what
+    for i, (a, t) in enumerate(zip(actual, truth, strict=True)):
+        assert a.shape == t.shape, f"{what}: result {i} has shape {tuple(a.shape)}, expected {tuple(t.shape)}"
+        if not a.is_floating_point():
+            assert torch.equal(a, t), f"{what}: result {i}"
+            continue
+        eps = max(torch.finfo(r.dtype).eps for r in actual if r.is_floating_point())
+        error = (a.double() - t.double()).norm().item()
+        assert error <= 100 * eps * max(t.double().norm().item(), 1), f"{what}: result {i} is off by {error:.2e}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("changes", [shapes, dtypes, places, values], ids=lambda kind: kind.__name__)
+def test_an_error_or_the_right_result(op, backend, changes):
+    """Wrong arguments raise ValueError or TypeError with what is expected; what is taken gives what float64 gives."""
+    taken = raised = 0
+    for place, name in enumerate(tensors(op)):
+        tensor = [t for t in pytree.tree_leaves(example(op)) if isinstance(t, Tensor)][place]
+        for label, change in changes(tensor):
+            what = f"{op} on {backend}, {name} {label}"
+            args = replaced(example(op), place, change)
+            if changes is values and (backend == "triton" or op == "selective_mask"):
+                continue  # on a GPU nobody looks at indices; a seed may be any number
+            try:
+                actual = run(op, args, backend)
+            except (ValueError, TypeError) as error:
+                assert "expected" in str(error), f"{what}: {error}"
+                raised += 1
+                continue
+            except RuntimeError as error:  # of the launchers in C++, which look at indices
+                assert "; expected" in str(error) or "was forced but cannot run" in str(error), f"{what}: {error}"
+                raised += 1
+                continue
+            if label == "meta" and len(tensors(op)) == 1:
+                assert all(t.is_meta for t in actual), what
+                continue
+            assert changes not in (places, values), f"{what}: taken"
+            assert_same(actual, run(op, in_double(args), "torch"), what)
+            taken += 1
+    assert raised or changes is values, "nothing raised"
+
+
+def in_double(args: list[Any]) -> list[Any]:
+    flat, spec = pytree.tree_flatten(args)
+    return pytree.tree_unflatten(in_dtype(flat, torch.float64), spec)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_strides_do_not_matter(op, backend):
+    expected = run(op, example(op), backend)
+    for place, name in enumerate(tensors(op)):
+        tensor = [t for t in pytree.tree_leaves(example(op)) if isinstance(t, Tensor)][place]
+        for label, change in strides(tensor):
+            args = replaced(example(op), place, change)
+            assert_same(run(op, args, backend), expected, f"{op} on {backend}, {name} {label}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_optional_tensors_may_be_left_out_one_by_one(op, backend):
+    for at, argument in enumerate(overload(op)._schema.arguments):
+        if str(argument.type) != "Optional[Tensor]":
+            continue
+        args = example(op)
+        args[at] = None
+        try:
+            actual = run(op, args, backend)
+        except ValueError as error:
+            assert "expected" in str(error)
+        else:
+            assert_same(actual, run(op, in_double(args), "torch"), f"{op} on {backend} without {argument.name}")
+
+
+NATIVE = backends.available()["cpu"]
+LAUNCHERS = sorted(
+    name.partition("::")[2]
+    for name in (torch._C._dispatch_get_all_op_names() if NATIVE[0] else [])
+    if name.startswith("sgmim_fast_cpu::") and name != "sgmim_fast_cpu::isa"
+)
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """Launcher -> the arguments of one call of it, taken while the examples run."""
+    calls: dict[str, list[Any]] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in LAUNCHERS:
+            packet = getattr(torch.ops.sgmim_fast_cpu, name)
+
+            def record(*args: Any, name=name, packet=packet) -> Any:
+                calls.setdefault(name, [a.clone() if isinstance(a, Tensor) else a for a in args])
+                return packet(*args)
+
+            patch.setattr(torch.ops.sgmim_fast_cpu, name, record)
+        for op in OPS:
+            run(op, example(op), "cpu")
+        structure, rows, *rest = example("structure_embed")
+        run("structure_embed", [structure, rows[:1], *rest], "cpu")  # too few rows to collapse a merging
+        run("structure_embed", collapsing(), "cpu")
+    return calls
+
+
+def collapsing() -> list[Any]:
+    """A call of structure_embed whose mergings are both collapsed: cells of few pixels, wide tokens."""
+    sizes = [(32, 1, 1, 1)] + [(32,)] * 3 + [(128,), (256,)] * 2 + [(64, 128), (128, 256)]
+    return [torch.randn(1, 1, 16, 16), torch.arange(16), [torch.randn(size) for size in sizes], 4, 1e-5, None]
+
+
+# Tensors by whose dtype and size the launcher goes.
+LEADING = {
+    *(("column_sum", "x"), ("embed_norm", "x"), ("embed_norm", "merge_statistics")),
+    *(("embed_statistics_backward", "x"), ("expand_signs", "out"), ("l1", "prediction")),
+    *(("layer_norm", "x"), ("layer_norm", "y"), ("layer_norm_backward", "x")),
+    *(("place_tokens", "embedded"), ("place_tokens", "out"), ("place_tokens_backward", "dout")),
+    *(("row_statistics", "x"), ("standardize_structure", "input")),
+}
+
+
+@pytest.mark.skipif(not NATIVE[0], reason=NATIVE[1])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_raises_for_every_tensor_that_does_not_fit(recorded, launcher):
+    """Nothing is read or written outside of what the tensors hold, whoever calls."""
+    assert launcher in recorded, f"no example runs {launcher}"
+    operator = getattr(torch.ops.sgmim_fast_cpu, launcher)
+    schema = operator.default._schema
+
+    def call(change: Callable[[Tensor], Tensor] | None = None, at: int = -1) -> list[Tensor]:
+        args = [a.clone() if isinstance(a, Tensor) else a for a in recorded[launcher]]
+        if change is not None:
+            args[at] = change(args[at])
+        operator(*args)
+        return [a for a, x in zip(args, schema.arguments, strict=True) if isinstance(a, Tensor) and x.alias_info]
+
+    expected = call()
+    for at, argument in enumerate(schema.arguments):
+        tensor = recorded[launcher][at]
+        if not isinstance(tensor, Tensor):
+            continue
+        for label, change in (*shapes(tensor), *dtypes(tensor)):
+            if tensor.numel() == 0 or (launcher, argument.name) in LEADING:
+                continue
+            try:
+                call(change, at)
+            except RuntimeError:
+                continue
+            assert change(tensor).numel() >= tensor.numel() and change(tensor).dtype == tensor.dtype, (
+                f"{launcher}: {argument.name} {label} is taken"
+            )
+        for label, change in strides(tensor):
+            try:
+                actual = call(change, at)
+            except RuntimeError:
+                continue
+            assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True)), (
+                f"{launcher}: {argument.name} {label}"
+            )

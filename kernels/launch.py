@@ -93,8 +93,8 @@ def rows_per_program(count: int, device: torch.device, least: int = 8) -> int:
 def programs_of_rows(
     rows: int, width: int, device: torch.device, most: int, columns: int = 256, per_multiprocessor: int = 16
 ) -> tuple[int, int]:
-    """Rows of a program, a multiple of 32 and at most `most`, and programs along the rows, where each has `columns` of a
-    width: so many that all of them together are about `per_multiprocessor` for each multiprocessor.
+    """Rows of a program, a multiple of 32 and at most `most`, and programs along the rows, where each has `columns` of
+    a width: so many that all of them together are about `per_multiprocessor` for each multiprocessor.
     """
     across = cdiv(width, columns)
     wanted = max(1, per_multiprocessor * target(device).multiprocessors // across)
@@ -114,14 +114,20 @@ def fits(*widths: int) -> tuple[bool, str]:
 
 
 def copies_of(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """`ops.products.copies`: all weights in `dtype`, or [] where they are in it as they are. Cost: 1 launch each.
+    """`ops.products.copies`: all weights in `dtype`, or [] where they are in it as they are.
 
-    One launch for all (`torch._foreach_copy_`) takes longer: it gives 65,536 numbers to a block, and a layer's weights
-    are too few for all multiprocessors (H200, a Swin-B's weights twice: 154 launches took 2.4 ms; by traffic 0.25).
+    Cost: 1 launch where they are enough for all multiprocessors, else 1 each: `torch._foreach_copy_` gives 65,536
+    numbers to a block, and for the few of a layer it took ten times what the traffic does (H200, a Swin-B's weights
+    twice: 154 launches, 2.4 ms).
     """
     if all(weight.dtype == dtype for weight in weights):
         return []
-    return [weight.detach().to(dtype, memory_format=torch.contiguous_format) for weight in weights]
+    weights = [weight.detach() for weight in weights]
+    if sum(weight.numel() for weight in weights) < target(weights[0].device).multiprocessors << 16:
+        return [weight.to(dtype, memory_format=torch.contiguous_format) for weight in weights]
+    copies = [torch.empty(weight.shape, dtype=dtype, device=weight.device) for weight in weights]
+    torch._foreach_copy_(copies, weights)
+    return copies
 
 
 _kept: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> its version, and the copy that its forward made

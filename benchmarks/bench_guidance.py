@@ -37,6 +37,7 @@ from visible import visible_losses
 
 from sgmim_fast import SGMIM, backends, reference, selective_mask, standardize_structure
 from sgmim_fast.masking import cells_of
+from sgmim_fast.ops import products
 
 FUSED = {"fused-cpu": "cpu", "fused-triton": "triton", "fused-cuda": "cuda"}
 NAMES = ("dense", "dense-compiled", "visible", "visible-compiled", *FUSED, "gemm-floor")
@@ -323,6 +324,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{title}, batch {batch}, {device}{note}", table(new), sep="\n")
         print(f"the floor's products run at {rate:.0f} GFLOP/s", flush=True)
         said.append(conclusion(new))
+        if products.compute_dtype(kind, torch.device(device)) != kind:
+            said[-1] += " This CPU has no instructions for bfloat16, so sgmim_fast computes it in float32."
         torch.compiler.reset()
     print("", *said, sep="\n")
     if not args.all:

@@ -1,10 +1,12 @@
-"""Fixtures of all tests: each backend that runs here, poisoned buffers, seeds, threads; and hypothesis's settings."""
+"""Fixtures of all tests: each backend that runs here, poisoned buffers, seeds, threads; hypothesis's settings; and what
+is said of skipped tests."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
+from collections import Counter
 from typing import NamedTuple
 
 import pytest
@@ -27,6 +29,17 @@ settings.load_profile("sgmim_fast")
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores
     torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many tests were skipped for which reason; -rs lists each."""
+    reasons = Counter(
+        str(report.longrepr[2]).removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])
+    )
+    if reasons and "s" not in terminalreporter.reportchars:
+        terminalreporter.section("skipped", sep="-")
+        for reason, count in reasons.most_common():
+            terminalreporter.write_line(f"{count:6} {reason}")
 
 
 class TorchRandom:

@@ -29,7 +29,7 @@ def check_standardized(structure: Tensor, valid: Tensor | None) -> None:
         structure = torch.where(valid, structure, 0)
     low, high = structure.aminmax()  # NaN where there is one
     finite = low.isfinite() & high.isfinite()
-    if structure.device.type != "cpu" or torch.compiler.is_compiling():
+    if not _on_host(structure):
         message = f"structure has infinities, NaN or values that are not standardised; {EXPECTED}"
         torch._assert_async(finite & ~_mostly_beyond(structure, valid), message)
     elif not finite:
@@ -39,6 +39,11 @@ def check_standardized(structure: Tensor, valid: Tensor | None) -> None:
         )
     elif max(-low, high) > BEYOND and _mostly_beyond(structure, valid):
         raise ValueError(f"structure is mostly beyond ±{BEYOND}, from {low:.4g} to {high:.4g}; {EXPECTED}")
+
+
+def _on_host(structure: Tensor) -> bool:
+    """Whether its values can be read now, without waiting for a device."""
+    return structure.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _mostly_beyond(structure: Tensor, valid: Tensor | None) -> Tensor:

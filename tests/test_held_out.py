@@ -194,6 +194,18 @@ def test_resumed_it_goes_on(tmp_path):
     assert first == second
 
 
+def test_a_few_pixels_far_away():
+    """A map that is flat but for them outweighs all others, unless it is cut off."""
+    flat = 1 + 1e-3 * torch.rand(1, 1, 64, 64)
+    flat[:, :, :3, :3] = 9
+    loud, _ = standardize_valid(flat)
+    quiet, valid = standardize_valid(flat, 3.0)
+    assert loud.abs().mean() > 10 and quiet.abs().mean() < 1.5
+    assert torch.equal(quiet, loud.clamp(-3, 3)) and valid.all()
+    with pytest.raises(UserError, match=r"data\.limit is 0\.0; expected more than 0, or null for none"):
+        build.check(tiny(data__limit=0))
+
+
 def test_smoothed_curves(tmp_path):
     line = [float(i) for i in range(50)]
     assert pictures.smooth(line) == pytest.approx(line)  # straight ones stay as they are

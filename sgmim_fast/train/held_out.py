@@ -90,7 +90,8 @@ def losses(model: SGMIM, dataset: Dataset, config: Config, accelerator: Accelera
     training = model.training
     model.eval()
     for start, first, items in zip(starts, firsts, batches, strict=True):
-        found = _losses(model, items, masks.part(drawn, first, len(items["image"])), accelerator)
+        mask = masks.part(drawn, first, len(items["image"]))
+        found = _losses(model, items, mask, config.data.limit, accelerator)
         if start == first:
             total += len(items["image"]) * torch.stack([*found, torch.ones_like(found[0])])
     model.train(training)
@@ -99,9 +100,13 @@ def losses(model: SGMIM, dataset: Dataset, config: Config, accelerator: Accelera
 
 
 def _losses(
-    model: SGMIM, items: dict[str, Tensor], mask: masks.SelectiveMask, accelerator: Accelerator
+    model: SGMIM,
+    items: dict[str, Tensor],
+    mask: masks.SelectiveMask,
+    limit: float | None,
+    accelerator: Accelerator,
 ) -> tuple[Tensor, ...]:
     images, structure = (items[name].to(accelerator.device) for name in ("image", "structure"))
-    structure, valid = standardize_valid(structure)
+    structure, valid = standardize_valid(structure, limit)
     with accelerator.autocast():
         return model(images, structure, mask, return_losses=True, structure_valid=valid)

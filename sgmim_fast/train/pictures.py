@@ -41,7 +41,7 @@ def panels(model: SGMIM, batch: dict[str, Any], config: Config, device: torch.de
     training = model.training
     model.eval()
     images = batch["image"].to(device)
-    structure, valid = standardize_valid(batch["structure"].to(device))
+    structure, valid = standardize_valid(batch["structure"].to(device), config.data.limit)
     mask = masks.draw(config.mask, config.data.size, len(images), config.run.seed, 0, device)
     image, guess = model.predict(images, structure, mask, structure_valid=valid)
     model.train(training)

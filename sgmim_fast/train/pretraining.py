@@ -64,7 +64,7 @@ class Pretraining(Task):
     ) -> Sequence[Tensor]:
         device = accelerator.device
         images = batch["image"].to(device, non_blocking=True)
-        structure, valid = standardize_valid(batch["structure"].to(device, non_blocking=True))
+        structure, valid = standardize_valid(batch["structure"].to(device, non_blocking=True), self.config.data.limit)
         mask = masks.part(drawn, first, len(images))
         with accelerator.autocast():
             return model(images, structure, mask, return_losses=True, structure_valid=valid)

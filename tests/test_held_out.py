@@ -48,7 +48,10 @@ def test_a_share(kind, folders):
     whole = build.create_dataset(tiny(**changes))
     train, val = create(data__val=0.25, **changes)
     assert len(val) == len(whole) // 4
-    assert sorted(names(train) + names(val)) == sorted(names(whole))
+    if kind == "scenes":  # there are always more
+        assert names(train) == names(whole) and not set(names(val)) & set(names(whole))
+    else:
+        assert sorted(names(train) + names(val)) == sorted(names(whole))
     assert names(create(data__val=0.25, **changes)[1]) == names(val)
     before = [val[index] for index in range(len(val))]
     train.set_epoch(3)  # other crops there, the same ones here
@@ -71,6 +74,12 @@ def test_nothing_broken_is_replaced_across_the_split(folders, tmp_path):
         train[0]
 
 
+def test_one_image_at_least_on_either_side(folders):
+    assert len(create(data__val=0.001, **folders)[1]) == 1
+    with pytest.raises(UserError, match=r"data\.val is 0\.99 of 20 images, which leaves none to train on"):
+        create(data__val=0.99, **folders)
+
+
 def test_folders_of_its_own(folders, tmp_path):
     """Beside scenes to train on, without random crops."""
     train, val = create(data__val_images=folders["data__images"], data__val_structure=folders["data__structure"])
@@ -85,7 +94,6 @@ def test_folders_of_its_own(folders, tmp_path):
     ("changes", "message"),
     [
         ({"data__val": 1.0}, "data.val is 1.0; expected a share of the data, 0 or more and less than 1"),
-        ({"data__val": 0.001}, "data.val is 0.001 of 32 images, which leaves a side empty"),
         ({"data__val_structure": "maps"}, "data.val_images is missing; expected --val-images DIR with --val-structure"),
         ({"data__val": 0.1, "data__val_images": "x"}, "data.val is 0.1 with data.val_images; expected one of them"),
         ({"data__val": 0.1, "data__shards": "x.tar"}, "data.val does not split shards; expected --val-images DIR"),
@@ -161,9 +169,9 @@ def test_every_process_computes_as_often(count):
 
 def test_run(tmp_path, capsys):
     """Every epoch; the best checkpoint is the best of those; pictures of held-out scenes; no step is changed."""
-    changes = {"optim__epochs": 3, "data__scenes": 36, "run__checkpoint_every": 5, "run__keep": 1}
-    for name, share in (("with", 1 / 9), ("without", 0)):
-        given = changes | {"data__val": share, "data__scenes": 36 if share else 32}
+    changes = {"optim__epochs": 3, "run__checkpoint_every": 5, "run__keep": 1}
+    for name, share in (("with", 1 / 8), ("without", 0)):
+        given = changes | {"data__val": share}
         with fresh_accelerate():
             assert cli.main(["pretrain", *arguments(**given), "--out", str(tmp_path / name)]) == 0
     out = capsys.readouterr().out
@@ -182,7 +190,7 @@ def test_run(tmp_path, capsys):
 
 
 def test_resumed_it_goes_on(tmp_path):
-    given = {"data__scenes": 36, "data__val": 1 / 9, "run__checkpoint_every": 6, "run__keep": 3}
+    given = {"data__val": 1 / 8, "run__checkpoint_every": 6, "run__keep": 3}
     for name in ("whole", "parts"):
         with fresh_accelerate():
             assert cli.main(["pretrain", *arguments(**given), "--out", str(tmp_path / name)]) == 0

@@ -28,7 +28,7 @@ class Data:
     shards: str | None = None  # WebDataset shards, as "train-{000..099}.tar"
     epoch_images: int | None = None  # of shards, whose number is not known: images that count as an epoch
     scenes: int = 0  # that many procedural scenes
-    val: float = 0.0  # share of the images that is held out, to measure the losses on
+    val: float = 0.0  # share of the images that is held out to measure the losses on; of scenes, as many are added
     val_images: str | None = None  # or a folder of images of its own for that
     val_structure: str | None = None  # and the mirrored folder of maps
     missing: float | None = 0.0  # integer that means "no value" in maps; None: none does

@@ -41,7 +41,7 @@ def create(config: Config, dataset: Dataset) -> tuple[Dataset, Dataset | None]:
     """What is trained on of a data set, and what is held out, cut and resized without chance; None: nothing is.
 
     Raises:
-        UserError: nothing would be left on one side.
+        UserError: nothing would be left to train on.
         DataError: there is something wrong with the folders of held-out data.
     """
     settings = config.data
@@ -51,12 +51,12 @@ def create(config: Config, dataset: Dataset) -> tuple[Dataset, Dataset | None]:
         return dataset, _without_chance(other, settings.size)
     if not settings.val:
         return dataset, None
-    count = round(settings.val * len(dataset))
-    if not 0 < count < len(dataset):
-        raise UserError(f"data.val is {settings.val} of {len(dataset)} images, which leaves a side empty; see data.val")
+    count = max(1, round(settings.val * len(dataset)))
     if isinstance(dataset, Scenes):
-        few = Scenes(len(dataset) - count, settings.size, seed=dataset.seed)
-        return few, Subset(dataset, range(len(few), len(dataset)))
+        more = Scenes(len(dataset) + count, settings.size, seed=dataset.seed)
+        return dataset, Subset(more, range(len(dataset), len(more)))
+    if count == len(dataset):
+        raise UserError(f"data.val is {settings.val} of {len(dataset)} images, which leaves none to train on")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(mix(config.run.seed, 5)))
     held_out, rest = (sorted(part.tolist()) for part in order.split([count, len(dataset) - count]))
     return dataset.part(rest), _without_chance(dataset.part(held_out), settings.size)

@@ -14,7 +14,7 @@ EXPECTED = "expected a map that sgmim_fast.standardize_structure returned"
 def check_standardized(structure: Tensor, valid: Tensor | None) -> None:
     """Refuses a batch with infinities or NaN where it is valid, and one of which most lies beyond ±BEYOND.
 
-    On a GPU, and in a compiled graph, by an assertion on the device, for which nothing waits.
+    On a GPU, and where the call is recorded, by an assertion on the device, for which nothing waits.
 
     Args:
         structure: (B, S, H, W), detached.
@@ -23,8 +23,8 @@ def check_standardized(structure: Tensor, valid: Tensor | None) -> None:
     Raises:
         ValueError: saying which.
     """
-    if structure.device.type == "meta":
-        return
+    if structure.device.type == "meta" or torch._C._get_tracing_state() or torch._C._are_functorch_transforms_active():
+        return  # no values, or not those of a step
     if valid is not None:
         structure = torch.where(valid, structure, 0)
     low, high = structure.aminmax()  # NaN where there is one
@@ -42,8 +42,10 @@ def check_standardized(structure: Tensor, valid: Tensor | None) -> None:
 
 
 def _on_host(structure: Tensor) -> bool:
-    """Whether its values can be read now, without waiting for a device."""
-    return structure.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether its values can be read now, without waiting for a device: not where something records or fakes them."""
+    recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    plain = type(structure).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
+    return structure.device.type == "cpu" and plain and not recorded
 
 
 def _mostly_beyond(structure: Tensor, valid: Tensor | None) -> Tensor:

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from packed import PRECISIONS, assert_same_bits
 from tiny import FAMILIES, ConvEncoder, batch, drawn, family, foreign, gradients, stem_mask
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from sgmim_fast import SGMIM, Losses, SelectiveMask, backends, reference, selective_mask, standardize_structure
 from sgmim_fast.ops import products
@@ -486,6 +488,20 @@ def test_compiled_it_is_refused_too():
     for raw in (65535 * given["structure"].sigmoid(), given["structure"] / 0):
         with pytest.raises(RuntimeError, match="structure has infinities, NaN or values that are not standardised"):
             compiled(**given | {"structure": raw})
+
+
+def test_where_values_cannot_be_read():
+    """Recorded or faked, the model runs as it does without the check."""
+    model, given = foreign(), arguments()
+    given["mask"] = drawn(model, SIZE)
+
+    def call(images, structure):
+        return model(**given | {"images": images, "structure": structure})
+
+    inputs = given["images"], given["structure"]
+    assert torch.equal(make_fx(call)(*inputs)(*inputs), call(*inputs))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert call(*map(mode.from_tensor, inputs)).shape == ()
 
 
 def test_return_losses_by_position():

@@ -24,7 +24,7 @@ from pretraining import Pairs, arguments, fresh_accelerate, same, tiny, weights
 from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sgmim_fast import cli, data, standardized
+from sgmim_fast import cli, data
 from sgmim_fast.errors import UserError
 from sgmim_fast.train import checkpoint, log, masks
 from sgmim_fast.train.engine import Trainer
@@ -235,8 +235,7 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_reads_nothing_from_the_device(monkeypatch):
-    monkeypatch.setattr(standardized, "_on_host", lambda structure: False)
+def test_a_step_reads_nothing_from_the_device():
     stepper = Stepper(Pretraining(tiny(optim__accumulate=2)), Accelerator(), Layout(4, 2), 8)
     batches = iter([torch.utils.data.default_collate([Pairs()[i] for i in range(4)])] * 4)
     stepper(0, batches)

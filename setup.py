@@ -15,8 +15,12 @@ SGMIM_FAST_SANITIZE=1   CPU library with AddressSanitizer and UBSan, no CUDA lib
                         to use it, preload libasan.so and set SGMIM_FAST_LIBRARY=DIR/sgmim_fast/_C.abi3.so
 CXX, CXXFLAGS, LDFLAGS  C++ compiler (default: the first of c++, g++, clang++) and flags added to the ones below
 CUDA_HOME, CUDA_PATH    the toolkit (default: nvcc on PATH, which may be a wrapper script, then /usr/local/cuda*)
-TORCH_CUDA_ARCH_LIST    default "8.0;9.0;10.0+PTX", less what the toolkit does not know
+TORCH_CUDA_ARCH_LIST    default "8.0;9.0;10.0+PTX", less what the toolkit does not know; of an editable installation
+                        only what the GPUs that nvidia-smi sees need
 MAX_JOBS                compilers that run at a time (default: number of cores)
+
+Objects of an earlier build whose sources, headers, flags and torch are the same are used again. `pip install -v` shows
+what is being compiled.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
@@ -92,11 +97,26 @@ def answer(*command: str) -> str:
     return "" if done.returncode else done.stdout
 
 
+def torch_version(torch: Path) -> str:
+    return runpy.run_path(str(torch / "version.py"))["__version__"]
+
+
+def visible_gpus() -> list[str]:
+    """Compute capabilities of this machine's GPUs, such as ["9.0"]."""
+    query = ("--query-gpu=compute_cap", "--format=csv,noheader")
+    found = answer("nvidia-smi", *query) if shutil.which("nvidia-smi") else ""
+    return sorted(set(re.findall(r"^\d+\.\d+$", found, re.MULTILINE)), key=float)
+
+
 def architectures(nvcc: str) -> list[str]:
     """Such as ["8.0", "9.0+PTX"]."""
     if wanted := re.findall(r"[^;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "")):
         return wanted
     known = answer(nvcc, "--list-gpu-code").split()
+    # a wheel may go elsewhere
+    here = visible_gpus() if {"editable_wheel", "develop", "--inplace", "-i"} & set(sys.argv) else []
+    if here and all(float(arch) >= 8 and "sm_" + arch.replace(".", "") in known for arch in here):
+        return here
     found = [arch for arch in ("8.0", "9.0", "10.0") if "sm_" + arch.replace(".", "") in known]
     return [*found[:-1], found[-1] + "+PTX"]
 
@@ -174,6 +194,9 @@ class BuildExt(build_ext):
         torch, cxx, nvcc = find_torch(), find_compiler()[0], PLAN["cuda"].get("nvcc")
         if torch is None:
             raise CompileError("no torch to compile against; keep pip's build isolation, or install torch first")
+        if self.editable_mode:  # its own folder is removed afterwards
+            self.build_temp = str(Path("build", "objects"))
+        self.torch = torch
         libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu"]
         include = [*FLAGS, "-isystem", str(torch / "include")]
         cpu = ["-O1", "-g", "-fno-omit-frame-pointer", *SANITIZE] if SANITIZE else ["-O3"]
@@ -188,6 +211,7 @@ class BuildExt(build_ext):
             # then runs with any torch of that CUDA major version, whichever runtime torch brings.
             hide = ["-cudart", "static", "-Xlinker", "--exclude-libs=ALL"]
             self.linkers[".cu"] = ([*host, "-shared", *hide], [*libraries, "-ltorch_cuda"])
+        self.all, self.compiled, self.begun = sum(len(ext.sources) for ext in self.extensions), 0, time.monotonic()
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             compiling = [(ext, pool.map(self.compile, ext.sources)) for ext in self.extensions]
             for ext, objects in compiling:
@@ -202,17 +226,23 @@ class BuildExt(build_ext):
 
     def compile(self, source: str) -> str:
         command = [*self.compilers[Path(source).suffix], "-c", source, "-o"]
-        folder = f"{zlib.crc32(shlex.join(command).encode()):08x}"  # other flags, other objects
+        # other flags, other objects; of an isolated build torch is in another folder each time
+        key = shlex.join(command).replace(str(self.torch), torch_version(self.torch))
+        folder = f"{zlib.crc32(key.encode()):08x}"
         target = Path(self.build_temp, folder, source).with_suffix(".o")
         if not target.exists() or target.stat().st_mtime < max(map(os.path.getmtime, [source, *HEADERS])):
             target.parent.mkdir(parents=True, exist_ok=True)
             output = self.call([*command, str(target)], f"compile {source}")
             target.with_suffix(".log").write_text(output)
+            self.compiled += 1
+            seconds = time.monotonic() - self.begun
+            print(f"sgmim_fast: compiled {source}, {self.compiled} of {self.all} ({seconds:.0f} s)", flush=True)
         return str(target)
 
     def call(self, command: list[str], purpose: str) -> str:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        print(shlex.join(command), done.stdout, sep="\n", end="", flush=True)
+        if done.returncode or "warning" in done.stdout:
+            print(shlex.join(command), done.stdout, sep="\n", end="", flush=True)
         if done.returncode:
             without = "SGMIM_FAST_NO_CUDA" if command[0] == PLAN["cuda"].get("nvcc") else "SGMIM_FAST_NO_EXT"
             raise CompileError(f"{command[0]} could not {purpose}, see above; {without}=1 installs without it")

@@ -2,6 +2,8 @@
 
     python benchmarks/bench_guidance.py
 
+takes about a minute on two cores, `--all` (ViT-B, the compiled columns, full batches, longer timing) many.
+
 dense             sgmim_fast.reference: every token, plain PyTorch
 dense-compiled    the same through torch.compile
 visible           visible cells only, plain PyTorch as a careful user would write it
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import sys
 import time
@@ -27,17 +30,25 @@ from typing import Any
 
 import torch
 from floor import gemm_floor, multiply_accumulates
-from measure import interleaved, machine, peak_mib, summary, synchronize
+from measure import Progress, can_plot, interleaved, machine, output_file, peak_mib, plot_file, summary, synchronize
 from shapes import SHAPES, Shape
 from torch import Tensor, nn
 from visible import visible_losses
 
 from sgmim_fast import SGMIM, backends, reference, selective_mask, standardize_structure
 from sgmim_fast.masking import cells_of
+from sgmim_fast.ops import products
 
 FUSED = {"fused-cpu": "cpu", "fused-triton": "triton", "fused-cuda": "cuda"}
 NAMES = ("dense", "dense-compiled", "visible", "visible-compiled", *FUSED, "gemm-floor")
 SLOW = 10.0  # seconds of a step of the dense column, from which only what is needed is run
+SHORT = 3.0  # and what it is brought to by a smaller batch, unless --all is asked for
+TITLES = {
+    "dense": "the dense reference",
+    "dense-compiled": "the same compiled",
+    "visible": "plain PyTorch on visible cells only",
+    "visible-compiled": "the same compiled",
+}
 
 
 class Features(nn.Module):
@@ -108,19 +119,19 @@ def build(shape: Shape, dtype: torch.dtype, batch: int, device: str) -> Case:
     return Case(shape, dtype, batch, device, model, features, columns)
 
 
-def without_slow(case: Case) -> list[str]:
-    """Leaves the compiled columns out where one step of the dense one takes longer than SLOW, and returns their names.
-
-    So it is in bfloat16 on a CPU that has no instructions for it: a step takes a minute, and compiling saves nothing.
-    """
-    start = time.perf_counter()
-    case.step("dense")()
-    if time.perf_counter() - start <= SLOW:
-        return []
-    left_out = [name for name in case.columns if name.endswith("-compiled")]
-    for name in left_out:
-        del case.columns[name]
-    return left_out
+def dense_seconds(shape: Shape, dtype: torch.dtype, device: str) -> float:
+    """Of a dense step, for an image."""
+    step = build(shape, dtype, 1, device).step("dense")
+    times = []
+    for _ in range(3):
+        synchronize(device)
+        start = time.perf_counter()
+        step()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+        if times[-1] > 1:
+            break
+    return min(times)
 
 
 def check(case: Case) -> tuple[list[str], dict[str, float]]:
@@ -158,21 +169,23 @@ def check(case: Case) -> tuple[list[str], dict[str, float]]:
     return wrong, peaks
 
 
-def measure(case: Case, seconds: float, peaks: dict[str, float]) -> list[dict[str, Any]]:
+def measure(
+    case: Case, seconds: float, peaks: dict[str, float], progress: Callable[[str], None] = lambda detail: None
+) -> list[dict[str, Any]]:
     steps: dict[str, Callable[[], Any]] = {name: case.step(name) for name in case.columns}
     steps["gemm-floor"] = gemm_floor(case.shape, case.batch, case.dtype, case.device)
-    times = interleaved(steps, case.device, seconds=seconds)
+    times = interleaved(steps, case.device, seconds=seconds, progress=progress)
     rows = []
     for name, values in times.items():
         row = {"encoder": case.shape.name, "dtype": str(case.dtype).split(".")[1], "batch": case.batch}
         row |= {"device": case.device, "name": name, "rounds": len(values), **summary(values)}
         if name in case.columns and row["median_ms"] < 1e3 * SLOW:
-            row |= split(case, name)
+            row |= split(case, name, max(1, min(5, int(seconds / 10 / row["median_ms"] * 1e3))))
         rows.append(row | {"peak_mib": peaks.get(name)})
     return rows
 
 
-def split(case: Case, name: str, repeats: int = 5) -> dict[str, float]:
+def split(case: Case, name: str, repeats: int) -> dict[str, float]:
     """Medians of forward and backward apart."""
     forward, backward = [], []
     with backends.use(FUSED[name]) if name in FUSED else contextlib.nullcontext():
@@ -207,6 +220,22 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def conclusion(rows: list[dict[str, Any]]) -> str:
+    """What the rows of one case say, in a sentence."""
+    ms = {row["name"]: row["median_ms"] for row in rows}
+    fused = [name for name in ms if name in FUSED]
+    case, floor = f"{rows[0]['encoder']} in {rows[0]['dtype']}, batch {rows[0]['batch']}", ms["gemm-floor"]
+    if not fused:
+        return f"{case}: none of sgmim_fast's kernels can run here; python -m sgmim_fast.env says why."
+    best = min(fused, key=ms.__getitem__)
+    others = ", ".join(f"{ms[name] / ms[best]:.1f} times as fast as {TITLES[name]}" for name in TITLES if name in ms)
+    return (
+        f"{case}: forward and backward of the branch take {ms[best]:.0f} ms with sgmim_fast ({FUSED[best]}), {others}. "
+        f"The matrix products of the visible cells alone take {floor:.0f} ms in the best library calls: they bound "
+        "what is left to gain."
+    )
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """One panel per case: a bar per column, the floor as a line."""
     import matplotlib
@@ -238,48 +267,74 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", default="swin_base,vit_base", help=f"of {','.join(SHAPES)}")
+    parser.add_argument(
+        "--all", action="store_true", help="ViT-B and the compiled columns too, full batches, longer timing"
+    )
+    parser.add_argument("--encoder", help=f"of {','.join(SHAPES)}; default: swin_base, with --all vit_base too")
     parser.add_argument("--dtype", default="float32,bfloat16", help="bfloat16 is autocast over float32 parameters")
     parser.add_argument("--batch", type=int, help="default: 16 on a CPU, 128 on a GPU")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument(
         "--columns",
-        help=f"of {','.join(NAMES)}, those that can run here; default: all, but the compiled ones only where a step of "
-        f"the dense one takes less than {SLOW:.0f} s",
+        help=f"of {','.join(NAMES)}, those that can run here; default: all, the compiled ones with --all and where "
+        f"a step of the dense one takes less than {SLOW:.0f} s",
     )
-    parser.add_argument("--seconds", type=float, default=60, help="of timing per encoder and dtype")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--seconds", type=float, help="of timing per encoder and dtype; default: 10, with --all 60")
+    parser.add_argument("--json", type=output_file)
+    parser.add_argument("--plot", type=plot_file, help="default: guidance.png here, where matplotlib is installed")
     args = parser.parse_args(argv)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    batch = args.batch or (128 if device == "cuda" else 16)
+    asked = args.batch or (128 if device == "cuda" else 16)
+    seconds = args.seconds or (60 if args.all else 10)
+    encoders = (args.encoder or ("swin_base,vit_base" if args.all else "swin_base")).split(",")
+    dtypes = args.dtype.split(",")
+    for name, known in [*((e, SHAPES) for e in encoders), *((d, ("float32", "bfloat16", "float16")) for d in dtypes)]:
+        if name not in known:
+            parser.error(f"there is no {name!r}, only {', '.join(known)}")
+    progress = Progress()
     rows: list[dict[str, Any]] = []
-    for encoder in args.encoder.split(","):
-        for dtype in args.dtype.split(","):
-            if encoder not in SHAPES or dtype not in ("float32", "bfloat16", "float16"):
-                parser.error(f"unknown encoder or dtype: {encoder}, {dtype}")
-            case = build(SHAPES[encoder], getattr(torch, dtype), batch, device)
-            print(f"\n{encoder}, {dtype}, batch {batch}, {device}", flush=True)
-            if args.columns:
-                wanted = {"dense", "visible", *args.columns.split(",")}  # the two that ratios are taken to
-                case.columns = {name: column for name, column in case.columns.items() if name in wanted}
-            elif left_out := without_slow(case):
-                print(f"a step of dense takes over {SLOW:.0f} s here: without {', '.join(left_out)}", flush=True)
-            wrong, peaks = check(case)
-            if wrong:
-                print("The columns disagree; no speed is given.", *wrong, sep="\n  ")
-                return 1
-            rows += (new := measure(case, args.seconds, peaks))
-            floor = next(row for row in new if row["name"] == "gemm-floor")["median_ms"]
-            operations = 2 * 3 * multiply_accumulates(case.shape, batch)
-            print(
-                table(new), f"the floor's products run at {operations / floor / 1e6:.0f} GFLOP/s", sep="\n", flush=True
-            )
-            torch.compiler.reset()
+    said = []
+    for shape, dtype in ((SHAPES[encoder], dtype) for encoder in encoders for dtype in dtypes):
+        title, batch, kind = f"{shape.name}, {dtype}", asked, getattr(torch, dtype)
+        progress(f"{title}: building")
+        dense = dense_seconds(shape, kind, device)
+        slow = dense * asked > SLOW
+        if slow and not (args.all or args.batch or args.columns):
+            batch = max(1, int(SHORT / dense))
+        case = build(shape, kind, batch, device)
+        note = ""
+        if args.columns:
+            wanted = {"dense", "visible", *args.columns.split(",")}  # the two that ratios are taken to
+            case.columns = {name: column for name, column in case.columns.items() if name in wanted}
+        elif slow or not args.all:
+            case.columns = {name: column for name, column in case.columns.items() if not name.endswith("-compiled")}
+        if slow:
+            note = f" (a dense step of {asked} would take {dense * asked:.0f} s here)"
+        progress(f"{title}: checking that all columns agree")
+        wrong, peaks = check(case)
+        if wrong:
+            progress.clear()
+            print("The columns disagree; no speed is given.", *wrong, sep="\n  ")
+            return 1
+        progress(f"{title}: timing")
+        rows += (new := measure(case, seconds, peaks, functools.partial(progress, f"{title}: timing")))
+        floor = next(row for row in new if row["name"] == "gemm-floor")["median_ms"]
+        rate = 2 * 3 * multiply_accumulates(shape, batch) / floor / 1e6
+        progress.clear()
+        print(f"\n{title}, batch {batch}, {device}{note}", table(new), sep="\n")
+        print(f"the floor's products run at {rate:.0f} GFLOP/s", flush=True)
+        said.append(conclusion(new))
+        if products.compute_dtype(kind, torch.device(device)) != kind:
+            said[-1] += " This CPU has no instructions for bfloat16, so sgmim_fast computes it in float32."
+        torch.compiler.reset()
+    print("", *said, sep="\n")
+    if not args.all:
+        print("--all has the columns of torch.compile and ViT-B too.")
     if args.json:
         args.json.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n")
-    if args.plot:
-        plot(rows, args.plot)
+    if picture := args.plot or (Path("guidance.png") if can_plot() else None):
+        plot(rows, picture)
+        print(f"drawn in {picture}")
     return 0
 
 

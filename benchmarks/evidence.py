@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--minutes", type=float, default=8.8, metavar="M", help="begin nothing new after that long (8.8)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=measure.plot_file, metavar="FILE")
     args = parser.parse_args(arguments)
     for name in ("seeds", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:

@@ -2,17 +2,67 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
+import importlib.util
+import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from sgmim_fast import env
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler's own lines stand between ours
+
+
+def output_file(text: str) -> Path:
+    """Type of an argument: a file that can be written when all is measured."""
+    path = Path(text)
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: there is no folder {path.parent}")
+    return path
+
+
+def plot_file(text: str) -> Path:
+    """The same, of a picture."""
+    if not can_plot():
+        raise argparse.ArgumentTypeError("drawing needs matplotlib: pip install matplotlib")
+    from matplotlib.figure import Figure
+
+    path, known = output_file(text), Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:] not in known:
+        raise argparse.ArgumentTypeError(f"{path}: expected one of .{', .'.join(sorted(known))}")
+    return path
+
+
+def can_plot() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+class Progress:
+    """What is going on: one line that is written over on a terminal; in a file a line for each phase."""
+
+    def __init__(self) -> None:
+        self.start, self.terminal = time.perf_counter(), sys.stderr.isatty()
+
+    def __call__(self, text: str, detail: str = "") -> None:
+        line = f"{time.perf_counter() - self.start:4.0f} s  {text}"
+        if self.terminal:
+            print(f"\r\033[K{line} {detail}", end="", file=sys.stderr, flush=True)
+        elif not detail:
+            print(line, file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Before a result is printed."""
+        if self.terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -29,7 +79,12 @@ def synchronize(device: str) -> None:
 
 
 def interleaved(
-    steps: Mapping[str, Callable[[], Any]], device: str, *, seconds: float = 60.0, rounds: tuple[int, int] = (3, 40)
+    steps: Mapping[str, Callable[[], Any]],
+    device: str,
+    *,
+    seconds: float = 60.0,
+    rounds: tuple[int, int] = (3, 40),
+    progress: Callable[[str], None] = lambda detail: None,
 ) -> dict[str, list[float]]:
     """Seconds per call of every step, one of each in turn, so that a slow spell of the machine hits all alike.
 
@@ -54,7 +109,8 @@ def interleaved(
     count = int(min(max(seconds / total, rounds[0]), rounds[1]))
     times: dict[str, list[float]] = {name: [] for name in steps}
     gc.collect()
-    for _ in range(count):
+    for number in range(count):
+        progress(f"round {number + 1} of {count}")
         for name, step in steps.items():
             times[name].append(once(step))
     return times

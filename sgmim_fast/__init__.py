@@ -2,6 +2,7 @@
 
 from sgmim_fast import backends, checkpoints, ops, reference
 from sgmim_fast.accelerate import accelerate
+from sgmim_fast.checkpoints import export_timm, load_published, published_state_dict
 from sgmim_fast.encoders import create_encoder
 from sgmim_fast.masking import SelectiveMask, selective_mask
 from sgmim_fast.model import SGMIM
@@ -20,7 +21,10 @@ __all__ = [
     "backends",
     "checkpoints",
     "create_encoder",
+    "export_timm",
+    "load_published",
     "ops",
+    "published_state_dict",
     "reference",
     "selective_mask",
     "standardize_structure",

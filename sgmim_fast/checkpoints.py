@@ -18,13 +18,16 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .encoders import MaskedEncoder
@@ -50,22 +53,27 @@ _RUN_TIME_ARGUMENTS = re.compile(
 )
 
 
-def load_published(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+def load_published(model: nn.Module, state_dict: Mapping[str, Any] | str | os.PathLike[str]) -> None:
     """Loads a checkpoint of the published SG-MIM or SimMIM code; nothing is changed unless everything fits.
 
     Args:
         model: `SGMIM`, or an encoder of `create_encoder` alone. An `SGMIM` with `guidance=False` takes SimMIM's
             checkpoints. An encoder alone takes the `encoder.*` entries of either, or the same without the prefix.
         state_dict: published name -> tensor, or `{"model": ...}` around it as the published code saves it. A
-            `module.` prefix of data-parallel training is taken off. Values are cast to the parameters' dtype.
+            `module.` prefix of data-parallel training is taken off. Values are cast to the parameters' dtype. Or the
+            path of such a file (`.pth`; or `.safetensors`), of which nothing but data is read.
 
     Ignored, present or not: buffers that are computed from the sizes (`relative_position_index`,
     `relative_coords_table`, `attn_mask`), and `encoder.depth_patch_embed`, which the published Swin has but never uses.
 
     Raises:
         TypeError: `model` is neither.
-        ValueError: names are missing or unexpected or have another shape; all of them are listed.
+        ValueError: names are missing or unexpected or have another shape; all of them are listed. The file cannot be
+            read.
+        FileNotFoundError: there is none.
     """
+    if isinstance(state_dict, (str, os.PathLike)):
+        state_dict = _read(state_dict)
     model = _uncompiled(model)
     own = model.state_dict()
     published = _published_names(model, own)
@@ -174,6 +182,31 @@ def export_timm(
         "timm_arguments": json.dumps(arguments, default=repr),
     }
     save_file(state, os.fspath(path), metadata)
+
+
+def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    path = os.fspath(path)
+    if path.endswith(".safetensors"):
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"cannot read {path}: {error}") from error
+    with open(path, "rb") as file:
+        start = file.read(4)
+    try:
+        if not start.startswith((b"PK\x03\x04", b"\x80")):  # torch.save's format, and the one before
+            raise pickle.UnpicklingError("neither a zip archive nor a pickle")
+        # the published code saves its settings, a dict, beside the weights
+        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:  # of another format, cut off, or with code in it
+        raise ValueError(
+            f"cannot read {path}; expected a checkpoint of torch.save with nothing but data in it. If it is whole and "
+            "you trust it, pass torch.load(path, weights_only=False)"
+        ) from error
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path} holds a {type(found).__name__}; expected a state dict")
+    return found
 
 
 def _published_names(model: nn.Module, own: Mapping[str, Tensor]) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,7 @@ from sgmim_fast.accelerate import accelerate as make_faster
 from sgmim_fast.guidance import RelationalGuidance, StructureEncoder
 from sgmim_fast.masking import Cells, SelectiveMask, cells_of, search_cells
 from sgmim_fast.reference import Losses
+from sgmim_fast.standardized import check_standardized
 
 
 class SGMIM(nn.Module):
@@ -49,9 +52,7 @@ class SGMIM(nn.Module):
         accelerate: bool = True,
     ):
         super().__init__()
-        for name in ("num_features", "in_chans", "patch_size"):
-            if not hasattr(encoder, name):
-                raise TypeError(f"encoder is a {type(encoder).__name__} without {name!r}; expected a masked encoder")
+        _check_encoder(encoder)
         self.encoder = make_faster(encoder) if accelerate else encoder
         self.encoder_stride = encoder_stride
         self.in_chans = encoder.in_chans
@@ -80,8 +81,8 @@ class SGMIM(nn.Module):
         images: Tensor,
         structure: Tensor | None = None,
         mask: Tensor | SelectiveMask | None = None,
+        *positional: bool,
         return_losses: bool = False,
-        *,
         structure_valid: Tensor | None = None,
     ) -> Tensor | Losses:
         """The loss of a batch.
@@ -89,6 +90,7 @@ class SGMIM(nn.Module):
         Args:
             images: (B, in_chans, H, W), floating point, normalised; H and W multiples of the encoder stride.
             structure: (B, S, H, W), floating point, standardised (`standardize_structure`); not used without guidance.
+                Raw and non-finite values are refused, on a GPU by an assertion on the device, for which nothing waits.
             mask: 1 = masked (hidden from the encoder). What `selective_mask` returned, or a tensor (B, H / p, W / p) of
                 bool or 0/1 numbers, p the encoder's patch size. Of a tensor the rows have to be searched: on a GPU that
                 waits for the device once per call, and torch.compile breaks the graph once.
@@ -102,10 +104,14 @@ class SGMIM(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what came and what is expected.
         """
+        if positional:
+            return_losses = _fourth(positional, return_losses)
         self._check(images, structure, mask, structure_valid)
         grid = images.shape[2] // self.encoder_stride, images.shape[3] // self.encoder_stride
         # here and no deeper, so that the search breaks a compiled graph once
         cells = _drawn_cells(mask, *grid) if isinstance(mask, SelectiveMask) else search_cells(mask, *grid)
+        if self.guidance is not None:
+            check_standardized(structure.detach(), structure_valid)
         masked, shown = reference.stem_masks(mask, images, self.patch_size)
         features = self._tokens(self._encode(images, masked, cells), images)
         if cells is None or (self.guidance is not None and self.guidance.pos_embed is not None):
@@ -141,6 +147,8 @@ class SGMIM(nn.Module):
         down, across = images.shape[2] // self.encoder_stride, images.shape[3] // self.encoder_stride
         if not isinstance(mask, SelectiveMask):
             search_cells(mask, down, across)  # raises where values are neither 0 nor 1
+        if self.guidance is not None:
+            check_standardized(structure, structure_valid)
         masked, shown = reference.stem_masks(mask, images, self.patch_size)
         features = self._tokens(self.encoder(images, masked), images)
         image = reference.predict(features, self.image_head, images, self.encoder_stride)
@@ -227,6 +235,7 @@ class SGMIM(nn.Module):
             expected = f"{batch} masks on a grid that divides the encoder's {patches[1]}x{patches[2]} patches"
         else:
             fits, expected = tuple(values.shape) == patches, f"(B, H / p, W / p) = {patches}"
+            expected += "; of what selective_mask returned pass all, not the field mask alone"
         if not fits:
             raise ValueError(f"mask has shape {tuple(values.shape)}; expected {expected}")
         if values.device != images.device:
@@ -262,6 +271,31 @@ def _drawn_cells(mask: SelectiveMask, down: int, across: int) -> Cells | None:
     """Row lists on the encoder's grid; None where the mask is not aligned to it."""
     aligned = down % mask.mask.shape[1] == 0 and across % mask.mask.shape[2] == 0
     return cells_of(mask, down, across) if aligned else None
+
+
+def _fourth(positional: tuple[bool, ...], return_losses: bool) -> bool:
+    """`return_losses` from the place it had in 0.1."""
+    if len(positional) > 1 or return_losses:
+        raise TypeError("forward takes images, structure and mask by position; return_losses and the rest by name")
+    # the caller is past two functions of nn.Module and our forward
+    warnings.warn("return_losses by position will be refused; pass it by name", FutureWarning, stacklevel=5)
+    return positional[0]
+
+
+def _check_encoder(encoder: nn.Module) -> None:
+    kind = type(encoder)
+    missing = next((name for name in ("num_features", "in_chans", "patch_size") if not hasattr(encoder, name)), "")
+    if kind.__module__.startswith("timm."):
+        name = getattr(encoder, "pretrained_cfg", {}).get("architecture", "name")
+        raise TypeError(
+            f"encoder is timm's {kind.__name__}, which takes no mask; expected a masked encoder: "
+            f"sgmim_fast.create_encoder({name!r}, ...), with the arguments of timm.create_model"
+        )
+    if missing:
+        raise TypeError(
+            f"encoder is a {kind.__name__} without {missing!r}; expected a masked encoder, of "
+            "sgmim_fast.create_encoder(timm_name, ...) or your own with forward(x, mask)"
+        )
 
 
 def _check_map(name: str, tensor: Tensor, channels: int) -> None:

@@ -1,10 +1,12 @@
-"""Fixtures of all tests: each backend that runs here, poisoned buffers, seeds, threads; and hypothesis's settings."""
+"""Fixtures of all tests: each backend that runs here, poisoned buffers, seeds, threads; hypothesis's settings; and what
+is said of skipped tests."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
+from collections import Counter
 from typing import NamedTuple
 
 import pytest
@@ -34,6 +36,17 @@ def pytest_runtest_logreport(report):
     if report.failed and (path := os.environ.get("SGMIM_FAST_FAILURES")):
         with open(path, "a") as file:
             print(f"#### {report.nodeid}\n{report.longreprtext[-3000:]}", file=file)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many tests were skipped for which reason; -rs lists each."""
+    reasons = Counter(
+        str(report.longrepr[2]).removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])
+    )
+    if reasons and "s" not in terminalreporter.reportchars:
+        terminalreporter.section("skipped", sep="-")
+        for reason, count in reasons.most_common():
+            terminalreporter.write_line(f"{count:6} {reason}")
 
 
 class TorchRandom:

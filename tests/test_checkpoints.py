@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import sys
+import types
 
 import golden
 import pytest
 import timm
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sgmim_fast.checkpoints import export_timm, load_published, published_state_dict
@@ -154,6 +157,57 @@ def test_buffers_and_the_unused_stem_are_ignored():
     }
     load_published(model, published)
     assert same(model.state_dict(), source.state_dict())
+
+
+class CfgNode(dict):
+    """As yacs has it: what the published code saves beside the weights."""
+
+    def __init__(self, values: dict[str, object]) -> None:
+        super().__init__(values)
+        self.__dict__["__immutable__"] = False
+
+
+def test_files_of_the_published_code(tmp_path, monkeypatch):
+    """By path: with its settings, whose package need not be there; safetensors too."""
+    model, other = make_model("swin"), make_model("swin")
+    published = published_state_dict(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(CfgNode, "__module__", "yacs.config")
+        patch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+        patch.setitem(sys.modules, "yacs.config", types.ModuleType("yacs.config"))
+        sys.modules["yacs.config"].CfgNode = CfgNode
+        settings = CfgNode({"TRAIN": CfgNode({"EPOCHS": 800})})
+        torch.save({"model": published, "config": settings, "epoch": 799}, tmp_path / "model.pth")
+    save_file({name: value.contiguous() for name, value in published.items()}, tmp_path / "model.safetensors")
+    for file in (tmp_path / "model.pth", str(tmp_path / "model.safetensors")):
+        for parameter in other.parameters():
+            torch.nn.init.zeros_(parameter)
+        load_published(other, file)
+        assert same(other.state_dict(), model.state_dict())
+
+
+class Code:
+    """Unpickling it would run something."""
+
+    def __reduce__(self):
+        return print, ("run",)
+
+
+@pytest.mark.parametrize("name", ["code.pth", "cut.pth", "empty.pth", "text.pth", "text.safetensors", "list.pth"])
+def test_files_that_are_no_checkpoints(name, tmp_path, capsys):
+    path, model = tmp_path / name, make_model("swin")
+    torch.save({"model": published_state_dict(model), "x": Code()}, path)
+    if name == "cut.pth":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif name == "list.pth":
+        torch.save([1, 2], path)
+    elif name != "code.pth":
+        path.write_text("" if name == "empty.pth" else "text of a page that was not found")
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        load_published(model, path)
+    assert not capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="absent"):
+        load_published(model, tmp_path / name.replace(path.stem, "absent"))
 
 
 def test_foreign_encoder_keeps_its_names():

@@ -129,7 +129,7 @@ def test_an_architecture_that_is_none_is_named(tmp_path, wanted):
     home = toolkit(tmp_path / "toolkit", our_cuda())
     build = ["setup.py", "-q", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path / "objects"]
     done = run(sys.executable, *build, check=False, CUDA_HOME=str(home), TORCH_CUDA_ARCH_LIST=f"8.0;{wanted}")
-    assert done.returncode == 1 and "Traceback" not in done.stdout and " -c csrc/" not in done.stdout
+    assert done.returncode == 1 and "Traceback" not in done.stdout and "compiled" not in done.stdout
     expected = f"error: TORCH_CUDA_ARCH_LIST has '{wanted}'; expected numbers such as 9.0 or 9.0+PTX"
     assert done.stdout.splitlines()[-1] == expected
 
@@ -144,6 +144,33 @@ def test_cuda_is_planned_whatever_the_folder_of_nvcc(tmp_path):
     assert info["cuda"] == {"nvcc": str(wrapper), "toolkit": release, "architectures": "8.0;9.0+PTX"}
     info, _ = planned(tmp_path, CUDA_HOME=str(home), TORCH_CUDA_ARCH_LIST="9.0a 12.0+PTX")
     assert info["cuda"] == {"nvcc": f"{home}/bin/nvcc", "toolkit": release, "architectures": "9.0a;12.0+PTX"}
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("smi", "expected"),
+    [
+        ("echo 9.0; echo 9.0", "9.0"),
+        ("echo 9.0; echo 8.0", "8.0;9.0"),
+        ("echo 7.5", "8.0;9.0+PTX"),  # too old for the kernels
+        ("echo 12.0", "8.0;9.0+PTX"),  # the toolkit does not know it
+        ("echo 'No devices were found'; exit 6", "8.0;9.0+PTX"),
+    ],
+)
+def test_an_editable_installation_is_for_the_gpus_of_the_machine(tmp_path, smi, expected):
+    """And a wheel for all."""
+    home = toolkit(tmp_path / "toolkit", our_cuda())
+    tool(tmp_path / "bin", "nvidia-smi", smi)
+    program = (
+        "import runpy, sys, setuptools; setuptools.setup = lambda **_: None; sys.argv = ['setup.py', *sys.argv[1:]]"
+    )
+    program += "; print(runpy.run_path('setup.py')['PLAN']['cuda']['architectures'])"
+    variables = {"CUDA_HOME": str(home), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    for command in (["editable_wheel"], ["build_ext", "--inplace"]):
+        assert run(sys.executable, "-c", program, *command, **variables).stdout.strip() == expected
+    assert run(sys.executable, "-c", program, "bdist_wheel", **variables).stdout.strip() == "8.0;9.0+PTX"
+    done = run(sys.executable, "-c", program, "editable_wheel", TORCH_CUDA_ARCH_LIST="10.0", **variables)
+    assert done.stdout.strip() == "10.0"
 
 
 def test_build_info_agrees_with_the_files():
@@ -297,6 +324,14 @@ def test_editable_install_in_a_new_environment(sources, tmp_path):
     program = "import sgmim_fast.kernels as k; from sgmim_fast import _native; print(k.__file__, _native.load_cpu())"
     done = run(python, "-c", program, cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == f"{sources}/kernels/__init__.py (True, '')"
+    objects = {path: path.stat().st_mtime for path in (sources / "build").rglob("*.o")}
+    again = ("install", "-v", "--no-deps", "--no-build-isolation", "-e", sources)
+    done = run(python, "-m", "pip", *again, SGMIM_FAST_NO_CUDA="1")
+    assert "sgmim_fast: compiled" not in done.stdout, "nothing has changed, so nothing is compiled again"
+    assert objects and objects == {path: path.stat().st_mtime for path in (sources / "build").rglob("*.o")}
+    (sources / "csrc" / "cpu" / "isa.cpp").touch()
+    done = run(python, "-m", "pip", *again, SGMIM_FAST_NO_CUDA="1")
+    assert re.findall(r"sgmim_fast: compiled (\S+), 1 of \d+", done.stdout) == ["csrc/cpu/isa.cpp"]
 
 
 @pytest.mark.slow
@@ -305,8 +340,9 @@ def test_sources_compile_without_warnings(tmp_path):
     build = ["setup.py", "-q", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path / "objects"]
     done = run(sys.executable, *build, CXXFLAGS="-Werror")
     assert "warning" not in re.sub(r"SetuptoolsWarning", "", done.stdout)
+    assert "compiled csrc/cpu/isa.cpp, " in done.stdout
     again = run(sys.executable, *build, CXXFLAGS="-Werror")
-    assert " -c csrc/" not in again.stdout, "nothing has changed, so nothing is compiled again"
+    assert "compiled" not in again.stdout, "nothing has changed, so nothing is compiled again"
     if "csrc/cuda" in done.stdout:
         report = run(sys.executable, "benchmarks/cuda_report.py", tmp_path / "objects" / "ptxas.log")
         *kernels, total = report.stdout.splitlines()[1:]

@@ -22,7 +22,7 @@ not_interpreted = pytest.mark.skipif(launch.INTERPRETED, reason="with TRITON_INT
 
 @pytest.mark.parametrize(("gemms", "most"), [("triton", 48), ("library", 80)])
 def test_launches_of_the_branch(tmp_path, gemms, most):
-    """Forward and backward in bfloat16, counted with every launch caught; the library's gemms, which are faster, are one
+    """Forward and backward in bfloat16, with every launch caught; the library's gemms, which are faster, are one
     launch each, and convert a weight's gradient by one more where they run on a CPU, as here."""
     path = tmp_path / "model.json"
     options = ["--dtype", "bfloat16", "--batch", "2", "--json", path]

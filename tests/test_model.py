@@ -8,6 +8,7 @@ import pickle
 from typing import Any
 
 import pytest
+import timm
 import torch
 from checks import assert_close_to_truth
 from hypothesis import given
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 from packed import PRECISIONS, assert_same_bits
 from tiny import FAMILIES, ConvEncoder, batch, drawn, family, foreign, gradients, stem_mask
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from sgmim_fast import SGMIM, Losses, SelectiveMask, backends, reference, selective_mask
+from sgmim_fast import SGMIM, Losses, SelectiveMask, backends, reference, selective_mask, standardize_structure
 from sgmim_fast.ops import products
 
 Evaluation = dict[str, Tensor]
@@ -183,7 +186,9 @@ def test_structure_valid(aligned, channels):
 def test_nothing_valid():
     model, size = foreign(), (32, 48)
     images, structure = (t.float() for t in batch(model, size))
-    losses = model(images, structure, drawn(model, size), True, structure_valid=torch.zeros_like(structure).bool())
+    losses = model(
+        images, structure, drawn(model, size), return_losses=True, structure_valid=torch.zeros_like(structure).bool()
+    )
     assert losses.structure == 0 and losses.image > 0
 
 
@@ -414,6 +419,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
         ({"mask": lambda t: None}, TypeError, "mask is missing; expected a tensor"),
         ({"mask": lambda t: t.tolist()}, TypeError, "mask is a list; expected a tensor"),
         ({"mask": lambda t: t[:, ::4, ::4]}, ValueError, r"mask has shape \(2, 2, 3\); expected .* = \(2, 8, 12\)"),
+        ({"mask": lambda t: drawn(MODEL, SIZE).mask}, ValueError, r"of what selective_mask returned pass all, not"),
         ({"mask": lambda t: t[:1]}, ValueError, r"mask has shape \(1, 8, 12\); expected .* = \(2, 8, 12\)"),
         ({"mask": lambda t: t[:, None]}, ValueError, r"mask has shape \(2, 1, 8, 12\); expected"),
         ({"mask": lambda t: t.float() * 2}, ValueError, "mask has values other than 0 and 1; expected 1 where"),
@@ -436,6 +442,81 @@ def test_bad_input(changes, error, message):
         MODEL(**arguments(**changes))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.where(t > t.min(), torch.nan),
+            "structure has infinities or NaN; expected a map that sgmim_fast.st",
+        ),
+        (lambda t: t.where(t > t.min(), torch.inf), "structure has infinities or NaN; .*nonfinite='ignore', and struc"),
+        (
+            lambda t: 65535 * t.sigmoid(),
+            "structure is mostly beyond ±10, from .* to .*; expected a map that sgmim_fast",
+        ),
+        (lambda t: 255 * (t / 9).sigmoid(), "structure is mostly beyond"),
+        (lambda t: -1000 * t.sigmoid(), "structure is mostly beyond"),
+    ],
+    ids=["NaN", "infinity", "16 bits", "8 bits", "negative"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_structure_that_is_not_standardised(change, message, dtype):
+    model, given = foreign().to(dtype), arguments()
+    given = {name: value.to(dtype) if name in ("images", "structure") else value for name, value in given.items()}
+    given["structure"] = change(given["structure"])
+    with pytest.raises(ValueError, match=message):
+        model(**given)
+    with pytest.raises(ValueError, match=message):
+        model.predict(**given)
+    given["structure_valid"] = given["structure"].isfinite() & (given["structure"].abs() < 10)
+    assert model(**given).isfinite()
+
+
+@given(share=st.floats(0, 0.19), far=st.floats(1, 1e6), seed=st.integers(0, 99))
+def test_every_standardised_map_is_taken(share, far, seed):
+    """Also those that are nearly flat but for a few values far away."""
+    generator = torch.Generator().manual_seed(seed)
+    raw = 65535 * torch.rand(2, 1, *SIZE, generator=generator).pow(1 + far / 1e5)
+    raw[torch.rand(raw.shape, generator=generator) < share] *= far
+    given = arguments(structure=lambda t: standardize_structure(raw))
+    assert MODEL(**given).isfinite()
+
+
+def test_compiled_it_is_refused_too():
+    model, given = foreign(), arguments()
+    given["mask"] = drawn(model, SIZE)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert compiled(**given).isfinite()
+    for raw in (65535 * given["structure"].sigmoid(), given["structure"] / 0):
+        with pytest.raises(RuntimeError, match="structure has infinities, NaN or values that are not standardised"):
+            compiled(**given | {"structure": raw})
+
+
+def test_where_values_cannot_be_read():
+    """Recorded or faked, the model runs as it does without the check."""
+    model, given = foreign(), arguments()
+    given["mask"] = drawn(model, SIZE)
+
+    def call(images, structure):
+        return model(**given | {"images": images, "structure": structure})
+
+    inputs = given["images"], given["structure"]
+    assert torch.equal(make_fx(call)(*inputs)(*inputs), call(*inputs))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert call(*map(mode.from_tensor, inputs)).shape == ()
+
+
+def test_return_losses_by_position():
+    model, size = foreign(), (32, 48)
+    inputs = *(t.float() for t in batch(model, size)), drawn(model, size)
+    with pytest.warns(FutureWarning, match="return_losses by position will be refused; pass it by name") as found:
+        losses = model(*inputs, True)
+    assert isinstance(losses, Losses) and found[0].filename == __file__
+    for more, named in (((True, None), {}), ((False,), {"return_losses": True})):
+        with pytest.raises(TypeError, match="return_losses and the rest by name"):
+            model(*inputs, *more, **named)
+
+
 def test_structure_of_another_dtype():
     with pytest.raises(
         TypeError, match=r"structure has dtype torch\.float64 and embed_weight torch\.float32; expected the same"
@@ -456,6 +537,7 @@ def test_an_encoder_that_returns_something_else():
     ("options", "error", "message"),
     [
         ({"encoder": nn.Identity()}, TypeError, "encoder is a Identity without 'num_features'; expected a masked"),
+        ({"encoder": "swin_tiny"}, TypeError, r"encoder is a str without 'num_features'.* sgmim_fast.create_encoder\("),
         ({"encoder_stride": 18}, ValueError, "encoder_stride is 18; expected a multiple of the encoder's patch size 4"),
         ({"encoder_stride": 0}, ValueError, "encoder_stride is 0; expected a multiple"),
         ({"structure_channels": 0}, ValueError, "structure_channels is 0; expected at least 1"),
@@ -469,6 +551,15 @@ def test_an_encoder_that_returns_something_else():
 def test_bad_options(options, error, message):
     with pytest.raises(error, match=message):
         SGMIM(**{"encoder": ConvEncoder(), "encoder_stride": 16} | options)
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "vit_tiny_patch16_224", "resnet18"])
+def test_a_plain_timm_model(name):
+    encoder = timm.create_model(name)
+    for attribute in ("in_chans", "patch_size"):  # some have them
+        setattr(encoder, attribute, 4)
+    with pytest.raises(TypeError, match=f"encoder is timm's .* takes no mask; .*create_encoder.'{name}'"):
+        SGMIM(encoder, 32)
 
 
 def test_stride_of_a_timm_encoder():

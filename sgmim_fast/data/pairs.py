@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from torch.utils.data import Dataset
 
 from sgmim_fast.data.image_file import ImageFile
 from sgmim_fast.data.report import BrokenFile, DataError, Report
-from sgmim_fast.data.seeding import Seeded, seeded
+from sgmim_fast.data.seeding import Epoch, Seeded, seeded
 from sgmim_fast.data.structure_file import StructureFile
 from sgmim_fast.data.transform import Normalize, decode, transformed
 
@@ -92,6 +93,12 @@ class Pairs(Seeded, Dataset, ABC):
         self.report.used = len(self)
         if not len(self):
             raise DataError(f"none of {len(good)} pairs can be used; {self.report.summary()}")
+
+    def part(self, indices: Sequence[int]) -> Pairs:
+        """A data set of these pairs alone, of which no other one stands in for a broken one."""
+        some = copy.copy(self)
+        some._entries, some._epoch = self._entries[list(indices)], Epoch()
+        return some
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -67,6 +67,8 @@ def check(config: Config) -> None:
             raise UserError(
                 f"data.size is {size}, no multiple of {name} {step}; next that fit: {' or '.join(map(str, fitting))}"
             )
+    if config.data.limit is not None and config.data.limit <= 0:
+        raise UserError(f"data.limit is {config.data.limit}; expected more than 0, or null for none")
     if not 0 < config.mask.ratio < 1:
         raise UserError(f"mask.ratio is {config.mask.ratio}; expected a share between 0 and 1")
     units = (size // unit) ** 2

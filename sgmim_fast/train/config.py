@@ -28,7 +28,11 @@ class Data:
     shards: str | None = None  # WebDataset shards, as "train-{000..099}.tar"
     epoch_images: int | None = None  # of shards, whose number is not known: images that count as an epoch
     scenes: int = 0  # that many procedural scenes
+    val: float = 0.0  # share of the images that is held out to measure the losses on; of scenes, as many are added
+    val_images: str | None = None  # or a folder of images of its own for that
+    val_structure: str | None = None  # and the mirrored folder of maps
     missing: float | None = 0.0  # integer that means "no value" in maps; None: none does
+    limit: float | None = None  # standardised maps are cut off at ± this; None, as published: nowhere
     size: int = 192  # pixels along an image
     scale: tuple[float, float] = (0.67, 1.0)  # area of a crop, share of the image's
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width by height of a crop
@@ -74,7 +78,7 @@ class Run:
     fsdp: bool = False  # parameters, gradients and optimizer state in shards over the processes
     log_every: int = 50  # steps
     checkpoint_every: int = 1000  # steps
-    keep: int = 2  # newest checkpoints kept, besides the one with the lowest loss
+    keep: int = 2  # newest checkpoints kept, besides the one with the lowest loss, on held-out data where there are
     pictures_every: int = 5000  # steps; 0: only at the end
     pictures: int = 4  # rows of the grid
     tensorboard: bool = False

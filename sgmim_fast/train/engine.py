@@ -83,13 +83,17 @@ class Trainer:
                         self.finished or (every and self.done % every == 0)
                         for every in (config.log_every, config.checkpoint_every, config.pictures_every)
                     )
+                    test_due = self.task.tested and (
+                        save_due or (self.task.tested_each_epoch and self.done % self.steps_per_epoch == 0)
+                    )
                     # several processes can only agree on stopping where they talk to each other
                     asked = bool(signals.asked) and alone
-                    if not (log_due or save_due or draw_due or asked):
+                    if not (log_due or save_due or draw_due or test_due or asked):
                         continue
                     asked = self._close_window(bool(signals.asked))
+                    score = self._evaluate() if test_due else None
                     if save_due or asked:
-                        self._save(self._evaluate() if save_due else None)
+                        self._save(score)
                     if draw_due:
                         self._draw(examples)
                     if asked and not self.finished:
@@ -116,7 +120,7 @@ class Trainer:
     def _close_window(self, stop: bool) -> bool:
         """Writes the log line; returns whether any process was asked to stop."""
         lr = self.window.steps[-1].lr
-        rows, seconds, stop, too_many = self.window.close(stop, self.config.run.nonfinite)
+        rows, seconds, waiting, stop, too_many = self.window.close(stop, self.config.run.nonfinite)
         self.since_checkpoint += rows
         if self.log is not None:
             self.log.window(
@@ -126,6 +130,7 @@ class Trainer:
                     "lr": lr,
                     **self._means(rows),
                     "images_per_second": round(self.layout.total / seconds, 2),
+                    "waiting": round(waiting, 4),  # share of the time, for data
                     "memory_gib": round(log.memory(self.accelerator.device), 3),
                     "skipped_steps": self.window.skipped_steps,
                     "skipped_files": self.window.skipped_files,
@@ -151,10 +156,8 @@ class Trainer:
         names = (*self.task.losses, "grad_norm")
         return dict(zip(names, mean(rows, len(names)), strict=True))
 
-    def _evaluate(self) -> float | None:
-        """The score of the model as it is, which is logged; None where the task is not tested."""
-        if not self.task.tested:
-            return None
+    def _evaluate(self) -> float:
+        """The score of the model as it is, which is logged."""
         for statistics in self.stepper.statistics():  # of batch norms: what the first process saves is what is tested
             statistics.copy_(broadcast(statistics))
         score, metrics = self.task.evaluate(self.stepper.plain, self.accelerator)

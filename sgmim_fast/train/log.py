@@ -105,7 +105,8 @@ def describe(line: dict[str, Any], losses: Sequence[str]) -> str:
         f"{total} {number(total, '.4f')}" + (f" ({inside})" if inside else ""),
         f"lr {line['lr']:.2e}",
         f"norm {number('grad_norm', '.2f')}",
-        f"{line['images_per_second']:.0f} images/s",
+        f"{line['images_per_second']:.3g} images/s",
+        f"{line['waiting']:.0%} waiting for data",
         f"{line['memory_gib']:.1f} GiB",
         f"{duration(line['seconds_left'])} left",
     ]

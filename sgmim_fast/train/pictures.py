@@ -41,7 +41,7 @@ def panels(model: SGMIM, batch: dict[str, Any], config: Config, device: torch.de
     training = model.training
     model.eval()
     images = batch["image"].to(device)
-    structure, valid = standardize_valid(batch["structure"].to(device))
+    structure, valid = standardize_valid(batch["structure"].to(device), config.data.limit)
     mask = masks.draw(config.mask, config.data.size, len(images), config.run.seed, 0, device)
     image, guess = model.predict(images, structure, mask, structure_valid=valid)
     model.train(training)
@@ -85,18 +85,38 @@ def grid(found: Panels, path: Path, title: str = "") -> None:
     save(figure, path)
 
 
-def curves(lines: list[dict[str, Any]], path: Path, names: Sequence[str]) -> None:
-    """What has these names, and the learning rate, over the steps of a log."""
+def curves(lines: list[dict[str, Any]], path: Path, names: Sequence[str], tests: Sequence[dict[str, Any]] = ()) -> None:
+    """What has these names, and the learning rate, over the steps of a log: smoothed, and faintly as it is.
+
+    Args:
+        tests: lines with the same on held-out data, as "val_" and the name.
+    """
     names = (*names, "lr")
     figure = Figure((3.4 * len(names), 2.8), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names)), names, strict=True):
         known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-        axis.plot(*zip(*known, strict=True), linewidth=1) if known else None
+        steps, values = zip(*known, strict=True) if known else ((), ())
+        if name == "lr":
+            axis.plot(steps, values, linewidth=1)
+        else:
+            axis.plot(steps, values, linewidth=0.7, alpha=0.35, color="tab:blue")
+            axis.plot(steps, smooth(values), linewidth=1.2, color="tab:blue", label="training, smoothed")
+        held_out = [(line["step"], line[f"val_{name}"]) for line in tests if f"val_{name}" in line]
+        if held_out:
+            axis.plot(*zip(*held_out, strict=True), ".-", linewidth=1.2, color="tab:orange", label="held out")
+            axis.legend(fontsize=7, frameon=False)
         axis.set_xlabel("step", fontsize=8)
         axis.set_ylabel("learning rate" if name == "lr" else name.replace("_", " "), fontsize=8)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     save(figure, path)
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Means over an eighth of the values around each, fewer towards the ends, where they stay in the middle."""
+    reach = len(values) // 16
+    near = [min(reach, i, len(values) - 1 - i) for i in range(len(values))]
+    return [sum(values[i - n : i + n + 1]) / (2 * n + 1) for i, n in enumerate(near)]
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -39,7 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "arguments": {"embed_dim": 48, "depths": [2, 2, 2], "num_heads": [3, 6, 12], "window_size": 6},
             "stride": 16,
         },
-        "data": {"scenes": 1600, "size": 96},
+        "data": {"scenes": 1600, "val": 0.08, "limit": 3.0, "size": 96},
         "mask": {"unit": 16},
         "optim": {
             **{"epochs": 8, "batch": 16, "lr": 2e-3 * 32, "warmup_lr": 1e-4, "min_lr": 1e-4},

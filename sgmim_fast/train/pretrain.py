@@ -9,7 +9,7 @@ from sgmim_fast.train.config import Config
 from sgmim_fast.train.presets import PRESETS
 from sgmim_fast.train.pretraining import Pretraining
 
-SHORT = {"images": "data.images", "structure": "data.structure", "shards": "data.shards"}
+SHORT = {name: f"data.{name}" for name in ("images", "structure", "shards", "val_images", "val_structure")}
 COMMAND = Command("pretrain", Config(), PRESETS, SHORT, Pretraining)
 
 
@@ -17,6 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", metavar="DIR", help="folder of images")
     parser.add_argument("--structure", metavar="DIR", help="the mirrored folder of structure maps")
     parser.add_argument("--shards", metavar="TARS", help="WebDataset shards, like 'train-{000..099}.tar'")
+    parser.add_argument("--val-images", metavar="DIR", help="images to measure the losses on, besides training")
+    parser.add_argument("--val-structure", metavar="DIR", help="and their structure maps; or --set data.val=0.02")
     COMMAND.add_arguments(parser, "tiny_demo needs no data")
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from sgmim_fast.data import sheet, standardize_valid
 from sgmim_fast.model import SGMIM
-from sgmim_fast.train import build, export, masks, optimizer, pictures
+from sgmim_fast.train import build, export, held_out, log, masks, optimizer, pictures
 from sgmim_fast.train.config import Config
 from sgmim_fast.train.runs import find
 from sgmim_fast.train.task import Task
@@ -27,15 +27,23 @@ class Pretraining(Task):
     config: Config
     command = "pretrain"
     losses = ("loss", "image_loss", "structure_loss")
+    tested_each_epoch = True
+    held_out: Dataset | None = None  # what is tested on; `create_dataset` sets it
+
+    @property
+    def tested(self) -> bool:
+        return self.held_out is not None
 
     def check(self) -> None:
         build.check(self.config)
+        held_out.check(self.config)
 
     def create_model(self) -> SGMIM:
         return build.create_model(self.config)
 
     def create_dataset(self) -> Dataset:
-        return build.create_dataset(self.config)
+        dataset, self.held_out = held_out.create(self.config, build.create_dataset(self.config))
+        return dataset
 
     def create_optimizer(self, model: SGMIM) -> torch.optim.AdamW:
         return optimizer.create_optimizer(model, self.config.optim)
@@ -56,7 +64,7 @@ class Pretraining(Task):
     ) -> Sequence[Tensor]:
         device = accelerator.device
         images = batch["image"].to(device, non_blocking=True)
-        structure, valid = standardize_valid(batch["structure"].to(device, non_blocking=True))
+        structure, valid = standardize_valid(batch["structure"].to(device, non_blocking=True), self.config.data.limit)
         mask = masks.part(drawn, first, len(images))
         with accelerator.autocast():
             return model(images, structure, mask, return_losses=True, structure_valid=valid)
@@ -67,12 +75,21 @@ class Pretraining(Task):
         for stage in getattr(encoder, "layers", [encoder]):
             yield from stage.blocks
 
+    def evaluate(self, model: SGMIM, accelerator: Accelerator) -> tuple[float, dict[str, float]]:
+        """The losses on held-out data."""
+        found = held_out.losses(model, self.held_out, self.config, accelerator)
+        return found[0], {f"val_{name}": value for name, value in zip(self.losses, found, strict=True)}
+
+    def examples(self, dataset: Dataset, number: int) -> dict[str, Any]:
+        """Held-out pairs, where there are some."""
+        return super().examples(self.held_out or dataset, number)
+
     def draw_picture(self, model: SGMIM, examples: dict[str, Any], accelerator: Accelerator) -> pictures.Panels:
         with accelerator.autocast():
             return pictures.panels(model, examples, self.config, accelerator.device)
 
     def save_picture(self, found: pictures.Panels, path: Path, title: str) -> None:
-        pictures.grid(found, path, title)
+        pictures.grid(found, path, f"held out, {title}" if self.tested else title)
 
     def describe(self, model: SGMIM) -> str:
         parameters, encoder = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, model.encoder))
@@ -88,8 +105,17 @@ class Pretraining(Task):
         return f"{path} shows some pairs"
 
     def finish(self, folder: Path, lines: list[dict[str, Any]]) -> str:
-        pictures.curves(lines, folder / "losses.png", ("image_loss", "structure_loss"))
+        tests = log.read(folder, log.METRICS)
+        pictures.curves(lines, folder / "losses.png", ("image_loss", "structure_loss"), tests)
         encoder = folder / "encoder.safetensors"
         card = export.export(find(folder), encoder)
         last = max((folder / "pictures").glob("*.png"), default=None)
-        return f"wrote {encoder} and {card.name}; look at {folder / 'losses.png'} and {last}"
+        first = tests[0] if tests else {}
+        fell = ", ".join(
+            f"{name.replace('_', ' ')} {first[f'val_{name}']:.4f} after step {first['step']}, now "
+            f"{tests[-1][f'val_{name}']:.4f}"
+            for name in self.losses[1:]
+            if tests
+        )
+        told = f"on held-out data: {fell}\n" if tests else ""
+        return f"{told}wrote {encoder} and {card.name}; look at {folder / 'losses.png'} and {last}"

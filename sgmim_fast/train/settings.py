@@ -22,7 +22,7 @@ C = TypeVar("C")
 _ASIDE = ("run", "evaluation")
 _OF_RUN = ("seed", "precision", "fsdp")
 # Changing these on resuming leaves every step what it would have been; images a step are compared by themselves.
-_FREE = ("data.workers", "optim.batch", "optim.accumulate")
+_FREE = ("data.workers", "data.val_images", "data.val_structure", "optim.batch", "optim.accumulate")
 # What every configuration has, and is at least 1, or 0
 OF_EVERY_RUN_1 = (
     *("optim.batch", "optim.accumulate", "run.log_every", "run.checkpoint_every"),

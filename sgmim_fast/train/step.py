@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ class Done(NamedTuple):
     lr: float
     names: list[str]  # of the images
     skipped: list[str]  # broken files that other images stand in for
+    waited: float  # seconds, for batches
 
 
 class Stepper:
@@ -66,9 +68,12 @@ class Stepper:
         torch.manual_seed(mix(seed, 3, step, self.layout.rank))
         drawn = self.task.draw(step, self.layout.total, device)
         losses, names, skipped = torch.zeros(len(self.task.losses), device=device), [], []
+        waited = 0.0
         before = [buffer.clone() for buffer in self.statistics()]
         for backward in range(accumulate):
+            asked = time.perf_counter()
             batch = next(batches)
+            waited += time.perf_counter() - asked
             names += batch["name"]
             skipped += skipped_names(batch["skipped"])
             with self._sync(backward == accumulate - 1):
@@ -81,7 +86,7 @@ class Stepper:
             buffer.copy_(torch.where(norm.isfinite(), buffer, old))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return Done(torch.cat([losses, norm.float().view(1)]), lr, names, skipped)
+        return Done(torch.cat([losses, norm.float().view(1)]), lr, names, skipped, waited)
 
     def _backward(self, batch: dict[str, Any], drawn: Any, first: int) -> Tensor:
         losses = self.task.loss(self.model, batch, drawn, first, self.accelerator)

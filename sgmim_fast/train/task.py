@@ -27,11 +27,13 @@ class Task(ABC):
         command: of `sgmim-fast`, by which a run is known when it is read again.
         losses: names of what `loss` returns; the first one is minimised.
         tested: whether `evaluate` gives a checkpoint's score, the lower the better; otherwise the loss is it.
+        tested_each_epoch: whether that is done after every epoch too.
     """
 
     command: str
     losses: tuple[str, ...] = ("loss",)
     tested = False
+    tested_each_epoch = False
 
     def __init__(self, config: Any, facts: dict[str, Any] | None = None) -> None:
         self.config, self.facts = config, facts or {}
@@ -82,7 +84,8 @@ class Task(ABC):
         raise NotImplementedError
 
     def evaluate(self, model: nn.Module, accelerator: Accelerator) -> tuple[float, dict[str, float]]:
-        """The score and metrics by name, before every checkpoint that is due, where the task is `tested`."""
+        """The score and metrics by name, before every checkpoint that is due, where the task is `tested`. All
+        processes call it."""
         raise NotImplementedError
 
     def examples(self, dataset: Dataset, number: int) -> Any:

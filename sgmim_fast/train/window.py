@@ -31,7 +31,7 @@ class Window:
         """What happened since the last window closed does not count as time of the next one."""
         self.begun = time.perf_counter()
 
-    def close(self, stop: bool, limit: int) -> tuple[list[list[float]], float, bool, bool]:
+    def close(self, stop: bool, limit: int) -> tuple[list[list[float]], float, float, bool, bool]:
         """Averages over the processes, which all have to call it; waits for the device.
 
         Args:
@@ -39,17 +39,18 @@ class Window:
             limit: so many steps in a row without a finite loss are too many.
 
         Returns:
-            the losses and the gradient norm of every step that counted; seconds that a step took;
-            whether any process was asked to stop; whether the limit was reached.
+            the losses and the gradient norm of every step that counted; seconds that a step took; the share of them in
+            which the processes waited for data; whether any process was asked to stop; whether the limit was reached.
         """
         values = torch.stack([done.values for done in self.steps])
         files = sum(len(done.skipped) for done in self.steps)
-        flags = values.new_zeros(1, values.shape[1])
-        flags[0, :2] = torch.tensor([float(stop), float(files)])
+        flags = values.new_zeros(2, values.shape[1])
+        flags[:, :2] = torch.tensor([[float(stop), float(files)], [sum(done.waited for done in self.steps), 0]])
         mean = self.accelerator.reduce(torch.cat([values, flags]), "mean").tolist()
         seconds = (time.perf_counter() - self.begun) / len(self.steps)
-        *rows, (stop_share, file_share, *_) = mean
+        *rows, (stop_share, file_share, *_), (waited, *_) = mean
         self.skipped_files += round(file_share * self.accelerator.num_processes)
+        waiting = waited / (seconds * len(self.steps))
         counted, too_many = [], False
         scaled = self.accelerator.scaler is not None  # an overflow is then part of finding the scale
         for done, row in zip(self.steps, rows, strict=True):
@@ -65,7 +66,7 @@ class Window:
             too_many |= self.in_row >= limit
         self.steps = []
         self.pause()
-        return counted, seconds, stop_share > 0, too_many
+        return counted, seconds, waiting, stop_share > 0, too_many
 
 
 def mean(rows: Sequence[Sequence[float]], columns: int) -> list[float | None]:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-
 from torch import nn
 
 from sgmim_fast import backends, blocks
+from sgmim_fast.bypass import DROPOUT, say
 from sgmim_fast.encoders import MaskedEncoder
-
-_logger = logging.getLogger("sgmim_fast")
-_said: set[str] = set()
 
 
 def accelerate(encoder: nn.Module) -> nn.Module:
@@ -38,7 +34,7 @@ def accelerate(encoder: nn.Module) -> nn.Module:
     """
     (usable, reason), (on_gpu, _) = (backends.can_run("window_attention", name) for name in ("cpu", "triton"))
     if not usable and not on_gpu and backends.forced() is None:
-        _say(f"accelerate leaves encoders as they are: {reason}")
+        say(f"accelerate leaves encoders as they are: {reason}")
         return encoder
     name = type(getattr(encoder, "model", encoder)).__name__
     if getattr(type(encoder), "forward", None) is MaskedEncoder.forward:
@@ -50,15 +46,11 @@ def accelerate(encoder: nn.Module) -> nn.Module:
             module.__class__ = fast
         if isinstance(module, tuple(blocks.FAST.values())):
             found = True
+            if isinstance(module, blocks.Swin):
+                module.see_mask()
             for part, why in module.reasons().items():
-                if why and why != "dropout":  # which evaluation turns off
-                    _say(f"accelerate leaves the {part} of {name}'s {type(module).__name__} as it is: {why}")
+                if why and not why.endswith(DROPOUT):  # which evaluation turns off
+                    say(f"accelerate leaves the {part} of {name}'s {type(module).__name__} as it is: {why}")
     if not found:
-        _say(f"accelerate leaves {name} as it is: it has no block of timm's Swin, SwinV2, BEiT or ViT")
+        say(f"accelerate leaves {name} as it is: it has no block of timm's Swin, SwinV2, BEiT or ViT")
     return encoder
-
-
-def _say(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        _logger.warning(message)

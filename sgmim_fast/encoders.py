@@ -75,7 +75,7 @@ class MaskedEncoder(nn.Module):
         """
         self._check(x, mask)
         stem = self.model.patch_embed
-        if visible is not None and mask is not None and self.visible_stem and blocks.stem_fits(stem, x):
+        if visible is not None and mask is not None and self.visible_stem and blocks.stem_fits(self, x):
             return self._after_stem(blocks.masked_stem(stem, x, self.mask_token, visible))
         tokens = stem(x)  # (B, L, D), or (B, H/p, W/p, D)
         if mask is not None:

@@ -489,13 +489,18 @@ STEMS = tuple(
 )
 
 
+def _token(token: Tensor | None, weight: Tensor) -> str:
+    fits = type(token) in bypass.PLAIN and token.dtype is weight.dtype and tuple(token.shape) == (1, 1, len(weight))
+    return "" if fits else "a mask token that is no parameter, or of another shape or dtype"
+
+
 def stem_fits(encoder: nn.Module, x: Tensor) -> bool:
     """Whether the stem of a masked encoder may be computed by `masked_stem` for images `x`."""
     stem = encoder.model.patch_embed
     why = bypass.changed_call(x)
     if not why:
         expected = STEMS[0] if type(stem._modules.get("norm")) is nn.Identity else STEMS[1]
-        why = expected.why(encoder.model)
+        why = expected.why(encoder.model) or _token(encoder._parameters.get("mask_token"), stem.proj.weight)
     if why:
         bypass.say(f"the stem of a {type(encoder.model).__name__} runs as timm has it: {why}")
         return False

@@ -91,7 +91,7 @@ class Check:
             if getattr(kind, name) is not at_import:
                 return f"{kind.__name__}.{name} is not what it was at import"
         dtype = None
-        inside = [module.__dict__]
+        inside, settings = [module.__dict__], []
         for path, parent, name, own in self.steps:
             child = inside[parent]["_modules"].get(name)
             if type(child) not in own.types:
@@ -125,7 +125,10 @@ class Check:
                         return f"{path}: {name} is a {type(tensor).__name__} that the ops do not read"
             if len(found["_modules"]) != len(own.children):
                 return f"{path}: children {', '.join(found['_modules'])} in place of {', '.join(own.children)}"
-            if own.also is not None and (why := own.also(child)):
+            if own.also is not None:
+                settings.append((path, own.also, child))
+        for path, also, child in settings:  # which look at children of theirs
+            if why := also(child):
                 return f"{path}: {why}"
         return ""
 
@@ -143,6 +146,11 @@ def changed_call(x: Tensor) -> str:
         return "hooks on all modules"
     if _functions() != _FUNCTIONS:
         return "functions of torch or timm are not those they were at import"
+    return transformed()
+
+
+def transformed() -> str:
+    """What records or transforms the call, so that it must consist of PyTorch's own operators; "" if nothing does."""
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace"
     if torch._C._are_functorch_transforms_active():
@@ -196,6 +204,13 @@ LINEAR = Own(nn.Linear, tensors=("weight", "bias"))
 UNBIASED = Own(nn.Linear, tensors=("weight",))
 BIASED = Own(nn.Linear, tensors=("weight", "bias"), complete=True)
 NORM = Own(nn.LayerNorm, LayerNorm, tensors=("weight", "bias"), complete=True, also=_norm)
+# a norm of ops that take no eps
+NORM_EPS_1E5 = Own(
+    nn.LayerNorm,
+    tensors=("weight", "bias"),
+    complete=True,
+    also=lambda norm: _norm(norm) or ("" if norm.eps == 1e-5 else f"eps {norm.eps}"),
+)
 IDENTITY = Own(nn.Identity)
 INACTIVE_DROPOUT = Own(nn.Dropout, nn.Identity, also=_dropout)
 INACTIVE_DROP_PATH = Own(DropPath, nn.Identity, also=_drop_path)

@@ -37,7 +37,7 @@ class Own:
     Args:
         types: exactly one of these.
         tensors: names of the parameters and buffers that it may have.
-        complete: whether it must have them all.
+        required: those of them that must be parameters.
         methods: what its forward calls, of its own.
         also: a further check: why not, or "".
         children: what its children must be, all of them; None: called in any case.
@@ -47,13 +47,13 @@ class Own:
         self,
         *types: type[nn.Module],
         tensors: tuple[str, ...] = (),
-        complete: bool = False,
+        required: tuple[str, ...] = (),
         methods: tuple[str, ...] = (),
         also: Callable[[Any], str] | None = None,
         **children: Own | None,
     ):
         self.types, self.also, self.children = types, also, children
-        self.tensors, self.complete, self.methods = tensors, complete, methods
+        self.tensors, self.required, self.methods = tensors, required, methods
         # in a module's own dictionary they come before those of the class, the parameters and the children
         self.attributes = ("forward", "_call_impl", "_compiled_call_impl", *methods, *tensors, *children)
 
@@ -92,6 +92,9 @@ class Check:
                 return f"{kind.__name__}.{name} is not what it was at import"
         dtype = None
         inside, settings = [module.__dict__], []
+        for name in self.names:
+            if name in inside[0]:
+                return f"{name}: an attribute that is no child"
         for path, parent, name, own in self.steps:
             child = inside[parent]["_modules"].get(name)
             if type(child) not in own.types:
@@ -110,8 +113,6 @@ class Check:
                     return f"{path}: a {name} of its own"
             for name, tensor in found["_parameters"].items():
                 if tensor is None:
-                    if own.complete:
-                        return f"{path}: no {name}"
                     continue
                 if dtype is None:
                     dtype = tensor.dtype
@@ -119,6 +120,9 @@ class Check:
                     return f"{path}: {name} is a {type(tensor).__name__} that the ops do not read"
                 if tensor.dtype is not dtype:
                     return f"{path}: {name} is {tensor.dtype}, others are {dtype}"
+            for name in own.required:
+                if found["_parameters"].get(name) is None:
+                    return f"{path}: no parameter {name}"
             if found["_buffers"]:
                 for name, tensor in found["_buffers"].items():
                     if tensor is not None and (name not in own.tensors or type(tensor) not in PLAIN):
@@ -200,15 +204,16 @@ def _patches(conv: nn.Conv2d) -> str:
     return "" if plain and size[0] == size[1] else "patches that are not square, or overlap, or have gaps"
 
 
-LINEAR = Own(nn.Linear, tensors=("weight", "bias"))
-UNBIASED = Own(nn.Linear, tensors=("weight",))
-BIASED = Own(nn.Linear, tensors=("weight", "bias"), complete=True)
-NORM = Own(nn.LayerNorm, LayerNorm, tensors=("weight", "bias"), complete=True, also=_norm)
+_BOTH = ("weight", "bias")
+LINEAR = Own(nn.Linear, tensors=_BOTH, required=("weight",))
+UNBIASED = Own(nn.Linear, tensors=("weight",), required=("weight",))
+BIASED = Own(nn.Linear, tensors=_BOTH, required=_BOTH)
+NORM = Own(nn.LayerNorm, LayerNorm, tensors=_BOTH, required=_BOTH, also=_norm)
 # a norm of ops that take no eps
 NORM_EPS_1E5 = Own(
     nn.LayerNorm,
-    tensors=("weight", "bias"),
-    complete=True,
+    tensors=_BOTH,
+    required=_BOTH,
     also=lambda norm: _norm(norm) or ("" if norm.eps == 1e-5 else f"eps {norm.eps}"),
 )
 IDENTITY = Own(nn.Identity)
@@ -224,7 +229,8 @@ MLP = Own(
     fc2=BIASED,
     drop2=INACTIVE_DROPOUT,
 )
-PATCHES = Own(nn.Conv2d, tensors=("weight", "bias"), methods=("_conv_forward",), also=_patches)
+PATCHES = Own(nn.Conv2d, tensors=_BOTH, required=("weight",), methods=("_conv_forward",), also=_patches)
+BIASED_PATCHES = Own(nn.Conv2d, tensors=_BOTH, required=_BOTH, methods=("_conv_forward",), also=_patches)
 
 
 def attention(kind: type[nn.Module], qkv: Own, **details: Any) -> Own:

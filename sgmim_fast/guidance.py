@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sgmim_fast import ops, reference
-from sgmim_fast.bypass import BIASED, NORM_EPS_1E5, PATCHES, UNBIASED, Check, Own
+from sgmim_fast.bypass import BIASED, BIASED_PATCHES, NORM_EPS_1E5, UNBIASED, Check, Own
 from sgmim_fast.rows import Rows
 
 
@@ -192,15 +192,16 @@ def _structure_encoder(mergings: int) -> Own:
     merge = Own(PatchMerging, norm=NORM_EPS_1E5, reduction=UNBIASED)
     return Own(
         StructureEncoder,
+        methods=("visible", "parameters_for_op"),
         also=also,
-        patch_embed=Own(PatchEmbed, proj=PATCHES, norm=NORM_EPS_1E5),
+        patch_embed=Own(PatchEmbed, proj=BIASED_PATCHES, norm=NORM_EPS_1E5),
         merges=Own(nn.ModuleList, methods=("__iter__",), **{str(i): merge for i in range(mergings)}),
     )
 
 
 _GUIDANCE = Own(
     RelationalGuidance,
-    tensors=("pos_embed",),
+    methods=("visible", "parameters_for_op"),
     query_norm=NORM_EPS_1E5,
     context_norm=NORM_EPS_1E5,
     attn=Own(CrossAttention, q=UNBIASED, k=UNBIASED, v=UNBIASED, proj=BIASED),

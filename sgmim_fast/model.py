@@ -21,7 +21,8 @@ class SGMIM(nn.Module):
     light branch that reads the map where the image is masked and predicts it where the image is visible. Only the
     encoder is kept after pre-training. With masks aligned to the encoder's cells everything but the encoder works on
     visible tokens only, and the losses and gradients are those of the dense arithmetic (SPEC "The exact shortcut");
-    other masks take the dense arithmetic itself.
+    other masks take the dense arithmetic itself. So does a step in which a head or a module of the branch has hooks, is
+    replaced, or is changed in any way that the ops do not know: all of them are called then, on every token.
 
     Args:
         encoder: masked encoder: `forward(x, mask)` -> (B, N, C) or (B, C, h, w), attributes `num_features`, `in_chans`

@@ -1,24 +1,29 @@
 """Every kind of change to every module that fused ops may bypass: what it computes, and what listens, as if none did.
 
 The changes are tried on all modules of an example of each class that `accelerate` knows, of a stem and of SGMIM's
-branch, and on all their parameters, buffers, methods and settings: a new child of a block is tested without a line here.
+branch, and on all their parameters, buffers, methods and settings: a new child of a block is tested without
+a line here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Callable, Iterator
+from inspect import signature
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from timm.models import beit, swin_transformer, swin_transformer_v2, vision_transformer
+from timm.utils import AttentionExtract
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_full_backward_hook
 from torch.nn.utils import parametrize, weight_norm
 
 import sgmim_fast
-from sgmim_fast import SGMIM, accelerate, backends, blocks, reference
+from sgmim_fast import SGMIM, accelerate, backends, blocks, bypass, reference
 
 SHAPE = 2, 6, 4, 8
 WINDOWS = {"dim": 8, "input_resolution": SHAPE[1:3], "num_heads": 2, "window_size": 2, "shift_size": 1}
@@ -56,7 +61,7 @@ class Features(nn.Module):
 
 
 def branch() -> nn.Module:
-    return SGMIM(Features(), 8)
+    return SGMIM(Features(), 8, accelerate=False)
 
 
 def losses(model: nn.Module, x: Tensor) -> Any:
@@ -110,6 +115,15 @@ class Change:
         self.undo.callback(setattr, kind, name, before) if before is not None else self.undo.callback(
             delattr, kind, name
         )
+
+    def listen(self, inside: nn.Module) -> Callable[..., None]:
+        """A hook on all modules."""
+
+        def hook(module: nn.Module, *seen: Any) -> None:
+            if module is not inside:
+                self.see(seen)
+
+        return hook
 
     def see(self, *values: Any) -> None:
         self.calls.append([v.detach().clone() if isinstance(v, Tensor) else v for v in _leaves(values)])
@@ -487,3 +501,142 @@ def test_changes(name, kind):
             count += 1
             different += compare(example, place, change, change_name)[:1]
     assert count and not different, f"{len(different)} of {count}:\n" + "\n".join(different[:30])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_flags_that_differ_with_dropout(name):
+    """Dropout draws the same numbers, whoever asks whether there is any."""
+    example = EXAMPLES[name]
+    different = [
+        line for place in places(example) for line in compare(example, place, eval_beside_dropout, "eval", 0.5)
+    ]
+    assert not different, "\n".join(different)
+
+
+@pytest.mark.parametrize("register", [register_module_forward_hook, register_module_full_backward_hook])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_hooks_on_all_modules(name, register):
+    """The hooks of all modules see each call of each, with what they saw."""
+    example, outcomes = EXAMPLES[name], []
+    plain = make(example)
+    for module, call in ((plain, example.plain), (accelerate(copy.deepcopy(plain)), example.fast)):
+        noted = Change(contextlib.ExitStack())
+        handle = register(noted.listen(inside=module))
+        outcomes.append(run(module, call, example, noted))
+        handle.remove()
+    assert "error" in outcomes[0] or len(outcomes[0]["calls"]) > 1
+    assert not same(*outcomes, "all")
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_transforms(name):
+    """torch.func through modules: derivatives in both modes, and parameters given for one call."""
+    example, results = EXAMPLES[name], []
+    plain = make(example).eval()
+    for module in plain.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # PyTorch's has no forward mode
+    x = torch.linspace(-2, 2, torch.Size(example.shape).numel(), dtype=torch.float64).sin().view(example.shape)
+    for module, call in ((plain, example.plain), (accelerate(copy.deepcopy(plain)), example.fast)):
+
+        class Called(nn.Module):
+            def __init__(self, inner, call):
+                super().__init__()
+                self.inner, self.call = inner, call
+
+            def forward(self, x):
+                result = self.call(self.inner, x)
+                return result.total if isinstance(result, sgmim_fast.Losses) else result.square().sum()
+
+        called = Called(module, call)
+        parameters = {name: 1.1 * p.detach() for name, p in called.named_parameters()}
+
+        def loss(parameters, called=called):
+            return torch.func.functional_call(called, parameters, (x,))
+
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, x.cos())
+            tangent = torch.autograd.forward_ad.unpack_dual(called(dual)).tangent
+        _, jvp = torch.func.jvp(called, (x,), (x.cos(),))
+        results.append((loss(parameters), torch.func.grad(loss)(parameters), jvp, tangent))
+    assert not same(*results, "transforms")
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in ("stem", "branch")])
+def test_traces(name):
+    """torch.jit.trace and torch.fx record timm's own operators."""
+    example = EXAMPLES[name]
+    plain = make(example).eval()
+    fast, x = accelerate(copy.deepcopy(plain)), torch.randn(example.shape, dtype=torch.float64)
+    options = {
+        o.name: o.default for o in signature(type(plain).forward).parameters.values() if o.default is not o.empty
+    }
+    for traced in (torch.jit.trace(fast, x), torch.fx.symbolic_trace(fast, options)):
+        assert "sgmim_fast::" not in str(traced.graph)
+        torch.testing.assert_close(traced(x), plain(x))
+
+
+def test_traces_of_a_model():
+    model = make(EXAMPLES["branch"])
+    x, other = (torch.randn(2, 4, 16, 16, dtype=torch.float64) for _ in range(2))
+    arguments = [(images[:, :3], images[:, 3:], mask) for images, mask in ((x, MASK), (other, 1 - MASK))]
+    traced = torch.jit.trace(model, arguments[0])
+    torch.testing.assert_close(traced(*arguments[1]), model(*arguments[1]))
+
+
+@torch._dynamo.config.patch(recompile_limit=64)
+@pytest.mark.parametrize("name", ["swin_transformer.SwinTransformerBlock", "vision_transformer.Block", "branch"])
+def test_hooks_around_compilation(name):
+    """One graph, with hooks from before, and with others from after."""
+    torch.compiler.reset()
+    example = EXAMPLES[name]
+    module = accelerate(make(example)).eval()
+    x = torch.randn(example.shape, dtype=torch.float64)
+    compiled = torch.compile(lambda x: example.fast(module, x), fullgraph=name != "branch", backend="eager")
+    inside = [m for m in module.modules() if isinstance(m, (nn.Linear, nn.Softmax, nn.Identity))]
+    torch.testing.assert_close(compiled(x), example.fast(module, x))
+    for m in inside[::3]:
+        before = example.fast(module, x)
+        handle = m.register_forward_hook(lambda m, args, result: 2 * result)
+        torch.testing.assert_close(compiled(x), example.fast(module, x))
+        handle.remove()
+        torch.testing.assert_close(compiled(x), before)
+
+
+def test_attention_maps_of_timm():
+    model = sgmim_fast.create_encoder("vit_tiny_patch16_224", img_size=32, depth=2).model
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    x = torch.randn(1, 3, 32, 32)
+    maps = AttentionExtract(model, method="hook")(x)
+    fast = AttentionExtract(accelerate(copy.deepcopy(model)), method="hook")(x)
+    assert len(maps) == 2
+    torch.testing.assert_close(fast, maps)
+
+
+def test_copies_keep_what_is_known_of_their_mask():
+    block = accelerate(make(EXAMPLES["swin_transformer.SwinTransformerBlock"]))
+    for copied in (copy.deepcopy(block), copy.deepcopy(copy.deepcopy(block)).float(), block.to(torch.float32)):
+        mask, version = copied._seen_mask
+        assert mask is copied.attn_mask and version == mask._version
+    block.attn_mask.zero_()
+    assert block.reasons()["attention"] and not hasattr(copy.deepcopy(block), "_seen_mask")
+    block.init_non_persistent_buffers()
+    assert not block.reasons()["attention"] and block._seen_mask[0] is block.attn_mask
+
+
+def test_says_once_which_module_and_why(caplog):
+    bypass._said.clear()
+    example = EXAMPLES["vision_transformer.Block"]
+    block, model = accelerate(make(example)), make(EXAMPLES["branch"])
+    block.attn.proj_drop.register_forward_hook(lambda *_: None)
+    model.guidance.mlp.fc1.register_forward_hook(lambda *_: None)
+    with caplog.at_level(logging.WARNING, "sgmim_fast"):
+        for _ in range(2):
+            block(torch.randn(example.shape, dtype=torch.float64))
+            losses(model, torch.randn(2, 4, 16, 16, dtype=torch.float64))
+    assert caplog.messages == [
+        "the attention of a ViTBlock runs as timm has it: attn.proj_drop: hooks",
+        "the heads and the branch of SGMIM compute every token, as PyTorch's own modules: guidance.mlp.fc1: hooks",
+    ]

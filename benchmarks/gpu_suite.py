@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     failures.unlink(missing_ok=True)
     warm = {f"warm-{encoder}": step(encoder, "accelerated", 1) for encoder in encoders}
     warm["warm-compiled"] = step("swin_base", "dense-compiled", 1)
-    warm["warm-guidance"] = guidance("--dtype", "bfloat16", "--seconds", 1, "--encoder", "swin_base,vit_base")
+    warm["warm-guidance"] = guidance("--dtype", "bfloat16", "--seconds", 1, "--all")
     warm["tests"] = [*pytest, "-m", "gpu and not slow", "--maxfail", "80"]
     suite.together(warm, 0.3 * args.seconds, SGMIM_FAST_EXAMPLES="2", SGMIM_FAST_FAILURES=str(failures.resolve()))
     found: list[dict[str, Any]] = []
@@ -236,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     results = suite.path(".json")
     results.unlink(missing_ok=True)
     plot = ["--plot", suite.path(".png")] if importlib.util.find_spec("matplotlib") else []
-    bench = guidance("--seconds", 4, "--dtype", "bfloat16", "--encoder", "swin_base,vit_base", "--json", results, *plot)
+    bench = guidance("--seconds", 4, "--dtype", "bfloat16", "--all", "--json", results, *plot)
     print(suite.run("guidance", bench, 120))
     counted = suite.run("launches", [python, here / "gpu_suite.py", "--count-launches"], 60)
     launches = {(e, d): n for e, d, n in json.loads(counted.strip().splitlines()[-1])} if counted else {}

@@ -1,83 +1,258 @@
-"""Whether what a fused block bypasses is still timm's own: each check says in words why it is not, or ""."""
+"""Whether a module's own forward may be bypassed, now: it would do what its class did at import, and nobody listens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable
+from typing import Any
 
+import torch
 from timm.layers import DropPath, LayerNorm, Mlp
 from timm.layers.activations import GELU
-from torch import nn
+from timm.models import swin_transformer, swin_transformer_v2
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.nn.modules import module as hooks_of_all
+
+PLAIN = (nn.Parameter, Tensor, FakeTensor)  # what the ops read; not DTensor, quantised weights and the like
+DROPOUT = "dropout at work"
+
+_logger = logging.getLogger("sgmim_fast")
+_said: set[str] = set()
 
 
-def changed(module: nn.Module | None, *types: type) -> str:
-    """Why the module's own forward may not be bypassed: it is not exactly of one of the types, or has hooks."""
-    if type(module) not in types:
-        return f"{type(module).__name__} in place of {types[0].__name__}"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return f"hooks on a {types[0].__name__}"
-    return ""
+@torch.compiler.assume_constant_result
+def say(message: str) -> None:
+    """Logs a warning, each one once; while torch.compile traces, too."""
+    if message not in _said:
+        _said.add(message)
+        _logger.warning(message)
 
 
-def active(dropout: nn.Module | None) -> str:
-    """Dropout that does something."""
-    if type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not (dropout.training and dropout.p)):
+class Own:
+    """What a module must be for its forward to be bypassed.
+
+    Args:
+        types: exactly one of these.
+        tensors: names of the parameters and buffers that it may have.
+        required: those of them that must be parameters.
+        methods: what its forward calls, of its own.
+        also: a further check: why not, or "".
+        children: what its children must be, all of them; None: called in any case.
+    """
+
+    def __init__(
+        self,
+        *types: type[nn.Module],
+        tensors: tuple[str, ...] = (),
+        required: tuple[str, ...] = (),
+        methods: tuple[str, ...] = (),
+        also: Callable[[Any], str] | None = None,
+        **children: Own | None,
+    ):
+        self.types, self.also, self.children = types, also, children
+        self.tensors, self.required, self.methods = tensors, required, methods
+        # in a module's own dictionary they come before those of the class, the parameters and the children
+        self.attributes = ("forward", "_call_impl", "_compiled_call_impl", *methods, *tensors, *children)
+
+    def steps(self, path: str, parent: int, into: list[tuple[str, int, str, Own]]) -> None:
+        """Appends itself and then its children, each with its path, the number of its parent and its name."""
+        into.append((path, parent, path.rpartition(".")[2], self))
+        number = len(into)
+        for name, child in self.children.items():
+            if child is not None:
+                child.steps(f"{path}.{name}", number, into)
+
+
+class Check:
+    """Whether the forwards of these children of a module, and of all that is in them, may be bypassed.
+
+    They may while they are exactly of the classes that are expected, with the methods that these had at import, without
+    a method of their own and without hooks; while their parameters are plain, of one dtype, and their settings known.
+    """
+
+    def __init__(self, **children: Own):
+        self.names = tuple(children)
+        self.steps: list[tuple[str, int, str, Own]] = []
+        for name, child in children.items():
+            child.steps(name, 0, self.steps)
+        methods = {kind: own.methods for *_, own in self.steps for kind in own.types}
+        self.calls = [(kind, kind.forward, kind.__call__, kind._call_impl) for kind in methods]
+        self.methods = [(kind, name, getattr(kind, name)) for kind, names in methods.items() for name in names]
+
+    def why(self, module: nn.Module) -> str:
+        """Why they may not be, now; "" if they may."""
+        for kind, forward, call, call_impl in self.calls:
+            if kind.forward is not forward or kind.__call__ is not call or kind._call_impl is not call_impl:
+                return f"{kind.__name__}.forward or __call__ is not what it was at import"
+        for kind, name, at_import in self.methods:
+            if getattr(kind, name) is not at_import:
+                return f"{kind.__name__}.{name} is not what it was at import"
+        dtype = None
+        inside, settings = [module.__dict__], []
+        for name in self.names:
+            if name in inside[0]:
+                return f"{name}: an attribute that is no child"
+        for path, parent, name, own in self.steps:
+            child = inside[parent]["_modules"].get(name)
+            if type(child) not in own.types:
+                return f"{path}: {type(child).__name__} in place of {own.types[0].__name__}"
+            found = child.__dict__
+            inside.append(found)
+            if (
+                found["_forward_hooks"]
+                or found["_forward_pre_hooks"]
+                or found["_backward_hooks"]
+                or found["_backward_pre_hooks"]
+            ):
+                return f"{path}: hooks"
+            for name in own.attributes:
+                if name in found and (found[name] is not None or name == "forward"):
+                    return f"{path}: a {name} of its own"
+            for name, tensor in found["_parameters"].items():
+                if tensor is None:
+                    continue
+                if dtype is None:
+                    dtype = tensor.dtype
+                if type(tensor) not in PLAIN or name not in own.tensors or tensor.layout is not torch.strided:
+                    return f"{path}: {name} is a {type(tensor).__name__} that the ops do not read"
+                if tensor.dtype is not dtype:
+                    return f"{path}: {name} is {tensor.dtype}, others are {dtype}"
+            for name in own.required:
+                if found["_parameters"].get(name) is None:
+                    return f"{path}: no parameter {name}"
+            if found["_buffers"]:
+                for name, tensor in found["_buffers"].items():
+                    if tensor is not None and (name not in own.tensors or type(tensor) not in PLAIN):
+                        return f"{path}: {name} is a {type(tensor).__name__} that the ops do not read"
+            if len(found["_modules"]) != len(own.children):
+                return f"{path}: children {', '.join(found['_modules'])} in place of {', '.join(own.children)}"
+            if own.also is not None:
+                settings.append((path, own.also, child))
+        for path, also, child in settings:  # which look at children of theirs
+            if why := also(child):
+                return f"{path}: {why}"
         return ""
-    return "dropout"
 
 
-def norm_reason(norm: nn.Module) -> str:
-    if why := changed(norm, nn.LayerNorm, LayerNorm):
-        return why
-    if norm.weight is None or norm.bias is None or len(norm.normalized_shape) != 1:
-        return "a LayerNorm without weight and bias of a vector"
+def changed_call(x: Tensor) -> str:
+    """Why nothing may be bypassed in a call with `x`, whatever the modules are; "" if it may."""
+    if type(x) not in PLAIN:
+        return f"the input is a {type(x).__name__}"
+    if (
+        hooks_of_all._global_forward_hooks
+        or hooks_of_all._global_forward_pre_hooks
+        or hooks_of_all._global_backward_hooks
+        or hooks_of_all._global_backward_pre_hooks
+    ):
+        return "hooks on all modules"
+    if _functions() != _FUNCTIONS:
+        return "functions of torch or timm are not those they were at import"
+    return transformed()
+
+
+def transformed() -> str:
+    """What records or transforms the call, so that it must consist of PyTorch's own operators; "" if nothing does."""
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace"
+    if torch._C._are_functorch_transforms_active():
+        return "transforms of torch.func"
+    return "forward-mode differentiation" if forward_ad._current_level >= 0 else ""
+
+
+def _functions() -> tuple[Callable, ...]:
+    """What timm's forwards call, and some replace."""
+    return (
+        F.linear,
+        F.layer_norm,
+        F.gelu,
+        F.conv2d,
+        F.scaled_dot_product_attention,
+        swin_transformer.window_partition,
+        swin_transformer.window_reverse,
+        swin_transformer_v2.window_partition,
+        swin_transformer_v2.window_reverse,
+    )
+
+
+_FUNCTIONS = _functions()
+
+
+def _norm(norm: nn.LayerNorm) -> str:
+    if len(norm.normalized_shape) != 1 or norm.normalized_shape[0] != norm._parameters["weight"].numel():
+        return "not of a vector"
     return "timm's fast norm" if getattr(norm, "_fast_norm", False) else ""
 
 
-def first(reasons: Iterable[str]) -> str:
-    return next(filter(None, reasons), "")
+def _dropout(dropout: nn.Module) -> str:
+    return DROPOUT if type(dropout) is nn.Dropout and dropout.training and dropout.p else ""
 
 
-def mlp_reason(norm: nn.Module | None, mlp: nn.Module) -> str:
-    """Why norm and MLP cannot be one op; "" if they can. A norm of None is left out."""
-    if why := changed(mlp, Mlp):
-        return why
-    if type(mlp.act) is nn.GELU and mlp.act.approximate != "none":
-        return "an approximate GELU"
-    return first(
-        (
-            "" if norm is None else norm_reason(norm),
-            changed(mlp.fc1, nn.Linear),
-            changed(mlp.act, nn.GELU, GELU),
-            active(mlp.drop1),
-            changed(mlp.norm, nn.Identity),
-            changed(mlp.fc2, nn.Linear),
-            active(mlp.drop2),
-            "" if mlp.fc1.bias is not None and mlp.fc2.bias is not None else "an MLP without bias",
-        )
-    )
+def _drop_path(path: nn.Module) -> str:
+    return "drop path at work" if type(path) is DropPath and path.training and path.drop_prob else ""
 
 
-def attention_reason(norm: nn.Module | None, attn: nn.Module, kind: type, *identities: str) -> str:
-    if why := changed(attn, kind):
-        return why
-    scale = (attn.qkv.weight.shape[0] // 3 // attn.num_heads) ** -0.5 if type(attn.qkv) is nn.Linear else None
-    return first(
-        (
-            "" if norm is None else norm_reason(norm),
-            changed(attn.qkv, nn.Linear),
-            active(attn.attn_drop),
-            changed(attn.proj, nn.Linear),
-            active(attn.proj_drop),
-            *(changed(getattr(attn, name, None), nn.Identity) for name in identities),
-            "gated attention" if getattr(attn, "gate", None) is not None else "",
-            "another scale of the attention" if getattr(attn, "scale", scale) != scale else "",
-        )
-    )
+def _gelu(act: nn.Module) -> str:
+    return "approximate GELU" if type(act) is nn.GELU and act.approximate != "none" else ""
 
 
-def nothing(between: Iterable[nn.Module]) -> bool:
-    """Whether none of it does anything, as a drop path at rest, so that the op may add the residual itself."""
-    return not any(
-        changed(module, nn.Identity, DropPath) or (type(module) is DropPath and module.training and module.drop_prob)
-        for module in between
-    )
+def _patches(conv: nn.Conv2d) -> str:
+    size = tuple(conv.weight.shape[2:])
+    plain = conv.stride == size and conv.padding in ("valid", (0, 0)) and conv.dilation == (1, 1) and conv.groups == 1
+    return "" if plain and size[0] == size[1] else "patches that are not square, or overlap, or have gaps"
+
+
+_BOTH = ("weight", "bias")
+LINEAR = Own(nn.Linear, tensors=_BOTH, required=("weight",))
+UNBIASED = Own(nn.Linear, tensors=("weight",), required=("weight",))
+BIASED = Own(nn.Linear, tensors=_BOTH, required=_BOTH)
+NORM = Own(nn.LayerNorm, LayerNorm, tensors=_BOTH, required=_BOTH, also=_norm)
+# a norm of ops that take no eps
+NORM_EPS_1E5 = Own(
+    nn.LayerNorm,
+    tensors=_BOTH,
+    required=_BOTH,
+    also=lambda norm: _norm(norm) or ("" if norm.eps == 1e-5 else f"eps {norm.eps}"),
+)
+IDENTITY = Own(nn.Identity)
+INACTIVE_DROPOUT = Own(nn.Dropout, nn.Identity, also=_dropout)
+INACTIVE_DROP_PATH = Own(DropPath, nn.Identity, also=_drop_path)
+SOFTMAX = Own(nn.Softmax, also=lambda softmax: "" if softmax.dim == -1 else "another dim")
+MLP = Own(
+    Mlp,
+    fc1=BIASED,
+    act=Own(nn.GELU, GELU, also=_gelu),
+    drop1=INACTIVE_DROPOUT,
+    norm=IDENTITY,
+    fc2=BIASED,
+    drop2=INACTIVE_DROPOUT,
+)
+PATCHES = Own(nn.Conv2d, tensors=_BOTH, required=("weight",), methods=("_conv_forward",), also=_patches)
+BIASED_PATCHES = Own(nn.Conv2d, tensors=_BOTH, required=_BOTH, methods=("_conv_forward",), also=_patches)
+
+
+def attention(kind: type[nn.Module], qkv: Own, **details: Any) -> Own:
+    """timm's attention of a kind; `details` as for `Own`, beside what all have."""
+    children = {"qkv": qkv, "attn_drop": INACTIVE_DROPOUT, "proj": LINEAR, "proj_drop": INACTIVE_DROPOUT}
+    return Own(kind, also=_attention, **children, **details)
+
+
+def _attention(attn: nn.Module) -> str:
+    own = attn.__dict__
+    if own["training"] and getattr(own["_modules"]["attn_drop"], "p", 0):
+        return DROPOUT  # timm's fused attention asks whether `attn` trains, not its dropout
+    heads = own["num_heads"]
+    width, rest = divmod(own["_modules"]["qkv"]._parameters["weight"].shape[0], 3 * heads)
+    if rest or own.get("scale", width**-0.5) != width**-0.5:
+        return "another scale or number of heads"
+    if own.get("head_dim", width) != width or own.get("attn_dim", width * heads) != width * heads:
+        return "another width of the heads"
+    table = own["_parameters"].get("relative_position_bias_table")
+    if table is not None and tuple(table.shape[1:]) != (heads,):
+        return "a bias of another number of heads"
+    scale = own["_parameters"].get("logit_scale")
+    if scale is not None and tuple(scale.shape) != (heads, 1, 1):
+        return "logit scales of another number of heads"
+    return "a gate" if own.get("gate") is not None else ""

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sgmim_fast
 from sgmim_fast import SGMIM, accelerate, backends, blocks
-from sgmim_fast.accelerate import _said
+from sgmim_fast.bypass import _said
 
 SWIN = {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)}
 VIT = {"depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -324,7 +324,8 @@ def test_says_once_what_it_leaves(caplog):
         accelerate(nn.Sequential(nn.Conv2d(3, 8, 3)))
         accelerate(nn.Sequential(nn.Conv2d(3, 8, 3)))
     assert [record.message for record in caplog.records] == [
-        "accelerate leaves the attention of VisionTransformer's ViTBlock as it is: LayerNorm in place of Identity",
+        "accelerate leaves the attention of VisionTransformer's ViTBlock as it is: attn.q_norm: LayerNorm in place of "
+        "Identity",
         "accelerate leaves Sequential as it is: it has no block of timm's Swin, SwinV2, BEiT or ViT",
     ]
     plain, _ = timm_model("vit", qk_norm=True)

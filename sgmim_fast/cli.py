@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 
+import sgmim_fast
 from sgmim_fast.errors import UserError, nearest
 
 # name -> module, what it does, the extra it needs
@@ -37,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand; returns its exit code, 2 for what the user can put right, said in one line."""
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser("sgmim-fast", description="SG-MIM pre-training, from photographs to an encoder.")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parser.add_argument("--version", action="version", version=f"sgmim_fast {sgmim_fast.__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=bool(argv))
     asked = next((argument for argument in argv if not argument.startswith("-")), None)
     if asked is not None and asked not in COMMANDS:
         parser.error(f"there is no command {asked!r}, only {', '.join(COMMANDS)}{nearest(asked, COMMANDS, 1)}")
@@ -48,6 +50,9 @@ def main(argv: list[str] | None = None) -> int:
                 module = importlib.import_module(path)
                 module.add_arguments(subparser)
         args = parser.parse_args(argv)
+        if asked is None:
+            parser.print_help()
+            return 0
         return module.run(args) or 0
     except ModuleNotFoundError as error:
         extra = COMMANDS[asked][2]

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from sgmim_fast import cli, data
 from sgmim_fast.errors import UserError
 from sgmim_fast.train import checkpoint, log, masks
 from sgmim_fast.train.engine import Trainer
+from sgmim_fast.train.lock import RunLock
 from sgmim_fast.train.order import Layout, mix
 from sgmim_fast.train.pretraining import Pretraining
 from sgmim_fast.train.runs import find, load
@@ -379,7 +381,93 @@ def test_damaged_checkpoint_is_named(finished, tmp_path, capsys):
 def test_dry_run_checks_and_draws(tmp_path, capsys):
     assert pretrain(tmp_path, "--dry-run") == 0
     assert "settings and data fit" in capsys.readouterr().out
-    assert (tmp_path / "pairs.png").is_file() and not (tmp_path / "checkpoints").exists()
+    assert os.listdir(tmp_path) == ["pairs.png"]
+
+
+def test_dry_run_leaves_nothing_in_the_current_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["pretrain", "--dry-run", *arguments()]) == 0
+    picture = Path(re.search(r"(\S+\.png) shows", capsys.readouterr().out)[1])
+    assert os.listdir(tmp_path) == [] and picture.is_file()
+    shutil.rmtree(picture.parent)
+
+
+def test_dry_run_refuses_what_the_run_refuses(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wrong = [([*words, *arguments(**changes)], message) for words, changes, message in WRONG]
+    wrong += [
+        (["--precision=float16", *arguments()], "float16, which needs a GPU"),
+        ([f"--out={finished}", *arguments()], "holds a run already"),
+        ([f"--resume={finished}", "--set=optim.lr=0.2"], "optim.lr: 0.1 -> 0.2"),
+        ([f"--resume={finished}", "--set=optim.batch=8"], "the run had 4 images in a step"),
+        (["--out=/proc/nowhere", *arguments()], "cannot write to /proc/nowhere"),
+    ]
+    for words, message in wrong:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert cli.main(["pretrain", "--dry-run", *words]) == 2, words
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_one_command_starts_and_goes_on(finished, tmp_path, capsys, monkeypatch):
+    """Stopped in its first steps, stopped later, ended, and started once more."""
+    run = tmp_path / "run"
+    step, stops = Trainer._step, [2, 5]
+
+    def stopping(self, batches):
+        step(self, batches)
+        if stops and self.done == stops[0]:
+            stops.pop(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_step", stopping)
+    command = ["pretrain", f"--out={run}", *arguments(run__tensorboard=True)]
+    for code, resume in ((75, "auto"), (75, str(run)), (0, "auto"), (0, str(run))):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert cli.main([*command, f"--resume={resume}"]) == code
+        out = capsys.readouterr().out
+        assert ("stopped by SIGTERM after step" in out) == bool(code)
+        assert not (run / "run.lock").exists()
+    assert same(weights(run, 16), weights(finished, 16))
+    assert cli.main([*command, "--resume=auto", "--set=optim.lr=0.2"]) == 2
+    assert "optim.lr: 0.1 -> 0.2" in capsys.readouterr().err
+    assert cli.main([*command, "--resume=auto", "--checkpoint=step-00000007"]) == 2
+    assert "has no checkpoint 'step-00000007'" in capsys.readouterr().err
+    assert cli.main([*command, f"--resume={finished}"]) == 2
+    assert "a run goes on in its own folder" in capsys.readouterr().err
+
+
+def test_auto_takes_the_folder_of_the_preset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = ("data.scenes=32", "optim.epochs=0.5", "run.pictures=1", "optim.warmup_epochs=0")
+    command = ["pretrain", "--preset=tiny_demo", "--resume=auto", *(f"--set={each}" for each in settings)]
+    assert cli.main(command) == 0 and cli.main(command) == 0
+    assert checkpoint.choose(tmp_path / "runs" / "tiny_demo").name == "step-00000001"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["create_dataset", "finish"])
+def test_a_signal_outside_of_the_training(tmp_path, capsys, monkeypatch, moment, number):
+    """Where nothing catches it step by step: before the first one, and while the encoder is written."""
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pretraining, moment, lambda *_: os.kill(os.getpid(), number))
+        assert pretrain(run, optim__epochs=0.5) == 75
+    assert f"stopped by {signal.Signals(number).name}" in capsys.readouterr().out
+    assert not (run / "run.lock").exists() and run.exists() == (moment == "finish")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert pretrain(run, "--resume=auto", optim__epochs=0.5) == 0
+    assert (run / "encoder.safetensors").is_file()
+
+
+def test_a_run_in_use_is_left_alone(finished, tmp_path, capsys):
+    with RunLock(finished):
+        before = sorted(path.name for path in finished.rglob("*"))
+        for words in ([], ["--resume=auto"], [f"--resume={finished}"], ["--dry-run"]):
+            assert pretrain(finished, *words) == 2
+            assert f"{finished} is in use by process {os.getpid()} on" in capsys.readouterr().err
+        assert sorted(path.name for path in finished.rglob("*")) == before
 
 
 @pytest.fixture
@@ -414,7 +502,7 @@ def test_folders_of_photographs(folders, capsys):
     assert cli.main(["reconstruct", str(folders / "run"), str(folders / "seen.png"), *words[:2], "--count=3"]) == 0
     assert (folders / "seen.png").is_file()
     assert (
-        cli.main(["pretrain", "--preset=swin_base_100ep", "--dry-run", f"--images={folders / 'maps'}", words[1]]) == 2
+        cli.main(["pretrain", "--preset=swin_base_100ep", "--dry-run", f"--images={folders / 'maps'}", *words[1:]]) == 2
     )
     err = capsys.readouterr().err
     assert str(folders / "maps") in err and err.count("\n") == 1

@@ -38,6 +38,8 @@ class Trainer:
     def __init__(self, task: Task, run: Path, accelerator: Accelerator, dataset: Dataset, saved: Saved | None):
         self.task, self.config, self.run, self.accelerator, self.dataset = task, task.config, run, accelerator, dataset
         optim, count = task.config.optim, accelerator.num_processes
+        if task.config.run.tensorboard:
+            log.board_writer()  # raises at once, not behind the first step
         self.layout = Layout(optim.batch, optim.accumulate, count, accelerator.process_index)
         self.steps_per_epoch = loader.steps_per_epoch(task.config.data, dataset, self.layout)
         self.stepper = Stepper(task, accelerator, self.layout, self.steps_per_epoch)

@@ -41,7 +41,8 @@ class Log:
                 aside = (run / name).with_suffix(".writing")
                 aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
                 aside.rename(run / name)
-        self.board = _board(run / "tensorboard", done) if tensorboard else None
+        board = str(run / "tensorboard")
+        self.board = board_writer()(board, purge_step=done + 1) if tensorboard else None
         self.bar = tqdm(total=steps, initial=done, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
     def steps_done(self, step: int) -> None:
@@ -132,9 +133,10 @@ def memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
-def _board(folder: Path, done: int) -> Any:
+def board_writer() -> Any:
+    """TensorBoard's writer. Raises UserError where it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError("run.tensorboard needs TensorBoard: pip install 'sgmim_fast[tensorboard]'") from error
-    return SummaryWriter(str(folder), purge_step=done + 1)
+    return SummaryWriter

@@ -141,9 +141,10 @@ def generate(
 
 def _load(model: str, revision: str | None) -> tuple[BaseImageProcessor, PreTrainedModel]:
     try:
-        AutoConfig.from_pretrained(model, revision=revision)  # fails first, and says best why
-        processor = AutoImageProcessor.from_pretrained(model, revision=revision)
-        return processor, AutoModelForDepthEstimation.from_pretrained(model, revision=revision)
+        given = {"revision": revision, "trust_remote_code": False}
+        AutoConfig.from_pretrained(model, **given)  # fails first, and says best why
+        processor = AutoImageProcessor.from_pretrained(model, **given)
+        return processor, AutoModelForDepthEstimation.from_pretrained(model, weights_only=True, **given)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         if Path(model).is_dir():

@@ -8,13 +8,14 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sgmim_fast.downstream import data, weights
+from sgmim_fast.downstream import data
 from sgmim_fast.downstream.config import Config
 from sgmim_fast.downstream.encoder import Features, create_features
 from sgmim_fast.downstream.heads import DenseModel
 from sgmim_fast.downstream.heads import create_model as with_head
 from sgmim_fast.downstream.metrics import DepthMetrics, SegmentationMetrics
 from sgmim_fast.errors import UserError
+from sgmim_fast.exported import tuples, without_sources
 from sgmim_fast.train.settings import OF_EVERY_RUN_0, OF_EVERY_RUN_1, at_least
 
 _TASKS = {"nyu": "depth", "kitti": "depth", "ade20k": "segmentation"}  # of the data sets that have one
@@ -60,7 +61,7 @@ def create_features_of(config: Config, encoder: dict[str, Any] | None = None) ->
         "accelerate": settings.accelerate,
     }
     if encoder is not None:
-        return create_features(encoder["name"], **given, **weights.tuples(encoder["arguments"]))
+        return create_features(encoder["name"], **given, **tuples(without_sources(encoder["arguments"])))
     path, name = Path(settings.encoder), None
     if not settings.encoder:
         raise UserError(
@@ -81,7 +82,7 @@ def create_features_of(config: Config, encoder: dict[str, Any] | None = None) ->
     if settings.window_size is not None:
         sizes = settings.window_size
         given["window_size"] = sizes[0] if len(sizes) == 1 else sizes
-    arguments = weights.tuples(settings.arguments)
+    arguments = tuples(settings.arguments)
     return create_features(name, checkpoint=checkpoint, pretrained=settings.pretrained, **given, **arguments)
 
 
@@ -160,7 +161,7 @@ def _transform(config: Config, dataset: Any, train: bool) -> Any:
     settings = config.data
     if not train:
         return data.DenseTransform.evaluation(settings.task, tuple(settings.size))
-    given = weights.tuples(settings.augment)
+    given = tuples(settings.augment)
     if settings.task == "depth":
         given.setdefault("max_depth", depth_range(config, dataset)[1])
     try:

@@ -17,7 +17,7 @@ from sgmim_fast.data import sheet, standardize_valid
 from sgmim_fast.model import SGMIM
 from sgmim_fast.train import build, export, masks, optimizer, pictures
 from sgmim_fast.train.config import Config
-from sgmim_fast.train.runs import find
+from sgmim_fast.train.runs import find, trained
 from sgmim_fast.train.task import Task
 
 
@@ -32,7 +32,7 @@ class Pretraining(Task):
         build.check(self.config)
 
     def create_model(self) -> SGMIM:
-        return build.create_model(self.config)
+        return build.create_model(trained(self.config) if self.facts else self.config)
 
     def create_dataset(self) -> Dataset:
         return build.create_dataset(self.config)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as F
 
 try:
     import transformers
@@ -209,6 +210,7 @@ class Prepared(Dataset):
             image = ImageFile(self.root / name).decode()
         except BrokenFile as broken:
             return name, broken.reason, (0, 0)
+        image = F.to_dtype_image(image, torch.uint8, scale=True)  # which the processor divides by 255
         pixels = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
         return name, pixels, tuple(image.shape[-2:])
 

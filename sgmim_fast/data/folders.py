@@ -50,8 +50,8 @@ class FolderPairs(Pairs):
         self.images, self.structure = Path(images), Path(structure)
         self.missing = missing
         found = (
-            find_files(self.images, "images", IMAGE_SUFFIXES),
-            find_files(self.structure, "structure", MAP_SUFFIXES),
+            find_files(self.images, "images", IMAGE_SUFFIXES, self.report),
+            find_files(self.structure, "structure", MAP_SUFFIXES, self.report),
         )
         self._use(match(*found, self.images, self.structure, StructureFile.kind, self.report))
         if report is not None:

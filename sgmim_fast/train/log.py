@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from sgmim_fast.errors import UserError
 
-STEPS, METRICS = "log.jsonl", "metrics.jsonl"
+STEPS, METRICS, SKIPPED = "log.jsonl", "metrics.jsonl", "skipped-files.txt"
 
 
 class Log:
@@ -92,6 +92,18 @@ def read(run: Path, name: str = STEPS) -> list[dict[str, Any]]:
         except ValueError:
             break
     return lines
+
+
+def read_skipped(run: Path) -> dict[str, str]:
+    """The files that a run could not read: name -> reason."""
+    path = run / SKIPPED
+    lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if path.is_file() else ()
+    return {name: reason for name, _, reason in (line.partition("\t") for line in lines)}
+
+
+def write_skipped(run: Path, broken: dict[str, str]) -> None:
+    text = "".join(f"{name}\t{reason}\n" for name, reason in broken.items())
+    (run / SKIPPED).write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def describe(line: dict[str, Any], losses: Sequence[str]) -> str:

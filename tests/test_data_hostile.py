@@ -17,8 +17,9 @@ import pytest
 import torch
 from pairs import encoded, photograph, ramp, write, write_trees
 from PIL import Image
+from torchvision.transforms import v2
 
-from sgmim_fast import data
+from sgmim_fast import cli, data
 from sgmim_fast.data import limits
 from sgmim_fast.data.files import find_files
 
@@ -300,3 +301,39 @@ def test_names_with_tabs_and_newlines_are_one_line(tmp_path):
     write(images / "b\n\tc.jpg", b"torn")
     (line,) = data.skipped_lines([dataset[1]["skipped"]])
     assert line.count("\t") == 1 and r"b\n\tc.jpg" in line
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_data_check(tmp_path, capsys, workers):
+    images, maps = write_trees(tmp_path, [f"a/{i}" for i in range(20)])
+    words = ["data", "check", str(images), str(maps), f"--workers={workers}", f"--report={tmp_path / 'report.txt'}"]
+    assert cli.main(words) == 0
+    assert "20 pairs; left out: nothing; read: 20 images of 8 bits, 20 structure maps" in capsys.readouterr().out
+    write(images / "a/3.jpg", b"torn")
+    write(maps / "a/3.png", encoded(np.zeros((40, 60), np.uint16), "PNG"))
+    write(maps / "a/4.png", encoded(ramp(60, 40), "PNG"))
+    write(images / "alone.jpg", b"")
+    write(maps / "alone.npy", b"torn") if workers == "2" else write(maps / "other.npy", b"torn")
+    assert cli.main(words) == 1
+    out = capsys.readouterr().out
+    report = (tmp_path / "report.txt").read_text()
+    for name in ("a/3.jpg", "a/3.png", "a/4.png", "alone.jpg", ".npy"):
+        (line,) = [line for line in report.splitlines() if line.startswith("broken") and name in line]
+        assert line.count("\t") == 2 and "object at" not in line
+    assert "18 pairs" in out and "5 broken files" in out
+    assert cli.main(["data", "check", str(images), f"--report={tmp_path / 'report.txt'}", "--workers=0"]) == 1
+    assert "2 broken files" in capsys.readouterr().out
+    for wrong in (["nowhere"], ["a", "b", "c"], [str(images), "--workers=-1"], [str(images), "--report=/proc/x"]):
+        assert cli.main(["data", "check", *wrong]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_images_alone(tmp_path):
+    images, _ = write_trees(tmp_path, ["a", "b"])
+    for transform in (None, data.PairTransform(16), v2.Compose([v2.Resize((16, 16)), v2.ToDtype(torch.float32)])):
+        dataset = data.FolderPairs(images, None, transform)
+        assert set(dataset[0]) == {"image", "name", "skipped"} and len(dataset) == 2
+    assert dataset.report.summary() == "2 pairs; left out: nothing; read: 2 images of 8 bits"
+    data.sheet(data.FolderPairs(images, None), tmp_path / "sheet.png")
+    path = shard(tmp_path / "x.tar", {"0.jpg": GOOD["a.jpg"], **GOOD})
+    assert len(list(data.ShardPairs(path, structure=None))) == 2

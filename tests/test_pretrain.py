@@ -508,6 +508,32 @@ def test_folders_of_photographs(folders, capsys):
     assert str(folders / "maps") in err and err.count("\n") == 1
 
 
+def test_simmim_needs_no_maps(folders, capsys):
+    """Nor does its picture; with guidance they are asked for."""
+    run, images = folders / "run", f"--images={folders / 'images'}"
+    changes = {"data__scenes": 0, "optim__epochs": 1}
+    assert pretrain(run, images, **changes, model__guidance=False) == 0
+    line = log.read(run)[-1]
+    assert line["structure_loss"] == 0 and line["image_loss"] > 0 and (run / "encoder.safetensors").is_file()
+    assert cli.main(["reconstruct", str(run), str(folders / "seen.png"), images, "--count=2"]) == 0
+    capsys.readouterr()
+    assert pretrain(folders / "other", images, **changes) == 2
+    assert "--set model.guidance=false for SimMIM" in capsys.readouterr().err
+
+
+def test_images_over_the_demo(folders, capsys):
+    """Whatever source a preset has, the one that is given is taken."""
+    words = [f"--images={folders / 'images'}", f"--structure={folders / 'maps'}", "--batch=4", "--epochs=1"]
+    assert cli.main(["pretrain", "--preset=tiny_demo", f"--out={folders / 'run'}", "--dry-run", *words]) == 0
+    assert "7 pairs" in capsys.readouterr().out
+    (folders / "demo.yaml").write_text(
+        f"preset: tiny_demo\ndata: {{images: {folders}/images, structure: {folders}/maps}}"
+    )
+    assert cli.main(["pretrain", f"--config={folders / 'demo.yaml'}", "--dry-run", "--batch=4"]) == 0
+    assert cli.main(["pretrain", "--preset=tiny_demo", "--dry-run", *words, "--set=data.scenes=9"]) == 2
+    assert "from several of" in capsys.readouterr().err
+
+
 def test_shards(folders):
     pytest.importorskip("webdataset", reason="shards need the extra [train]")
     with tarfile.open(folders / "train-0.tar", "w") as tar:

@@ -19,7 +19,7 @@ from sgmim_fast.data.transform import Normalize, decode, transformed
 SAMPLED = 8  # pairs that are read at construction
 GIVE_UP = 100  # broken pairs in a row
 
-Pair = tuple[ImageFile | Tensor, StructureFile | Tensor]
+Pair = tuple[ImageFile | Tensor] | tuple[ImageFile | Tensor, StructureFile | Tensor]
 
 
 class Pairs(Seeded, Dataset, ABC):

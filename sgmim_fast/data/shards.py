@@ -41,7 +41,7 @@ class ShardPairs(Seeded, IterableDataset):
         transform: see `FolderPairs`; seeded for every item from (seed, epoch, its name).
         length: pairs of an epoch, of all processes together; shards are read again, in another order, where there are
             fewer. None: an epoch is every pair once, which lets processes finish after different numbers of steps.
-        structure: what stands between the key of a map and its suffix.
+        structure: what stands between the key of a map and its suffix. None: images alone, see `FolderPairs`.
         shuffle: samples that a worker keeps to draw from; 0: shards are read in order.
         seed: of order and transform.
         missing: integer that means "no value" in maps; None: none does.
@@ -57,7 +57,7 @@ class ShardPairs(Seeded, IterableDataset):
         transform: Callable[..., Sequence[Tensor]] | None = None,
         *,
         length: int | None = None,
-        structure: str = "depth",
+        structure: str | None = "depth",
         shuffle: int = 1000,
         seed: int = 0,
         missing: float | None = 0,
@@ -96,8 +96,9 @@ class ShardPairs(Seeded, IterableDataset):
             except BrokenFile as error:
                 broken.append(str(error))
         raise DataError(
-            f"no pair in {self.urls[0]}: looked for KEY.jpg (or {', '.join(IMAGE_SUFFIXES[1:])}) with "
-            f"KEY.{self.structure}.png (or {', '.join(MAP_SUFFIXES[1:])}), found "
+            f"no pair in {self.urls[0]}: looked for KEY.jpg (or {', '.join(IMAGE_SUFFIXES[1:])})"
+            + (f" with KEY.{self.structure}.png (or {', '.join(MAP_SUFFIXES[1:])})" if self.structure else "")
+            + ", found "
             f"{', '.join(f'KEY.{suffix}' for suffix in sorted(found)) or 'no samples'}"
             + (f"; the last: {broken[-1]}" if broken else "")
         )
@@ -143,9 +144,9 @@ class ShardPairs(Seeded, IterableDataset):
             samples = _webdataset().shuffle(self.shuffle, rng=rng)(samples)
         for sample in samples:
             try:
-                name, image, structure = self._files(sample)
+                name, *pair = self._files(sample)
                 with seeded(self.seed, epoch, number, zlib.crc32(name.encode())):
-                    tensors = transformed(self.transform, image, structure)
+                    tensors = transformed(self.transform, *pair)
                 yield make_item(tensors, name, skipped)
                 skipped.clear()
             except BrokenFile as broken:
@@ -178,10 +179,14 @@ class ShardPairs(Seeded, IterableDataset):
         suffix = os.path.splitext(name)[1].lower()
         return suffix in IMAGE_SUFFIXES or suffix in MAP_SUFFIXES
 
-    def _files(self, sample: Sample) -> tuple[str, ImageFile, StructureFile]:
+    def _files(self, sample: Sample) -> tuple[str, ImageFile] | tuple[str, ImageFile, StructureFile]:
         """Name, image and map of a sample."""
         name = f"{sample['__url__']}::{sample['__key__']}"
         image = next((suffix for suffix in IMAGE_SUFFIXES if suffix[1:] in sample), None)
+        if self.structure is None:
+            if image is None:
+                raise BrokenFile(name, "has no image")
+            return name, ImageFile(name + image, sample[image[1:]])
         structure = next((suffix for suffix in MAP_SUFFIXES if self.structure + suffix in sample), None)
         lossy = next((suffix for suffix in LOSSY if self.structure + suffix in sample), None)
         if structure is None and lossy is not None:

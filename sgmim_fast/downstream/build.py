@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ from torch.utils.data import Dataset
 
 from sgmim_fast.downstream import data
 from sgmim_fast.downstream.config import Config
+from sgmim_fast.downstream.data.transform import scaled
 from sgmim_fast.downstream.encoder import Features, create_features
 from sgmim_fast.downstream.heads import DenseModel
 from sgmim_fast.downstream.heads import create_model as with_head
 from sgmim_fast.downstream.metrics import DepthMetrics, SegmentationMetrics
+from sgmim_fast.downstream.sizes import by
 from sgmim_fast.errors import UserError
 from sgmim_fast.exported import tuples, without_sources
 from sgmim_fast.train.settings import OF_EVERY_RUN_0, OF_EVERY_RUN_1, at_least
 
+LEAST_PADDING = 0.02  # share of a crop that is worth a line
 _TASKS = {"nyu": "depth", "kitti": "depth", "ade20k": "segmentation"}  # of the data sets that have one
 
 
@@ -168,6 +172,25 @@ def _transform(config: Config, dataset: Any, train: bool) -> Any:
         return data.DenseTransform(tuple(settings.size), settings.task, **given)
     except TypeError as error:
         raise UserError(f"data.augment is {settings.augment}; expected arguments of DenseTransform: {error}") from error
+
+
+def padding(config: Config, dataset: Any) -> str:
+    """A line where images do not fill the crops that are trained on; "" where they do. Looks at some of them."""
+    transform = getattr(dataset, "transform", None)
+    if not isinstance(transform, data.DenseTransform):
+        return ""
+    sizes = [tuple(size) for size in dataset.sizes()]
+    empty = []
+    for size in sizes:
+        fitted = scaled(size, transform.fit, sum(transform.scale) / 2)
+        empty.append(1 - math.prod(min(1.0, have / want) for have, want in zip(fitted, transform.size, strict=True)))
+    share = sum(empty) / max(1, len(empty))
+    if share < LEAST_PADDING:
+        return ""
+    return (
+        f"{share:.0%} of the crops of {by(transform.size)} is padding: images measure {by(min(sizes))} to "
+        f"{by(max(sizes))}; a smaller data.size has less"
+    )
 
 
 def depth_range(config: Config, dataset: Any) -> tuple[float, float]:

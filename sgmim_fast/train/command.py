@@ -42,6 +42,7 @@ class Command:
         default: the configuration before any preset.
         presets: name -> nested settings.
         short: option -> the setting it stands for, beside `SHORT`.
+        instead: setting -> what other settings become where it is given over a preset, see `settings.resolve`.
         task: makes the task of a configuration and a checkpoint's facts.
     """
 
@@ -50,6 +51,7 @@ class Command:
     presets: Mapping[str, Any]
     short: Mapping[str, str]
     task: Callable[..., Task]
+    instead: Mapping[str, Mapping[str, Any]]
 
     def add_arguments(self, parser: argparse.ArgumentParser, hint: str) -> None:
         """The options that both commands have. `hint`: what to say of the presets."""
@@ -143,11 +145,11 @@ class Command:
         changes = {key: getattr(args, name) for name, key in short.items() if getattr(args, name) is not None}
         changes |= read_assignments(args.set)
         if saved is None:
-            return resolve(self.default, self.presets, args.preset, args.config, changes)
+            return resolve(self.default, self.presets, args.preset, args.config, changes, self.instead)
         if args.resume != Path(AUTO) and args.out not in (None, args.resume):
             raise UserError(f"--out {args.out} and --resume {args.resume}: a run goes on in its own folder")
         if args.preset is not None:
-            config = resolve(self.default, self.presets, args.preset, args.config, changes)
+            config = resolve(self.default, self.presets, args.preset, args.config, changes, self.instead)
         else:
             from_file = read_yaml(args.config) if args.config is not None else {}
             config = with_changes(with_changes(saved.config, from_file, str(args.config)), changes, "--set")
@@ -214,7 +216,7 @@ def _some(trainer: Trainer) -> range:
 
 def _dry_run(trainer: Trainer, folder: Path | None) -> None:
     """What is known before the first step. Draws into the folder that the user named, or a temporary one."""
+    drawn = trainer.task.dry_run(trainer.dataset, folder or Path(tempfile.mkdtemp(prefix="sgmim-fast-")))
     if hasattr(trainer.dataset, "report"):
         print(trainer.dataset.report.summary())
-    drawn = trainer.task.dry_run(trainer.dataset, folder or Path(tempfile.mkdtemp(prefix="sgmim-fast-")))
     print(f"settings and data fit: {trainer.task.describe(trainer.stepper.plain)}; {drawn}")

@@ -56,7 +56,9 @@ class Pretraining(Task):
     ) -> Sequence[Tensor]:
         device = accelerator.device
         images = batch["image"].to(device, non_blocking=True)
-        structure, valid = standardize_valid(batch["structure"].to(device, non_blocking=True))
+        structure = valid = None
+        if "structure" in batch:  # SimMIM may have none
+            structure, valid = standardize_valid(batch["structure"].to(device, non_blocking=True))
         mask = masks.part(drawn, first, len(images))
         with accelerator.autocast():
             return model(images, structure, mask, return_losses=True, structure_valid=valid)

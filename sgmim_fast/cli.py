@@ -11,12 +11,14 @@ import importlib
 import os
 import sys
 
+import sgmim_fast
 from sgmim_fast.errors import UserError, nearest
 
 # name -> module, what it does, the extra it needs
 COMMANDS = {
     "env": ("sgmim_fast.env", "versions, the machine, and why a backend is missing", ""),
     "pretrain": ("sgmim_fast.train.pretrain", "pre-train an encoder on images and structure maps", "train"),
+    "data": ("sgmim_fast.data.check", "check a data set: data check IMAGES [MAPS]", "train"),
     "structure": ("sgmim_fast.structure", "make structure maps for a folder of images", "structure"),
     "reconstruct": ("sgmim_fast.train.reconstruct", "draw what a pre-trained model reconstructs", "train"),
     "finetune": ("sgmim_fast.downstream.finetune", "train an encoder on depth or segmentation", "downstream"),
@@ -37,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand; returns its exit code, 2 for what the user can put right, said in one line."""
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser("sgmim-fast", description="SG-MIM pre-training, from photographs to an encoder.")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parser.add_argument("--version", action="version", version=f"sgmim_fast {sgmim_fast.__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=bool(argv))
     asked = next((argument for argument in argv if not argument.startswith("-")), None)
     if asked is not None and asked not in COMMANDS:
         parser.error(f"there is no command {asked!r}, only {', '.join(COMMANDS)}{nearest(asked, COMMANDS, 1)}")
@@ -48,6 +51,9 @@ def main(argv: list[str] | None = None) -> int:
                 module = importlib.import_module(path)
                 module.add_arguments(subparser)
         args = parser.parse_args(argv)
+        if asked is None:
+            parser.print_help()
+            return 0
         return module.run(args) or 0
     except ModuleNotFoundError as error:
         extra = COMMANDS[asked][2]

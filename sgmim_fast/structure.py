@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as F
 
 try:
     import transformers
@@ -141,9 +142,10 @@ def generate(
 
 def _load(model: str, revision: str | None) -> tuple[BaseImageProcessor, PreTrainedModel]:
     try:
-        AutoConfig.from_pretrained(model, revision=revision)  # fails first, and says best why
-        processor = AutoImageProcessor.from_pretrained(model, revision=revision)
-        return processor, AutoModelForDepthEstimation.from_pretrained(model, revision=revision)
+        given = {"revision": revision, "trust_remote_code": False}
+        AutoConfig.from_pretrained(model, **given)  # fails first, and says best why
+        processor = AutoImageProcessor.from_pretrained(model, **given)
+        return processor, AutoModelForDepthEstimation.from_pretrained(model, weights_only=True, **given)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         if Path(model).is_dir():
@@ -208,6 +210,7 @@ class Prepared(Dataset):
             image = ImageFile(self.root / name).decode()
         except BrokenFile as broken:
             return name, broken.reason, (0, 0)
+        image = F.to_dtype_image(image, torch.uint8, scale=True)  # which the processor divides by 255
         pixels = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
         return name, pixels, tuple(image.shape[-2:])
 

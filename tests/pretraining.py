@@ -65,9 +65,11 @@ def arguments(**changes: Any) -> list[str]:
     return [f"--set={key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in given.items()]
 
 
-def start(*command: Any) -> subprocess.Popen:
-    """Starts python on the CPU, with one thread."""
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+def start(*command: Any, cpu: str | None = "true") -> subprocess.Popen:
+    """Starts python with one thread, on the CPU. `cpu`: what tells accelerate so; None: nothing does."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    if cpu is not None:
+        environment["ACCELERATE_USE_CPU"] = cpu
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, *map(str, command)], env=environment, **pipes)
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import sgmim_fast
 from sgmim_fast import cli
 from sgmim_fast.errors import UserError
 
@@ -32,12 +33,17 @@ def test_env_needs_no_extra(capsys, monkeypatch):
 def test_help_lists_the_commands(capsys):
     out, _ = output(capsys, 0, "--help")
     assert all(name in out for name in cli.COMMANDS)
+    assert output(capsys, 0) == (out, "")
+
+
+def test_version(capsys):
+    assert output(capsys, 0, "--version")[0] == f"sgmim_fast {sgmim_fast.__version__}\n"
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "COMMAND"),
+        (("--fast",), "COMMAND"),
         (("pretain",), "did you mean pretrain?"),
         (("env", "--fast"), "unrecognized arguments: --fast"),
         (("export", "run"), "OUT.safetensors"),

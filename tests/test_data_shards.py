@@ -114,7 +114,8 @@ def test_broken_samples_are_skipped_and_named(tmp_path):
     assert first["name"] == f"{url}::a" and first["skipped"] == ""
     assert second["name"] == f"{url}::f"
     expected = [f"{url}::b.jpg", f"{url}::c", f"{url}::d", f"{url}::e.depth.png"]
-    assert second["skipped"].split("\n") == expected
+    assert data.skipped_names([second["skipped"]]) == expected
+    assert all(line.count("\t") == 1 and "object at" not in line for line in data.skipped_lines([second["skipped"]]))
     dataset.report.add_skipped(second["skipped"])
     assert list(dataset.report.broken) == expected
 

@@ -143,7 +143,7 @@ def test_a_frozen_encoder_stays_as_it_is(tmp_path):
     assert all(torch.equal(saved[name], fresh[name]) for name in saved if name.startswith("features."))
 
 
-def test_folders_of_depth(tmp_path):
+def test_folders_of_depth(tmp_path, capsys):
     """Images and 16-bit maps of the user's own, in millimetres, some of it not known; images of any size are tested."""
     generator = torch.Generator().manual_seed(0)
     for part, count, size in (("train", 4, (80, 96)), ("test", 2, (72, 100))):
@@ -165,6 +165,10 @@ def test_folders_of_depth(tmp_path):
     assert found["images"] == 2 and 0 < found["rmse"] < 10
     assert finetune(tmp_path / "dry", "depth", *words, "--dry-run", data__source="folders", data__scale=1000) == 0
     assert (tmp_path / "dry" / "items.png").is_file()
+    assert "is padding" not in capsys.readouterr().out
+    large = {"data__source": "folders", "data__scale": 1000, "data__size": [128, 128]}
+    assert finetune(tmp_path / "dry", "depth", *words, "--dry-run", **large) == 0
+    assert "53% of the crops of 128x128 is padding: images measure 80x96 to 80x96" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

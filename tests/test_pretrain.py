@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from sgmim_fast import cli, data
 from sgmim_fast.errors import UserError
 from sgmim_fast.train import checkpoint, log, masks
 from sgmim_fast.train.engine import Trainer
+from sgmim_fast.train.lock import RunLock
 from sgmim_fast.train.order import Layout, mix
 from sgmim_fast.train.pretraining import Pretraining
 from sgmim_fast.train.runs import find, load
@@ -283,11 +285,11 @@ def test_many_in_a_row_end_the_run_and_name_the_files(tmp_path):
 def test_standing_in_for_broken_files_is_counted(tmp_path):
     class Skips(Pairs):
         def __getitem__(self, index):
-            return super().__getitem__(index) | {"skipped": "torn.jpg" if index == 3 else ""}
+            return super().__getitem__(index) | {"skipped": "torn.jpg\tis torn" if index == 3 else ""}
 
     trainer(tmp_path / "run", dataset=Skips()).train()
-    assert log.read(tmp_path / "run")[-1]["skipped_files"] == 2  # read in both epochs
-    assert (tmp_path / "run" / "skipped-files.txt").read_text() == "torn.jpg\n"
+    assert log.read(tmp_path / "run")[-1]["skipped_files"] == 1  # though read in both epochs
+    assert (tmp_path / "run" / "skipped-files.txt").read_text() == "torn.jpg\tis torn\n"
 
 
 def test_plain_simmim_and_swin(tmp_path):
@@ -379,7 +381,93 @@ def test_damaged_checkpoint_is_named(finished, tmp_path, capsys):
 def test_dry_run_checks_and_draws(tmp_path, capsys):
     assert pretrain(tmp_path, "--dry-run") == 0
     assert "settings and data fit" in capsys.readouterr().out
-    assert (tmp_path / "pairs.png").is_file() and not (tmp_path / "checkpoints").exists()
+    assert os.listdir(tmp_path) == ["pairs.png"]
+
+
+def test_dry_run_leaves_nothing_in_the_current_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["pretrain", "--dry-run", *arguments()]) == 0
+    picture = Path(re.search(r"(\S+\.png) shows", capsys.readouterr().out)[1])
+    assert os.listdir(tmp_path) == [] and picture.is_file()
+    shutil.rmtree(picture.parent)
+
+
+def test_dry_run_refuses_what_the_run_refuses(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wrong = [([*words, *arguments(**changes)], message) for words, changes, message in WRONG]
+    wrong += [
+        (["--precision=float16", *arguments()], "float16, which needs a GPU"),
+        ([f"--out={finished}", *arguments()], "holds a run already"),
+        ([f"--resume={finished}", "--set=optim.lr=0.2"], "optim.lr: 0.1 -> 0.2"),
+        ([f"--resume={finished}", "--set=optim.batch=8"], "the run had 4 images in a step"),
+        (["--out=/proc/nowhere", *arguments()], "cannot write to /proc/nowhere"),
+    ]
+    for words, message in wrong:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert cli.main(["pretrain", "--dry-run", *words]) == 2, words
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_one_command_starts_and_goes_on(finished, tmp_path, capsys, monkeypatch):
+    """Stopped in its first steps, stopped later, ended, and started once more."""
+    run = tmp_path / "run"
+    step, stops = Trainer._step, [2, 5]
+
+    def stopping(self, batches):
+        step(self, batches)
+        if stops and self.done == stops[0]:
+            stops.pop(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_step", stopping)
+    command = ["pretrain", f"--out={run}", *arguments(run__tensorboard=True)]
+    for code, resume in ((75, "auto"), (75, str(run)), (0, "auto"), (0, str(run))):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert cli.main([*command, f"--resume={resume}"]) == code
+        out = capsys.readouterr().out
+        assert ("stopped by SIGTERM after step" in out) == bool(code)
+        assert not (run / "run.lock").exists()
+    assert same(weights(run, 16), weights(finished, 16))
+    assert cli.main([*command, "--resume=auto", "--set=optim.lr=0.2"]) == 2
+    assert "optim.lr: 0.1 -> 0.2" in capsys.readouterr().err
+    assert cli.main([*command, "--resume=auto", "--checkpoint=step-00000007"]) == 2
+    assert "has no checkpoint 'step-00000007'" in capsys.readouterr().err
+    assert cli.main([*command, f"--resume={finished}"]) == 2
+    assert "a run goes on in its own folder" in capsys.readouterr().err
+
+
+def test_auto_takes_the_folder_of_the_preset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = ("data.scenes=32", "optim.epochs=0.5", "run.pictures=1", "optim.warmup_epochs=0")
+    command = ["pretrain", "--preset=tiny_demo", "--resume=auto", *(f"--set={each}" for each in settings)]
+    assert cli.main(command) == 0 and cli.main(command) == 0
+    assert checkpoint.choose(tmp_path / "runs" / "tiny_demo").name == "step-00000001"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["create_dataset", "finish"])
+def test_a_signal_outside_of_the_training(tmp_path, capsys, monkeypatch, moment, number):
+    """Where nothing catches it step by step: before the first one, and while the encoder is written."""
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pretraining, moment, lambda *_: os.kill(os.getpid(), number))
+        assert pretrain(run, optim__epochs=0.5) == 75
+    assert f"stopped by {signal.Signals(number).name}" in capsys.readouterr().out
+    assert not (run / "run.lock").exists() and run.exists() == (moment == "finish")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert pretrain(run, "--resume=auto", optim__epochs=0.5) == 0
+    assert (run / "encoder.safetensors").is_file()
+
+
+def test_a_run_in_use_is_left_alone(finished, tmp_path, capsys):
+    with RunLock(finished):
+        before = sorted(path.name for path in finished.rglob("*"))
+        for words in ([], ["--resume=auto"], [f"--resume={finished}"], ["--dry-run"]):
+            assert pretrain(finished, *words) == 2
+            assert f"{finished} is in use by process {os.getpid()} on" in capsys.readouterr().err
+        assert sorted(path.name for path in finished.rglob("*")) == before
 
 
 @pytest.fixture
@@ -414,10 +502,36 @@ def test_folders_of_photographs(folders, capsys):
     assert cli.main(["reconstruct", str(folders / "run"), str(folders / "seen.png"), *words[:2], "--count=3"]) == 0
     assert (folders / "seen.png").is_file()
     assert (
-        cli.main(["pretrain", "--preset=swin_base_100ep", "--dry-run", f"--images={folders / 'maps'}", words[1]]) == 2
+        cli.main(["pretrain", "--preset=swin_base_100ep", "--dry-run", f"--images={folders / 'maps'}", *words[1:]]) == 2
     )
     err = capsys.readouterr().err
     assert str(folders / "maps") in err and err.count("\n") == 1
+
+
+def test_simmim_needs_no_maps(folders, capsys):
+    """Nor does its picture; with guidance they are asked for."""
+    run, images = folders / "run", f"--images={folders / 'images'}"
+    changes = {"data__scenes": 0, "optim__epochs": 1}
+    assert pretrain(run, images, **changes, model__guidance=False) == 0
+    line = log.read(run)[-1]
+    assert line["structure_loss"] == 0 and line["image_loss"] > 0 and (run / "encoder.safetensors").is_file()
+    assert cli.main(["reconstruct", str(run), str(folders / "seen.png"), images, "--count=2"]) == 0
+    capsys.readouterr()
+    assert pretrain(folders / "other", images, **changes) == 2
+    assert "--set model.guidance=false for SimMIM" in capsys.readouterr().err
+
+
+def test_images_over_the_demo(folders, capsys):
+    """Whatever source a preset has, the one that is given is taken."""
+    words = [f"--images={folders / 'images'}", f"--structure={folders / 'maps'}", "--batch=4", "--epochs=1"]
+    assert cli.main(["pretrain", "--preset=tiny_demo", f"--out={folders / 'run'}", "--dry-run", *words]) == 0
+    assert "7 pairs" in capsys.readouterr().out
+    (folders / "demo.yaml").write_text(
+        f"preset: tiny_demo\ndata: {{images: {folders}/images, structure: {folders}/maps}}"
+    )
+    assert cli.main(["pretrain", f"--config={folders / 'demo.yaml'}", "--dry-run", "--batch=4"]) == 0
+    assert cli.main(["pretrain", "--preset=tiny_demo", "--dry-run", *words, "--set=data.scenes=9"]) == 2
+    assert "from several of" in capsys.readouterr().err
 
 
 def test_shards(folders):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -82,9 +83,23 @@ def test_sigterm_to_every_process_saves(tmp_path):
     for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
         os.kill(int(child), signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
-    out, _ = finish(process)
+    out, _ = finish(process, 75)
     step = re.search(r"stopped by SIGTERM after step (\d+), which is saved; .* --resume", out)
     assert step and checkpoint.choose(run).name == f"step-{int(step[1]):08d}"
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
+def test_torchrun_on_cpus_needs_no_variable(tmp_path, monkeypatch):
+    """And where GPUs should be there it trains nothing, and writes nothing."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    command = ("-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "sgmim_fast.cli", "pretrain", *arguments())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    out, _ = finish(start(*command, f"--out={tmp_path / 'run'}", cpu=None))
+    assert "2 processes" in out and out.count("wrote ") == 1
+    assert not checkpoint.damage(checkpoint.choose(tmp_path / "run"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "97,98")
+    _, err = finish(start(*command, f"--out={tmp_path / 'none'}", cpu=None), 1)
+    assert "WORLD_SIZE is 2 and torch can use no GPU" in err and not (tmp_path / "none").exists()
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
@@ -112,6 +127,24 @@ def test_two_processes_equal_one(tmp_path):
                 moved = (after[key] - before[key]).norm()
                 # seen: 7e-5, of attention biases, part of whose gradient is nothing but rounding; 1e-5 elsewhere
                 assert (value - after[key]).norm() <= 1e-3 * moved, (name, key)
+
+
+def test_a_killed_run_is_taken_over_and_a_living_one_is_not(tmp_path):
+    """With loading processes, which outlive it for some seconds."""
+    run = tmp_path / "run"
+    command = ("-m", "sgmim_fast.cli", "pretrain", f"--out={run}", "--resume=auto", *arguments(data__workers=2))
+    process = start(*command, "--set=optim.epochs=1000", "--set=data.scenes=4000")
+    end = time.monotonic() + 120
+    while not (run / "log.jsonl").exists():
+        assert time.monotonic() < end and process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    _, err = finish(start(*command), 2)
+    assert f"is in use by process {process.pid} on" in err and err.count("\n") == 1
+    process.kill()
+    process.wait()
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)  # as if it had saved none yet
+    out, _ = finish(start(*command))
+    assert f"its lock was that of process {process.pid}" in out
 
 
 def test_demo_in_miniature(tmp_path):

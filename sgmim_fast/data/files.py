@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,31 +12,62 @@ import numpy as np
 from sgmim_fast.data.report import DataError, Report
 
 Found = dict[str, list[str]]  # relative path without suffix -> suffixes
+# In which a map's values are not those that were stored
+LOSSY = (".jpg", ".jpeg", ".jfif", ".webp", ".avif")
 
 
-def find_files(root: Path, argument: str, suffixes: tuple[str, ...]) -> Found:
+def find_files(root: Path, argument: str, suffixes: tuple[str, ...], report: Report | None = None) -> Found:
     """The files of a tree with these suffixes, sorted; hidden ones do not count.
+
+    Links to folders are followed, each real folder once, so that a loop of them adds nothing. What is left out for that
+    goes into `report`, and so do files that would be maps in a format that does not keep their values.
 
     Raises:
         DataError: there is no such folder, or no such file in it.
     """
     if not root.is_dir():
         raise DataError(f"{argument} is {root}; expected a folder, found {'a file' if root.exists() else 'nothing'}")
+    report = Report() if report is None else report
     found: Found = {}
     others: Counter[str] = Counter()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        inside = os.path.relpath(folder, root)
+    for inside, files in _walk(root, report):
         for file in sorted(name for name in files if not name.startswith(".")):
-            stem, suffix = os.path.splitext(file)
+            stem, suffix = os.path.splitext(os.path.join(inside, file))
             if suffix.lower() in suffixes:
-                found.setdefault(stem if inside == "." else os.path.join(inside, stem), []).append(suffix)
-            else:
-                others[suffix or file] += 1
+                found.setdefault(stem, []).append(suffix)
+                continue
+            others[suffix or file] += 1
+            if suffix.lower() in LOSSY:
+                report.broken[os.path.join(root, stem + suffix)] = (
+                    f"is a map saved as {suffix}, which changes its values; expected {', '.join(suffixes)}"
+                )
     if not found:
         rest = ", ".join(f"{count} × {suffix}" for suffix, count in others.most_common(5)) or "no files"
-        raise DataError(f"{argument}: no file in {root} ends in {', '.join(suffixes)}, at any depth; found {rest}")
+        lossy = "; maps saved as JPEG or WebP have lost their values" if set(others) & set(LOSSY) else ""
+        raise DataError(
+            f"{argument}: no file in {root} ends in {', '.join(suffixes)}, at any depth; found {rest}{lossy}"
+        )
     return dict(sorted(found.items()))
+
+
+def _walk(root: Path, report: Report) -> Iterator[tuple[str, list[str]]]:
+    """The folders of a tree, relative to it, with their files. Links to folders come last, so that a folder is found by
+    its own path first."""
+    seen: set[tuple[int, int]] = set()
+    waiting = deque([""])
+    while waiting:
+        for folder, folders, files in os.walk(os.path.join(root, waiting.popleft())):
+            inside = os.path.relpath(folder, root)
+            inside = "" if inside == "." else inside
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                report.again.append(os.path.join(root, inside))
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            waiting.extend(os.path.join(inside, name) for name in folders if os.path.islink(os.path.join(folder, name)))
+            yield inside, files
 
 
 def match(
@@ -53,11 +85,13 @@ def match(
         DataError: no image has a map.
     """
     pairs = []
+    refused = {os.path.splitext(name)[0] for name in report.broken}
     for stem, suffixes in images.items():
         found = maps.get(stem)
         for end in suffixes:
             if found is None:
-                report.images_without_map.append(stem + end)
+                if os.path.join(maps_root, stem) not in refused:
+                    report.images_without_map.append(stem + end)
             else:
                 pairs.append((os.fsencode(stem + end), os.fsencode(stem + found[0])))
     for stem, suffixes in maps.items():

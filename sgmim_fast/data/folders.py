@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from sgmim_fast.data.files import find_files, match
@@ -26,6 +27,7 @@ class FolderPairs(Pairs):
     Args:
         images: folder of images, in any format of `IMAGE_SUFFIXES`. They are read as RGB and turned as EXIF says.
         structure: folder of maps, in any format of `MAP_SUFFIXES`; see `StructureFile` for units and missing values.
+            None: images alone, for SimMIM; transforms take and return no map then, and items have none.
         transform: takes (image, structure) and returns both, the image normalised, such as `PairTransform`. Its random
             numbers come from torch's CPU generator, seeded for every item from (seed, epoch, index). None: normalises.
         report: file to write `Report.write`'s list to.
@@ -39,7 +41,7 @@ class FolderPairs(Pairs):
     def __init__(
         self,
         images: str | os.PathLike[str],
-        structure: str | os.PathLike[str],
+        structure: str | os.PathLike[str] | None,
         transform: Callable[..., Sequence[Tensor]] | None = None,
         *,
         report: str | os.PathLike[str] | None = None,
@@ -47,13 +49,15 @@ class FolderPairs(Pairs):
         missing: float | None = 0,
     ) -> None:
         super().__init__(transform, seed)
-        self.images, self.structure = Path(images), Path(structure)
+        self.images, self.structure = Path(images), None if structure is None else Path(structure)
         self.missing = missing
-        found = (
-            find_files(self.images, "images", IMAGE_SUFFIXES),
-            find_files(self.structure, "structure", MAP_SUFFIXES),
-        )
-        self._use(match(*found, self.images, self.structure, StructureFile.kind, self.report))
+        found = find_files(self.images, "images", IMAGE_SUFFIXES, self.report)
+        if self.structure is None:
+            names = [(os.fsencode(stem + end),) for stem, suffixes in found.items() for end in suffixes]
+            self._use(np.array(names, dtype=np.bytes_))
+        else:
+            maps = find_files(self.structure, "structure", MAP_SUFFIXES, self.report)
+            self._use(match(found, maps, self.images, self.structure, StructureFile.kind, self.report))
         if report is not None:
             self.report.write(report)
 
@@ -61,13 +65,12 @@ class FolderPairs(Pairs):
         """Path of an image inside the tree."""
         return os.fsdecode(self._entries[index, 0])
 
-    def _read(self, index: int) -> tuple[ImageFile, StructureFile]:
-        image_path, map_path = (
-            os.path.join(root, os.fsdecode(name))
-            for root, name in zip((self.images, self.structure), self._entries[index], strict=True)
-        )
-        image = ImageFile(image_path)
-        structure = StructureFile(map_path, missing=self.missing)
+    def _read(self, index: int) -> tuple[ImageFile] | tuple[ImageFile, StructureFile]:
+        image = ImageFile(os.path.join(self.images, self.name(index)))
+        if self.structure is None:
+            return (image,)
+        name = os.fsdecode(self._entries[index, 1])
+        structure = StructureFile(os.path.join(self.structure, name), missing=self.missing)
         structure.check_shape(image.size)
         return image, structure
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
 import os
-from collections.abc import Callable
 from pathlib import PurePath
 from typing import ClassVar
 
 import numpy as np
-from PIL import Image
 
+from sgmim_fast.data import limits
 from sgmim_fast.data.report import BrokenFile
 
 MAP_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".exr", ".pfm")
@@ -32,9 +32,14 @@ class MapFile:
 
     def __init__(self, name: str | os.PathLike[str], content: bytes | None = None) -> None:
         self.name = os.fspath(name)
-        read = _READERS.get(PurePath(name).suffix.lower(), self._read_pillow)
+        suffix = PurePath(name).suffix.lower()
         try:
-            self.pixels = self._one_channel(read(self.name if content is None else io.BytesIO(content)))
+            if suffix == ".exr":
+                pixels = _read_exr(self.name, content)
+            else:
+                file = io.BytesIO(limits.read_file(name) if content is None else content)
+                pixels = _read_numpy(file) if suffix == ".npy" else self._read_pillow(file)
+            self.pixels = self._one_channel(pixels)
         except Exception as error:  # decoders raise all kinds
             raise BrokenFile(self.name, error) from error
         self.size: tuple[int, int] = self.pixels.shape  # height, width
@@ -49,8 +54,8 @@ class MapFile:
             raise ValueError(f"{self.kind} has shape {pixels.shape}; expected one channel, (H, W)")
         return pixels
 
-    def _read_pillow(self, file: str | io.BytesIO) -> np.ndarray:
-        with Image.open(file) as image:
+    def _read_pillow(self, file: io.BytesIO) -> np.ndarray:
+        with limits.open_image(file) as image:
             if image.mode == "P" and self.palette:
                 return np.array(image)
             if image.mode == "P" or len(image.getbands()) != 1:
@@ -61,22 +66,29 @@ class MapFile:
             return np.array(image)
 
 
-def _read_numpy(file: str | io.BytesIO) -> np.ndarray:
+def _read_numpy(file: io.BytesIO) -> np.ndarray:
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0}.get(
+        np.lib.format.read_magic(file), np.lib.format.read_array_header_2_0
+    )
+    shape, _, _ = read_header(file)
+    limits.check_pixels(1, math.prod(shape))
+    file.seek(0)
     return np.load(file, allow_pickle=False)
 
 
-def _read_exr(file: str | io.BytesIO) -> np.ndarray:
-    if not isinstance(file, str):
+def _read_exr(name: str, content: bytes | None) -> np.ndarray:
+    if content is not None:
         raise ValueError("EXR is read from folders only, not from shards")
     try:
         import OpenEXR
     except ImportError:
         raise ValueError("EXR is read by the package OpenEXR: pip install OpenEXR") from None
-    with OpenEXR.File(file) as exr:
+    limits.read_file(name)
+    with OpenEXR.File(name, header_only=True) as exr:
+        first, last = exr.header()["dataWindow"]
+        limits.check_pixels(int(last[1]) - int(first[1]) + 1, int(last[0]) - int(first[0]) + 1)
+    with OpenEXR.File(name) as exr:
         channels = exr.channels()
         if len(channels) != 1:
             raise ValueError(f"map has the channels {', '.join(channels)}; expected one")
         return next(iter(channels.values())).pixels
-
-
-_READERS: dict[str, Callable[[str | io.BytesIO], np.ndarray]] = {".npy": _read_numpy, ".exr": _read_exr}

@@ -56,24 +56,26 @@ class Item(TypedDict, total=False):
     """What every data set here gives; default_collate makes a batch of plain tensors of it."""
 
     image: tv_tensors.Image  # (3, H, W) float32, normalised
-    structure: Structure  # (1, H, W) float32, not standardised, NaN = missing
+    structure: Structure  # (1, H, W) float32, not standardised, NaN = missing; not of images alone
     name: str
     skipped: str  # broken files in whose place this item stands, separated by newlines
     labels: tv_tensors.Mask  # (H, W) int64; of `Scenes`, where asked for
 
 
 def make_item(tensors: Sequence[Tensor], name: str, skipped: Sequence[str] = ()) -> Item:
-    """The item of what a transform returned: image, structure and perhaps labels.
+    """The item of what a transform returned: image, and perhaps structure, and perhaps labels.
 
     Raises:
         TypeError: the transform returned something else.
     """
-    image, structure, *labels = tensors
+    image, *maps = tensors
     check_tensor("image", image, torch.float32, (3,))
-    check_tensor("structure", structure, torch.float32, (1,))
-    item = Item(image=image, structure=structure, name=name, skipped="\n".join(skipped))
-    if labels:
-        item["labels"] = labels[0]
+    item = Item(image=image, name=name, skipped="\n".join(skipped))
+    if maps:
+        check_tensor("structure", maps[0], torch.float32, (1,))
+        item["structure"] = maps[0]
+    if len(maps) > 1:
+        item["labels"] = maps[1]
     return item
 
 

@@ -20,7 +20,7 @@ from sgmim_fast.data.transform import Normalize, decode, transformed
 SAMPLED = 8  # pairs that are read at construction
 GIVE_UP = 100  # broken pairs in a row
 
-Pair = tuple[ImageFile | Tensor, StructureFile | Tensor]
+Pair = tuple[ImageFile | Tensor] | tuple[ImageFile | Tensor, StructureFile | Tensor]
 
 
 class Pairs(Seeded, Dataset, ABC):
@@ -74,16 +74,20 @@ class Pairs(Seeded, Dataset, ABC):
             raise DataError(f"none of {len(tried)} pairs tried can be used; the last: {faults[-1]}")
 
     def _fault(self, index: int) -> BrokenFile | None:
+        """What is wrong with a pair; counts its kinds in `report`."""
         try:
-            decode(*self._read(index))
+            pair = self._read(index)
+            decode(*pair)
         except BrokenFile as broken:
             return broken
+        self.report.kinds.update(kinds(*pair))
         return None
 
     def verify(self) -> Iterator[int]:
         """Reads every pair, leaves out what is broken from now on, and says so in `report`. Yields the number of pairs
         read so far, for a progress bar: `for done in dataset.verify(): ...`. Call it before workers start."""
         good = np.ones(len(self), dtype=bool)
+        self.report.kinds.clear()
         for index in range(len(self)):
             if (broken := self._fault(index)) is not None:
                 self.report.broken[broken.name] = broken.reason
@@ -115,6 +119,15 @@ class Pairs(Seeded, Dataset, ABC):
                     tensors = transformed(self.transform, *pair)
                 return self._item(tensors, self.name(other % len(self)), skipped)
             except BrokenFile as broken:
-                skipped.append(broken.name)
+                skipped.append(broken.line)
                 last = broken
         raise DataError(f"{len(skipped)} pairs in a row cannot be used; the last: {last}")
+
+
+def kinds(*files: ImageFile | StructureFile | Tensor) -> list[str]:
+    """How the files of a pair store their values."""
+    return [
+        f"images of {file.kind}" if isinstance(file, ImageFile) else f"{file.kind}s of {file.pixels.dtype}"
+        for file in files
+        if not isinstance(file, Tensor)
+    ]

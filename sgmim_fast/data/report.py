@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 NAMED = 3  # files of each kind that a summary names
+_OBJECT = re.compile(r"\s*<[\w.]+ object at 0x[0-9a-f]+>")  # in messages of decoders: they got the content, no file
 
 
 class DataError(ValueError):
@@ -19,11 +22,18 @@ class BrokenFile(Exception):
 
     def __init__(self, name: str | os.PathLike[str], reason: object):
         self.name = os.fspath(name)
-        self.reason = " ".join(str(reason).split()) or type(reason).__name__
+        self.reason = " ".join(_OBJECT.sub("", str(reason)).split())
+        if not any(map(str.isalpha, self.reason)):  # a number, or nothing
+            self.reason = f"{type(reason).__name__} {self.reason}".strip()
         super().__init__(self.name, self.reason)
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
+
+    @property
+    def line(self) -> str:
+        """As an item's "skipped" and reports have it: name, tab, reason; a name's own tabs and newlines are escaped."""
+        return f"{escaped(self.name)}\t{self.reason}"
 
 
 @dataclass
@@ -38,11 +48,14 @@ class Report:
     images_without_map: list[str] = field(default_factory=list)
     maps_without_image: list[str] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)  # name of the file -> what is wrong with it
+    again: list[str] = field(default_factory=list)  # links to folders that are in the tree by another path
+    kinds: Counter[str] = field(default_factory=Counter)  # of what has been read so far: "images, 8 bits" -> files
 
     def add_skipped(self, skipped: str | Iterable[str]) -> None:
         """Adds the broken files named by an item's "skipped", or by those of a batch."""
-        for name in skipped_names([skipped] if isinstance(skipped, str) else skipped):
-            self.broken.setdefault(name, "could not be read while training")
+        for line in skipped_lines([skipped] if isinstance(skipped, str) else skipped):
+            name, _, reason = line.partition("\t")
+            self.broken.setdefault(name, reason)
 
     def summary(self) -> str:
         """One line: what is used, how much of what is left out, and the first names."""
@@ -51,24 +64,39 @@ class Report:
             for kind, names in (
                 ("images without a map", self.images_without_map),
                 ("maps without an image", self.maps_without_image),
-                ("broken files", list(self.broken)),
+                ("broken files", [f"{name}: {reason}" for name, reason in self.broken.items()]),
+                ("folders that are there already", self.again),
             )
             if names
         ]
-        return f"{self.used} pairs; left out: {', '.join(left_out) or 'nothing'}"
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.kinds.items()))
+        return f"{self.used} pairs; left out: {', '.join(left_out) or 'nothing'}" + (
+            f"; read: {kinds}" if kinds else ""
+        )
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes the summary and every name that was left out, one a line after its kind, separated by a tab."""
         lines = [self.summary()]
-        lines += [f"image without a map\t{name}" for name in self.images_without_map]
-        lines += [f"map without an image\t{name}" for name in self.maps_without_image]
-        lines += [f"broken\t{name}\t{reason}" for name, reason in self.broken.items()]
+        lines += [f"image without a map\t{escaped(name)}" for name in self.images_without_map]
+        lines += [f"map without an image\t{escaped(name)}" for name in self.maps_without_image]
+        lines += [f"folder again\t{escaped(name)}" for name in self.again]
+        lines += [f"broken\t{escaped(name)}\t{reason}" for name, reason in self.broken.items()]
         Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
+
+
+def skipped_lines(batch: Iterable[str]) -> list[str]:
+    """Name, tab and reason of the broken files in the "skipped" of a batch's items."""
+    return [line for lines in batch for line in lines.split("\n") if line]
 
 
 def skipped_names(batch: Iterable[str]) -> list[str]:
     """The broken files that the "skipped" of a batch's items name."""
-    return [name for names in batch for name in names.split("\n") if name]
+    return [line.partition("\t")[0] for line in skipped_lines(batch)]
+
+
+def escaped(name: str) -> str:
+    """A file's name in one line."""
+    return name.replace("\\", r"\\").replace("\t", r"\t").replace("\n", r"\n") if set("\t\n") & set(name) else name
 
 
 def some(names: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import random
 import tarfile
@@ -13,12 +14,14 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from sgmim_fast.data.files import LOSSY
 from sgmim_fast.data.image_file import IMAGE_SUFFIXES, ImageFile
 from sgmim_fast.data.map_file import MAP_SUFFIXES
 from sgmim_fast.data.pair import Item, make_item
 from sgmim_fast.data.report import BrokenFile, DataError, Report
 from sgmim_fast.data.seeding import Seeded, seeded
 from sgmim_fast.data.structure_file import StructureFile
+from sgmim_fast.data.tar_files import files
 from sgmim_fast.data.transform import Normalize, transformed
 
 TRIED = 100  # samples of the first shard, at construction
@@ -38,7 +41,7 @@ class ShardPairs(Seeded, IterableDataset):
         transform: see `FolderPairs`; seeded for every item from (seed, epoch, its name).
         length: pairs of an epoch, of all processes together; shards are read again, in another order, where there are
             fewer. None: an epoch is every pair once, which lets processes finish after different numbers of steps.
-        structure: what stands between the key of a map and its suffix.
+        structure: what stands between the key of a map and its suffix. None: images alone, see `FolderPairs`.
         shuffle: samples that a worker keeps to draw from; 0: shards are read in order.
         seed: of order and transform.
         missing: integer that means "no value" in maps; None: none does.
@@ -54,7 +57,7 @@ class ShardPairs(Seeded, IterableDataset):
         transform: Callable[..., Sequence[Tensor]] | None = None,
         *,
         length: int | None = None,
-        structure: str = "depth",
+        structure: str | None = "depth",
         shuffle: int = 1000,
         seed: int = 0,
         missing: float | None = 0,
@@ -93,8 +96,9 @@ class ShardPairs(Seeded, IterableDataset):
             except BrokenFile as error:
                 broken.append(str(error))
         raise DataError(
-            f"no pair in {self.urls[0]}: looked for KEY.jpg (or {', '.join(IMAGE_SUFFIXES[1:])}) with "
-            f"KEY.{self.structure}.png (or {', '.join(MAP_SUFFIXES[1:])}), found "
+            f"no pair in {self.urls[0]}: looked for KEY.jpg (or {', '.join(IMAGE_SUFFIXES[1:])})"
+            + (f" with KEY.{self.structure}.png (or {', '.join(MAP_SUFFIXES[1:])})" if self.structure else "")
+            + ", found "
             f"{', '.join(f'KEY.{suffix}' for suffix in sorted(found)) or 'no samples'}"
             + (f"; the last: {broken[-1]}" if broken else "")
         )
@@ -140,29 +144,56 @@ class ShardPairs(Seeded, IterableDataset):
             samples = _webdataset().shuffle(self.shuffle, rng=rng)(samples)
         for sample in samples:
             try:
-                name, image, structure = self._files(sample)
+                name, *pair = self._files(sample)
                 with seeded(self.seed, epoch, number, zlib.crc32(name.encode())):
-                    tensors = transformed(self.transform, image, structure)
+                    tensors = transformed(self.transform, *pair)
                 yield make_item(tensors, name, skipped)
                 skipped.clear()
             except BrokenFile as broken:
-                skipped.append(broken.name)
+                skipped.append(broken.line)
 
     def _samples(self, urls: Sequence[str], skipped: list[str]) -> Iterator[Sample]:
         """The samples of some shards, one shard after the other; adds what cannot be read to `skipped`."""
+        webdataset = _webdataset()
+
+        def skip(broken: BrokenFile) -> None:
+            skipped.append(broken.line)
+
         for url in urls:
 
-            def skip(_: Exception, url: str = url) -> bool:
-                skipped.append(url)
+            def cut_off(url: str = url) -> Iterator[dict[str, Any]]:
+                try:
+                    with webdataset.gopen(url) as stream:
+                        yield from files(stream, url, self._wanted, skip)
+                except (OSError, EOFError, ValueError, tarfile.TarError, lzma.LZMAError, zlib.error) as error:
+                    skip(BrokenFile(url, error))
+
+            def skip_file(error: Exception, url: str = url) -> bool:
+                skip(BrokenFile(url, error))
                 return True
 
-            yield from _webdataset().tarfile_to_samples(handler=skip)(iter([{"url": url}]))
+            yield from webdataset.tariterators.group_by_keys(cut_off(), handler=skip_file)
 
-    def _files(self, sample: Sample) -> tuple[str, ImageFile, StructureFile]:
+    def _wanted(self, name: str) -> bool:
+        """Whether it is an image or a map."""
+        suffix = os.path.splitext(name)[1].lower()
+        return suffix in IMAGE_SUFFIXES or suffix in MAP_SUFFIXES
+
+    def _files(self, sample: Sample) -> tuple[str, ImageFile] | tuple[str, ImageFile, StructureFile]:
         """Name, image and map of a sample."""
         name = f"{sample['__url__']}::{sample['__key__']}"
         image = next((suffix for suffix in IMAGE_SUFFIXES if suffix[1:] in sample), None)
+        if self.structure is None:
+            if image is None:
+                raise BrokenFile(name, "has no image")
+            return name, ImageFile(name + image, sample[image[1:]])
         structure = next((suffix for suffix in MAP_SUFFIXES if self.structure + suffix in sample), None)
+        lossy = next((suffix for suffix in LOSSY if self.structure + suffix in sample), None)
+        if structure is None and lossy is not None:
+            raise BrokenFile(
+                f"{name}.{self.structure}{lossy}",
+                f"is a map saved as {lossy}, which changes its values; expected {', '.join(MAP_SUFFIXES)}",
+            )
         if image is None or structure is None:
             raise BrokenFile(name, f"has no {'image' if image is None else 'structure map'}")
         image_file = ImageFile(name + image, sample[image[1:]])

@@ -53,9 +53,11 @@ def sheet(
         axis.axis("off")
     for axis, item in zip(axes.reshape(-1, 2), items, strict=False):
         image = item["image"].permute(1, 2, 0).numpy() * np.array(std) + np.array(mean)
-        structure = item["structure"][0].numpy()
         axis[0].imshow(image.clip(0, 1))
         axis[0].set_title(item["name"][-40:], fontsize=7)
+        if "structure" not in item:
+            continue
+        structure = item["structure"][0].numpy()
         axis[1].imshow(np.ma.masked_invalid(structure), cmap=colours, interpolation="nearest")
         missing = np.mean(~np.isfinite(structure))
         axis[1].set_title(f"{missing:.0%} missing" if missing else "", fontsize=7)

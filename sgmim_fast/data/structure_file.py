@@ -12,6 +12,7 @@ from sgmim_fast.data.map_file import MapFile
 from sgmim_fast.data.pair import Structure, under_centres
 from sgmim_fast.data.report import BrokenFile
 
+SPARSE = 16  # every so many rows and columns are looked at first
 SHAPE_TOLERANCE = 0.02  # in width / height: maps of another resolution are rounded to whole pixels
 
 
@@ -36,6 +37,18 @@ class StructureFile(MapFile):
     ) -> None:
         super().__init__(name, content)
         self.missing = missing
+        self._check_values()
+
+    def _check_values(self) -> None:
+        """Raises BrokenFile where the map has one value everywhere, or none: there is nothing to learn from it."""
+        for pixels in (self.pixels[::SPARSE, ::SPARSE], self.pixels):  # nearly always some of them differ
+            valid = pixels[np.isfinite(pixels) if pixels.dtype.kind == "f" else pixels != self.missing]
+            if valid.size and (valid != valid[0]).any():
+                return
+        if valid.size:
+            raise BrokenFile(self.name, f"{self.kind} is {valid[0]:g} wherever it has a value: constant")
+        value = "is NaN or infinite" if pixels.dtype.kind == "f" else f"is {self.missing:g}, missing,"
+        raise BrokenFile(self.name, f"{self.kind} {value} everywhere")
 
     def decode(self) -> Structure:
         """The whole map, (1, H, W)."""

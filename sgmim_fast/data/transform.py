@@ -47,13 +47,15 @@ def decode(*files: Tensor | ImageFile | StructureFile) -> list[Tensor]:
 
 
 def transformed(
-    transform: Callable[..., Sequence[Tensor]], image: ImageFile | Tensor, structure: StructureFile | Tensor
+    transform: Callable[..., Sequence[Tensor]], image: ImageFile | Tensor, *maps: StructureFile | Tensor
 ) -> Sequence[Tensor]:
-    """What a transform makes of a pair. Ours decode no more of a file than they need; others get tensors."""
+    """What a transform makes of a pair, or of an image. Ours decode no more of a file than they need; others get
+    tensors."""
     if isinstance(transform, Normalize):
-        return transform(image, structure)
-    image, structure = decode(image, structure)
-    return transform(tv_tensors.Image(image), structure)
+        return transform(image, *maps)
+    image, *maps = decode(image, *maps)
+    found = transform(tv_tensors.Image(image), *maps)
+    return (found,) if isinstance(found, Tensor) else found
 
 
 class PairTransform(Normalize):

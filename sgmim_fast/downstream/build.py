@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sgmim_fast.downstream import data, weights
+from sgmim_fast.downstream import data
 from sgmim_fast.downstream.config import Config
+from sgmim_fast.downstream.data.transform import scaled
 from sgmim_fast.downstream.encoder import Features, create_features
 from sgmim_fast.downstream.heads import DenseModel
 from sgmim_fast.downstream.heads import create_model as with_head
 from sgmim_fast.downstream.metrics import DepthMetrics, SegmentationMetrics
+from sgmim_fast.downstream.sizes import by
 from sgmim_fast.errors import UserError
+from sgmim_fast.exported import tuples, without_sources
 from sgmim_fast.train.settings import OF_EVERY_RUN_0, OF_EVERY_RUN_1, at_least
 
+LEAST_PADDING = 0.02  # share of a crop that is worth a line
 _TASKS = {"nyu": "depth", "kitti": "depth", "ade20k": "segmentation"}  # of the data sets that have one
 
 
@@ -60,7 +65,7 @@ def create_features_of(config: Config, encoder: dict[str, Any] | None = None) ->
         "accelerate": settings.accelerate,
     }
     if encoder is not None:
-        return create_features(encoder["name"], **given, **weights.tuples(encoder["arguments"]))
+        return create_features(encoder["name"], **given, **tuples(without_sources(encoder["arguments"])))
     path, name = Path(settings.encoder), None
     if not settings.encoder:
         raise UserError(
@@ -81,7 +86,7 @@ def create_features_of(config: Config, encoder: dict[str, Any] | None = None) ->
     if settings.window_size is not None:
         sizes = settings.window_size
         given["window_size"] = sizes[0] if len(sizes) == 1 else sizes
-    arguments = weights.tuples(settings.arguments)
+    arguments = tuples(settings.arguments)
     return create_features(name, checkpoint=checkpoint, pretrained=settings.pretrained, **given, **arguments)
 
 
@@ -160,13 +165,32 @@ def _transform(config: Config, dataset: Any, train: bool) -> Any:
     settings = config.data
     if not train:
         return data.DenseTransform.evaluation(settings.task, tuple(settings.size))
-    given = weights.tuples(settings.augment)
+    given = tuples(settings.augment)
     if settings.task == "depth":
         given.setdefault("max_depth", depth_range(config, dataset)[1])
     try:
         return data.DenseTransform(tuple(settings.size), settings.task, **given)
     except TypeError as error:
         raise UserError(f"data.augment is {settings.augment}; expected arguments of DenseTransform: {error}") from error
+
+
+def padding(config: Config, dataset: Any) -> str:
+    """A line where images do not fill the crops that are trained on; "" where they do. Looks at some of them."""
+    transform = getattr(dataset, "transform", None)
+    if not isinstance(transform, data.DenseTransform):
+        return ""
+    sizes = [tuple(size) for size in dataset.sizes()]
+    empty = []
+    for size in sizes:
+        fitted = scaled(size, transform.fit, sum(transform.scale) / 2)
+        empty.append(1 - math.prod(min(1.0, have / want) for have, want in zip(fitted, transform.size, strict=True)))
+    share = sum(empty) / max(1, len(empty))
+    if share < LEAST_PADDING:
+        return ""
+    return (
+        f"{share:.0%} of the crops of {by(transform.size)} is padding: images measure {by(min(sizes))} to "
+        f"{by(max(sizes))}; a smaller data.size has less"
+    )
 
 
 def depth_range(config: Config, dataset: Any) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from sgmim_fast import blocks
 from sgmim_fast.downstream import weights
 from sgmim_fast.downstream.sizes import Size, by, pair
 from sgmim_fast.errors import UserError, nearest
+from sgmim_fast.exported import tuples
 
 _logger = logging.getLogger("sgmim_fast")
 
@@ -127,11 +128,11 @@ def create_features(
         UserError: an unknown name, a file that cannot be read or has too few or too many parameters (the first are
             named), or arguments timm does not accept.
     """
-    state, written = (None, {}) if checkpoint is None else weights.read(checkpoint)
+    state, written, shaping = (None, None, {}) if checkpoint is None else weights.read(checkpoint)
     if pretrained and checkpoint is not None:
         raise UserError(f"checkpoint {checkpoint} and pretrained weights are given; expected one of them")
-    name = _checked_name(name, written.get("timm_name"), checkpoint)
-    arguments = {**weights.arguments_in(written), **timm_arguments}
+    name = _checked_name(name, written, checkpoint)
+    arguments = {**shaping, **timm_arguments}
     size = pair(img_size)
     source = None
     if checkpoint is not None or pretrained:
@@ -142,7 +143,7 @@ def create_features(
 
     target_arguments = {k: v for k, v in arguments.items() if k not in ("img_size", "num_classes", "global_pool")}
     if window_size is not None:
-        target_arguments["window_size"] = weights.tuples(window_size)
+        target_arguments["window_size"] = tuples(window_size)
     if isinstance(source, SwinTransformerV2):
         target_arguments.setdefault("pretrained_window_sizes", _trained_windows(source))
     model, any_size = _create_for_size(name, size, drop_path_rate, target_arguments)
@@ -153,7 +154,7 @@ def create_features(
         )
     notes: list[str] = []
     if state is not None:
-        known = bool(written) or pretrained
+        known = written is not None or pretrained
         notes = weights.load(model, state, source, what=str(checkpoint or name), source_known=known)
     for note in notes:
         _logger.info(note)

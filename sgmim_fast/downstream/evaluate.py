@@ -7,15 +7,13 @@ import json
 import sys
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from sgmim_fast.downstream import build
 from sgmim_fast.downstream.config import Config
 from sgmim_fast.downstream.finetune import OPTIONS
 from sgmim_fast.downstream.finetuning import Finetuning
 from sgmim_fast.errors import UserError
 from sgmim_fast.train import checkpoint
-from sgmim_fast.train.command import PRECISION
+from sgmim_fast.train.launch import create_accelerator
 from sgmim_fast.train.runs import find
 from sgmim_fast.train.settings import read_assignments, with_changes
 
@@ -41,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     config = with_changes(saved.config, changes | read_assignments(args.set), "--set")
     build.check(config)
     task = Finetuning(config, saved.facts)
-    accelerator = Accelerator(mixed_precision=PRECISION[config.run.precision])
+    accelerator = create_accelerator(config.run.precision)
     model = task.create_model()
     model.load_state_dict(checkpoint.read(saved.path, "model"))
     model.to(accelerator.device).eval()

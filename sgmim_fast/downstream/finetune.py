@@ -22,7 +22,8 @@ OPTIONS = {
     "classes": ("data.classes", "N", "of folders of labels"),
 }
 SHORT = {"task": "data.task"} | {name: setting for name, (setting, _, _) in OPTIONS.items()}
-COMMAND = Command("finetune", Config(), PRESETS, SHORT, Finetuning)
+INSTEAD = {"data.images": {"data.source": "folders"}}  # of a preset's
+COMMAND = Command("finetune", Config(), PRESETS, SHORT, Finetuning, INSTEAD)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -162,6 +162,7 @@ class Finetuning(Task):
                 f"{features.name} with the head {settings.model.head} for {settings.data.task}, "
                 f"{whole:.1f} M parameters, {encoder:.1f} M of them the encoder's",
                 f"{len(self.train_set)} images to train on, {len(self.test_set)} to test on",
+                *filter(None, [build.padding(settings, self.train_set)]),
                 *features.notes,
             ]
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
@@ -12,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from timm.models import load_state_dict
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
+from sgmim_fast import exported
 from sgmim_fast.downstream.sizes import by
 from sgmim_fast.errors import UserError
 
@@ -29,8 +29,8 @@ _BUFFERS = re.compile(r"(^|\.)(relative_position_index|relative_coords_table|att
 Pair = tuple[int, int]
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A state dict, and the metadata `export_timm` writes beside it ({} for other files).
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str | None, dict[str, Any]]:
+    """A state dict, and the timm name and arguments that `export_timm` writes beside it (None and {} in other files).
 
     Raises:
         UserError: there is no such file, or it holds no state dict.
@@ -38,30 +38,14 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no file {path}; expected a timm checkpoint (.safetensors, .pth)")
-    metadata: dict[str, str] = {}
+    name, arguments = exported.describe(path) if path.suffix == ".safetensors" else (None, {})
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-        state = load_state_dict(str(path))
+        state = load_state_dict(str(path), weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {str(error).splitlines()[0] if str(error) else error!r}") from error
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} holds no state dict of tensors; expected a timm checkpoint (.safetensors, .pth)")
-    return state, {key: value for key, value in metadata.items() if key.startswith("timm_")}
-
-
-def arguments_in(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The arguments of `timm.create_model` in that metadata."""
-    given = json.loads(metadata.get("timm_arguments", "{}"))
-    return tuples(given)
-
-
-def tuples(value: Any) -> Any:
-    """The same with tuples for lists, also inside, as timm takes sizes."""
-    if isinstance(value, dict):
-        return {name: tuples(item) for name, item in value.items()}
-    return tuple(map(tuples, value)) if isinstance(value, (list, tuple)) else value
+    return state, name, arguments
 
 
 def load(

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from sgmim_fast.encoders import create_encoder
 from sgmim_fast.errors import UserError, nearest
+from sgmim_fast.exported import describe
 from sgmim_fast.train import runs
 
 Triple = tuple[float, float, float]
@@ -69,20 +68,16 @@ def _from_run(folder: Path, label: str, size: int | None) -> Encoder:
 
 
 def _from_file(path: Path, label: str, size: int | None) -> Encoder:
-    try:
-        with safe_open(path, "pt") as file:
-            facts = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    if "timm_name" not in facts:
+    if path.suffix != ".safetensors":  # by which timm tells it from a pickle
+        raise UserError(f"{path} has the ending {path.suffix!r}; expected .safetensors, a file of sgmim-fast export")
+    name, arguments = describe(path)
+    if name is None:
         raise UserError(f"{path} does not say of which timm model it is; expected a file of sgmim-fast export")
-    arguments = json.loads(facts["timm_arguments"])
-    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     arguments.pop("num_classes", None)
     # timm's filters resize positions and drop the classifier
     overlay = {"file": str(path), "custom_load": False}
     arguments |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
-    return _create(facts["timm_name"], arguments, size)._replace(label=label)
+    return _create(name, arguments, size)._replace(label=label)
 
 
 def _create(name: str, arguments: dict[str, object], size: int | None) -> Encoder:

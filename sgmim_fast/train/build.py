@@ -116,13 +116,17 @@ def create_dataset(config: Config) -> Dataset:
     if settings.scenes:
         return data.Scenes(settings.scenes, settings.size, seed=seed)
     transform = data.PairTransform(settings.size, scale=settings.scale, ratio=settings.ratio, flip=settings.flip)
+    guided = config.model.guidance  # SimMIM needs no maps
     if settings.shards is not None:
         if settings.epoch_images is None:
             raise UserError("data.epoch_images is missing; with shards it says how many images count as an epoch")
-        return data.ShardPairs(
-            settings.shards, transform, length=settings.epoch_images, seed=seed, missing=settings.missing
-        )
-    for name in ("images", "structure"):
+        structure = "depth" if guided else None
+        options = {"length": settings.epoch_images, "seed": seed, "missing": settings.missing, "structure": structure}
+        return data.ShardPairs(settings.shards, transform, **options)
+    for name in ("images", "structure") if guided else ("images",):
         if getattr(settings, name) is None:
-            raise UserError(f"data.{name} is missing; expected --images DIR and --structure DIR together")
+            raise UserError(
+                f"data.{name} is missing; expected --images DIR and --structure DIR together, or "
+                "--set model.guidance=false for SimMIM, which needs images alone"
+            )
     return data.FolderPairs(settings.images, settings.structure, transform, seed=seed, missing=settings.missing)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch.utils.data import Dataset
 
 from sgmim_fast.errors import UserError
-from sgmim_fast.train import checkpoint, loader, log
+from sgmim_fast.train import checkpoint, launch, loader, log
 from sgmim_fast.train.engine import Trainer
+from sgmim_fast.train.lock import RunLock
 from sgmim_fast.train.runs import Saved, find
 from sgmim_fast.train.settings import differences, read_assignments, read_yaml, resolve, to_yaml, with_changes
+from sgmim_fast.train.stop import UNFINISHED, Stopped, stopping_at_once
 from sgmim_fast.train.task import Task
 
 # option -> the setting it stands for
@@ -29,7 +30,7 @@ SHORT = {
     "precision": "run.precision",
     "seed": "run.seed",
 }
-PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+AUTO = "auto"  # of --resume
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Command:
         default: the configuration before any preset.
         presets: name -> nested settings.
         short: option -> the setting it stands for, beside `SHORT`.
+        instead: setting -> what other settings become where it is given over a preset, see `settings.resolve`.
         task: makes the task of a configuration and a checkpoint's facts.
     """
 
@@ -49,6 +51,7 @@ class Command:
     presets: Mapping[str, Any]
     short: Mapping[str, str]
     task: Callable[..., Task]
+    instead: Mapping[str, Mapping[str, Any]]
 
     def add_arguments(self, parser: argparse.ArgumentParser, hint: str) -> None:
         """The options that both commands have. `hint`: what to say of the presets."""
@@ -63,7 +66,12 @@ class Command:
         parser.add_argument("--precision", help="float32, bfloat16 or float16")
         parser.add_argument("--seed", metavar="N")
         parser.add_argument("--out", type=Path, metavar="RUN", help="folder of the run, by default runs/PRESET")
-        parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run")
+        parser.add_argument(
+            "--resume",
+            type=Path,
+            metavar="RUN|auto",
+            help="go on with this run; auto, or the same RUN as --out: with the one in --out, or start it",
+        )
         parser.add_argument("--checkpoint", metavar="NAME", help="resume from this one: best or step-00001000")
         parser.add_argument("--accept-changes", action="store_true", help="resume with other settings than before")
         parser.add_argument(
@@ -71,37 +79,65 @@ class Command:
         )
 
     def run(self, args: argparse.Namespace) -> int:
-        """Raises UserError, or DataError, for what the user can put right."""
-        saved = None
-        if args.resume is not None:
-            saved = find(args.resume, args.checkpoint, type(self.default), self.name)
-        config = self._configuration(args, saved)
-        task = self.task(config, saved.facts if saved else None)
-        if args.dry_run:
-            return _dry_run(task, args.resume or args.out or Path())
-        folder = args.resume or args.out or Path("runs", task.name)
-        if saved is None and checkpoint.steps(folder / "checkpoints"):
-            raise UserError(
-                f"{folder} holds a run already; --resume {folder} goes on with it, --out starts another one"
-            )
-        task.check()
-        accelerator = _accelerator(config.run)
-        dataset = task.create_dataset()
-        main = accelerator.is_main_process
-        trainer = Trainer(task, folder, accelerator, dataset, saved)
-        if saved is not None:
-            _same_batches(saved, trainer)
+        """The exit code: 0 at the run's end, `stop.UNFINISHED` where a signal came before.
+
+        Raises:
+            UserError, DataError: for what the user can put right.
+        """
+        try:
+            # of several processes the launcher tells the others, which may be waiting where Python sees no signal
+            with stopping_at_once() if launch.size() == 1 else contextlib.nullcontext():
+                return self._run(args)
+        except Stopped as stopped:
+            print(f"stopped by {stopped} outside of the training; to go on, start it again", flush=True)
+            return UNFINISHED
+
+    def _run(self, args: argparse.Namespace) -> int:
+        goes_on, folder = _place(args)
+        if folder is None:  # which one the configuration says
+            folder = Path("runs", self.task(self._configuration(args, None)).name)
+        # taken before anything is read that another process might be writing
+        with RunLock(folder) if launch.rank() == 0 else contextlib.nullcontext() as lock:
+            found = bool(checkpoint.steps(folder / "checkpoints"))
+            if found and not goes_on:
+                raise UserError(
+                    f"{folder} holds a run already; --resume {folder} goes on with it, --out starts another one"
+                )
+            needed = goes_on and (args.resume not in (Path(AUTO), args.out) or args.checkpoint is not None)
+            saved = find(folder, args.checkpoint, type(self.default), self.name) if found or needed else None
+            config = self._configuration(args, saved)
+            task = self.task(config, saved.facts if saved else None)
+            task.check()
+            accelerator = launch.create_accelerator(config.run.precision, config.run.fsdp)
+            dataset = task.create_dataset()
+            trainer = Trainer(task, folder, accelerator, dataset, saved)
+            if saved is not None:
+                _same_batches(saved, trainer)
+            if args.dry_run:
+                code = 0
+                if accelerator.is_main_process:
+                    _dry_run(trainer, folder if args.out or args.resume else None)
+            else:
+                if lock is not None and lock.taken_over:
+                    print(f"{folder}: its lock was that of {lock.taken_over}, which is gone", flush=True)
+                code = self._train(trainer, folder)
+            accelerator.end_training()
+            return code
+
+    def _train(self, trainer: Trainer, folder: Path) -> int:
+        main = trainer.accelerator.is_main_process
         if main:
-            _prepare_folder(folder, config, dataset)
+            _prepare_folder(folder, trainer.config, trainer.dataset)
             print(_summary(trainer, folder), flush=True)
-        accelerator.wait_for_everyone()
+        trainer.accelerator.wait_for_everyone()
         stopped = trainer.train()
-        if main and stopped:
-            again = f"sgmim-fast {self.name} --resume {shlex.quote(str(folder))}"
-            print(f"stopped by {stopped} after step {trainer.done}, which is saved; to go on: {again}", flush=True)
-        elif main:
-            print(task.finish(folder, log.read(folder)), flush=True)
-        accelerator.end_training()
+        if stopped:
+            if main:
+                again = f"sgmim-fast {self.name} --resume {shlex.quote(str(folder))}"
+                print(f"stopped by {stopped} after step {trainer.done}, which is saved; to go on: {again}", flush=True)
+            return UNFINISHED
+        if main:
+            print(trainer.task.finish(folder, log.read(folder)), flush=True)
         return 0
 
     def _configuration(self, args: argparse.Namespace, saved: Saved | None) -> Any:
@@ -109,14 +145,11 @@ class Command:
         changes = {key: getattr(args, name) for name, key in short.items() if getattr(args, name) is not None}
         changes |= read_assignments(args.set)
         if saved is None:
-            for name in ("checkpoint", "accept_changes"):
-                if getattr(args, name):
-                    raise UserError(f"--{name.replace('_', '-')} goes with --resume RUN")
-            return resolve(self.default, self.presets, args.preset, args.config, changes)
-        if args.out is not None and args.out != args.resume:
+            return resolve(self.default, self.presets, args.preset, args.config, changes, self.instead)
+        if args.resume != Path(AUTO) and args.out not in (None, args.resume):
             raise UserError(f"--out {args.out} and --resume {args.resume}: a run goes on in its own folder")
         if args.preset is not None:
-            config = resolve(self.default, self.presets, args.preset, args.config, changes)
+            config = resolve(self.default, self.presets, args.preset, args.config, changes, self.instead)
         else:
             from_file = read_yaml(args.config) if args.config is not None else {}
             config = with_changes(with_changes(saved.config, from_file, str(args.config)), changes, "--set")
@@ -129,24 +162,16 @@ class Command:
         return config
 
 
-def _accelerator(settings: Any) -> Accelerator:
-    if settings.precision == "float16":
-        if settings.fsdp:
-            raise UserError("run.precision is float16 with run.fsdp; expected bfloat16, which needs no loss scaling")
-        if not torch.cuda.is_available():
-            raise UserError("run.precision is float16, which needs a GPU; expected float32 or bfloat16")
-    accelerator = Accelerator(
-        mixed_precision=PRECISION[settings.precision],
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UserError(
-            f"accelerate was launched with {accelerator.distributed_type.value}; expected a plain launch, with "
-            "--set run.fsdp=true for shards"
-        )
-    if settings.fsdp and accelerator.num_processes == 1:
-        raise UserError("run.fsdp is true with one process; expected several, started by torchrun or accelerate launch")
-    return accelerator
+def _place(args: argparse.Namespace) -> tuple[bool, Path | None]:
+    """Whether to go on with a run where there is one, and its folder, or None where only the configuration says."""
+    if args.resume is None:
+        for name in ("checkpoint", "accept_changes"):
+            if getattr(args, name):
+                raise UserError(f"--{name.replace('_', '-')} goes with --resume RUN")
+        return False, args.out
+    if args.resume == Path(AUTO):
+        return True, args.out
+    return True, args.resume
 
 
 def _prepare_folder(folder: Path, config: Any, dataset: Dataset) -> None:
@@ -189,13 +214,9 @@ def _some(trainer: Trainer) -> range:
     return range(0, trainer.steps, max(1, trainer.steps // 1000))
 
 
-def _dry_run(task: Task, folder: Path) -> int:
-    task.check()
-    dataset = task.create_dataset()
-    model = task.create_model()
-    if hasattr(dataset, "report"):
-        print(dataset.report.summary())
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = task.dry_run(dataset, folder)
-    print(f"settings and data fit: {task.describe(model)}; {drawn}")
-    return 0
+def _dry_run(trainer: Trainer, folder: Path | None) -> None:
+    """What is known before the first step. Draws into the folder that the user named, or a temporary one."""
+    drawn = trainer.task.dry_run(trainer.dataset, folder or Path(tempfile.mkdtemp(prefix="sgmim-fast-")))
+    if hasattr(trainer.dataset, "report"):
+        print(trainer.dataset.report.summary())
+    print(f"settings and data fit: {trainer.task.describe(trainer.stepper.plain)}; {drawn}")

@@ -38,13 +38,15 @@ class Trainer:
     def __init__(self, task: Task, run: Path, accelerator: Accelerator, dataset: Dataset, saved: Saved | None):
         self.task, self.config, self.run, self.accelerator, self.dataset = task, task.config, run, accelerator, dataset
         optim, count = task.config.optim, accelerator.num_processes
+        if task.config.run.tensorboard:
+            log.board_writer()  # raises at once, not behind the first step
         self.layout = Layout(optim.batch, optim.accumulate, count, accelerator.process_index)
         self.steps_per_epoch = loader.steps_per_epoch(task.config.data, dataset, self.layout)
         self.stepper = Stepper(task, accelerator, self.layout, self.steps_per_epoch)
         self.steps = self.stepper.steps
         facts = saved.facts if saved else {}
         self.done = facts.get("step", 0)
-        self.window = Window(accelerator, facts.get("skipped_steps", 0), facts.get("skipped_files", 0))
+        self.window = Window(accelerator, facts.get("skipped_steps", 0), log.read_skipped(run) if saved else None)
         self.since_checkpoint: list[list[float]] = []  # values of its steps
         if saved:
             raw = self.stepper.optimizer.optimizer
@@ -52,7 +54,6 @@ class Trainer:
             state.restore(self.stepper.model, raw, *parts)
             if accelerator.scaler is not None and facts.get("scaler"):
                 accelerator.scaler.load_state_dict(facts["scaler"])
-        self.broken: set[str] = set()  # names of files that this process has reported
         self.log: log.Log | None = None
 
     @property
@@ -111,16 +112,14 @@ class Trainer:
         self.done += 1
         if self.log is not None:
             self.log.steps_done(self.done)
-        new = sorted(set(done.skipped) - self.broken)
-        if new:
-            self.broken |= set(new)
-            with (self.run / "skipped-files.txt").open("a") as file:
-                file.write("".join(f"{name}\n" for name in new))
 
     def _close_window(self, stop: bool) -> bool:
         """Writes the log line; returns whether any process was asked to stop."""
         lr = self.window.steps[-1].lr
+        known = len(self.window.broken)
         rows, seconds, waiting, stop, too_many = self.window.close(stop, self.config.run.nonfinite)
+        if self.log is not None and len(self.window.broken) > known:
+            log.write_skipped(self.run, self.window.broken)
         self.since_checkpoint += rows
         if self.log is not None:
             self.log.window(
@@ -133,7 +132,7 @@ class Trainer:
                     "waiting": round(waiting, 4),  # share of the time, for data
                     "memory_gib": round(log.memory(self.accelerator.device), 3),
                     "skipped_steps": self.window.skipped_steps,
-                    "skipped_files": self.window.skipped_files,
+                    "skipped_files": len(self.window.broken),
                     "seconds_left": round((self.steps - self.done) * seconds, 1),
                     "time": round(time.time(), 1),
                 }
@@ -187,7 +186,7 @@ class Trainer:
                     "total_batch": self.layout.total,
                     "images": self.steps_per_epoch * self.layout.total,
                     "skipped_steps": self.window.skipped_steps,
-                    "skipped_files": self.window.skipped_files,
+                    "skipped_files": len(self.window.broken),
                     "scaler": None if scaler is None else scaler.state_dict(),
                     "config": dataclasses.asdict(self.config),
                 },

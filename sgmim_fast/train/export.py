@@ -85,7 +85,7 @@ Images are RGB, normalised by ImageNet's mean and deviation.
 | recipe | {config.preset or "of its own"}, below |
 | data | {_data(config.data)}: {facts["images"]} images in an epoch, {facts["total_batch"]} in a step |
 | losses | {losses} (means of the steps before the checkpoint) |
-| left out | {facts["skipped_steps"]} steps without a finite loss, {facts["skipped_files"]} readings of broken files |
+| left out | {facts["skipped_steps"]} steps without a finite loss, {facts["skipped_files"]} broken files |
 | versions | {versions} |
 
 ```yaml

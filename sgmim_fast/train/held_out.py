@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from sgmim_fast.data import PairTransform, Scenes, standardize_valid
+from sgmim_fast.data import PairTransform, Scenes, structure_of
 from sgmim_fast.data.pairs import Pairs
 from sgmim_fast.errors import UserError
 from sgmim_fast.model import SGMIM
@@ -106,7 +106,7 @@ def _losses(
     limit: float | None,
     accelerator: Accelerator,
 ) -> tuple[Tensor, ...]:
-    images, structure = (items[name].to(accelerator.device) for name in ("image", "structure"))
-    structure, valid = standardize_valid(structure, limit)
+    images = items["image"].to(accelerator.device)
+    structure, valid = structure_of(items, accelerator.device, limit)
     with accelerator.autocast():
         return model(images, structure, mask, return_losses=True, structure_valid=valid)

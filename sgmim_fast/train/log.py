@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from sgmim_fast.errors import UserError
 
-STEPS, METRICS = "log.jsonl", "metrics.jsonl"
+STEPS, METRICS, SKIPPED = "log.jsonl", "metrics.jsonl", "skipped-files.txt"
 
 
 class Log:
@@ -41,7 +41,8 @@ class Log:
                 aside = (run / name).with_suffix(".writing")
                 aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
                 aside.rename(run / name)
-        self.board = _board(run / "tensorboard", done) if tensorboard else None
+        board = str(run / "tensorboard")
+        self.board = board_writer()(board, purge_step=done + 1) if tensorboard else None
         self.bar = tqdm(total=steps, initial=done, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
     def steps_done(self, step: int) -> None:
@@ -93,6 +94,18 @@ def read(run: Path, name: str = STEPS) -> list[dict[str, Any]]:
     return lines
 
 
+def read_skipped(run: Path) -> dict[str, str]:
+    """The files that a run could not read: name -> reason."""
+    path = run / SKIPPED
+    lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if path.is_file() else ()
+    return {name: reason for name, _, reason in (line.partition("\t") for line in lines)}
+
+
+def write_skipped(run: Path, broken: dict[str, str]) -> None:
+    text = "".join(f"{name}\t{reason}\n" for name, reason in broken.items())
+    (run / SKIPPED).write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
 def describe(line: dict[str, Any], losses: Sequence[str]) -> str:
     """The numbers of a window in words."""
     total, *parts_of_it = losses
@@ -133,9 +146,10 @@ def memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
-def _board(folder: Path, done: int) -> Any:
+def board_writer() -> Any:
+    """TensorBoard's writer. Raises UserError where it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError("run.tensorboard needs TensorBoard: pip install 'sgmim_fast[tensorboard]'") from error
-    return SummaryWriter(str(folder), purge_step=done + 1)
+    return SummaryWriter

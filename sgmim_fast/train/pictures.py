@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from sgmim_fast.data import standardize_valid
+from sgmim_fast.data import structure_of
 from sgmim_fast.model import SGMIM
 from sgmim_fast.reference import pixel_mask
 from sgmim_fast.train import masks
@@ -29,8 +29,8 @@ class Panels(NamedTuple):
     images: Tensor
     hidden: Tensor  # (B, 1, H, W), True where the image was masked
     image: Tensor  # predicted
-    structure: Tensor
-    valid: Tensor
+    structure: Tensor | None  # of images alone
+    valid: Tensor | None
     shown: Tensor  # True where the structure branch could read the map
     guess: Tensor | None  # of the structure; None without guidance
 
@@ -41,7 +41,7 @@ def panels(model: SGMIM, batch: dict[str, Any], config: Config, device: torch.de
     training = model.training
     model.eval()
     images = batch["image"].to(device)
-    structure, valid = standardize_valid(batch["structure"].to(device), config.data.limit)
+    structure, valid = structure_of(batch, device, config.data.limit)
     mask = masks.draw(config.mask, config.data.size, len(images), config.run.seed, 0, device)
     image, guess = model.predict(images, structure, mask, structure_valid=valid)
     model.train(training)
@@ -61,13 +61,13 @@ def grid(found: Panels, path: Path, title: str = "") -> None:
         return torch.from_numpy(rgba[..., :3]).permute(0, 3, 1, 2).float()
 
     grey, white = torch.full((3, 1, 1), 0.6), torch.ones(3, 1, 1)
-    truth = heat(found.structure).where(found.valid, white)
     columns = {
         "image": colours(found.images),
         "masked image": colours(found.images).where(~found.hidden, grey),
         "reconstruction": colours(found.image).where(found.hidden, colours(found.images)),
     }
     if found.guess is not None:
+        truth = heat(found.structure).where(found.valid, white)
         columns |= {
             "structure shown": truth.where(found.shown, grey),
             "structure predicted": heat(found.guess).where(~found.hidden, truth),

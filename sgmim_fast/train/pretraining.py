@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from sgmim_fast.data import sheet, standardize_valid
+from sgmim_fast.data import sheet, structure_of
 from sgmim_fast.model import SGMIM
 from sgmim_fast.train import build, export, held_out, log, masks, optimizer, pictures
 from sgmim_fast.train.config import Config
-from sgmim_fast.train.runs import find
+from sgmim_fast.train.runs import find, trained
 from sgmim_fast.train.task import Task
 
 
@@ -39,7 +39,7 @@ class Pretraining(Task):
         held_out.check(self.config)
 
     def create_model(self) -> SGMIM:
-        return build.create_model(self.config)
+        return build.create_model(trained(self.config) if self.facts else self.config)
 
     def create_dataset(self) -> Dataset:
         dataset, self.held_out = held_out.create(self.config, build.create_dataset(self.config))
@@ -64,7 +64,7 @@ class Pretraining(Task):
     ) -> Sequence[Tensor]:
         device = accelerator.device
         images = batch["image"].to(device, non_blocking=True)
-        structure, valid = standardize_valid(batch["structure"].to(device, non_blocking=True), self.config.data.limit)
+        structure, valid = structure_of(batch, device, self.config.data.limit)
         mask = masks.part(drawn, first, len(images))
         with accelerator.autocast():
             return model(images, structure, mask, return_losses=True, structure_valid=valid)

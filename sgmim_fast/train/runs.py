@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from sgmim_fast.errors import UserError
+from sgmim_fast.exported import without_sources
 from sgmim_fast.model import SGMIM
 from sgmim_fast.train import checkpoint
 from sgmim_fast.train.build import create_model
@@ -44,9 +46,15 @@ def find(run: Path, name: str | None = None, kind: type = Config, command: str =
     return Saved(path, facts, with_changes(config, from_mapping(facts["config"], where), where))
 
 
+def trained(config: Config) -> Config:
+    """The same without weights to start from, which a checkpoint replaces: nothing is downloaded or read for them."""
+    arguments = without_sources(config.model.arguments)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, arguments=arguments))
+
+
 def load(saved: Saved) -> SGMIM:
     """The model of a checkpoint, on the CPU, in evaluation mode."""
     with torch.random.fork_rng(devices=[]):
-        model = create_model(saved.config)
+        model = create_model(trained(saved.config))
     model.load_state_dict(checkpoint.read(saved.path, "model"))
     return model.eval()

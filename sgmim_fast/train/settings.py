@@ -150,7 +150,12 @@ def read_assignments(assignments: Iterable[str]) -> dict[str, str]:
 
 
 def resolve(
-    default: C, presets: Mapping[str, Any], name: str | None, file: str | Path | None, changes: dict[str, Any]
+    default: C,
+    presets: Mapping[str, Any],
+    name: str | None,
+    file: str | Path | None,
+    changes: dict[str, Any],
+    instead: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> C:
     """Preset, then a YAML file over it, then single changes over both.
 
@@ -160,6 +165,7 @@ def resolve(
         name: of the preset; None: the file's own `preset:`, if it has one.
         file: YAML, or None.
         changes: "section.field" -> value.
+        instead: setting -> other settings, and what they become where it is given over a preset and they are not.
 
     Raises:
         UserError: naming what does not fit.
@@ -169,6 +175,9 @@ def resolve(
     if name is None and file is None and "model.encoder" not in changes:
         raise UserError(f"give --preset, one of {', '.join(presets)}, or --config FILE")
     config = preset(default, presets, str(name)) if name else default
+    given = {key for key, value in {**from_file, **changes}.items() if value is not None}
+    replaced = {key: value for setting in given for key, value in (instead or {}).get(setting, {}).items()}
+    config = with_changes(config, {key: replaced[key] for key in replaced.keys() - given}, "preset")
     config = with_changes(config, from_file, str(file))
     return with_changes(config, changes, "--set")
 

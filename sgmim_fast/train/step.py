@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sgmim_fast.data import skipped_names
+from sgmim_fast.data import skipped_lines
 from sgmim_fast.train.order import Layout, mix
 from sgmim_fast.train.task import Task
 
@@ -25,7 +25,7 @@ class Done(NamedTuple):
     values: Tensor  # (n + 1,) float32 on the device: the task's n losses of this process, gradient norm of all
     lr: float
     names: list[str]  # of the images
-    skipped: list[str]  # broken files that other images stand in for
+    skipped: list[str]  # name, tab and reason of broken files that other images stand in for
     waited: float  # seconds, for batches
 
 
@@ -75,7 +75,7 @@ class Stepper:
             batch = next(batches)
             waited += time.perf_counter() - asked
             names += batch["name"]
-            skipped += skipped_names(batch["skipped"])
+            skipped += skipped_lines(batch["skipped"])
             with self._sync(backward == accumulate - 1):
                 losses += self._backward(batch, drawn, self.layout.first(backward)) / accumulate
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), settings.clip or torch.inf)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from sgmim_fast.train.step import Done
 
@@ -17,12 +18,13 @@ class Window:
 
     Attributes:
         in_row: steps without a finite loss up to the last one.
-        skipped_steps, skipped_files: of the run, all processes together.
+        skipped_steps: of the run, all processes together.
+        broken: the files of the run that could not be read, all processes together: name -> reason.
     """
 
-    def __init__(self, accelerator: Accelerator, skipped_steps: int = 0, skipped_files: int = 0):
+    def __init__(self, accelerator: Accelerator, skipped_steps: int = 0, broken: dict[str, str] | None = None):
         self.accelerator = accelerator
-        self.skipped_steps, self.skipped_files, self.in_row = skipped_steps, skipped_files, 0
+        self.skipped_steps, self.broken, self.in_row = skipped_steps, dict(broken or {}), 0
         self.steps: list[Done] = []
         self.worst: list[str] = []  # images of this process in the last step without a finite loss
         self.pause()
@@ -43,14 +45,17 @@ class Window:
             which the processes waited for data; whether any process was asked to stop; whether the limit was reached.
         """
         values = torch.stack([done.values for done in self.steps])
-        files = sum(len(done.skipped) for done in self.steps)
+        new = {name: reason for name, reason in self._skipped().items() if name not in self.broken}
         flags = values.new_zeros(2, values.shape[1])
-        flags[:, :2] = torch.tensor([[float(stop), float(files)], [sum(done.waited for done in self.steps), 0]])
+        waited = sum(done.waited for done in self.steps)
+        flags[:, :2] = torch.tensor([[float(stop), float(len(new))], [waited, 0]])
         mean = self.accelerator.reduce(torch.cat([values, flags]), "mean").tolist()
         seconds = (time.perf_counter() - self.begun) / len(self.steps)
         *rows, (stop_share, file_share, *_), (waited, *_) = mean
-        self.skipped_files += round(file_share * self.accelerator.num_processes)
         waiting = waited / (seconds * len(self.steps))
+        if file_share > 0:  # in any process
+            for name, reason in gather_object(list(new.items())):
+                self.broken.setdefault(name, reason)
         counted, too_many = [], False
         scaled = self.accelerator.scaler is not None  # an overflow is then part of finding the scale
         for done, row in zip(self.steps, rows, strict=True):
@@ -67,6 +72,11 @@ class Window:
         self.steps = []
         self.pause()
         return counted, seconds, waiting, stop_share > 0, too_many
+
+    def _skipped(self) -> dict[str, str]:
+        """Name -> reason of the broken files of the steps, in this process."""
+        lines = (line.partition("\t") for done in self.steps for line in done.skipped)
+        return {name: reason for name, _, reason in lines}
 
 
 def mean(rows: Sequence[Sequence[float]], columns: int) -> list[float | None]:

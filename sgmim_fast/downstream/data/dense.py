@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -64,6 +65,15 @@ class DensePairs(Pairs):
             )
         # slicing forgets the class, by which torchvision's transforms know what to do with a map
         return self._part(image, index), tv_tensors.wrap(self._part(pixels, index), like=pixels)
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width of some of the images, from all over the data set."""
+        found = []
+        for index in self._sampled():
+            with contextlib.suppress(BrokenFile):  # is in the report already
+                height, width = self._read(index)[0].shape[-2:]
+                found.append((height, width))
+        return found
 
     def _item(self, tensors: Sequence[Tensor], name: str, skipped: Sequence[str]) -> dict[str, Any]:
         image, pixels = tensors

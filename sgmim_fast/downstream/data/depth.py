@@ -171,6 +171,8 @@ class DepthFolders(DepthPairs):
             check_units=check_units,
         )
         self.images, self.maps = Path(images), Path(depth)
-        found = only_listed(find_files(self.images, "images", IMAGE_SUFFIXES), names, self.images, self.report)
-        maps = find_files(self.maps, "depth", MAP_SUFFIXES)
+        found = only_listed(
+            find_files(self.images, "images", IMAGE_SUFFIXES, self.report), names, self.images, self.report
+        )
+        maps = find_files(self.maps, "depth", MAP_SUFFIXES, self.report)
         self._use(match(found, maps, self.images, self.maps, self.kind, self.report))

@@ -116,8 +116,10 @@ class SegmentationFolders(DensePairs):
         self.classes, self.ignore, self.reduce_zero = classes, ignore, reduce_zero
         self.class_names = None if class_names is None else list(class_names)
         self.images, self.maps = Path(images), Path(labels)
-        found = only_listed(find_files(self.images, "images", IMAGE_SUFFIXES), names, self.images, self.report)
-        maps = find_files(self.maps, "labels", LABEL_SUFFIXES)
+        found = only_listed(
+            find_files(self.images, "images", IMAGE_SUFFIXES, self.report), names, self.images, self.report
+        )
+        maps = find_files(self.maps, "labels", LABEL_SUFFIXES, self.report)
         self._use(match(found, maps, self.images, self.maps, self.kind, self.report))
 
     def _map(self, index: int) -> tv_tensors.Mask:

@@ -1,0 +1,64 @@
+"""What a file may cost: a small one can ask for any amount of memory.
+
+`SGMIM_FAST_MAX_PIXELS` of an image or map (by default what Pillow warns of, 89 million), `SGMIM_FAST_MAX_FILE_MIB` of a
+file, also of one in a shard (512), `SGMIM_FAST_MAX_EXPANSION` of a compressed shard, in times its size (100).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import warnings
+
+from PIL import Image
+
+PIXELS, FILE_MIB, EXPANSION = "SGMIM_FAST_MAX_PIXELS", "SGMIM_FAST_MAX_FILE_MIB", "SGMIM_FAST_MAX_EXPANSION"
+_DEFAULTS = {PIXELS: 89_478_485, FILE_MIB: 512, EXPANSION: 100}
+
+
+def limit(name: str) -> int:
+    """A setting, from the environment. Raises ValueError where it is no positive number."""
+    text = os.environ.get(name, "")
+    if text and not (text.isdecimal() and int(text)):
+        raise ValueError(f"{name} is {text!r}; expected a positive number")
+    return int(text or _DEFAULTS[name])
+
+
+def check_pixels(height: int, width: int) -> None:
+    """Raises ValueError where there are too many."""
+    if height * width > limit(PIXELS):
+        raise ValueError(f"has {height}×{width} pixels, more than {limit(PIXELS)} ({PIXELS})")
+
+
+def check_bytes(size: int) -> None:
+    """Raises ValueError where a file has too many."""
+    if size > limit(FILE_MIB) * 2**20:
+        raise ValueError(f"has {size / 2**20:.0f} MiB, more than {limit(FILE_MIB)} ({FILE_MIB})")
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """The content of an ordinary file: pipes and devices may have no end.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or should not be.
+    """
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("is no ordinary file")
+    check_bytes(found.st_size)
+    with open(path, "rb") as file:
+        content = file.read()
+    if not content:
+        raise ValueError("the file is empty")
+    return content
+
+
+def open_image(file: object) -> Image.Image:
+    """Pillow's image, not yet decoded; by our limit, where one was set above Pillow's own."""
+    if PIXELS in os.environ:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, limit(PIXELS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # about what is refused here
+        image = Image.open(file)
+    check_pixels(image.height, image.width)
+    return image

@@ -1,0 +1,101 @@
+"""What an exported file says of its model: data from anywhere, of which nothing but sizes and switches is believed."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from timm.models._builder import build_model_with_cfg
+
+from .encoders import _FAMILIES
+from .errors import UserError, nearest
+
+_logger = logging.getLogger("sgmim_fast")
+
+# The arguments that the models' own classes take. Those of timm.create_model and its helpers name files and addresses.
+SHAPING = frozenset(name for family, _ in _FAMILIES for name in inspect.signature(family.__init__).parameters) - {
+    "self",
+    "device",
+    "dtype",
+}
+_OF_TIMM = frozenset(
+    name for function in (timm.create_model, build_model_with_cfg) for name in inspect.signature(function).parameters
+) | {"use_naflex"}
+_LARGEST = 2**16  # of a number in it: sides, widths, classes
+_TIMES = 4  # so many times the file's parameters may its model have
+
+
+def describe(path: Path) -> tuple[str | None, dict[str, Any]]:
+    """timm's name and arguments in a file of `export_timm`; None and {} for another safetensors file.
+
+    Raises:
+        UserError: it cannot be read, or describes no model that it can hold.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            held = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+    if "timm_name" not in metadata:
+        return None, {}
+    name = metadata["timm_name"]
+    if not timm.is_model(name.split(".")[0]):
+        raise UserError(f"{path} names the model {name!r}, which timm does not have{nearest(name, timm.list_models())}")
+    arguments = _shaping(path, metadata.get("timm_arguments", "{}"))
+    _check_size(path, name, arguments, held)
+    return name, arguments
+
+
+def without_sources(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run's arguments those for the model itself: its weights come from the checkpoint."""
+    return {name: value for name, value in arguments.items() if name not in _OF_TIMM}
+
+
+def tuples(value: Any) -> Any:
+    """The same with tuples for lists, also inside, as timm takes sizes."""
+    if isinstance(value, dict):
+        return {name: tuples(item) for name, item in value.items()}
+    return tuple(map(tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _shaping(path: Path, text: str) -> dict[str, Any]:
+    try:
+        given = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: timm_arguments is no JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise UserError(f"{path}: timm_arguments is {text[:40]}; expected names and values")
+    kept = {name: tuples(value) for name, value in given.items() if name in SHAPING and _is_plain(value)}
+    if left_out := [name for name in given if name not in kept]:
+        _logger.warning("%s: left out of its arguments, which do not shape a model: %s", path, ", ".join(left_out[:8]))
+    return kept
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a number of ordinary size, a switch, a name, or a list of such."""
+    if isinstance(value, list):
+        return len(value) <= 64 and all(map(_is_plain, value))
+    if isinstance(value, str):
+        return len(value) <= 64
+    return value is None or (isinstance(value, (bool, int, float)) and abs(value) <= _LARGEST)
+
+
+def _check_size(path: Path, name: str, arguments: dict[str, Any], held: int) -> None:
+    """That a model of these arguments is not many times the file: making it could take all memory."""
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, **arguments)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: timm cannot create its {name} with {arguments}: {error}") from error
+    described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    if described > _TIMES * max(held, 2**20):
+        raise UserError(f"{path} holds {held} numbers and describes a {name} of {described}; expected one that fits")

@@ -1,0 +1,149 @@
+"""The processes of a run: as many as the launcher asked for, or none."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, parse_flag_from_env
+
+from sgmim_fast.errors import UserError
+
+PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+# Of torchrun, of MPI, and of srun, which says how many it started, but not where they find each other
+SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE")
+GPUS_ASKED_FOR = ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
+NO_GPU = ("", "-1", "NoDevFiles")  # in these variables
+DEVICES, PCI = Path("/dev"), Path("/sys/bus/pci/devices")
+NVIDIA, DISPLAY = "0x10de", "0x03"  # of a PCI device: vendor, and the class of display and 3D controllers
+TORCHRUN = "torchrun --nproc-per-node=N -m sgmim_fast.cli"
+
+
+def rank() -> int:
+    """Of this process, 0 where there is one."""
+    return _first(RANKS, 0)[1]
+
+
+def size() -> int:
+    """How many processes were asked for."""
+    return _first(SIZES, 1)[1]
+
+
+def create_accelerator(precision: str, fsdp: bool = False) -> Accelerator:
+    """Connects the processes: NCCL on GPUs, gloo where there are none.
+
+    Raises:
+        UserError: what the launcher asked for is not what would run, or the machine cannot do it.
+    """
+    if precision == "float16":
+        if fsdp:
+            raise UserError("run.precision is float16 with run.fsdp; expected bfloat16, which needs no loss scaling")
+        if not torch.cuda.is_available():
+            raise UserError("run.precision is float16, which needs a GPU; expected float32 or bfloat16")
+    name, asked = _first(SIZES, 1)
+    forced = parse_flag_from_env("ACCELERATE_USE_CPU")
+    on_cpus = forced or not torch.accelerator.is_available()
+    if asked > 1:
+        _check(name, asked, on_cpus, forced)
+    elif name is None and "MASTER_ADDR" in os.environ and "ACCELERATE_DYNAMO_BACKEND" in os.environ:
+        # accelerate launch sets these; without WORLD_SIZE it has started this process alone, however many it was told
+        raise UserError(
+            "accelerate launch was told to start several processes and started one, without WORLD_SIZE "
+            f"({_devices()}); it does so on CPUs and where it sees no GPUs: start them by {TORCHRUN}"
+        )
+    accelerator = Accelerator(
+        cpu=asked > 1 and on_cpus,
+        mixed_precision=PRECISION[precision],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    if accelerator.num_processes != asked:
+        raise UserError(
+            f"{name} is {asked}, but this process would train on its own ({_devices()}): the launcher that set it does "
+            f"not connect its processes; start one launcher on each machine, {TORCHRUN}, or set WORLD_SIZE=1 for runs "
+            "that have nothing to do with each other"
+        )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise UserError(
+            f"accelerate was launched with {accelerator.distributed_type.value}; expected a plain launch, with "
+            "--set run.fsdp=true for shards"
+        )
+    if fsdp and accelerator.num_processes == 1:
+        raise UserError("run.fsdp is true with one process; expected several, started by torchrun or accelerate launch")
+    return accelerator
+
+
+def _check(name: str, asked: int, on_cpus: bool, forced: bool) -> None:
+    """That so many processes can find each other, on devices of their own."""
+    if name == "SLURM_STEP_NUM_TASKS":
+        raise UserError(
+            f"srun started {asked} tasks ({name}) that do not know of each other: WORLD_SIZE is missing "
+            f"({_devices()}); start one task on each machine, and in it {TORCHRUN}, or set WORLD_SIZE=1 for runs that "
+            "have nothing to do with each other"
+        )
+    if _first(RANKS, -1)[1] < 0:
+        raise UserError(f"{name} is {asked} and RANK is missing ({_devices()}); start the processes by {TORCHRUN}")
+    if "MASTER_ADDR" not in os.environ:
+        if _first(LOCAL_SIZES, 0)[1] != asked:
+            raise UserError(f"{name} is {asked} and MASTER_ADDR is missing; start the processes by {TORCHRUN}")
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+    if forced:
+        return
+    if on_cpus:
+        signs = _signs_of_gpus()
+        if signs:
+            raise UserError(
+                f"{name} is {asked} and torch can use no GPU ({_devices()}), though {signs}; mend the driver or the "
+                "installation (nvidia-smi and python -m sgmim_fast.env say more), or train on CPUs with "
+                "ACCELERATE_USE_CPU=true"
+            )
+    elif torch.cuda.is_available() and "TORCHELASTIC_RUN_ID" in os.environ:  # of torchrun, whose processes see the same
+        local = _first(LOCAL_SIZES, 1)
+        if local[1] > torch.cuda.device_count():
+            raise UserError(
+                f"{local[0]} is {local[1]} of WORLD_SIZE {asked}, and there are fewer GPUs ({_devices()}); expected "
+                f"--nproc-per-node={torch.cuda.device_count()} at most, or ACCELERATE_USE_CPU=true for CPUs"
+            )
+
+
+def _first(names: tuple[str, ...], otherwise: int) -> tuple[str | None, int]:
+    """The first of these variables that is set, and its number."""
+    for name in names:
+        if text := os.environ.get(name, ""):
+            try:
+                return name, int(text)
+            except ValueError:
+                raise UserError(f"{name} is {text!r}; expected a number, as torchrun sets it") from None
+    return None, otherwise
+
+
+def _devices() -> str:
+    """What torch sees."""
+    if torch.cuda.is_available():
+        return f"torch sees {torch.cuda.device_count()} GPUs"
+    built = "" if torch.version.cuda or torch.version.hip else ", and is built without CUDA"
+    return f"torch sees CPUs only{built}"
+
+
+def _signs_of_gpus() -> str:
+    """Why there should be GPUs, though torch finds none; "" where nothing says so."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in NO_GPU
+    signs = [f"{name} is {os.environ[name]}" for name in GPUS_ASKED_FOR if os.environ.get(name, "") not in NO_GPU]
+    if "ACCELERATE_DYNAMO_BACKEND" in os.environ and "ACCELERATE_USE_CPU" not in os.environ:
+        signs.append("accelerate launch was told to use GPUs")  # it always sets the second one otherwise
+    if not hidden:
+        files = sorted(path.name for path in DEVICES.glob("nvidia[0-9]*"))
+        cards = [path for path in PCI.glob("*") if _is_gpu(path)]
+        signs += [f"{DEVICES} has {', '.join(files)}"] if files else []
+        signs += [f"{len(cards)} NVIDIA cards are in the machine"] if cards else []
+    return ", and ".join(signs)
+
+
+def _is_gpu(device: Path) -> bool:
+    try:
+        return (device / "vendor").read_text().strip() == NVIDIA and (device / "class").read_text().startswith(DISPLAY)
+    except OSError:
+        return False

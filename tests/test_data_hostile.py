@@ -1,0 +1,339 @@
+"""Files that are not what they seem: bombs, pipes, loops of links, deep images, maps without a value."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import os
+import resource
+import struct
+import tarfile
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from pairs import encoded, photograph, ramp, write, write_trees
+from PIL import Image
+from torchvision.transforms import v2
+
+from sgmim_fast import cli, data
+from sgmim_fast.data import limits
+from sgmim_fast.data.files import find_files
+
+MIB = 2**20
+
+
+def png(height: int, width: int, colour: int = 6, bits: int = 8) -> bytes:
+    """A PNG of zeros, compressed far enough to be small whatever its size."""
+    row = bytes(1 + width * {0: 1, 2: 3, 6: 4}[colour] * bits // 8)
+    packer = zlib.compressobj(9)
+    body = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)), (b"IDAT", body), (b"IEND", b"")]
+    chunks = [struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def jpeg(side: int) -> bytes:
+    """A small JPEG whose header says that it is large."""
+    content = bytearray(encoded(photograph(8, 8), "JPEG"))
+    at = content.index(b"\xff\xc0")
+    content[at + 5 : at + 9] = struct.pack(">HH", side, side)
+    return bytes(content)
+
+
+def npy(shape: tuple[int, ...]) -> bytes:
+    """A header alone."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return buffer.getvalue() + bytes(64)
+
+
+def peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
+
+
+BOMBS = {
+    "JPEG": lambda: data.ImageFile("a.jpg", jpeg(30000)),
+    "PNG": lambda: data.ImageFile("a.png", png(2, 45_000_000)),
+    "PNG below Pillow's limit": lambda: data.ImageFile("a.png", png(13000, 13000, 0)),
+    "map": lambda: data.StructureFile("a.png", png(10000, 10000, 0, 16)),
+    "npy": lambda: data.StructureFile("a.npy", npy((100_000, 100_000))),
+    "npy of no numbers": lambda: data.StructureFile("a.npy", npy((2**40, 0))),
+}
+
+
+@pytest.mark.parametrize("what", BOMBS)
+def test_bombs_are_broken_files(what):
+    before = peak()
+    with pytest.raises(data.BrokenFile) as error:
+        BOMBS[what]()
+    assert "pixels" in error.value.reason or "shape" in error.value.reason
+    assert peak() - before < 64
+
+
+def test_the_limit_is_a_setting(monkeypatch):
+    content = encoded(photograph(40, 60), "PNG")
+    monkeypatch.setenv(limits.PIXELS, "2400")
+    data.ImageFile("a.png", content).decode()
+    monkeypatch.setenv(limits.PIXELS, "2399")
+    with pytest.raises(data.BrokenFile, match=r"has 40×60 pixels, more than 2399 \(SGMIM_FAST_MAX_PIXELS"):
+        data.ImageFile("a.png", content)
+    monkeypatch.setenv(limits.PIXELS, "many")
+    with pytest.raises(data.BrokenFile, match="'many'; expected a positive number"):
+        data.ImageFile("a.png", content)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "large", "gone", "empty"])
+def test_files_that_are_none(tmp_path, kind):
+    path = tmp_path / "a.jpg"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "large":
+        with path.open("wb") as file:
+            file.truncate(2**40)  # takes no room
+    elif kind == "empty":
+        path.touch()
+    for read in (data.ImageFile, data.StructureFile):
+        with pytest.raises(data.BrokenFile) as error:
+            read(path if read is data.ImageFile else path.rename(tmp_path / "a.png") if path.exists() else path)
+        assert error.value.reason
+
+
+def shard(path, members: dict[str, bytes], opener=open, kind: bytes = tarfile.REGTYPE) -> str:
+    with opener(path, "wb") as file, tarfile.open(fileobj=file, mode="w|") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.type = len(content), kind
+            tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+GOOD = {"a.jpg": encoded(photograph(20, 30), "JPEG"), "a.depth.png": encoded(ramp(20, 30), "PNG")}
+
+
+@pytest.mark.parametrize("opener", [gzip.open, bz2.open, lzma.open])
+@pytest.mark.parametrize("kind", ["one file", "many files", "a long name", "no image"])
+def test_a_shard_that_grows_is_cut_off(tmp_path, opener, kind):
+    """The good pair in front of it is used, and the shard named."""
+    zeros = bytes(100 * MIB)
+    path = tmp_path / "x.tar"
+    if kind == "a long name":
+        with opener(path, "wb") as file:
+            file.write(_tar(GOOD) + _header(b"L", len(zeros)) + zeros)
+    else:
+        names = ["b.jpg"] if kind == "one file" else [f"{i}.txt" for i in range(9)]
+        names = [f"{i}.jpg" for i in range(25)] if kind == "many files" else names
+        with opener(path, "wb") as file:
+            file.write(_tar(GOOD | {name: zeros[: 100 * MIB // len(names)] for name in names}))
+    assert path.stat().st_size < MIB
+    del zeros
+    before = peak()
+    dataset = data.ShardPairs(str(path), shuffle=0, length=1)
+    assert next(iter(dataset))["name"].endswith("::a")
+    skipped: list[str] = []
+    assert len(list(dataset._samples([str(path)], skipped))) >= 1
+    assert any(str(path) in line and limits.EXPANSION in line for line in skipped), skipped
+    assert peak() - before < 150
+
+
+def _tar(members: dict[str, bytes]) -> bytes:
+    """Without what ends an archive: more may follow."""
+    content = b""
+    for name, data_of_it in members.items():
+        info = tarfile.TarInfo(name)
+        info.size = len(data_of_it)
+        content += info.tobuf() + data_of_it + bytes(-len(data_of_it) % tarfile.BLOCKSIZE)
+    return content
+
+
+def _header(kind: bytes, size: int) -> bytes:
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def test_a_large_file_in_a_shard_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setenv(limits.FILE_MIB, "1")
+    path = shard(tmp_path / "x.tar", {"0.jpg": bytes(2 * MIB), "0.depth.png": GOOD["a.depth.png"], **GOOD})
+    (item,) = data.ShardPairs(path, shuffle=0)
+    assert item["name"] == f"{path}::a"
+    assert f"{path}::0.jpg\thas 2 MiB, more than 1 (SGMIM_FAST_MAX_FILE_MIB)" in data.skipped_lines([item["skipped"]])
+
+
+@pytest.mark.parametrize("opener", [open, gzip.open, bz2.open, lzma.open])
+def test_compressed_shards_are_read(tmp_path, opener):
+    (item,) = data.ShardPairs(shard(tmp_path / "x.tar", GOOD, opener), shuffle=0)
+    assert item["skipped"] == ""
+
+
+VALUES = np.linspace(0, 65535, 12, dtype=np.uint16).reshape(3, 4)
+DEEP = {
+    "PNG": ("PNG", VALUES, VALUES / 65535),
+    "TIFF": ("TIFF", VALUES, VALUES / 65535),
+    "big-endian TIFF": ("TIFF", VALUES.astype(">u2"), VALUES / 65535),
+    "PGM": ("PPM", VALUES, VALUES / 65535),
+    "float TIFF": ("TIFF", (VALUES / 65535).astype(np.float32), VALUES / 65535),
+}
+
+
+@pytest.mark.parametrize("what", DEEP)
+def test_deep_images_keep_their_range(what):
+    kind, values, expected = DEEP[what]
+    file = data.ImageFile("a", encoded(values, kind))
+    image = file.decode()
+    assert file.size == (3, 4) and image.shape == (3, 3, 4) and image.dtype == torch.float32 and "16" in file.kind
+    torch.testing.assert_close(image, torch.from_numpy(expected).float().expand(3, 3, 4), rtol=0, atol=1e-6)
+    normal = data.Normalize()(data.ImageFile("a", encoded(values, kind)))[0]
+    bright = data.Normalize()(data.ImageFile("a", encoded(Image.new("RGB", (4, 3), "white"), "PNG")))[0]
+    torch.testing.assert_close(normal[:, -1, -1], bright[:, -1, -1])  # of 255 in 8 bits
+
+
+@pytest.mark.parametrize(
+    "values", [np.array([[0, 7]], np.int32), np.array([[0, 255.0]], np.float32), np.array([[0, np.nan]], np.float32)]
+)
+def test_images_of_unknown_range_are_refused(values):
+    with pytest.raises(data.BrokenFile, match="expected"):
+        data.ImageFile("a", encoded(values, "TIFF"))
+
+
+def test_kinds_are_counted(tmp_path):
+    images, maps = write_trees(tmp_path, ["a", "b"])
+    write(images / "c.png", encoded(ramp(40, 60), "PNG"))
+    write(maps / "c.npy", encoded(ramp(40, 60).astype(np.float32), "NPY"))
+    dataset = data.FolderPairs(images, maps, data.PairTransform(16))
+    assert dataset.report.summary().endswith(
+        "read: 1 images of 16 bits or float, grey, 2 images of 8 bits, 1 structure maps of float32, "
+        "2 structure maps of uint16"
+    )
+    assert dataset[2]["image"].dtype == torch.float32
+
+
+LINKS = {
+    "to the root": {"loop": "."},
+    "to itself": {"self": "self"},
+    "each other": {"a/up": "..", "b/up": ".."},
+    "twice": {"x": "a", "y": "a"},
+    "in front of its target": {"0": "b"},
+    "a chain": {"x": "y", "y": "a"},
+}
+
+
+@pytest.mark.parametrize("what", LINKS)
+def test_links_add_nothing_that_is_there(tmp_path, what):
+    images, maps = write_trees(tmp_path, ["a/1", "a/2", "b/1"])
+    for root in (images, maps):
+        for name, target in LINKS[what].items():
+            (root / name).symlink_to(root / target if target != ".." else root)
+    report = data.FolderPairs(images, maps).report
+    assert report.used == 3
+    expected = {str(root / name) for root in (images, maps) for name in LINKS[what] if what != "to itself"}
+    assert set(report.again) == expected
+    assert ("folders that are there already" in report.summary()) == bool(expected)
+
+
+def test_links_to_other_folders_are_followed_once(tmp_path):
+    images, maps = write_trees(tmp_path / "real", ["a/1", "2"])
+    for name, target in (("images", images), ("maps", maps)):
+        (tmp_path / name).mkdir()
+        for link in ("x", "y"):
+            (tmp_path / name / link).symlink_to(target)
+        (target / "back").symlink_to(tmp_path / name)
+    report = data.FolderPairs(tmp_path / "images", tmp_path / "maps").report
+    assert report.used == 2 and len(report.again) == 4
+    (tmp_path / "link").symlink_to(images)
+    assert set(find_files(tmp_path / "link", "images", data.IMAGE_SUFFIXES)) == {"a/1", "2"}
+
+
+NOTHING = {
+    "NaN": (np.full((40, 60), np.nan, np.float32), "is NaN or infinite everywhere"),
+    "infinite": (np.full((40, 60), np.inf, np.float32), "is NaN or infinite everywhere"),
+    "zero": (np.zeros((40, 60), np.uint16), "is 0, missing, everywhere"),
+    "constant": (np.full((40, 60), 7, np.uint16), "is 7 wherever it has a value: constant"),
+    "float zero": (np.zeros((40, 60), np.float32), "is 0 wherever it has a value: constant"),
+    "constant with holes": (np.where(np.arange(2400).reshape(40, 60) % 2, 7, 0).astype(np.uint16), "is 7 wherever"),
+}
+
+
+@pytest.mark.parametrize("what", NOTHING)
+def test_maps_with_nothing_to_learn_are_named(tmp_path, what):
+    images, maps = write_trees(tmp_path, ["a", "b", "c"])
+    values, reason = NOTHING[what]
+    (maps / "b.png").unlink()
+    write(maps / "b.npy", encoded(values, "NPY"))
+    dataset = data.FolderPairs(images, maps)
+    assert reason in dataset.report.broken[str(maps / "b.npy")]
+    assert reason in dataset[1]["skipped"] and dataset[1]["name"] == "c.jpg"
+
+
+def test_one_other_pixel_is_something(tmp_path):
+    values = np.full((40, 60), 7, np.uint16)
+    values[3, 5] = 8
+    data.StructureFile("a.npy", encoded(values, "NPY"))
+    values[:] = 0
+    values[0, 0] = 1
+    data.StructureFile("a.npy", encoded(values, "NPY"), missing=None)
+
+
+def test_maps_saved_as_jpeg_are_named(tmp_path):
+    images, maps = write_trees(tmp_path, ["a", "b", "c"])
+    (maps / "b.png").unlink()
+    write(maps / "b.JPG", encoded(photograph(40, 60), "JPEG"))
+    report = data.FolderPairs(images, maps).report
+    assert report.used == 2 and report.images_without_map == []
+    assert "is a map saved as .JPG, which changes its values; expected .png" in report.broken[str(maps / "b.JPG")]
+    with pytest.raises(data.DataError, match=r"found 3 × \.jpg; maps saved as JPEG"):
+        data.FolderPairs(images, images)
+    path = shard(tmp_path / "x.tar", {"0.jpg": GOOD["a.jpg"], "0.depth.jpg": GOOD["a.jpg"], **GOOD})
+    (item,) = data.ShardPairs(path, shuffle=0)
+    assert f"{path}::0.depth.jpg\tis a map saved as .jpg" in item["skipped"]
+
+
+def test_names_with_tabs_and_newlines_are_one_line(tmp_path):
+    images, maps = write_trees(tmp_path, ["a", "b\n\tc", "d"])
+    dataset = data.FolderPairs(images, maps)
+    write(images / "b\n\tc.jpg", b"torn")
+    (line,) = data.skipped_lines([dataset[1]["skipped"]])
+    assert line.count("\t") == 1 and r"b\n\tc.jpg" in line
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_data_check(tmp_path, capsys, workers):
+    images, maps = write_trees(tmp_path, [f"a/{i}" for i in range(20)])
+    words = ["data", "check", str(images), str(maps), f"--workers={workers}", f"--report={tmp_path / 'report.txt'}"]
+    assert cli.main(words) == 0
+    assert "20 pairs; left out: nothing; read: 20 images of 8 bits, 20 structure maps" in capsys.readouterr().out
+    write(images / "a/3.jpg", b"torn")
+    write(maps / "a/3.png", encoded(np.zeros((40, 60), np.uint16), "PNG"))
+    write(maps / "a/4.png", encoded(ramp(60, 40), "PNG"))
+    write(images / "alone.jpg", b"")
+    write(maps / "alone.npy", b"torn") if workers == "2" else write(maps / "other.npy", b"torn")
+    assert cli.main(words) == 1
+    out = capsys.readouterr().out
+    report = (tmp_path / "report.txt").read_text()
+    for name in ("a/3.jpg", "a/3.png", "a/4.png", "alone.jpg", ".npy"):
+        (line,) = [line for line in report.splitlines() if line.startswith("broken") and name in line]
+        assert line.count("\t") == 2 and "object at" not in line
+    assert "18 pairs" in out and "5 broken files" in out
+    assert cli.main(["data", "check", str(images), f"--report={tmp_path / 'report.txt'}", "--workers=0"]) == 1
+    assert "2 broken files" in capsys.readouterr().out
+    for wrong in (["nowhere"], ["a", "b", "c"], [str(images), "--workers=-1"], [str(images), "--report=/proc/x"]):
+        assert cli.main(["data", "check", *wrong]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_images_alone(tmp_path):
+    images, _ = write_trees(tmp_path, ["a", "b"])
+    for transform in (None, data.PairTransform(16), v2.Compose([v2.Resize((16, 16)), v2.ToDtype(torch.float32)])):
+        dataset = data.FolderPairs(images, None, transform)
+        assert set(dataset[0]) == {"image", "name", "skipped"} and len(dataset) == 2
+    assert dataset.report.summary() == "2 pairs; left out: nothing; read: 2 images of 8 bits"
+    data.sheet(data.FolderPairs(images, None), tmp_path / "sheet.png")
+    path = shard(tmp_path / "x.tar", {"0.jpg": GOOD["a.jpg"], **GOOD})
+    assert len(list(data.ShardPairs(path, structure=None))) == 2

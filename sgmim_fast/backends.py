@@ -185,13 +185,18 @@ def can_run(op: str, backend: str, *args: Any, part: str = "forward") -> tuple[b
     for arg in args:
         if isinstance(arg, torch.Tensor) and arg.device.type != device:
             return False, f"the {backend} backend needs {device} tensors, got one on {arg.device}"
-    module = importlib.import_module(MODULES[op][backend])
+    module = _module(op, backend)
     return module.can_run(part, args) if args and hasattr(module, "can_run") else (True, "")
+
+
+@functools.cache
+def _module(op: str, backend: str) -> Any:
+    return importlib.import_module(MODULES[op][backend])
 
 
 def implementation(op: str, part: str, backend: str) -> Callable[..., Any]:
     """The function of a backend that computes `part` of an op; it must be able to run."""
-    return _plain[op, part] if backend == "torch" else getattr(importlib.import_module(MODULES[op][backend]), part)
+    return _plain[op, part] if backend == "torch" else getattr(_module(op, backend), part)
 
 
 @functools.cache

@@ -4,6 +4,10 @@ Every op is a pair `sgmim_fast::NAME` and `sgmim_fast::NAME_backward` defined fr
 whatever was built. The kernel behind both asks `backends.choose` which backend runs, then calls that backend's
 `forward` or `backward` function. The gradient is one `torch.autograd.Function` around the pair. There is no second
 derivative and no forward-mode derivative: both raise.
+
+A call takes the registered operator where somebody may be watching: torch.compile, export, torch.func, a dispatch or
+function mode, a tensor subclass. In plain eager mode, where PyTorch's dispatcher would only lead to the same Python
+functions by way of C++ (and takes as long as a small kernel), it calls them itself.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ LIBRARY = torch.library.Library("sgmim_fast", "FRAGMENT")
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
 )
+
+_PLAIN = {Tensor, torch.nn.Parameter}
 
 # What was chosen for the forward is chosen for its backward too, which may run later and in a thread of autograd's.
 _CARRIED = (backends.FORCED, products.BFLOAT16_IN)
@@ -57,15 +63,27 @@ class Op:
         self.name = name
         self._takes_dtype = "ScalarType? dtype" in schema
         self._fields = fields or {}
-        self._define(name, schema, forward, fake, "forward", check)
+        self._kernel = self._define(name, schema, forward, fake, "forward", check)
         self.overload = getattr(torch.ops.sgmim_fast, name).default
+        self._count = len(self.overload._schema.arguments)
+        self._differentiate: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
-        return self.overload(*args)
+        if not _unwatched(args):
+            return self.overload(*args)
+        if self._takes_dtype:
+            device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
+            if torch.is_autocast_enabled(device):
+                args = self._fill_dtype(self.overload, args)
+        args += (None,) * (self._count - len(args))
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            if self._differentiate is None:
+                return self._kernel(*args)
+            return self._differentiate(self._kernel, args)
 
     def _define(
         self, qualifier: str, schema: str, plain: Callable, fake: Callable, part: str, check: Callable | None = None
-    ) -> None:
+    ) -> Callable[..., Any]:
         LIBRARY.define(f"{qualifier}{schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
         op, name = getattr(torch.ops.sgmim_fast, qualifier).default, self.name
         backends.register(name, part, plain)
@@ -96,6 +114,7 @@ class Op:
         for key in ("AutocastCPU", "AutocastCUDA"):
             LIBRARY.impl(qualifier, autocast_kernel, key)
         torch.library.register_fake(f"sgmim_fast::{qualifier}", checked_fake, lib=LIBRARY)
+        return kernel
 
     def _tensors(self, places: list[str], args: tuple) -> Iterator[tuple[str, Tensor]]:
         """The tensors among the arguments, by name."""
@@ -136,20 +155,28 @@ class Op:
                 backward op. `needs` has one bool, or list of bools, per input. Trailing inputs may be left out.
             outputs: how many leading results carry gradients; the others are saved for the backward only.
         """
-        self._define(f"{self.name}_backward", schema, backward, fake, "backward")
-        self.backward_overload = getattr(torch.ops.sgmim_fast, f"{self.name}_backward").default
+        backward_kernel = self._define(f"{self.name}_backward", schema, backward, fake, "backward")
+        backward_overload = getattr(torch.ops.sgmim_fast, f"{self.name}_backward").default
+
+        def run_backward(*args: Any) -> Any:
+            if not _unwatched(args):
+                return backward_overload(*args)
+            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS), torch._C._AutoDispatchBelowAutograd():
+                return backward_kernel(*args)
+
+        self.backward_overload = run_backward
         overload = self.overload
 
         class Function(torch.autograd.Function):
             # autograd.Function sees tensors only among its direct arguments and results: lists travel flat.
             @staticmethod
             def forward(ctx: Any, call: _Call, *flat: Any) -> tuple:
-                args = pytree.tree_unflatten(flat, call.arguments)
+                args = call.nested(flat)
                 with torch._C._AutoDispatchBelowAutograd():
-                    results = overload(*args)
+                    results = call.run(*args)
                 save(ctx, args, results)
                 ctx.call, ctx.chosen = call, [variable.get() for variable in _CARRIED]
-                leaves, call.results = pytree.tree_flatten(results)
+                leaves = call.flat_results(results)
                 ctx.mark_non_differentiable(*leaves[outputs:])
                 ctx.set_materialize_grads(False)
                 return tuple(leaves)
@@ -159,7 +186,7 @@ class Op:
                 _, *needs = ctx.needs_input_grad
                 if all(grad is None for grad in grads[:outputs]):
                     return (None,) * len(ctx.needs_input_grad)
-                wanted = pytree.tree_unflatten(needs, ctx.call.arguments)
+                wanted = ctx.call.nested(needs)
                 tokens = [variable.set(value) for variable, value in zip(_CARRIED, ctx.chosen, strict=True)]
                 try:
                     with torch.no_grad():
@@ -178,19 +205,22 @@ class Op:
         name = self.name
         Function.__name__ = Function.__qualname__ = f"{self.name}_function"
 
-        def autograd_kernel(*args: Any) -> Any:
-            flat, arguments = pytree.tree_flatten(args)
-            _refuse_tangents(name, flat)
-            if torch.is_grad_enabled() and any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in flat):
+        def differentiate(run: Callable[..., Any], args: tuple) -> Any:
+            call = _Call(run, args)
+            if torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in call.flat):
                 if torch._C._are_functorch_transforms_active():
                     raise NotImplementedError(
                         f"sgmim_fast.ops.{name} has no derivative in torch.func; expected torch.autograd or backward()"
                     )
-                call = _Call(arguments)
-                return pytree.tree_unflatten(list(Function.apply(call, *flat)), call.results)
+                return call.nested_results(Function.apply(call, *call.flat))
             with torch._C._AutoDispatchBelowAutograd():
-                return overload(*args)
+                return run(*args)
 
+        def autograd_kernel(*args: Any) -> Any:
+            _refuse_tangents(name, pytree.tree_leaves(args))
+            return differentiate(overload, args)
+
+        self._differentiate = differentiate
         LIBRARY.impl(self.name, autograd_kernel, "Autograd")
 
     def not_differentiable(self) -> None:
@@ -232,12 +262,54 @@ class _Once(torch.autograd.Function):
         raise RuntimeError(f"sgmim_fast.ops.{ctx.name} has no second derivative; its gradient cannot be differentiated")
 
 
-class _Call:
-    """Nesting of one call's arguments and results."""
+def _unwatched(args: tuple) -> bool:
+    """Whether a call in plain eager mode, with plain tensors, may do without the dispatcher."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if type(arg) not in _PLAIN or arg.is_meta:
+                return False
+        elif isinstance(arg, list) and not all(type(entry) in _PLAIN for entry in arg if isinstance(entry, Tensor)):
+            return False
+    return True
 
-    def __init__(self, arguments: pytree.TreeSpec):
-        self.arguments = arguments
-        self.results: pytree.TreeSpec | None = None
+
+class _Call:
+    """One call: what computes it, and the nesting of its arguments and results, which autograd.Function takes flat."""
+
+    def __init__(self, run: Callable[..., Any], args: tuple):
+        self.run = run
+        self._arguments: pytree.TreeSpec | None = None
+        self._results: pytree.TreeSpec | None = None
+        self._single = False
+        self.flat: Sequence[Any] = args
+        if any(isinstance(arg, list) for arg in args):
+            self.flat, self._arguments = pytree.tree_flatten(args)
+
+    def nested(self, flat: Sequence[Any]) -> Sequence[Any]:
+        return flat if self._arguments is None else pytree.tree_unflatten(flat, self._arguments)
+
+    def flat_results(self, results: Any) -> Sequence[Tensor]:
+        self._single = isinstance(results, Tensor)
+        if self._single:
+            return (results,)
+        if not any(isinstance(result, list | tuple) for result in results):
+            return results
+        leaves, self._results = pytree.tree_flatten(results)
+        return leaves
+
+    def nested_results(self, leaves: Sequence[Tensor]) -> Any:
+        if self._single:
+            return leaves[0]
+        return leaves if self._results is None else pytree.tree_unflatten(list(leaves), self._results)
 
 
 def absent(like: torch.Tensor) -> torch.Tensor:

@@ -47,7 +47,7 @@ def test_relational_guidance(benchmark, name, dtype, encoder):
         return guide(SimpleNamespace(guidance=module), x, context, shape.visible).flatten(0, 1)
 
     def fused():
-        return module(features, structure, cells.visible, cells.shown)
+        return module.visible(features, structure, cells.visible, cells.shown)
 
     def run(function, dtype=DTYPES[dtype]):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):

@@ -90,9 +90,9 @@ def cases(shape: Shape, batch: int, device: torch.device) -> dict[str, Callable[
                 token,
                 *norm.values(),
             ),
-            "structure_embed": both(lambda: encoder(depth.detach(), cells.shown), *encoder.parameters()),
+            "structure_embed": both(lambda: encoder.visible(depth.detach(), cells.shown), *encoder.parameters()),
             "relational_guidance": both(
-                lambda: guidance(features, structure, cells.visible, cells.shown),
+                lambda: guidance.visible(features, structure, cells.visible, cells.shown),
                 features,
                 structure,
                 *guidance.parameters(),

@@ -19,18 +19,21 @@ def accelerate(encoder: nn.Module) -> nn.Module:
     derivative raises, and results agree to rounding, not to the bit.
 
     It changes the class of each block it recognises, exactly timm's own, and nothing else. At each call a block looks
-    whether what it bypasses is still timm's: with hooks, adapters, attention or projection dropout at work, attention
-    masks, norms of queries and keys or another activation, that half of it runs as timm has it. So does attention in
-    windows of more than 256 tokens (64 in float32) on a GPU, and everything where a device has no kernels, as for
-    float64 on a GPU. The kernels for GPUs have passed their tests off a GPU only.
+    whether what it bypasses is still timm's: with hooks of any kind, adapters, a `forward` of a module's own or of its
+    class since import, parametrizations, parameters that are tensor subclasses or of several dtypes, dropout at work,
+    attention masks, norms of queries and keys or another activation, that half of it runs as timm has it. So does
+    attention in windows of more than 256 tokens (64 in float32) on a GPU, and everything where a device has no kernels,
+    as for float64 on a GPU, under hooks on all modules, torch.jit.trace, torch.fx, torch.func's transforms and
+    forward-mode differentiation. An `attn_mask` changed in place after torch.compile, or on a GPU through `.data`, is
+    the one change that is not seen. The kernels for GPUs have passed their tests off a GPU only.
 
     Args:
         encoder: any module with such blocks: what `create_encoder` made, a timm model, or a model around one. It is
             changed in place. Fine-tuning without masks works too.
 
     Returns:
-        `encoder`. What it does not recognise it leaves as it is; that, and where the C++ library is missing, is logged
-        once (logger "sgmim_fast", a warning).
+        `encoder`. What it does not recognise it leaves as it is; that, what runs as timm has it later on and why, and
+        where the C++ library is missing, is logged once (logger "sgmim_fast", a warning).
     """
     (usable, reason), (on_gpu, _) = (backends.can_run("window_attention", name) for name in ("cpu", "triton"))
     if not usable and not on_gpu and backends.forced() is None:

@@ -429,7 +429,8 @@ class BeitBlock(_Fused, beit.Block):
     def _fused(self, x: Tensor, shared: Tensor | None) -> Tensor:
         attn = self.attn
         qkv_bias = None if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-        bias, index = attn.relative_position_bias_table, attn.relative_position_index
+        bias = attn.relative_position_bias_table
+        index = None if bias is None else attn.relative_position_index
         if shared is not None:
             shared = shared.view(shared.shape[-3:])
             bias, index = shared if bias is None else attn._get_rel_pos_bias().squeeze(0) + shared, None
@@ -462,10 +463,10 @@ class ViTBlock(_Fused, vision_transformer.Block):
             "mlp": self.mlp_half.why(self),
         }
 
-    def forward(self, x: Tensor, *masks: Any, **options: Any) -> Tensor:
-        masked = any(option is not None and option is not False for option in (*masks, *options.values()))
-        if self._as_timm(x) or masked:
-            return super().forward(x, *masks, **options)
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if self._as_timm(x) or attn_mask is not None or is_causal:
+            options = {"attn_mask": attn_mask, "is_causal": is_causal}
+            return super().forward(x, **{name: options[name] for name in _NO_MASK})
         attn = self.attn
         if self._left("attention", self.attention.why(self) or _windows_fit(x, x.shape[1])):
             x = x + self.drop_path1(self.ls1(attn(self.norm1(x), **_NO_MASK)))
@@ -489,13 +490,18 @@ STEMS = tuple(
 )
 
 
+def _token(token: Tensor | None, weight: Tensor) -> str:
+    fits = type(token) in bypass.PLAIN and token.dtype is weight.dtype and tuple(token.shape) == (1, 1, len(weight))
+    return "" if fits else "a mask token that is no parameter, or of another shape or dtype"
+
+
 def stem_fits(encoder: nn.Module, x: Tensor) -> bool:
     """Whether the stem of a masked encoder may be computed by `masked_stem` for images `x`."""
     stem = encoder.model.patch_embed
     why = bypass.changed_call(x)
     if not why:
         expected = STEMS[0] if type(stem._modules.get("norm")) is nn.Identity else STEMS[1]
-        why = expected.why(encoder.model)
+        why = expected.why(encoder.model) or _token(encoder._parameters.get("mask_token"), stem.proj.weight)
     if why:
         bypass.say(f"the stem of a {type(encoder.model).__name__} runs as timm has it: {why}")
         return False

@@ -37,7 +37,7 @@ class Own:
     Args:
         types: exactly one of these.
         tensors: names of the parameters and buffers that it may have.
-        complete: whether it must have them all.
+        required: those of them that must be parameters.
         methods: what its forward calls, of its own.
         also: a further check: why not, or "".
         children: what its children must be, all of them; None: called in any case.
@@ -47,13 +47,13 @@ class Own:
         self,
         *types: type[nn.Module],
         tensors: tuple[str, ...] = (),
-        complete: bool = False,
+        required: tuple[str, ...] = (),
         methods: tuple[str, ...] = (),
         also: Callable[[Any], str] | None = None,
         **children: Own | None,
     ):
         self.types, self.also, self.children = types, also, children
-        self.tensors, self.complete, self.methods = tensors, complete, methods
+        self.tensors, self.required, self.methods = tensors, required, methods
         # in a module's own dictionary they come before those of the class, the parameters and the children
         self.attributes = ("forward", "_call_impl", "_compiled_call_impl", *methods, *tensors, *children)
 
@@ -91,7 +91,10 @@ class Check:
             if getattr(kind, name) is not at_import:
                 return f"{kind.__name__}.{name} is not what it was at import"
         dtype = None
-        inside = [module.__dict__]
+        inside, settings = [module.__dict__], []
+        for name in self.names:
+            if name in inside[0]:
+                return f"{name}: an attribute that is no child"
         for path, parent, name, own in self.steps:
             child = inside[parent]["_modules"].get(name)
             if type(child) not in own.types:
@@ -110,8 +113,6 @@ class Check:
                     return f"{path}: a {name} of its own"
             for name, tensor in found["_parameters"].items():
                 if tensor is None:
-                    if own.complete:
-                        return f"{path}: no {name}"
                     continue
                 if dtype is None:
                     dtype = tensor.dtype
@@ -119,13 +120,19 @@ class Check:
                     return f"{path}: {name} is a {type(tensor).__name__} that the ops do not read"
                 if tensor.dtype is not dtype:
                     return f"{path}: {name} is {tensor.dtype}, others are {dtype}"
+            for name in own.required:
+                if found["_parameters"].get(name) is None:
+                    return f"{path}: no parameter {name}"
             if found["_buffers"]:
                 for name, tensor in found["_buffers"].items():
                     if tensor is not None and (name not in own.tensors or type(tensor) not in PLAIN):
                         return f"{path}: {name} is a {type(tensor).__name__} that the ops do not read"
             if len(found["_modules"]) != len(own.children):
                 return f"{path}: children {', '.join(found['_modules'])} in place of {', '.join(own.children)}"
-            if own.also is not None and (why := own.also(child)):
+            if own.also is not None:
+                settings.append((path, own.also, child))
+        for path, also, child in settings:  # which look at children of theirs
+            if why := also(child):
                 return f"{path}: {why}"
         return ""
 
@@ -143,11 +150,21 @@ def changed_call(x: Tensor) -> str:
         return "hooks on all modules"
     if _functions() != _FUNCTIONS:
         return "functions of torch or timm are not those they were at import"
+    return transformed()
+
+
+def transformed() -> str:
+    """What records or transforms the call, so that it must consist of PyTorch's own operators; "" if nothing does."""
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace"
-    if torch._C._are_functorch_transforms_active():
+    if _in_functorch():
         return "transforms of torch.func"
     return "forward-mode differentiation" if forward_ad._current_level >= 0 else ""
+
+
+@torch.compiler.assume_constant_result  # torch.compile guards the transforms itself; in its graph this would be a call
+def _in_functorch() -> bool:
+    return torch._C._are_functorch_transforms_active()
 
 
 def _functions() -> tuple[Callable, ...]:
@@ -192,10 +209,18 @@ def _patches(conv: nn.Conv2d) -> str:
     return "" if plain and size[0] == size[1] else "patches that are not square, or overlap, or have gaps"
 
 
-LINEAR = Own(nn.Linear, tensors=("weight", "bias"))
-UNBIASED = Own(nn.Linear, tensors=("weight",))
-BIASED = Own(nn.Linear, tensors=("weight", "bias"), complete=True)
-NORM = Own(nn.LayerNorm, LayerNorm, tensors=("weight", "bias"), complete=True, also=_norm)
+_BOTH = ("weight", "bias")
+LINEAR = Own(nn.Linear, tensors=_BOTH, required=("weight",))
+UNBIASED = Own(nn.Linear, tensors=("weight",), required=("weight",))
+BIASED = Own(nn.Linear, tensors=_BOTH, required=_BOTH)
+NORM = Own(nn.LayerNorm, LayerNorm, tensors=_BOTH, required=_BOTH, also=_norm)
+# a norm of ops that take no eps
+NORM_EPS_1E5 = Own(
+    nn.LayerNorm,
+    tensors=_BOTH,
+    required=_BOTH,
+    also=lambda norm: _norm(norm) or ("" if norm.eps == 1e-5 else f"eps {norm.eps}"),
+)
 IDENTITY = Own(nn.Identity)
 INACTIVE_DROPOUT = Own(nn.Dropout, nn.Identity, also=_dropout)
 INACTIVE_DROP_PATH = Own(DropPath, nn.Identity, also=_drop_path)
@@ -209,7 +234,8 @@ MLP = Own(
     fc2=BIASED,
     drop2=INACTIVE_DROPOUT,
 )
-PATCHES = Own(nn.Conv2d, tensors=("weight", "bias"), methods=("_conv_forward",), also=_patches)
+PATCHES = Own(nn.Conv2d, tensors=_BOTH, required=("weight",), methods=("_conv_forward",), also=_patches)
+BIASED_PATCHES = Own(nn.Conv2d, tensors=_BOTH, required=_BOTH, methods=("_conv_forward",), also=_patches)
 
 
 def attention(kind: type[nn.Module], qkv: Own, **details: Any) -> Own:

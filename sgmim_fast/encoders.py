@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sgmim_fast import blocks
+from sgmim_fast.bypass import Check, Own
 
 SUPPORTED = "timm's Swin (swin_*), SwinV2 (swinv2_*), BEiT (beit_*, beitv2_*) and plain ViT (vit_*, deit_*)"
 
@@ -159,6 +160,9 @@ _FAMILIES = (
     (Beit, _MaskedBeit),
     (VisionTransformer, _MaskedViT),
 )
+
+# an encoder that may be told which patches are visible: nobody listens to its call, or makes it differently
+VISIBLE = Check(encoder=Own(*{masked for _, masked in _FAMILIES}, tensors=("mask_token",), model=None))
 
 
 def create_encoder(timm_name: str, **timm_arguments: Any) -> MaskedEncoder:

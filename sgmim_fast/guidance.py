@@ -1,6 +1,7 @@
-"""Modules of the guidance branch: parameters under the names of the field, arithmetic in `sgmim_fast.ops`.
+"""Modules of the guidance branch: parameters under the names of the field.
 
-Their `forward` is the visible-only arithmetic on packed rows; the dense one is `sgmim_fast.reference`.
+Their `forward` is the dense arithmetic, `sgmim_fast.reference`; their `visible`, which bypasses it, that of
+`sgmim_fast.ops` on packed rows of visible cells.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sgmim_fast import ops
+from sgmim_fast import ops, reference
+from sgmim_fast.bypass import BIASED, BIASED_PATCHES, NORM_EPS_1E5, UNBIASED, Check, Own
 from sgmim_fast.rows import Rows
 
 
@@ -31,6 +33,10 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, width, patch, patch)
         self.norm = nn.LayerNorm(width)
 
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, S, H, W) -> (B, H / patch, W / patch, width)."""
+        return reference.patch_embedding(self, pixels)
+
 
 class PatchMerging(nn.Module):
     """2x2 neighbours concatenated, normalised and reduced to twice the width, as in Swin."""
@@ -39,6 +45,10 @@ class PatchMerging(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(4 * width)
         self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H / 2, W / 2, 2 C)."""
+        return reference.patch_merging(self, x)
 
 
 class StructureEncoder(nn.Module):
@@ -77,7 +87,11 @@ class StructureEncoder(nn.Module):
             [merge.reduction.weight for merge in self.merges],
         )
 
-    def forward(self, structure: Tensor, shown: Rows) -> Tensor:
+    def forward(self, structure: Tensor, shown: Tensor) -> Tensor:
+        """structure (B, S, H, W), shown (B, H / p, W / p) bool -> (B, N, C), see `reference.structure_tokens`."""
+        return reference.structure_tokens(self, structure, shown)
+
+    def visible(self, structure: Tensor, shown: Rows) -> Tensor:
         """structure (B, S, H, W) -> (shown cells + 1, C), see `ops.structure_embed`."""
         return ops.structure_embed(structure, shown.index, self.parameters_for_op(), cell=self.stride)
 
@@ -92,12 +106,19 @@ class CrossAttention(nn.Module):
         self.v = nn.Linear(width, width, bias=False)
         self.proj = nn.Linear(width, width)
 
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, heads: int, shown: Tensor | None = None) -> Tensor:
+        """(B, N, C) each, shown (B, N) bool, the keys that count; None: all -> (B, N, C)."""
+        return reference.cross_attention(self, query, key, value, heads, shown)
+
 
 class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.mlp(self, x)
 
 
 class RelationalGuidance(nn.Module):
@@ -146,7 +167,11 @@ class RelationalGuidance(nn.Module):
             self.mlp.fc2.bias,
         )
 
-    def forward(self, features: Tensor, structure: Tensor, visible: Rows, shown: Rows) -> Tensor:
+    def forward(self, features: Tensor, structure: Tensor, shown: Tensor) -> Tensor:
+        """features, structure (B, N, C), shown (B, N) bool -> (B, N, C), see `reference.relational_guidance`."""
+        return reference.relational_guidance(self, features, structure, shown)
+
+    def visible(self, features: Tensor, structure: Tensor, visible: Rows, shown: Rows) -> Tensor:
         """features (B * N, C), structure (shown cells + 1, C) -> (visible cells, C), see `ops.relational_guidance`."""
         return ops.relational_guidance(
             features,
@@ -157,3 +182,45 @@ class RelationalGuidance(nn.Module):
             heads=self.heads,
             hidden_context=self.hidden_context,
         )
+
+
+def _structure_encoder(mergings: int) -> Own:
+    def also(encoder: StructureEncoder) -> str:
+        sides = encoder.patch_embed.proj.stride[0], len(encoder.merges)
+        return "" if sides == embedding_patch(encoder.stride) else f"cells that are not {encoder.stride} pixels wide"
+
+    merge = Own(PatchMerging, norm=NORM_EPS_1E5, reduction=UNBIASED)
+    return Own(
+        StructureEncoder,
+        methods=("visible", "parameters_for_op"),
+        also=also,
+        patch_embed=Own(PatchEmbed, proj=BIASED_PATCHES, norm=NORM_EPS_1E5),
+        merges=Own(nn.ModuleList, methods=("__iter__",), **{str(i): merge for i in range(mergings)}),
+    )
+
+
+_GUIDANCE = Own(
+    RelationalGuidance,
+    methods=("visible", "parameters_for_op"),
+    query_norm=NORM_EPS_1E5,
+    context_norm=NORM_EPS_1E5,
+    attn=Own(CrossAttention, q=UNBIASED, k=UNBIASED, v=UNBIASED, proj=BIASED),
+    out_norm=NORM_EPS_1E5,
+    mlp=Own(Mlp, fc1=BIASED, fc2=BIASED),
+)
+_HEAD = Check(image_head=BIASED)
+# by the number of patch mergings; for so many a cell has at least 4 * 2^8 pixels a side
+_BRANCH = tuple(
+    Check(image_head=BIASED, structure_encoder=_structure_encoder(i), guidance=_GUIDANCE, structure_head=BIASED)
+    for i in range(9)
+)
+
+
+def changed(model: nn.Module) -> str:
+    """Why the heads and the branch of an `SGMIM` have to be called; "" if the ops may stand in for them."""
+    if model._modules.get("guidance") is None:
+        return _HEAD.why(model)
+    if model.guidance.pos_embed is not None:
+        return "hidden cells differ where positions are learned"
+    mergings = embedding_patch(model.encoder_stride)[1]
+    return _BRANCH[mergings].why(model) if mergings < len(_BRANCH) else f"cells of {model.encoder_stride} pixels"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sgmim_fast import ops, reference
+from sgmim_fast import bypass, ops, reference
+from sgmim_fast import guidance as branch
 from sgmim_fast.accelerate import accelerate as make_faster
+from sgmim_fast.encoders import VISIBLE
 from sgmim_fast.guidance import RelationalGuidance, StructureEncoder
 from sgmim_fast.masking import Cells, SelectiveMask, cells_of, search_cells
 from sgmim_fast.reference import Losses
@@ -19,7 +21,8 @@ class SGMIM(nn.Module):
     light branch that reads the map where the image is masked and predicts it where the image is visible. Only the
     encoder is kept after pre-training. With masks aligned to the encoder's cells everything but the encoder works on
     visible tokens only, and the losses and gradients are those of the dense arithmetic (SPEC "The exact shortcut");
-    other masks take the dense arithmetic itself.
+    other masks take the dense arithmetic itself. So does a step in which a head or a module of the branch has hooks, is
+    replaced, or is changed in any way that the ops do not know: all of them are called then, on every token.
 
     Args:
         encoder: masked encoder: `forward(x, mask)` -> (B, N, C) or (B, C, h, w), attributes `num_features`, `in_chans`
@@ -105,10 +108,13 @@ class SGMIM(nn.Module):
         self._check(images, structure, mask, structure_valid)
         grid = images.shape[2] // self.encoder_stride, images.shape[3] // self.encoder_stride
         # here and no deeper, so that the search breaks a compiled graph once
-        cells = _drawn_cells(mask, *grid) if isinstance(mask, SelectiveMask) else search_cells(mask, *grid)
+        if bypass.transformed():
+            cells = None  # row lists would be constants of what is recorded
+        else:
+            cells = _drawn_cells(mask, *grid) if isinstance(mask, SelectiveMask) else search_cells(mask, *grid)
         masked, shown = reference.stem_masks(mask, images, self.patch_size)
         features = self._tokens(self._encode(images, masked, cells), images)
-        if cells is None or (self.guidance is not None and self.guidance.pos_embed is not None):
+        if cells is None or self._branch_changed(features):
             losses = reference.losses_from_features(self, features, images, structure, masked, shown, structure_valid)
         else:
             losses = self._visible_losses(features, images, structure, cells, structure_valid)
@@ -148,9 +154,7 @@ class SGMIM(nn.Module):
             return image, None
         if structure_valid is not None:
             structure = torch.where(structure_valid, structure, 0)
-        context = reference.structure_tokens(self.structure_encoder, structure, shown)
-        some_shown = reference.pool(shown, down, across).any(-1).flatten(1)
-        guided = reference.relational_guidance(self.guidance, features, context, some_shown)
+        guided = reference.guide(self, features, structure, shown)
         return image, reference.predict(guided, self.structure_head, structure, self.encoder_stride)
 
     def _visible_losses(
@@ -166,8 +170,8 @@ class SGMIM(nn.Module):
             return Losses(image, image, torch.zeros_like(image))
         if structure_valid is not None:
             structure = torch.where(structure_valid, structure, 0)
-        context = self.structure_encoder(structure, cells.shown)
-        guided = self.guidance(features, context, cells.visible, cells.shown)
+        context = self.structure_encoder.visible(structure, cells.shown)
+        guided = self.guidance.visible(features, context, cells.visible, cells.shown)
         head = self.structure_head
         scale = 1 / self.structure_channels
         if structure_valid is None:
@@ -180,8 +184,15 @@ class SGMIM(nn.Module):
             structure_loss = structure_loss / (counted / self.structure_channels + 1e-5)
         return Losses(image + structure_loss, image, structure_loss)
 
+    def _branch_changed(self, features: Tensor) -> bool:
+        """Whether the ops may not stand in for heads and branch, so that they are called on all tokens; logs why."""
+        why = bypass.changed_call(features) or branch.changed(self)
+        if why:
+            bypass.say(f"the heads and the branch of SGMIM compute every token, as PyTorch's own modules: {why}")
+        return bool(why)
+
     def _encode(self, images: Tensor, masked: Tensor, cells: Cells | None) -> Tensor:
-        if cells is None or not getattr(self.encoder, "visible_stem", False):
+        if cells is None or not getattr(self.encoder, "visible_stem", False) or VISIBLE.why(self):
             return self.encoder(images, masked)
         patches = (self.encoder_stride // self.patch_size) ** 2 * cells.visible.index.shape[0]
         visible = torch.nonzero_static(~masked.flatten(), size=patches)  # the count is known: nothing waits for a GPU

@@ -1,6 +1,7 @@
 """SG-MIM in plain PyTorch: every token, no shortcut. The executable specification that the rest is checked against.
 
-Reads parameters from a `sgmim_fast.SGMIM`, so both use the same weights. Follows docs/SPEC.md from top to bottom.
+Goes through the modules of a `sgmim_fast.SGMIM`, so that it has its weights, and calls each of them: hooks, adapters
+and forwards of their own are obeyed. Follows docs/SPEC.md from top to bottom.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sgmim_fast.guidance import RelationalGuidance, StructureEncoder
 from sgmim_fast.masking import SelectiveMask, resize
 
 if TYPE_CHECKING:
+    from sgmim_fast.guidance import CrossAttention, Mlp, PatchEmbed, PatchMerging, RelationalGuidance, StructureEncoder
     from sgmim_fast.model import SGMIM
 
 
@@ -36,7 +37,7 @@ def sgmim_losses(
     """The losses of `model(images, structure, mask, return_losses=True)`, computed densely.
 
     Args:
-        model: the model; its encoder runs as it is, the rest only lends its parameters.
+        model: the model; its encoder runs as it is.
         images: (B, in_chans, H, W).
         structure: (B, S, H, W); None without guidance.
         mask: (B, H / p, W / p), 1 = masked, or what `selective_mask` returned.
@@ -65,9 +66,7 @@ def losses_from_features(
         return Losses(image, image, torch.zeros_like(image))
     if structure_valid is not None:
         structure = torch.where(structure_valid, structure, 0)
-    context = structure_tokens(model.structure_encoder, structure, shown)
-    some_shown = pool(shown, images.shape[2] // stride, images.shape[3] // stride).any(-1).flatten(1)
-    guided = relational_guidance(model.guidance, features, context, some_shown)
+    guided = guide(model, features, structure, shown)
     prediction = predict(guided, model.structure_head, structure, stride)
     counted = 1 - masked_pixels
     if structure_valid is not None:
@@ -76,19 +75,34 @@ def losses_from_features(
     return Losses(image + structure_loss, image, structure_loss)
 
 
+def guide(model: SGMIM, features: Tensor, structure: Tensor, shown: Tensor) -> Tensor:
+    """Guided features, from features (B, N, C), structure (B, S, H, W) and shown (B, H / p, W / p) bool."""
+    stride = model.encoder_stride
+    some_shown = pool(shown, structure.shape[2] // stride, structure.shape[3] // stride).any(-1).flatten(1)
+    return model.guidance(features, model.structure_encoder(structure, shown), some_shown)
+
+
 def structure_tokens(encoder: StructureEncoder, structure: Tensor, shown: Tensor) -> Tensor:
     """Structure encoder: (B, S, H, W) and (B, H / p, W / p), True = the branch may read -> (B, N, C)."""
-    embed = encoder.patch_embed
-    x = embed.proj(structure).permute(0, 2, 3, 1)  # (B, H / e, W / e, D)
-    x = F.layer_norm(x, embed.norm.normalized_shape, embed.norm.weight, embed.norm.bias, embed.norm.eps)
+    x = encoder.patch_embed(structure)  # (B, H / e, W / e, D)
     down, across = x.shape[1:3]
     if down % shown.shape[1] or across % shown.shape[2]:  # stem patches are no union of ours: shown where all of it is
         shown = pool(resize(shown, *structure.shape[2:]), down, across).all(-1)
     x = x * resize(shown, down, across)[..., None].to(x.dtype)
     for merge in encoder.merges:
-        x = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], -1)
-        x = merge.reduction(merge.norm(x))
+        x = merge(x)
     return x.flatten(1, 2)
+
+
+def patch_embedding(embed: PatchEmbed, pixels: Tensor) -> Tensor:
+    """(B, S, H, W) -> (B, H / e, W / e, D)."""
+    return embed.norm(embed.proj(pixels).permute(0, 2, 3, 1))
+
+
+def patch_merging(merge: PatchMerging, x: Tensor) -> Tensor:
+    """(B, H, W, D) -> (B, H / 2, W / 2, 2 D)."""
+    x = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], -1)
+    return merge.reduction(merge.norm(x))
 
 
 def relational_guidance(guidance: RelationalGuidance, features: Tensor, context: Tensor, shown: Tensor) -> Tensor:
@@ -98,23 +112,33 @@ def relational_guidance(guidance: RelationalGuidance, features: Tensor, context:
     """
     query, context = guidance.query_norm(features), guidance.context_norm(context)
     position = 0 if guidance.pos_embed is None else guidance.pos_embed.to(query.dtype)
+    keys = shown if guidance.hidden_context == "drop" else None
+    t = features + guidance.attn(query + position, context + position, context, guidance.heads, keys)
+    return t + guidance.mlp(guidance.out_norm(t))
 
-    def heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (guidance.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
 
-    q, k = heads(guidance.attn.q(query + position)), heads(guidance.attn.k(context + position))
-    v = heads(guidance.attn.v(context))
+def cross_attention(
+    attn: CrossAttention, query: Tensor, key: Tensor, value: Tensor, heads: int, shown: Tensor | None
+) -> Tensor:
+    """Attention of (B, N, C) over (B, N, C), over the shown keys (B, N) only unless that is None."""
+
+    def split(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, N, d)
+
+    q, k, v = split(attn.q(query)), split(attn.k(key)), split(attn.v(value))
     logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-    if guidance.hidden_context == "drop":
+    if shown is not None:
         logits = logits.masked_fill(~shown[:, None, None], -torch.inf)
         # An image without any key attends to nothing.
         weights = torch.where(shown.any(1)[:, None, None, None], logits, 0).softmax(-1)
         weights = weights * shown[:, None, None]
     else:
         weights = logits.softmax(-1)
-    attended = (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
-    t = features + guidance.attn.proj(attended)
-    return t + guidance.mlp.fc2(F.gelu(guidance.mlp.fc1(guidance.out_norm(t))))
+    return attn.proj((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2))
+
+
+def mlp(mlp: Mlp, x: Tensor) -> Tensor:
+    return mlp.fc2(F.gelu(mlp.fc1(x)))
 
 
 def predict(tokens: Tensor, head: torch.nn.Linear, like: Tensor, stride: int) -> Tensor:

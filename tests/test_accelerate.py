@@ -324,7 +324,8 @@ def test_says_once_what_it_leaves(caplog):
         accelerate(nn.Sequential(nn.Conv2d(3, 8, 3)))
         accelerate(nn.Sequential(nn.Conv2d(3, 8, 3)))
     assert [record.message for record in caplog.records] == [
-        "accelerate leaves the attention of VisionTransformer's ViTBlock as it is: attn.q_norm: LayerNorm in place of Identity",
+        "accelerate leaves the attention of VisionTransformer's ViTBlock as it is: attn.q_norm: LayerNorm in place of "
+        "Identity",
         "accelerate leaves Sequential as it is: it has no block of timm's Swin, SwinV2, BEiT or ViT",
     ]
     plain, _ = timm_model("vit", qk_norm=True)

@@ -157,9 +157,14 @@ def transformed() -> str:
     """What records or transforms the call, so that it must consist of PyTorch's own operators; "" if nothing does."""
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace"
-    if torch._C._are_functorch_transforms_active():
+    if _in_functorch():
         return "transforms of torch.func"
     return "forward-mode differentiation" if forward_ad._current_level >= 0 else ""
+
+
+@torch.compiler.assume_constant_result  # torch.compile guards the transforms itself; in its graph this would be a call
+def _in_functorch() -> bool:
+    return torch._C._are_functorch_transforms_active()
 
 
 def _functions() -> tuple[Callable, ...]:

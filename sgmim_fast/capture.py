@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from sgmim_fast import backends
-from sgmim_fast.graph import Graph, Watch
+from sgmim_fast.graph import Graph, watch
 from sgmim_fast.masking import SelectiveMask
 
 MOST = 8  # graphs kept, of other shapes or settings; the one not used for longest goes first
@@ -167,16 +167,19 @@ class CapturedStep:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.optimizer is not None and self._calls % self.accumulate == 0:
             self.optimizer.zero_grad(set_to_none=True)
+        self.device = next(self.model.parameters()).device
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        alive, key = self._model_key()
-        self.device = self._parameters[0].device
 
         def run(values: list[Any]) -> Any:
             return self._backward(*pytree.tree_map(_as_drawn, pytree.tree_unflatten(values, spec), is_leaf=_is_drawn))
 
-        shapes = [(x.shape, x.dtype, x.requires_grad) if isinstance(x, Tensor) else x for x in leaves]
-        key = ("backward", spec, *shapes, *_first_places(leaves), *_settings(self.device.type), *key)
-        result, captured = self._through(key, alive, leaves, run)
+        if self._possible():
+            alive, key = self._model_key()
+            shapes = [(x.shape, x.dtype, x.requires_grad) if isinstance(x, Tensor) else x for x in leaves]
+            key = ["backward", spec, *shapes, *_first_places(leaves), *_settings(self.device.type), *key]
+            result, captured = self._through(tuple(key), alive, leaves, run)
+        else:
+            result, captured = run(self._on_device(leaves)), False
         self._calls += 1
         if self.optimizer is not None and self._calls % self.accumulate == 0:
             capturable = all(group.get("capturable", True) for group in self.optimizer.param_groups)
@@ -187,6 +190,13 @@ class CapturedStep:
             else:
                 self._update()
         return result
+
+    def _possible(self) -> bool:
+        """Whether this is the place for a graph at all."""
+        if self.device.type != Graph.device_type:
+            self._say(f"its parameters are on {self.device}, where there are no CUDA graphs")
+            return False
+        return self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()  # a graph of the caller's
 
     def _model_key(self) -> tuple[list[Any], list[Any]]:
         """Objects that a recording holds on to, and what is to be the same for it: their identities, and more."""
@@ -227,8 +237,6 @@ class CapturedStep:
 
     def _reason(self, leaves: list[Any], what: str) -> str:
         """Why this cannot be captured, as far as that is seen from outside; or ""."""
-        if self.device.type != Graph.device_type:
-            return f"its parameters are on {self.device}; graphs are CUDA's"
         if what == "update":
             hooks = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
             return f"hooks on {type(self.optimizer).__name__}" if any(hooks) else ""
@@ -283,8 +291,6 @@ class CapturedStep:
         self, key: tuple[Any, ...], alive: list[Any], leaves: list[Any], run: Callable[[list[Any]], Any]
     ) -> tuple[Any, bool]:
         """What `run` returns from the leaves, and whether that was a replay."""
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return run(leaves), False  # part of a graph of the caller's
         known = self._known.get(key)
         self._news[key[0]] = self._news[key[0]] + 1 if known is None else 0
         if self._news[key[0]] == 2 * MOST:
@@ -298,14 +304,13 @@ class CapturedStep:
             self._remember(key, _Seen(alive))
             return result, False
         if isinstance(known, _Seen):
-            reason, generators, watch = self._reason(leaves, key[0]), [], None
+            reason, generators, values = self._reason(leaves, key[0]), [], self._on_device(leaves)
             if reason:
-                result = run(self._on_device(leaves))
+                result = run(values)
             else:
-                values = self._on_device(leaves)
-                with Watch(self.device) as watch:
+                with watch(self.device) as found:
                     result = run(values)
-                reason, generators = "; ".join(watch.reasons), watch.generators
+                reason, generators = "; ".join(found.reasons), found.generators
             if reason:
                 self._say(reason)
             self._remember(key, _Watched(alive, reason, generators))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgmim_fast import backends
 
-_INTERNAL = (str(Path(torch.__file__).parent), __file__, str(Path(__file__).with_name("capture.py")))
+_CALLER = str(Path(__file__).with_name("capture.py"))
+_INTERNAL = (str(Path(torch.__file__).parent), __file__)
 
 
 class Graph:
@@ -60,10 +61,21 @@ class Graph:
         self._graph.replay()
 
 
-class Watch(TorchDispatchMode):
-    """Notes what a replay would not do again, while a step runs as always.
+@contextlib.contextmanager
+def watch(device: torch.device) -> Iterator[Watch]:
+    """Notes what a replay would not do again, while a step runs as always inside.
 
     Everything that the device does is repeated; what the host reads, draws or sends is not.
+    """
+    found, state = Watch(device), _host_random_state()
+    with _HostReads(found), found:
+        yield found
+    if _host_random_state() != state:
+        found.reasons.append("draws from the random numbers of Python or NumPy")
+
+
+class Watch(TorchDispatchMode):
+    """Made by `watch`.
 
     Attributes:
         reasons: what was found, in order, each once.
@@ -76,22 +88,10 @@ class Watch(TorchDispatchMode):
         self.reasons: list[str] = []
         self.generators: list[torch.Generator] = []
 
-    def __enter__(self) -> Watch:
-        self._state = _host_random_state()
-        self._stack = ExitStack()
-        self._stack.enter_context(_HostReads(self))
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._stack.close()
-        if _host_random_state() != self._state:
-            self._note("draws from the random numbers of Python or NumPy")
-
     def _note(self, what: str) -> None:
-        where = next((f for f in reversed(traceback.extract_stack()) if not f.filename.startswith(_INTERNAL)), None)
-        # the call of the step itself says nothing
-        reason = what if where is None else f"{what} ({Path(where.filename).name}:{where.lineno})"
+        # PyTorch called by the step itself, as an optimizer, has no better place to name
+        where = next(f for f in reversed(traceback.extract_stack()) if not f.filename.startswith(_INTERNAL))
+        reason = what if where.filename == _CALLER else f"{what} ({Path(where.filename).name}:{where.lineno})"
         if reason not in self.reasons:
             self.reasons.append(reason)
 

@@ -1,5 +1,4 @@
-"""A graph on the CPU that does what a CUDA graph does: the recorded operations again, on the same memory, and nothing of
-the Python around them."""
+"""A graph on the CPU that does what a CUDA graph does: the same operations on the same memory, and no Python around."""
 
 from __future__ import annotations
 
@@ -27,13 +26,14 @@ class FakeGraph:
         return object()
 
     def record(self, function: Callable[[], Any], pool: Any) -> Any:
-        with _Recorder(self.calls) as recorder:
-            try:
+        recorder = _Recorder(self.calls)
+        try:
+            with recorder:
                 result = function()
                 if self.fails:
                     raise RuntimeError(self.fails)
-            finally:
-                recorder.undo()
+        finally:
+            recorder.undo()
         return result
 
     def replay(self) -> None:
@@ -53,7 +53,6 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.calls = calls
         self.own: set[int] = set()  # storages of the graph
-        self.alive: list[Any] = []
         self.saved: dict[int, tuple[Any, Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -61,7 +60,8 @@ class _Recorder(TorchDispatchMode):
         names = [argument.name for argument in func._schema.arguments]
         given = dict(zip(names, args, strict=False)) | kwargs
         for argument in func._schema.arguments:
-            if argument.alias_info is not None and argument.alias_info.is_write:
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            if writes or argument.name.startswith("running_"):  # statistics are written, and no schema says so
                 for tensor in pytree.tree_leaves(given.get(argument.name)):
                     self._keep(tensor)
         result = func(*args, **kwargs)
@@ -72,7 +72,6 @@ class _Recorder(TorchDispatchMode):
         # tensors of its own: `p.grad = None` or `.data = ` would change what the same objects are
         args, kwargs, results = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs, result))
         self.calls.append((func, args, kwargs, results))
-        self.alive.append((args, kwargs, results))
         return result
 
     def _keep(self, tensor: Any) -> None:

@@ -54,6 +54,7 @@ class Trainer:
                 accelerator.scaler.load_state_dict(facts["scaler"])
         self.broken: set[str] = set()  # names of files that this process has reported
         self.log: log.Log | None = None
+        self.graphs = 0  # CUDA graphs of the step, at the last log line
 
     @property
     def finished(self) -> bool:
@@ -118,7 +119,10 @@ class Trainer:
         lr = self.window.steps[-1].lr
         rows, seconds, stop, too_many = self.window.close(stop, self.config.run.nonfinite)
         self.since_checkpoint += rows
+        graphs = self.stepper.captured.captures if self.stepper.captured is not None else 0
         if self.log is not None:
+            if graphs and not self.graphs:
+                self.log.say("forward and backward run as a CUDA graph from here on")
             self.log.window(
                 {
                     "step": self.done,
@@ -126,6 +130,7 @@ class Trainer:
                     "lr": lr,
                     **self._means(rows),
                     "images_per_second": round(self.layout.total / seconds, 2),
+                    "graphs": graphs,  # captured so far, one more for another shape
                     "memory_gib": round(log.memory(self.accelerator.device), 3),
                     "skipped_steps": self.window.skipped_steps,
                     "skipped_files": self.window.skipped_files,
@@ -133,6 +138,7 @@ class Trainer:
                     "time": round(time.time(), 1),
                 }
             )
+        self.graphs = graphs
         if too_many:
             self._give_up()
         return stop

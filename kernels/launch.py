@@ -150,4 +150,5 @@ def kept_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def tf32() -> str:
     """How float32 operands are multiplied: exactly, unless the user allows tf32 as for PyTorch's own products."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # what the library itself looks at; `allow_tf32` raises once `fp32_precision` was set, which knows of both
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -2,6 +2,7 @@
 
 from sgmim_fast import backends, checkpoints, ops, reference
 from sgmim_fast.accelerate import accelerate
+from sgmim_fast.capture import capture
 from sgmim_fast.checkpoints import export_timm, load_published, published_state_dict
 from sgmim_fast.encoders import create_encoder
 from sgmim_fast.masking import SelectiveMask, selective_mask
@@ -19,6 +20,7 @@ __all__ = [
     "SelectiveMask",
     "accelerate",
     "backends",
+    "capture",
     "checkpoints",
     "create_encoder",
     "export_timm",

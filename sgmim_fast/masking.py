@@ -6,7 +6,7 @@ Everywhere 1 / True means masked: hidden from the encoder.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,6 +39,7 @@ def selective_mask(
     device: torch.device | str | None = None,
     *,
     shown: str | float = "masked",
+    seed: Tensor | None = None,
 ) -> SelectiveMask:
     """Draws the masks of a batch: in each image ceil(ratio * units) units, a uniformly random subset.
 
@@ -54,6 +55,8 @@ def selective_mask(
         shown: where the structure branch may read its map. "masked": where the image is masked (the paper's selective
             masking). Ablations: "visible": the same places as the image; "all": everywhere; a number between 0 and 1:
             an independent random subset with this share *hidden*.
+        seed: (2,) int64 on the device where the results live, in place of a generator: the low 32 bits of both numbers
+            say which masks are drawn, the same on every device. A captured step counts it up there.
 
     Returns:
         SelectiveMask on the unit grid; the model brings it to its own resolutions.
@@ -69,35 +72,41 @@ def selective_mask(
     ratios = [float(ratio)] * batch if isinstance(ratio, (int, float)) else [float(r) for r in ratio]
     if len(ratios) != batch:
         raise ValueError(f"ratio has {len(ratios)} entries; expected one number, or one per image of {batch}")
+    if seed is not None and (generator is not None or device is not None):
+        raise ValueError("seed comes with a generator or a device; expected it alone: the masks live where it does")
     if device is None:
         device = generator.device if generator is not None else torch.device("cpu")
-    mask, visible, masked = _draw(ratios, (rows, columns), generator, device, "ratio")
+
+    def new_seed() -> Tensor:
+        if seed is not None:
+            return seed
+        return torch.randint(-(2**63), 2**63 - 1, (2,), generator=generator, device=device, dtype=torch.int64)
+
+    def other_seed() -> Tensor:
+        return new_seed() if seed is None else seed ^ 0x80000000
+
+    mask, visible, masked = _draw(ratios, (rows, columns), new_seed, "ratio")
     if shown == "masked":
         return SelectiveMask(mask, mask, visible, masked, masked)
     if shown == "visible":
         return SelectiveMask(mask, ~mask, visible, masked, visible)
     if shown == "all":
-        every, _, rows_shown = _draw([1.0] * batch, (rows, columns), generator, device, "shown")
+        every, _, rows_shown = _draw([1.0] * batch, (rows, columns), new_seed, "shown")
         return SelectiveMask(mask, every, visible, masked, rows_shown)
     if isinstance(shown, str):
         raise ValueError(f"shown is {shown!r}; expected 'masked', 'visible', 'all' or a number between 0 and 1")
-    hidden, rows_shown, _ = _draw([float(shown)] * batch, (rows, columns), generator, device, "shown")
+    hidden, rows_shown, _ = _draw([float(shown)] * batch, (rows, columns), other_seed, "shown")
     return SelectiveMask(mask, ~hidden, visible, masked, rows_shown)
 
 
 def _draw(
-    ratios: list[float],
-    grid: tuple[int, int],
-    generator: torch.Generator | None,
-    device: torch.device | str,
-    name: str,
+    ratios: list[float], grid: tuple[int, int], seed: Callable[[], Tensor], name: str
 ) -> tuple[Tensor, Rows, Rows]:
     units = grid[0] * grid[1]
     if not all(0 <= ratio <= 1 for ratio in ratios):
         raise ValueError(f"{name} is {ratios}; expected numbers between 0 and 1")
     counts = [math.ceil(ratio * units) for ratio in ratios]
-    seed = torch.randint(-(2**63), 2**63 - 1, (2,), generator=generator, device=device, dtype=torch.int64)
-    return draw(seed, counts, grid)
+    return draw(seed(), counts, grid)
 
 
 def resize(mask: Tensor, height: int, width: int) -> Tensor:

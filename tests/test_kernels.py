@@ -46,6 +46,42 @@ def test_caught_launches_do_not_run():
     assert found == [("kernel", (2, 3), (1,), {"BLOCK": 4})]
 
 
+TF32_SETTINGS = {
+    "allow": "torch.backends.cuda.matmul.allow_tf32 = True",
+    "forbid": "torch.backends.cuda.matmul.allow_tf32 = False",
+    "high": "torch.set_float32_matmul_precision('high')",
+    "highest": "torch.set_float32_matmul_precision('highest')",
+    "tf32": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "ieee": "torch.backends.cuda.matmul.fp32_precision = 'ieee'",
+    "all tf32": "torch.backends.fp32_precision = 'tf32'",
+    "all ieee": "torch.backends.fp32_precision = 'ieee'",
+}
+
+
+def test_tf32_follows_the_last_setting_of_either_api():
+    """Every order of two settings, each in a process of its own state; a setting for all backends yields to one for
+    products, as in PyTorch."""
+    script = f"""
+import os, sys, torch
+from sgmim_fast.kernels.launch import tf32
+settings = {TF32_SETTINGS!r}
+assert tf32() == "ieee"
+for first in settings:
+    for second in settings:
+        if os.fork() == 0:
+            exec(settings[first]); exec(settings[second])
+            own = [name for name in (first, second) if not name.startswith("all ")]
+            last = own[-1] if own else second
+            wanted = "tf32" if last in ("allow", "high", "tf32", "all tf32") else "ieee"
+            print(first, "|", second, "|", tf32(), wanted, flush=True)
+            os._exit(tf32() != wanted)
+        assert os.wait()[1] == 0, (first, second)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-300:] + done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) == len(TF32_SETTINGS) ** 2
+
+
 def test_tuned_tables_come_first(tmp_path, monkeypatch):
     monkeypatch.setattr(configs, "TUNED", tmp_path)
     configs.tuned.cache_clear()

@@ -76,6 +76,7 @@ class Run:
     seed: int = 0
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     fsdp: bool = False  # parameters, gradients and optimizer state in shards over the processes
+    capture: bool = True  # forward and backward as a CUDA graph, where that can be; the same numbers without
     log_every: int = 50  # steps
     checkpoint_every: int = 1000  # steps
     keep: int = 2  # newest checkpoints kept, besides the one with the lowest loss, on held-out data where there are

@@ -55,6 +55,7 @@ class Trainer:
             if accelerator.scaler is not None and facts.get("scaler"):
                 accelerator.scaler.load_state_dict(facts["scaler"])
         self.log: log.Log | None = None
+        self.graphs = 0  # CUDA graphs of the step, at the last log line
 
     @property
     def finished(self) -> bool:
@@ -121,7 +122,10 @@ class Trainer:
         if self.log is not None and len(self.window.broken) > known:
             log.write_skipped(self.run, self.window.broken)
         self.since_checkpoint += rows
+        graphs = self.stepper.captured.captures if self.stepper.captured is not None else 0
         if self.log is not None:
+            if graphs and not self.graphs:
+                self.log.say("forward and backward run as a CUDA graph from here on")
             self.log.window(
                 {
                     "step": self.done,
@@ -130,6 +134,7 @@ class Trainer:
                     **self._means(rows),
                     "images_per_second": round(self.layout.total / seconds, 2),
                     "waiting": round(waiting, 4),  # share of the time, for data
+                    "graphs": graphs,  # captured so far, one more for another shape
                     "memory_gib": round(log.memory(self.accelerator.device), 3),
                     "skipped_steps": self.window.skipped_steps,
                     "skipped_files": len(self.window.broken),
@@ -137,6 +142,7 @@ class Trainer:
                     "time": round(time.time(), 1),
                 }
             )
+        self.graphs = graphs
         if too_many:
             self._give_up()
         return stop

@@ -54,6 +54,9 @@ class Pretraining(Task):
     def draw(self, step: int, images: int, device: torch.device) -> masks.SelectiveMask:
         return masks.draw(self.config.mask, self.config.data.size, images, self.config.run.seed, step, device)
 
+    def part(self, drawn: masks.SelectiveMask, first: int, count: int) -> masks.SelectiveMask:
+        return masks.part(drawn, first, count)
+
     def loss(
         self,
         model: nn.Module,

@@ -14,7 +14,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sgmim_fast.capture import CapturedStep, capture
 from sgmim_fast.data import skipped_lines
+from sgmim_fast.graph import Graph
 from sgmim_fast.train.order import Layout, mix
 from sgmim_fast.train.task import Task
 
@@ -57,6 +59,10 @@ class Stepper:
         else:
             self.model, self.optimizer = accelerator.prepare(self.plain, task.create_optimizer(self.plain))
         self.model.train()
+        self.captured: CapturedStep | None = None  # several processes talk to each other in the backward
+        here = accelerator.device.type == Graph.device_type and accelerator.num_processes == 1
+        if self.config.run.capture and here and not self.config.run.fsdp:
+            self.captured = capture(self.model, loss=self._losses, scaler=accelerator.scaler)
 
     def __call__(self, step: int, batches: Iterator[dict[str, Any]]) -> Done:
         """Takes the step of that number, from 0, with the next batches."""
@@ -89,12 +95,21 @@ class Stepper:
         return Done(torch.cat([losses, norm.float().view(1)]), lr, names, skipped, waited)
 
     def _backward(self, batch: dict[str, Any], drawn: Any, first: int) -> Tensor:
-        losses = self.task.loss(self.model, batch, drawn, first, self.accelerator)
+        if self.captured is None:
+            total, *losses = self._losses(self.model, batch, drawn, first)
+            self.accelerator.backward(total)
+        else:  # the same masks at another place of the step are none of another shape
+            tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+            _, *losses = self.captured(tensors, self.task.part(drawn, first, len(batch["name"])), 0)
+        return torch.stack([loss.detach().float() for loss in losses])
+
+    def _losses(self, model: nn.Module, batch: dict[str, Any], drawn: Any, first: int) -> list[Tensor]:
+        """What is minimised, and the task's losses."""
+        losses = self.task.loss(model, batch, drawn, first, self.accelerator)
         finite = losses[0].detach().isfinite()
         # L1's gradient is a sign, which does not pass an infinite loss on
         poison = torch.where(finite, 1 / self.layout.accumulate, torch.nan)
-        self.accelerator.backward(losses[0] * poison)
-        return torch.stack([loss.detach().float() for loss in losses])
+        return [losses[0] * poison, *losses]
 
     def statistics(self) -> list[Tensor]:
         """The running statistics of batch norms."""

@@ -67,6 +67,10 @@ class Task(ABC):
         """What is random about a step with so many images, the same in all processes; nothing waits for it."""
         return None
 
+    def part(self, drawn: Any, first: int, count: int) -> Any:
+        """Of what `draw` returned for a step, that of `count` images from the `first` on."""
+        return drawn
+
     @abstractmethod
     def loss(
         self, model: nn.Module, batch: dict[str, Any], drawn: Any, first: int, accelerator: Accelerator

@@ -1,0 +1,451 @@
+"""`capture`: a training step as a CUDA graph, which the host starts by one call.
+
+A step of many short kernels is bound by the Python that launches them. Captured, it is one launch: the inputs are
+copied to where the graph reads them, and the gradients are where it leaves them. The first two calls with the same
+shapes, model and settings run eagerly and are steps like any other, the second one watched for what no graph can hold;
+the third is recorded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.modules import module as global_hooks
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
+
+from sgmim_fast import backends
+from sgmim_fast.graph import Graph, watch
+from sgmim_fast.masking import SelectiveMask
+
+MOST = 8  # graphs kept, of other shapes or settings; the one not used for longest goes first
+
+_logger = logging.getLogger("sgmim_fast")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def capture(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    loss: Callable[..., Any] | None = None,
+    mask: Callable[[Tensor], SelectiveMask] | None = None,
+    autocast: torch.dtype | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    clip: float | None = None,
+    accumulate: int = 1,
+) -> CapturedStep:
+    """A training step of `model` that runs as a CUDA graph where it can, and as it is where it cannot.
+
+    Plain PyTorch, with the same results::
+
+        with torch.autocast(device, autocast):
+            loss = model(images, structure, mask=mask(images))
+        loss.backward()  # and with an optimizer: clip_grad_norm_ and step, after every `accumulate` calls
+
+    Example::
+
+        seed = torch.tensor([0, 0], device="cuda")  # on the device: the graph itself counts it up
+
+        def masks(images):
+            seed[1] += 1
+            return sgmim_fast.selective_mask(len(images), grid=6, seed=seed)
+
+        optimizer = torch.optim.AdamW(model.parameters(), torch.tensor(1e-4), fused=True, capturable=True)
+        step = sgmim_fast.capture(model, optimizer, mask=masks, autocast=torch.bfloat16, clip=5.0)
+        for images, structure in loader:
+            loss = step(images, structure)
+
+    Changes between calls count: parameters and buffers changed in place, by an optimizer, `load_state_dict` or `.data`;
+    tensors that the optimizer holds, as a learning rate; generators. Others make a new graph: shapes, training mode,
+    `requires_grad`, modules and their attributes, numbers in the optimizer's groups. Not seen is what changes inside a
+    list or dict of a module, and what functions read from elsewhere.
+
+    Steps run eagerly, which is logged once with the reason (logger "sgmim_fast", a warning): off a GPU, with
+    DistributedDataParallel or FSDP, with hooks, where something waits for the device (a mask tensor, whose rows must be
+    searched) or is drawn or made on the host (masks with other ratios per image).
+
+    Args:
+        model: all that is trained; its parameters are on one device.
+        optimizer: steps after every `accumulate` calls, and gradients are dropped when the next call begins. Part of
+            the graph where it is `capturable`, else eager. None: gradients are added up call by call, as by `backward`,
+            and both optimizer and `zero_grad` are the caller's. Gradients last until the next call.
+        loss: `loss(model, *args, **kwargs)` -> what to minimise, a scalar, or a tuple (or `Losses`) that begins with
+            it. None: what the model returns.
+        mask: draws the masks of the batch, from the first argument, inside the graph: from a seed on the device or from
+            CUDA generators. Passed on as `mask`. None: they are an argument, if the model takes any.
+        autocast: dtype of autocast around the forward; None: as it is where the step is called.
+        scaler: scales the loss; with an optimizer it also unscales, steps and updates.
+        clip: largest norm of all gradients, for the optimizer.
+        accumulate: calls per step; the loss is divided by it.
+
+    Returns:
+        `step(*args, **kwargs)` -> what `loss` returned, detached. Tensors on the host are copied to the device.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is expected.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected an nn.Module")
+    if not any(True for _ in model.parameters()):
+        raise ValueError("model has no parameters; expected something to train")
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
+    if accumulate < 1:
+        raise ValueError(f"accumulate is {accumulate}; expected at least 1")
+    if clip is not None and (optimizer is None or not clip > 0):
+        raise ValueError(f"clip is {clip}; expected a norm above 0 and an optimizer, or None")
+    return CapturedStep(model, optimizer, loss, mask, autocast, scaler, clip, accumulate)
+
+
+class _Seen(NamedTuple):
+    """Ran eagerly, once."""
+
+    alive: list[Any]  # objects whose identity is part of the key
+
+
+class _Watched(NamedTuple):
+    """Ran eagerly, watched."""
+
+    alive: list[Any]
+    reason: str  # why it cannot be captured, or ""
+    generators: list[torch.Generator]
+
+
+class _Recorded(NamedTuple):
+    """A graph, and where it reads and writes."""
+
+    alive: list[Any]
+    graph: Graph
+    inputs: list[Any]
+    result: Any
+    grads: list[tuple[nn.Parameter, Tensor]]
+
+
+class CapturedStep:
+    """A step, made by `capture`.
+
+    Attributes:
+        captures: number of graphs recorded so far.
+        reasons: why calls ran eagerly, apart from those before a recording.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        loss: Callable[..., Any] | None,
+        mask: Callable[[Tensor], SelectiveMask] | None,
+        autocast: torch.dtype | None,
+        scaler: torch.amp.GradScaler | None,
+        clip: float | None,
+        accumulate: int,
+    ) -> None:
+        self.model, self.optimizer, self.loss, self.mask = model, optimizer, loss, mask
+        self.autocast, self.scaler, self.clip, self.accumulate = autocast, scaler, clip, accumulate
+        self.captures = 0
+        self.reasons: list[str] = []
+        self._calls = 0
+        self._news = {"backward": 0, "update": 0}  # calls in a row that were like none before
+        self._modules: list[nn.Module] = []
+        self._parameters: list[nn.Parameter] = []
+        self._identity: tuple[int, ...] | None = None
+        self._known: OrderedDict[Any, _Seen | _Watched | _Recorded] = OrderedDict()
+        self._pool: Any = None
+        self._written: dict[int, weakref.ref[Tensor]] = {}  # gradients that replays write
+        self._sums: dict[nn.Parameter, Tensor] = {}  # gradients of several calls
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.optimizer is not None and self._calls % self.accumulate == 0:
+            self.optimizer.zero_grad(set_to_none=True)
+        self.device = next(self.model.parameters()).device
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+
+        def run(values: list[Any]) -> Any:
+            return self._backward(*pytree.tree_map(_as_drawn, pytree.tree_unflatten(values, spec), is_leaf=_is_drawn))
+
+        if self._possible():
+            alive, key = self._model_key()
+            shapes = [(x.shape, x.dtype, x.requires_grad) if isinstance(x, Tensor) else x for x in leaves]
+            key = ["backward", spec, *shapes, *_first_places(leaves), *_settings(self.device.type), *key]
+            result, captured = self._through(tuple(key), alive, leaves, run)
+        else:
+            result, captured = run(self._on_device(leaves)), False
+        self._calls += 1
+        if self.optimizer is not None and self._calls % self.accumulate == 0:
+            capturable = all(group.get("capturable", True) for group in self.optimizer.param_groups)
+            if captured and capturable:  # gradients are where they were at the call before
+                alive, key = self._update_key()
+                self._through(("update", *key), alive, [], lambda _: self._update())
+                torch.autograd.graph.increment_version(self._parameters)  # which a replay does not
+            else:
+                self._update()
+        return result
+
+    def _possible(self) -> bool:
+        """Whether this is the place for a graph at all."""
+        if self.device.type != Graph.device_type:
+            self._say(f"its parameters are on {self.device}, where there are no CUDA graphs")
+            return False
+        return self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()  # a graph of the caller's
+
+    def _model_key(self) -> tuple[list[Any], list[Any]]:
+        """Objects that a recording holds on to, and what is to be the same for it: their identities, and more."""
+        objects = self._objects()
+        identity = tuple(map(id, objects))
+        if identity != self._identity:  # some module may have another child
+            roots = [x for x in (self.model, self.loss) if isinstance(x, nn.Module)]
+            self._modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
+            parameters = [p for root in roots for p in root.parameters()]
+            if self.optimizer is not None:
+                parameters += [p for group in self.optimizer.param_groups for p in group["params"]]
+            self._parameters = list(dict.fromkeys(parameters))
+            objects = self._objects()
+            self._identity = identity = tuple(map(id, objects))
+        facts: list[Any] = [sum(len(getattr(m, name)) for name in _HOOKS) for m in self._modules]
+        for p in self._parameters:
+            facts += p.data_ptr(), p.shape, p.dtype, p.requires_grad, _has_hooks(p)
+        facts += [b.data_ptr() for m in self._modules for b in m._buffers.values() if b is not None]
+        scaling = _scaling(self.scaler)
+        return [*objects, *scaling], [identity, *map(_by_identity, scaling), *facts]
+
+    def _objects(self) -> list[Any]:
+        objects: list[Any] = []
+        for module in self._modules:
+            objects.append(type(module))
+            for values in (module.__dict__, module._modules, module._parameters, module._buffers):
+                objects += values.values()
+        return objects
+
+    def _update_key(self) -> tuple[list[Any], list[Any]]:
+        """The same for the optimizer's step."""
+        values: list[Any] = _scaling(self.scaler)
+        for group in self.optimizer.param_groups:
+            values += [value for name, value in group.items() if name != "params"]
+            for p in group["params"]:
+                values += (p, p.grad, *self.optimizer.state.get(p, {}).values())
+        return values, [_by_identity(value) for value in values]
+
+    def _reason(self, leaves: list[Any], what: str) -> str:
+        """Why this cannot be captured, as far as that is seen from outside; or ""."""
+        if what == "update":
+            hooks = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
+            return f"hooks on {type(self.optimizer).__name__}" if any(hooks) else ""
+        others = {p.device for p in self._parameters} - {self.device}
+        if others:
+            return f"its parameters are on several devices, {self.device} and {others.pop()}"
+        for module in self._modules:
+            if isinstance(module, (DistributedDataParallel, FSDPModule)):
+                return f"{type(module).__name__} communicates with other processes"
+            if any(getattr(module, name) for name in _HOOKS):
+                return f"hooks on a {type(module).__name__}"
+        if any(getattr(global_hooks, f"_global{name}") for name in _HOOKS):
+            return "hooks on all modules"
+        if any(map(_has_hooks, self._parameters)):
+            return "hooks on a parameter"
+        if any(isinstance(x, Tensor) and x.requires_grad for x in leaves):
+            return "an input requires gradients"
+        return ""
+
+    def _backward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward and backward."""
+        if self.mask is not None:
+            kwargs = {**kwargs, "mask": self.mask(args[0])}
+        cast = contextlib.nullcontext()
+        if self.autocast is not None:
+            cast = torch.autocast(self.device.type, self.autocast)
+        with cast:
+            result = self.model(*args, **kwargs) if self.loss is None else self.loss(self.model, *args, **kwargs)
+        total = pytree.tree_leaves(result)[0]
+        if self.accumulate > 1:
+            total = total / self.accumulate
+        (total if self.scaler is None else self.scaler.scale(total)).backward()
+        return pytree.tree_map_only(Tensor, Tensor.detach, result)
+
+    def _update(self) -> None:
+        """Clipping and the optimizer."""
+        optimizer, scaler = self.optimizer, self.scaler
+        if self.clip is not None:
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(trained, self.clip)
+        with warnings.catch_warnings():  # of the calls before it is captured
+            warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+
+    def _through(
+        self, key: tuple[Any, ...], alive: list[Any], leaves: list[Any], run: Callable[[list[Any]], Any]
+    ) -> tuple[Any, bool]:
+        """What `run` returns from the leaves, and whether that was a replay."""
+        known = self._known.get(key)
+        self._news[key[0]] = self._news[key[0]] + 1 if known is None else 0
+        if self._news[key[0]] == 2 * MOST:
+            self._say(
+                "shapes, modules or their attributes are others at every call"
+                if key[0] == "backward"
+                else "numbers of the optimizer's groups are others at every step; a learning rate can be a tensor"
+            )
+        if known is None:
+            result = run(self._on_device(leaves))
+            self._remember(key, _Seen(alive))
+            return result, False
+        if isinstance(known, _Seen):
+            reason, generators, values = self._reason(leaves, key[0]), [], self._on_device(leaves)
+            if reason:
+                result = run(values)
+            else:
+                with watch(self.device) as found:
+                    result = run(values)
+                reason, generators = "; ".join(found.reasons), found.generators
+            if reason:
+                self._say(reason)
+            self._remember(key, _Watched(alive, reason, generators))
+            return result, False
+        if isinstance(known, _Watched) and not known.reason:
+            known = self._record(known, leaves, run, key[0] == "backward")
+        self._remember(key, known)
+        if isinstance(known, _Watched):
+            return run(self._on_device(leaves)), False
+        return self._replay(known, leaves), True
+
+    def _record(
+        self, watched: _Watched, leaves: list[Any], run: Callable[[list[Any]], Any], backward: bool
+    ) -> _Recorded | _Watched:
+        inputs = self._own(leaves)
+        before = [p.grad for p in self._parameters]
+        if backward:
+            for p in self._parameters:
+                p.grad = None  # the graph's own are allocated in it, and written, not added to
+        self._pool = self._pool or Graph.pool()
+        self._forget_casts()
+        graph = Graph(self.device, watched.generators)
+        try:
+            result = graph.record(lambda: run(inputs), self._pool)
+            grads = [(p, p.grad) for p in self._parameters if backward and p.grad is not None]
+        except RuntimeError as error:
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            self._say(reason)
+            return watched._replace(reason=reason)
+        finally:
+            self._forget_casts()
+            for p, grad in zip(self._parameters, before, strict=True):
+                p.grad = grad
+        self.captures += 1
+        what = "forward and backward" if backward else "the optimizer's step"
+        _logger.info("capture: %s, graph %d", what, self.captures)
+        self._written = {i: ref for i, ref in self._written.items() if ref() is not None}
+        self._written |= {id(grad): weakref.ref(grad) for _, grad in grads}
+        return _Recorded(watched.alive, graph, inputs, result, grads)
+
+    def _forget_casts(self) -> None:
+        """Copies of parameters in other dtypes from before a recording do not enter it, nor do its own get out."""
+        torch.clear_autocast_cache()
+        torch.autograd.graph.increment_version(self._parameters)
+
+    def _replay(self, recorded: _Recorded, leaves: list[Any]) -> Any:
+        _copy(recorded.inputs, leaves)
+        kept = [(p, grad, p.grad) for p, grad in recorded.grads if p.grad is not None]
+        moved = [(p, old) for p, _, old in kept if (ref := self._written.get(id(old))) is not None and ref() is old]
+        if moved:  # what a replay writes, it may overwrite
+            sums = [self._sums.setdefault(p, torch.empty_like(old)) for p, old in moved]
+            torch._foreach_copy_(sums, [old for _, old in moved])
+            for (p, _), total in zip(moved, sums, strict=True):
+                p.grad = total
+        recorded.graph.replay()
+        if kept:
+            torch._foreach_add_([p.grad for p, _, _ in kept], [grad for _, grad, _ in kept])
+        if len(kept) < len(recorded.grads):
+            for p, grad in recorded.grads:
+                if p.grad is None:
+                    p.grad = grad
+        return pytree.tree_map_only(Tensor, Tensor.clone, recorded.result)
+
+    def _remember(self, key: tuple[Any, ...], entry: _Seen | _Watched | _Recorded) -> None:
+        self._known[key] = entry
+        self._known.move_to_end(key)
+        if len(self._known) > MOST:
+            self._known.popitem(last=False)
+
+    def _say(self, reason: str) -> None:
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+            _logger.warning("capture leaves %s eager: %s", type(self.model).__name__, reason)
+
+    def _on_device(self, leaves: list[Any]) -> list[Any]:
+        return [x.to(self.device, non_blocking=True) if isinstance(x, Tensor) else x for x in leaves]
+
+    def _own(self, leaves: list[Any]) -> list[Any]:
+        """Tensors like these, filled; leaves that are one stay one."""
+        own = [torch.empty_like(x, device=self.device) if isinstance(x, Tensor) else x for x in leaves]
+        own = [own[place] for place in _first_places(leaves)]
+        _copy(own, leaves)
+        return own
+
+
+def _copy(to: list[Any], leaves: list[Any]) -> None:
+    """Fills tensors of our own, each once."""
+    done: set[int] = set()
+    for own, leaf in zip(to, leaves, strict=True):
+        if isinstance(own, Tensor) and id(own) not in done:
+            done.add(id(own))
+            own.copy_(leaf, non_blocking=True)
+
+
+def _first_places(leaves: list[Any]) -> list[int]:
+    """Where each leaf comes first: the model may ask whether two of its inputs are one."""
+    first: dict[int, int] = {}
+    return [first.setdefault(id(leaf), place) for place, leaf in enumerate(leaves)]
+
+
+def _is_drawn(x: Any) -> bool:
+    return isinstance(x, SelectiveMask)
+
+
+def _as_drawn(x: Any) -> Any:
+    """Row lists that are one list again, which flattening makes two."""
+    if not _is_drawn(x):
+        return x
+    same = next((rows for rows in (x.masked, x.visible) if rows.index is x.shown.index), x.shown)
+    return x._replace(shown=same)
+
+
+def _has_hooks(p: nn.Parameter) -> bool:
+    return bool(p._backward_hooks) or bool(p._post_accumulate_grad_hooks)
+
+
+def _scaling(scaler: torch.amp.GradScaler | None) -> list[Any]:
+    """What a scaler scales with."""
+    if scaler is None or not scaler.is_enabled():
+        return []
+    numbers = scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval()
+    return [scaler._scale, scaler._growth_tracker, *numbers]
+
+
+def _by_identity(value: Any) -> Any:
+    """Numbers count by value, all else by being the same object."""
+    return value if isinstance(value, (bool, int, float, str, tuple)) else id(value)
+
+
+def _settings(device: str) -> tuple[Any, ...]:
+    """Settings of PyTorch and of this package that choose what runs."""
+    return (
+        torch.is_autocast_enabled(device),
+        torch.get_autocast_dtype(device),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cuda.matmul.fp32_precision,
+        backends.forced(),
+    )

@@ -1,0 +1,85 @@
+"""A graph on the CPU that does what a CUDA graph does: the same operations on the same memory, and no Python around."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class FakeGraph:
+    """Stands in for `sgmim_fast.graph.Graph`."""
+
+    device_type = "cpu"
+    fails = ""  # what recording raises, if anything
+
+    def __init__(self, device: torch.device, generators: list[torch.Generator]) -> None:
+        self.generators, self.calls = generators, list[tuple[Any, tuple, dict, Any]]()
+        self.replays = 0
+
+    @staticmethod
+    def pool() -> Any:
+        return object()
+
+    def record(self, function: Callable[[], Any], pool: Any) -> Any:
+        recorder = _Recorder(self.calls)
+        try:
+            with recorder:
+                result = function()
+                if self.fails:
+                    raise RuntimeError(self.fails)
+        finally:
+            recorder.undo()
+        return result
+
+    def replay(self) -> None:
+        self.replays += 1
+        with torch.no_grad():
+            for func, args, kwargs, results in self.calls:
+                new = func(*args, **kwargs)
+                for old, result in zip(pytree.tree_leaves(results), pytree.tree_leaves(new), strict=True):
+                    if isinstance(old, Tensor) and old.data_ptr() != result.data_ptr() and old.numel():
+                        old.copy_(result)
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes operations; what they write into memory from before is put back, as a capture does no work."""
+
+    def __init__(self, calls: list[tuple[Any, tuple, dict, Any]]) -> None:
+        super().__init__()
+        self.calls = calls
+        self.own: set[int] = set()  # storages of the graph
+        self.saved: dict[int, tuple[Any, Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        names = [argument.name for argument in func._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        for argument in func._schema.arguments:
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            if writes or argument.name.startswith("running_"):  # statistics are written, and no schema says so
+                for tensor in pytree.tree_leaves(given.get(argument.name)):
+                    self._keep(tensor)
+        result = func(*args, **kwargs)
+        before = {x.untyped_storage()._cdata for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in pytree.tree_leaves(result):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in before:
+                self.own.add(x.untyped_storage()._cdata)
+        # tensors of its own: `p.grad = None` or `.data = ` would change what the same objects are
+        args, kwargs, results = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs, result))
+        self.calls.append((func, args, kwargs, results))
+        return result
+
+    def _keep(self, tensor: Any) -> None:
+        if isinstance(tensor, Tensor):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.own and storage._cdata not in self.saved:
+                self.saved[storage._cdata] = storage, storage.clone()
+
+    def undo(self) -> None:
+        for storage, old in self.saved.values():
+            storage.copy_(old)

@@ -164,7 +164,7 @@ class Op:
             with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS), torch._C._AutoDispatchBelowAutograd():
                 return backward_kernel(*args)
 
-        self.backward_overload = run_backward
+        self.backward, self.backward_overload = run_backward, backward_overload
         overload = self.overload
 
         class Function(torch.autograd.Function):

@@ -103,7 +103,7 @@ def _save(ctx: Any, inputs: tuple, _: Tensor) -> None:
 
 def _gradients(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
     (rows,) = ctx.saved_tensors
-    return (_op.backward_overload(grad, rows, ctx.shape, *ctx.sizes),)
+    return (_op.backward(grad, rows, ctx.shape, *ctx.sizes),)
 
 
 _op.differentiable(
@@ -115,4 +115,4 @@ _op.differentiable(
 )
 
 # For the backward of ops that gather: (grad, rows, shape, cell, patch, zorder) -> the map's gradient.
-gather_patches_backward = _op.backward_overload
+gather_patches_backward = _op.backward

@@ -209,7 +209,7 @@ def _save(ctx: Any, inputs: tuple, results: tuple) -> None:
 def _gradients(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
     x, weight, bias, target, rows, *saved = ctx.saved_tensors
     flags = list(needs[:4])
-    return tuple(_op.backward_overload(grad, x, weight, bias, target, saved, rows, *ctx.options, flags, ctx.dtype))
+    return tuple(_op.backward(grad, x, weight, bias, target, saved, rows, *ctx.options, flags, ctx.dtype))
 
 
 def _fake_backward(grad, x, weight, bias, target, saved, rows, cell, packed, scale, needs, dtype):

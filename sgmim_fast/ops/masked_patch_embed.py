@@ -212,7 +212,7 @@ def _save(ctx: Any, inputs: tuple, results: tuple) -> None:
 def _gradients(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
     x, weight, bias, mask_token, visible, norm_weight, norm_bias, *saved = ctx.saved_tensors
     flags = [*needs[:4], *needs[5:7]]
-    dx, dweight, dbias, dtoken, dnorm_weight, dnorm_bias = _op.backward_overload(
+    dx, dweight, dbias, dtoken, dnorm_weight, dnorm_bias = _op.backward(
         grad, x, weight, bias, mask_token, visible, norm_weight, norm_bias, saved, flags, ctx.dtype
     )
     return dx, dweight, dbias, dtoken, None, dnorm_weight, dnorm_bias

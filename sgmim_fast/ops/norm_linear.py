@@ -163,7 +163,7 @@ def _save(ctx: Any, inputs: tuple, results: tuple) -> None:
 
 
 def _gradients(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
-    grads = _op.backward_overload(grad, *ctx.saved_tensors, list(needs[:5]), ctx.dtype)
+    grads = _op.backward(grad, *ctx.saved_tensors, list(needs[:5]), ctx.dtype)
     return *grads, None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
 
 

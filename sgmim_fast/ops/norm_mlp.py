@@ -162,7 +162,7 @@ def _save(ctx: Any, inputs: tuple, results: tuple) -> None:
 
 
 def _gradients(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
-    return tuple(_op.backward_overload(grad, *ctx.saved_tensors[:-1], ctx.residual, list(needs[:7]), ctx.dtype))
+    return tuple(_op.backward(grad, *ctx.saved_tensors[:-1], ctx.residual, list(needs[:7]), ctx.dtype))
 
 
 def _fake_backward(grad, x, fc1_weight, fc2_weight, norm_weight, norm_bias, hidden, statistics, residual, needs, dtype):

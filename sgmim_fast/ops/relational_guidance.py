@@ -385,7 +385,7 @@ def _gradients(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
     count = len(GuidanceParameters._fields)
     parameters, rows, saved = rest[:count], rest[count : count + 4], rest[count + 4 :]
     flags = [needs[0], needs[1], *needs[2]]
-    grads = _op.backward_overload(grad, features, structure, parameters, rows, saved, *ctx.options, flags, ctx.dtype)
+    grads = _op.backward(grad, features, structure, parameters, rows, saved, *ctx.options, flags, ctx.dtype)
     return grads[0], grads[1], grads[2:]
 
 

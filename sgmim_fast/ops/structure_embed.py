@@ -231,7 +231,7 @@ def _gradients(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
     structure, rows, *rest = ctx.saved_tensors
     parameters, saved = rest[: ctx.count], rest[ctx.count :]
     flags = [needs[0], *needs[2]]
-    grads = _op.backward_overload(grad, structure, rows, parameters, saved, ctx.cell, flags, ctx.dtype)
+    grads = _op.backward(grad, structure, rows, parameters, saved, ctx.cell, flags, ctx.dtype)
     return grads[0], None, grads[1:]
 
 

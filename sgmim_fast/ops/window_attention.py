@@ -269,7 +269,7 @@ def _save(ctx: Any, inputs: tuple, result: Tensor) -> None:
 
 def _gradients(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
     flags = [needs[0], needs[1], needs[3], needs[4]]
-    grads = _op.backward_overload(grad, *ctx.saved_tensors, ctx.heads, ctx.window, ctx.shift, flags)
+    grads = _op.backward(grad, *ctx.saved_tensors, ctx.heads, ctx.window, ctx.shift, flags)
     return grads[0], grads[1], None, grads[2], grads[3]
 
 

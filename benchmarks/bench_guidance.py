@@ -9,6 +9,7 @@ dense-compiled    the same through torch.compile
 visible           visible cells only, plain PyTorch as a careful user would write it
 visible-compiled  the same through torch.compile
 fused-BACKEND     sgmim_fast.SGMIM on one of its backends
+...-captured      on a GPU: the same as a CUDA graph, where the host's time does not count
 gemm-floor        only the matrix products of `visible`, each through the best library call
 
 All columns are first checked against each other; on a disagreement no speed is printed. They take turns in one
@@ -30,7 +31,18 @@ from typing import Any
 
 import torch
 from floor import gemm_floor, multiply_accumulates
-from measure import Progress, can_plot, interleaved, machine, output_file, peak_mib, plot_file, summary, synchronize
+from measure import (
+    Progress,
+    can_plot,
+    graphed,
+    interleaved,
+    machine,
+    output_file,
+    peak_mib,
+    plot_file,
+    summary,
+    synchronize,
+)
 from shapes import SHAPES, Shape
 from torch import Tensor, nn
 from visible import visible_losses
@@ -40,7 +52,8 @@ from sgmim_fast.masking import cells_of
 from sgmim_fast.ops import products
 
 FUSED = {"fused-cpu": "cpu", "fused-triton": "triton", "fused-cuda": "cuda"}
-NAMES = ("dense", "dense-compiled", "visible", "visible-compiled", *FUSED, "gemm-floor")
+CAPTURED = tuple(f"{name}-captured" for name in ("dense", "visible", "fused-triton"))
+NAMES = ("dense", "dense-compiled", "visible", "visible-compiled", *FUSED, *CAPTURED, "gemm-floor")
 SLOW = 10.0  # seconds of a step of the dense column, from which only what is needed is run
 SHORT = 3.0  # and what it is brought to by a smaller batch, unless --all is asked for
 TITLES = {
@@ -77,16 +90,17 @@ class Case:
 
     def step(self, name: str) -> Callable[[], Tensor]:
         """Forward and backward of a column; gradients are dropped first, as an optimizer does."""
+        plain = name.removesuffix("-captured")
 
         def run() -> Tensor:
-            with backends.use(FUSED[name]) if name in FUSED else contextlib.nullcontext():
+            with backends.use(FUSED[plain]) if plain in FUSED else contextlib.nullcontext():
                 self.model.zero_grad()
                 self.features.grad = None
                 loss = self.columns[name]()
                 loss.backward()
                 return loss
 
-        return run
+        return run if name == plain else graphed(run, [*self.model.parameters(), self.features])
 
 
 def build(shape: Shape, dtype: torch.dtype, batch: int, device: str) -> Case:
@@ -116,6 +130,8 @@ def build(shape: Shape, dtype: torch.dtype, batch: int, device: str) -> Case:
     for name, backend in FUSED.items():
         if (backend == "cpu") == (device == "cpu") and all(backends.can_run(op, backend)[0] for op in backends.BRANCH):
             columns[name] = in_dtype(model, images, structure, drawn)
+    if device == "cuda":
+        columns |= {name: columns[plain] for name in CAPTURED if (plain := name.removesuffix("-captured")) in columns}
     return Case(shape, dtype, batch, device, model, features, columns)
 
 
@@ -145,10 +161,10 @@ def check(case: Case) -> tuple[list[str], dict[str, float]]:
     parameters = list(case.model.parameters())
 
     def gradients(case: Case, name: str) -> tuple[dict[str, Tensor], float]:
-        losses = []
+        losses, step = [], case.step(name)
         if name.endswith("-compiled"):
-            case.step(name)()  # so that compiling is not measured
-        peak = peak_mib(lambda: losses.append(case.step(name)().detach()), parameters, case.device)
+            step()  # so that compiling is not measured
+        peak = peak_mib(lambda: losses.append(step().detach()), parameters, case.device)
         found = {"loss": losses[0], "features": case.features.grad}
         found |= {key: p.grad for key, p in case.model.named_parameters()}
         return {key: grad.double() for key, grad in found.items()}, peak  # the copies are of this step alone
@@ -179,7 +195,7 @@ def measure(
     for name, values in times.items():
         row = {"encoder": case.shape.name, "dtype": str(case.dtype).split(".")[1], "batch": case.batch}
         row |= {"device": case.device, "name": name, "rounds": len(values), **summary(values)}
-        if name in case.columns and row["median_ms"] < 1e3 * SLOW:
+        if name in case.columns and name not in CAPTURED and row["median_ms"] < 1e3 * SLOW:
             row |= split(case, name, max(1, min(5, int(seconds / 10 / row["median_ms"] * 1e3))))
         rows.append(row | {"peak_mib": peaks.get(name)})
     return rows

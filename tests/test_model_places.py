@@ -280,7 +280,7 @@ def test_gates_of_the_gpu_suite(benchmarks):
     assert [v["holds"] for v in gpu_suite.sorting(rows[::2])] == [None]
     rows[0]["median_ms"] = 10.0
     assert [v["holds"] for v in gpu_suite.sorting(rows)] == [True]
-    times = {"dense": 250.0, "dense-compiled": 140.0, "accelerated": 100.0, "simmim-accelerated": 99.0}
+    times = {"dense": 250.0, "dense-compiled": 140.0, "accelerated": 100.0, "simmim-captured": 99.0}
     rows = [
         {"encoder": "swin_base", "dtype": "bfloat16", "name": name, "median_ms": ms, "peak_mib": 10 * ms}
         for name, ms in times.items()

@@ -26,7 +26,7 @@ class FakeGraph:
         return object()
 
     def record(self, function: Callable[[], Any], pool: Any) -> Any:
-        recorder = _Recorder(self.calls)
+        recorder, random = _Recorder(self.calls), torch.get_rng_state()
         try:
             with recorder:
                 result = function()
@@ -34,6 +34,7 @@ class FakeGraph:
                     raise RuntimeError(self.fails)
         finally:
             recorder.undo()
+            torch.set_rng_state(random)
         return result
 
     def replay(self) -> None:

@@ -339,6 +339,7 @@ class CapturedStep:
         except RuntimeError as error:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             self._say(reason)
+            self._pool = None
             return watched._replace(reason=reason)
         finally:
             self._forget_casts()

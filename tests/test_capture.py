@@ -15,7 +15,7 @@ from fake_graph import FakeGraph
 from tiny import batch, drawn, family, foreign, stem_mask
 from torch import Tensor, nn
 
-from sgmim_fast import SGMIM, SelectiveMask, backends, capture, selective_mask
+from sgmim_fast import SGMIM, SelectiveMask, backends, capture, create_encoder, selective_mask
 
 CAPTURE = sys.modules["sgmim_fast.capture"]
 
@@ -542,6 +542,21 @@ def test_a_loss_of_ones_own(graphs):
         expected.backward()
         assert torch.equal(total, expected.detach()) and torch.equal(y, other.detach())
         assert_same(model, plain)  # running statistics, too
+    assert step.captures == 1
+
+
+def test_drop_path_draws_as_eagerly(graphs):
+    encoder = create_encoder(
+        "vit_base_patch16_224", img_size=64, depth=3, embed_dim=48, num_heads=3, drop_path_rate=0.5
+    )
+    model = SGMIM(encoder, 16)
+    plain, step = copy.deepcopy(model), capture(model)
+    for i in range(6):
+        inputs = data(model, (64, 64), i)
+        torch.manual_seed(i)
+        found = step(*inputs)
+        torch.manual_seed(i)
+        assert torch.equal(found, eager(plain, *inputs))
     assert step.captures == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 import sys
 import traceback
@@ -43,6 +44,7 @@ class Graph:
         Raises:
             RuntimeError: the device refused; what comes after runs as if nothing had been tried.
         """
+        gc.collect()  # an earlier step in a cycle of references would bring its stream into this one
         with torch.cuda.device(self._device):
             default = torch.cuda.default_generators[torch.cuda.current_device()]
             try:

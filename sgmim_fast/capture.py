@@ -339,6 +339,9 @@ class CapturedStep:
         except RuntimeError as error:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             self._say(reason)
+            # the device's generator has a new state, which earlier graphs do not draw from
+            self._known = OrderedDict((k, v) for k, v in self._known.items() if not isinstance(v, _Recorded))
+            self._pool = None
             return watched._replace(reason=reason)
         finally:
             self._forget_casts()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 import sys
 import traceback
@@ -43,6 +44,7 @@ class Graph:
         Raises:
             RuntimeError: the device refused; what comes after runs as if nothing had been tried.
         """
+        gc.collect()  # an earlier step in a cycle of references would bring its stream into this one
         with torch.cuda.device(self._device):
             default = torch.cuda.default_generators[torch.cuda.current_device()]
             try:
@@ -53,6 +55,8 @@ class Graph:
                 ):
                     return function()
             except RuntimeError:
+                with contextlib.suppress(RuntimeError):  # else the allocator waits, too; raises where it does not
+                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
                 for generator in (default, *self._generators):  # else they wait for the end of the capture
                     generator.graphsafe_set_state(generator.clone_state())
                 raise
@@ -65,7 +69,8 @@ class Graph:
 def watch(device: torch.device) -> Iterator[Watch]:
     """Notes what a replay would not do again, while a step runs as always inside.
 
-    Everything that the device does is repeated; what the host reads, draws or sends is not.
+    Everything that the device does is repeated; what the host reads, draws or sends is not. On a CPU, which can stand
+    for a device, a number sent to it looks like any other number and is not noted.
     """
     found, state = Watch(device), _host_random_state()
     with _HostReads(found), found:
@@ -119,7 +124,7 @@ class Watch(TorchDispatchMode):
             source = args[1] if name == "copy_" else args[0]
             if source.device.type != (args[0] if name == "copy_" else result).device.type:
                 yield "copies between host and device"
-        elif name == "lift_fresh" and args[0].device.type == self.device.type and args[0].ndim:
+        elif name == "lift_fresh" and args[0].device.type == self.device.type and (args[0].is_cuda or args[0].ndim):
             yield "sends numbers of the host to the device"
         if kwargs.get("pin_memory") or name in ("_pin_memory", "pin_memory"):
             yield "pins memory"

@@ -26,7 +26,7 @@ class FakeGraph:
         return object()
 
     def record(self, function: Callable[[], Any], pool: Any) -> Any:
-        recorder = _Recorder(self.calls)
+        recorder, random = _Recorder(self.calls), [g.get_state() for g in (torch.default_generator, *self.generators)]
         try:
             with recorder:
                 result = function()
@@ -34,6 +34,8 @@ class FakeGraph:
                     raise RuntimeError(self.fails)
         finally:
             recorder.undo()
+            for generator, state in zip((torch.default_generator, *self.generators), random, strict=True):
+                generator.set_state(state)
         return result
 
     def replay(self) -> None:

@@ -15,7 +15,7 @@ from fake_graph import FakeGraph
 from tiny import batch, drawn, family, foreign, stem_mask
 from torch import Tensor, nn
 
-from sgmim_fast import SGMIM, SelectiveMask, backends, capture, selective_mask
+from sgmim_fast import SGMIM, SelectiveMask, backends, capture, create_encoder, selective_mask
 
 CAPTURE = sys.modules["sgmim_fast.capture"]
 
@@ -301,6 +301,27 @@ def test_masks_from_a_seed_on_the_device(graphs, shown):
     assert step.captures == 1 and len(seen) == 6
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_masks_from_a_generator_of_the_device(graphs, own):
+    """Its default one, or another, which the graph is told of."""
+    model, plain, size = pair()
+    images, structure, _ = data(model, size, 0)
+    found = []
+    for m in (model, plain):
+        torch.manual_seed(3)
+        generator = torch.Generator().manual_seed(3) if own else None
+
+        def masks(images, generator=generator):
+            return selective_mask(len(images), size[0] // 16, generator=generator)
+
+        step = capture(m, mask=masks) if m is model else lambda *x, m=m, masks=masks: eager(m, *x, masks(x[0]))
+        found.append([step(images, structure) for _ in range(6)])
+        assert m is plain or (step.captures == 1 and step.reasons == [])
+    assert all(torch.equal(*losses) for losses in zip(*found, strict=True))
+    assert len({loss.item() for loss in found[0]}) == 6
+    assert_same(model, plain)
+
+
 def test_seeds_of_masks():
     seed = torch.tensor([3, 4])
     first = selective_mask(4, 6, seed=seed, shown=0.5)
@@ -480,7 +501,7 @@ def test_a_recording_that_fails(graphs, caplog, monkeypatch):
     model, plain, size = pair()
     monkeypatch.setattr(FakeGraph, "fails", "operation not permitted when stream is capturing\nmore")
     step = capture(model)
-    for i in range(5):
+    for i in range(6):
         inputs = data(model, size, i)
         assert torch.equal(step(*inputs), eager(plain, *inputs))  # adding up
         assert_same(model, plain)
@@ -542,6 +563,21 @@ def test_a_loss_of_ones_own(graphs):
         expected.backward()
         assert torch.equal(total, expected.detach()) and torch.equal(y, other.detach())
         assert_same(model, plain)  # running statistics, too
+    assert step.captures == 1
+
+
+def test_drop_path_draws_as_eagerly(graphs):
+    encoder = create_encoder(
+        "vit_base_patch16_224", img_size=64, depth=3, embed_dim=48, num_heads=3, drop_path_rate=0.5
+    )
+    model = SGMIM(encoder, 16)
+    plain, step = copy.deepcopy(model), capture(model)
+    for i in range(6):
+        inputs = data(model, (64, 64), i)
+        torch.manual_seed(i)
+        found = step(*inputs)
+        torch.manual_seed(i)
+        assert torch.equal(found, eager(plain, *inputs))
     assert step.captures == 1
 
 

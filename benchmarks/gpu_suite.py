@@ -5,7 +5,7 @@
 Steps run one after the other, each with a limit of its own; one that fails is named and the next one runs. First,
 beside each other, run the tests and everything that compiles, so that what is timed afterwards finds its kernels in the
 compilers' caches. The published shapes come first. Whatever a step finds out is on disk as soon as it is known:
-gpu-NAME-step.json and gpu-NAME-step-ENCODER.json (`bench_step.py`), gpu-NAME.json and .png (`bench_guidance.py`, batch
+gpu-NAME-step-ENCODER.json and gpu-NAME-step-compiled.json (`bench_step.py`), gpu-NAME.json and .png (`bench_guidance.py`, batch
 128), gpu-NAME-ops.json (`op_table.py`), gpu-NAME-suite.json (steps, launches, gates; after every step),
 gpu-NAME-model.json (what `model.py` predicts), gpu-NAME-failures.txt (of the tests, with their tracebacks) and
 gpu-NAME-*.log. Nothing is downloaded: torch, triton, numpy, timm, pytest and hypothesis must be there. Exit code 0
@@ -220,17 +220,16 @@ def main(argv: list[str] | None = None) -> int:
     warm["tests"] = [*pytest, "-m", "gpu and not slow", "--maxfail", "80"]
     suite.together(warm, 0.3 * args.seconds, SGMIM_FAST_EXAMPLES="2", SGMIM_FAST_FAILURES=str(failures.resolve()))
     found: list[dict[str, Any]] = []
-    for encoder, columns in (
-        ("swin_base", "dense,dense-compiled,accelerated,accelerated-captured,simmim-captured,gemm-floor"),
-        ("vit_base", "dense,accelerated,accelerated-captured"),
-        ("swinv2_base", "dense,accelerated,accelerated-captured"),
+    captured = "dense,accelerated,accelerated-captured,simmim-captured,gemm-floor"
+    for encoder, suffix, columns in (
+        *((encoder, encoder, captured) for encoder in encoders),
+        ("swin_base", "compiled", "dense,dense-compiled,accelerated-compiled,accelerated-captured"),
     ):
-        results = suite.path(f"-step-{encoder}.json")
+        results = suite.path(f"-step-{suffix}.json")
         results.unlink(missing_ok=True)
-        suite.run(
-            f"step-{encoder}", step(encoder, columns, 6, "--kernels", "accelerated-captured", "--json", results), 90
-        )
-        print("\n".join(suite.path(f"-step-{encoder}.log").read_text().splitlines()[:40]))
+        more = ("--kernels", "accelerated-captured") if suffix == encoder else ()
+        suite.run(f"step-{suffix}", step(encoder, columns, 4, *more, "--json", results), 90)
+        print("\n".join(suite.path(f"-step-{suffix}.log").read_text().splitlines()[-45:]))
         found += verdicts(json.loads(results.read_text())["rows"] if results.exists() else [], {}, STEP_GATES)
         suite.write({"gates": found})
     results = suite.path(".json")

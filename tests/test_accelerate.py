@@ -346,7 +346,7 @@ def test_without_the_library_nothing_changes(monkeypatch, caplog):
 def test_a_forced_backend_without_these_ops_leaves_it_to_timm(monkeypatch):
     plain, size = timm_model("swin")
     fast, images = fused(plain), torch.randn(1, 3, *size)
-    monkeypatch.setattr(backends, "_forced", ["cuda"])
+    token = backends.FORCED.set("cuda")
     assert torch.equal(fast(images), plain(images))
 
 

@@ -1,7 +1,8 @@
 """Checks of arguments that several ops share: one sentence that names the argument, what came and what is expected.
 
 They look at shapes, dtypes and devices, never at values, so that nothing waits for a GPU; `rows` and `image_rows` do,
-and look at CPU tensors alone: on a GPU the kernels stay inside the tensors whatever the indices are.
+and look at CPU tensors alone, where nobody records what is done with them: on a GPU the kernels stay inside the tensors
+whatever the indices are.
 """
 
 from __future__ import annotations
@@ -75,9 +76,14 @@ def cells(name: str, pixels: Tensor, cell: int) -> None:
         raise ValueError(f"{name} has {height}x{width} pixels; expected multiples of the cell size {cell}")
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether values may be looked at: they are here, and no mode records or fakes what reads them."""
+    return tensor.device.type == "cpu" and not torch._C._len_torch_dispatch_stack()
+
+
 def rows(name: str, index: Tensor, limit: int, distinct: bool = True) -> None:
     """Raises ValueError unless every index is from 0 to below `limit` and, if asked, none is there twice; on CPUs."""
-    if index.device.type != "cpu" or index.numel() == 0:
+    if not readable(index) or index.numel() == 0:
         return
     least, most = (int(x) for x in index.aminmax())
     if least < 0 or most >= limit:
@@ -91,7 +97,7 @@ def rows(name: str, index: Tensor, limit: int, distinct: bool = True) -> None:
 
 def image_rows(name: str, index: Tensor, offsets: Tensor, cells: int) -> None:
     """Raises ValueError unless `index` and `offsets` are `Rows` of images of so many cells; on CPU tensors alone."""
-    if index.device.type != "cpu":
+    if not readable(index):
         return
     starts, values = offsets.tolist(), index.tolist()
     if starts[0] != 0 or starts[-1] != len(values) or any(a > b for a, b in pairwise(starts)):

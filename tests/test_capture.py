@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_graph import FakeGraph
+from fake_graph import FakeGraph, values_unread
 from tiny import batch, drawn, family, foreign, stem_mask
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ CAPTURE = sys.modules["sgmim_fast.capture"]
 def graphs(monkeypatch):
     """Steps on the CPU are captured, with the backend that does on one what it does on a GPU."""
     monkeypatch.setattr(CAPTURE, "Graph", FakeGraph)
-    with backends.use("torch"):
+    with backends.use("torch"), values_unread():
         yield FakeGraph
 
 

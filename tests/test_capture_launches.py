@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from fake_graph import FakeGraph
+from fake_graph import FakeGraph, values_unread
 from tiny import batch, drawn, family
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,6 +60,7 @@ def on_a_gpu(calls: Calls) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(backends, "can_run", lambda *args, **options: (True, "")))
         stack.enter_context(backends.use("triton"))
+        stack.enter_context(values_unread())
         stack.enter_context(products.compute_bfloat16_in(torch.bfloat16))
         stack.enter_context(launch.caught(calls.launched, launch.Target("sm_90", 132)))
         yield

@@ -10,7 +10,7 @@ pytest.importorskip("accelerate", reason="pre-training needs the extra [train]")
 pytest.importorskip("sgmim_fast.data", reason="pre-training needs the extra [train]")
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from fake_graph import FakeGraph
+from fake_graph import FakeGraph, values_unread
 from pretraining import Pairs, fresh_accelerate, same, tiny, weights
 
 from sgmim_fast import backends
@@ -24,7 +24,7 @@ from sgmim_fast.train.runs import find
 def captured(monkeypatch):
     for name in ("sgmim_fast.capture", "sgmim_fast.train.step"):
         monkeypatch.setattr(sys.modules[name], "Graph", FakeGraph)
-    with fresh_accelerate(), backends.use("torch"):
+    with fresh_accelerate(), backends.use("torch"), values_unread():
         yield
 
 

@@ -343,11 +343,11 @@ def test_without_the_library_nothing_changes(monkeypatch, caplog):
     assert caplog.messages == ["accelerate leaves encoders as they are: no compiler"]
 
 
-def test_a_forced_backend_without_these_ops_leaves_it_to_timm(monkeypatch):
+def test_a_forced_backend_without_these_ops_leaves_it_to_timm():
     plain, size = timm_model("swin")
     fast, images = fused(plain), torch.randn(1, 3, *size)
-    token = backends.FORCED.set("cuda")
-    assert torch.equal(fast(images), plain(images))
+    with backends.use("cuda"):
+        assert torch.equal(fast(images), plain(images))
 
 
 @pytest.mark.parametrize("wanted", [True, False])

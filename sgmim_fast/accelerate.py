@@ -25,7 +25,7 @@ def accelerate(encoder: nn.Module) -> nn.Module:
     attention in windows of more than 256 tokens (64 in float32) on a GPU, and everything where a device has no kernels,
     as for float64 on a GPU, under hooks on all modules, torch.jit.trace, torch.fx, torch.func's transforms and
     forward-mode differentiation. An `attn_mask` changed in place after torch.compile, or on a GPU through `.data`, is
-    the one change that is not seen. The kernels for GPUs have passed their tests off a GPU only.
+    the one change that is not seen.
 
     Args:
         encoder: any module with such blocks: what `create_encoder` made, a timm model, or a model around one. It is

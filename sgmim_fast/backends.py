@@ -199,15 +199,6 @@ def implementation(op: str, part: str, backend: str) -> Callable[..., Any]:
     return _plain[op, part] if backend == "torch" else getattr(_module(op, backend), part)
 
 
-@functools.cache
-def _say_untested() -> None:
-    """Until results of a GPU are in benchmarks/results."""
-    logging.getLogger("sgmim_fast").warning(
-        "these GPU kernels have passed their tests off a GPU only: `python benchmarks/gpu_suite.py` runs them on yours,"
-        " and SGMIM_FAST_BACKEND=torch does without them"
-    )
-
-
 def choose(op: str, part: str, device: str, args: Sequence[Any]) -> Callable[..., Any]:
     """The function to call: the forced backend, or the first of the device's order that can run.
 
@@ -222,7 +213,5 @@ def choose(op: str, part: str, device: str, args: Sequence[Any]) -> Callable[...
         return implementation(op, part, name)
     for name in ORDER.get(device, ("torch",)):
         if can_run(op, name, *args, part=part)[0]:
-            if name in ("cuda", "triton"):
-                _say_untested()
             return implementation(op, part, name)
     raise AssertionError("unreachable: the torch backend runs everything")

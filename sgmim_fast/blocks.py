@@ -377,8 +377,17 @@ def _one_window(
     x: Tensor, norm: nn.Module, attn: nn.Module, qkv_bias: Tensor | None, bias: Tensor | None, index: Tensor | None
 ) -> Tensor:
     """Attention of all tokens (B, N, C) over all of them, with the norm before; what the projection reads."""
-    qkv = norm_linear(x, norm, attn.qkv.weight, qkv_bias).unsqueeze(1)
-    return ops.window_attention(qkv, attn.num_heads, (1, x.shape[1]), bias=bias, index=index).squeeze(1)
+    qkv = norm_linear(x, norm, attn.qkv.weight, qkv_bias)
+    if bias is None and x.device.type == "cuda":
+        return _flash(qkv, attn.num_heads)
+    return ops.window_attention(qkv.unsqueeze(1), attn.num_heads, (1, x.shape[1]), bias=bias, index=index).squeeze(1)
+
+
+def _flash(qkv: Tensor, heads: int) -> Tensor:
+    """Attention (B, N, 3 C) -> (B, N, C) by PyTorch's own kernels: without a bias FlashAttention's, whose tiles need
+    not hold all keys."""
+    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 BEIT_ATTENTION = bypass.attention(

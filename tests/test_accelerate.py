@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sgmim_fast
 from sgmim_fast import SGMIM, accelerate, backends, blocks
 from sgmim_fast.bypass import _said
+from sgmim_fast.ops import window_attention
 
 SWIN = {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)}
 VIT = {"depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -369,6 +370,13 @@ def test_a_forced_backend_without_these_ops_leaves_it_to_timm():
     fast, images = fused(plain), torch.randn(1, 3, *size)
     with backends.use("cuda"):
         assert torch.equal(fast(images), plain(images))
+
+
+def test_attention_without_bias_as_a_gpu_computes_it():
+    """By PyTorch's own attention."""
+    qkv = torch.randn(2, 11, 3 * 24, dtype=torch.float64)
+    expected = window_attention(qkv.unsqueeze(1), 3, (1, 11)).squeeze(1)
+    torch.testing.assert_close(blocks._flash(qkv, 3), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("wanted", [True, False])

@@ -10,7 +10,8 @@ is left out, and why, goes to ``sgmim_fast/_build_info.json``, which ``python -m
 Environment variables:
 SGMIM_FAST_NO_EXT=1     build nothing, install pure Python
 SGMIM_FAST_NO_CUDA=1    leave the CUDA library out
-SGMIM_FAST_SANITIZE=1   CPU library with AddressSanitizer and UBSan, no CUDA library. It is meant to go elsewhere:
+SGMIM_FAST_SANITIZE=1   CPU library with AddressSanitizer and UBSan (=thread: with ThreadSanitizer), no CUDA library. It
+                        is meant to go elsewhere:
                         SGMIM_FAST_SANITIZE=1 python setup.py build_ext --build-lib DIR --build-temp DIR/objects;
                         to use it, preload libasan.so and set SGMIM_FAST_LIBRARY=DIR/sgmim_fast/_C.abi3.so
 CXX, CXXFLAGS, LDFLAGS  C++ compiler (default: the first of c++, g++, clang++) and flags added to the ones below
@@ -55,7 +56,8 @@ def is_set(name: str) -> bool:
     return os.environ.get(name, "") not in ("", "0")
 
 
-SANITIZE = ["-fsanitize=address,undefined"] if is_set("SGMIM_FAST_SANITIZE") else []
+SANITIZERS = "thread" if os.environ.get("SGMIM_FAST_SANITIZE") == "thread" else "address,undefined"
+SANITIZE = [f"-fsanitize={SANITIZERS}"] if is_set("SGMIM_FAST_SANITIZE") else []
 
 
 def find_torch() -> Path | None:

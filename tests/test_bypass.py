@@ -589,12 +589,23 @@ def test_traces_of_a_model():
 @pytest.mark.parametrize("name", ["swin_transformer.SwinTransformerBlock", "vision_transformer.Block", "branch"])
 def test_hooks_around_compilation(name):
     """One graph, with hooks from before, and with others from after."""
-    torch.compiler.reset()
     example = EXAMPLES[name]
     module = accelerate(make(example)).eval()
     x = torch.randn(example.shape, dtype=torch.float64)
-    compiled = torch.compile(lambda x: example.fast(module, x), fullgraph=name != "branch", backend="eager")
     inside = [m for m in module.modules() if isinstance(m, (nn.Linear, nn.Softmax, nn.Identity))]
+
+    def compile_anew() -> Callable[[torch.Tensor], torch.Tensor]:
+        torch.compiler.reset()
+        return torch.compile(lambda x: example.fast(module, x), fullgraph=name != "branch", backend="eager")
+
+    for m in inside[1::3]:
+        before = example.fast(module, x)
+        handle = m.register_forward_hook(lambda m, args, result: 2 * result)
+        compiled = compile_anew()
+        torch.testing.assert_close(compiled(x), example.fast(module, x))
+        handle.remove()
+        torch.testing.assert_close(compiled(x), before)
+    compiled = compile_anew()
     torch.testing.assert_close(compiled(x), example.fast(module, x))
     for m in inside[::3]:
         before = example.fast(module, x)

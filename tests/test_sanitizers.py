@@ -1,4 +1,4 @@
-"""The C++ ops under AddressSanitizer and UBSan: their tests pass, and nothing reads or writes where it may not."""
+"""The C++ ops under sanitizers: nothing reads or writes where it may not, also from several threads at once."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ ROOT = Path(__file__).parents[1]
 TESTS = sorted(path for path in ROOT.glob("tests/test_*.py") if (ROOT / f"csrc/cpu/{path.stem[5:]}.cpp").exists())
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory) -> Path:
-    """The CPU library built with both sanitizers."""
+def build(folder: Path, sanitizers: str) -> Path:
+    """The CPU library with sanitizers, as SGMIM_FAST_SANITIZE names them."""
     if not shutil.which("g++"):
         pytest.skip("needs g++, whose sanitizers' libraries are preloaded")
-    folder = tmp_path_factory.mktemp("sanitized")
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder / "objects"]
-    environment = os.environ | {"SGMIM_FAST_SANITIZE": "1", "CXX": "g++"}
+    environment = os.environ | {"SGMIM_FAST_SANITIZE": sanitizers, "CXX": "g++"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "sgmim_fast" / "_C.abi3.so"
@@ -37,7 +35,9 @@ def runtime(name: str) -> str:
     return path
 
 
-def test_ops(library):
+def test_ops(tmp_path):
+    """Their tests pass under AddressSanitizer and UBSan."""
+    library = build(tmp_path, "1")
     environment = os.environ | {
         "LD_PRELOAD": f"{runtime('libasan.so')}:{runtime('libubsan.so')}",
         "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",  # the interpreter's own leaks
@@ -56,3 +56,22 @@ def test_ops(library):
         pytest.fail(output[report.start() :][:4000] if report else output[-4000:], pytrace=False)
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed and int(passed[1]) > 100, done.stdout[-500:]
+
+
+def test_threads(tmp_path):
+    """Three Python threads training at once, on backends of their own, under ThreadSanitizer; and a race is seen."""
+    environment = os.environ | {
+        "LD_PRELOAD": runtime("libtsan.so"),
+        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1",  # the interpreter and torch
+        "SGMIM_FAST_LIBRARY": str(build(tmp_path, "thread")),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
+    # ThreadSanitizer wants its address space where an older kernel would have it
+    command = ["setarch", os.uname().machine, "-R", sys.executable, str(ROOT / "tests" / "training_threads.py")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if "setarch: failed to set personality" in done.stderr:
+        pytest.skip("this machine does not let addresses be chosen")
+    assert done.returncode == 0 and "ThreadSanitizer" not in done.stderr, (done.stdout + done.stderr)[-4000:]
+    done = subprocess.run([*command, "race"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "WARNING: ThreadSanitizer: data race" in done.stderr

@@ -1,0 +1,73 @@
+"""Run by test_sanitizers.py: three Python threads train at once, each on a backend of its own.
+
+    python tests/training_threads.py [race]
+
+Exits with 1 where a thread's losses are not those of a thread alone. race: two threads write one buffer instead.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from tiny import batch, family
+
+from sgmim_fast import SGMIM, backends, selective_mask
+
+STEPS = 3
+
+
+def run(targets: list[Callable[[], object]]) -> None:
+    threads = [threading.Thread(target=target) for target in targets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def train(model: SGMIM, size: tuple[int, int], backend: str, losses: list[float]) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    grid = size[0] // model.encoder_stride, size[1] // model.encoder_stride
+    with backends.use(backend):
+        for step in range(STEPS):
+            images, structure = (t.float() for t in batch(model, size, 2, seed=step))
+            mask = selective_mask(2, grid, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            loss = model(images, structure, mask)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+
+
+def race() -> None:
+    x, y = torch.randn(1 << 20), torch.empty(1 << 20)
+    run([lambda: [torch.ops.sgmim_fast_cpu.gelu(x, y) for _ in range(20)]] * 2)
+
+
+def main() -> int:
+    torch.set_num_threads(1)  # of one pool all would have to wait for, whose atomics nobody instrumented
+    model, size = family("swin")
+    model = model.float()
+    if sys.argv[1:] == ["race"]:
+        assert backends.available()["cpu"][0]
+        race()
+        return 0
+    names = ["cpu", "torch", "cpu"]
+    losses: list[list[float]] = [[] for _ in names]
+    models = [copy.deepcopy(model) for _ in names]
+    run([partial(train, *each) for each in zip(models, [size] * len(names), names, losses, strict=True)])
+    for name, found in zip(names, losses, strict=True):
+        alone: list[float] = []
+        train(copy.deepcopy(model), size, name, alone)
+        if found != alone or len(found) != STEPS:
+            print(f"{name}: {found} beside others, {alone} alone")
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

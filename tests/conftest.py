@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.utils._device
 from hypothesis import HealthCheck, register_random, settings
 
 from sgmim_fast import backends
@@ -26,6 +27,10 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture],  # `place` holds for all examples of a test
 )
 settings.load_profile("sgmim_fast")
+
+# `with torch.device(...)` remembers the functions that it is about at its first use, which may be below, where some are
+# others: it would then allocate for real what is on the meta device.
+torch.utils._device._device_constructors()
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores
     torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))

@@ -13,7 +13,8 @@ import logging
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -158,6 +159,8 @@ class CapturedStep:
         self._news = {"backward": 0, "update": 0}  # calls in a row that were like none before
         self._modules: list[nn.Module] = []
         self._parameters: list[nn.Parameter] = []
+        self._values: list[Iterable[Any]] = []  # of the modules' dictionaries, which follow their changes
+        self._hooks: list[dict[int, Any]] = []
         self._identity: tuple[int, ...] | None = None
         self._known: OrderedDict[Any, _Seen | _Watched | _Recorded] = OrderedDict()
         self._pool: Any = None
@@ -209,22 +212,21 @@ class CapturedStep:
             if self.optimizer is not None:
                 parameters += [p for group in self.optimizer.param_groups for p in group["params"]]
             self._parameters = list(dict.fromkeys(parameters))
+            # dictionaries that another one takes the place of are in the first one of their module
+            parts = ((m.__dict__, m._modules, m._parameters, m._buffers) for m in self._modules)
+            self._values = [part.values() for module in parts for part in module]
+            self._hooks = [getattr(m, name) for m in self._modules for name in _HOOKS]
             objects = self._objects()
             self._identity = identity = tuple(map(id, objects))
-        facts: list[Any] = [sum(len(getattr(m, name)) for name in _HOOKS) for m in self._modules]
+        facts: list[Any] = [*map(len, self._hooks), *map(Tensor.data_ptr, self._parameters)]
         for p in self._parameters:
-            facts += p.data_ptr(), p.shape, p.dtype, p.requires_grad, _has_hooks(p)
+            facts += p.shape, p.dtype, p.requires_grad, _has_hooks(p)
         facts += [b.data_ptr() for m in self._modules for b in m._buffers.values() if b is not None]
         scaling = _scaling(self.scaler)
         return [*objects, *scaling], [identity, *map(_by_identity, scaling), *facts]
 
     def _objects(self) -> list[Any]:
-        objects: list[Any] = []
-        for module in self._modules:
-            objects.append(type(module))
-            for values in (module.__dict__, module._modules, module._parameters, module._buffers):
-                objects += values.values()
-        return objects
+        return [*map(type, self._modules), *chain.from_iterable(self._values)]
 
     def _update_key(self) -> tuple[list[Any], list[Any]]:
         """The same for the optimizer's step."""

@@ -28,14 +28,15 @@ def _read(x, at, inside, UINT16: tl.constexpr):
         value *= 1 / 65536
     bits = value.to(tl.uint32, bitcast=True)
     finite = inside & ((bits & 0x7F800000) != 0x7F800000)
-    key = tl.where(bits >> 31 == 1, ~bits, bits | 0x80000000)
+    # not `~bits`, for which the interpreter of Triton 3.8 asks NumPy for an unsigned -1
+    key = tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     return value, finite, key
 
 
 @triton.jit
 def _value(key):
     """The value of one key."""
-    bits = tl.where(key >> 31 == 1, key & 0x7FFFFFFF, ~key)
+    bits = tl.where(key >> 31 == 1, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
     return bits.to(tl.float32, bitcast=True)
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import model
 import torch
 from bench_step import BEIT
 from measure import machine
@@ -43,8 +44,6 @@ ENCODERS: dict[str, tuple[str, dict[str, Any], int]] = {  # depths of the publis
     "vit_base": ("beit_base_patch16_224", {**BEIT, "img_size": 96, "embed_dim": 16, "num_heads": 1}, 16),
 }
 NAMES = ("eager", "sgmim", "accelerated")
-# Allocations, views and questions launch nothing.
-FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh", "alias", "device", "promote_types"}
 
 
 class Launches(TorchDispatchMode):
@@ -60,15 +59,10 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func.namespace == "sgmim_fast":
             with self:
-                return _run(func, args)
-        if not (func.is_view or func._opname in FREE or func._opname.startswith("_unsafe_view")):
+                return model.on_triton(func, args)
+        if not model.launches_nothing(func):
             self.counts[func._opname] += 1
         return func(*args, **(kwargs or {}))
-
-
-def _run(func: Any, args: tuple) -> Any:
-    op, backward, _ = func._opname.partition("_backward")
-    return backends.implementation(op, "backward" if backward else "forward", "triton")(*args)
 
 
 @contextlib.contextmanager
@@ -88,10 +82,10 @@ def on_triton(listener: Callable[..., None]) -> Iterator[None]:
 def columns(encoder: str) -> dict[str, Callable[[], Tensor]]:
     name, arguments, stride = ENCODERS[encoder]
 
-    def model(accelerate: bool) -> SGMIM:
+    def build(accelerate: bool) -> SGMIM:
         return SGMIM(sgmim_fast.create_encoder(name, **arguments), stride, accelerate=accelerate)
 
-    plain, fast = model(False), model(True)
+    plain, fast = build(False), build(True)
     images, structure = torch.randn(2, 3, 96, 96), torch.randn(2, 1, 96, 96)
     drawn = selective_mask(2, 3)
 

@@ -65,6 +65,17 @@ H200 = Device("H200", "sm_90", 132, 0.75 * 4.8e12, 0.60 * 989e12, 0.75 * 67e12, 
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh", "alias", "device", "promote_types"}
 
 
+def launches_nothing(func: Any) -> bool:
+    """Whether an ATen operator is a view, an allocation or a question."""
+    return func.is_view or func._opname in FREE or func._opname.startswith("_unsafe_view")
+
+
+def on_triton(func: Any, args: tuple) -> Any:
+    """What an operator of sgmim_fast gives through its Triton implementation, wherever the tensors are."""
+    op, backward, _ = func._opname.partition("_backward")
+    return backends.implementation(op, "backward" if backward else "forward", "triton")(*args)
+
+
 @dataclass
 class Line:
     """One launch."""
@@ -99,12 +110,11 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "sgmim_fast":
-            op, backward, _ = func._opname.partition("_backward")
             with self:
-                return backends.implementation(op, "backward" if backward else "forward", "triton")(*args)
+                return on_triton(func, args)
         result = func(*args, **kwargs)
         name = func._opname
-        if func.is_view or name in FREE or name.startswith("_unsafe_view"):
+        if launches_nothing(func):
             return result
         operands, results = list(tensors((args, kwargs))), list(tensors(result))
         count = flop_registry.get(func.overloadpacket)

@@ -90,14 +90,11 @@ def rows_per_program(count: int, device: torch.device, least: int = 8) -> int:
     return max(least, cdiv(count, 2 * target(device).multiprocessors))
 
 
-def programs_of_rows(
-    rows: int, width: int, device: torch.device, most: int, columns: int = 256, per_multiprocessor: int = 16
-) -> tuple[int, int]:
-    """Rows of a program, a multiple of 32 and at most `most`, and programs along the rows, where each has `columns` of
-    a width: so many that all of them together are about `per_multiprocessor` for each multiprocessor.
+def programs_of_rows(rows: int, width: int, device: torch.device, most: int) -> tuple[int, int]:
+    """Rows of a program, a multiple of 32 and at most `most`, and programs along the rows, where each has 256 columns:
+    so many that all of them together are about 16 for each multiprocessor.
     """
-    across = cdiv(width, columns)
-    wanted = max(1, per_multiprocessor * target(device).multiprocessors // across)
+    wanted = max(1, 16 * target(device).multiprocessors // cdiv(width, 256))
     each = min(cdiv(max(1, cdiv(rows, wanted)), 32) * 32, most)
     return each, max(1, cdiv(rows, each))
 

@@ -39,20 +39,9 @@ class Norm(NamedTuple):
 
 @triton.jit
 def _layer_norm_forward_kernel(
-    xs,
-    rows,
-    weights,
-    biases,
-    ys,
-    y_rows,
-    statistics,
-    counts,
-    limits,
-    width,
-    eps,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    xs, rows, weights, biases, ys, y_rows, statistics, counts, limits, width, eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     for i in tl.static_range(len(xs)):
         programs = tl.cdiv(counts[i], ROWS)

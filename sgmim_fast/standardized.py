@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sgmim_fast.ops import _check
+
 # Of a standardised map at most 21 % lies beyond, however heavy its tails: a tenth at either end is cut off before mean
 # and deviation are taken, and Chebyshev's inequality leaves 1 % of what is between.
 BEYOND = 10
@@ -43,9 +45,8 @@ def check_standardized(structure: Tensor, valid: Tensor | None) -> None:
 
 def _on_host(structure: Tensor) -> bool:
     """Whether its values can be read now, without waiting for a device: not where something records or fakes them."""
-    recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     plain = type(structure).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
-    return structure.device.type == "cpu" and plain and not recorded
+    return not torch.compiler.is_compiling() and plain and _check.readable(structure)
 
 
 def _mostly_beyond(structure: Tensor, valid: Tensor | None) -> Tensor:

@@ -18,12 +18,13 @@ from sgmim_fast import backends
 from sgmim_fast.ops import products
 
 EXAMPLES = os.environ.get("SGMIM_FAST_EXAMPLES")  # hypothesis tries that many, others each time
+SEED = os.environ.get("SGMIM_FAST_SEED")  # other random numbers, other examples
 
 settings.register_profile(
     "sgmim_fast",
     deadline=None,  # a first call compiles or loads something
     max_examples=int(EXAMPLES or 15),
-    derandomize=EXAMPLES is None,
+    derandomize=EXAMPLES is SEED is None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],  # `place` holds for all examples of a test
 )
 settings.load_profile("sgmim_fast")
@@ -126,7 +127,7 @@ def device(place):
 
 @pytest.fixture(autouse=True)
 def seed():
-    torch.manual_seed(0)
+    torch.manual_seed(int(SEED or 0))
 
 
 @pytest.fixture(autouse=True)

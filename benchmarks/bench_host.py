@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import model
 import torch
 from bench_step import BEIT
+from launches import launches_nothing, through_triton
 from measure import machine
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -59,8 +59,8 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func.namespace == "sgmim_fast":
             with self:
-                return model.on_triton(func, args)
-        if not model.launches_nothing(func):
+                return through_triton(func, args)
+        if not launches_nothing(func):
             self.counts[func._opname] += 1
         return func(*args, **(kwargs or {}))
 

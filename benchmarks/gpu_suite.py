@@ -7,7 +7,7 @@ beside each other, run the tests and everything that compiles, so that what is t
 compilers' caches. The published shapes come first. Whatever a step finds out is on disk as soon as it is known:
 gpu-NAME-step-ENCODER.json and gpu-NAME-step-compiled.json (`bench_step.py`), gpu-NAME.json and .png
 (`bench_guidance.py`, batch 128), gpu-NAME-ops.json (`op_table.py`), gpu-NAME-suite.json (steps, launches, gates; after
-every step), gpu-NAME-model.json (what `model.py` predicts), gpu-NAME-failures.txt (of the tests, with their tracebacks)
+every step), gpu-NAME-model.json (what `cost_model.py` predicts), gpu-NAME-failures.txt (of the tests, with tracebacks)
 and gpu-NAME-*.log. Nothing is downloaded: torch, triton, numpy, timm, pytest and hypothesis must be there. Exit code 0
 where every step passed, whatever the gates say.
 """
@@ -247,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     suite.run("ops", [python, here / "op_table.py", "--json", times, "--seconds", "0.5", "--dtype", "bfloat16"], 90)
     found += sorting(json.loads(times.read_text())["rows"] if times.exists() else [])
     suite.run("host", [python, here / "bench_host.py", "--json", suite.path("-host.json")], 60)
-    suite.run("model", [python, here / "model.py", "--step", "--json", suite.path("-model.json")], 90)
+    suite.run("model", [python, here / "cost_model.py", "--step", "--json", suite.path("-model.json")], 90)
     native = ("gather_patches", "selective_mask", "linear_l1", "masked_patch_embed", "relational_guidance")
     short = [*pytest, *(f"tests/test_{op}.py" for op in native)]
     if tool := shutil.which("compute-sanitizer"):

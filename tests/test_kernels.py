@@ -24,9 +24,9 @@ not_interpreted = pytest.mark.skipif(launch.INTERPRETED, reason="with TRITON_INT
 def test_launches_of_the_branch(tmp_path, gemms, most):
     """Forward and backward in bfloat16, with every launch caught; the library's gemms, which are faster, are one
     launch each, and convert a weight's gradient by one more where they run on a CPU, as here."""
-    path = tmp_path / "model.json"
+    path = tmp_path / "cost.json"
     options = ["--dtype", "bfloat16", "--batch", "2", "--json", path]
-    command = [sys.executable, ROOT / "benchmarks" / "model.py", *options]
+    command = [sys.executable, ROOT / "benchmarks" / "cost_model.py", *options]
     environment = os.environ | {"SGMIM_FAST_TRITON_PRODUCTS": gemms}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -35,6 +35,33 @@ def test_launches_of_the_branch(tmp_path, gemms, most):
     for row in rows.values():
         assert 0 < row["fused"]["launches"] <= most
         assert row["fused"]["us"] < row["visible"]["us"] < row["dense"]["us"]
+
+
+def test_the_cost_model_knows_an_h200():
+    """The library's gemms that were measured there, within a tenth, as usual."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import cost_model
+    finally:
+        sys.path.pop(0)
+    measured = ROOT / "benchmarks" / "results" / "gpu-nvidia-h200-kernels.json"
+    assert 1 <= cost_model.compare(measured, cost_model.GPUS["h200"]) < 1.1
+
+
+@not_interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", ["a100", "h200"])
+def test_cost_of_a_step(gpu, tmp_path):
+    """Every launch of a step has a kernel's name, a roofline below its time, and is faster accelerated."""
+    path = tmp_path / "cost.json"
+    options = ["--gpu", gpu, "--step", "--encoder", "vit_base", "--dtype", "bfloat16", "--batch", "8", "--json", path]
+    command = [sys.executable, ROOT / "benchmarks" / "cost_model.py", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["accelerated step"]["us"] < row["eager step"]["us"]
+    for kernel in row["accelerated step"]["kernels"].values():
+        assert 0 <= kernel["roofline us"] < kernel["us"]
 
 
 def test_caught_launches_do_not_run():

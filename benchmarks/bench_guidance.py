@@ -24,7 +24,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ from sgmim_fast.ops import products
 FUSED = {"fused-cpu": "cpu", "fused-triton": "triton", "fused-cuda": "cuda"}
 CAPTURED = tuple(f"{name}-captured" for name in ("dense", "visible", "fused-triton"))
 NAMES = ("dense", "dense-compiled", "visible", "visible-compiled", *FUSED, *CAPTURED, "gemm-floor")
+AGAIN = 8  # evaluations of the dense column, where its error in one alone would not do
 SLOW = 10.0  # seconds of a step of the dense column, from which only what is needed is run
 SHORT = 3.0  # and what it is brought to by a smaller batch, unless --all is asked for
 TITLES = {
@@ -154,7 +155,9 @@ def check(case: Case) -> tuple[list[str], dict[str, float]]:
     """What the columns disagree on: their losses and every gradient against the dense reference in float32.
 
     float32: relative error at most 1e-4 (rounding; a wrong sign of one of 10^5 differences shows more). Lower
-    precision: at most twice the error of the dense column itself, and 1e-3.
+    precision: at most twice the error of the dense column itself, and 1e-3. What a gradient of few numbers is off by in
+    one evaluation is luck: where that would not do, the dense column's error is its largest of several, with features
+    and parameters moved by a rounding each time.
 
     Returns the disagreements, and each column's peak memory in the step that was checked.
     """
@@ -175,14 +178,44 @@ def check(case: Case) -> tuple[list[str], dict[str, float]]:
     errors, peaks = {}, {}
     for name in case.columns:
         found, peaks[name] = gradients(case, name)
-        errors[name] = {key: ((found[key] - t).norm() / t.norm()).item() for key, t in truth.items()}
-    wrong = []
-    for name, column in errors.items():
-        for key, error in column.items():
-            bound = 1e-4 if case.dtype == torch.float32 else 2 * errors["dense"][key] + 1e-3
-            if not error <= bound:
-                wrong.append(f"{name}: {key} is off by {error:.1e} of its norm, allowed {bound:.1e}")
+        errors[name] = relative_errors(found, truth)
+    lower = case.dtype != torch.float32
+
+    def disagreements(dense: dict[str, float]) -> list[str]:
+        wrong = []
+        for name, column in errors.items():
+            for key, error in column.items():
+                bound = 2 * dense[key] + 1e-3 if lower else 1e-4
+                if not error <= bound:
+                    wrong.append(f"{name}: {key} is off by {error:.1e} of its norm, allowed {bound:.1e}")
+        return wrong
+
+    wrong = disagreements(errors["dense"])
+    if wrong and lower:
+        largest = errors["dense"]
+        for _ in range(AGAIN):
+            with moved([case.features, *parameters], case.dtype):
+                again = relative_errors(gradients(case, "dense")[0], truth)
+            largest = {key: max(error, again[key]) for key, error in largest.items()}
+        wrong = disagreements(largest)
     return wrong, peaks
+
+
+def relative_errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    return {key: ((found[key] - t).norm() / t.norm()).item() for key, t in truth.items()}
+
+
+@contextlib.contextmanager
+def moved(tensors: list[Tensor], dtype: torch.dtype) -> Iterator[None]:
+    """Within the block each number of the tensors is moved by less than the dtype's eps of itself, at random."""
+    before = [t.detach().clone() for t in tensors]
+    for t in tensors:
+        t.detach().mul_(1 + torch.finfo(dtype).eps * (2 * torch.rand_like(t) - 1))
+    try:
+        yield
+    finally:
+        for t, value in zip(tensors, before, strict=True):
+            t.detach().copy_(value)
 
 
 def measure(

@@ -23,6 +23,7 @@ SMALL = Shape("small", width=32, stride=16, patch=4, image=32, unit=16)
 def small(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench_guidance, "SHAPES", {"swin_base": SMALL})
+    monkeypatch.setattr(bench_guidance, "dense_seconds", lambda *_: 1e-3)  # whatever else the machine does
 
 
 def test_by_default(small, tmp_path, capfd):
@@ -43,6 +44,21 @@ def test_by_default(small, tmp_path, capfd):
     assert (tmp_path / "guidance.png").stat().st_size > 1000
     assert all(line.partition(" s  small, ")[0].strip().isdigit() for line in err.splitlines()), err  # nothing else
     assert err.count("timing") == 2  # of a phase, not of every round
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_columns_that_disagree_get_no_speed(small, monkeypatch, capfd, dtype):
+    """A visible-only column whose gradients are too large by a tenth, in either dtype."""
+    losses = bench_guidance.visible_losses
+
+    def wrong(*args):
+        found = losses(*args)
+        return found._replace(total=found.total + 0.1 * (found.total - found.total.detach()))
+
+    monkeypatch.setattr(bench_guidance, "visible_losses", wrong)
+    assert bench_guidance.main(["--seconds", "0.01", "--dtype", dtype]) == 1
+    out = capfd.readouterr().out
+    assert "The columns disagree; no speed is given." in out and "visible: " in out and "fused-cpu: " not in out
 
 
 def test_where_a_dtype_is_slow(small, monkeypatch, capfd):

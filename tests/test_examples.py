@@ -29,6 +29,7 @@ def example():
 
 @pytest.mark.parametrize("encoder", ["swin", "vit"])
 def test_losses_fall(example, encoder):
+    torch.manual_seed(0)  # thirty steps of eight crops fall by a tenth from most seeds, not all
     model = example.create_model(encoder, 32)
     history = example.train(model, DataLoader(example.RandomCrops(32, 240), 8), 2e-3)
     assert len(history) == 30

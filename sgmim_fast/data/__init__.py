@@ -19,15 +19,18 @@ from sgmim_fast.data.report import BrokenFile, DataError, Report, skipped_lines,
 from sgmim_fast.data.scenes import Scenes
 from sgmim_fast.data.shards import ShardPairs
 from sgmim_fast.data.sheet import sheet
-from sgmim_fast.data.standardize import standardize_valid, structure_of
+from sgmim_fast.data.standardize import standardize_valid
 from sgmim_fast.data.structure_file import StructureFile
+from sgmim_fast.data.structure_kind import Channels, Depth, Semantic, StructureKind, Surface, structure_of
 from sgmim_fast.data.transform import Normalize, PairTransform
 
 __all__ = [
     "IMAGE_SUFFIXES",
     "MAP_SUFFIXES",
     "BrokenFile",
+    "Channels",
     "DataError",
+    "Depth",
     "FolderPairs",
     "ImageFile",
     "Item",
@@ -35,9 +38,12 @@ __all__ = [
     "PairTransform",
     "Report",
     "Scenes",
+    "Semantic",
     "ShardPairs",
     "Structure",
     "StructureFile",
+    "StructureKind",
+    "Surface",
     "sheet",
     "skipped_lines",
     "skipped_names",

@@ -15,6 +15,7 @@ from sgmim_fast.data.map_file import MAP_SUFFIXES
 from sgmim_fast.data.pair import Item, make_item
 from sgmim_fast.data.pairs import Pairs
 from sgmim_fast.data.structure_file import StructureFile
+from sgmim_fast.data.structure_kind import DEPTH, StructureKind
 
 
 class FolderPairs(Pairs):
@@ -33,6 +34,7 @@ class FolderPairs(Pairs):
         report: file to write `Report.write`'s list to.
         seed: of the transform.
         missing: integer that means "no value" in maps; None: none does.
+        kind: what the maps hold.
 
     Raises:
         DataError: nothing is there, nothing pairs, or none of the pairs tried can be read.
@@ -47,17 +49,18 @@ class FolderPairs(Pairs):
         report: str | os.PathLike[str] | None = None,
         seed: int = 0,
         missing: float | None = 0,
+        kind: StructureKind = DEPTH,
     ) -> None:
         super().__init__(transform, seed)
         self.images, self.structure = Path(images), None if structure is None else Path(structure)
-        self.missing = missing
+        self.missing, self.kind = missing, kind
         found = find_files(self.images, "images", IMAGE_SUFFIXES, self.report)
         if self.structure is None:
             names = [(os.fsencode(stem + end),) for stem, suffixes in found.items() for end in suffixes]
             self._use(np.array(names, dtype=np.bytes_))
         else:
             maps = find_files(self.structure, "structure", MAP_SUFFIXES, self.report)
-            self._use(match(found, maps, self.images, self.structure, StructureFile.kind, self.report))
+            self._use(match(found, maps, self.images, self.structure, kind.word, self.report))
         if report is not None:
             self.report.write(report)
 
@@ -70,9 +73,9 @@ class FolderPairs(Pairs):
         if self.structure is None:
             return (image,)
         name = os.fsdecode(self._entries[index, 1])
-        structure = StructureFile(os.path.join(self.structure, name), missing=self.missing)
+        structure = self.kind.read(os.path.join(self.structure, name), missing=self.missing)
         structure.check_shape(image.size)
         return image, structure
 
     def _item(self, tensors: Sequence[Tensor], name: str, skipped: Sequence[str]) -> Item:
-        return make_item(tensors, name, skipped)
+        return make_item(tensors, name, skipped, self.kind.stored)

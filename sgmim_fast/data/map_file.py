@@ -1,4 +1,4 @@
-"""One channel of numbers for every pixel of an image, from PNG, TIFF, NumPy, PFM and EXR files."""
+"""Numbers for every pixel of an image, from PNG, TIFF, NumPy, PFM and EXR files."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ from pathlib import PurePath
 from typing import ClassVar
 
 import numpy as np
+from PIL import Image
 
 from sgmim_fast.data import limits
 from sgmim_fast.data.report import BrokenFile
 
+SUBFILE, REDUCED = 254, 1  # a tag of TIFF, and its flag of a page that is another one, smaller
+NAMED = 3  # ids of classes that a message names
 MAP_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".exr", ".pfm")
 
 
 class MapFile:
     """A map as it was stored: `pixels` (H, W) of integers or floating-point numbers, and `size`, its height and width.
+
+    Classes of several channels have them last: (H, W, C).
 
     Args:
         name: path, or what to call it; its suffix tells the format.
@@ -39,20 +44,23 @@ class MapFile:
             else:
                 file = io.BytesIO(limits.read_file(name) if content is None else content)
                 pixels = _read_numpy(file) if suffix == ".npy" else self._read_pillow(file)
-            self.pixels = self._one_channel(pixels)
+            self.pixels = self._arranged(pixels)
         except Exception as error:  # decoders raise all kinds
             raise BrokenFile(self.name, error) from error
-        self.size: tuple[int, int] = self.pixels.shape  # height, width
+        self.size: tuple[int, int] = self.pixels.shape[:2]  # height, width
 
-    def _one_channel(self, pixels: np.ndarray) -> np.ndarray:
+    def _arranged(self, pixels: np.ndarray) -> np.ndarray:
         """(H, W) of what was stored as (H, W), (1, H, W) or (H, W, 1)."""
-        if pixels.dtype.kind not in "fiu":
-            raise TypeError(f"{self.kind} has dtype {pixels.dtype}; expected integers or floating-point numbers")
+        self._check_dtype(pixels)
         if pixels.ndim == 3 and 1 in (pixels.shape[0], pixels.shape[2]):
             pixels = pixels.squeeze(0 if pixels.shape[0] == 1 else 2)
         if pixels.ndim != 2 or pixels.size == 0:
             raise ValueError(f"{self.kind} has shape {pixels.shape}; expected one channel, (H, W)")
         return pixels
+
+    def _check_dtype(self, pixels: np.ndarray) -> None:
+        if pixels.dtype.kind not in "fiu":
+            raise TypeError(f"{self.kind} has dtype {pixels.dtype}; expected integers or floating-point numbers")
 
     def _read_pillow(self, file: io.BytesIO) -> np.ndarray:
         with limits.open_image(file) as image:
@@ -63,7 +71,43 @@ class MapFile:
                     f"{self.kind} is a colour image ({image.mode}); expected one channel, such as "
                     f"{'8-bit grey or a palette' if self.palette else '16-bit grey'}"
                 )
+            pages = full_pages(image)
+            if len(pages) > 1:
+                raise ValueError(f"{self.kind} has {len(pages)} pages; expected one")
             return np.array(image)
+
+
+def full_pages(image: Image.Image) -> list[int]:
+    """The pages of a TIFF that are no smaller versions of another one; the first one of other formats."""
+    if image.format != "TIFF":
+        return [0]
+    pages = []
+    for number in range(image.n_frames):
+        image.seek(number)
+        if not image.tag_v2.get(SUBFILE, 0) & REDUCED:
+            pages.append(number)
+    image.seek(0)
+    return pages
+
+
+def class_ids(pixels: np.ndarray) -> np.ndarray:
+    """The integers of a label map; what has two values are 0 and 1.
+
+    Raises:
+        TypeError: they are no integers.
+    """
+    if pixels.dtype.kind == "b":
+        pixels = pixels.astype(np.uint8)
+    if pixels.dtype.kind not in "iu":
+        raise TypeError(f"label map has dtype {pixels.dtype}; expected integers, the ids of classes")
+    return pixels
+
+
+def out_of_range(pixels: np.ndarray) -> str:
+    """What a message says of the ids of these pixels."""
+    ids, counts = np.unique(pixels, return_counts=True)
+    named = [f"{id} ({count} pixels)" for id, count in zip(ids[:NAMED], counts[:NAMED], strict=True)]
+    return f"class ids out of range: {', '.join(named)}{', ...' if len(ids) > NAMED else ''}"
 
 
 def _read_numpy(file: io.BytesIO) -> np.ndarray:
@@ -88,7 +132,10 @@ def _read_exr(name: str, content: bytes | None) -> np.ndarray:
         first, last = exr.header()["dataWindow"]
         limits.check_pixels(int(last[1]) - int(first[1]) + 1, int(last[0]) - int(first[0]) + 1)
     with OpenEXR.File(name) as exr:
-        channels = exr.channels()
-        if len(channels) != 1:
-            raise ValueError(f"map has the channels {', '.join(channels)}; expected one")
-        return next(iter(channels.values())).pixels
+        channels = exr.channels()  # R, G and B are one, "RGB"
+        planes = [channels[name].pixels for name in channels]
+    if len(planes) == 1:
+        return planes[0]
+    if any(plane.ndim != 2 or plane.shape != planes[0].shape for plane in planes):
+        raise ValueError(f"has the channels {', '.join(channels)}; expected R, G and B, or others of one size")
+    return np.stack(planes, -1)

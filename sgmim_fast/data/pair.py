@@ -14,11 +14,15 @@ from torchvision.transforms.v2 import functional as F
 
 
 class Structure(tv_tensors.Mask):
-    """A structure map (1, H, W), float32, NaN where it has no value.
+    """A structure map (C, H, W), float32, NaN where it has no value.
 
     torchvision's v2 transforms crop, mirror and resize it with its image. It is never interpolated, so a missing value
     spoils no neighbour: each new pixel is the old one that lies under its centre.
     """
+
+
+class Normals(Structure):
+    """Surface normals (3, H, W): x points along the rows, and changes its sign where the map is mirrored."""
 
 
 def resample(pixels: Tensor, box: Sequence[float], size: int | Sequence[int]) -> Tensor:
@@ -52,18 +56,25 @@ def _resize(
     return tv_tensors.wrap(plain, like=structure)
 
 
+@F.register_kernel(F.horizontal_flip, Normals)
+def _flip(normals: Normals, *_: Any, **__: Any) -> Normals:
+    plain = normals.as_subclass(Tensor).flip(-1)
+    plain[0].neg_()
+    return tv_tensors.wrap(plain, like=normals)
+
+
 class Item(TypedDict, total=False):
     """What every data set here gives; default_collate makes a batch of plain tensors of it."""
 
     image: tv_tensors.Image  # (3, H, W) float32, normalised
-    structure: Structure  # (1, H, W) float32, not standardised, NaN = missing; not of images alone
+    structure: Structure  # (C, H, W) float32, not standardised, NaN = missing; not of images alone
     name: str
     skipped: str  # broken files in whose place this item stands, separated by newlines
     labels: tv_tensors.Mask  # (H, W) int64; of `Scenes`, where asked for
 
 
-def make_item(tensors: Sequence[Tensor], name: str, skipped: Sequence[str] = ()) -> Item:
-    """The item of what a transform returned: image, and perhaps structure, and perhaps labels.
+def make_item(tensors: Sequence[Tensor], name: str, skipped: Sequence[str] = (), channels: int = 1) -> Item:
+    """The item of what a transform returned: image, and perhaps structure of so many channels, and perhaps labels.
 
     Raises:
         TypeError: the transform returned something else.
@@ -72,7 +83,7 @@ def make_item(tensors: Sequence[Tensor], name: str, skipped: Sequence[str] = ())
     check_tensor("image", image, torch.float32, (3,))
     item = Item(image=image, name=name, skipped="\n".join(skipped))
     if maps:
-        check_tensor("structure", maps[0], torch.float32, (1,))
+        check_tensor("structure", maps[0], torch.float32, (channels,))
         item["structure"] = maps[0]
     if len(maps) > 1:
         item["labels"] = maps[1]

@@ -21,6 +21,7 @@ from sgmim_fast.data.pair import Item, make_item
 from sgmim_fast.data.report import BrokenFile, DataError, Report
 from sgmim_fast.data.seeding import Seeded, seeded
 from sgmim_fast.data.structure_file import StructureFile
+from sgmim_fast.data.structure_kind import DEPTH, StructureKind
 from sgmim_fast.data.tar_files import files
 from sgmim_fast.data.transform import Normalize, transformed
 
@@ -45,6 +46,7 @@ class ShardPairs(Seeded, IterableDataset):
         shuffle: samples that a worker keeps to draw from; 0: shards are read in order.
         seed: of order and transform.
         missing: integer that means "no value" in maps; None: none does.
+        kind: what the maps hold.
 
     Raises:
         DataError: a local shard is not there, or the first shard has no pair; on iterating: fewer shards than workers,
@@ -61,6 +63,7 @@ class ShardPairs(Seeded, IterableDataset):
         shuffle: int = 1000,
         seed: int = 0,
         missing: float | None = 0,
+        kind: StructureKind = DEPTH,
     ) -> None:
         super().__init__(seed)
         if length is not None and length < 1:
@@ -73,6 +76,7 @@ class ShardPairs(Seeded, IterableDataset):
         ]
         self.transform = Normalize() if transform is None else transform
         self.length, self.structure, self.shuffle, self.missing = length, structure, shuffle, missing
+        self.kind = kind
         self.report = Report(used=length or 0)
         self._try_first()
 
@@ -147,7 +151,7 @@ class ShardPairs(Seeded, IterableDataset):
                 name, *pair = self._files(sample)
                 with seeded(self.seed, epoch, number, zlib.crc32(name.encode())):
                     tensors = transformed(self.transform, *pair)
-                yield make_item(tensors, name, skipped)
+                yield make_item(tensors, name, skipped, self.kind.stored)
                 skipped.clear()
             except BrokenFile as broken:
                 skipped.append(broken.line)
@@ -198,7 +202,7 @@ class ShardPairs(Seeded, IterableDataset):
             raise BrokenFile(name, f"has no {'image' if image is None else 'structure map'}")
         image_file = ImageFile(name + image, sample[image[1:]])
         content = sample[self.structure + structure]
-        structure_file = StructureFile(f"{name}.{self.structure}{structure}", content, missing=self.missing)
+        structure_file = self.kind.read(f"{name}.{self.structure}{structure}", content, missing=self.missing)
         structure_file.check_shape(image_file.size)
         return name, image_file, structure_file
 

@@ -7,15 +7,20 @@ from collections.abc import Sequence
 from itertools import islice
 
 import matplotlib
+import matplotlib.colors
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from sgmim_fast.data.pair import Item
 from sgmim_fast.data.report import DataError
+from sgmim_fast.data.structure_kind import DEPTH, Depth, StructureKind
 
 MISSING = "magenta"  # not in the colour map
+MISSING_RGB = torch.tensor(matplotlib.colors.to_rgb(MISSING))[:, None, None]
 ACROSS = 4  # pairs
 
 
@@ -26,6 +31,7 @@ def sheet(
     *,
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    kind: StructureKind = DEPTH,
 ) -> None:
     """Draws pairs as a picture: each image beside its structure map, whose missing values are magenta.
 
@@ -34,6 +40,7 @@ def sheet(
         path: of the picture; the suffix tells the format.
         count: how many pairs.
         mean, std: what the images were normalised with.
+        kind: what the maps hold.
 
     Raises:
         DataError: there are no pairs.
@@ -57,8 +64,13 @@ def sheet(
         axis[0].set_title(item["name"][-40:], fontsize=7)
         if "structure" not in item:
             continue
-        structure = item["structure"][0].numpy()
-        axis[1].imshow(np.ma.masked_invalid(structure), cmap=colours, interpolation="nearest")
-        missing = np.mean(~np.isfinite(structure))
+        structure = item["structure"].as_subclass(Tensor)
+        if isinstance(kind, Depth):  # on its own scale
+            axis[1].imshow(np.ma.masked_invalid(structure[0].numpy()), cmap=colours, interpolation="nearest")
+        else:
+            picture = kind.colours(kind.standardize(structure[None])[0])[0]
+            absent = ~structure.isfinite().all(0)
+            axis[1].imshow(picture.where(~absent, MISSING_RGB).permute(1, 2, 0).numpy(), interpolation="nearest")
+        missing = float((~structure.isfinite()).float().mean())
         axis[1].set_title(f"{missing:.0%} missing" if missing else "", fontsize=7)
     figure.savefig(path, dpi=100)

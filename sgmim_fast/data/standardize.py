@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from sgmim_fast.ops import standardize_structure
@@ -27,12 +23,3 @@ def standardize_valid(structure: Tensor, limit: float | None = None) -> tuple[Te
     if limit is not None:
         standardized = standardized.clamp_(-limit, limit)
     return standardized, structure.isfinite()
-
-
-def structure_of(
-    batch: Mapping[str, Any], device: torch.device, limit: float | None
-) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """`standardize_valid` of a batch's maps, on the device; (None, None) where it has none, as SimMIM's may."""
-    if "structure" not in batch:
-        return None, None
-    return standardize_valid(batch["structure"].to(device, non_blocking=True), limit)

@@ -41,21 +41,29 @@ class StructureFile(MapFile):
 
     def _check_values(self) -> None:
         """Raises BrokenFile where the map has one value everywhere, or none: there is nothing to learn from it."""
-        for pixels in (self.pixels[::SPARSE, ::SPARSE], self.pixels):  # nearly always some of them differ
-            valid = pixels[np.isfinite(pixels) if pixels.dtype.kind == "f" else pixels != self.missing]
-            if valid.size and (valid != valid[0]).any():
-                return
-        if valid.size:
-            raise BrokenFile(self.name, f"{self.kind} is {valid[0]:g} wherever it has a value: constant")
-        value = "is NaN or infinite" if pixels.dtype.kind == "f" else f"is {self.missing:g}, missing,"
+        found = [self._varies(plane) for plane in np.moveaxis(np.atleast_3d(self.pixels), 2, 0)]
+        if None in found:
+            return
+        for value in found:
+            if np.isfinite(value):
+                raise BrokenFile(self.name, f"{self.kind} is {value:g} wherever it has a value: constant")
+        value = "is NaN or infinite" if self.pixels.dtype.kind == "f" else f"is {self.missing:g}, missing,"
         raise BrokenFile(self.name, f"{self.kind} {value} everywhere")
 
+    def _varies(self, plane: np.ndarray) -> float | None:
+        """The one value of a plane that has one, NaN of one that has none, None of others."""
+        for pixels in (plane[::SPARSE, ::SPARSE], plane):  # nearly always some of them differ
+            valid = pixels[np.isfinite(pixels) if pixels.dtype.kind == "f" else pixels != self.missing]
+            if valid.size and (valid != valid[0]).any():
+                return None
+        return float(valid[0]) if valid.size else np.nan
+
     def decode(self) -> Structure:
-        """The whole map, (1, H, W)."""
+        """The whole map, (C, H, W), C = 1."""
         return self._to_structure(self.pixels)
 
     def resample(self, box: Sequence[float], size: int) -> Structure:
-        """The box (top, left, height, width) as (1, size, size); only those pixels are converted."""
+        """The box (top, left, height, width) as (C, size, size); only those pixels are converted."""
         rows, columns = under_centres(box, (size, size), self.size)
         return self._to_structure(self.pixels[rows].take(columns, 1))
 
@@ -66,10 +74,14 @@ class StructureFile(MapFile):
         if abs(height * map_width / (width * map_height) - 1) > slack:
             raise BrokenFile(
                 self.name,
-                f"structure map is {map_height}×{map_width}, its image {height}×{width}; expected the same shape",
+                f"{self.kind} is {map_height}×{map_width}, its image {height}×{width}; expected the same shape",
             )
 
     def _to_structure(self, pixels: np.ndarray) -> Structure:
+        return Structure(torch.from_numpy(self._values(pixels)[None]))
+
+    def _values(self, pixels: np.ndarray) -> np.ndarray:
+        """float32, NaN where there is no value."""
         values = pixels.astype(np.float32)
         if pixels.dtype.kind == "f":
             values[~np.isfinite(values)] = np.nan
@@ -77,4 +89,4 @@ class StructureFile(MapFile):
             values /= 2 ** (8 * min(pixels.itemsize, 2))
             if self.missing is not None:
                 values[pixels == self.missing] = np.nan
-        return Structure(torch.from_numpy(values)[None])
+        return values

@@ -18,6 +18,8 @@ from sgmim_fast.train.settings import OF_EVERY_RUN_0, OF_EVERY_RUN_1, at_least
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
+    from sgmim_fast.data import StructureKind
+
 
 def create_model(config: Config) -> SGMIM:
     """The model, its parameters drawn from torch's default generator.
@@ -41,6 +43,7 @@ def create_model(config: Config) -> SGMIM:
             encoder,
             settings.stride,
             guidance=settings.guidance,
+            structure_channels=structure_kind(config).channels,
             hidden_context=settings.hidden_context,
             position_embedding=settings.position_embedding,
             accelerate=settings.accelerate,
@@ -67,6 +70,7 @@ def check(config: Config) -> None:
             raise UserError(
                 f"data.size is {size}, no multiple of {name} {step}; next that fit: {' or '.join(map(str, fitting))}"
             )
+    structure_kind(config)
     if config.data.limit is not None and config.data.limit <= 0:
         raise UserError(f"data.limit is {config.data.limit}; expected more than 0, or null for none")
     if not 0 < config.mask.ratio < 1:
@@ -77,6 +81,32 @@ def check(config: Config) -> None:
     shown = masks.read_shown(config.mask.shown)
     if shown not in SHOWN if isinstance(shown, str) else not 0 <= shown <= 1:
         raise UserError(f"mask.shown is {config.mask.shown!r}; expected {', '.join(SHOWN)} or a share between 0 and 1")
+
+
+def structure_kind(config: Config) -> StructureKind:
+    """What the structure maps hold.
+
+    Raises:
+        UserError: a number that it needs is missing, or one is given that it does not have.
+    """
+    from sgmim_fast import data
+
+    settings = config.data
+    kind = settings.structure_kind
+    for name, of, least in (("channels", "channels", 1), ("classes", "semantic", 2)):
+        value = getattr(settings, name)
+        if kind == of and (value is None or value < least):
+            found = "missing" if value is None else str(value)
+            raise UserError(f"data.{name} is {found}; expected the number of {name}, at least {least}, for {kind} maps")
+        if kind != of and value is not None:
+            raise UserError(
+                f"data.{name} is {value} with data.structure_kind {kind}; expected data.structure_kind={of} with it"
+            )
+    if kind == "semantic":
+        return data.Semantic(settings.classes, settings.ignore)
+    if kind == "normals":
+        return data.Surface()
+    return data.Depth(limit=settings.limit) if kind == "depth" else data.Channels(settings.channels, settings.limit)
 
 
 def check_windows(model: object, size: int) -> None:
@@ -113,20 +143,27 @@ def create_dataset(config: Config) -> Dataset:
             f"the images come from {found} of data.images with data.structure, data.shards, data.scenes; expected one: "
             "--images DIR --structure DIR, --shards TARS or --set data.scenes=1000"
         )
+    kind = structure_kind(config)
     if settings.scenes:
+        if kind.name != "depth":
+            raise UserError(
+                f"data.structure_kind is {kind.name} with data.scenes, which have depth; expected --images DIR and "
+                "--structure DIR, or --shards TARS"
+            )
         return data.Scenes(settings.scenes, settings.size, seed=seed)
     transform = data.PairTransform(settings.size, scale=settings.scale, ratio=settings.ratio, flip=settings.flip)
     guided = config.model.guidance  # SimMIM needs no maps
     if settings.shards is not None:
         if settings.epoch_images is None:
             raise UserError("data.epoch_images is missing; with shards it says how many images count as an epoch")
-        structure = "depth" if guided else None
+        structure = kind.name if guided else None
         options = {"length": settings.epoch_images, "seed": seed, "missing": settings.missing, "structure": structure}
-        return data.ShardPairs(settings.shards, transform, **options)
+        return data.ShardPairs(settings.shards, transform, kind=kind, **options)
     for name in ("images", "structure") if guided else ("images",):
         if getattr(settings, name) is None:
             raise UserError(
                 f"data.{name} is missing; expected --images DIR and --structure DIR together, or "
                 "--set model.guidance=false for SimMIM, which needs images alone"
             )
-    return data.FolderPairs(settings.images, settings.structure, transform, seed=seed, missing=settings.missing)
+    structure = settings.structure if guided else None
+    return data.FolderPairs(settings.images, structure, transform, seed=seed, missing=settings.missing, kind=kind)

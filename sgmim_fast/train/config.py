@@ -32,7 +32,11 @@ class Data:
     val_images: str | None = None  # or a folder of images of its own for that
     val_structure: str | None = None  # and the mirrored folder of maps
     missing: float | None = 0.0  # integer that means "no value" in maps; None: none does
-    limit: float | None = None  # standardised maps are cut off at ± this; None, as published: nowhere
+    structure_kind: Literal["depth", "channels", "normals", "semantic"] = "depth"  # what maps hold: docs/DATA.md
+    channels: int | None = None  # of maps of the kind "channels"
+    classes: int | None = None  # in maps of the kind "semantic"
+    ignore: int | None = 255  # id in those that means that no class is known; None: none does
+    limit: float | None = None  # standardised depth and channels are cut off at ± this; None, as published: nowhere
     size: int = 192  # pixels along an image
     scale: tuple[float, float] = (0.67, 1.0)  # area of a crop, share of the image's
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width by height of a crop

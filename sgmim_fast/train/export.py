@@ -99,7 +99,9 @@ def _data(settings: Data) -> str:
         return "procedural scenes with exact depth"
     if settings.shards is not None:
         return f"shards {settings.shards}"
-    return f"images of {settings.images}, structure maps of {settings.structure}"
+    if settings.structure is None:
+        return f"images of {settings.images}"
+    return f"images of {settings.images}, structure maps ({settings.structure_kind}) of {settings.structure}"
 
 
 def _without(config: Config) -> str:

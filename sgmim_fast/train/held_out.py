@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from sgmim_fast.data import PairTransform, Scenes, structure_of
+from sgmim_fast.data import PairTransform, Scenes, StructureKind, structure_of
 from sgmim_fast.data.pairs import Pairs
 from sgmim_fast.errors import UserError
 from sgmim_fast.model import SGMIM
@@ -91,7 +91,7 @@ def losses(model: SGMIM, dataset: Dataset, config: Config, accelerator: Accelera
     model.eval()
     for start, first, items in zip(starts, firsts, batches, strict=True):
         mask = masks.part(drawn, first, len(items["image"]))
-        found = _losses(model, items, mask, config.data.limit, accelerator)
+        found = _losses(model, items, mask, build.structure_kind(config), accelerator)
         if start == first:
             total += len(items["image"]) * torch.stack([*found, torch.ones_like(found[0])])
     model.train(training)
@@ -103,10 +103,10 @@ def _losses(
     model: SGMIM,
     items: dict[str, Tensor],
     mask: masks.SelectiveMask,
-    limit: float | None,
+    kind: StructureKind,
     accelerator: Accelerator,
 ) -> tuple[Tensor, ...]:
     images = items["image"].to(accelerator.device)
-    structure, valid = structure_of(items, accelerator.device, limit)
+    structure, valid = structure_of(items, accelerator.device, kind)
     with accelerator.autocast():
         return model(images, structure, mask, return_losses=True, structure_valid=valid)

@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import torch
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from sgmim_fast.data import structure_of
+from sgmim_fast.data import StructureKind, structure_of
+from sgmim_fast.data.structure_kind import DEPTH
 from sgmim_fast.model import SGMIM
 from sgmim_fast.reference import pixel_mask
-from sgmim_fast.train import masks
+from sgmim_fast.train import build, masks
 from sgmim_fast.train.config import Config
 
 # by which the images were normalised
@@ -24,7 +23,7 @@ MEAN, STD = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])[:, :, No
 
 
 class Panels(NamedTuple):
-    """What is drawn, on the CPU: (B, 3, H, W) normalised, (B, 1, H, W) standardised, bool."""
+    """What is drawn, on the CPU: (B, 3, H, W) normalised, (B, C, H, W) standardised, bool."""
 
     images: Tensor
     hidden: Tensor  # (B, 1, H, W), True where the image was masked
@@ -41,7 +40,7 @@ def panels(model: SGMIM, batch: dict[str, Any], config: Config, device: torch.de
     training = model.training
     model.eval()
     images = batch["image"].to(device)
-    structure, valid = structure_of(batch, device, config.data.limit)
+    structure, valid = structure_of(batch, device, build.structure_kind(config))
     mask = masks.draw(config.mask, config.data.size, len(images), config.run.seed, 0, device)
     image, guess = model.predict(images, structure, mask, structure_valid=valid)
     model.train(training)
@@ -50,15 +49,11 @@ def panels(model: SGMIM, batch: dict[str, Any], config: Config, device: torch.de
     return Panels(*(None if t is None else t.cpu() for t in found))
 
 
-def grid(found: Panels, path: Path, title: str = "") -> None:
+def grid(found: Panels, path: Path, title: str = "", kind: StructureKind = DEPTH) -> None:
     """One row per pair. Grey is hidden, white is not known; predictions stand only where they were asked for."""
 
     def colours(image: Tensor) -> Tensor:
         return (image * STD + MEAN).clamp(0, 1)
-
-    def heat(structure: Tensor) -> Tensor:  # the same scale in all panels
-        rgba = matplotlib.colormaps["inferno"](Normalize(-2, 2)(structure[:, 0].numpy()))
-        return torch.from_numpy(rgba[..., :3]).permute(0, 3, 1, 2).float()
 
     grey, white = torch.full((3, 1, 1), 0.6), torch.ones(3, 1, 1)
     columns = {
@@ -67,10 +62,10 @@ def grid(found: Panels, path: Path, title: str = "") -> None:
         "reconstruction": colours(found.image).where(found.hidden, colours(found.images)),
     }
     if found.guess is not None:
-        truth = heat(found.structure).where(found.valid, white)
+        truth = kind.colours(found.structure).where(found.valid.all(1, keepdim=True), white)
         columns |= {
             "structure shown": truth.where(found.shown, grey),
-            "structure predicted": heat(found.guess).where(~found.hidden, truth),
+            "structure predicted": kind.colours(found.guess).where(~found.hidden, truth),
             "structure truth": truth,
         }
     rows = len(found.images)

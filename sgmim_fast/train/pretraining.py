@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from sgmim_fast.data import sheet, structure_of
+from sgmim_fast.data import StructureKind, sheet, structure_of
 from sgmim_fast.model import SGMIM
 from sgmim_fast.train import build, export, held_out, log, masks, optimizer, pictures
 from sgmim_fast.train.config import Config
@@ -29,6 +30,10 @@ class Pretraining(Task):
     losses = ("loss", "image_loss", "structure_loss")
     tested_each_epoch = True
     held_out: Dataset | None = None  # what is tested on; `create_dataset` sets it
+
+    @cached_property
+    def kind(self) -> StructureKind:
+        return build.structure_kind(self.config)
 
     @property
     def tested(self) -> bool:
@@ -67,7 +72,7 @@ class Pretraining(Task):
     ) -> Sequence[Tensor]:
         device = accelerator.device
         images = batch["image"].to(device, non_blocking=True)
-        structure, valid = structure_of(batch, device, self.config.data.limit)
+        structure, valid = structure_of(batch, device, self.kind)
         mask = masks.part(drawn, first, len(images))
         with accelerator.autocast():
             return model(images, structure, mask, return_losses=True, structure_valid=valid)
@@ -92,7 +97,7 @@ class Pretraining(Task):
             return pictures.panels(model, examples, self.config, accelerator.device)
 
     def save_picture(self, found: pictures.Panels, path: Path, title: str) -> None:
-        pictures.grid(found, path, f"held out, {title}" if self.tested else title)
+        pictures.grid(found, path, f"held out, {title}" if self.tested else title, self.kind)
 
     def describe(self, model: SGMIM) -> str:
         parameters, encoder = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, model.encoder))
@@ -104,7 +109,7 @@ class Pretraining(Task):
             for _ in tqdm(dataset.verify(), "reading", len(dataset), unit="pair", disable=not sys.stderr.isatty()):
                 pass
         path = folder / "pairs.png"
-        sheet(dataset, path)
+        sheet(dataset, path, kind=self.kind)
         return f"{path} shows some pairs"
 
     def finish(self, folder: Path, lines: list[dict[str, Any]]) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from sgmim_fast.errors import UserError
 from sgmim_fast.train import loader, pictures
-from sgmim_fast.train.build import create_dataset
+from sgmim_fast.train.build import create_dataset, structure_kind
 from sgmim_fast.train.runs import find, load
 
 
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = pictures.panels(load(saved).to(device), batch, config, device)
     try:
-        pictures.grid(found, args.out, f"{args.run}, step {saved.facts['step']}")
+        pictures.grid(found, args.out, f"{args.run}, step {saved.facts['step']}", structure_kind(config))
     except (OSError, ValueError) as error:  # matplotlib says with ValueError which endings it knows
         raise UserError(f"cannot write {args.out}: {error}") from error
     print(f"wrote {args.out}")

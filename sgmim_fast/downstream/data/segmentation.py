@@ -13,7 +13,7 @@ from torchvision import tv_tensors
 
 from sgmim_fast.data.files import find_files, match
 from sgmim_fast.data.image_file import IMAGE_SUFFIXES
-from sgmim_fast.data.map_file import MapFile
+from sgmim_fast.data.map_file import MapFile, class_ids, out_of_range
 from sgmim_fast.data.report import DataError
 from sgmim_fast.downstream.data.dense import DensePairs
 from sgmim_fast.downstream.data.lists import only_listed
@@ -21,7 +21,6 @@ from sgmim_fast.errors import UserError
 
 LABEL_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".bmp", ".gif")  # a JPEG's values are not those that were stored
 IGNORED = 255  # in items
-NAMED = 3  # ids that a message names
 
 
 class LabelFile(MapFile):
@@ -30,12 +29,8 @@ class LabelFile(MapFile):
     kind = "label map"
     palette = True
 
-    def _one_channel(self, pixels: np.ndarray) -> np.ndarray:
-        if pixels.dtype.kind == "b":
-            pixels = pixels.astype(np.uint8)
-        if pixels.dtype.kind not in "iu":
-            raise TypeError(f"label map has dtype {pixels.dtype}; expected integers, the ids of classes")
-        return super()._one_channel(pixels)
+    def _arranged(self, pixels: np.ndarray) -> np.ndarray:
+        return super()._arranged(class_ids(pixels))
 
     def decode(self, classes: int, ignore: int | None, reduce_zero: bool) -> tv_tensors.Mask:
         """(H, W) int64, 0 to classes - 1, 255 = ignored; see `SegmentationFolders`.
@@ -50,14 +45,11 @@ class LabelFile(MapFile):
             labels -= 1
         outside = ~ignored & ((labels < 0) | (labels >= classes))
         if outside.any():
-            raise DataError(f"{self.name}: {self._outside(outside)}; {_expected(classes, ignore, reduce_zero)}")
+            raise DataError(
+                f"{self.name}: {out_of_range(self.pixels[outside])}; {_expected(classes, ignore, reduce_zero)}"
+            )
         labels[ignored] = IGNORED
         return tv_tensors.Mask(torch.from_numpy(labels))
-
-    def _outside(self, outside: np.ndarray) -> str:
-        ids, counts = np.unique(self.pixels[outside], return_counts=True)
-        named = [f"{id} ({count} pixels)" for id, count in zip(ids[:NAMED], counts[:NAMED], strict=True)]
-        return f"class ids out of range: {', '.join(named)}{', ...' if len(ids) > NAMED else ''}"
 
 
 def _expected(classes: int, ignore: int | None, reduce_zero: bool) -> str:

@@ -1,0 +1,199 @@
+"""Structure maps that are not one channel of depth: several channels, surface normals, class ids."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sgmim_fast.data import limits
+from sgmim_fast.data.map_file import class_ids, full_pages, out_of_range
+from sgmim_fast.data.pair import Normals, Structure
+from sgmim_fast.data.report import BrokenFile
+from sgmim_fast.data.structure_file import SPARSE, StructureFile
+
+# of a PNG: where the number of bits is, and modes of Pillow that are several channels
+BITS_OF_PNG, BANDS = 24, ("LA", "RGB", "RGBA", "RGBX")
+BITS = 258  # tag of TIFF
+SHORTEST, UNIT = 0.1, (0.9, 1.1)  # lengths: shorter ones are no normals, and the median of a map's is in that range
+
+
+class ChannelsFile(StructureFile):
+    """A structure map of several channels.
+
+    .npy of (C, H, W) or (H, W, C); PNG in grey and alpha, RGB or RGBA, of 8 or 16 bits, whose alpha is a channel as
+    others are; TIFF of so many grey pages, or of RGB(A) of 8 bits; EXR. Integers are divided as `StructureFile` says.
+
+    Args:
+        channels: their number.
+        name, content, missing: see `StructureFile`; a channel may miss a value where another has one.
+
+    Raises:
+        BrokenFile: whatever is wrong with the file, such as another number of channels.
+    """
+
+    def __init__(
+        self,
+        name: str | os.PathLike[str],
+        content: bytes | None = None,
+        *,
+        channels: int,
+        missing: float | None = 0,
+    ) -> None:
+        self.channels = channels
+        super().__init__(name, content, missing=missing)
+
+    def _arranged(self, pixels: np.ndarray) -> np.ndarray:
+        """(H, W, C)."""
+        self._check_dtype(pixels)
+        if pixels.ndim == 2:
+            pixels = pixels[None]
+        if pixels.ndim == 3 and pixels.shape[0] == self.channels:
+            pixels = np.moveaxis(pixels, 0, 2)
+        if pixels.ndim != 3 or pixels.shape[2] != self.channels or pixels.size == 0:
+            raise ValueError(
+                f"{self.kind} has shape {pixels.shape}; expected {self.channels} channels, "
+                f"({self.channels}, H, W) or (H, W, {self.channels})"
+            )
+        return pixels
+
+    def _read_pillow(self, file: io.BytesIO) -> np.ndarray:
+        with limits.open_image(file) as image:
+            if image.format == "TIFF":
+                return _read_pages(image, self.kind)
+            if image.mode in BANDS and image.format == "PNG" and file.getvalue()[BITS_OF_PNG] == 16:
+                return _read_deep_png(file.getvalue())
+            return _plain(image, self.kind)
+
+    def _to_structure(self, pixels: np.ndarray) -> Structure:
+        return Structure(torch.from_numpy(np.ascontiguousarray(np.moveaxis(self._values(pixels), 2, 0))))
+
+
+def _read_deep_png(content: bytes) -> np.ndarray:
+    """(C, H, W) of a PNG in colour of 16 bits, of which Pillow would give the upper 8."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torchvision means to drop it
+        try:
+            from torchvision.io import ImageReadMode, decode_image
+        except ImportError:
+            raise ValueError("is a PNG in colour of 16 bits, which this torchvision does not read; use .npy") from None
+        return decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.UNCHANGED).numpy()
+
+
+def _plain(image: Image.Image, kind: str) -> np.ndarray:
+    if image.mode == "P" or (image.mode not in BANDS and len(image.getbands()) != 1):
+        raise TypeError(f"{kind} is an image with the mode {image.mode}; expected grey, RGB or RGBA, or .npy")
+    return np.array(image)
+
+
+def _read_pages(image: Image.Image, kind: str) -> np.ndarray:
+    pages = []
+    for number in full_pages(image):
+        image.seek(number)
+        limits.check_pixels(image.height, image.width * (len(pages) + 1))
+        if image.mode in BANDS and max(image.tag_v2.get(BITS, (8,))) > 8:
+            raise ValueError(
+                f"{kind} is a TIFF in colour of more than 8 bits; expected a page for each channel, or .npy"
+            )
+        pages.append(_plain(image, kind))
+    if len({page.shape for page in pages}) > 1:
+        raise ValueError(f"{kind} has pages of different sizes; expected one for each channel")
+    return pages[0] if len(pages) == 1 else np.stack(pages)
+
+
+class NormalsFile(ChannelsFile):
+    """Surface normals: x to the right, whatever the directions of y and z.
+
+    Integers of 8 or 16 bits hold (n + 1) / 2 of their range; pixels that are `missing` in all channels, vectors near 0,
+    NaN and infinities have no value. What is read has unit length.
+
+    Raises:
+        BrokenFile: whatever is wrong with the file, such as vectors that are no unit vectors.
+    """
+
+    kind = "map of normals"
+
+    def __init__(
+        self, name: str | os.PathLike[str], content: bytes | None = None, *, missing: float | None = 0
+    ) -> None:
+        super().__init__(name, content, channels=3, missing=missing)
+
+    def _check_values(self) -> None:
+        for pixels in (self.pixels[::SPARSE, ::SPARSE], self.pixels):
+            _, lengths = self._vectors(pixels)
+            valid = lengths[lengths > SHORTEST]
+            if valid.size:
+                break
+        else:
+            raise BrokenFile(self.name, f"{self.kind} has no vector longer than {SHORTEST} anywhere")
+        middle = float(np.median(valid))
+        if not UNIT[0] <= middle <= UNIT[1]:
+            raise BrokenFile(
+                self.name,
+                f"{self.kind} has vectors of length {middle:.2g} (median); expected 1, with integers as (n + 1) / 2 of "
+                "their range, floating-point numbers from -1 to 1",
+            )
+
+    def _check_dtype(self, pixels: np.ndarray) -> None:
+        super()._check_dtype(pixels)
+        if pixels.dtype.kind != "f" and pixels.dtype not in (np.uint8, np.uint16):
+            raise TypeError(f"{self.kind} has dtype {pixels.dtype}; expected uint8, uint16 or floating-point numbers")
+
+    def _vectors(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(h, w, 3) float32, and their lengths, 0 where there is no value."""
+        vectors = pixels.astype(np.float32)
+        known = np.isfinite(vectors).all(2)
+        if pixels.dtype.kind != "f":
+            vectors = vectors * (2 / np.iinfo(pixels.dtype).max) - 1
+            if self.missing is not None:
+                known = (pixels != self.missing).any(2)
+        lengths = np.linalg.norm(np.where(known[..., None], vectors, 0), axis=2)
+        return vectors, lengths
+
+    def _to_structure(self, pixels: np.ndarray) -> Normals:
+        vectors, lengths = self._vectors(pixels)
+        lengths[~(lengths > SHORTEST)] = np.nan
+        return Normals(torch.from_numpy(np.ascontiguousarray(np.moveaxis(vectors / lengths[..., None], 2, 0))))
+
+
+class SemanticFile(StructureFile):
+    """Class ids from 0 to classes - 1: grey of 8 or 16 bits, the indices of a palette image, .npy of integers.
+
+    Args:
+        classes: their number.
+        ignore: the id that means that no class is known; None: none does.
+
+    Raises:
+        BrokenFile: whatever is wrong with the file, such as an id out of range.
+    """
+
+    kind = "label map"
+    palette = True
+
+    def __init__(
+        self, name: str | os.PathLike[str], content: bytes | None = None, *, classes: int, ignore: int | None = 255
+    ) -> None:
+        self.classes = classes
+        super().__init__(name, content, missing=ignore)
+
+    def _arranged(self, pixels: np.ndarray) -> np.ndarray:
+        return super()._arranged(class_ids(pixels))
+
+    def _check_values(self) -> None:
+        known = np.ones(self.size, bool) if self.missing is None else self.pixels != self.missing
+        outside = self.pixels[known & ((self.pixels < 0) | (self.pixels >= self.classes))]
+        if outside.size:
+            void = "" if self.missing is None else f", or {self.missing} for none"
+            raise BrokenFile(self.name, f"{out_of_range(outside)}; expected 0 to {self.classes - 1}{void}")
+        if not known.any():
+            raise BrokenFile(self.name, f"{self.kind} is {self.missing}, no class, everywhere")
+
+    def _values(self, pixels: np.ndarray) -> np.ndarray:
+        ids = pixels.astype(np.float32)
+        if self.missing is not None:
+            ids[pixels == self.missing] = np.nan
+        return ids

@@ -1,0 +1,168 @@
+"""What structure maps hold, and what follows from it: how they are read, standardised and drawn."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import matplotlib
+import torch
+from matplotlib.colors import Normalize
+from torch import Tensor
+
+from sgmim_fast.data.channel_files import ChannelsFile, NormalsFile, SemanticFile
+from sgmim_fast.data.standardize import standardize_valid
+from sgmim_fast.data.structure_file import StructureFile
+
+GOLDEN = 0.618034  # of a circle: hues of neighbouring classes lie far apart
+
+
+class StructureKind(ABC):
+    """What structure maps hold.
+
+    Attributes:
+        name: in settings.
+        channels: of what the model gets, its `structure_channels`.
+        stored: channels of items.
+        word: what messages call a map.
+    """
+
+    name: ClassVar[str]
+    channels: int
+    word: ClassVar[str] = StructureFile.kind
+
+    @property
+    def stored(self) -> int:
+        return self.channels
+
+    @abstractmethod
+    def read(
+        self, name: str | os.PathLike[str], content: bytes | None = None, *, missing: float | None = 0
+    ) -> StructureFile:
+        """A file; see there. Raises BrokenFile."""
+
+    @abstractmethod
+    def standardize(self, structure: Tensor) -> tuple[Tensor, Tensor]:
+        """What the model takes, of maps (B, stored, H, W) with NaN where they have no value; on any device, without
+        waiting for it: (B, channels, H, W) float32, 0 where there is no value, and where there is one, bool."""
+
+    @abstractmethod
+    def colours(self, structure: Tensor) -> Tensor:
+        """A picture of maps as the model takes or predicts them, on the CPU: (B, 3, H, W) from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Channels(StructureKind):
+    """Maps of several channels, each standardised on its own as depth is. Mirrored images have mirrored maps, whose
+    values stay."""
+
+    channels: int
+    limit: float | None = None  # see `standardize_valid`
+    name = "channels"
+
+    def read(
+        self, name: str | os.PathLike[str], content: bytes | None = None, *, missing: float | None = 0
+    ) -> StructureFile:
+        return ChannelsFile(name, content, channels=self.channels, missing=missing)
+
+    def standardize(self, structure: Tensor) -> tuple[Tensor, Tensor]:
+        return standardize_valid(structure, self.limit)
+
+    def colours(self, structure: Tensor) -> Tensor:
+        """Of one channel by a map of colours; of more, the first three as red, green and blue."""
+        shown = Normalize(-2, 2, clip=True)(structure[:, :3].numpy())  # the same scale in all pictures
+        if shown.shape[1] == 1:
+            rgba = matplotlib.colormaps["inferno"](shown[:, 0])
+            return torch.from_numpy(rgba[..., :3]).permute(0, 3, 1, 2).float()
+        rgb = torch.full((len(shown), 3, *shown.shape[2:]), 0.5)
+        rgb[:, : shown.shape[1]] = torch.from_numpy(shown.data)
+        return rgb
+
+
+@dataclass(frozen=True)
+class Depth(Channels):
+    """Depth, disparity, or whatever else is one number for every pixel."""
+
+    channels: int = 1
+    name = "depth"
+
+    def read(
+        self, name: str | os.PathLike[str], content: bytes | None = None, *, missing: float | None = 0
+    ) -> StructureFile:
+        return StructureFile(name, content, missing=missing)
+
+
+DEPTH = Depth()  # as published
+
+
+@dataclass(frozen=True)
+class Surface(StructureKind):
+    """Surface normals. Unit vectors times sqrt(3): the mean square over the channels of a pixel is 1. A deviation taken
+    between deciles would blow up the noise of a wall, which has one normal."""
+
+    channels: int = 3
+    name = "normals"
+    word = NormalsFile.kind
+
+    def read(
+        self, name: str | os.PathLike[str], content: bytes | None = None, *, missing: float | None = 0
+    ) -> StructureFile:
+        return NormalsFile(name, content, missing=missing)
+
+    def standardize(self, structure: Tensor) -> tuple[Tensor, Tensor]:
+        valid = structure.isfinite()
+        return torch.where(valid, structure * math.sqrt(3), 0), valid
+
+    def colours(self, structure: Tensor) -> Tensor:
+        return (structure / math.sqrt(3) / 2 + 0.5).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Semantic(StructureKind):
+    """Classes, one-hot: (1 - m) / d in the channel of the class, -m / d in the others, m = 1 / classes and
+    d = sqrt(m (1 - m)), so that mean and variance over the channels of a pixel are 0 and 1. A class on less than a
+    tenth of an image has no deviation between deciles at all.
+
+    Items hold ids, (1, H, W); the channels are made on the device.
+    """
+
+    channels: int  # classes
+    ignore: int | None = 255  # the id that means that none is known
+    name = "semantic"
+    word = SemanticFile.kind
+
+    @property
+    def stored(self) -> int:
+        return 1
+
+    def read(
+        self, name: str | os.PathLike[str], content: bytes | None = None, *, missing: float | None = 0
+    ) -> StructureFile:
+        """`missing` is not used: 0 is a class."""
+        return SemanticFile(name, content, classes=self.channels, ignore=self.ignore)
+
+    def standardize(self, structure: Tensor) -> tuple[Tensor, Tensor]:
+        valid = structure.isfinite()
+        ids = torch.arange(self.channels, device=structure.device, dtype=structure.dtype)[:, None, None]
+        mean = 1 / self.channels
+        one_hot = (structure == ids).to(structure.dtype).sub_(mean).div_(math.sqrt(mean * (1 - mean)))
+        return torch.where(valid, one_hot, 0), valid.repeat(1, self.channels, 1, 1)
+
+    def colours(self, structure: Tensor) -> Tensor:
+        """A colour for the likeliest class."""
+        palette = torch.tensor([colorsys.hsv_to_rgb(i * GOLDEN % 1, 0.75, 0.9) for i in range(self.channels)])
+        return palette[structure.argmax(1)].permute(0, 3, 1, 2)
+
+
+def structure_of(
+    batch: Mapping[str, Any], device: torch.device, kind: StructureKind
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """`standardize` of a batch's maps, on the device; (None, None) where it has none, as SimMIM's may."""
+    if "structure" not in batch:
+        return None, None
+    return kind.standardize(batch["structure"].to(device, non_blocking=True))

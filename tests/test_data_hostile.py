@@ -328,6 +328,70 @@ def test_data_check(tmp_path, capsys, workers):
         assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_data_check_of_shards(tmp_path, capsys, workers, monkeypatch):
+    """Every sample once, whatever its place; a shard that is cut off, one that is none, and one without samples."""
+    pytest.importorskip("webdataset", reason="reads shards")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in" / "x").mkdir(parents=True)
+    jpeg, depth = GOOD["a.jpg"], GOOD["a.depth.png"]
+    good = {f"{i}{end}": content for i in range(9) for end, content in ((".jpg", jpeg), (".depth.png", depth))}
+    for number in range(3):
+        shard(tmp_path / "in" / "x" / f"{number}.tar", good)
+    words = ["data", "check", f"--workers={workers}"]
+    for given in ("in", "in/x/{0..2}.tar"):
+        assert cli.main([*words, given]) == 0
+        assert "27 pairs; left out: nothing; read: 27 images of 8 bits, 27 structure maps" in capsys.readouterr().out
+    members = good | {
+        "2.depth.png": b"torn",
+        "4.jpg": jpeg[: len(jpeg) // 2],
+        "a.jpg": jpeg,
+        "b.depth.png": depth,
+        "c.jpg": jpeg,
+        "c.depth.jpg": jpeg,
+        "d.jpg": b"",
+        "d.depth.png": encoded(np.full((20, 30), 7, np.uint16), "PNG"),
+    }
+    shard(tmp_path / "bad.tar", members)
+    shard(tmp_path / "other.tar", {"0.txt": b"text"})
+    content = (tmp_path / "in/x/0.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(content[: len(content) // 2 + 7])
+    (tmp_path / "none.tar").write_bytes(b"no shard" * 200)
+    (tmp_path / "empty.tar").write_bytes(b"")
+    assert cli.main([*words, "{bad,other,cut,none,empty}.tar", "in"]) == 1
+    capsys.readouterr()
+    lines = (tmp_path / "data-report.txt").read_text().splitlines()
+    broken = {name: reason for kind, name, reason in (line.split("\t") for line in lines if line.startswith("broken"))}
+    for name in ("2.depth.png", "4.jpg", "c.depth.jpg", "d.jpg", "d.depth.png"):
+        assert f"bad.tar::{name}" in broken
+    assert {"other.tar", "cut.tar", "none.tar", "empty.tar"} <= broken.keys()
+    assert "image without a map\tbad.tar::a" in lines and "map without an image\tbad.tar::b" in lines
+    with tarfile.open(tmp_path / "in/x/0.tar") as tar:
+        before = sum(file.offset_data + file.size <= len(content) // 2 for file in tar.getmembers()[1::2])
+    assert lines[0].startswith(f"{3 * 9 + 7 + before} pairs") and all(broken.values())
+    assert cli.main([*words, "in", "bad.tar", "nowhere.tar"]) == 2
+    assert "1 of 5 shards are not there: nowhere.tar" in capsys.readouterr().err
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(jpeg)
+    assert cli.main([*words, "in", "photos"]) == 2
+    assert "shards and folders of files; expected one of them" in capsys.readouterr().err
+
+
+def test_data_check_of_other_kinds(tmp_path, capsys):
+    images, maps = write_trees(tmp_path, ["a", "b"])
+    for name, most in (("a", 3), ("b", 4)):
+        ids = (np.arange(2400).reshape(40, 60) % (most + 1)).astype(np.uint8)
+        write(maps / f"{name}.png", encoded(ids, "PNG"))
+    words = ["data", "check", str(images), str(maps), f"--report={tmp_path / 'report.txt'}", "--workers=0"]
+    words.append("--structure-kind=semantic")
+    assert cli.main([*words, "--classes=5"]) == 0
+    assert "2 pairs; left out: nothing; read: 2 images of 8 bits, 2 label maps of uint8" in capsys.readouterr().out
+    assert cli.main([*words, "--classes=4"]) == 1
+    assert "b.png: class ids out of range: 4 (480 pixels); expected 0 to 3, or 255 for none" in capsys.readouterr().out
+    assert cli.main([*words, "--classes=4", "--ignore=4"]) == 0
+    assert cli.main(words) == 2 and "--classes is missing" in capsys.readouterr().err
+
+
 def test_images_alone(tmp_path):
     images, _ = write_trees(tmp_path, ["a", "b"])
     for transform in (None, data.PairTransform(16), v2.Compose([v2.Resize((16, 16)), v2.ToDtype(torch.float32)])):

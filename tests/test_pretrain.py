@@ -410,6 +410,53 @@ def test_dry_run_refuses_what_the_run_refuses(finished, tmp_path, capsys, monkey
     assert os.listdir(tmp_path) == []
 
 
+def test_dry_run_refuses_what_broken_files_leave(folders, capsys, monkeypatch):
+    """Fewer pairs than a step takes, or none to measure the losses on: found before anything is drawn."""
+    monkeypatch.chdir(folders)
+    words = [
+        f"--images={folders / 'images'}",
+        f"--structure={folders / 'maps'}",
+        "--dry-run",
+        f"--out={folders / 'run'}",
+    ]
+    for batch, code in ((7, 0), (8, 2)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert cli.main(["pretrain", *words, *arguments(data__scenes=0, optim__batch=batch)]) == code
+    captured = capsys.readouterr()
+    assert "the data has 7 images, fewer than the 8 of a step" in captured.err and "3.jpg" in captured.out
+    (folders / "run" / "pairs.png").unlink()
+    for other in (folders / "maps/a").iterdir():
+        other.write_bytes(b"torn")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    whole = [f"--images={folders / 'good'}", f"--structure={folders / 'fine'}"]
+    rng = np.random.default_rng(1)
+    for path in (folders / "good", folders / "fine"):
+        path.mkdir()
+        for i in range(8):
+            np.save(path / f"{i}.npy", rng.random((70, 90), dtype=np.float32))
+    for i in range(8):
+        (folders / "good" / f"{i}.jpg").write_bytes((folders / "images/a/0.jpg").read_bytes())
+    val = [f"--val-images={folders / 'images'}", f"--val-structure={folders / 'maps'}"]
+    assert cli.main(["pretrain", *whole, *val, *words[2:], *arguments(data__scenes=0)]) == 2
+    assert "none of" in capsys.readouterr().err
+    assert os.listdir(folders / "run") == []
+
+
+def test_too_few_shards_are_refused_at_once(folders, capsys):
+    pytest.importorskip("webdataset", reason="shards need the extra [train]")
+    with tarfile.open(folders / "train-0.tar", "w") as tar:
+        for i in (0, 1):
+            tar.add(folders / f"images/a/{i}.jpg", f"{i}.jpg")
+            tar.add(folders / f"maps/a/{i}.npy", f"{i}.depth.npy")
+    words = [f"--shards={folders / 'train-0.tar'}", f"--out={folders / 'run'}"]
+    changes = {"data__scenes": 0, "data__epoch_images": 12, "data__workers": 2}
+    for more in ([], ["--dry-run"]):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert cli.main(["pretrain", *words, *more, *arguments(**changes)]) == 2
+        assert "1 shards cannot be split over 1 processes with 2 workers each" in capsys.readouterr().err
+    assert not (folders / "run").exists()
+
+
 def test_one_command_starts_and_goes_on(finished, tmp_path, capsys, monkeypatch):
     """Stopped in its first steps, stopped later, ended, and started once more."""
     run = tmp_path / "run"

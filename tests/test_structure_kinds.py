@@ -369,8 +369,8 @@ def test_pictures(folders):
         ({"structure_kind": "semantic"}, "data.classes is missing; expected the number of classes, at least 2"),
         ({"structure_kind": "semantic", "classes": 1}, "data.classes is 1; expected the number of classes, at least 2"),
         ({"structure_kind": "channels"}, "data.channels is missing; expected the number of channels, at least 1"),
-        ({"classes": 4}, "data.classes is 4 with data.structure_kind depth; expected data.structure_kind=semantic"),
-        ({"structure_kind": "normals", "channels": 3}, "data.channels is 3 with data.structure_kind normals"),
+        ({"classes": 4}, "data.classes is 4 with maps of depth; expected the kind semantic with it"),
+        ({"structure_kind": "normals", "channels": 3}, "data.channels is 3 with maps of normals"),
         ({"structure_kind": "normals"}, "data.structure_kind is normals with data.scenes, which have depth"),
     ],
 )

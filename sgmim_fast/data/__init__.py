@@ -21,7 +21,15 @@ from sgmim_fast.data.shards import ShardPairs
 from sgmim_fast.data.sheet import sheet
 from sgmim_fast.data.standardize import standardize_valid
 from sgmim_fast.data.structure_file import StructureFile
-from sgmim_fast.data.structure_kind import Channels, Depth, Semantic, StructureKind, Surface, structure_of
+from sgmim_fast.data.structure_kind import (
+    Channels,
+    Depth,
+    Semantic,
+    StructureKind,
+    Surface,
+    structure_kind,
+    structure_of,
+)
 from sgmim_fast.data.transform import Normalize, PairTransform
 
 __all__ = [
@@ -48,5 +56,6 @@ __all__ = [
     "skipped_lines",
     "skipped_names",
     "standardize_valid",
+    "structure_kind",
     "structure_of",
 ]

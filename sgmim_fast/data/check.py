@@ -5,64 +5,122 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from tqdm import tqdm
 
+from sgmim_fast.data import shards
 from sgmim_fast.data.files import find_files, match
 from sgmim_fast.data.image_file import IMAGE_SUFFIXES, ImageFile
 from sgmim_fast.data.map_file import MAP_SUFFIXES
 from sgmim_fast.data.pairs import kinds
-from sgmim_fast.data.report import BrokenFile, Report
+from sgmim_fast.data.report import BrokenFile, DataError, Report
 from sgmim_fast.data.structure_file import StructureFile
+from sgmim_fast.data.structure_kind import DEPTH, NAMES, StructureKind, structure_kind
 from sgmim_fast.errors import UserError
 
 BATCH = 8  # entries that a process hands over at a time
+TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 
 
-class Seen(NamedTuple):
-    """What became of an image, a map or a pair."""
+class Reader:
+    """Reads an image, a map or a pair, and forgets it."""
 
-    pair: bool
-    broken: dict[str, str]
-    kinds: list[str]
+    def __init__(self, kind: StructureKind, missing: float | None) -> None:
+        self.kind, self.missing = kind, missing
 
-
-class Entries(Dataset):
-    """(image, map), one of which may be None, read and forgotten."""
-
-    def __init__(self, entries: list[tuple[str | None, str | None]], missing: float | None) -> None:
-        self.entries, self.missing = entries, missing
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, index: int) -> Seen:
-        image, structure = self.entries[index]
-        broken: dict[str, str] = {}
+    def read(self, image: tuple[str, ...] | None, structure: tuple[str, ...] | None) -> Report:
+        """
+        Args:
+            image, structure: name, and content where it is no file; None: there is none.
+        """
+        report = Report()
         files: list[ImageFile | StructureFile] = []
-        for path, read in ((image, ImageFile), (structure, lambda name: StructureFile(name, missing=self.missing))):
+        for given, read in ((image, ImageFile), (structure, self._map)):
             try:
-                if path is not None:
-                    file = read(path)
+                if given is not None:
+                    file = read(*given)
                     file.decode()
                     files.append(file)
                 if len(files) == 2:
                     files[1].check_shape(files[0].size)
             except BrokenFile as error:
-                broken[error.name] = error.reason
-        return Seen(None not in (image, structure) and not broken, broken, kinds(*files))
+                report.broken[error.name] = error.reason
+        report.used = int(len(files) == 2 and not report.broken)
+        report.kinds.update(kinds(*files))
+        return report
+
+    def _map(self, name: str, content: bytes | None = None) -> StructureFile:
+        return self.kind.read(name, content, missing=self.missing)
+
+
+class Entries(Dataset):
+    """What was found of each (image, map), one of which may be None."""
+
+    def __init__(self, entries: list[tuple[str | None, str | None]], reader: Reader) -> None:
+        self.entries, self.reader = entries, reader
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Report:
+        image, structure = ((name,) if name is not None else None for name in self.entries[index])
+        return self.reader.read(image, structure)
+
+
+class Samples(IterableDataset):
+    """What was found of each sample of some shards, which workers deal out between them."""
+
+    def __init__(self, urls: list[str], reader: Reader) -> None:
+        self.urls, self.reader = urls, reader
+
+    def __iter__(self) -> Iterator[Report]:
+        worker = get_worker_info()
+        for url in self.urls if worker is None else self.urls[worker.id :: worker.num_workers]:
+            yield from self._shard(url)
+
+    def _shard(self, url: str) -> Iterator[Report]:
+        broken = Report()
+
+        def skip(error: BrokenFile) -> None:
+            broken.broken[error.name] = error.reason
+
+        nothing = True
+        for sample in shards.samples([url], skip):
+            try:
+                name, image, structure = shards.members(sample, self.reader.kind.name)
+            except BrokenFile as error:
+                skip(error)
+                nothing = False
+                continue
+            if image is not None or structure is not None:
+                nothing = False
+                report = self.reader.read(image, structure)
+                if structure is None:
+                    report.images_without_map.append(name)
+                if image is None:
+                    report.maps_without_image.append(name)
+                yield report
+        if nothing and not broken.broken:
+            broken.broken[url] = f"has no image and no KEY.{self.reader.kind.name}.png (or .npy, ...)"
+        yield broken
 
 
 def check(
-    images: Path, structure: Path | None = None, *, missing: float | None = 0, workers: int = 0, progress: bool = False
+    images: Path,
+    structure: Path | None = None,
+    *,
+    missing: float | None = 0,
+    kind: StructureKind = DEPTH,
+    workers: int = 0,
+    progress: bool = False,
 ) -> Report:
     """Reads all files of a folder of images, or of a mirrored folder of maps too, paired or not.
 
     Args:
-        images, structure, missing: see `FolderPairs`.
+        images, structure, missing, kind: see `FolderPairs`.
         workers: processes that read; 0: this one.
         progress: shows a bar.
 
@@ -75,17 +133,38 @@ def check(
         entries = [(str(images / (stem + end)), None) for stem, suffixes in found.items() for end in suffixes]
     else:
         maps = find_files(structure, "structure", MAP_SUFFIXES, report)
-        pairs = match(found, maps, images, structure, StructureFile.kind, report)
+        pairs = match(found, maps, images, structure, kind.word, report)
         entries = [(str(images / os.fsdecode(a)), str(structure / os.fsdecode(b))) for a, b in pairs]
         entries += [(str(images / name), None) for name in report.images_without_map]
         entries += [(None, str(structure / name)) for name in report.maps_without_image]
-    loader = DataLoader(Entries(entries, missing), BATCH, num_workers=workers, collate_fn=list)
-    with tqdm(desc="reading", total=len(entries), unit="file", disable=not progress) as bar:
+    return _read_all(Entries(entries, Reader(kind, missing)), report, workers, progress, len(entries))
+
+
+def check_shards(
+    urls: Sequence[str],
+    *,
+    missing: float | None = 0,
+    kind: StructureKind = DEPTH,
+    workers: int = 0,
+    progress: bool = False,
+) -> Report:
+    """Reads all samples of some shards, complete or not; see `ShardPairs` and `check`.
+
+    Raises:
+        DataError: a local shard is not there.
+    """
+    found = shards.expand(urls)
+    report = Report(broken=shards.truncated(found))
+    return _read_all(Samples(found, Reader(kind, missing)), report, min(workers, len(found)), progress)
+
+
+def _read_all(dataset: Dataset, report: Report, workers: int, progress: bool, total: int | None = None) -> Report:
+    loader = DataLoader(dataset, BATCH, num_workers=workers, collate_fn=list)
+    unit = "sample" if total is None else "file"
+    with tqdm(desc="reading", total=total, unit=unit, disable=not progress) as bar:
         for batch in loader:
-            for seen in batch:
-                report.used += seen.pair
-                report.broken |= seen.broken
-                report.kinds.update(seen.kinds)
+            for found in batch:
+                report.add(found)
             bar.update(len(batch))
     return report
 
@@ -94,22 +173,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     what = "read every file once, and report what is wrong; exit code 1 where a file is broken"
     parser = actions.add_parser("check", help=what, description=what[0].upper() + what[1:] + ".")
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="of images, and the mirrored one of maps")
+    help = "of images, and the mirrored one of maps; or shards, like 'train-{000..099}.tar', or folders of them"
+    parser.add_argument("folders", nargs="+", metavar="DIR", help=help)
     parser.add_argument("--report", type=Path, default=Path("data-report.txt"), metavar="FILE", help="(%(default)s)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that read; one for each core by default")
+    parser.add_argument("--structure-kind", choices=NAMES, default=DEPTH.name, help="what maps hold (%(default)s)")
+    parser.add_argument("--channels", type=int, metavar="N", help="of maps of the kind channels")
+    parser.add_argument("--classes", type=int, metavar="N", help="in maps of the kind semantic")
+    parser.add_argument("--ignore", type=int, default=255, metavar="ID", help="unknown pixels in those (%(default)s)")
+    parser.add_argument("--missing", type=int, default=0, metavar="N", help="unknown pixels in others (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Raises UserError, or DataError, for what the user can put right."""
-    if len(args.folders) > 2:
-        raise UserError(f"there are {len(args.folders)} DIR; expected one of images, or that and one of structure maps")
     workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
     if workers < 0:
         raise UserError(f"--workers is {workers}; expected 0 or more")
-    report = check(*args.folders, workers=workers, progress=sys.stderr.isatty())
+    numbers = {"channels": args.channels, "classes": args.classes, "ignore": args.ignore}
+    kind = structure_kind(args.structure_kind, **numbers, prefix="--")
+    how = {"missing": args.missing, "kind": kind, "workers": workers, "progress": sys.stderr.isatty()}
+    tars = [_shards(folder) for folder in args.folders]
+    if all(tars):
+        report = check_shards([url for urls in tars for url in urls], **how)
+    elif any(tars):
+        raise UserError(f"{' and '.join(args.folders)}: shards and folders of files; expected one of them")
+    elif len(args.folders) > 2:
+        raise UserError(f"there are {len(args.folders)} DIR; expected one of images, or that and one of structure maps")
+    else:
+        report = check(*map(Path, args.folders), **how)
     try:
         report.write(args.report)
     except OSError as error:
         raise UserError(f"cannot write {args.report}: {error.strerror}") from error
     print(f"{report.summary()}\nwrote {args.report}")
     return 1 if report.broken else 0
+
+
+def _shards(folder: str) -> list[str]:
+    """The shards that are meant, none where it is a folder of images or maps."""
+    if not os.path.isdir(folder):
+        return [folder] if folder.endswith(TARS) or "{" in folder or ":" in folder else []
+    found = sorted(str(path) for path in Path(folder).rglob("*") if path.name.endswith(TARS) and path.is_file())
+    if not found:
+        return []
+    try:
+        find_files(Path(folder), "", IMAGE_SUFFIXES + MAP_SUFFIXES)
+    except DataError:
+        return found
+    return []

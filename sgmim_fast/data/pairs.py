@@ -102,6 +102,8 @@ class Pairs(Seeded, Dataset, ABC):
         """A data set of these pairs alone, of which no other one stands in for a broken one."""
         some = copy.copy(self)
         some._entries, some._epoch = self._entries[list(indices)], Epoch()
+        some.report = copy.deepcopy(self.report)
+        some.report.used = len(some)
         return some
 
     def __len__(self) -> int:

@@ -51,6 +51,15 @@ class Report:
     again: list[str] = field(default_factory=list)  # links to folders that are in the tree by another path
     kinds: Counter[str] = field(default_factory=Counter)  # of what has been read so far: "images, 8 bits" -> files
 
+    def add(self, other: Report) -> None:
+        """Adds what another one has."""
+        self.used += other.used
+        self.images_without_map += other.images_without_map
+        self.maps_without_image += other.maps_without_image
+        self.broken |= other.broken
+        self.again += other.again
+        self.kinds.update(other.kinds)
+
     def add_skipped(self, skipped: str | Iterable[str]) -> None:
         """Adds the broken files named by an item's "skipped", or by those of a batch."""
         for line in skipped_lines([skipped] if isinstance(skipped, str) else skipped):

@@ -68,12 +68,7 @@ class ShardPairs(Seeded, IterableDataset):
         super().__init__(seed)
         if length is not None and length < 1:
             raise ValueError(f"length is {length}; expected a positive number of pairs, or None")
-        webdataset = _webdataset()
-        self.urls = [
-            url
-            for given in ([urls] if isinstance(urls, str) else urls)
-            for url in webdataset.shardlists.expand_urls(given)
-        ]
+        self.urls = expand([urls] if isinstance(urls, str) else urls)
         self.transform = Normalize() if transform is None else transform
         self.length, self.structure, self.shuffle, self.missing = length, structure, shuffle, missing
         self.kind = kind
@@ -81,18 +76,10 @@ class ShardPairs(Seeded, IterableDataset):
         self._try_first()
 
     def _try_first(self) -> None:
-        local = [url for url in self.urls if ":" not in url]
-        absent = [url for url in local if not os.path.isfile(url)]
-        if not self.urls or absent:
-            raise DataError(
-                f"{len(absent)} of {len(self.urls)} shards are not there: {', '.join(absent[:3]) or 'none given'}"
-            )
-        for url in local:
-            if url.endswith(".tar") and os.path.getsize(url) % tarfile.BLOCKSIZE:  # tarfile may not say so
-                self.report.broken[url] = "truncated: the size of a tar file is a multiple of 512 bytes"
+        self.report.broken |= truncated(self.urls)
         found: set[str] = set()
         broken: list[str] = []
-        for sample in islice(self._samples(self.urls[:1], broken), TRIED):
+        for sample in islice(samples(self.urls[:1], lambda error: broken.append(str(error))), TRIED):
             found.update(suffix for suffix in sample if not suffix.startswith("__"))
             try:
                 self._files(sample)
@@ -115,11 +102,7 @@ class ShardPairs(Seeded, IterableDataset):
 
     def __iter__(self) -> Iterator[Item]:
         rank, processes, worker, workers = _webdataset().utils.pytorch_worker_info()
-        if len(self.urls) < processes * workers:
-            raise DataError(
-                f"{len(self.urls)} shards cannot be split over {processes} processes with {workers} workers each; "
-                f"expected at least {processes * workers}"
-            )
+        self.check_parts(processes, workers)
         if self.length is None:
             return self._one_pass(0, rank * workers + worker, processes * workers)
         share = self.length // processes
@@ -143,10 +126,10 @@ class ShardPairs(Seeded, IterableDataset):
             rng.shuffle(urls)  # the same in all workers
         rng.seed(f"{self.seed} {epoch} {number} {part}")
         skipped: list[str] = []
-        samples = self._samples(urls[part::parts], skipped)
+        found = samples(urls[part::parts], lambda broken: skipped.append(broken.line))
         if self.shuffle:
-            samples = _webdataset().shuffle(self.shuffle, rng=rng)(samples)
-        for sample in samples:
+            found = _webdataset().shuffle(self.shuffle, rng=rng)(found)
+        for sample in found:
             try:
                 name, *pair = self._files(sample)
                 with seeded(self.seed, epoch, number, zlib.crc32(name.encode())):
@@ -156,55 +139,95 @@ class ShardPairs(Seeded, IterableDataset):
             except BrokenFile as broken:
                 skipped.append(broken.line)
 
-    def _samples(self, urls: Sequence[str], skipped: list[str]) -> Iterator[Sample]:
-        """The samples of some shards, one shard after the other; adds what cannot be read to `skipped`."""
-        webdataset = _webdataset()
-
-        def skip(broken: BrokenFile) -> None:
-            skipped.append(broken.line)
-
-        for url in urls:
-
-            def cut_off(url: str = url) -> Iterator[dict[str, Any]]:
-                try:
-                    with webdataset.gopen(url) as stream:
-                        yield from files(stream, url, self._wanted, skip)
-                except (OSError, EOFError, ValueError, tarfile.TarError, lzma.LZMAError, zlib.error) as error:
-                    skip(BrokenFile(url, error))
-
-            def skip_file(error: Exception, url: str = url) -> bool:
-                skip(BrokenFile(url, error))
-                return True
-
-            yield from webdataset.tariterators.group_by_keys(cut_off(), handler=skip_file)
-
-    def _wanted(self, name: str) -> bool:
-        """Whether it is an image or a map."""
-        suffix = os.path.splitext(name)[1].lower()
-        return suffix in IMAGE_SUFFIXES or suffix in MAP_SUFFIXES
+    def check_parts(self, processes: int, workers: int) -> None:
+        """Raises DataError where there are fewer shards than workers of all processes."""
+        if len(self.urls) < processes * workers:
+            raise DataError(
+                f"{len(self.urls)} shards cannot be split over {processes} processes with {workers} workers each; "
+                f"expected at least {processes * workers}"
+            )
 
     def _files(self, sample: Sample) -> tuple[str, ImageFile] | tuple[str, ImageFile, StructureFile]:
         """Name, image and map of a sample."""
-        name = f"{sample['__url__']}::{sample['__key__']}"
-        image = next((suffix for suffix in IMAGE_SUFFIXES if suffix[1:] in sample), None)
+        name, image, structure = members(sample, self.structure)
         if self.structure is None:
             if image is None:
                 raise BrokenFile(name, "has no image")
-            return name, ImageFile(name + image, sample[image[1:]])
-        structure = next((suffix for suffix in MAP_SUFFIXES if self.structure + suffix in sample), None)
-        lossy = next((suffix for suffix in LOSSY if self.structure + suffix in sample), None)
-        if structure is None and lossy is not None:
-            raise BrokenFile(
-                f"{name}.{self.structure}{lossy}",
-                f"is a map saved as {lossy}, which changes its values; expected {', '.join(MAP_SUFFIXES)}",
-            )
+            return name, ImageFile(*image)
         if image is None or structure is None:
             raise BrokenFile(name, f"has no {'image' if image is None else 'structure map'}")
-        image_file = ImageFile(name + image, sample[image[1:]])
-        content = sample[self.structure + structure]
-        structure_file = self.kind.read(f"{name}.{self.structure}{structure}", content, missing=self.missing)
+        image_file = ImageFile(*image)
+        structure_file = self.kind.read(*structure, missing=self.missing)
         structure_file.check_shape(image_file.size)
         return name, image_file, structure_file
+
+
+def expand(urls: Sequence[str]) -> list[str]:
+    """Shards by name, of URLs with braces.
+
+    Raises:
+        DataError: there are none, or a local one is not there.
+    """
+    found = [url for given in urls for url in _webdataset().shardlists.expand_urls(given)]
+    absent = [url for url in _local(found) if not os.path.isfile(url)]
+    if not found or absent:
+        raise DataError(f"{len(absent)} of {len(found)} shards are not there: {', '.join(absent[:3]) or 'none given'}")
+    return found
+
+
+def truncated(urls: Sequence[str]) -> dict[str, str]:
+    """The local ones that end too early, with the reason; tarfile may not say so."""
+    ends = "truncated: the size of a tar file is a multiple of 512 bytes"
+    return {url: ends for url in _local(urls) if url.endswith(".tar") and os.path.getsize(url) % tarfile.BLOCKSIZE}
+
+
+def _local(urls: Sequence[str]) -> list[str]:
+    return [url for url in urls if ":" not in url]
+
+
+def samples(urls: Sequence[str], skip: Callable[[BrokenFile], None]) -> Iterator[Sample]:
+    """The samples of some shards, one shard after the other. `skip` is told of what cannot be read."""
+    webdataset = _webdataset()
+    for url in urls:
+
+        def cut_off(url: str = url) -> Iterator[dict[str, Any]]:
+            try:
+                with webdataset.gopen(url) as stream:
+                    yield from files(stream, url, _wanted, skip)
+            except (OSError, EOFError, ValueError, tarfile.TarError, lzma.LZMAError, zlib.error) as error:
+                skip(BrokenFile(url, error))
+
+        def skip_file(error: Exception, url: str = url) -> bool:
+            skip(BrokenFile(url, error))
+            return True
+
+        yield from webdataset.tariterators.group_by_keys(cut_off(), handler=skip_file)
+
+
+def members(sample: Sample, structure: str | None) -> tuple[str, tuple[str, bytes] | None, tuple[str, bytes] | None]:
+    """The name of a sample, and name and content of its image and its map; None: it has none.
+
+    Raises:
+        BrokenFile: the map was saved in a format that changes its values.
+    """
+    name = f"{sample['__url__']}::{sample['__key__']}"
+    image = next(((name + suffix, sample[suffix[1:]]) for suffix in IMAGE_SUFFIXES if suffix[1:] in sample), None)
+    if structure is None:
+        return name, image, None
+    ends = [suffix for suffix in MAP_SUFFIXES if structure + suffix in sample]
+    lossy = [suffix for suffix in LOSSY if structure + suffix in sample]
+    if lossy and not ends:
+        raise BrokenFile(
+            f"{name}.{structure}{lossy[0]}",
+            f"is a map saved as {lossy[0]}, which changes its values; expected {', '.join(MAP_SUFFIXES)}",
+        )
+    return name, image, (f"{name}.{structure}{ends[0]}", sample[structure + ends[0]]) if ends else None
+
+
+def _wanted(name: str) -> bool:
+    """Whether it is an image or a map."""
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix in IMAGE_SUFFIXES or suffix in MAP_SUFFIXES
 
 
 def _webdataset() -> Any:

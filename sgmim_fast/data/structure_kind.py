@@ -18,6 +18,7 @@ from torch import Tensor
 from sgmim_fast.data.channel_files import ChannelsFile, NormalsFile, SemanticFile
 from sgmim_fast.data.standardize import standardize_valid
 from sgmim_fast.data.structure_file import StructureFile
+from sgmim_fast.errors import UserError
 
 GOLDEN = 0.618034  # of a circle: hues of neighbouring classes lie far apart
 
@@ -157,6 +158,42 @@ class Semantic(StructureKind):
         """A colour for the likeliest class."""
         palette = torch.tensor([colorsys.hsv_to_rgb(i * GOLDEN % 1, 0.75, 0.9) for i in range(self.channels)])
         return palette[structure.argmax(1)].permute(0, 3, 1, 2)
+
+
+NAMES = tuple(kind.name for kind in (Depth, Channels, Surface, Semantic))
+
+
+def structure_kind(
+    name: str,
+    *,
+    channels: int | None = None,
+    classes: int | None = None,
+    ignore: int | None = 255,
+    limit: float | None = None,
+    prefix: str = "",
+) -> StructureKind:
+    """The kind of that name, one of `NAMES`.
+
+    Args:
+        channels, classes, ignore, limit: of those kinds that have them.
+        prefix: of the settings, in messages.
+
+    Raises:
+        UserError: a number that it needs is missing, or one is given that it does not have.
+    """
+    for what, of, least, value in (("channels", "channels", 1, channels), ("classes", "semantic", 2, classes)):
+        if name == of and (value is None or value < least):
+            found = "missing" if value is None else str(value)
+            raise UserError(
+                f"{prefix}{what} is {found}; expected the number of {what}, at least {least}, in {name} maps"
+            )
+        if name != of and value is not None:
+            raise UserError(f"{prefix}{what} is {value} with maps of {name}; expected the kind {of} with it")
+    if name == "semantic":
+        return Semantic(classes, ignore)
+    if name == "normals":
+        return Surface()
+    return Depth(limit=limit) if name == "depth" else Channels(channels, limit)
 
 
 def structure_of(

@@ -47,6 +47,10 @@ class Finetuning(Task):
         """What is tested on."""
         return build.create_dataset(self.config, train=False)
 
+    @property
+    def tested_on(self) -> Dataset:
+        return self.test_set
+
     @cached_property
     def train_set(self) -> Dataset:
         return build.create_dataset(self.config, train=True)

@@ -92,21 +92,8 @@ def structure_kind(config: Config) -> StructureKind:
     from sgmim_fast import data
 
     settings = config.data
-    kind = settings.structure_kind
-    for name, of, least in (("channels", "channels", 1), ("classes", "semantic", 2)):
-        value = getattr(settings, name)
-        if kind == of and (value is None or value < least):
-            found = "missing" if value is None else str(value)
-            raise UserError(f"data.{name} is {found}; expected the number of {name}, at least {least}, for {kind} maps")
-        if kind != of and value is not None:
-            raise UserError(
-                f"data.{name} is {value} with data.structure_kind {kind}; expected data.structure_kind={of} with it"
-            )
-    if kind == "semantic":
-        return data.Semantic(settings.classes, settings.ignore)
-    if kind == "normals":
-        return data.Surface()
-    return data.Depth(limit=settings.limit) if kind == "depth" else data.Channels(settings.channels, settings.limit)
+    given = {"channels": settings.channels, "classes": settings.classes, "ignore": settings.ignore}
+    return data.structure_kind(settings.structure_kind, **given, limit=settings.limit, prefix="data.")
 
 
 def check_windows(model: object, size: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shlex
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from sgmim_fast.errors import UserError
 from sgmim_fast.train import checkpoint, launch, loader, log
@@ -215,8 +217,19 @@ def _some(trainer: Trainer) -> range:
 
 
 def _dry_run(trainer: Trainer, folder: Path | None) -> None:
-    """What is known before the first step. Draws into the folder that the user named, or a temporary one."""
-    drawn = trainer.task.dry_run(trainer.dataset, folder or Path(tempfile.mkdtemp(prefix="sgmim-fast-")))
-    if hasattr(trainer.dataset, "report"):
-        print(trainer.dataset.report.summary())
-    print(f"settings and data fit: {trainer.task.describe(trainer.stepper.plain)}; {drawn}")
+    """What is known before the first step, after every file was read. Draws into the folder that the user named, or a
+    temporary one.
+
+    Raises:
+        UserError, DataError: what can be used does not fill a step.
+    """
+    task, dataset = trainer.task, trainer.dataset
+    for name, some in (("", dataset), ("to test on: ", task.tested_on)):
+        if hasattr(some, "verify"):
+            for _ in tqdm(some.verify(), "reading", len(some), unit="pair", disable=not sys.stderr.isatty()):
+                pass
+        if hasattr(some, "report"):
+            print(f"{name}{some.report.summary()}", flush=True)
+    loader.steps_per_epoch(task.config.data, dataset, trainer.layout)
+    drawn = task.dry_run(dataset, folder or Path(tempfile.mkdtemp(prefix="sgmim-fast-")))
+    print(f"settings and data fit: {task.describe(trainer.stepper.plain)}; {drawn}")

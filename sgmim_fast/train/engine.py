@@ -41,6 +41,8 @@ class Trainer:
         if task.config.run.tensorboard:
             log.board_writer()  # raises at once, not behind the first step
         self.layout = Layout(optim.batch, optim.accumulate, count, accelerator.process_index)
+        if hasattr(dataset, "check_parts"):  # of shards
+            dataset.check_parts(count, max(1, loader.workers(task.config.data)))
         self.steps_per_epoch = loader.steps_per_epoch(task.config.data, dataset, self.layout)
         self.stepper = Stepper(task, accelerator, self.layout, self.steps_per_epoch)
         self.steps = self.stepper.steps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from sgmim_fast.data import StructureKind, sheet, structure_of
 from sgmim_fast.model import SGMIM
@@ -38,6 +36,10 @@ class Pretraining(Task):
     @property
     def tested(self) -> bool:
         return self.held_out is not None
+
+    @property
+    def tested_on(self) -> Dataset | None:
+        return self.held_out
 
     def check(self) -> None:
         build.check(self.config)
@@ -104,10 +106,6 @@ class Pretraining(Task):
         return f"{self.config.model.encoder}, {parameters:.1f} M parameters, {encoder:.1f} M of them the encoder's"
 
     def dry_run(self, dataset: Dataset, folder: Path) -> str:
-        """Reads every pair where that can be done, and draws some."""
-        if hasattr(dataset, "verify"):
-            for _ in tqdm(dataset.verify(), "reading", len(dataset), unit="pair", disable=not sys.stderr.isatty()):
-                pass
         path = folder / "pairs.png"
         sheet(dataset, path, kind=self.kind)
         return f"{path} shows some pairs"

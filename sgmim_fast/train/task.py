@@ -111,8 +111,13 @@ class Task(ABC):
     def describe(self, model: nn.Module) -> str:
         """The model in a few words."""
 
+    @property
+    def tested_on(self) -> Dataset | None:
+        """What `evaluate` takes."""
+        return None
+
     def dry_run(self, dataset: Dataset, folder: Path) -> str:
-        """Looks at the data set without training; says what it wrote."""
+        """Draws some of the data set; says what it wrote."""
         return ""
 
     @abstractmethod

@@ -35,6 +35,7 @@ from sgmim_fast.train.pretraining import Pretraining
 from sgmim_fast.train.runs import find, load
 from sgmim_fast.train.settings import with_changes
 from sgmim_fast.train.step import Stepper
+from sgmim_fast.train.stop import SIGNALS
 
 
 @pytest.fixture(autouse=True)
@@ -169,20 +170,21 @@ def test_resumed_run_is_the_same_to_the_bit(finished, tmp_path):
     assert [line["step"] for line in log.read(run)] == [3, 6, 8, 9, 12, 15, 16]
 
 
-def test_sigterm_saves_and_ends(tmp_path):
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_saves_and_ends(tmp_path, number):
     class Killed(Trainer):
         def _step(self, batches):
             super()._step(batches)
             if self.done == 5:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
 
     run = tmp_path / "run"
     run.mkdir()
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     killed = Killed(Pretraining(tiny()), run, Accelerator(), Pairs(), None)
-    assert killed.train() == "SIGTERM" and not killed.finished
+    assert killed.train() == number.name and not killed.finished
     assert checkpoint.choose(run).name == "step-00000005"
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
 
 
 def test_accumulation_is_one_large_batch(tmp_path):
@@ -493,7 +495,7 @@ def test_auto_takes_the_folder_of_the_preset(tmp_path, monkeypatch):
     assert checkpoint.choose(tmp_path / "runs" / "tiny_demo").name == "step-00000001"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("moment", ["create_dataset", "finish"])
 def test_a_signal_outside_of_the_training(tmp_path, capsys, monkeypatch, moment, number):
     """Where nothing catches it step by step: before the first one, and while the encoder is written."""

@@ -71,7 +71,8 @@ def test_killed_while_saving_and_resumed_is_the_same_to_the_bit(tmp_path):
     assert same(weights(killed, 40), weights(tmp_path / "straight", 40))
 
 
-def test_sigterm_to_every_process_saves(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_every_process_saves(tmp_path, number):
     """As a cluster sends it, to loading processes too."""
     run = tmp_path / "run"
     settings = arguments(data__scenes=4000, data__workers=2, optim__epochs=100)
@@ -81,10 +82,10 @@ def test_sigterm_to_every_process_saves(tmp_path):
         assert time.monotonic() < end and process.poll() is None, process.communicate()
         time.sleep(0.01)
     for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        os.kill(int(child), signal.SIGTERM)
-    process.send_signal(signal.SIGTERM)
+        os.kill(int(child), number)
+    process.send_signal(number)
     out, _ = finish(process, 75)
-    step = re.search(r"stopped by SIGTERM after step (\d+), which is saved; .* --resume", out)
+    step = re.search(rf"stopped by {number.name} after step (\d+), which is saved; .* --resume", out)
     assert step and checkpoint.choose(run).name == f"step-{int(step[1]):08d}"
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from sgmim_fast.errors import UserError
 from sgmim_fast.train.order import Layout, Order, mix
+from sgmim_fast.train.stop import SIGNALS
 
 
 def batches(
@@ -94,6 +95,6 @@ def spread(length: int, number: int) -> list[int]:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """A cluster sends SIGTERM, and a terminal SIGINT, to every process: workers go when the training has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """A cluster and a terminal send signals to every process: workers go when the training has saved."""
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

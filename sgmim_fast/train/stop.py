@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: asked to stop, at the next step, or at once where there are no steps."""
+"""Signals that ask to stop, at the next step, or at once where there are no steps."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from types import FrameType
 
 # EX_TEMPFAIL of sysexits.h: not done, to be started again
 UNFINISHED = 75
+# Of clusters and terminals, and those that SLURM is told to send some time before the end (--signal)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGTERM or SIGINT where nothing is to be saved; `str` is the signal's name."""
+    """One of `SIGNALS` where nothing is to be saved; `str` is the signal's name."""
 
 
 class StopSignals:
-    """While entered, the first SIGTERM or SIGINT only sets `asked` to its name; a second one ends the process."""
-
-    NUMBERS = (signal.SIGTERM, signal.SIGINT)
+    """While entered, the first of `SIGNALS` only sets `asked` to its name; a second one ends the process."""
 
     def __init__(self) -> None:
         self.asked = ""
 
     def __enter__(self) -> StopSignals:
-        self._before = {number: signal.signal(number, self._note) for number in self.NUMBERS}
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -33,18 +33,18 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number).name
-        for each in self.NUMBERS:
+        for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)  # also where Python waits for a device or another process
 
 
 @contextlib.contextmanager
 def stopping_at_once() -> Iterator[None]:
-    """While entered, SIGTERM and SIGINT raise `Stopped`."""
+    """While entered, `SIGNALS` raise `Stopped`."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, stop) for number in StopSignals.NUMBERS}
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         yield
     finally:

@@ -18,7 +18,7 @@ from sgmim_fast.errors import UserError, nearest
 COMMANDS = {
     "env": ("sgmim_fast.env", "versions, the machine, and why a backend is missing", ""),
     "pretrain": ("sgmim_fast.train.pretrain", "pre-train an encoder on images and structure maps", "train"),
-    "data": ("sgmim_fast.data.check", "check a data set: data check IMAGES [MAPS]", "train"),
+    "data": ("sgmim_fast.data.check", "check a data set: data check IMAGES [MAPS], or SHARDS", "train"),
     "structure": ("sgmim_fast.structure", "make structure maps for a folder of images", "structure"),
     "reconstruct": ("sgmim_fast.train.reconstruct", "draw what a pre-trained model reconstructs", "train"),
     "finetune": ("sgmim_fast.downstream.finetune", "train an encoder on depth or segmentation", "downstream"),

@@ -43,7 +43,7 @@ def test_ops(tmp_path):
         "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",  # the interpreter's own leaks
         "UBSAN_OPTIONS": "halt_on_error=1",
         "SGMIM_FAST_LIBRARY": str(library),
-        "SGMIM_FAST_EXAMPLES": "25",
+        "SGMIM_FAST_EXAMPLES": "10",
         "OMP_NUM_THREADS": "2",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }

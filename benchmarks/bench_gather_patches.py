@@ -37,8 +37,7 @@ def test_gather_patches(benchmark, name, backward, case, encoder):
     cell = shape.stride
     patch = 4 if case == "structure" else cell
     pixels = torch.randn(BATCH, channels, shape.image, shape.image, requires_grad=backward)
-    mask = selective_mask(BATCH, shape.grid).mask.repeat_interleave(shape.unit // cell, 1)
-    rows = mask.repeat_interleave(shape.unit // cell, 2).flatten().nonzero().flatten()
+    rows = selective_mask(BATCH, shape.grid, scale=shape.unit // cell).masked.index
 
     def gathered(pixels):
         return gather_patches(pixels, rows, cell=cell, patch=patch, order=order)

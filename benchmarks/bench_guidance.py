@@ -48,7 +48,6 @@ from torch import Tensor, nn
 from visible import visible_losses
 
 from sgmim_fast import SGMIM, backends, reference, selective_mask, standardize_structure
-from sgmim_fast.masking import cells_of
 from sgmim_fast.ops import products
 
 FUSED = {"fused-cpu": "cpu", "fused-triton": "triton", "fused-cuda": "cuda"}
@@ -113,7 +112,7 @@ def build(shape: Shape, dtype: torch.dtype, batch: int, device: str) -> Case:
         model = SGMIM(Features(shape, features), shape.stride, accelerate=False)
     drawn = selective_mask(batch, shape.grid, shape.ratio, device=device)
     side = shape.image // shape.stride
-    cells = cells_of(drawn, side, side)
+    cells = drawn.on((side, side))
     first = torch.arange(batch, device=device)[:, None] * shape.cells
     visible, masked = (rows.index.view(batch, -1) - first for rows in (cells.visible, cells.masked))
 

@@ -9,7 +9,6 @@ from shapes import SHAPES
 from torch import nn
 
 from sgmim_fast import backends, reference, selective_mask
-from sgmim_fast.masking import cells_of
 from sgmim_fast.ops import gather_patches, linear_l1
 
 BATCH = 16
@@ -27,7 +26,7 @@ def test_linear_l1(benchmark, name, dtype, head, encoder):
     shape, channels = SHAPES[encoder], CHANNELS[head]
     side = shape.image // shape.stride
     drawn = selective_mask(BATCH, shape.grid, shape.ratio)
-    rows = (cells_of(drawn, side, side).masked if head == "image" else cells_of(drawn, side, side).visible).index
+    rows = (drawn.on((side, side)).masked if head == "image" else drawn.on((side, side)).visible).index
     linear = nn.Linear(shape.width, channels * shape.stride**2)
     x = torch.randn(BATCH * shape.cells, shape.width, requires_grad=True)
     # away from zero, so that no sign hangs on a rounding error

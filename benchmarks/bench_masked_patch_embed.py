@@ -27,9 +27,8 @@ def test_masked_patch_embed(benchmark, name, backward, encoder):
     if encoder != "swin_base":
         leaves = leaves[:3]  # no norm
     leaves = [leaf.requires_grad_(backward) for leaf in leaves]
-    drawn = selective_mask(BATCH, shape.grid).mask
-    mask = drawn.repeat_interleave(shape.unit // p, 1).repeat_interleave(shape.unit // p, 2).flatten(1)
-    visible = (~mask).flatten().nonzero().flatten()
+    drawn = selective_mask(BATCH, shape.grid, scale=shape.unit // p)
+    mask, visible = drawn.mask.flatten(1), drawn.visible.index
     weights = mask[..., None].float()
 
     def dense(weight, bias, token, *norm):

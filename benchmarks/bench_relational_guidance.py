@@ -10,9 +10,9 @@ from agree import assert_agree
 from shapes import SHAPES
 from visible import guide
 
-from sgmim_fast import backends, reference, selective_mask
+from sgmim_fast import backends, selective_mask
 from sgmim_fast.guidance import RelationalGuidance
-from sgmim_fast.masking import cells_of, resize
+from sgmim_fast.masking import resize
 
 BATCH = 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -27,7 +27,7 @@ def test_relational_guidance(benchmark, name, dtype, encoder):
     shape = SHAPES[encoder]
     side = shape.image // shape.stride
     drawn = selective_mask(BATCH, shape.grid, shape.ratio)
-    cells = cells_of(drawn, side, side)
+    cells = drawn.on((side, side))
     visible_cells, shown = cells.visible.index, cells.shown.index
     module = RelationalGuidance(shape.width, shape.heads)
     features = torch.randn(BATCH * shape.cells, shape.width, requires_grad=True)
@@ -37,7 +37,7 @@ def test_relational_guidance(benchmark, name, dtype, encoder):
 
     def dense():
         x, context = (t.view(BATCH, shape.cells, -1) for t in (features, structure[place]))
-        guided = reference.relational_guidance(module, x, context, resize(drawn.mask, side, side).flatten(1))
+        guided = module(x, context, resize(drawn.mask, side, side).flatten(1))
         return guided.flatten(0, 1)[visible_cells]
 
     def visible():

@@ -10,9 +10,9 @@ from agree import assert_agree
 from shapes import SHAPES
 from visible import structure_tokens
 
-from sgmim_fast import backends, reference, selective_mask
+from sgmim_fast import backends, selective_mask
 from sgmim_fast.guidance import StructureEncoder
-from sgmim_fast.masking import cells_of, resize
+from sgmim_fast.masking import resize
 
 BATCH = 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -27,7 +27,7 @@ def test_structure_embed(benchmark, name, dtype, encoder):
     shape = SHAPES[encoder]
     side = shape.image // shape.stride
     drawn = selective_mask(BATCH, shape.grid, shape.ratio)
-    shown = cells_of(drawn, side, side).shown
+    shown = drawn.on((side, side)).shown
     hidden = (~resize(drawn.mask, side, side)).flatten().nonzero()[0]  # any one; all are the same
     stem = resize(drawn.mask, shape.image // shape.patch, shape.image // shape.patch)
     module = StructureEncoder(1, shape.width, shape.stride)
@@ -35,7 +35,7 @@ def test_structure_embed(benchmark, name, dtype, encoder):
     cotangent = torch.randn(shown.index.shape[0] + 1, shape.width)
 
     def dense():
-        tokens = reference.structure_tokens(module, structure, stem).flatten(0, 1)
+        tokens = module(structure, stem).flatten(0, 1)
         return tokens[torch.cat([shown.index, hidden])]
 
     def visible():

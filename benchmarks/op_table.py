@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from sgmim_fast import backends, ops, selective_mask, standardize_structure
 from sgmim_fast.guidance import RelationalGuidance, StructureEncoder
-from sgmim_fast.masking import cells_of, resize
 
 EXACT = ("selective_mask", "gather_patches")  # the same bits from every backend
 ATOL = 1e-6  # of the standardised maps, whose plain version sums in another order
@@ -36,8 +35,8 @@ def cases(shape: Shape, batch: int, device: torch.device) -> dict[str, Callable[
     side, width, stride = shape.image // shape.stride, shape.width, shape.stride
     with backends.use("torch"):
         drawn = selective_mask(batch, shape.grid, shape.ratio, device=device)
-    cells = cells_of(drawn, side, side)
-    stem = (~resize(drawn.mask, shape.image // shape.patch, shape.image // shape.patch)).flatten().nonzero().flatten()
+    cells = drawn.on((side, side))
+    stem = drawn.visible.on(tuple(drawn.mask.shape[1:]), (shape.image // shape.patch,) * 2).index
     images, depth = (torch.randn(batch, c, shape.image, shape.image, device=device) for c in (3, 1))
     target = images + torch.where(images < 0, -4, 4)  # no sign hangs on a rounding error
     packed = torch.randn(cells.masked.index.shape[0], width, device=device, requires_grad=True)

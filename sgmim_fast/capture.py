@@ -174,7 +174,7 @@ class CapturedStep:
         leaves, spec = pytree.tree_flatten((args, kwargs))
 
         def run(values: list[Any]) -> Any:
-            return self._backward(*pytree.tree_map(_as_drawn, pytree.tree_unflatten(values, spec), is_leaf=_is_drawn))
+            return self._backward(*pytree.tree_unflatten(values, spec))
 
         if self._possible():
             alive, key = self._model_key()
@@ -414,18 +414,6 @@ def _first_places(leaves: list[Any]) -> list[int]:
     """Where each leaf comes first: the model may ask whether two of its inputs are one."""
     first: dict[int, int] = {}
     return [first.setdefault(id(leaf), place) for place, leaf in enumerate(leaves)]
-
-
-def _is_drawn(x: Any) -> bool:
-    return isinstance(x, SelectiveMask)
-
-
-def _as_drawn(x: Any) -> Any:
-    """Row lists that are one list again, which flattening makes two."""
-    if not _is_drawn(x):
-        return x
-    same = next((rows for rows in (x.masked, x.visible) if rows.index is x.shown.index), x.shown)
-    return x._replace(shown=same)
 
 
 def _has_hooks(p: nn.Parameter) -> bool:

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sgmim_fast import blocks
 from sgmim_fast.bypass import Check, Own
+from sgmim_fast.masking import SelectiveMask, aligned, resize
 
 SUPPORTED = "timm's Swin (swin_*), SwinV2 (swinv2_*), BEiT (beit_*, beitv2_*) and plain ViT (vit_*, deit_*)"
 
@@ -57,15 +58,16 @@ class MaskedEncoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 1, weight.shape[0], device=weight.device, dtype=weight.dtype))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | SelectiveMask | None = None, visible: Tensor | None = None) -> Tensor:
         """Encodes the images, reading nothing under the mask.
 
         Args:
             x: (B, in_chans, H, W) images, floating point.
-            mask: (B, H/p, W/p), bool or 0/1 numbers, 1 = masked (hidden from the encoder). None: nothing is masked,
-                and the result is that of `model.forward_features`, to the bit.
-            visible: (n,) int64, the patches that are not masked among the B * (H/p) * (W/p), ascending: what the mask
-                says, for an accelerated stem, which embeds only those. None: every patch is embedded.
+            mask: (B, H/p, W/p), bool or 0/1 numbers, 1 = masked (hidden from the encoder), or a `SelectiveMask` on a
+                grid that divides this one, of which an accelerated stem embeds the visible patches only. None: nothing
+                is masked, and the result is that of `model.forward_features`, to the bit.
+            visible: (n,) int64, with a mask tensor: the patches that are not masked among the B * (H/p) * (W/p),
+                ascending. What the mask says, for an accelerated stem. None: every patch is embedded.
 
         Returns:
             (B, N, C) tokens, row-major over the grid, without class, distillation and register tokens.
@@ -76,18 +78,22 @@ class MaskedEncoder(nn.Module):
         """
         self._check(x, mask)
         stem = self.model.patch_embed
-        if visible is not None and mask is not None and self.visible_stem and blocks.stem_fits(self, x):
+        drawn = isinstance(mask, SelectiveMask)
+        patches = stem.dynamic_feat_size(x.shape[2:])
+        if mask is not None and (drawn or visible is not None) and self.visible_stem and blocks.stem_fits(self, x):
+            if drawn:
+                visible = mask.visible.on(tuple(mask.mask.shape[1:]), patches).index
             return self._after_stem(blocks.masked_stem(stem, x, self.mask_token, visible))
         tokens = stem(x)  # (B, L, D), or (B, H/p, W/p, D)
         if mask is not None:
-            hidden = mask.bool().reshape(*tokens.shape[:-1], 1)
-            tokens = torch.where(hidden, self.mask_token, tokens)
+            hidden = resize(mask.mask, *patches) if drawn else mask.bool()
+            tokens = torch.where(hidden.reshape(*tokens.shape[:-1], 1), self.mask_token, tokens)
         return self._after_stem(tokens)
 
     def _after_stem(self, tokens: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _check(self, x: Tensor, mask: Tensor | None) -> None:
+    def _check(self, x: Tensor, mask: Tensor | SelectiveMask | None) -> None:
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"images must have shape (B, {self.in_chans}, H, W), got {tuple(x.shape)}")
         if not x.is_floating_point():
@@ -104,7 +110,12 @@ class MaskedEncoder(nn.Module):
         if mask is None:
             return
         expected = (x.shape[0], *stem.dynamic_feat_size((height, width)))
-        if tuple(mask.shape) != expected:
+        if isinstance(mask, SelectiveMask):
+            mask = mask.mask
+            fits = mask.shape[0] == expected[0] and aligned(mask.shape[1:], expected[1:])
+        else:
+            fits = tuple(mask.shape) == expected
+        if not fits:
             raise ValueError(
                 f"mask must have shape (B, H/p, W/p) = {expected} for patches of {stem.patch_size} pixels, "
                 f"got {tuple(mask.shape)}"

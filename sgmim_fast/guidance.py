@@ -1,16 +1,18 @@
 """Modules of the guidance branch: parameters under the names of the field.
 
-Their `forward` is the dense arithmetic, `sgmim_fast.reference`; their `visible`, which bypasses it, that of
-`sgmim_fast.ops` on packed rows of visible cells.
+Their `forward` is the dense arithmetic in plain PyTorch; their `visible`, which bypasses it, that of `sgmim_fast.ops`
+on packed rows of visible cells.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from sgmim_fast import ops, reference
+from sgmim_fast import ops
 from sgmim_fast.bypass import BIASED, BIASED_PATCHES, NORM_EPS_1E5, UNBIASED, Check, Own
+from sgmim_fast.masking import resize
 from sgmim_fast.rows import Rows
 
 
@@ -35,7 +37,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, S, H, W) -> (B, H / patch, W / patch, width)."""
-        return reference.patch_embedding(self, pixels)
+        return self.norm(self.proj(pixels).permute(0, 2, 3, 1))
 
 
 class PatchMerging(nn.Module):
@@ -48,7 +50,8 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H / 2, W / 2, 2 C)."""
-        return reference.patch_merging(self, x)
+        x = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], -1)
+        return self.reduction(self.norm(x))
 
 
 class StructureEncoder(nn.Module):
@@ -88,8 +91,16 @@ class StructureEncoder(nn.Module):
         )
 
     def forward(self, structure: Tensor, shown: Tensor) -> Tensor:
-        """structure (B, S, H, W), shown (B, H / p, W / p) bool -> (B, N, C), see `reference.structure_tokens`."""
-        return reference.structure_tokens(self, structure, shown)
+        """structure (B, S, H, W), shown (B, H / p, W / p) bool, True = the branch may read -> (B, N, C)."""
+        x = self.patch_embed(structure)  # (B, H / e, W / e, D)
+        down, across = x.shape[1:3]
+        if down % shown.shape[1] or across % shown.shape[2]:  # stem patches are no union of ours: shown where all is
+            pixels = resize(shown, *structure.shape[2:])
+            shown = pixels.unflatten(2, (across, -1)).unflatten(1, (down, -1)).all(4).all(2)
+        x = x * resize(shown, down, across)[..., None].to(x.dtype)
+        for merge in self.merges:
+            x = merge(x)
+        return x.flatten(1, 2)
 
     def visible(self, structure: Tensor, shown: Rows) -> Tensor:
         """structure (B, S, H, W) -> (shown cells + 1, C), see `ops.structure_embed`."""
@@ -108,7 +119,20 @@ class CrossAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, heads: int, shown: Tensor | None = None) -> Tensor:
         """(B, N, C) each, shown (B, N) bool, the keys that count; None: all -> (B, N, C)."""
-        return reference.cross_attention(self, query, key, value, heads, shown)
+
+        def split(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, N, d)
+
+        q, k, v = split(self.q(query)), split(self.k(key)), split(self.v(value))
+        logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        if shown is not None:
+            logits = logits.masked_fill(~shown[:, None, None], -torch.inf)
+            # An image without any key attends to nothing.
+            weights = torch.where(shown.any(1)[:, None, None, None], logits, 0).softmax(-1)
+            weights = weights * shown[:, None, None]
+        else:
+            weights = logits.softmax(-1)
+        return self.proj((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -118,7 +142,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return reference.mlp(self, x)
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class RelationalGuidance(nn.Module):
@@ -168,8 +192,15 @@ class RelationalGuidance(nn.Module):
         )
 
     def forward(self, features: Tensor, structure: Tensor, shown: Tensor) -> Tensor:
-        """features, structure (B, N, C), shown (B, N) bool -> (B, N, C), see `reference.relational_guidance`."""
-        return reference.relational_guidance(self, features, structure, shown)
+        """features, structure (B, N, C), shown (B, N) bool -> (B, N, C).
+
+        `shown` matters to hidden_context="drop" only: cells of which nothing is shown are no keys there.
+        """
+        query, context = self.query_norm(features), self.context_norm(structure)
+        position = 0 if self.pos_embed is None else self.pos_embed.to(query.dtype)
+        keys = shown if self.hidden_context == "drop" else None
+        t = features + self.attn(query + position, context + position, context, self.heads, keys)
+        return t + self.mlp(self.out_norm(t))
 
     def visible(self, features: Tensor, structure: Tensor, visible: Rows, shown: Rows) -> Tensor:
         """features (B * N, C), structure (shown cells + 1, C) -> (visible cells, C), see `ops.relational_guidance`."""

@@ -1,4 +1,4 @@
-"""Masks: drawing them (`selective_mask`), and what the model makes of one. SPEC "Selective masking".
+"""Masks: drawing them (`selective_mask`), and putting them on the grids they are wanted on. SPEC "Selective masking".
 
 Everywhere 1 / True means masked: hidden from the encoder.
 """
@@ -6,6 +6,7 @@ Everywhere 1 / True means masked: hidden from the encoder.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ SHOWN = ("masked", "visible", "all")
 
 
 class SelectiveMask(NamedTuple):
-    """A drawn mask with its row lists. Pass it to the model in place of a mask tensor.
+    """A mask with its row lists. Pass it to the model in place of a mask tensor.
 
     The row lists save the model the search for them, which on a GPU would have to wait for the device.
     """
@@ -29,6 +30,62 @@ class SelectiveMask(NamedTuple):
     visible: Rows  # cells that are not masked
     masked: Rows  # cells that are masked
     shown: Rows  # cells where the structure is shown
+
+    def on(self, grid: tuple[int, int]) -> SelectiveMask:
+        """The same mask on a grid (rows, columns) of cells, from the lists that are there: nothing is searched, and
+        nothing waits for the device.
+
+        Raises:
+            ValueError: a grid that does not divide the mask's units.
+        """
+        own = tuple(self.mask.shape[1:])
+        if own == tuple(grid):
+            return self
+        if not aligned(own, grid):
+            raise ValueError(f"grid is {tuple(grid)}; expected multiples of the mask's own {own}")
+        mask, masked = resize(self.mask, *grid), self.masked.on(own, grid)
+        visible = self.visible.on(own, grid)
+        if self.shown.index is self.masked.index:
+            return SelectiveMask(mask, mask, visible, masked, masked)
+        shown = visible if self.shown.index is self.visible.index else self.shown.on(own, grid)
+        return SelectiveMask(mask, resize(self.structure, *grid), visible, masked, shown)
+
+    def part(self, first: int, count: int) -> SelectiveMask:
+        """The masks of `count` images from the `first` on, which share memory with these. Nothing waits for the device.
+
+        All images must have as many masked cells, and as many where the structure is shown: where an image's rows begin
+        is not known on the host otherwise.
+
+        Raises:
+            ValueError: images that are not there.
+            RuntimeError: images with other numbers of rows; on a GPU an assertion on the device.
+        """
+        images, cells = self.mask.shape[0], self.mask.shape[1] * self.mask.shape[2]
+        if first < 0 or count < 0 or first + count > images:
+            raise ValueError(f"images {first} to {first + count} are asked for; expected some of {images}")
+        if count == images:
+            return self
+
+        def rows(whole: Rows) -> Rows:
+            each = whole.index.shape[0] // images
+            same = (whole.offsets.diff() == each).all()
+            torch._assert_async(same, "images have different numbers of rows; expected the same, to part them")
+            index = whole.index[first * each : (first + count) * each] - first * cells
+            return Rows(index, whole.offsets[: count + 1])
+
+        own = slice(first, first + count)
+        mask, masked, visible = self.mask[own], rows(self.masked), rows(self.visible)
+        if self.shown.index is self.masked.index:
+            return SelectiveMask(mask, mask, visible, masked, masked)
+        shown = visible if self.shown.index is self.visible.index else rows(self.shown)
+        return SelectiveMask(mask, self.structure[own], visible, masked, shown)
+
+
+class DenseMask(NamedTuple):
+    """A mask without row lists: it cuts through cells, or its values cannot be looked at."""
+
+    mask: Tensor  # (B, h, w) bool
+    structure: Tensor  # (B, h, w) bool
 
 
 def selective_mask(
@@ -40,6 +97,7 @@ def selective_mask(
     *,
     shown: str | float = "masked",
     seed: Tensor | None = None,
+    scale: int = 1,
 ) -> SelectiveMask:
     """Draws the masks of a batch: in each image ceil(ratio * units) units, a uniformly random subset.
 
@@ -57,9 +115,11 @@ def selective_mask(
             an independent random subset with this share *hidden*.
         seed: (2,) int64 on the device where the results live, in place of a generator: the low 32 bits of both numbers
             say which masks are drawn, the same on every device. A captured step counts it up there.
+        scale: cells along a unit: the same masks, drawn on the finer grid of cells at once. Where units are larger than
+            the encoder's stride, their ratio saves the model that step.
 
     Returns:
-        SelectiveMask on the unit grid; the model brings it to its own resolutions.
+        SelectiveMask on the grid of cells; the model brings it to its own resolutions.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what is expected.
@@ -85,28 +145,28 @@ def selective_mask(
     def other_seed() -> Tensor:
         return new_seed() if seed is None else seed ^ 0x80000000
 
-    mask, visible, masked = _draw(ratios, (rows, columns), new_seed, "ratio")
+    mask, visible, masked = _draw(ratios, (rows, columns), scale, new_seed, "ratio")
     if shown == "masked":
         return SelectiveMask(mask, mask, visible, masked, masked)
     if shown == "visible":
         return SelectiveMask(mask, ~mask, visible, masked, visible)
     if shown == "all":
-        every, _, rows_shown = _draw([1.0] * batch, (rows, columns), new_seed, "shown")
+        every, _, rows_shown = _draw([1.0] * batch, (rows, columns), scale, new_seed, "shown")
         return SelectiveMask(mask, every, visible, masked, rows_shown)
     if isinstance(shown, str):
         raise ValueError(f"shown is {shown!r}; expected 'masked', 'visible', 'all' or a number between 0 and 1")
-    hidden, rows_shown, _ = _draw([float(shown)] * batch, (rows, columns), other_seed, "shown")
+    hidden, rows_shown, _ = _draw([float(shown)] * batch, (rows, columns), scale, other_seed, "shown")
     return SelectiveMask(mask, ~hidden, visible, masked, rows_shown)
 
 
 def _draw(
-    ratios: list[float], grid: tuple[int, int], seed: Callable[[], Tensor], name: str
+    ratios: list[float], grid: tuple[int, int], scale: int, seed: Callable[[], Tensor], name: str
 ) -> tuple[Tensor, Rows, Rows]:
     units = grid[0] * grid[1]
     if not all(0 <= ratio <= 1 for ratio in ratios):
         raise ValueError(f"{name} is {ratios}; expected numbers between 0 and 1")
     counts = [math.ceil(ratio * units) for ratio in ratios]
-    return draw(seed(), counts, grid)
+    return draw(seed(), counts, grid, scale)
 
 
 def resize(mask: Tensor, height: int, width: int) -> Tensor:
@@ -115,36 +175,19 @@ def resize(mask: Tensor, height: int, width: int) -> Tensor:
     return mask.repeat_interleave(width // mask.shape[2], 2) if width != mask.shape[2] else mask
 
 
-class Cells(NamedTuple):
-    """Row lists on the grid of encoder cells."""
-
-    visible: Rows
-    masked: Rows
-    shown: Rows
+def aligned(grid: tuple[int, int], cells: tuple[int, int]) -> bool:
+    """Whether each unit of a grid is made of whole cells."""
+    return cells[0] % grid[0] == 0 and cells[1] % grid[1] == 0
 
 
-def cells_of(mask: SelectiveMask, down: int, across: int) -> Cells:
-    """The row lists of a drawn mask on the encoder's grid of down x across cells, a multiple of the mask's own.
-
-    The counts are known from the mask's own lists, so nothing waits for the device.
-    """
-    if mask.mask.shape[1:] == (down, across):
-        return Cells(mask.visible, mask.masked, mask.shown)
-    fine = down * across // (mask.mask.shape[1] * mask.mask.shape[2])
-
-    def rows(coarse: Tensor, old: Rows) -> Rows:
-        flat = resize(coarse, down, across).flatten()
-        index = torch.nonzero_static(flat, size=old.index.shape[0] * fine).squeeze(1)
-        return Rows(index, old.offsets * fine)
-
-    masked = rows(mask.mask, mask.masked)
-    shown = masked if mask.shown is mask.masked else rows(mask.structure, mask.shown)
-    return Cells(rows(~mask.mask, mask.visible), masked, shown)
+def without_lists(mask: Tensor | SelectiveMask) -> DenseMask:
+    """The mask as it was given; its values are not looked at."""
+    return DenseMask(mask.bool(), mask.bool()) if isinstance(mask, Tensor) else DenseMask(mask.mask, mask.structure)
 
 
 @torch.compiler.disable
-def search_cells(mask: Tensor, down: int, across: int) -> Cells | None:
-    """The row lists of a mask tensor on down x across cells, or None where a cell is masked only in part.
+def search(mask: Tensor, down: int, across: int) -> SelectiveMask | DenseMask:
+    """A mask tensor on down x across cells; dense where a cell is masked only in part.
 
     Args:
         mask: (B, h, w), bool or numbers, at least as fine as the cells.
@@ -162,11 +205,11 @@ def search_cells(mask: Tensor, down: int, across: int) -> Cells | None:
     binary = torch.ones((), dtype=torch.bool, device=mask.device)
     if mask.dtype != torch.bool:
         binary = (mask == masked).all()
-    *per_image, is_binary, aligned = torch.cat([counts, binary[None], (cells == whole).all()[None]]).tolist()
+    *per_image, is_binary, is_aligned = torch.cat([counts, binary[None], (cells == whole).all()[None]]).tolist()
     if not is_binary:
         raise ValueError("mask has values other than 0 and 1; expected 1 where the image is masked and 0 elsewhere")
-    if not aligned:
-        return None
+    if not is_aligned:
+        return DenseMask(masked, masked)
     offsets = torch.zeros(2, batch + 1, dtype=torch.int64, device=mask.device)
     offsets[0, 1:] = counts.cumsum(0)
     offsets[1, 1:] = (down * across - counts).cumsum(0)
@@ -174,4 +217,9 @@ def search_cells(mask: Tensor, down: int, across: int) -> Cells | None:
     flat = cells.flatten()
     rows_masked = Rows(torch.nonzero_static(flat, size=total).squeeze(1), offsets[0])
     rows_visible = Rows(torch.nonzero_static(~flat, size=flat.numel() - total).squeeze(1), offsets[1])
-    return Cells(rows_visible, rows_masked, rows_masked)
+    return SelectiveMask(cells, cells, rows_visible, rows_masked, rows_masked)
+
+
+def cells_of(mask: SelectiveMask, down: int, across: int) -> SelectiveMask:
+    warnings.warn("cells_of(mask, down, across) is now mask.on((down, across))", DeprecationWarning, stacklevel=2)
+    return mask.on((down, across))

@@ -7,12 +7,12 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from sgmim_fast import bypass, ops, reference
+from sgmim_fast import bypass, dense, visible
 from sgmim_fast import guidance as branch
 from sgmim_fast.accelerate import accelerate as make_faster
 from sgmim_fast.encoders import VISIBLE
 from sgmim_fast.guidance import RelationalGuidance, StructureEncoder
-from sgmim_fast.masking import Cells, SelectiveMask, cells_of, search_cells
+from sgmim_fast.masking import DenseMask, SelectiveMask, aligned, resize, search, without_lists
 from sgmim_fast.reference import Losses
 from sgmim_fast.standardized import check_standardized
 
@@ -110,20 +110,23 @@ class SGMIM(nn.Module):
         if positional:
             return_losses = _fourth(positional, return_losses)
         self._check(images, structure, mask, structure_valid)
-        grid = images.shape[2] // self.encoder_stride, images.shape[3] // self.encoder_stride
-        # here and no deeper, so that the search breaks a compiled graph once
+        cells = self._grid(images)
         if bypass.transformed():
-            cells = None  # row lists would be constants of what is recorded
+            mask = without_lists(mask)  # row lists would be constants of what is recorded
+        elif isinstance(mask, Tensor):
+            mask = search(mask, *cells)  # here and no deeper, so that it breaks a compiled graph once
         else:
-            cells = _drawn_cells(mask, *grid) if isinstance(mask, SelectiveMask) else search_cells(mask, *grid)
-        if self.guidance is not None:
-            check_standardized(structure.detach(), structure_valid)
-        masked, shown = reference.stem_masks(mask, images, self.patch_size)
-        features = self._tokens(self._encode(images, masked, cells), images)
-        if cells is None or self._branch_changed(features):
-            losses = reference.losses_from_features(self, features, images, structure, masked, shown, structure_valid)
+            mask = mask.on(cells) if aligned(mask.mask.shape[1:], cells) else without_lists(mask)
+        structure = self._known(structure, structure_valid)
+
+        features = self._encode(images, mask)
+        path = dense if isinstance(mask, DenseMask) or self._branch_changed(features) else visible
+        image = path.image_loss(self, features, images, mask)
+        if self.guidance is None:
+            losses = Losses(image, image, torch.zeros_like(image))
         else:
-            losses = self._visible_losses(features, images, structure, cells, structure_valid)
+            guided = path.structure_loss(self, features, structure, mask, structure_valid)
+            losses = Losses(image + guided, image, guided)
         return losses if return_losses else losses.total
 
     @torch.no_grad()
@@ -150,47 +153,26 @@ class SGMIM(nn.Module):
             TypeError, ValueError: as `forward`.
         """
         self._check(images, structure, mask, structure_valid)
-        down, across = images.shape[2] // self.encoder_stride, images.shape[3] // self.encoder_stride
-        if not isinstance(mask, SelectiveMask):
-            search_cells(mask, down, across)  # raises where values are neither 0 nor 1
-        if self.guidance is not None:
-            check_standardized(structure, structure_valid)
-        masked, shown = reference.stem_masks(mask, images, self.patch_size)
-        features = self._tokens(self.encoder(images, masked), images)
-        image = reference.predict(features, self.image_head, images, self.encoder_stride)
+        if isinstance(mask, Tensor):
+            search(mask, *self._grid(images))  # raises where values are neither 0 nor 1
+        mask = without_lists(mask)
+        structure = self._known(structure, structure_valid)
+        features = self._encode(images, mask)
+        image = dense.predict(self.image_head, features, images, self.encoder_stride)
         if self.guidance is None:
             return image, None
-        if structure_valid is not None:
-            structure = torch.where(structure_valid, structure, 0)
-        guided = reference.guide(self, features, structure, shown)
-        return image, reference.predict(guided, self.structure_head, structure, self.encoder_stride)
+        guided = dense.guide(self, features, structure, mask)
+        return image, dense.predict(self.structure_head, guided, structure, self.encoder_stride)
 
-    def _visible_losses(
-        self, features: Tensor, images: Tensor, structure: Tensor | None, cells: Cells, structure_valid: Tensor | None
-    ) -> Losses:
-        features = features.flatten(0, 1)  # (B * N, C)
-        stride, pixels = self.encoder_stride, self.encoder_stride**2
-        masked, visible = cells.masked.index, cells.visible.index
-        head = self.image_head
-        scale = 1 / (masked.shape[0] * pixels + 1e-5) / self.in_chans
-        image = ops.linear_l1(features, head.weight, head.bias, images, masked, cell=stride, packed=False, scale=scale)
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        return images.shape[2] // self.encoder_stride, images.shape[3] // self.encoder_stride
+
+    def _known(self, structure: Tensor | None, valid: Tensor | None) -> Tensor | None:
+        """The standardised map with 0, its mean, where it is not known; None without guidance."""
         if self.guidance is None:
-            return Losses(image, image, torch.zeros_like(image))
-        if structure_valid is not None:
-            structure = torch.where(structure_valid, structure, 0)
-        context = self.structure_encoder.visible(structure, cells.shown)
-        guided = self.guidance.visible(features, context, cells.visible, cells.shown)
-        head = self.structure_head
-        scale = 1 / self.structure_channels
-        if structure_valid is None:
-            scale /= visible.shape[0] * pixels + 1e-5
-        structure_loss = ops.linear_l1(
-            guided, head.weight, head.bias, structure, visible, cell=stride, valid=structure_valid, scale=scale
-        )
-        if structure_valid is not None:
-            counted = ops.gather_patches(structure_valid, visible, cell=stride, patch=stride).sum().to(image.dtype)
-            structure_loss = structure_loss / (counted / self.structure_channels + 1e-5)
-        return Losses(image + structure_loss, image, structure_loss)
+            return None
+        check_standardized(structure.detach(), valid)
+        return structure if valid is None else torch.where(valid, structure, 0)
 
     def _branch_changed(self, features: Tensor) -> bool:
         """Whether the ops may not stand in for heads and branch, so that they are called on all tokens; logs why."""
@@ -199,17 +181,14 @@ class SGMIM(nn.Module):
             bypass.say(f"the heads and the branch of SGMIM compute every token, as PyTorch's own modules: {why}")
         return bool(why)
 
-    def _encode(self, images: Tensor, masked: Tensor, cells: Cells | None) -> Tensor:
-        if cells is None or not getattr(self.encoder, "visible_stem", False) or VISIBLE.why(self):
-            return self.encoder(images, masked)
-        patches = (self.encoder_stride // self.patch_size) ** 2 * cells.visible.index.shape[0]
-        visible = torch.nonzero_static(~masked.flatten(), size=patches)  # the count is known: nothing waits for a GPU
-        return self.encoder(images, masked, visible.squeeze(1))
-
-    def _tokens(self, features: Tensor, images: Tensor) -> Tensor:
-        tokens = reference.to_tokens(features)
-        cells = (images.shape[2] // self.encoder_stride) * (images.shape[3] // self.encoder_stride)
-        expected = (images.shape[0], cells, self.encoder.num_features)
+    def _encode(self, images: Tensor, mask: SelectiveMask | DenseMask) -> Tensor:
+        """Features (B, N, C)."""
+        if isinstance(mask, DenseMask) or VISIBLE.why(self):
+            mask = resize(mask.mask, images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
+        features = self.encoder(images, mask)
+        tokens = features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
+        down, across = self._grid(images)
+        expected = (images.shape[0], down * across, self.encoder.num_features)
         if tuple(tokens.shape) != expected:
             raise ValueError(
                 f"encoder returned {tuple(features.shape)}; expected (B, N, C) = {expected} or (B, C, h, w) for "
@@ -242,7 +221,7 @@ class SGMIM(nn.Module):
             )
         patches = (batch, height // self.patch_size, width // self.patch_size)
         if drawn:
-            fits = values.shape[0] == batch and not (patches[1] % values.shape[1] or patches[2] % values.shape[2])
+            fits = values.shape[0] == batch and aligned(values.shape[1:], patches[1:])
             expected = f"{batch} masks on a grid that divides the encoder's {patches[1]}x{patches[2]} patches"
         else:
             fits, expected = tuple(values.shape) == patches, f"(B, H / p, W / p) = {patches}"
@@ -276,12 +255,6 @@ class SGMIM(nn.Module):
             {"guidance.pos_embed"} if self.guidance is not None and self.guidance.pos_embed is not None else set()
         )
         return {f"encoder.{name}" for name in names} | positions
-
-
-def _drawn_cells(mask: SelectiveMask, down: int, across: int) -> Cells | None:
-    """Row lists on the encoder's grid; None where the mask is not aligned to it."""
-    aligned = down % mask.mask.shape[1] == 0 and across % mask.mask.shape[2] == 0
-    return cells_of(mask, down, across) if aligned else None
 
 
 def _fourth(positional: tuple[bool, ...], return_losses: bool) -> bool:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import nothing_searched
 from torch import Tensor
 
 import sgmim_fast
-from sgmim_fast.masking import Cells, SelectiveMask, cells_of, resize, search_cells, selective_mask
+from sgmim_fast.masking import DenseMask, SelectiveMask, cells_of, resize, search, selective_mask
 from sgmim_fast.rows import Rows
 
 
@@ -26,10 +27,11 @@ def assert_rows(rows: Rows, wanted: Tensor) -> None:
     assert rows.index.dtype == rows.offsets.dtype == torch.int64
 
 
-def assert_cells(cells: Cells, mask: Tensor, shown: Tensor) -> None:
-    assert_rows(cells.visible, ~mask)
-    assert_rows(cells.masked, mask)
-    assert_rows(cells.shown, shown)
+def assert_cells(found: SelectiveMask, mask: Tensor, shown: Tensor) -> None:
+    assert torch.equal(found.mask, mask) and torch.equal(found.structure, shown)
+    assert_rows(found.visible, ~mask)
+    assert_rows(found.masked, mask)
+    assert_rows(found.shown, shown)
 
 
 @pytest.mark.parametrize("shown", ["masked", "visible", "all", 0.3, 0.0, 1.0])
@@ -40,7 +42,7 @@ def test_counts_and_row_lists(ratio, shown):
     assert drawn.mask.shape == drawn.structure.shape == (3, 4, 5)
     assert drawn.mask.dtype == drawn.structure.dtype == torch.bool
     assert drawn.mask.flatten(1).sum(1).tolist() == [math.ceil(r * 20) for r in ratios]
-    assert_cells(Cells(*drawn[2:]), drawn.mask, drawn.structure)
+    assert_cells(drawn, drawn.mask, drawn.structure)
     if shown == "masked":
         assert torch.equal(drawn.structure, drawn.mask)
     elif shown == "visible":
@@ -124,22 +126,62 @@ def test_resize_repeats_each_entry(batch, grid, scale):
 
 @given(
     st.integers(1, 3),
+    st.tuples(st.integers(1, 4), st.integers(1, 4)),
     st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    st.integers(1, 3),
     st.sampled_from(["masked", "visible", "all", 0.5]),
-    st.sampled_from([0.0, 0.4, 1.0]),
+    st.sampled_from([0.0, 0.4, 1.0, [0.0, 0.3, 1.0]]),
     st.integers(0, 9),
 )
-def test_cells_of_a_drawn_mask(batch, grid, scale, shown, ratio, seed):
+def test_a_drawn_mask_on_a_finer_grid(batch, grid, scale, shown, ratio, seed):
+    ratio = ratio[:batch] if isinstance(ratio, list) else ratio
     drawn = selective_mask(batch, grid, ratio, generator(seed), shown=shown)
-    down, across = grid[0] * scale, grid[1] * scale
-    cells = cells_of(drawn, down, across)
-    assert_cells(cells, resize(drawn.mask, down, across), resize(drawn.structure, down, across))
+    down, across = grid[0] * scale[0], grid[1] * scale[1]
+    with nothing_searched():
+        fine = drawn.on((down, across))
+    assert_cells(fine, resize(drawn.mask, down, across), resize(drawn.structure, down, across))
+    assert (fine.shown is fine.masked) == (shown == "masked") and (fine.shown is fine.visible) == (shown == "visible")
+    assert drawn.on(grid) is drawn
+    if scale[0] == scale[1]:  # drawn there at once
+        again = selective_mask(batch, grid, ratio, generator(seed), shown=shown, scale=scale[0])
+        assert_cells(again, fine.mask, fine.structure)
 
 
-def test_ragged_ratios_on_finer_cells():
-    drawn = selective_mask(3, (2, 3), [0.0, 0.5, 1.0], generator())
-    assert_cells(cells_of(drawn, 4, 6), resize(drawn.mask, 4, 6), resize(drawn.mask, 4, 6))
+def test_a_coarser_grid_is_refused():
+    with pytest.raises(ValueError, match=r"grid is \(2, 6\); expected multiples of the mask's own \(4, 6\)"):
+        selective_mask(2, (4, 6)).on((2, 6))
+
+
+def test_cells_of_is_deprecated():
+    drawn = selective_mask(2, 3)
+    with pytest.warns(DeprecationWarning, match=r"mask\.on\(\(down, across\)\)"):
+        cells = cells_of(drawn, 6, 6)
+    assert_cells(cells, resize(drawn.mask, 6, 6), resize(drawn.mask, 6, 6))
+
+
+@pytest.mark.parametrize("shown", ["masked", "visible", "all", 0.5])
+def test_parts_are_the_masks_of_their_images(shown):
+    whole = selective_mask(6, (4, 5), generator=generator(), shown=shown)
+    for first, count in ((0, 6), (0, 2), (4, 2), (3, 1), (2, 0)):
+        with nothing_searched():
+            part = whole.part(first, count)
+        own = slice(first, first + count)
+        assert_cells(part, whole.mask[own], whole.structure[own])
+        assert (part.shown is part.masked) == (shown == "masked") and (part.shown is part.visible) == (
+            shown == "visible"
+        )
+    assert whole.part(0, 6) is whole
+
+
+@pytest.mark.parametrize("images", [(-1, 2), (0, 7), (5, 2), (2, -1)])
+def test_parts_that_are_not_there(images):
+    with pytest.raises(ValueError, match=r"images -?\d to \d are asked for; expected some of 6"):
+        selective_mask(6, 2).part(*images)
+
+
+def test_parts_of_images_with_other_counts():
+    """Even where the counts add up."""
+    with pytest.raises(RuntimeError, match="images have different numbers of rows; expected the same"):
+        selective_mask(4, (2, 2), [0.25, 0.75, 0.5, 0.5]).part(0, 2)
 
 
 @given(
@@ -152,22 +194,23 @@ def test_ragged_ratios_on_finer_cells():
 def test_search_of_an_aligned_mask(batch, grid, scale, dtype, seed):
     mask = torch.randint(0, 2, (batch, *grid), generator=generator(seed)).bool()
     fine = resize(mask, grid[0] * scale, grid[1] * scale)
-    assert_cells(search_cells(fine.to(dtype), *grid), mask, mask)
+    assert_cells(search(fine.to(dtype), *grid), mask, mask)
 
 
 @given(st.tuples(st.integers(1, 3), st.integers(1, 3)), st.integers(2, 3), st.data())
 def test_search_refuses_a_partly_masked_cell(grid, scale, data):
     mask = torch.zeros(2, grid[0] * scale, grid[1] * scale, dtype=torch.bool)
     mask.view(-1)[data.draw(st.integers(0, mask.numel() - 1))] = True
-    assert search_cells(mask, *grid) is None
-    assert search_cells(~mask, *grid) is None
+    for dense in (mask, ~mask):
+        found = search(dense, *grid)
+        assert isinstance(found, DenseMask) and all(torch.equal(part, dense) for part in found)
 
 
 def test_search_of_a_mask_that_is_not_contiguous():
     mask = torch.randint(0, 2, (3, 2, 4), generator=generator()).bool()
     fine = resize(mask, 4, 8).permute(2, 0, 1).contiguous().permute(1, 2, 0)
     assert not fine.is_contiguous()
-    assert_cells(search_cells(fine, 2, 4), mask, mask)
+    assert_cells(search(fine, 2, 4), mask, mask)
 
 
 @pytest.mark.parametrize("value", [2, -1, 0.5, float("nan"), float("inf")])
@@ -178,7 +221,7 @@ def test_search_raises_on_other_values(value, aligned):
     if not aligned:
         mask[1, 3, 3] = 1
     with pytest.raises(ValueError, match="mask has values other than 0 and 1; expected 1 where the image is masked"):
-        search_cells(mask, 2, 2)
+        search(mask, 2, 2)
 
 
 def test_a_drawn_mask_is_a_tuple_of_tensors():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils import _pytree as pytree
 
 pytest.importorskip("accelerate", reason="pre-training needs the extra [train]")
 from pretraining import tiny
@@ -53,20 +54,17 @@ def test_epochs_and_seeds_differ():
 
 
 @pytest.mark.parametrize("shown", ["masked", "visible", "all", "0.5"])
-def test_parts_of_a_mask_are_its_images(shown):
-    settings = tiny(mask__shown=shown).mask
-    whole = masks.draw(settings, 64, 6, seed=0, step=1, device=torch.device("cpu"))
-    assert whole.mask.shape == (6, 4, 4)
-    assert all(whole.mask.flatten(1).sum(1) == 10)  # ceil(0.6 * 16)
-    for first, count in ((0, 6), (0, 2), (4, 2), (3, 1)):
-        part = masks.part(whole, first, count)
-        own = slice(first, first + count)
-        assert torch.equal(part.mask, whole.mask[own]) and torch.equal(part.structure, whole.structure[own])
-        for rows, cells in ((part.masked, part.mask), (part.visible, ~part.mask), (part.shown, part.structure)):
-            assert torch.equal(rows.index, cells.flatten().nonzero().squeeze(1))
-            counts = cells.flatten(1).sum(1)
-            assert torch.equal(rows.offsets.diff(), counts) and rows.offsets[0] == 0
-        assert (part.shown is part.masked) == (shown == "masked")
+@pytest.mark.parametrize(("stride", "side"), [(None, 4), (16, 4), (8, 8), (4, 16), (32, 4), (12, 4)])
+def test_masks_are_drawn_on_the_cells_that_make_up_a_unit(shown, stride, side):
+    def draw(stride: int | None):
+        settings = tiny(mask__shown=shown).mask
+        return masks.draw(settings, 64, 6, seed=0, step=1, device=torch.device("cpu"), stride=stride)
+
+    units, found = draw(None), draw(stride)
+    assert all(units.mask.flatten(1).sum(1) == 10)  # ceil(0.6 * 16)
+    assert found.mask.shape == (6, side, side)
+    for actual, expected in zip(pytree.tree_leaves(found), pytree.tree_leaves(units.on((side, side))), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_masks_come_from_seed_and_step():

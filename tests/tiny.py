@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sgmim_fast
 from sgmim_fast import SGMIM, SelectiveMask
@@ -86,6 +89,25 @@ def drawn(model: SGMIM, size: tuple[int, int], count: int = 2, seed: int = 2, **
 def stem_mask(model: SGMIM, size: tuple[int, int], mask: SelectiveMask) -> Tensor:
     """The drawn mask as the tensor (B, H / p, W / p) that the model takes too, 1 = masked."""
     return sgmim_fast.masking.resize(mask.mask, size[0] // model.patch_size, size[1] // model.patch_size)
+
+
+@contextlib.contextmanager
+def nothing_searched() -> Iterator[None]:
+    """Raises where a tensor is searched for the places that a mask marks, or a value is read on the host."""
+
+    class Searches(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            name = func._opname
+            masks = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
+                x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
+            )
+            found = name.startswith(("nonzero", "argwhere", "masked_select", "unique", "where.default"))
+            read = torch.Tag.data_dependent_output in func.tags
+            assert not (masks or found or read), f"{func} searches a mask or reads a value"
+            return func(*args, **(kwargs or {}))
+
+    with Searches():
+        yield
 
 
 def gradients(model: SGMIM, total: Tensor, *inputs: Tensor) -> dict[str, Tensor]:

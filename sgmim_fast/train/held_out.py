@@ -76,7 +76,8 @@ def losses(model: SGMIM, dataset: Dataset, config: Config, accelerator: Accelera
     """
     batch, device, count = config.optim.batch, accelerator.device, len(dataset)
     rank, processes = accelerator.process_index, accelerator.num_processes
-    drawn = masks.draw(config.mask, config.data.size, count, mix(config.run.seed, 6), 0, device)
+    seed = mix(config.run.seed, 6)
+    drawn = masks.draw(config.mask, config.data.size, count, seed, 0, device, stride=config.model.stride)
     # sharded models are computed by all processes together: one without images left repeats the last ones for nothing
     starts = range(rank * batch, math.ceil(count / batch / processes) * processes * batch, processes * batch)
     firsts = [min(start, (count - 1) // batch * batch) for start in starts]
@@ -90,7 +91,7 @@ def losses(model: SGMIM, dataset: Dataset, config: Config, accelerator: Accelera
     training = model.training
     model.eval()
     for start, first, items in zip(starts, firsts, batches, strict=True):
-        mask = masks.part(drawn, first, len(items["image"]))
+        mask = drawn.part(first, len(items["image"]))
         found = _losses(model, items, mask, build.structure_kind(config), accelerator)
         if start == first:
             total += len(items["image"]) * torch.stack([*found, torch.ones_like(found[0])])

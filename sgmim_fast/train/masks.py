@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from sgmim_fast.masking import SelectiveMask, selective_mask
-from sgmim_fast.rows import Rows
 from sgmim_fast.train.config import Mask
 from sgmim_fast.train.order import mix
 
 
-def draw(settings: Mask, size: int, images: int, seed: int, step: int, device: torch.device) -> SelectiveMask:
+def draw(
+    settings: Mask, size: int, images: int, seed: int, step: int, device: torch.device, stride: int | None = None
+) -> SelectiveMask:
     """Masks of all images of a step, on the device; nothing waits for it.
 
     Args:
         size: pixels along an image, a multiple of the mask unit.
         images: number of images of the step, over all processes.
+        stride: pixels along the encoder's cells, on which the masks are drawn where they make up the units.
     """
     generator = torch.Generator(device).manual_seed(mix(seed, 2, step))
     return selective_mask(
-        images, size // settings.unit, settings.ratio, generator=generator, shown=read_shown(settings.shown)
+        images,
+        size // settings.unit,
+        settings.ratio,
+        generator=generator,
+        shown=read_shown(settings.shown),
+        scale=1 if stride is None or settings.unit % stride else settings.unit // stride,
     )
 
 
 def part(mask: SelectiveMask, first: int, count: int) -> SelectiveMask:
-    """The masks of `count` images from the `first` on. All images have as many masked cells, so nothing is searched."""
-    images, cells = mask.mask.shape[0], mask.mask[0].numel()
-
-    def rows(all_rows: Rows) -> Rows:
-        each = all_rows.index.shape[0] // images
-        index = all_rows.index[first * each : (first + count) * each] - first * cells
-        return Rows(index, all_rows.offsets[: count + 1])
-
-    own = slice(first, first + count)
-    masked, same = rows(mask.masked), mask.shown is mask.masked
-    values = mask.mask[own]
-    shown = values if same else mask.structure[own]
-    return SelectiveMask(values, shown, rows(mask.visible), masked, masked if same else rows(mask.shown))
+    warnings.warn("masks.part(mask, first, count) is now mask.part(first, count)", DeprecationWarning, stacklevel=2)
+    return mask.part(first, count)
 
 
 def read_shown(text: str) -> str | float:

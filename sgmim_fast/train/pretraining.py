@@ -59,10 +59,13 @@ class Pretraining(Task):
         return optimizer.learning_rate(self.config.optim, step, steps_per_epoch, total_batch)
 
     def draw(self, step: int, images: int, device: torch.device) -> masks.SelectiveMask:
-        return masks.draw(self.config.mask, self.config.data.size, images, self.config.run.seed, step, device)
+        config = self.config
+        return masks.draw(
+            config.mask, config.data.size, images, config.run.seed, step, device, stride=config.model.stride
+        )
 
     def part(self, drawn: masks.SelectiveMask, first: int, count: int) -> masks.SelectiveMask:
-        return masks.part(drawn, first, count)
+        return drawn.part(first, count)
 
     def loss(
         self,
@@ -75,7 +78,7 @@ class Pretraining(Task):
         device = accelerator.device
         images = batch["image"].to(device, non_blocking=True)
         structure, valid = structure_of(batch, device, self.kind)
-        mask = masks.part(drawn, first, len(images))
+        mask = drawn.part(first, len(images))
         with accelerator.autocast():
             return model(images, structure, mask, return_losses=True, structure_valid=valid)
 

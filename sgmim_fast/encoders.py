@@ -79,7 +79,7 @@ class MaskedEncoder(nn.Module):
         self._check(x, mask)
         stem = self.model.patch_embed
         drawn = isinstance(mask, SelectiveMask)
-        patches = stem.dynamic_feat_size(x.shape[2:])
+        patches = stem.dynamic_feat_size(x.shape[2:]) if drawn else None
         if mask is not None and (drawn or visible is not None) and self.visible_stem and blocks.stem_fits(self, x):
             if drawn:
                 visible = mask.visible.on(tuple(mask.mask.shape[1:]), patches).index

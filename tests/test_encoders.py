@@ -10,10 +10,12 @@ import golden
 import pytest
 import timm
 import torch
+from tiny import nothing_searched
 from torch import Tensor, nn
 
 from sgmim_fast.checkpoints import load_published, published_state_dict
 from sgmim_fast.encoders import MaskedEncoder, create_encoder
+from sgmim_fast.masking import selective_mask
 
 RECIPE = {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False, "use_abs_pos_emb": False, "init_values": 0.1}
 STAGES = {"depths": (1, 1, 1, 1)}
@@ -151,6 +153,31 @@ def test_pixels_under_the_mask_are_not_read(family):
         assert torch.equal(encoder(images.masked_fill(hidden, math.nan), mask), tokens)
         assert not torch.equal(encoder(torch.where(hidden, images, images + 1), mask), tokens)
         assert not torch.equal(encoder(images, ~mask), tokens)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("ratios", [[0.6, 0.6], [0.0, 1.0], [0.2, 0.7]], ids=str)
+def test_a_drawn_mask_is_its_tensor(family, ratios):
+    """On every grid that divides the stem's, whichever stem computes it; and nothing is searched."""
+    encoder, images, mask = make(family)
+    down, across = mask.shape[1:]
+    for side in (s for s in range(1, min(down, across) + 1) if down % s == across % s == 0):
+        drawn = selective_mask(2, (down // side, across // side), ratios)
+        encoder.visible_stem = False
+        with torch.no_grad():
+            expected = encoder(images, drawn.on((down, across)).mask)
+            for encoder.visible_stem in (False, True):
+                with nothing_searched():
+                    actual = encoder(images, drawn)
+                torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("batch", "grid"), [(3, (4, 4)), (2, (3, 4)), (2, (16, 16)), (1, (8, 8))])
+def test_drawn_masks_that_do_not_fit(batch, grid):
+    encoder, images, mask = make("vit-gray")
+    assert mask.shape == (2, 4, 4)
+    with pytest.raises(ValueError, match=r"mask must have shape \(B, H/p, W/p\) = \(2, 4, 4\)"):
+        encoder(images, selective_mask(batch, grid))
 
 
 @pytest.mark.parametrize("family", REPRESENTATIVES)

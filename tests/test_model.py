@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import inspect
 import io
 import pickle
+import sys
 from typing import Any
 
 import pytest
@@ -14,7 +17,7 @@ from checks import assert_close_to_truth
 from hypothesis import given
 from hypothesis import strategies as st
 from packed import PRECISIONS, assert_same_bits
-from tiny import FAMILIES, ConvEncoder, batch, drawn, family, foreign, gradients, stem_mask
+from tiny import FAMILIES, ConvEncoder, batch, drawn, family, foreign, gradients, nothing_searched, stem_mask
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -263,6 +266,89 @@ def test_any_shape_and_mask(patch, cells, stem_cells, channels, context, data):
     actual = evaluate(model.float(), *[t.float() for t in inputs], mask)
     for name, e in expected.items():
         assert ((actual[name] - e).abs() <= 1e-3 * (1 + e.abs())).all(), name
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "foreign"])
+@pytest.mark.parametrize("shown", ["masked", "visible", "all", 0.5])
+def test_a_drawn_mask_is_not_searched(name, shown):
+    """Of no family, on no grid that units of whole cells can have, in forward and backward."""
+    model, size = (foreign(), (32, 64)) if name == "foreign" else family(name)
+    inputs = [t.float() for t in batch(model, size)]
+    cells = size[0] // model.encoder_stride, size[1] // model.encoder_stride
+    for side in (s for s in range(1, min(cells) + 1) if cells[0] % s == cells[1] % s == 0):
+        mask = selective_mask(2, (cells[0] // side, cells[1] // side), [0.3, 0.8], shown=shown)
+        with nothing_searched():
+            actual = evaluate(model, *inputs, mask)
+        expected = evaluate(model, *inputs, mask, dense=True)
+        for key, e in expected.items():  # where all is masked, some gradients are rounding errors
+            assert (actual.get(key, torch.zeros_like(e)) - e).norm() <= 1e-3 * e.norm() + 1e-6, key
+
+
+def test_searching_is_noticed():
+    with pytest.raises(AssertionError, match="nonzero_static"), nothing_searched():
+        torch.nonzero_static(torch.ones(3), size=3)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), nothing_searched():
+        torch.ones(3).sum().item()
+    with pytest.raises(AssertionError, match="index"), nothing_searched():
+        torch.ones(3)[torch.tensor([True, False, True])]
+
+
+@pytest.mark.parametrize("name", ["swin", "vit", "foreign"])
+def test_a_mask_tensor_is_searched_once(name, monkeypatch):
+    model, size = (foreign(), (32, 64)) if name == "foreign" else family(name)
+    mask = drawn(model, size)
+    inputs = [t.float() for t in batch(model, size)]
+    expected, tensor, searched = evaluate(model, *inputs, mask), stem_mask(model, size, mask), []
+    find = torch.nonzero_static
+    monkeypatch.setattr(torch, "nonzero_static", lambda x, size: searched.append(x.shape) or find(x, size=size))
+    assert_same_bits([expected, evaluate(model, *inputs, tensor)])
+    assert searched == 2 * [mask.mask.flatten().shape]  # on the cells: for the masked ones, and for the visible ones
+
+
+class Refused(nn.Linear):
+    """A head that the ops do not stand in for."""
+
+
+@pytest.mark.parametrize("path", ["visible", "dense", "not aligned"])
+def test_the_model_computes_nothing_of_the_reference(path, monkeypatch):
+    model, size = foreign(), (32, 64)
+    inputs = *(t.float() for t in batch(model, size)), drawn(model, size)
+    if path == "dense":
+        model.image_head.__class__ = Refused
+    if path == "not aligned":
+        inputs = *inputs[:2], torch.rand(2, 8, 16) < 0.5
+    expected = evaluate(model, *inputs, dense=True)
+    for name, value in vars(reference).copy().items():
+        if getattr(value, "__module__", "") == reference.__name__ and not isinstance(value, type):
+            monkeypatch.delattr(reference, name)
+    assert not hasattr(reference, "sgmim_losses")
+    assert_same(evaluate(model, *inputs), expected, 1e-3)
+    model.predict(*inputs)
+
+
+def test_the_reference_is_a_leaf():
+    """It imports PyTorch and the standard library, also where only types need it."""
+    names = set()
+    for node in ast.walk(ast.parse(inspect.getsource(reference))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            names.add(node.module)
+    roots = {name.partition(".")[0] for name in names}
+    assert "torch" in roots and roots <= {"torch", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("name", ["structure_tokens", "relational_guidance"])
+def test_functions_of_the_reference_that_are_modules_now(name):
+    model, size = foreign(), (32, 64)
+    tokens, shown = torch.randn(2, 8, 16), torch.rand(2, 8) < 0.5
+    module, args = model.guidance, (tokens, tokens, shown)
+    if name == "structure_tokens":
+        module, args = model.structure_encoder, (batch(model, size)[1].float(), torch.rand(2, 8, 16) < 0.5)
+    with pytest.warns(DeprecationWarning, match=f"reference.{name}"):
+        found = getattr(reference, name)(module, *args)
+    assert torch.equal(found, module(*args))
 
 
 def test_what_is_returned():

@@ -20,7 +20,7 @@ class Rows(NamedTuple):
     def on(self, grid: tuple[int, int], finer: tuple[int, int]) -> Rows:
         """The rows of a grid as those of a finer one, which divides each cell into down x across.
 
-        Computed from the list: no mask is read, and nothing waits for the device.
+        Computed from the list, ascending again: no mask is read, and nothing waits for the device.
 
         Args:
             grid: cells (rows, columns) of an image that `index` counts.
@@ -29,15 +29,9 @@ class Rows(NamedTuple):
         if grid == finer:
             return self
         down, across = finer[0] // grid[0], finer[1] // grid[1]
-        device, n = self.index.device, self.index.shape[0]
-        line = self.index // grid[1]  # of cells, through all images
-        begin = torch.searchsorted(line, line)  # where the line's cells begin in the list
-        length = torch.searchsorted(line, line, right=True) - begin
-        # A cell becomes `down` segments of `across` finer cells. In the list, the line's first segments come first.
-        below = torch.arange(down, device=device)
-        segment = torch.add(self.index, line, alpha=(down - 1) * grid[1])[:, None] + below * grid[1]
-        first = torch.add(torch.arange(n, device=device), begin, alpha=down - 1)
-        place = torch.addcmul(first[:, None], length[:, None], below)
-        segments = torch.empty_like(segment).view(-1).scatter_(0, place.view(-1), segment.view(-1))
+        device = self.index.device
+        # a cell becomes `down` segments of `across` finer cells, which those of its neighbours come between
+        first = torch.add(self.index, self.index // grid[1], alpha=(down - 1) * grid[1])
+        segments = torch.add(first[:, None], torch.arange(down, device=device), alpha=grid[1]).view(-1).sort().values
         index = torch.add(torch.arange(across, device=device), segments[:, None], alpha=across)
         return Rows(index.view(-1), self.offsets * (down * across))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -145,28 +145,28 @@ def selective_mask(
     def other_seed() -> Tensor:
         return new_seed() if seed is None else seed ^ 0x80000000
 
-    mask, visible, masked = _draw(ratios, (rows, columns), scale, new_seed, "ratio")
+    units = rows * columns
+    counts = _counts(ratios, units, "ratio")
+    mask, visible, masked = draw(new_seed(), counts, (rows, columns), scale)
     if shown == "masked":
         return SelectiveMask(mask, mask, visible, masked, masked)
     if shown == "visible":
         return SelectiveMask(mask, ~mask, visible, masked, visible)
     if shown == "all":
-        every, _, rows_shown = _draw([1.0] * batch, (rows, columns), scale, new_seed, "shown")
+        every, _, rows_shown = draw(new_seed(), [units] * batch, (rows, columns), scale)
         return SelectiveMask(mask, every, visible, masked, rows_shown)
     if isinstance(shown, str):
         raise ValueError(f"shown is {shown!r}; expected 'masked', 'visible', 'all' or a number between 0 and 1")
-    hidden, rows_shown, _ = _draw([float(shown)] * batch, (rows, columns), scale, other_seed, "shown")
+    counts = _counts([float(shown)] * batch, units, "shown")
+    hidden, rows_shown, _ = draw(other_seed(), counts, (rows, columns), scale)
     return SelectiveMask(mask, ~hidden, visible, masked, rows_shown)
 
 
-def _draw(
-    ratios: list[float], grid: tuple[int, int], scale: int, seed: Callable[[], Tensor], name: str
-) -> tuple[Tensor, Rows, Rows]:
-    units = grid[0] * grid[1]
+def _counts(ratios: list[float], units: int, name: str) -> list[int]:
+    """Masked units of each image."""
     if not all(0 <= ratio <= 1 for ratio in ratios):
         raise ValueError(f"{name} is {ratios}; expected numbers between 0 and 1")
-    counts = [math.ceil(ratio * units) for ratio in ratios]
-    return draw(seed(), counts, grid, scale)
+    return [math.ceil(ratio * units) for ratio in ratios]
 
 
 def resize(mask: Tensor, height: int, width: int) -> Tensor:

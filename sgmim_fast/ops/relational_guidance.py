@@ -80,7 +80,8 @@ def relational_guidance(
     """Guidance of the visible cells by the shown structure cells and one collapsed key for all hidden ones.
 
     Plain PyTorch, per image: `q = features[visible]`, `kv = cat([structure[shown], h, ..., h])` with one h per hidden
-    cell, `t = q + proj(attention(norm(q), norm(kv)))`, result `t + mlp(norm(t))`; see `sgmim_fast.reference`.
+    cell, `t = q + proj(attention(norm(q), norm(kv)))`, result `t + mlp(norm(t))`; see the forward of
+    `sgmim_fast.guidance.RelationalGuidance`.
 
     Args:
         features: (B * N, C) encoder tokens of the whole batch, row-major.

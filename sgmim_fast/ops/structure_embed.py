@@ -64,7 +64,7 @@ def structure_embed(
     """Structure tokens of the shown cells, and the one token h that every hidden cell has.
 
     A hidden cell's embedded patches are multiplied by 0 after their norm, so what comes out of the mergings depends on
-    the parameters alone. Plain PyTorch: see `sgmim_fast.reference.structure_tokens`, of which this computes the rows
+    the parameters alone. Plain PyTorch: see `sgmim_fast.guidance.StructureEncoder`, of which this computes the rows
     `rows` and one of the others.
 
     Args:

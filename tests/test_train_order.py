@@ -67,6 +67,13 @@ def test_masks_are_drawn_on_the_cells_that_make_up_a_unit(shown, stride, side):
         assert torch.equal(actual, expected)
 
 
+def test_part_is_deprecated():
+    whole = masks.draw(tiny().mask, 64, 6, seed=0, step=1, device=torch.device("cpu"))
+    with pytest.warns(DeprecationWarning, match=r"mask\.part\(first, count\)"):
+        part = masks.part(whole, 2, 3)
+    assert torch.equal(part.mask, whole.mask[2:5])
+
+
 def test_masks_come_from_seed_and_step():
     draw = [
         masks.draw(tiny().mask, 64, 4, seed, step, torch.device("cpu")).mask for seed, step in ((0, 0), (0, 1), (1, 0))

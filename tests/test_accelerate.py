@@ -311,9 +311,10 @@ def activate(block):
 @pytest.mark.parametrize("change", [adapt, listen, drop, rescale, activate])
 @pytest.mark.parametrize("name", ["swin, odd map padded", "swinv2", "beit", "vit"])
 def test_what_is_not_timms_own_is_called(name, change):
-    """Changed after acceleration, too: nothing is bypassed that does something else."""
+    """Changed after acceleration, too: nothing is bypassed that does something else. In float64, where little shows."""
     plain, size = timm_model(name)
-    fast, images = accelerate(copy.deepcopy(plain)), torch.randn(2, 3, *size)
+    plain, images = plain.double(), torch.randn(2, 3, *size, dtype=torch.float64)
+    fast = accelerate(copy.deepcopy(plain))
     before = step(fast, images)["features"]
     for model in (plain, fast):
         for module in model.modules():
@@ -325,7 +326,7 @@ def test_what_is_not_timms_own_is_called(name, change):
     error = (actual["features"] - expected["features"]).norm()
     assert (expected["features"] - before).norm() > 100 * error, "the change does not show"
     for key, value in expected.items():
-        assert (actual[key] - value).norm() <= 1e-3 * (1e-2 + value.norm()), key
+        assert (actual[key] - value).norm() <= 1e-9 * (1e-2 + value.norm()), key
 
 
 def test_attention_masks_of_a_vit():

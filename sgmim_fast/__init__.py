@@ -1,17 +1,35 @@
-"""Fast SG-MIM: Structured Knowledge Guided Masked Image Modeling on visible tokens, with fused kernels."""
+"""Fast SG-MIM: Structured Knowledge Guided Masked Image Modeling on visible tokens, with fused kernels.
 
-from sgmim_fast import backends, checkpoints, ops, reference
-from sgmim_fast.accelerate import accelerate
-from sgmim_fast.capture import capture
-from sgmim_fast.checkpoints import export_timm, load_published, published_state_dict
-from sgmim_fast.encoders import create_encoder
-from sgmim_fast.masking import SelectiveMask, selective_mask
-from sgmim_fast.model import SGMIM
+Importing this package registers the operators (`torch.ops.sgmim_fast`) and costs little more than importing torch. What
+needs timm, and with it torchvision, or `torch.compile` is imported when its name is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from sgmim_fast import backends, ops
 from sgmim_fast.ops import standardize_structure
-from sgmim_fast.reference import Losses
 from sgmim_fast.rows import Rows
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from sgmim_fast import checkpoints, reference
+    from sgmim_fast import encoders as encoders
+    from sgmim_fast import guidance as guidance
+    from sgmim_fast import masking as masking
+    from sgmim_fast import model as model
+    from sgmim_fast.accelerate import accelerate
+    from sgmim_fast.capture import capture
+    from sgmim_fast.checkpoints import export_timm, load_published, published_state_dict
+    from sgmim_fast.encoders import create_encoder
+    from sgmim_fast.masking import SelectiveMask, selective_mask
+    from sgmim_fast.model import SGMIM
+    from sgmim_fast.reference import Losses
+
+__version__ = "0.1.0"  # the only place: pyproject.toml reads it here
 
 __all__ = [
     "SGMIM",
@@ -31,3 +49,44 @@ __all__ = [
     "selective_mask",
     "standardize_structure",
 ]
+
+# What type checkers see imported above: modules, and the module of each other name.
+_MODULES = ("checkpoints", "encoders", "guidance", "masking", "model", "reference")
+_NAMES = {
+    "SGMIM": "model",
+    "Losses": "reference",
+    "SelectiveMask": "masking",
+    "accelerate": "accelerate",
+    "capture": "capture",
+    "create_encoder": "encoders",
+    "export_timm": "checkpoints",
+    "load_published": "checkpoints",
+    "published_state_dict": "checkpoints",
+    "selective_mask": "masking",
+}
+
+
+class _Package(ModuleType):
+    """Importing a submodule sets it as an attribute of its package, which would hide the function of the same name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if _NAMES.get(name) == name and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _NAMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+        setattr(sys.modules[__name__], name, value)
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES, *_NAMES})

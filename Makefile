@@ -2,7 +2,7 @@
 PYTHON ?= python
 SANITIZED := build/sanitized
 
-.PHONY: help install build test test-slow lint format bench cuda-report env wheel sanitize clean
+.PHONY: help install build test test-slow lint format docs bench cuda-report env dist sanitize clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,9 @@ format: ## put the sources in order
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
+docs: ## the documentation site, in build/site; a broken link fails (needs pip install -e ".[docs]")
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
+
 bench: ## what the kernels buy on this machine
 	$(PYTHON) benchmarks/bench_guidance.py
 
@@ -36,8 +39,8 @@ cuda-report: build ## registers, spills and shared memory of every CUDA kernel a
 env: ## versions, backends, and why a backend is missing
 	$(PYTHON) -m sgmim_fast.env
 
-wheel: ## a wheel in dist/
-	$(PYTHON) -m pip wheel --no-deps -w dist .
+dist: ## sdist, and a wheel made of it, in dist/ (needs pip install build)
+	$(PYTHON) -m build
 
 sanitize: ## the CPU library with AddressSanitizer and UBSan, in build/sanitized
 	SGMIM_FAST_SANITIZE=1 $(PYTHON) setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects

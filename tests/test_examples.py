@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -58,3 +59,28 @@ def test_script_writes_its_figure(tmp_path):
     assert figure.read_bytes().startswith(b"\x89PNG") and figure.stat().st_size < 400_000
     assert re.search(r"^step +2/2  image \d+\.\d{3}  structure \d+\.\d{3}$", done.stdout, re.MULTILINE), done.stdout
     assert re.search(r"^held out: image \d+\.\d{3}, ", done.stdout, re.MULTILINE), done.stdout
+
+
+CELLS = """
+import json, resource, sys
+for cell in json.load(open(sys.argv[1]))["cells"]:
+    if cell["cell_type"] == "code":
+        exec("".join(cell["source"]), globals())
+used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+print("CPU seconds", sum(usage.ru_utime + usage.ru_stime for usage in used))
+assert Image.open(runs / "depth.png").size[0] > 200
+"""
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path):
+    """All of its code cells, one after the other, in at most the five minutes of CPU time that it promises."""
+    pytest.importorskip("segmentation_models_pytorch", reason="needs the extra [downstream]")
+    command = [sys.executable, "-c", CELLS, ROOT / "examples" / "quickstart.ipynb"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    structure = [float(value) for value in re.findall(r"val_structure_loss ([\d.]+)", done.stdout)]
+    assert len(structure) > 2 and structure[-1] < structure[0]
+    assert re.search(r"rmse", done.stdout, re.IGNORECASE), done.stdout
+    assert float(re.search(r"^CPU seconds ([\d.]+)$", done.stdout, re.MULTILINE)[1]) < 300

@@ -1,0 +1,274 @@
+"""README and docs: links, commands and Python names exist, the drawing of imports is right, and the site builds."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import functools
+import importlib
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sgmim_fast import cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in (".", "docs", "docs/reference", "benchmarks", "examples", ".github")
+    for path in (ROOT / folder).glob("*.md")
+)
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
+
+
+def text(page: str) -> str:
+    return (ROOT / page).read_text()
+
+
+def prose(page: str) -> str:
+    return INLINE.sub("", BLOCK.sub("", text(page)))
+
+
+def slug(heading: str) -> str:
+    """What GitHub and the site make of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\(([^)\s#]*)(?:#([^)\s]*))?\)", prose(page)):
+        if re.match(r"\w+:", target):
+            continue
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), f"{page} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+            assert anchor in map(slug, headings), f"{page} links to {target}#{anchor}"
+
+
+def commands(page: str) -> Iterator[str]:
+    """Commands of the page's code blocks without a language, and those in its sentences."""
+    for language, block in BLOCK.findall(text(page)):
+        if not language:
+            yield from re.sub(r"\\\n\s*", "", block).splitlines()
+    yield from (" ".join(code.split()) for code in INLINE.findall(BLOCK.sub("", text(page))))
+
+
+PROGRAM = r"(?:[A-Z_]+=\S+ )*(sgmim-fast|python|make|torchrun|accelerate launch)(?: |$)"
+ALL = sorted(
+    {
+        (page, part)
+        for page in PAGES
+        for line in commands(page)
+        for part in re.split(r" && | \|\| ", line)
+        if re.match(PROGRAM, part)
+    }
+)
+
+
+def test_commands_are_found():
+    assert len(ALL) > 60 and len({page for page, _ in ALL}) > 6
+
+
+@pytest.mark.parametrize(("page", "command"), ALL)
+def test_commands_exist(page, command):
+    words = [word for word in shlex.split(command, comments=True) if word not in ("...", "…")]
+    while "=" in words[0]:
+        name = words.pop(0).partition("=")[0]
+        assert name == "TRITON_INTERPRET" or is_read(name), f"nothing reads {name}"
+    if words[0] == "make":
+        assert set(words[1:]) <= set(re.findall(r"^([\w-]+):", text("Makefile"), re.MULTILINE))
+    elif words[0] == "sgmim-fast":
+        sgmim_fast_command(words[1:])
+    elif "-m" in words:
+        module, arguments = words[words.index("-m") + 1], words[words.index("-m") + 2 :]
+        if module == "sgmim_fast.cli":
+            sgmim_fast_command(arguments)
+        else:
+            path = importlib.util.find_spec(module)
+            assert path is not None, f"there is no module {module}"
+            if module.startswith("sgmim_fast"):
+                options_of(Path(path.origin), arguments)
+    elif len(words) > 1 and words[0] == "python" and not words[1].startswith("-"):
+        assert (ROOT / words[1]).is_file(), f"there is no {words[1]}"
+        options_of(ROOT / words[1], words[2:])
+
+
+def is_read(variable: str) -> bool:
+    """Whether any source names the variable."""
+    folders = (ROOT / "sgmim_fast", ROOT / "kernels", ROOT / "tests")
+    files = [ROOT / "setup.py", *(path for folder in folders for path in folder.rglob("*.py"))]
+    return any(variable in path.read_text() for path in files)
+
+
+@functools.cache
+def literals(script: Path) -> set[str]:
+    """Texts in a script, and in what it may import from its folder."""
+    files = [script, *script.parent.glob("*.py")] if script.parent.name == "benchmarks" else [script]
+    nodes = (node for path in files for node in ast.walk(ast.parse(path.read_text())))
+    return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
+def options_of(script: Path, arguments: list[str]) -> None:
+    for argument in arguments:
+        if argument.startswith("--"):
+            assert argument.partition("=")[0] in literals(script), f"{script.name} has no {argument}"
+
+
+def parser_of(name: str) -> argparse.ArgumentParser:
+    path, _, extra = cli.COMMANDS[name]
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as missing:
+        pytest.skip(f"needs {missing.name}, of the extra [{extra}]")
+    parser = argparse.ArgumentParser(name)
+    module.add_arguments(parser)
+    return parser
+
+
+def sgmim_fast_command(words: list[str]) -> None:
+    """Subcommand and options exist, and so do the presets and settings that are named."""
+    if not words or words[0].startswith("-"):
+        assert set(words) <= {"--help", "--version"}
+        return
+    name, *words = words
+    assert name in cli.COMMANDS
+    parser = parser_of(name)
+    options = {option for action in parser._actions for option in action.option_strings}
+    subparsers = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    for action in subparsers:
+        for word in words:
+            if word in action.choices:
+                options |= {option for a in action.choices[word]._actions for option in a.option_strings}
+    for position, word in enumerate(words):
+        if not word.startswith("-"):
+            continue
+        option, _, value = word.partition("=")
+        assert option in options, f"sgmim-fast {name} has no {option}"
+        value = value or " ".join(words[position + 1 : position + 2])
+        if option == "--preset" and value and value.isidentifier() and not value.isupper():
+            assert value in importlib.import_module(cli.COMMANDS[name][0]).PRESETS
+        if option == "--set" and value:
+            key = value.partition("=")[0]
+            if not key.isupper():
+                from sgmim_fast.downstream import config as downstream
+                from sgmim_fast.train import config as train
+                from sgmim_fast.train.settings import flat
+
+                known = flat(train.Config()) if name == "pretrain" else flat(downstream.Config())
+                assert key in known or key.startswith("model.arguments."), f"there is no setting {key}"
+
+
+PYTHON = [(page, block) for page in PAGES for language, block in BLOCK.findall(text(page)) if language == "python"]
+
+
+@pytest.mark.parametrize(("page", "block"), PYTHON, ids=[page for page, _ in PYTHON])
+def test_python_names_exist(page, block):
+    """Every `sgmim_fast.NAME` and every import of the package."""
+    if "downstream" in block or "import data" in block:
+        pytest.importorskip("segmentation_models_pytorch", reason="needs the extra [downstream]")
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sgmim_fast"):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                if not hasattr(module, alias.name):
+                    importlib.import_module(f"{node.module}.{alias.name}")
+        elif isinstance(node, ast.Attribute):
+            name = ast.unparse(node)
+            if re.fullmatch(r"sgmim_fast(\.\w+)+", name):
+                found = importlib.import_module("sgmim_fast")
+                for part in name.split(".")[1:]:
+                    found = getattr(found, part)
+
+
+# ---- the drawing of docs/ARCHITECTURE.md
+
+
+def drawn() -> tuple[dict[str, str], set[tuple[str, str]]]:
+    """Room -> node, and the arrows."""
+    block = next(block for language, block in BLOCK.findall(text("docs/ARCHITECTURE.md")) if language == "mermaid")
+    nodes = re.findall(r'^ +(\w+)\["(.*)"\]$', block, re.MULTILINE)
+    arrows = {
+        (a, b)
+        for a, targets in re.findall(r"^ +(\w+) -\.?->? (.*)$", block, re.MULTILINE)
+        for b in targets.split(" & ")
+    }
+    return {room: node for node, rooms in nodes for room in rooms.split(" · ")}, arrows
+
+
+def room(module: str) -> str:
+    parts = module.split(".")[1:]
+    return ".".join(parts[:2]) if parts[:2] in (["ops", "cpu"], ["ops", "cuda"]) else (parts or [""])[0]
+
+
+def imported() -> Iterator[tuple[str, str]]:
+    """(importing, imported) module of the package, for every import statement, whether at run time or for types."""
+    for folder, package in ((ROOT / "sgmim_fast", "sgmim_fast"), (ROOT / "kernels", "sgmim_fast.kernels")):
+        for path in folder.rglob("*.py"):
+            parts = [package, *path.relative_to(folder).with_suffix("").parts]
+            module = ".".join(part for part in parts if part != "__init__")
+            inside = module if path.name == "__init__.py" else module.rpartition(".")[0]
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    yield from ((module, alias.name) for alias in node.names if alias.name.startswith("sgmim_fast"))
+                elif isinstance(node, ast.ImportFrom):
+                    above = inside.split(".")[: len(inside.split(".")) - node.level + 1] if node.level else []
+                    source = ".".join([*above, *filter(None, [node.module])])
+                    if source in ("sgmim_fast", "sgmim_fast.ops"):  # a name of it, or one of its modules
+                        yield from ((module, f"{source}.{alias.name}") for alias in node.names)
+                    elif source.startswith("sgmim_fast"):
+                        yield module, source
+
+
+def test_the_drawing_has_every_room_and_every_import():
+    rooms, arrows = drawn()
+    package = ROOT / "sgmim_fast"
+    files = {path.stem for path in package.glob("*.py")} | {path.parent.name for path in package.glob("*/__init__.py")}
+    aside = {"", "errors"}  # the package itself, and what all rooms may say
+    assert set(rooms) == files - {"__init__", "errors"} | {"kernels", "ops.cpu", "ops.cuda"}
+    real = {
+        (rooms[room(a)], rooms[room(b)])
+        for a, b in imported()
+        if not {room(a), room(b)} & aside and room(b) in rooms and rooms[room(a)] != rooms[room(b)]
+    }
+    dynamic = {("cli", "training"), ("cli", "data"), ("cli", "backends"), ("backends", "kernels")}
+    assert arrows == real | dynamic, (
+        f"to draw: {sorted(real | dynamic - arrows)}; to remove: {sorted(arrows - real - dynamic)}"
+    )
+
+
+# ---- the two commands of the README, and the site
+
+
+def test_ci_runs_what_the_readme_says():
+    readme, ci = text("README.md"), text(".ci/run")
+    assert "pip install -e . && python benchmarks/bench_guidance.py" in readme
+    tests = 'pip install -e ".[test]" && python -m pytest -q -n auto'
+    assert tests in readme
+    for command in tests.split(" && "):
+        assert re.search(rf"^{re.escape(command)}( \|\| .*)?$", ci, re.MULTILINE), command
+
+
+@pytest.mark.slow
+def test_the_site_builds(tmp_path):
+    """Strictly: a broken link, a heading that is not there or a name that cannot be documented fails."""
+    pytest.importorskip("mkdocs", reason="needs the extra [docs]")
+    pytest.importorskip("mkdocstrings", reason="needs the extra [docs]")
+    pytest.importorskip("segmentation_models_pytorch", reason="needs the extra [downstream]")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = {path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("*.html")}
+    assert {"index.html", "ARCHITECTURE.html", "reference/ops.html", "benchmarks/EVIDENCE.html"} <= pages
+    assert "--accept-changes" in (tmp_path / "site" / "reference" / "command.html").read_text()
+    reference = (tmp_path / "site" / "reference" / "ops.html").read_text()
+    assert 'id="sgmim_fast.ops.window_attention.window_attention"' in reference

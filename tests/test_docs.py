@@ -80,6 +80,11 @@ def test_commands_are_found():
 
 @pytest.mark.parametrize(("page", "command"), ALL)
 def test_commands_exist(page, command):
+    check_command(command)
+
+
+def check_command(command: str) -> None:
+    """Program, module or script, subcommand, options, presets, settings and environment variables exist."""
     words = [word for word in shlex.split(command, comments=True) if word not in ("...", "…")]
     while "=" in words[0]:
         name = words.pop(0).partition("=")[0]

@@ -5,7 +5,7 @@
 //     #define SGMIM_THIS_FILE "cpu/linear_l1.cpp"
 //     #include "cpu/foreach_isa.h"
 //     #include "cpu/vec.h"
-// This header includes the file again for AVX-512 and AVX2, and leaves the baseline set up for the rest of the outer
+// This header includes the file again for AVX-512 (with and without bfloat16 instructions) and AVX2, and leaves the baseline set up for the rest of the outer
 // pass. What must exist once (launchers, registration) stands under `#ifdef SGMIM_ONCE` and reaches the kernels
 // through SGMIM_SELECT(kernel), which picks by what the machine can run. No -march flag is needed anywhere.
 //
@@ -18,6 +18,8 @@
 
 #if defined(__x86_64__)
 
+#include <immintrin.h>
+
 #if defined(__clang__)
 #define SGMIM_PRAGMA(x) _Pragma(#x)
 #define SGMIM_TARGET(t) SGMIM_PRAGMA(clang attribute push(__attribute__((target(t))), apply_to = function))
@@ -27,6 +29,16 @@
 #define SGMIM_TARGET(t) _Pragma("GCC push_options") SGMIM_PRAGMA(GCC target(t))
 #define SGMIM_TARGET_END _Pragma("GCC pop_options")
 #endif
+
+#define SGMIM_ISA avx512bf16
+#define SGMIM_HAS_BF16
+#define SGMIM_VECTOR_BYTES 64
+SGMIM_TARGET("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#include SGMIM_THIS_FILE
+SGMIM_TARGET_END
+#undef SGMIM_ISA
+#undef SGMIM_HAS_BF16
+#undef SGMIM_VECTOR_BYTES
 
 #define SGMIM_ISA avx512
 #define SGMIM_VECTOR_BYTES 64

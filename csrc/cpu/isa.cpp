@@ -16,9 +16,10 @@ static Isa detect() {
   if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     best = Isa::avx512;
+  if (best == Isa::avx512 && __builtin_cpu_supports("avx512bf16")) best = Isa::avx512bf16;
 #endif
   if (const char* wanted = std::getenv("SGMIM_FAST_CPU_ISA")) {
-    for (Isa lower : {Isa::baseline, Isa::avx2, Isa::avx512})
+    for (Isa lower : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512bf16})
       if (std::strcmp(wanted, isa_name(lower)) == 0 && lower < best) best = lower;
   }
   return best;
@@ -30,7 +31,12 @@ Isa isa() {
 }
 
 const char* isa_name(Isa isa) {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
+  switch (isa) {
+    case Isa::avx512bf16: return "avx512bf16";
+    case Isa::avx512: return "avx512";
+    case Isa::avx2: return "avx2";
+    default: return "baseline";
+  }
 }
 
 static std::string current_isa() { return isa_name(isa()); }

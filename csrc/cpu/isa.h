@@ -10,9 +10,9 @@ struct Bf16 {
   uint16_t bits;
 };
 
-enum class Isa { baseline = 0, avx2 = 1, avx512 = 2 };
+enum class Isa { baseline = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
 
-// The best set this machine has; SGMIM_FAST_CPU_ISA=baseline|avx2|avx512 lowers it (never raises it).
+// The best set this machine has; SGMIM_FAST_CPU_ISA=baseline|avx2|avx512|avx512bf16 lowers it (never raises it).
 Isa isa();
 
 const char* isa_name(Isa isa);
@@ -22,10 +22,11 @@ const char* isa_name(Isa isa);
 // The kernel for this machine. Its name goes into parentheses of its own, for the commas of templates: SGMIM_SELECT((name<A, B>)).
 #define SGMIM_UNWRAP(...) __VA_ARGS__
 #if defined(__x86_64__)
-#define SGMIM_SELECT(kernel)                                                                   \
-  (::sgmim::isa() == ::sgmim::Isa::avx512 ? &::sgmim::avx512::SGMIM_UNWRAP kernel              \
-   : ::sgmim::isa() == ::sgmim::Isa::avx2 ? &::sgmim::avx2::SGMIM_UNWRAP kernel                \
-                                          : &::sgmim::baseline::SGMIM_UNWRAP kernel)
+#define SGMIM_SELECT(kernel)                                                                     \
+  (::sgmim::isa() == ::sgmim::Isa::avx512bf16 ? &::sgmim::avx512bf16::SGMIM_UNWRAP kernel        \
+   : ::sgmim::isa() == ::sgmim::Isa::avx512   ? &::sgmim::avx512::SGMIM_UNWRAP kernel            \
+   : ::sgmim::isa() == ::sgmim::Isa::avx2     ? &::sgmim::avx2::SGMIM_UNWRAP kernel              \
+                                              : &::sgmim::baseline::SGMIM_UNWRAP kernel)
 #else
 #define SGMIM_SELECT(kernel) (&::sgmim::baseline::SGMIM_UNWRAP kernel)
 #endif

@@ -1,7 +1,7 @@
-// The two pieces of relational guidance between its products: the attention of an image's visible cells over its
-// shown cells plus one collapsed key for all hidden ones, and GELU with its derivative.
+// What relational guidance has between its products: the attention of an image's visible cells over its shown cells plus
+// one collapsed key for all hidden ones.
 //
-// Attention, per image and head, V queries and K shown keys of width d (scale d^-1/2): everything of one head lives in
+// Per image and head, V queries and K shown keys of width d (scale d^-1/2): everything of one head lives in
 // float scratch (V=14, K=22, d=128: 60 KB; 76, 120, 96: 190 KB), so each tensor is read and written once. The hidden
 // cells share one key and one value; its logit gets log(number of hidden cells), since n equal logits l sum to n e^l.
 #include "cpu/launch.h"
@@ -210,40 +210,6 @@ void hidden_row(const float* shares, T* row, int64_t images, int64_t width) {
   }
 }
 
-template <class T>
-void gelu_range(const T* x, T* y, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += LANES) {
-    const int64_t n = part(i, end);
-    const vf v = load_part(x + i, n);
-    store_part(y + i, v * normal(v).cdf, n);
-  }
-}
-
-// x: (rows, width) what GELU was applied to. dy becomes dx in place; y is GELU(x) again; sums: column sums of dx.
-template <class T>
-void gelu_backward_rows(const T* x, T* dy, T* y, float* sums, int64_t width, int64_t begin, int64_t end) {
-  for (int64_t r = begin; r < end; ++r) {
-    for (int64_t i = 0; i < width; i += LANES) {
-      const int64_t n = part(i, width), at = r * width + i;
-      const vf v = load_part(x + at, n);
-      const Normal at_v = normal(v);
-      store_part(y + at, v * at_v.cdf, n);
-      const vf dx = load_part(dy + at, n) * (at_v.cdf + v * at_v.pdf);
-      store_part(dy + at, dx, n);
-      store_part(sums + i, load_part(sums + i, n) + dx, n);
-    }
-  }
-}
-
-template <class T>
-void sum_rows(const T* x, float* sums, int64_t width, int64_t begin, int64_t end) {
-  for (int64_t r = begin; r < end; ++r)
-    for (int64_t i = 0; i < width; i += LANES) {
-      const int64_t n = part(i, width);
-      store_part(sums + i, load_part(sums + i, n) + load_part(x + r * width + i, n), n);
-    }
-}
-
 }  // namespace SGMIM_ISA
 
 #ifdef SGMIM_ONCE
@@ -309,44 +275,6 @@ static void attention_backward(
   });
 }
 
-static void gelu(const Tensor& x, const Tensor& y) {
-  check_packed(x, "x", x.scalar_type(), x.numel());
-  check_packed(y, "y", x.scalar_type(), x.numel());
-  dispatch_float(x, "x", [&](auto type) {
-    using T = decltype(type);
-    const auto kernel = SGMIM_SELECT((gelu_range<T>));
-    parallel(x.numel(), 1 << 14, [&](int64_t begin, int64_t end) { kernel(data<T>(x), data<T>(y), begin, end); });
-  });
-}
-
-static void gelu_backward(const Tensor& x, const Tensor& dy, const Tensor& y, const Tensor& sums) {
-  check_matrix(x, "x");
-  const int64_t width = x.size(1);
-  check_packed(dy, "dy", x.scalar_type(), x.numel());
-  check_packed(y, "y", x.scalar_type(), x.numel());
-  check_packed(sums, "sums", ScalarType::Float, width);
-  dispatch_float(x, "x", [&](auto type) {
-    using T = decltype(type);
-    const auto kernel = SGMIM_SELECT((gelu_backward_rows<T>));
-    column_sums(x.size(0), width, data<float>(sums), [&](int64_t begin, int64_t end, float* partial) {
-      kernel(data<T>(x), data<T>(dy), data<T>(y), partial, width, begin, end);
-    });
-  });
-}
-
-static void column_sum(const Tensor& x, const Tensor& sums) {
-  check_matrix(x, "x");
-  const int64_t width = x.size(1);
-  check_packed(sums, "sums", ScalarType::Float, width);
-  dispatch_float(x, "x", [&](auto type) {
-    using T = decltype(type);
-    const auto kernel = SGMIM_SELECT((sum_rows<T>));
-    column_sums(x.size(0), width, data<float>(sums), [&](int64_t begin, int64_t end, float* partial) {
-      kernel(data<T>(x), partial, width, begin, end);
-    });
-  });
-}
-
 STABLE_TORCH_LIBRARY_FRAGMENT(sgmim_fast_cpu, m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor query_rows, Tensor query_offsets, Tensor key_rows, "
@@ -354,17 +282,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sgmim_fast_cpu, m) {
   m.def(
       "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor query_offsets, "
       "Tensor key_offsets, int cells, int heads, bool keep_hidden, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
-  m.def("gelu(Tensor x, Tensor(a!) y) -> ()");
-  m.def("gelu_backward(Tensor x, Tensor(a!) dy, Tensor(b!) y, Tensor(c!) sums) -> ()");
-  m.def("column_sum(Tensor x, Tensor(a!) sums) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sgmim_fast_cpu, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
-  m.impl("gelu", TORCH_BOX(&gelu));
-  m.impl("gelu_backward", TORCH_BOX(&gelu_backward));
-  m.impl("column_sum", TORCH_BOX(&column_sum));
 }
 
 #endif

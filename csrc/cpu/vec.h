@@ -1,4 +1,4 @@
-// Float vectors of the current instruction set: loads, stores, reductions, exp and the normal distribution function.
+// Float vectors of the current instruction set: loads, stores, reductions and exp.
 //
 // Included once per instruction set by each kernel file, so there is no include guard. Everything is a compiler vector
 // type: one source for SSE2, AVX2, AVX-512 and NEON. bfloat16 is widened on load and rounded to nearest on store.
@@ -32,11 +32,15 @@ SGMIM_INLINE vf load(const Bf16* p) {
 SGMIM_INLINE void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
 
 SGMIM_INLINE void store(Bf16* p, vf v) {
+#if defined(SGMIM_HAS_BF16)
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);  // numbers below 1e-38 become 0
+#else
   vu bits = (vu)v;
   vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   vi is_nan = v != v;
   rounded = (rounded & ~(vu)is_nan) | (0x7fc0u & (vu)is_nan);
   vh h = __builtin_convertvector(rounded, vh);
+#endif
   __builtin_memcpy(p, &h, sizeof h);
 }
 
@@ -55,10 +59,22 @@ SGMIM_INLINE void store_tail(T* p, vf v, int64_t n) {
   __builtin_memcpy(p, buffer, n * sizeof(T));
 }
 
-SGMIM_INLINE vf select(vi condition, vf yes, vf no) { return (vf)(((vi)yes & condition) | ((vi)no & ~condition)); }
-SGMIM_INLINE vf vmax(vf a, vf b) { return select(a > b, a, b); }
-SGMIM_INLINE vf vmin(vf a, vf b) { return select(a < b, a, b); }
+SGMIM_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }  // one instruction; b where one of them is NaN
+SGMIM_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
 SGMIM_INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
+
+// 1 / a of positive normal numbers: to 11 bits at least, to 1 ulp where the second is wanted.
+#if SGMIM_VECTOR_BYTES == 64
+SGMIM_INLINE vf rough_inverse(vf a) { return (vf)_mm512_maskz_rcp14_ps(0xffff, (__m512)a); }
+#elif SGMIM_VECTOR_BYTES == 32
+SGMIM_INLINE vf rough_inverse(vf a) { return (vf)_mm256_rcp_ps((__m256)a); }
+#else
+SGMIM_INLINE vf rough_inverse(vf a) { return 1.0f / a; }
+#endif
+SGMIM_INLINE vf inverse(vf a) {
+  const vf rough = rough_inverse(a);
+  return LANES == 4 ? rough : rough + rough * (1.0f - a * rough);
+}
 
 typedef float v4 __attribute__((vector_size(16)));
 
@@ -114,37 +130,7 @@ SGMIM_INLINE vf exp(vf x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   const vi exponent = (((vi)shifted - 0x4b400000) + 127) << 23;
-  return select(underflow, vf{}, p * (vf)exponent);
-}
-
-// Standard normal distribution function and density: cdf(x) and pdf(x) = e^(-x^2/2) / sqrt(2 pi).
-//
-// cdf(-y sqrt 2) = e^(-y^2) erfcx(y) / 2 with erfcx(y) = P((y-2)/(y+2)) / (1 + 2y); P is a weighted least-squares fit
-// of degree 10 over 0 <= y <= 10 made for this file, relative error 1e-8 before rounding.
-struct Normal {
-  vf cdf, pdf;
-};
-
-SGMIM_INLINE Normal normal(vf x) {
-  const vf y = vmin(vabs(x) * 0.707106781f, set1(10.0f));
-  const vf t = (y - 2.0f) / (y + 2.0f);
-  vf p = set1(2.203432326730939e-05f);
-  p = p * t + -0.0003722093137802718f;
-  p = p * t + -0.0012515895047620594f;
-  p = p * t + 0.00128103843931092f;
-  p = p * t + 0.008639188035393054f;
-  p = p * t + -0.00804727930191735f;
-  p = p * t + -0.054205527516576396f;
-  p = p * t + 0.16405352558479377f;
-  p = p * t + -0.16603132453457825f;
-  p = p * t + -0.09276391083477935f;
-  p = p * t + 1.2769783916504256f;
-  const vf e = exp(x * x * -0.5f);
-  const vf lower = 0.5f * e * (p / (1.0f + 2.0f * y));
-  Normal result;
-  result.cdf = select(x > 0.0f, 1.0f - lower, lower);
-  result.pdf = 0.398942280f * e;
-  return result;
+  return underflow ? vf{} : p * (vf)exponent;
 }
 
 }  // namespace SGMIM_ISA

@@ -30,7 +30,7 @@ void window_attention_range(
     int64_t begin, int64_t end) {
   WindowHead<T> w(*grid, qkv, pad);
   const int64_t n = w.n, d = w.d, ds = w.ds;
-  std::vector<float> p(n * QUERIES), o(QUERIES * ds);
+  Aligned<float> p(n * QUERIES), o(QUERIES * ds);
   float inverse[QUERIES];
   for (int64_t item = begin; item < end; ++item) {
     const int64_t head = item % grid->heads;
@@ -58,7 +58,7 @@ void window_attention_backward_range(
     const WindowSums* sums, int64_t first_head, int64_t last_head, int64_t begin, int64_t end) {
   WindowHead<T> w(*grid, qkv, pad);
   const int64_t n = w.n, ns = w.ns, d = w.d, ds = w.ds, width = grid->channels();
-  std::vector<float> p(n * QUERIES), dp(n * QUERIES), dq(n * ds), dk(n * ds), dv(n * ds);
+  Aligned<float> p(n * QUERIES), dp(n * QUERIES), dq(n * ds), dk(n * ds), dv(n * ds);
   float inverse[QUERIES];
   const auto write = [&](const float* rows, int64_t t, int64_t column) {
     for (int64_t i = 0; i < d; i += LANES)
@@ -72,8 +72,8 @@ void window_attention_backward_range(
       for (int64_t t = 0; t < n; ++t)  // written at the end of this head
         for (int64_t i = 0; i < 3 * d && w.rows[t] >= 0; i += 64 / sizeof(T))
           __builtin_prefetch(dqkv + w.rows[t] * 3 * width + i / d * width + head * d + i % d, 1);
-      std::fill(dk.begin(), dk.end(), 0.0f);
-      std::fill(dv.begin(), dv.end(), 0.0f);
+      std::fill_n(dk.data(), n * ds, 0.0f);
+      std::fill_n(dv.data(), n * ds, 0.0f);
       for (int64_t first = 0; first < n; first += QUERIES) {
         const int64_t count = n - first < QUERIES ? n - first : QUERIES;
         w.exponentials(head, first, count, p.data(), inverse);
@@ -116,8 +116,14 @@ void window_attention_backward_range(
 }
 
 }  // namespace SGMIM_ISA
+}  // namespace sgmim
+
+#ifdef SGMIM_HAS_BF16
+#include "cpu/window_pairs.h"
+#endif
 
 #ifdef SGMIM_ONCE
+namespace sgmim {
 
 // The grid of a call, and the bias spread out per head, transposed, its rows padded with zeros.
 class GridWithBias {
@@ -142,15 +148,16 @@ class GridWithBias {
       check_rows(*index, entries, "index");
       check_packed(*index, "index", ScalarType::Long, n * n);
     }
-    dense_.assign(heads * n * ns, 0.0f);
+    dense_ = Aligned<float>(heads * n * ns);
     grid.bias = dense_.data();
     const int64_t* at = data<int64_t>(index);
     const float* values = data<float>(bias);
+    float* dense = dense_.data();
     parallel(heads * n, 64, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t head = row / n, j = row % n;
         for (int64_t i = 0; i < n; ++i)
-          dense_[row * ns + i] = at ? values[at[i * n + j] * heads + head] : values[(head * n + i) * n + j];
+          dense[row * ns + i] = at ? values[at[i * n + j] * heads + head] : values[(head * n + i) * n + j];
       }
     });
   }
@@ -172,7 +179,7 @@ class GridWithBias {
   WindowGrid grid;
 
  private:
-  std::vector<float> dense_;
+  Aligned<float> dense_{0};
 };
 
 static void window_attention(
@@ -205,21 +212,28 @@ static void window_attention_backward(
   check_packed(dlogit_scale, "dlogit_scale", ScalarType::Float, heads);
   const int64_t windows = call.grid.windows(), width = 3 * call.grid.channels();
   const int64_t bias_size = dbias.has_value() ? heads * call.grid.tokens() * call.grid.padded_tokens : 0;
-  const int64_t size = bias_size + (dpad.has_value() ? width : 0) + (dlogit_scale.has_value() ? heads : 0);
-  // As many blocks of windows as fit into 2M floats; few of them are split by heads, whose sums lie apart anyway.
-  const int64_t blocks =
-      std::clamp<int64_t>((int64_t{2} << 20) / std::max<int64_t>(size, 1), 1, std::clamp<int64_t>(windows, 1, 64));
-  const int64_t groups = blocks >= 32 ? 1 : heads;
-  std::vector<float> sums(blocks * size, 0.0f);
+  const int64_t numbers = bias_size + (dpad.has_value() ? width : 0) + (dlogit_scale.has_value() ? heads : 0);
+  const int64_t size = (numbers + 15) / 16 * 16;
+  // 64 blocks of windows and groups of heads: few blocks, since each has sums of its own to be filled and added up, and at
+  // least four heads, which lie side by side; fewer blocks and single heads where the sums would exceed 2M floats.
+  const int64_t most = std::max<int64_t>((int64_t{2} << 20) / std::max<int64_t>(size, 1), 1);
+  int64_t groups = std::clamp<int64_t>(heads / 4, 1, 64);
+  int64_t blocks = std::clamp<int64_t>(64 / groups, 1, std::max<int64_t>(windows, 1));
+  if (blocks > most) {
+    blocks = most;
+    groups = heads;
+  }
+  Aligned<float> storage(blocks * size);
+  float* sums = storage.data();
   dispatch_float(qkv, "qkv", [&](auto type) {
     using T = decltype(type);
     const auto kernel = SGMIM_SELECT((window_attention_backward_range<T>));
     parallel(blocks * groups, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t block = task / groups, group = task % groups;
-        float* at = sums.data() + block * size;
+        float* at = sums + block * size;
         WindowSums mine{dbias.has_value() ? at : nullptr, dpad.has_value() ? at + bias_size : nullptr,
-                        dlogit_scale.has_value() ? at + size - heads : nullptr};
+                        dlogit_scale.has_value() ? at + numbers - heads : nullptr};
         kernel(&call.grid, data<T>(qkv), data<T>(pad), data<T>(dout), data<T>(dqkv), &mine,
                group * heads / groups, (group + 1) * heads / groups, block * windows / blocks,
                (block + 1) * windows / blocks);
@@ -230,9 +244,9 @@ static void window_attention_backward(
     for (int64_t b = 1; b < blocks; ++b)
       for (int64_t i = begin; i < end; ++i) sums[i] += sums[b * size + i];
   });
-  if (float* to = data<float>(dpad)) std::copy_n(sums.data() + bias_size, width, to);
-  if (float* to = data<float>(dlogit_scale)) std::copy_n(sums.data() + size - heads, heads, to);
-  if (dbias.has_value()) GridWithBias::gradient(call.grid, sums.data(), index, *dbias);
+  if (float* to = data<float>(dpad)) std::copy_n(sums + bias_size, width, to);
+  if (float* to = data<float>(dlogit_scale)) std::copy_n(sums + numbers - heads, heads, to);
+  if (dbias.has_value()) GridWithBias::gradient(call.grid, sums, index, *dbias);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sgmim_fast_cpu, m) {
@@ -250,5 +264,5 @@ STABLE_TORCH_LIBRARY_IMPL(sgmim_fast_cpu, CPU, m) {
   m.impl("window_attention_backward", TORCH_BOX(&window_attention_backward));
 }
 
-#endif
 }  // namespace sgmim
+#endif

@@ -3,8 +3,20 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace sgmim {
+// Zeroed numbers that begin at a cache line: a vector of 64 bytes then lies in one, where its row is padded to it.
+template <class T>
+class Aligned {
+ public:
+  explicit Aligned(int64_t count) : storage_(count + 64 / sizeof(T)) {}
+  T* data() { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(storage_.data()) + 63) / 64 * 64); }
+
+ private:
+  std::vector<T> storage_;
+};
+
 struct WindowGrid {
   int64_t batch, height, width;                             // of the token grid
   int64_t window_h, window_w, shift_h, shift_w;             // shift: tokens that the windows are moved by

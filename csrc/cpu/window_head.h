@@ -29,7 +29,7 @@ class WindowHead {
     masked_ = grid_.locate(window, rows.data(), group_.data());
     if (!masked_) return;
     for (int64_t g = 0; g < 4; ++g)
-      for (int64_t t = 0; t < n; ++t) apart_[g * ns + t] = group_[t] == g ? 0.0f : APART;
+      for (int64_t t = 0; t < n; ++t) apart_.data()[g * ns + t] = group_[t] == g ? 0.0f : APART;
   }
 
   // Queries (scaled), keys and values of a head.
@@ -56,15 +56,16 @@ class WindowHead {
 
   // Softmax over the keys for the queries [first, first + count): e^(logit - highest), (n, QUERIES), and the inverse of
   // the sums.
-  void exponentials(int64_t head, int64_t first, int64_t count, float* p, float* inverse) const {
+  void exponentials(int64_t head, int64_t first, int64_t count, float* p, float* inverse) {
     product<false>(k, ds, 1, qt + first, ns, p, QUERIES, n, padded(count), d);
     const float* bias = grid_.bias ? grid_.bias + head * n * ns + first : nullptr;
+    const float* apart = apart_.data();
     for (int64_t c = 0; c < count; c += LANES) {
       vf highest = set1(-__builtin_inff());
       for (int64_t j = 0; j < n; ++j) {
         vf x = load(p + j * QUERIES + c);
         if (bias) x += load(bias + j * ns + c);
-        if (masked_) x += load(apart_.data() + group_[j] * ns + first + c);
+        if (masked_) x += load(apart + group_[j] * ns + first + c);
         store(p + j * QUERIES + c, x);
         highest = vmax(highest, x);
       }
@@ -152,8 +153,8 @@ class WindowHead {
   const T *qkv_, *pad_;
   bool masked_ = false;
   std::vector<int64_t> group_;         // (n,)
-  std::vector<float> norms_, apart_;   // (2, n) of queries and keys; (4, ns), what keys of a group add to each query
-  std::vector<float> floats_;
+  std::vector<float> norms_;           // (2, n) of queries and keys
+  Aligned<float> apart_, floats_;      // (4, ns), what keys of a group add to each query; the matrices
 };
 
 }  // namespace SGMIM_ISA

@@ -5,6 +5,26 @@
 // Backward: dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + residual, g = dy * weight, and column sums for the
 //           weight and bias; y is written again for the weight gradient of the product that read it.
 #include "cpu/launch.h"
+
+#ifndef SGMIM_NORM_BACKWARD
+#define SGMIM_NORM_BACKWARD
+namespace sgmim {
+// What the backward reads and writes.
+template <class X, class T>
+struct NormBackward {
+  const T* dy;          // (count, width)
+  const X* x;           // (*, width): what was normalised
+  const int64_t* rows;  // (count,) rows of x, or null
+  const float *mean, *rstd, *weight, *bias;
+  const T* residual;  // (count, width): added to dx, or null
+  T* dx;              // (count, width); may be dy
+  T* y;               // (count, width): the forward's output again, or null
+  bool sum_dx;
+  int64_t width;
+};
+}  // namespace sgmim
+#endif
+
 #undef SGMIM_THIS_FILE
 #define SGMIM_THIS_FILE "cpu/layer_norm.cpp"
 #include "cpu/foreach_isa.h"
@@ -30,41 +50,78 @@ void layer_norm_rows(
   std::vector<float> scratch(width + LANES);
   float* t = scratch.data();
   for (int64_t r = begin; r < end; ++r) {
-    load_row(x + (rows ? rows[r] : r) * width, t, width);
-    if (addend) {
-      add_row(addend + r * width, t, width);
-      store_row(t, sum + r * width, width);
-    }
-    moments(t, width, eps, mean[r], rstd[r]);
-    normalize_row(t, width, mean[r], rstd[r]);
-    affine_row(t, weight, bias, y + r * width, width);
+    const X* from = x + (rows ? rows[r] : r) * width;
+    vf sums[4] = {};
+    for_row(width, [&](int64_t i, int64_t n, int part) SGMIM_INLINE_LAMBDA {
+      vf v = load_part(from + i, n);
+      if (addend) {
+        v += load_part(addend + r * width + i, n);
+        store_part(sum + r * width + i, v, n);
+      }
+      store(t + i, v);
+      sums[part] += v;
+    });
+    const float at = total(sums) / width, by = inverse_deviation(t, width, at, eps);
+    mean[r] = at;
+    rstd[r] = by;
+    for_row(width, [&](int64_t i, int64_t n, int) SGMIM_INLINE_LAMBDA {
+      store_part(y + r * width + i, (load(t + i) - at) * by * load_part(weight + i, n) + load_part(bias + i, n), n);
+    });
   }
 }
 
-template <class X, class T>
-void layer_norm_backward_rows(
-    const T* dy,          // (count, width)
-    const X* x,           // (*, width): what was normalised
-    const int64_t* rows,  // (count,) rows of x, or null
-    const float* mean, const float* rstd, const float* weight, const float* bias,
-    const T* residual,  // (count, width): added to dx, or null
-    T* dx,              // (count, width)
-    T* y,               // (count, width): the forward's output again, or null
-    float* sums,        // (2 or 3, width): of dweight, dbias and, where `sum_dx`, dx
-    bool sum_dx, int64_t width, int64_t begin, int64_t end) {
-  std::vector<float> scratch(2 * (width + LANES));
-  float* xhat = scratch.data();
-  float* g = xhat + width + LANES;
-  for (int64_t r = begin; r < end; ++r) {
-    load_row(x + (rows ? rows[r] : r) * width, xhat, width);
-    normalize_row(xhat, width, mean[r], rstd[r]);
-    if (y) affine_row(xhat, weight, bias, y + r * width, width);
-    load_row(dy + r * width, g, width);
-    norm_backward_row(g, xhat, weight, rstd[r], sums, sums + width, width);
-    if (residual) add_row(residual + r * width, g, width);
-    if (sum_dx) accumulate_row(g, sums + 2 * width, width);
-    store_row(g, dx + r * width, width);
+// ROWS rows together, so that the column sums, (2 or 3, width): of dweight, dbias and, where `sum_dx`, dx, are read and
+// written once for them. The second pass computes again what the first one had: a store takes twice as long as a load.
+template <int ROWS, class X, class T>
+SGMIM_INLINE void norm_backward_few(const NormBackward<X, T>& n, int64_t first, float* sums) {
+  const int64_t width = n.width, at = first * width;
+  const X* from[ROWS];
+  float mean[ROWS], rstd[ROWS], mean_g[ROWS], mean_product[ROWS];
+  vf of_g[ROWS][2] = {}, of_product[ROWS][2] = {};
+  for (int r = 0; r < ROWS; ++r) {
+    from[r] = n.x + (n.rows ? n.rows[first + r] : first + r) * width;
+    mean[r] = n.mean[first + r];
+    rstd[r] = n.rstd[first + r];
   }
+  for_row(width, [&](int64_t i, int64_t count, int part) SGMIM_INLINE_LAMBDA {
+    const vf w = load_part(n.weight + i, count), b = load_part(n.bias + i, count);
+    vf dweight = load_part(sums + i, count), dbias = load_part(sums + width + i, count);
+    for (int r = 0; r < ROWS; ++r) {
+      const vf normal = (load_part(from[r] + i, count) - mean[r]) * rstd[r];
+      const vf grad = load_part(n.dy + at + r * width + i, count), g = grad * w;  // past the width both are zero
+      if (n.y) store_part(n.y + at + r * width + i, normal * w + b, count);
+      dweight += grad * normal;
+      dbias += grad;
+      of_g[r][part / 2] += g;
+      of_product[r][part / 2] += g * normal;
+    }
+    store_part(sums + i, dweight, count);
+    store_part(sums + width + i, dbias, count);
+  });
+  for (int r = 0; r < ROWS; ++r) {
+    mean_g[r] = hsum(of_g[r][0] + of_g[r][1]) / width;
+    mean_product[r] = hsum(of_product[r][0] + of_product[r][1]) / width;
+  }
+  for_row(width, [&](int64_t i, int64_t count, int) SGMIM_INLINE_LAMBDA {
+    const vf w = load_part(n.weight + i, count);
+    vf sum = {};
+    for (int r = 0; r < ROWS; ++r) {
+      const int64_t here = at + r * width + i;
+      const vf normal = (load_part(from[r] + i, count) - mean[r]) * rstd[r];
+      vf d = (load_part(n.dy + here, count) * w - mean_g[r] - normal * mean_product[r]) * rstd[r];
+      if (n.residual) d += load_part(n.residual + here, count);
+      sum += d;
+      store_part(n.dx + here, d, count);
+    }
+    if (n.sum_dx) store_part(sums + 2 * width + i, load_part(sums + 2 * width + i, count) + sum, count);
+  });
+}
+
+template <class X, class T>
+void layer_norm_backward_rows(const NormBackward<X, T>* norm, float* sums, int64_t begin, int64_t end) {
+  int64_t r = begin;
+  for (; r + 2 <= end; r += 2) norm_backward_few<2>(*norm, r, sums);
+  if (r < end) norm_backward_few<1>(*norm, r, sums);
 }
 
 template <class T>
@@ -137,11 +194,12 @@ static void layer_norm_backward(
     dispatch_float(dy, "dy", [&](auto type) {
       using X = decltype(x_type);
       using T = decltype(type);
+      const NormBackward<X, T> norm{
+          data<T>(dy), data<X>(x), data<int64_t>(rows), data<float>(mean), data<float>(rstd), data<float>(weight),
+          data<float>(bias), data<T>(residual), data<T>(dx), data<T>(y), sums.size(0) == 3, width};
       const auto kernel = SGMIM_SELECT((layer_norm_backward_rows<X, T>));
       column_sums(count, sums.numel(), data<float>(sums), [&](int64_t begin, int64_t end, float* partial) {
-        kernel(data<T>(dy), data<X>(x), data<int64_t>(rows), data<float>(mean), data<float>(rstd),
-               data<float>(weight), data<float>(bias), data<T>(residual), data<T>(dx), data<T>(y), partial,
-               sums.size(0) == 3, width, begin, end);
+        kernel(&norm, partial, begin, end);
       });
     });
   });

@@ -39,21 +39,40 @@ SGMIM_INLINE void accumulate_row(const float* t, float* sums, int64_t width) {
   }
 }
 
+// step(i, n, sum) for the n <= LANES numbers at i of a row. `sum` counts from 0 to 3: a sum over the row is kept in four
+// parts, since one addition waits for the last one.
+template <class Step>
+SGMIM_INLINE void for_row(int64_t width, const Step& step) {
+  int64_t i = 0;
+  for (; i + 4 * LANES <= width; i += 4 * LANES)
+    for (int u = 0; u < 4; ++u) step(i + u * LANES, LANES, u);
+  for (; i + LANES <= width; i += LANES) step(i, LANES, 0);
+  if (i < width) step(i, width - i, 1);
+}
+
+SGMIM_INLINE float total(const vf* sums) { return hsum((sums[0] + sums[1]) + (sums[2] + sums[3])); }
+
+// 0 past the first n numbers.
+SGMIM_INLINE vf only(vf v, int64_t n) {
+  for (int64_t l = n; l < LANES; ++l) v[l] = 0;
+  return v;
+}
+
+SGMIM_INLINE float inverse_deviation(const float* t, int64_t width, float mean, float eps) {
+  vf squares[4] = {};
+  for_row(width, [&](int64_t i, int64_t n, int sum) SGMIM_INLINE_LAMBDA {
+    const vf d = load(t + i) - mean, inside = n == LANES ? d : only(d, n);
+    squares[sum] += inside * inside;
+  });
+  return 1.0f / __builtin_sqrtf(total(squares) / width + eps);
+}
+
 // Mean and 1 / sqrt(variance + eps), two passes over the row in cache. Scratch lanes past the width must be zero.
 SGMIM_INLINE void moments(const float* t, int64_t width, float eps, float& mean, float& rstd) {
-  vf sum = {};
-  for (int64_t i = 0; i < width; i += LANES) sum += load(t + i);
-  mean = hsum(sum) / width;
-  vf squares = {};
-  for (int64_t i = 0; i < width; i += LANES) {
-    const int64_t n = part(i, width);
-    vf d = load(t + i) - mean;
-    if (n < LANES) {
-      for (int64_t l = n; l < LANES; ++l) d[l] = 0;
-    }
-    squares += d * d;
-  }
-  rstd = 1.0f / __builtin_sqrtf(hsum(squares) / width + eps);
+  vf sums[4] = {};
+  for_row(width, [&](int64_t i, int64_t, int sum) SGMIM_INLINE_LAMBDA { sums[sum] += load(t + i); });
+  mean = total(sums) / width;
+  rstd = inverse_deviation(t, width, mean, eps);
 }
 
 SGMIM_INLINE void normalize_row(float* t, int64_t width, float mean, float rstd) {

@@ -6,6 +6,7 @@ namespace sgmim {
 namespace SGMIM_ISA {
 
 #define SGMIM_INLINE static inline __attribute__((always_inline))
+#define SGMIM_INLINE_LAMBDA __attribute__((always_inline))
 
 constexpr int64_t LANES = SGMIM_VECTOR_BYTES / 4;
 

@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     found += sorting(json.loads(times.read_text())["rows"] if times.exists() else [])
     suite.run("host", [python, here / "bench_host.py", "--json", suite.path("-host.json")], 60)
     suite.run("model", [python, here / "cost_model.py", "--step", "--json", suite.path("-model.json")], 90)
-    native = ("gather_patches", "selective_mask", "linear_l1", "masked_patch_embed", "relational_guidance")
+    native = ("gather_patches", "selective_mask", "masked_patch_embed", "relational_guidance")
     short = [*pytest, *(f"tests/test_{op}.py" for op in native)]
     if tool := shutil.which("compute-sanitizer"):
         for kind in ("memcheck", "racecheck"):

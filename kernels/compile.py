@@ -10,7 +10,6 @@ architecture has.
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import math
 import multiprocessing
@@ -32,16 +31,15 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sgmim_fast import backends, kernels
+from sgmim_fast import backends
 from sgmim_fast.guidance import embedding_patch
-from sgmim_fast.kernels import configs, norm_linear, norm_mlp, products, window_attention
+from sgmim_fast.kernels import configs, products
 from sgmim_fast.kernels import launch as launching
 from sgmim_fast.kernels.launch import Target, caught
 from sgmim_fast.ops import GuidanceParameters, StructureParameters
 from sgmim_fast.ops.products import compute_bfloat16_in
 from sgmim_fast.ops.window_attention import most_tokens_on_a_gpu
 
-NAMES = [name for name, modules in backends.MODULES.items() if "triton" in modules]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -143,6 +141,17 @@ WINDOWS = [
 LAYERS = [(128, 384), (512, 2048), (768, 3072)]  # widths of norms and products in those models
 
 
+def forward(op: str, *args: Any) -> Any:
+    return backends.implementation(op, "forward", "triton")(*args)
+
+
+def backward(op: str, grad: Tensor, args: tuple[Any, ...], saved: list[Tensor], unwanted: tuple[int, ...] = ()) -> None:
+    """Of a composition; unwanted: which of the tensors, lists taken apart, need no gradient."""
+    tensors = [t for arg in args for t in (arg if isinstance(arg, list) else [arg]) if t is None or torch.is_tensor(t)]
+    needs = [t is not None and t.is_floating_point() and i not in unwanted for i, t in enumerate(tensors)]
+    backends.implementation(op, "backward", "triton")(grad, *args, saved, needs)
+
+
 def encoder(batch: int, mixed: bool, dtype: torch.dtype) -> None:
     """Forward and backward of the ops that encoders are accelerated by."""
 
@@ -161,9 +170,7 @@ def encoder(batch: int, mixed: bool, dtype: torch.dtype) -> None:
         shift = w.window[0] // 2 if w.shifted else 0
         inputs = torch.zeros(batch, height, width, 3 * channels, dtype=dtype), bias, index, scale, pad
         inputs = *inputs, w.heads, list(w.window), [shift, shift]
-        out = window_attention.forward(*inputs)
-        needs = [True, *(t is not None for t in (bias, scale, pad))]
-        window_attention.backward(out, *inputs, needs)
+        backward("window_attention", forward("window_attention", *inputs), inputs, [])
 
     cast = dtype if mixed else None
     for width, wide in LAYERS:
@@ -171,18 +178,16 @@ def encoder(batch: int, mixed: bool, dtype: torch.dtype) -> None:
         for vectors, residual in itertools.product((norm, [None, None]), (False, True)):
             linear = parameter(wide, width), parameter(wide)
             added = torch.zeros(x.shape[0], wide, dtype=x.dtype) if residual else None
-            out, statistics = norm_linear.forward(x, *linear, *vectors, added, 1e-5, cast)
-            needs = [True] * 3 + [vectors[0] is not None] * 2
-            norm_linear.backward(out, x, linear[0], *vectors, statistics, needs, cast)
-            layers = *linear, parameter(width, wide), parameter(width)
-            out, hidden, statistics = norm_mlp.forward(x, *layers, *vectors, residual, 1e-5, cast)
-            needs = [True] * 2 + needs
-            norm_mlp.backward(out, x, *layers[::2], *vectors, hidden, statistics, residual, needs, cast)
+            inputs = x, *linear, *vectors, added, 1e-5, cast
+            out, saved = forward("norm_linear", *inputs)
+            backward("norm_linear", out, (*inputs[:5], None, *inputs[6:]), saved)
+            inputs = x, *linear, parameter(width, wide), parameter(width), *vectors, residual, 1e-5, cast
+            out, saved = forward("norm_mlp", *inputs)
+            backward("norm_mlp", out, inputs, saved)
 
 
 def branch(shape: Shape, mixed: bool, dtype: torch.dtype) -> None:
     """Forward and backward of every op; mixed: float32 parameters, as under autocast."""
-    ops = {name: importlib.import_module(f"{kernels.__name__}.{name}") for name in NAMES}
     width, stride, batch = shape.width, shape.stride, shape.batch
     grid, heads = shape.grid, 8
     cells, cast = grid * grid, dtype if mixed else None
@@ -204,11 +209,9 @@ def branch(shape: Shape, mixed: bool, dtype: torch.dtype) -> None:
     )  # fmt: skip
     features, structure = tensor(batch * cells, width), tensor(masked.shape[0] + 1, width)
     for keep in (True, False):
-        out, saved = ops["relational_guidance"].forward(
-            features, structure, list(w), rows, cells, heads, keep, 1e-5, cast
-        )
-        inputs = out, features, structure, list(w), rows, saved, cells, heads, keep
-        ops["relational_guidance"].backward(*inputs, [True] * (2 + len(w)), cast)
+        inputs = features, structure, list(w), rows, cells, heads, keep, 1e-5, cast
+        out, saved = forward("relational_guidance", *inputs)
+        backward("relational_guidance", out, inputs, saved)
 
     first = width >> merges
     s = StructureParameters(
@@ -216,30 +219,31 @@ def branch(shape: Shape, mixed: bool, dtype: torch.dtype) -> None:
         *([tensor(4 * first << i) for i in range(merges)] for _ in range(2)),
         [tensor(2 * first << i, 4 * first << i) for i in range(merges)],
     ).flat()  # fmt: skip
-    out, saved = ops["structure_embed"].forward(maps, masked, s, stride, 1e-5, cast)
-    for needed in {False, batch == 1}:
-        ops["structure_embed"].backward(out, maps, masked, s, saved, stride, [needed] + [True] * len(s), cast)
+    inputs = maps, masked, s, stride, 1e-5, cast
+    out, saved = forward("structure_embed", *inputs)
+    for unwanted in {(0,), (0,) if batch > 1 else ()}:
+        backward("structure_embed", out, inputs, saved, unwanted)
 
     for packed, target, valid in ((True, maps, maps > 0), (True, maps, None), (False, images, None)):
         x = tensor(visible.shape[0] if packed else batch * cells, width, dtype=dtype)
         weight, bias = tensor(target.shape[1] * stride**2, width), tensor(target.shape[1] * stride**2)
-        total, saved = ops["linear_l1"].forward(x, weight, bias, target, valid, visible, stride, packed, 0.5, cast)
-        inputs = total, x, weight, bias, target, saved, visible, stride, packed, 0.5
-        ops["linear_l1"].backward(*inputs, [True] * 3 + [False], cast)
+        inputs = x, weight, bias, target, valid, visible, stride, packed, 0.5, cast
+        total, saved = forward("linear_l1", *inputs)
+        backward("linear_l1", total, inputs, saved, unwanted=(3,))
 
     vectors, weight = [tensor(first) for _ in range(4)], tensor(first, 3, 4, 4)
     for bias, token, *norm in (vectors, [*vectors[:2], None, None]):
-        stem = images, weight, bias, token, visible, *norm
-        out, saved = ops["masked_patch_embed"].forward(*stem, 1e-5, cast)
-        needs = [False, True, *(t is not None for t in (bias, token, *norm))]
-        ops["masked_patch_embed"].backward(out, *stem, saved, needs, cast)
+        stem = images, weight, bias, token, visible, *norm, 1e-5, cast
+        out, saved = forward("masked_patch_embed", *stem)
+        backward("masked_patch_embed", out, stem, saved, unwanted=(0,))
 
     for zorder in (False, True):
-        packed = ops["gather_patches"].forward(images, visible, stride, patch, zorder)
-        ops["gather_patches"].backward(packed, visible, list(images.shape), stride, patch, zorder)
-    ops["standardize_structure"].forward(maps, True)
+        packed = forward("gather_patches", images, visible, stride, patch, zorder)
+        gradient = backends.implementation("gather_patches", "backward", "triton")
+        gradient(packed, visible, list(images.shape), stride, patch, zorder)
+    forward("standardize_structure", maps, True)
     for counts in ([shape.masked] * batch, [i % cells for i in range(batch)]):
-        ops["selective_mask"].forward(torch.tensor([1, 2]), counts, grid, grid, 2)
+        forward("selective_mask", torch.tensor([1, 2]), counts, grid, grid, 2)
 
 
 def launches(dtypes: list[str], architecture: int) -> list[Launch]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sgmim_fast.kernels.arithmetic import cast, gelu, gelu_both
 from sgmim_fast.kernels.launch import cdiv, launch, programs_of_rows
-from sgmim_fast.kernels.sums import MOST_ADDED, Sum
+from sgmim_fast.kernels.sums import MOST_ADDED
 
 FLAT = 2048  # elements of a program
 
@@ -56,8 +56,8 @@ def _gelu_backward_kernel(
     tl.store(partials + program.to(tl.int64) * width + column, tl.sum(total, 0), mask=column < width)
 
 
-def gelu_backward(grad: Tensor, before: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Sum]:
-    """grad * gelu'(before) in place of `grad`, gelu(before), and the former's sum over rows to be finished into `bias`.
+def gelu_backward(grad: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """grad * gelu'(before) in place of `grad`, gelu(before), and the former's partial sums over rows.
 
     Cost: reads two (rows, width) tensors and writes two; 1 launch.
     """
@@ -69,4 +69,4 @@ def gelu_backward(grad: Tensor, before: Tensor, bias: Tensor) -> tuple[Tensor, T
         _gelu_backward_kernel, (cdiv(width, 256), programs), grad, before, after, partials, rows, width, per_program,
         ROWS=8, BLOCK=256,
     )  # fmt: skip
-    return grad, after, Sum(partials, bias)
+    return grad, after, partials

@@ -9,14 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from sgmim_fast import backends
 
 INTERPRETED = backends.triton_interpreted()  # Triton looks at the same moment, where a kernel is defined
 
 MOST_COLUMNS = 1 << 14  # of a row that one program holds in its registers
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -99,50 +97,9 @@ def programs_of_rows(rows: int, width: int, device: torch.device, most: int) -> 
     return each, max(1, cdiv(rows, each))
 
 
-def supported(dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether the kernels take a request for `dtype`, and the reason where not."""
-    return dtype in DTYPES, f"dtype {dtype}; the Triton kernels take float32, bfloat16 and float16"
-
-
-def fits(*widths: int) -> tuple[bool, str]:
-    """Whether rows of these widths fit into one program, and the reason where not."""
-    widest = max(widths)
-    return widest <= MOST_COLUMNS, f"rows of {widest} numbers; the Triton kernels hold {MOST_COLUMNS} in registers"
-
-
-def copies_of(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """`ops.products.copies`: all weights in `dtype`, or [] where they are in it as they are.
-
-    Cost: 1 launch where they are enough for all multiprocessors, else 1 each: `torch._foreach_copy_` gives 65,536
-    numbers to a block, and for the few of a layer it took ten times what the traffic does (H200, a Swin-B's weights
-    twice: 154 launches, 2.4 ms).
-    """
-    if all(weight.dtype == dtype for weight in weights):
-        return []
-    weights = [weight.detach() for weight in weights]
-    if sum(weight.numel() for weight in weights) < target(weights[0].device).multiprocessors << 16:
-        return [weight.to(dtype, memory_format=torch.contiguous_format) for weight in weights]
-    copies = [torch.empty(weight.shape, dtype=dtype, device=weight.device) for weight in weights]
-    torch._foreach_copy_(copies, weights)
-    return copies
-
-
-_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> its version, and the copy that its forward made
-
-
-def keep_copy(weight: Tensor, copy: Tensor) -> None:
-    """Lets the backward of this op use the copy again, whose memory is held until then."""
-    if copy is not weight and weight.requires_grad:
-        _kept[weight] = weight._version, copy
-
-
-def kept_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight in `dtype`: the forward's copy if it is still there, which is then given up. As under autocast, a
-    weight that changed since in a way that autograd does not see counts as it was."""
-    version, copy = _kept.pop(weight, (None, None))
-    if copy is not None and version == weight._version and copy.dtype == dtype:
-        return copy
-    return weight.detach().to(dtype, memory_format=torch.contiguous_format)
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether what is launched on its device runs on a GPU, or is caught as if it did."""
+    return tensor.is_cuda or bool(_caught)
 
 
 def tf32() -> str:

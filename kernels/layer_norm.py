@@ -1,13 +1,12 @@
 """LayerNorm with its neighbours: a gather before it in the forward, a residual and a scatter after it in the backward,
 and sums over the rows that pass by; several norms of one width in one launch.
 
-Shared by `relational_guidance`, `structure_embed`, `masked_patch_embed`, `norm_linear` and `norm_mlp`. A row is
-read once and stays in registers.
+A row is read once and stays in registers.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -16,30 +15,16 @@ from torch import Tensor
 
 from sgmim_fast.kernels.arithmetic import cast, inside_of
 from sgmim_fast.kernels.launch import cdiv, launch, next_power_of_2, target
-from sgmim_fast.kernels.sums import MOST_ADDED, Sum
+from sgmim_fast.kernels.sums import MOST_ADDED
+from sgmim_fast.ops.primitives import Norm, NormGradient, NormGradients
 
 TILE = 1024  # numbers of a tensor that a program of the backward has at a time
 PROGRAMS = 8  # of the backward per multiprocessor; of 10 pairs measured on an H200 the best at all of Swin-B's widths
 
 
-class Norm(NamedTuple):
-    """Rows to normalise: x[rows], or all of x, into y, or row by row into y[y_rows]."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor
-    y: Tensor
-    rows: Tensor | None = None
-    y_rows: Tensor | None = None
-
-    @property
-    def count(self) -> int:
-        return self.x.shape[0] if self.rows is None else self.rows.shape[0]
-
-
 @triton.jit
 def _layer_norm_forward_kernel(
-    xs, rows, weights, biases, ys, y_rows, statistics, counts, limits, width, eps,
+    xs, rows, weights, biases, residuals, ys, y_rows, statistics, counts, limits, width, eps,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -47,15 +32,15 @@ def _layer_norm_forward_kernel(
         programs = tl.cdiv(counts[i], ROWS)
         if (program >= 0) & (program < programs):
             _normalise(
-                program, xs[i], rows[i], weights[i], biases[i], ys[i], y_rows[i], statistics[i], counts[i], limits[i],
-                width, eps, ROWS, BLOCK,
+                program, xs[i], rows[i], weights[i], biases[i], residuals[i], ys[i], y_rows[i], statistics[i],
+                counts[i], limits[i], width, eps, ROWS, BLOCK,
             )  # fmt: skip
         program -= programs
 
 
 @triton.jit
 def _normalise(
-    program, x, rows, weight, bias, y, y_rows, statistics, count, limit, width, eps,
+    program, x, rows, weight, bias, residual, y, y_rows, statistics, count, limit, width, eps,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = program * ROWS + tl.arange(0, ROWS)
@@ -72,6 +57,8 @@ def _normalise(
     shift = tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)
     out = centred * rstd[:, None] * gain[None, :] + shift[None, :]
     place = row.to(tl.int64)
+    if residual is not None:
+        out += tl.load(residual + place[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if y_rows is not None:
         place = inside_of(tl.load(y_rows + row, mask=row < count, other=0), limit)
     tl.store(y + place[:, None] * width + column[None, :], cast(out, y.dtype.element_ty), mask=inside)
@@ -79,26 +66,40 @@ def _normalise(
     tl.store(statistics + count + row, rstd, mask=row < count)
 
 
-def layer_norm(norms: list[Norm], eps: float) -> list[Tensor]:
-    """Normalises rows of one width, and returns of each norm the statistics (2, n), float32: mean and
-    1 / sqrt(var + eps). Cost: reads n rows, writes n rows; 1 launch.
+def layer_norms(norms: Sequence[Norm], eps: float, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Normalised rows of one width, (n, C), and the statistics (2, n), float32: mean and 1 / sqrt(var + eps).
+
+    Cost: reads n rows, writes n rows; 1 launch.
     """
+    counts = [norm.x.shape[0] if norm.rows is None else norm.rows.shape[0] for norm in norms]
+    ys = [
+        torch.empty(count, norm.x.shape[1], dtype=dtype, device=norm.x.device)
+        for count, norm in zip(counts, norms, strict=True)
+    ]
+    return list(zip(ys, normalise(norms, ys, eps, counts), strict=True))
+
+
+def normalise(
+    norms: Sequence[Norm], ys: Sequence[Tensor], eps: float, counts: Sequence[int], y_rows: Tensor | None = None
+) -> list[Tensor]:
+    """Writes the normalised rows into ys, or row by row into ys[y_rows], and returns the statistics."""
     width = norms[0].x.shape[1]
-    statistics = [torch.empty(2, norm.count, dtype=torch.float32, device=norm.x.device) for norm in norms]
+    statistics = [torch.empty(2, n, dtype=torch.float32, device=ys[0].device) for n in counts]
     block = next_power_of_2(width)
     tile = max(1, 2048 // block)
     launch(
         _layer_norm_forward_kernel,
-        (sum(cdiv(norm.count, tile) for norm in norms),),
-        tuple(norm.x for norm in norms),
+        (sum(cdiv(n, tile) for n in counts),),
+        tuple(norm.x.contiguous() for norm in norms),
         tuple(norm.rows for norm in norms),
-        tuple(norm.weight for norm in norms),
-        tuple(norm.bias for norm in norms),
-        tuple(norm.y for norm in norms),
-        tuple(norm.y_rows for norm in norms),
+        tuple(norm.weight.contiguous() for norm in norms),
+        tuple(norm.bias.contiguous() for norm in norms),
+        tuple(None if norm.residual is None else norm.residual.contiguous() for norm in norms),
+        tuple(ys),
+        tuple(y_rows for _ in norms),
         tuple(statistics),
-        tuple(norm.count for norm in norms),
-        tuple((norm.y if norm.rows is None else norm.x).shape[0] for norm in norms),
+        tuple(counts),
+        tuple((y if norm.rows is None else norm.x).shape[0] for norm, y in zip(norms, ys, strict=True)),
         width,
         eps,
         ROWS=tile,
@@ -106,22 +107,6 @@ def layer_norm(norms: list[Norm], eps: float) -> list[Tensor]:
         num_warps=_warps(block),
     )
     return statistics
-
-
-class NormGradient(NamedTuple):
-    """Gradient of a `Norm`: of its rows, plus `residual`, into dx, or row by row into dx[rows]."""
-
-    dy: Tensor  # of the normalised rows
-    x: Tensor
-    statistics: Tensor
-    weight: Tensor
-    bias: Tensor
-    dx: Tensor
-    more: Tensor | None = None  # added to dy
-    rows: Tensor | None = None
-    residual: Tensor | None = None
-    again: bool = True  # whether the normalised rows are written once more, in dy's dtype
-    biases: tuple[Tensor, ...] = ()  # gradients that are sums over the rows of residual, and of dx, as far as wanted
 
 
 @triton.jit
@@ -194,19 +179,21 @@ def _differentiate(
         tl.store(partials + 3 * stride + at, tl.sum(dx_sum, 0), mask=column < width)
 
 
-def layer_norm_backward(gradients: list[NormGradient]) -> tuple[list[Tensor | None], list[list[Sum]]]:
-    """Gradients through norms of one width, all of them with as many `biases`.
+def layer_norms_backward(gradients: Sequence[NormGradient]) -> list[NormGradients]:
+    """Gradients through norms of one width, which ask for the same sums. dx has x's dtype.
 
-    Returns of each its normalised rows once more, or None, and the sums to be finished: for weight and bias, in the
-    weight's dtype, then for `biases`. Cost: reads dy, x and the residual, writes dx and y, n rows each; 1 launch.
+    Cost: reads dy, x and the residual, writes dx and y, n rows each; 1 launch, and a fill where rows are scattered.
     """
     width, device = gradients[0].dy.shape[1], gradients[0].dy.device
+    dxs = [
+        (torch.empty if g.rows is None else torch.zeros)(g.x.shape, dtype=g.x.dtype, device=device) for g in gradients
+    ]
     ys = [torch.empty_like(g.dy) if g.again else None for g in gradients]
     counts = [g.dy.shape[0] for g in gradients]
     tile, multiple = max(1, TILE // next_power_of_2(width)), PROGRAMS * target(device).multiprocessors
     per_program = min(cdiv(max(8, cdiv(sum(counts), multiple)), tile), MOST_ADDED) * tile
     programs = [cdiv(count, per_program) for count in counts]
-    wanted = len(gradients[0].biases)
+    wanted = 2 if gradients[0].sum_dx else 1 if gradients[0].sum_residual else 0
     partials = [torch.empty(2 + wanted, n, width, dtype=torch.float32, device=device) for n in programs]
     block = next_power_of_2(width)
     launch(
@@ -214,13 +201,13 @@ def layer_norm_backward(gradients: list[NormGradient]) -> tuple[list[Tensor | No
         (sum(programs),),
         tuple(g.dy for g in gradients),
         tuple(g.more for g in gradients),
-        tuple(g.x for g in gradients),
+        tuple(g.x.contiguous() for g in gradients),
         tuple(g.rows for g in gradients),
         tuple(g.statistics for g in gradients),
-        tuple(g.weight for g in gradients),
-        tuple(g.bias for g in gradients),
-        tuple(g.residual for g in gradients),
-        tuple(g.dx for g in gradients),
+        tuple(g.weight.contiguous() for g in gradients),
+        tuple(g.bias.contiguous() for g in gradients),
+        tuple(None if g.residual is None else g.residual.contiguous() for g in gradients),
+        tuple(dxs),
         tuple(ys),
         tuple(partials),
         tuple(counts),
@@ -233,14 +220,7 @@ def layer_norm_backward(gradients: list[NormGradient]) -> tuple[list[Tensor | No
         SUMS=wanted,
         num_warps=_warps(block, least=2),
     )
-    sums = [
-        [
-            Sum(p, out)
-            for p, out in zip(part, (torch.empty_like(g.weight), torch.empty_like(g.bias), *g.biases), strict=True)
-        ]
-        for g, part in zip(gradients, partials, strict=True)
-    ]
-    return ys, sums
+    return [NormGradients(dx, y, *sums) for dx, y, sums in zip(dxs, ys, partials, strict=True)]
 
 
 def _warps(block: int, least: int = 4) -> int:

@@ -1,4 +1,4 @@
-"""`linear_l1` in Triton: the head's product, whose epilogue reads the pixels where they are and keeps only signs."""
+"""`linear_l1` in Triton, primitives: the head's gemm, whose epilogue reads pixels where they are and keeps signs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from torch import Tensor
 
 from sgmim_fast.kernels import configs, products
 from sgmim_fast.kernels.arithmetic import cast, dot, inside_of
-from sgmim_fast.kernels.launch import cdiv, copies_of, launch, on_device, supported, tf32
+from sgmim_fast.kernels.launch import cdiv, launch, tf32
 from sgmim_fast.kernels.launch import target as machine
 from sgmim_fast.kernels.sums import Sum, finish
-from sgmim_fast.ops import products as dtypes
-from sgmim_fast.ops._op import absent
-from sgmim_fast.ops.linear_l1 import is_packed, target_gradient
+from sgmim_fast.ops.primitives import Gradients
 
 
 @triton.jit
@@ -56,46 +54,24 @@ def _linear_l1_forward_kernel(
     tl.store(partials + tl.program_id(0), tl.sum(tl.sum(tl.abs(difference), 1), 0))
 
 
-def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
-    x, dtype = args[0] if part == "forward" else args[1], args[-1]
-    if part == "backward" and is_packed(args[5][0]):
-        return False, "the cuda backend ran the forward, and packed the signs to bits"
-    return supported(dtype or x.dtype)
-
-
-@on_device
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    target: Tensor,
-    valid: Tensor | None,
-    rows: Tensor,
-    cell: int,
-    packed: bool,
-    scale: float,
-    dtype: torch.dtype | None,
-) -> tuple[Tensor, list[Tensor]]:
-    """Cost: reads x and W for each tile, the wanted pixels once, writes a byte per pixel; 3 launches."""
-    compute = dtypes.compute_dtype(dtype or x.dtype, x.device)
-    copies = copies_of([weight], compute)
-    w = copies[0] if copies else weight.contiguous()
-    x, rows = x.contiguous(), rows.contiguous()
-    count, (outs, width) = rows.shape[0], w.shape
+def linear_l1(a: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Cost: reads x and W for each tile, the wanted pixels once, writes a byte per pixel; 2 launches."""
+    x, rows, target = a.x.contiguous(), a.rows.contiguous(), a.target
+    count, (outs, width) = rows.shape[0], weight.shape
     signs = torch.empty(count, outs, dtype=torch.int8, device=x.device)
-    config = configs.product(count, outs, compute.itemsize, machine(x.device).architecture)
+    config = configs.product(count, outs, weight.dtype.itemsize, machine(x.device).architecture)
     tiles = cdiv(count, config.block_m) * cdiv(outs, config.block_n)
     partials = torch.empty(tiles, 1, dtype=torch.float32, device=x.device)
-    across = target.shape[3] // cell
+    across = target.shape[3] // a.cell
     launch(
         _linear_l1_forward_kernel,
         (tiles,),
         x,
-        None if packed else rows,
-        w,
-        bias.contiguous(),
+        None if a.packed else rows,
+        weight,
+        a.bias.contiguous(),
         target,
-        None if valid is None else valid.view(torch.uint8),
+        None if a.valid is None else a.valid.view(torch.uint8),
         rows,
         signs,
         partials,
@@ -103,11 +79,11 @@ def forward(
         width,
         outs,
         across,
-        across * (target.shape[2] // cell),
-        target.shape[0] * across * (target.shape[2] // cell),
+        across * (target.shape[2] // a.cell),
+        target.shape[0] * across * (target.shape[2] // a.cell),
         *target.stride(),
-        *((0, 0, 0, 0) if valid is None else valid.stride()),
-        CELL=cell,
+        *((0, 0, 0, 0) if a.valid is None else a.valid.stride()),
+        CELL=a.cell,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
@@ -116,40 +92,17 @@ def forward(
         num_stages=config.stages,
     )
     total = torch.empty((), dtype=torch.float32, device=x.device)
-    finish([Sum(partials, total.view(1))], factor=scale)
-    return total, [signs, *copies]
+    finish([Sum(partials, total.view(1))], factor=a.scale)
+    return total, signs
 
 
-@on_device
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    target: Tensor,
-    saved: list[Tensor],
-    rows: Tensor,
-    cell: int,
-    packed: bool,
-    scale: float,
-    needs: list[bool],
-    dtype: torch.dtype | None,
-) -> list[Tensor]:
+def linear_l1_backward(grad: Tensor, a: Any, weight: Tensor, signs: Tensor, gradients: Gradients) -> None:
     """Cost: reads the signs twice, W and x once per tile; 2 launches, and where x is not packed a fill."""
-    signs, *copies = saved
-    grads = [absent(x) for _ in needs]
-    x, rows = x.contiguous(), rows.contiguous()
-    listed = None if packed else rows
-    if needs[0]:
-        w = copies[0] if copies else weight.contiguous()
-        grads[0] = torch.empty_like(x) if packed else torch.zeros_like(x)
-        products.input_gradient_of_signs(signs, w, grad, scale, grads[0], listed)
-    if needs[1] or needs[2]:
-        compute = dtypes.compute_dtype(dtype or x.dtype, x.device)
-        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        dbias = torch.empty_like(bias)
-        products.weight_gradients_of_signs(signs, x, compute, grad, scale, listed, dweight, dbias)
-        grads[1], grads[2] = dweight if needs[1] else grads[1], dbias if needs[2] else grads[2]
-    if needs[3]:
-        grads[3] = target_gradient(grad * scale, signs, target, rows, cell)
-    return grads
+    x, listed = a.x.contiguous(), None if a.packed else a.rows.contiguous()
+    if "x" in gradients:
+        gradients["x"] = dx = torch.empty_like(x) if a.packed else torch.zeros_like(x)
+        products.dgrad_of_signs(signs, weight, grad, a.scale, dx, listed)
+    if "weight" in gradients or "bias" in gradients:
+        gradients["weight"] = dweight = torch.empty_like(a.weight, memory_format=torch.contiguous_format)
+        gradients["bias"] = dbias = torch.empty(a.bias.shape, dtype=a.bias.dtype, device=x.device)
+        products.wgrad_of_signs(signs, x, weight.dtype, grad, a.scale, listed, dweight, dbias)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -185,9 +186,9 @@ def _config(
 def _run(
     kind: tl.constexpr,
     dtype: torch.dtype,
-    a: list[Tensor],
-    b: list[Tensor],
-    c: list[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    c: Sequence[Tensor],
     shapes: list[tuple[int, int, int]],
     *,
     bias: list[Tensor] | None = None,
@@ -249,7 +250,7 @@ def _add(product: Tensor, residual: Tensor, index: Tensor | None, dtype: torch.d
     return y
 
 
-def linears(xs: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+def linears(xs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
     """x . W^T for each pair of one dtype, (n, in) and (out, in). Cost: 1 launch; through the library one each."""
     dtype = xs[0].dtype
     if not fused():
@@ -263,32 +264,30 @@ def linears(xs: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
 def linear(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
+    bias: Tensor | None = None,
     *,
     residual: Tensor | None = None,
     rows: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x . W^T + bias + residual[rows], or + residual; with a residual in `dtype`, else, or if that is None, in x's.
+    """x . W^T + bias + residual[rows], or + residual, in `dtype`, or if that is None in x's.
 
     Cost: 1 launch; through the library 1 for each residual or cast of the bias more.
     """
-    dtype = dtype or x.dtype
+    dtype, residual = dtype or x.dtype, None if residual is None else residual.contiguous()
     if fused():
-        y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype if residual is None else dtype, device=x.device)
+        y = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
         shape, biases = (x.shape[0], weight.shape[1], weight.shape[0]), None if bias is None else [bias]
         _run(FORWARD, x.dtype, [x], [weight], [y], [shape], bias=biases, residual=residual, index=rows)
         return y
-    product = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    if residual is None:
-        return product
-    return _add(product, residual, rows, dtype)
+    product = torch.nn.functional.linear(x, weight, bias)
+    return product.to(dtype) if residual is None else _add(product, residual, rows, dtype)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """h = x . W^T + bias and gelu(h). Cost: 1 launch; through the library 2."""
     if not fused():
-        before = torch.nn.functional.linear(x, weight, bias.to(x.dtype))
+        before = torch.nn.functional.linear(x, weight, bias)
         return before, gelu_forward(before)
     before = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     after = torch.empty_like(before)
@@ -297,7 +296,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     return before, after
 
 
-def input_gradients(dys: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+def dgrads(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
     """dy . W for each pair of one dtype, (n, out) and (out, in). Cost: 1 launch; through the library one each."""
     dtype = dys[0].dtype
     if not fused():
@@ -310,22 +309,22 @@ def input_gradients(dys: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
     return dxs
 
 
-def input_gradient_gelu(dy: Tensor, weight: Tensor, before: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Sum]:
-    """dx = dy . W * gelu'(before), gelu(before), and the sum of dx over its rows, to be finished into `bias`.
+def dgrad_gelu(dy: Tensor, weight: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dx = dy . W * gelu'(before), gelu(before), and the partial sums of dx over its rows.
 
     Cost: 1 launch; through the library 2.
     """
     if not fused():
-        return gelu_backward(dy @ weight, before, bias)
+        return gelu_backward(dy @ weight, before)
     dx, after = torch.empty_like(before), torch.empty_like(before)
     shape = dy.shape[0], weight.shape[1], weight.shape[0]
     tiles = cdiv(shape[0], _config(INPUT, dy.dtype, [shape], dy.device).block_m)
     partials = torch.empty(tiles, shape[1], dtype=torch.float32, device=dy.device)
     _run(INPUT, dy.dtype, [dy], [weight], [dx], [shape], before=before, after=after, sums=partials)
-    return dx, after, Sum(partials, bias)
+    return dx, after, partials
 
 
-def input_gradient_of_signs(
+def dgrad_of_signs(
     signs: Tensor, weight: Tensor, scale: Tensor, factor: float, dx: Tensor, rows: Tensor | None
 ) -> None:
     """signs (n, out) int8 . W * scale * factor into the rows of dx, or all of it.
@@ -340,7 +339,7 @@ def input_gradient_of_signs(
     dx.copy_(product) if rows is None else dx.index_copy_(0, rows, product)
 
 
-def weight_gradients_of_signs(
+def wgrad_of_signs(
     signs: Tensor,
     x: Tensor,
     dtype: torch.dtype,
@@ -362,10 +361,10 @@ def weight_gradients_of_signs(
     by = scale * factor
     product = signs.to(dtype).t() @ (x if rows is None else x[rows]).to(dtype)
     dweight.copy_(product * by)
-    finish_sums(column_sums([signs], [dbias]), by)
+    finish_sums([Sum(column_sums([signs])[0], dbias)], by)
 
 
-def weight_gradients(dys: list[Tensor], xs: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
+def wgrads(dys: Sequence[Tensor], xs: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """dy^T . x for each pair, (n, out) and (n, in), in the dtype given.
 
     Cost: 1 launch; through the library one each, and what converts.
@@ -379,10 +378,10 @@ def weight_gradients(dys: list[Tensor], xs: list[Tensor], dtypes: list[torch.dty
         shapes = [(dy.shape[0], x.shape[1], dy.shape[1]) for dy, x in zip(dys, xs, strict=True)]
         _run(WEIGHT, dtype, dys, xs, dws, shapes)
         return dws
-    return [_weight_gradient(dy, x, wanted) for dy, x, wanted in zip(dys, xs, dtypes, strict=True)]
+    return [_wgrad(dy, x, wanted) for dy, x, wanted in zip(dys, xs, dtypes, strict=True)]
 
 
-def _weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+def _wgrad(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """dy^T . x through the library, which on a GPU writes what it has summed in float32 as float32."""
     if dtype == torch.float32 and dy.dtype != dtype and dy.is_cuda:
         return torch.mm(dy.t(), x, out_dtype=dtype)

@@ -1,12 +1,7 @@
-"""`relational_guidance` in Triton: one attention kernel each way, between products with their epilogues.
-
-Cost in half precision: forward 8 launches (weights' copies, two norms in one, q|k|v, attention, projection, norm, two
-of the MLP), backward 11 and a fill; `benchmarks/model.py` has bytes and predicted times, none is measured yet.
-"""
+"""The attention of `relational_guidance` in Triton, primitives: one kernel each way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,13 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sgmim_fast.kernels import products
 from sgmim_fast.kernels.arithmetic import cast, dot
-from sgmim_fast.kernels.launch import cdiv, copies_of, fits, launch, next_power_of_2, on_device, supported, tf32
-from sgmim_fast.kernels.layer_norm import Norm, NormGradient, layer_norm, layer_norm_backward
+from sgmim_fast.kernels.launch import cdiv, launch, next_power_of_2, tf32
 from sgmim_fast.kernels.sums import Sum, finish
-from sgmim_fast.ops._op import absent
-from sgmim_fast.ops.relational_guidance import LINEAR, GuidanceParameters, Saved, linear_weights, storage_dtype
+from sgmim_fast.ops.primitives import Packed
 
 
 @triton.jit
@@ -159,17 +151,17 @@ def _relational_guidance_backward_kernel(
             tl.store(dq + at, cast(dquery, dq.dtype.element_ty), mask=(i < queries)[:, None] & (d < D)[None, :])
 
 
-def _options(q: Tensor, heads: int, cells: int, keep: bool, backward: bool) -> dict[str, Any]:
+def _options(q: Tensor, packed: Packed, backward: bool) -> dict[str, Any]:
     """Blocks as small as the grid of cells allows: Swin's 36 cells need no more than 32 queries at a time.
 
     The backward holds five tiles of a head's width: in half precision eight warps keep them in registers; float32
     products on the scalar units want whole rows of operands besides, and the backward spills even at 16 queries.
     """
-    half, d = q.dtype != torch.float32, q.shape[1] // heads
+    half, d, cells = q.dtype != torch.float32, q.shape[1] // packed.heads, packed.cells
     most = 64 if half else 16 if backward else 32
     block = min(64 if cells > 48 else 32 if cells > 16 else 16, most)
     return {
-        "KEEP": keep,
+        "KEEP": packed.keep,
         "D": d,
         "BLOCK_D": max(next_power_of_2(d), 16),
         "BLOCK_M": min(block, 32),
@@ -180,82 +172,48 @@ def _options(q: Tensor, heads: int, cells: int, keep: bool, backward: bool) -> d
     }
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, visible_offsets: Tensor, shown_offsets: Tensor, cells: int, heads: int, keep: bool
-) -> tuple[Tensor, Tensor]:
-    """Attention of each image's visible rows over its shown keys and, with `keep`, the last key for all hidden cells.
-
-    q: (visible, C), k and v: (shown + 1, C). Returns the result (visible, C) and the log-sums (visible, heads).
-    Cost: reads q, and k and v once per block of 32 queries; 1 launch.
-    """
+def guidance_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
+    """Cost: reads q, and k and v once per block of 32 queries; 1 launch."""
     out = torch.empty_like(q)
-    lse = torch.empty(q.shape[0], heads, dtype=torch.float32, device=q.device)
-    width, images = q.shape[1], visible_offsets.shape[0] - 1
-    options = _options(q, heads, cells, keep, False)
+    lse = torch.empty(q.shape[0], packed.heads, dtype=torch.float32, device=q.device)
+    options = _options(q, packed, False)
     launch(
         _relational_guidance_forward_kernel,
-        (cdiv(cells, options["BLOCK_M"]), heads, images),
+        (cdiv(packed.cells, options["BLOCK_M"]), packed.heads, packed.visible_offsets.shape[0] - 1),
         q,
         k,
         v,
         out,
         lse,
-        visible_offsets,
-        shown_offsets,
-        q.shape[0],
-        k.shape[0] - 1,
-        cells,
-        heads,
-        width,
-        (width // heads) ** -0.5,
+        *_sizes(q, k, packed, packed.visible_offsets, packed.shown_offsets),
         **options,
     )
     return out, lse
 
 
-def attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    visible_offsets: Tensor,
-    shown_offsets: Tensor,
-    cells: int,
-    heads: int,
-    keep: bool,
+def guidance_attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, packed: Packed
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v. The last key's are summed over the images in a fixed order.
+    """The last key's gradients are summed over the images in a fixed order.
 
     Cost: reads q, dout and out once per block of keys, k and v once per block of queries; 2 launches.
     """
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    width, images = q.shape[1], visible_offsets.shape[0] - 1
-    hidden_sums = torch.empty(2, images, width, dtype=torch.float32, device=q.device)
-    options = _options(q, heads, cells, keep, True)
-    key_blocks = cdiv(cells + 1, options["BLOCK_N"])
+    images = packed.visible_offsets.shape[0] - 1
+    hidden_sums = torch.empty(2, images, q.shape[1], dtype=torch.float32, device=q.device)
+    options = _options(q, packed, True)
+    key_blocks = cdiv(packed.cells + 1, options["BLOCK_N"])
+    tensors = packed.visible_offsets, packed.shown_offsets, dq, dk, dv, hidden_sums
     launch(
         _relational_guidance_backward_kernel,
-        (key_blocks + cdiv(cells, options["BLOCK_M"]), heads, images),
+        (key_blocks + cdiv(packed.cells, options["BLOCK_M"]), packed.heads, images),
         dout,
         q,
         k,
         v,
         out,
         lse,
-        visible_offsets,
-        shown_offsets,
-        dq,
-        dk,
-        dv,
-        hidden_sums,
-        q.shape[0],
-        k.shape[0] - 1,
-        cells,
-        heads,
-        width,
-        (width // heads) ** -0.5,
+        *_sizes(q, k, packed, *tensors),
         key_blocks,
         **options,
     )
@@ -263,137 +221,8 @@ def attention_backward(
     return dq, dk, dv
 
 
-def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
-    features, _, parameters = args[:3] if part == "forward" else args[1:4]
-    dtype = args[-1]
-    usable, reason = supported(dtype or features.dtype)
-    return fits(features.shape[1], parameters[11].shape[0]) if usable else (usable, reason)
-
-
-def _contiguous(w: GuidanceParameters) -> GuidanceParameters:
-    return GuidanceParameters(*(t.contiguous() for t in w))
-
-
-@on_device
-def forward(
-    features: Tensor,
-    structure: Tensor,
-    parameters: list[Tensor],
-    rows: list[Tensor],
-    cells: int,
-    heads: int,
-    keep: bool,
-    eps: float,
-    dtype: torch.dtype | None,
-    attend: Callable[..., tuple[Tensor, Tensor]] = attention,
-) -> tuple[Tensor, list[Tensor]]:
-    w = GuidanceParameters(*parameters)
-    storage = storage_dtype(features, dtype)
-    copies = copies_of([getattr(w, name) for name in LINEAR], storage)
-    w = _contiguous(linear_weights(w, copies))
-    features, structure = features.contiguous(), structure.contiguous()
-    visible, visible_offsets, _, shown_offsets = (r.contiguous() for r in rows)
-
-    query = torch.empty(visible.shape[0], features.shape[1], dtype=storage, device=features.device)
-    context = torch.empty(structure.shape, dtype=storage, device=features.device)
-    query_statistics, context_statistics = layer_norm(
-        [
-            Norm(features, w.query_norm_weight, w.query_norm_bias, query, rows=visible),
-            Norm(structure, w.context_norm_weight, w.context_norm_bias, context),
-        ],
-        eps,
-    )
-    q, k, v = products.linears([query, context, context], [w.q_weight, w.k_weight, w.v_weight])
-    attended, lse = attend(q, k, v, visible_offsets, shown_offsets, cells, heads, keep)
-    t = products.linear(attended, w.proj_weight, w.proj_bias, residual=features, rows=visible)
-    y = torch.empty_like(t)
-    (out_statistics,) = layer_norm([Norm(t, w.out_norm_weight, w.out_norm_bias, y)], eps)
-    hidden, activated = products.linear_gelu(y, w.fc1_weight, w.fc1_bias)
-    out = products.linear(activated, w.fc2_weight, w.fc2_bias, residual=t)
-    saved = Saved(q, k, v, attended, lse, t, hidden, query_statistics, context_statistics, out_statistics, copies)
-    return out.to(dtype or features.dtype), saved.flat()
-
-
-@on_device
-def backward(
-    grad: Tensor,
-    features: Tensor,
-    structure: Tensor,
-    parameters: list[Tensor],
-    rows: list[Tensor],
-    saved: list[Tensor],
-    cells: int,
-    heads: int,
-    keep: bool,
-    needs: list[bool],
-    dtype: torch.dtype | None,
-    attend_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = attention_backward,
-) -> list[Tensor]:
-    original, s, need = GuidanceParameters(*parameters), Saved.nested(saved), GuidanceParameters(*needs[2:])
-    w = _contiguous(linear_weights(original, s.copies))
-    features, structure = features.contiguous(), structure.contiguous()
-    visible, visible_offsets, _, shown_offsets = (r.contiguous() for r in rows)
-    grad = grad.to(s.q.dtype).contiguous()
-
-    # MLP
-    biases = {name: torch.empty_like(getattr(w, name)) for name in ("proj_bias", "fc1_bias", "fc2_bias")}
-    dhidden, activated, fc1_sum = products.input_gradient_gelu(grad, w.fc2_weight, s.hidden, biases["fc1_bias"])
-    (dy,) = products.input_gradients([dhidden], [w.fc1_weight])
-    dt = torch.empty_like(s.t)
-    out_norm = NormGradient(
-        dy,
-        s.t,
-        s.out_statistics,
-        w.out_norm_weight,
-        w.out_norm_bias,
-        dt,
-        residual=grad,
-        biases=(biases["fc2_bias"], biases["proj_bias"]),
-    )
-    (y,), (out_sums,) = layer_norm_backward([out_norm])
-    # attention
-    (dattended,) = products.input_gradients([dt], [w.proj_weight])
-    dq, dk, dv = attend_backward(
-        dattended, s.q, s.k, s.v, s.attended, s.lse, visible_offsets, shown_offsets, cells, heads, keep
-    )
-    dquery, dkey, dvalue = products.input_gradients([dq, dk, dv], [w.q_weight, w.k_weight, w.v_weight])
-    dfeatures, dstructure = torch.zeros_like(features), torch.empty_like(structure)
-    query_norm = NormGradient(
-        dquery,
-        features,
-        s.query_statistics,
-        w.query_norm_weight,
-        w.query_norm_bias,
-        dfeatures,
-        rows=visible,
-        residual=dt,
-    )
-    context_norm = NormGradient(
-        dkey, structure, s.context_statistics, w.context_norm_weight, w.context_norm_bias, dstructure, more=dvalue
-    )
-    (query, context), (query_sums, context_sums) = layer_norm_backward([query_norm, context_norm])
-    # parameters
-    pairs = {
-        "q_weight": (dq, query),
-        "k_weight": (dk, context),
-        "v_weight": (dv, context),
-        "proj_weight": (dt, s.attended),
-        "fc1_weight": (dhidden, y),
-        "fc2_weight": (grad, activated),
-    }
-    pairs = {name: pair for name, pair in pairs.items() if getattr(need, name)}
-    found: dict[str, Tensor] = {}
-    if pairs:
-        dtypes = [getattr(original, name).dtype for name in pairs]
-        dys, xs = (list(tensors) for tensors in zip(*pairs.values(), strict=True))
-        found = dict(zip(pairs, products.weight_gradients(dys, xs, dtypes), strict=True))
-    finish([*out_sums, *query_sums, *context_sums, fc1_sum])
-    norms = {"out_norm": out_sums, "query_norm": query_sums, "context_norm": context_sums}
-    for name, (gain, shift, *_) in norms.items():
-        found |= {f"{name}_weight": gain.out, f"{name}_bias": shift.out}
-    found |= biases
-    grads = [dfeatures, dstructure, *(found.get(name) for name in w._fields)]
-    return [
-        grad if wanted else absent(t)
-        for t, grad, wanted in zip([features, structure, *parameters], grads, needs, strict=True)
-    ]
+def _sizes(q: Tensor, k: Tensor, packed: Packed, *tensors: Tensor) -> tuple[Any, ...]:
+    """The tensors, and the numbers behind them."""
+    width = q.shape[1]
+    numbers = q.shape[0], k.shape[0] - 1, packed.cells, packed.heads, width, (width // packed.heads) ** -0.5
+    return *tensors, *numbers

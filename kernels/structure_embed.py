@@ -17,23 +17,10 @@ from torch import Tensor
 
 from sgmim_fast.kernels import products
 from sgmim_fast.kernels.arithmetic import TYPES, cast, dot, inside_of
-from sgmim_fast.kernels.launch import (
-    cdiv,
-    copies_of,
-    fits,
-    launch,
-    next_power_of_2,
-    on_device,
-    rows_per_program,
-    supported,
-    tf32,
-)
-from sgmim_fast.kernels.layer_norm import Norm, NormGradient, layer_norm, layer_norm_backward
-from sgmim_fast.kernels.sums import Sum, finish
-from sgmim_fast.ops import products as library
-from sgmim_fast.ops._op import absent
-from sgmim_fast.ops.gather_patches import gather_patches_backward
-from sgmim_fast.ops.structure_embed import Saved, StructureParameters, per_cell, storage_dtype
+from sgmim_fast.kernels.launch import cdiv, launch, next_power_of_2, rows_per_program, tf32
+from sgmim_fast.ops.primitives import Gradients
+from sgmim_fast.ops.structure_embed import Cells, StructureParameters
+from sgmim_fast.ops.weights import weights_in
 
 
 @triton.jit
@@ -195,173 +182,99 @@ def _structure_embed_backward_kernel(
 class _Shape(NamedTuple):
     """Sizes and options that forward and backward launch with."""
 
-    tokens: int  # embedded patches of the shown cells
-    merged: int  # rows after the first merging, the hidden cell's included
     pixels: tuple[int, ...]  # cells of an image, cells across, all cells, strides of the map
     options: dict[str, Any]
 
 
-def _shape(structure: Tensor, rows: Tensor, w: StructureParameters, cell: int, dtype: torch.dtype) -> _Shape:
-    width, channels, patch, _ = w.embed_weight.shape
-    block_d = max(next_power_of_2(width), 16)
-    tokens = rows.shape[0] * per_cell(w)
-    across = structure.shape[3] // cell
+def _shape(cells: Cells) -> _Shape:
+    width, channels, patch, _ = cells.w.embed_weight.shape
+    block_d, structure = max(next_power_of_2(width), 16), cells.structure
     options = {
         "CHANNELS": channels,
         "PATCH": patch,
-        "MERGES": len(w.merge_weights),
+        "MERGES": len(cells.w.merge_weights),
         "ROWS": 8 if block_d <= 64 else 4,
         "BLOCK_K": max(next_power_of_2(channels * patch * patch), 16),
         "BLOCK_D": block_d,
-        "DTYPE": TYPES[dtype],
+        "DTYPE": TYPES[cells.dtype],
         "PRECISION": tf32(),
         "num_warps": 8 if block_d <= 256 else 16,
     }
-    cells = across * (structure.shape[2] // cell)
-    pixels = (cells, across, structure.shape[0] * cells, *structure.stride())
-    return _Shape(tokens, (tokens + per_cell(w)) // 4, pixels, options)
-
-
-def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
-    structure, dtype = args[0] if part == "forward" else args[1], args[-1]
-    parameters = args[2] if part == "forward" else args[3]
-    if len(parameters) == 4:
-        return False, "an encoder stride without patch mergings; the kernel joins the norms of patch and merging"
-    usable, reason = supported(dtype or structure.dtype)
-    if not usable:
-        return usable, reason
-    w = StructureParameters.nested(parameters)
-    if w.embed_weight.shape[0] > 1024 or w.embed_weight[0].numel() > 256:
-        return False, f"patch embedding {tuple(w.embed_weight.shape)}; the kernel takes (1024, 256 pixels) at most"
-    return fits(w.merge_weights[-1].shape[1])
+    across = structure.shape[3] // cells.cell
+    an_image = across * (structure.shape[2] // cells.cell)
+    return _Shape((an_image, across, structure.shape[0] * an_image, *structure.stride()), options)
 
 
 def _vectors(w: StructureParameters) -> list[Tensor]:
-    return [w.embed_weight, w.embed_bias, w.norm_weight, w.norm_bias, w.merge_norm_weights[0], w.merge_norm_biases[0]]
+    vectors = w.embed_weight, w.embed_bias, w.norm_weight, w.norm_bias, w.merge_norm_weights[0], w.merge_norm_biases[0]
+    return [vector.contiguous() for vector in vectors]
 
 
-@on_device
-def forward(
-    structure: Tensor, rows: Tensor, parameters: list[Tensor], cell: int, eps: float, dtype: torch.dtype | None
-) -> tuple[Tensor, list[Tensor]]:
-    w = StructureParameters.nested([t.contiguous() for t in parameters])
-    storage = storage_dtype(structure, dtype)
-    rows, device = rows.contiguous(), structure.device
-    shape = _shape(structure, rows, w, cell, storage)
-    statistics = [torch.empty(2, n, dtype=torch.float32, device=device) for n in (shape.tokens, shape.merged)]
-    saved = Saved([], statistics, copies_of(w.merge_weights, storage))
-    weights = saved.copies or w.merge_weights
-    y = torch.empty(shape.merged, weights[0].shape[1], dtype=storage, device=device)
+def embedded(cells: Cells) -> int:
+    return 1
+
+
+def embed(cells: Cells, weight: Tensor, eps: float) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Cost: reads the shown pixels, writes the normalised rows and their statistics; 1 launch and the gemm."""
+    shape, device = _shape(cells), cells.structure.device
+    statistics = [torch.empty(2, n, dtype=torch.float32, device=device) for n in (cells.count, cells.merged)]
+    y = torch.empty(cells.merged, weight.shape[1], dtype=cells.dtype, device=device)
     launch(
         _structure_embed_forward_kernel,
-        (cdiv(shape.merged, shape.options["ROWS"]),),
-        structure,
-        rows,
-        *_vectors(w),
+        (cdiv(cells.merged, shape.options["ROWS"]),),
+        cells.structure,
+        cells.rows,
+        *_vectors(cells.w),
         y,
-        *saved.statistics,
-        shape.tokens,
-        shape.merged,
+        *statistics,
+        cells.count,
+        cells.merged,
         eps,
         *shape.pixels,
-        w.embed_weight.shape[0],
+        cells.w.embed_weight.shape[0],
         **shape.options,
     )
-    (x,) = products.linears([y], weights[:1])
-    for i in range(1, len(weights)):
-        x = x.view(-1, weights[i].shape[1])
-        saved.inputs.append(x)
-        y = torch.empty_like(x)
-        saved.statistics.extend(layer_norm([Norm(x, w.merge_norm_weights[i], w.merge_norm_biases[i], y)], eps))
-        (x,) = products.linears([y], [weights[i]])
-    return x.to(dtype or structure.dtype), saved.flat()
+    return products.linear(y, weight), [], statistics
 
 
-@on_device
-def backward(
-    grad: Tensor,
-    structure: Tensor,
-    rows: Tensor,
-    parameters: list[Tensor],
-    saved: list[Tensor],
-    cell: int,
-    needs: list[bool],
-    dtype: torch.dtype | None,
-) -> list[Tensor]:
-    w = StructureParameters.nested([t.contiguous() for t in parameters])
-    s = Saved.nested(saved, len(w.merge_weights))
-    storage = storage_dtype(structure, dtype)
-    rows = rows.contiguous()
-    shape = _shape(structure, rows, w, cell, storage)
-    weights = s.copies or w.merge_weights
-    need = StructureParameters.nested(needs[1:])
-    dw = StructureParameters.nested([None] * len(parameters))
-    dys, ys, sums = [], [], []  # of the mergings, the last first
-    dx = grad.to(storage).contiguous()
-    for i in reversed(range(1, len(weights))):
-        dys.append(dx)
-        (dy,) = products.input_gradients([dx], [weights[i]])
-        dx = torch.empty_like(s.inputs[i - 1])
-        gradient = NormGradient(
-            dy, s.inputs[i - 1], s.statistics[i + 1], w.merge_norm_weights[i], w.merge_norm_biases[i], dx
-        )
-        again, (norm_sums,) = layer_norm_backward([gradient])
-        ys += again
-        sums += norm_sums
-        dw.merge_norm_weights[i], dw.merge_norm_biases[i] = (total.out for total in norm_sums)
-        dx = dx.view(-1, weights[i - 1].shape[0])
-    dys.append(dx)
-    (dy,) = products.input_gradients([dx], weights[:1])
-    y, dembedded, first_sums = _backward_first(dy, structure, rows, w, s, shape, needs[0])
-    ys.append(y)
-    dw.merge_norm_weights[0], dw.merge_norm_biases[0], *first = (total.out for total in first_sums)
-    fields = ("norm_weight", "norm_bias", "embed_bias", "embed_weight")
-    dw = dw._replace(**dict(zip(fields, first, strict=True)))
-    dw = dw._replace(embed_weight=dw.embed_weight.view_as(w.embed_weight))
-    finish(sums + first_sums)
-    if any(need.merge_weights):
-        products_of = products.weight_gradients(dys, ys, [weight.dtype for weight in reversed(w.merge_weights)])
-        dw.merge_weights[:] = reversed(products_of)
-    dstructure = None
-    if needs[0]:
-        dpatches = library.linear_input_gradient(dembedded, w.embed_weight.flatten(1)).to(structure.dtype)
-        dstructure = gather_patches_backward(dpatches, rows, structure.shape, cell, w.embed_weight.shape[2], True)
-    grads = [dstructure, *dw.flat()]
-    return [
-        grad if wanted else absent(t) for t, grad, wanted in zip([structure, *parameters], grads, needs, strict=True)
-    ]
-
-
-def _backward_first(
-    dy: Tensor, structure: Tensor, rows: Tensor, w: StructureParameters, s: Saved, shape: _Shape, embedded: bool
-) -> tuple[Tensor, Tensor | None, list[Sum]]:
-    """From the gradient of the first merging's normalised rows: those rows again, where wanted the gradient of the
-    embedded patches, and the sums for merging norm, patch norm and embedding (bias, weight)."""
-    width, device = w.embed_weight.shape[0], dy.device
-    rows_of_a_tile = shape.options["ROWS"]
-    per_program = cdiv(rows_per_program(shape.merged, device), rows_of_a_tile) * rows_of_a_tile
-    programs = cdiv(shape.merged, per_program)
-    weight, bias, gain, shift, merge_gain, merge_shift = (torch.empty_like(vector) for vector in _vectors(w))
-    outs = merge_gain, merge_shift, gain, shift, bias, weight.view(-1)
-    sums = [Sum(torch.empty(programs, out.numel(), dtype=torch.float32, device=device), out) for out in outs]
-    y = torch.empty_like(dy)
-    dembedded = torch.empty(shape.tokens, width, dtype=dy.dtype, device=device) if embedded else None
+def embed_backward(
+    dx: Tensor, cells: Cells, weight: Tensor, inputs: list[Tensor], statistics: list[Tensor], gradients: Gradients
+) -> Tensor | None:
+    """Cost: reads dy and the shown pixels, writes the normalised rows, and the embedded patches' gradient if it is
+    wanted; 1 launch and the gemms."""
+    (dy,), shape, device = products.dgrads([dx], [weight]), _shape(cells), dx.device
+    width, rows_of_a_tile = cells.w.embed_weight.shape[0], shape.options["ROWS"]
+    per_program = cdiv(rows_per_program(cells.merged, device), rows_of_a_tile) * rows_of_a_tile
+    programs, vectors = cdiv(cells.merged, per_program), _vectors(cells.w)
+    names = "merge_norm_weights[0]", "merge_norm_biases[0]", "norm_weight", "norm_bias", "embed_bias", "embed_weight"
+    sums = {
+        name: torch.empty(programs, vector.numel(), dtype=torch.float32, device=device)
+        for name, vector in zip(names, (*vectors[4:], *vectors[2:4], vectors[1], vectors[0]), strict=True)
+    }
+    y, dembedded = torch.empty_like(dy), None
+    if "structure" in gradients:
+        dembedded = torch.empty(cells.count, width, dtype=dy.dtype, device=device)
     launch(
         _structure_embed_backward_kernel,
         (programs,),
         dy,
-        structure,
-        rows,
-        *_vectors(w),
-        *s.statistics[:2],
+        cells.structure,
+        cells.rows,
+        *vectors,
+        *statistics[:2],
         y,
         dembedded,
-        *(total.partials for total in sums),
-        shape.tokens,
-        shape.merged,
+        *sums.values(),
+        cells.count,
+        cells.merged,
         *shape.pixels,
         width,
         per_program,
         **shape.options,
     )
-    return y, dembedded, sums
+    gradients.sums(sums)
+    gradients.weight("merge_weights[0]", dx, y)
+    if dembedded is None:
+        return None
+    (embed_weight,) = weights_in(cells.dtype, cells.w.embed_weight)
+    return products.dgrads([dembedded], [embed_weight.flatten(1)])[0]

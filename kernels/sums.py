@@ -5,6 +5,7 @@ No atomics: the same number of programs gives the same bits. What a sum's roundi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,9 +64,16 @@ def finish(sums: list[Sum], scale: Tensor | None = None, factor: float = 1.0) ->
     if any(long):
         first = [s for s, many in zip(sums, long, strict=True) if many]
         sums = [s for s, many in zip(sums, long, strict=True) if not many]
-        sums += column_sums([s.partials for s in first], [s.out for s in first])
+        sums += map(Sum, column_sums([s.partials for s in first]), [s.out for s in first])
     for dtype in dict.fromkeys(s.out.dtype for s in sums):
         _finish([s for s in sums if s.out.dtype == dtype], scale, float(factor))
+
+
+def finished(partials: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """The sums of partial sums (programs, n), each in a tensor (n,) of its own. Cost: as of `finish`."""
+    outs = [torch.empty(p.shape[1], dtype=dtype, device=p.device) for p, dtype in zip(partials, dtypes, strict=True)]
+    finish([Sum(*pair) for pair in zip(partials, outs, strict=True)])
+    return outs
 
 
 def _finish(sums: list[Sum], scale: Tensor | None, factor: float) -> None:
@@ -113,8 +121,8 @@ def _columns_kernel(xs, partials, keep, counts, widths, per_program, ROWS: tl.co
     tl.store(partial + program.to(tl.int64) * width + column, tl.sum(total, 0), mask=here)
 
 
-def column_sums(xs: list[Tensor], outs: list[Tensor], keep: Tensor | None = None) -> list[Sum]:
-    """Sums over rows of each (n, C) tensor of one dtype, to be finished into the outs (C,). keep: (n,), 0 leaves out.
+def column_sums(xs: Sequence[Tensor], keep: Tensor | None = None) -> list[Tensor]:
+    """Partial sums over rows of each (n, C) tensor of one dtype, (programs, C). keep: (n,), 0 leaves out.
 
     Cost: reads the tensors once, 1 launch.
     """
@@ -134,4 +142,4 @@ def column_sums(xs: list[Tensor], outs: list[Tensor], keep: Tensor | None = None
         ROWS=8,
         BLOCK=256,
     )
-    return [Sum(partial, out) for partial, out in zip(partials, outs, strict=True)]
+    return partials

@@ -52,8 +52,8 @@ def calls(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Key, Calla
         x, weight, dy = random(rows, inner), random(outer, inner), random(rows, outer)
         kinds = (
             ((rows, outer), lambda x=x, w=weight: products.linears([x], [w])),
-            ((rows, inner), lambda dy=dy, w=weight: products.input_gradients([dy], [w])),
-            ((outer, inner), lambda dy=dy, x=x: products.weight_gradients([dy], [x], [dy.dtype])),
+            ((rows, inner), lambda dy=dy, w=weight: products.dgrads([dy], [w])),
+            ((outer, inner), lambda dy=dy, x=x: products.wgrads([dy], [x], [dy.dtype])),
         )
         for (m, n), call in kinds:
             yield (dtype.itemsize, configs.shape_class(m, n)), call

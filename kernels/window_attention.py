@@ -17,6 +17,7 @@ gather a table's gradient from the dense one. Groups' sums of the bias: 4 n^2 by
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -25,12 +26,11 @@ import triton.language as tl
 from torch import Tensor
 
 from sgmim_fast.kernels.arithmetic import cast, dot, inside_of
-from sgmim_fast.kernels.launch import cdiv, launch, next_power_of_2, on_device, supported, target, tf32
-from sgmim_fast.kernels.sums import Sum, finish
-from sgmim_fast.ops._op import absent
-from sgmim_fast.ops.window_attention import APART, MAX_LOGIT_SCALE, TINY, most_tokens_on_a_gpu
+from sgmim_fast.kernels.launch import cdiv, launch, next_power_of_2, target, tf32
+from sgmim_fast.kernels.sums import finished
+from sgmim_fast.ops.primitives import Windows
+from sgmim_fast.ops.window_attention import APART, MAX_LOGIT_SCALE, TINY
 
-MOST_WIDTH = 128  # of a head
 PROGRAMS = 8  # per multiprocessor: enough to hide latencies, few enough that groups' sums stay small
 
 _APART, _MAX_LOGIT_SCALE, _TINY = tl.constexpr(APART), tl.constexpr(MAX_LOGIT_SCALE), tl.constexpr(TINY)
@@ -335,9 +335,9 @@ def _window_attention_entries_kernel(
     tl.store(partials + at, total, mask=(e < entries)[:, None] & (h < heads)[None, :])
 
 
-def _table_sum(dense: Tensor, index: Tensor, dbias: Tensor) -> Sum:
-    """Of the dense gradient (heads, n, n) for a table (entries, heads), to be finished. Cost: 1 launch."""
-    positions, (entries, heads) = index.numel(), dbias.shape
+def _table_sum(dense: Tensor, index: Tensor, table: Tensor) -> Tensor:
+    """Partial sums of the dense gradient, (heads * n * n,), for a table (entries, heads). Cost: 1 launch."""
+    positions, (entries, heads) = index.numel(), table.shape
     per_program = max(256, cdiv(cdiv(positions, 16), 64) * 64)
     chunks = cdiv(positions, per_program)
     partials = torch.empty(chunks, entries * heads, dtype=torch.float32, device=dense.device)
@@ -355,7 +355,7 @@ def _table_sum(dense: Tensor, index: Tensor, dbias: Tensor) -> Sum:
         HEADS=max(16, next_power_of_2(heads)),
         BLOCK=64,
     )
-    return Sum(partials, dbias.view(-1))
+    return partials
 
 
 def _tile_sizes(tokens: int, dtype: torch.dtype, heavy: bool) -> tuple[int, int, int, int]:
@@ -373,10 +373,8 @@ def _tile_sizes(tokens: int, dtype: torch.dtype, heavy: bool) -> tuple[int, int,
 class _Windows:
     """The windows of a call, and what every kernel of it gets."""
 
-    def __init__(
-        self, qkv: Tensor, bias: Tensor | None, index: Tensor | None, logit_scale: Tensor | None, pad: Tensor | None,
-        heads: int, window: list[int], shift: list[int],
-    ):  # fmt: skip
+    def __init__(self, qkv: Tensor, windows: Windows):
+        bias, index, logit_scale, pad, heads, window, shift = windows
         batch, height, width, channels = qkv.shape
         down, across = cdiv(height, window[0]), cdiv(width, window[1])
         self.geometry = height, width, down, across, *shift
@@ -416,82 +414,42 @@ class _Windows:
         )  # fmt: skip
 
 
-def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
-    qkv, heads, window = args[0 if part == "forward" else 1], *args[5 if part == "forward" else 6 :][:2]
-    usable, reason = supported(qkv.dtype)
-    if not usable:
-        return usable, reason
-    tokens, most = window[0] * window[1], most_tokens_on_a_gpu(qkv.dtype)
-    if tokens > most:
-        return False, f"windows of {tokens} tokens; the Triton kernels hold {most} in {qkv.dtype}"
-    width = qkv.shape[3] // 3 // heads
-    return width <= MOST_WIDTH, f"heads of {width} channels; the Triton kernels hold {MOST_WIDTH}"
-
-
-@on_device
-def forward(
-    qkv: Tensor,
-    bias: Tensor | None,
-    index: Tensor | None,
-    logit_scale: Tensor | None,
-    pad: Tensor | None,
-    heads: int,
-    window: list[int],
-    shift: list[int],
-) -> Tensor:
-    windows = _Windows(qkv, bias, index, logit_scale, pad, heads, window, shift)
+def window_attention(qkv: Tensor, w: Windows) -> Tensor:
+    windows = _Windows(qkv, w)
     out = torch.empty(*qkv.shape[:3], qkv.shape[3] // 3, dtype=qkv.dtype, device=qkv.device)
     windows.launch(_window_attention_forward_kernel, *windows.inputs, out, queries=windows.queries, keys=windows.whole)
     return out
 
 
-@on_device
-def backward(
-    grad: Tensor,
-    qkv: Tensor,
-    bias: Tensor | None,
-    index: Tensor | None,
-    logit_scale: Tensor | None,
-    pad: Tensor | None,
-    heads: int,
-    window: list[int],
-    shift: list[int],
-    needs: list[bool],
-) -> list[Tensor]:
-    windows = _Windows(qkv, bias, index, logit_scale, pad, heads, window, shift)
+def window_attention_backward(
+    grad: Tensor, qkv: Tensor, w: Windows, wanted: Container[str]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    windows = _Windows(qkv, w)
     grad = grad.to(qkv.dtype).contiguous()
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    grads = [dqkv if needs[0] else absent(qkv), *(absent(qkv) for _ in needs[1:])]
     one_kernel = windows.queries >= windows.tokens
     (blocks, groups, _), (key_blocks, key_groups, _) = (windows.programs(n) for n in (windows.queries, windows.keys))
 
     def partials(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=qkv.device)
 
-    sums: list[Sum] = []
-    dense = dbias = dscale = dpad = softmaxes = None
-    if needs[1]:
-        grads[1] = torch.empty(bias.shape, dtype=bias.dtype, device=qkv.device)
-        dense = grads[1] if index is None else partials(heads, windows.tokens**2)
-        dbias = partials(groups, heads * windows.tokens**2)
-        sums.append(Sum(dbias, dense.view(-1)))
-    if needs[2]:
-        grads[2] = torch.empty(logit_scale.shape, dtype=logit_scale.dtype, device=qkv.device)
-        dscale = partials(groups * blocks, heads)
-        sums.append(Sum(dscale, grads[2]))
-    if needs[3] and windows.inputs[-1] is None:
-        grads[3] = torch.zeros(pad.shape, dtype=pad.dtype, device=qkv.device)
-    elif needs[3]:
-        grads[3] = torch.empty(pad.shape, dtype=pad.dtype, device=qkv.device)
-        dpad = partials(groups if one_kernel else key_groups * key_blocks, qkv.shape[3])
-        sums.append(Sum(dpad, grads[3]))
-    if not one_kernel:
-        softmaxes = partials(3, windows.count, heads, windows.tokens)
+    sums: dict[str, Tensor] = {}
+    if "bias" in wanted:
+        sums["bias"] = partials(groups, w.heads * windows.tokens**2)
+    if "logit_scale" in wanted:
+        sums["logit_scale"] = partials(groups * blocks, w.heads)
+    dpad = None
+    if "pad" in wanted and windows.inputs[-1] is None:
+        sums["pad"] = torch.zeros(1, qkv.shape[3], dtype=torch.float32, device=qkv.device)
+    elif "pad" in wanted:
+        sums["pad"] = dpad = partials(groups if one_kernel else key_groups * key_blocks, qkv.shape[3])
+    softmaxes = None if one_kernel else partials(3, windows.count, w.heads, windows.tokens)
     windows.launch(
-        _window_attention_backward_kernel, grad, *windows.inputs, dqkv, dbias, dscale, dpad if one_kernel else None,
-        softmaxes, queries=windows.queries, keys=windows.whole, **windows.backward_options,
+        _window_attention_backward_kernel, grad, *windows.inputs, dqkv, sums.get("bias"), sums.get("logit_scale"),
+        dpad if one_kernel else None, softmaxes,
+        queries=windows.queries, keys=windows.whole, **windows.backward_options,
     )  # fmt: skip
-    if not one_kernel and (needs[0] or dpad is not None):
+    if not one_kernel and ("qkv" in wanted or dpad is not None):
         windows.launch(
             _window_attention_keys_kernel,
             grad,
@@ -502,8 +460,7 @@ def backward(
             queries=windows.whole,
             keys=windows.keys,
         )
-    if sums:
-        finish(sums)
-    if needs[1] and index is not None:
-        finish([_table_sum(dense, windows.inputs[2], grads[1])])
-    return grads
+    if "bias" in wanted and w.index is not None:
+        (dense,) = finished([sums["bias"]], [torch.float32])
+        sums["bias"] = _table_sum(dense, windows.inputs[2], w.bias)
+    return dqkv, sums

@@ -26,45 +26,24 @@ from sgmim_fast import _native
 NAMES = ("cuda", "triton", "cpu", "torch")
 # Preference per device type; any other device runs the plain implementation.
 ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
-# op -> backend -> module with `forward`, `backward` and, where not everything is supported, `can_run(part, args)`.
+_PRIMITIVES = {"cpu": "sgmim_fast.ops.cpu.primitives", "triton": "sgmim_fast.kernels.primitives"}
+_PLAIN_PRIMITIVES = "sgmim_fast.ops._plain"
+
+
+def _own(op: str, *names: str) -> dict[str, str]:
+    folders = {"cpu": "sgmim_fast.ops.cpu", "triton": "sgmim_fast.kernels", "cuda": "sgmim_fast.ops.cuda"}
+    return {name: f"{folders[name]}.{op}" for name in names}
+
+
+# op -> backend -> module: with the primitives that an op is composed of, or, for ops that are none, with functions
+# `forward` and, where not everything is supported, `can_run(part, args)`.
 MODULES: dict[str, dict[str, str]] = {
-    "gather_patches": {
-        "cpu": "sgmim_fast.ops.cpu.gather_patches",
-        "triton": "sgmim_fast.kernels.gather_patches",
-        "cuda": "sgmim_fast.ops.cuda.gather_patches",
-    },
-    "linear_l1": {
-        "cpu": "sgmim_fast.ops.cpu.linear_l1",
-        "triton": "sgmim_fast.kernels.linear_l1",
-        "cuda": "sgmim_fast.ops.cuda.linear_l1",
-    },
-    "masked_patch_embed": {
-        "cpu": "sgmim_fast.ops.cpu.masked_patch_embed",
-        "triton": "sgmim_fast.kernels.masked_patch_embed",
-        "cuda": "sgmim_fast.ops.cuda.masked_patch_embed",
-    },
-    "relational_guidance": {
-        "cpu": "sgmim_fast.ops.cpu.relational_guidance",
-        "triton": "sgmim_fast.kernels.relational_guidance",
-        "cuda": "sgmim_fast.ops.cuda.relational_guidance",
-    },
-    "selective_mask": {
-        "cpu": "sgmim_fast.ops.cpu.selective_mask",
-        "triton": "sgmim_fast.kernels.selective_mask",
-        "cuda": "sgmim_fast.ops.cuda.selective_mask",
-    },
-    "standardize_structure": {
-        "cpu": "sgmim_fast.ops.cpu.standardize_structure",
-        "triton": "sgmim_fast.kernels.standardize_structure",
-        "cuda": "sgmim_fast.ops.cuda.standardize_structure",
-    },
-    "structure_embed": {"cpu": "sgmim_fast.ops.cpu.structure_embed", "triton": "sgmim_fast.kernels.structure_embed"},
-    "norm_linear": {"cpu": "sgmim_fast.ops.cpu.norm_linear", "triton": "sgmim_fast.kernels.norm_linear"},
-    "norm_mlp": {"cpu": "sgmim_fast.ops.cpu.norm_mlp", "triton": "sgmim_fast.kernels.norm_mlp"},
-    "window_attention": {
-        "cpu": "sgmim_fast.ops.cpu.window_attention",
-        "triton": "sgmim_fast.kernels.window_attention",
-    },
+    **{name: _own(name, "cpu", "triton", "cuda") for name in ("gather_patches", "selective_mask")},
+    "standardize_structure": _own("standardize_structure", "cpu", "triton", "cuda"),
+    "masked_patch_embed": _PRIMITIVES | _own("masked_patch_embed", "cuda"),
+    "relational_guidance": _PRIMITIVES | _own("relational_guidance", "cuda"),
+    **dict.fromkeys(("norm_attention", "norm_linear", "norm_mlp", "window_attention"), _PRIMITIVES),
+    **dict.fromkeys(("linear_l1", "structure_embed"), _PRIMITIVES),
 }
 
 OLDEST_TRITON = (3, 4)
@@ -73,12 +52,19 @@ OLDEST_TRITON = (3, 4)
 BRANCH = ("structure_embed", "relational_guidance", "linear_l1")
 
 _plain: dict[tuple[str, str], Callable[..., Any]] = {}
+_requests: dict[str, Callable[..., tuple[Any, Any]]] = {}
 FORCED: contextvars.ContextVar[str | None] = contextvars.ContextVar("sgmim_fast.backend", default=None)
 
 
-def register(op: str, part: str, function: Callable[..., Any]) -> None:
-    """Registers the plain implementation of `part` ("forward" or "backward") of an op; called by the op's file."""
+def register(op: str, part: str, function: Callable[..., Any], request: Callable[..., Any] | None = None) -> None:
+    """Registers `part` ("forward" or "backward") of an op; called by the op's file.
+
+    function: the plain implementation; or, of a composition, what makes an implementation of a backend's primitives.
+    request: of a composition, `request(part, args)` -> the forward's arguments, and what they ask of primitives.
+    """
     _plain[op, part] = function
+    if request is not None:
+        _requests[op] = request
 
 
 @functools.cache
@@ -186,17 +172,30 @@ def can_run(op: str, backend: str, *args: Any, part: str = "forward") -> tuple[b
         if isinstance(arg, torch.Tensor) and arg.device.type != device:
             return False, f"the {backend} backend needs {device} tensors, got one on {arg.device}"
     module = _module(op, backend)
-    return module.can_run(part, args) if args and hasattr(module, "can_run") else (True, "")
+    if not args:
+        return True, ""
+    if op not in _requests:
+        return module.can_run(part, args) if hasattr(module, "can_run") else (True, "")
+    arguments, request = _requests[op](part, args)
+    if hasattr(module, "can_run"):  # primitives of one op
+        return module.can_run(part, arguments)
+    return module.takes(request)
 
 
 @functools.cache
 def _module(op: str, backend: str) -> Any:
-    return importlib.import_module(MODULES[op][backend])
+    return importlib.import_module(_PLAIN_PRIMITIVES if backend == "torch" else MODULES[op][backend])
 
 
+@functools.cache
 def implementation(op: str, part: str, backend: str) -> Callable[..., Any]:
     """The function of a backend that computes `part` of an op; it must be able to run."""
-    return _plain[op, part] if backend == "torch" else getattr(_module(op, backend), part)
+    if op not in _requests:
+        return _plain[op, part] if backend == "torch" else getattr(_module(op, backend), part)
+    module = _module(op, backend)
+    bound = _plain[op, part](module)
+    bound.__module__ = module.__name__
+    return module.guarded(bound) if hasattr(module, "guarded") else bound
 
 
 def choose(op: str, part: str, device: str, args: Sequence[Any]) -> Callable[..., Any]:

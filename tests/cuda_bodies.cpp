@@ -13,7 +13,6 @@
 #include "draw_mask.h"
 #include "gather_index.h"
 #include "host_group.h"
-#include "l1_tile.h"
 #include "place_tokens.h"
 #include "standardize_plane.h"
 
@@ -270,84 +269,6 @@ void attend_backward(
   });
 }
 
-template <class T>
-sgmim::Head<T> describe_head(
-    const Matrix<T>& x, const Matrix<T>& weight, const Array<int64_t>& rows, Array<int32_t>& signs, bool packed) {
-  sgmim::Head<T> head{};
-  head.x = read<T>(x);
-  head.weight = read<T>(weight);
-  head.cells = rows.data();
-  head.all_cells = x.shape(0);
-  head.signs = reinterpret_cast<uint32_t*>(signs.mutable_data());
-  head.count = rows.size();
-  head.width = static_cast<int32_t>(x.shape(1));
-  head.outs = static_cast<int32_t>(weight.shape(0));
-  head.packed = packed;
-  head.wide = head.width % 8 == 0;
-  return head;
-}
-
-// valid: like the target, or of size 0. Returns the sum over the tiles.
-template <class T>
-double linear_l1(
-    Matrix<T> x, Matrix<T> weight, Array<float> bias, py::array_t<float> target, py::array_t<bool> valid,
-    Array<int64_t> rows, Array<int32_t> signs, int32_t cell, bool packed, int32_t threads) {
-  auto head = describe_head<T>(x, weight, rows, signs, packed);
-  head.bias = bias.data();
-  head.target.values = target.data();
-  head.target.valid = valid.size() > 0 ? valid.data() : nullptr;
-  for (int i = 0; i < 4; ++i) {
-    head.target.strides[i] = target.strides(i) / int64_t{sizeof(float)};
-    head.target.valid_strides[i] = valid.size() > 0 ? valid.strides(i) : 0;
-  }
-  head.target.across = target.shape(3) / cell;
-  head.target.per_image = target.shape(2) / cell * head.target.across;
-  head.target.cell = cell;
-  head.all_cells = target.shape(0) * head.target.per_image;
-  std::vector<float> memory(sgmim::l1_memory<T>() / sizeof(float));
-  double total = 0;
-  for (int64_t row = 0; row < head.count; row += sgmim::TILE)
-    for (int32_t out = 0; out < head.outs; out += sgmim::TILE) {
-      std::fill(memory.begin(), memory.end(), NAN);
-      std::vector<double> sums(threads);
-      run_group(threads, [&](const HostGroup& group) {
-        sums[group.rank()] = sgmim::l1_tile(group, head, row, out, reinterpret_cast<char*>(memory.data()));
-      });
-      for (double sum : sums)
-        if (sum != sums[0]) throw std::logic_error("threads have different sums");
-      total += sums[0];
-    }
-  return total;
-}
-
-// Gradients of size 0 are not wanted; dx and dweight are floats, or of type T.
-template <class T>
-void linear_l1_backward(
-    Array<float> grad, Matrix<T> x, Matrix<T> weight, Array<int32_t> signs, Array<int64_t> rows, bool packed,
-    double scale, py::array dx, py::array dweight, Array<float> dbias, int32_t threads) {
-  const auto head = describe_head<T>(x, weight, rows, signs, packed);
-  const auto gradient = [](py::array& array) {
-    return sgmim::Gradient<T>{array.mutable_data(), array.itemsize() == sizeof(float)};
-  };
-  const sgmim::HeadGradients<T> to{
-      gradient(dx), gradient(dweight), dbias.mutable_data(), grad.data(), static_cast<float>(scale)};
-  std::vector<float> memory(sgmim::l1_backward_memory<T>() / sizeof(float));
-  const auto run = [&](const auto& body, auto first, int32_t column) {
-    std::fill(memory.begin(), memory.end(), NAN);
-    run_group(threads, [&](const HostGroup& group) {
-      body(group, head, to, first, column, reinterpret_cast<char*>(memory.data()));
-    });
-  };
-  for (int32_t column = 0; column < head.width; column += sgmim::TILE) {
-    if (dx.size() > 0)
-      for (int64_t row = 0; row < head.count; row += sgmim::TILE)
-        run([](auto&&... a) { sgmim::l1_input_gradient(a...); }, row, column);
-    if (dweight.size() > 0)
-      for (int32_t out = 0; out < head.outs; out += sgmim::TILE)
-        run([](auto&&... a) { sgmim::l1_weight_gradient(a...); }, out, column);
-  }
-}
-
 // weight, bias, statistics: of the norm, or of size 0.
 template <class T>
 sgmim::Tokens<T> describe_tokens(
@@ -438,10 +359,6 @@ PYBIND11_MODULE(cuda_bodies, m) {
   m.def("draw_masks", &draw_masks, py::arg("key0"), py::arg("key1"), py::arg("masked").noconvert(), py::arg("rows"),
         py::arg("columns"), py::arg("scale"), py::arg("mask").noconvert(), py::arg("masked_rows").noconvert(),
         py::arg("visible_rows").noconvert(), py::arg("threads"));
-  m.def("linear_l1", &linear_l1<float>);
-  m.def("linear_l1_bfloat16", &linear_l1<Half>);
-  m.def("linear_l1_backward", &linear_l1_backward<float>);
-  m.def("linear_l1_backward_bfloat16", &linear_l1_backward<Half>);
   m.def("place_tokens", &place_tokens<float>);
   m.def("place_tokens_bfloat16", &place_tokens<Half>);
   m.def("take_tokens", &take_tokens<float>);

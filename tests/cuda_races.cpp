@@ -9,7 +9,6 @@
 #include "draw_mask.h"
 #include "gather_index.h"
 #include "host_group.h"
-#include "l1_tile.h"
 #include "place_tokens.h"
 #include "standardize_plane.h"
 
@@ -86,41 +85,6 @@ std::vector<float> attend(int32_t threads) {
   return all;
 }
 
-// One tile of whole numbers, which add up to the same in any order: 140 rows and 192 outputs of 130 channels. Signs and
-// sum, and one tile of either gradient, which goes through more than one block of rows or outputs, and through none.
-std::vector<double> distance(int32_t threads) {
-  constexpr int32_t WIDTH = 130, OUTS = 192, ROWS = 140;
-  std::vector<float> x(ROWS * WIDTH), weight(OUTS * WIDTH), bias(OUTS, 2.0f), target(ROWS * OUTS);
-  std::srand(3);
-  for (auto* values : {&x, &weight, &target})
-    for (float& value : *values) value = static_cast<float>(std::rand() % 7 - 3);
-  std::vector<int64_t> cells(ROWS);
-  for (int32_t i = 0; i < ROWS; ++i) cells[i] = i;
-  std::vector<uint32_t> signs(ROWS * 2 * sgmim::words_of(OUTS));
-  sgmim::Head<float> head{};
-  head.x = x.data(), head.weight = weight.data(), head.bias = bias.data(), head.cells = cells.data();
-  head.all_cells = cells.size();
-  head.signs = signs.data(), head.count = ROWS, head.width = WIDTH, head.outs = OUTS, head.packed = true;
-  head.target.values = target.data(), head.target.across = head.target.per_image = 1, head.target.cell = 8;
-  head.target.strides[0] = OUTS, head.target.strides[1] = 64, head.target.strides[2] = 8, head.target.strides[3] = 1;
-  std::vector<float> memory((sgmim::l1_memory<float>() + sgmim::l1_backward_memory<float>()) / sizeof(float));
-  char* const bytes = reinterpret_cast<char*>(memory.data());
-  std::vector<double> sums(threads);
-  run_group(threads, [&](const HostGroup& group) { sums[group.rank()] = sgmim::l1_tile(group, head, 0, 0, bytes); });
-
-  std::vector<float> dx(x.size()), dweight(weight.size()), dbias(OUTS);
-  const float grad = 3;
-  const sgmim::HeadGradients<float> to{{dx.data(), true}, {dweight.data(), true}, dbias.data(), &grad, 1.0f};
-  run_group(threads, [&](const HostGroup& group) { sgmim::l1_input_gradient(group, head, to, 0, 0, bytes); });
-  run_group(threads, [&](const HostGroup& group) { sgmim::l1_weight_gradient(group, head, to, 0, 0, bytes); });
-  head.count = 0;
-  run_group(threads, [&](const HostGroup& group) { sgmim::l1_weight_gradient(group, head, to, 64, 0, bytes); });
-  std::vector<double> results(signs.begin(), signs.end());
-  for (const auto* values : {&dx, &dweight, &dbias}) results.insert(results.end(), values->begin(), values->end());
-  results.push_back(sums[threads - 1]);
-  return results;
-}
-
 // The cells 4, 1 and 7 of nine, back in a map whose other cells are zero.
 std::vector<uint32_t> unpack(int32_t threads) {
   constexpr int32_t SIDE = 3, CELL = 4, WIDTH = SIDE * CELL;
@@ -168,7 +132,6 @@ std::vector<float> place(int32_t blocks) {
 int main() {
   check(place(1) == place(3), "tokens, or their gradients,");
   check(unpack(1) == unpack(3), "a map's gradient");
-  check(distance(1) == distance(3), "a distance or its gradients");
   check(attend(1) == attend(3), "attention");
   attend(64);  // two threads to a row: sums in another order, for the sanitizer alone
   for (int32_t rows : {1, 3, 17})

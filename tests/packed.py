@@ -13,7 +13,8 @@ from checks import assert_all_close_to_truth
 from torch import Tensor
 
 from sgmim_fast import Rows
-from sgmim_fast.ops import products
+from sgmim_fast.ops import _plain, products
+from sgmim_fast.ops.cpu import primitives
 
 
 class Precision(NamedTuple):
@@ -88,16 +89,18 @@ def library_products_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[
     """The library may sum a product's terms in another order on more threads; what we write may not."""
 
     def on_one_thread(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(*arguments: Tensor) -> Tensor:
+        def call(*arguments: Tensor, **options: Any) -> Tensor:
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
-            result = product(*arguments)
+            result = product(*arguments, **options)
             torch.set_num_threads(threads)
             return result
 
         return call
 
     with monkeypatch.context() as patch:
-        for name in ("linear", "linear_input_gradient", "linear_weight_gradient"):
-            patch.setattr(products, name, on_one_thread(getattr(products, name)))
+        for module in (products, _plain, primitives):
+            for name in ("linear", "dgrad", "wgrad"):
+                if hasattr(module, name):
+                    patch.setattr(module, name, on_one_thread(getattr(module, name)))
         yield

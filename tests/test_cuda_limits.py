@@ -9,13 +9,8 @@ import pytest
 import torch
 
 from sgmim_fast import _native, backends, ops
-from sgmim_fast.ops.cuda import (
-    linear_l1,
-    masked_patch_embed,
-    relational_guidance,
-    selective_mask,
-    standardize_structure,
-)
+from sgmim_fast.ops.cuda import masked_patch_embed, relational_guidance, selective_mask, standardize_structure
+from sgmim_fast.ops.masked_patch_embed import Arguments
 
 needs_gpu = pytest.mark.skipif(not backends.available()["cuda"][0], reason=backends.available()["cuda"][1])
 
@@ -27,8 +22,6 @@ needs_gpu = pytest.mark.skipif(not backends.available()["cuda"][0], reason=backe
         (selective_mask, (None, [1], 128, 128, 363), "2^31 cells per image or more"),
         (standardize_structure, (torch.zeros(1, 1, 2, 2, dtype=torch.float64), False), "dtype torch.float64"),
         (standardize_structure, (torch.zeros(1).expand(1, 1, 2**16, 2**15), False), "a map of 2^31 - 4096 values"),
-        (linear_l1, (torch.zeros(2, 8), None), "backends.use('cuda') asks for it"),
-        (relational_guidance, (torch.zeros(2, 8), None), "backends.use('cuda') asks for it"),
     ],
 )
 def test_reasons(module, args, reason):
@@ -41,10 +34,9 @@ def test_limits_themselves_are_taken():
     assert standardize_structure.can_run("forward", (torch.zeros(1, 1, 2, 2, dtype=torch.uint16), False))[0]
 
 
-def test_linear_l1_names_the_dtype():
-    with backends.use("cuda"):
-        usable, reason = linear_l1.can_run("forward", (torch.zeros(2, 8, dtype=torch.float64), None))
-    assert not usable and reason.startswith("dtype torch.float64; the CUDA kernel takes float32, bfloat16, float16")
+def test_the_attention_has_to_be_asked_for():
+    usable, reason = relational_guidance.can_run("forward", None)
+    assert not usable and "backends.use('cuda') asks for it" in reason
 
 
 def test_masked_patch_embed_names_dtype_and_width():
@@ -52,10 +44,9 @@ def test_masked_patch_embed_names_dtype_and_width():
         pytest.skip(_native.load_cuda()[1])
 
     def check(width: int, dtype: torch.dtype, reason: str) -> None:
-        args = torch.zeros(1, 3, 4, 4, dtype=dtype), torch.zeros(width, 3, 4, 4), None
-        for part, before in (("forward", ()), ("backward", (torch.zeros(1, 1, width),))):
-            usable, said = masked_patch_embed.can_run(part, (*before, *args))
-            assert usable == (not reason) and (usable or said == reason)
+        images, weight = torch.zeros(1, 3, 4, 4, dtype=dtype), torch.zeros(width, 3, 4, 4)
+        usable, said = masked_patch_embed.can_run("forward", Arguments(images, weight, *[None] * 7))
+        assert usable == (not reason) and (usable or said == reason)
 
     check(6144, torch.float32, "")
     check(768, torch.float16, "")

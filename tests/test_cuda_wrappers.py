@@ -3,8 +3,6 @@ host's instances of the kernels' bodies, and the backend's functions are held ag
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 import pytest
 import torch
@@ -12,19 +10,16 @@ from checks import assert_all_close_to_truth
 from host_build import load_bodies
 from packed import chosen, rows_of
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sgmim_fast import _native, backends
 from sgmim_fast.ops import products
 from sgmim_fast.ops.cuda import (
     gather_patches,
-    linear_l1,
-    masked_patch_embed,
     relational_guidance,
     selective_mask,
     standardize_structure,
 )
-from sgmim_fast.ops.linear_l1 import unpack_signs
+from sgmim_fast.ops.primitives import Packed
 
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.uint16: "uint16"}
 
@@ -62,18 +57,6 @@ def operators():
     def unpack(grad, rows, inverse, out, cell, patch, zorder):
         bodies.unpack_patches(raw(grad), raw(rows), raw(inverse), raw(out), cell, patch, zorder, 1, 1)
 
-    def distances(x, weight, bias, target, valid, rows, cell, packed, scale, signs, partials, total):
-        valid = torch.zeros(0, 0, 0, 0, dtype=torch.bool) if valid is None else valid
-        assert partials.shape == (-(-signs.shape[0] // 64) * -(-weight.shape[0] // 64),)
-        arrays = (raw(t.detach()) for t in (x, weight, bias, target, valid, rows, signs))
-        body = bodies.linear_l1 if x.dtype == torch.float32 else bodies.linear_l1_bfloat16
-        total.fill_(scale * body(*arrays, cell, packed, 1))
-
-    def head_gradients(grad, x, weight, signs, rows, packed, scale, dx, dweight, dbias):
-        body = bodies.linear_l1_backward if x.dtype == torch.float32 else bodies.linear_l1_backward_bfloat16
-        operands = (raw(t.detach()) for t in (grad, x, weight, signs, rows))
-        body(*operands, packed, scale, *(raw(t) for t in (dx, dweight, dbias)), 1)
-
     def place(embedded, visible, inverse, token, weight, bias, eps, out, statistics):
         body = bodies.place_tokens if out.dtype == torch.float32 else bodies.place_tokens_bfloat16
         weight, bias, statistics = (torch.zeros(0) if t is None else t for t in (weight, bias, statistics))
@@ -100,8 +83,6 @@ def operators():
         "standardize_structure": standardize,
         "gather_patches": pack,
         "gather_patches_backward": unpack,
-        "linear_l1": distances,
-        "linear_l1_backward": head_gradients,
         "place_tokens": place,
         "place_tokens_backward": take,
         "attention": attend,
@@ -149,61 +130,6 @@ def test_gather_patches(operators, cell, patch, zorder):
     assert torch.equal(gather_patches.backward(*args), plain("gather_patches", "backward")(*args))
 
 
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [24, 21, 200])
-def test_linear_l1(operators, packed, masked, dtype, width):
-    rows = torch.tensor([5, 0, 3, 7])
-    # whole numbers, whose sums have no rounding in any dtype
-    shapes = (4 if packed else 8, width), (32, width), (32,)
-    x, weight, bias = (torch.randint(-2, 3, shape).to(dtype) for shape in shapes)
-    target = torch.randint(-9, 10, (2, 2, 8, 8)).float().contiguous(memory_format=torch.channels_last)
-    valid = torch.rand(2, 2, 8, 8) < 0.7 if masked else None
-    args = x, weight, bias, target, valid, rows, 4, packed, 0.25, None
-    wide = (x.double(), weight.double(), bias.double(), *args[3:])
-    with backends.use("torch"):  # of the gather inside the plain one
-        expected, (signs, *_) = plain("linear_l1")(*wide)
-    with products.compute_bfloat16_in(torch.bfloat16):
-        actual, (found, *copies) = linear_l1.forward(*args)
-    assert actual == expected and not copies
-    assert found.dtype == torch.int32 and torch.equal(unpack_signs(found, 32), signs)
-
-    grad = torch.tensor(0.5)
-    options = rows, 4, packed, 0.25
-    with backends.use("torch"), products.compute_bfloat16_in(torch.bfloat16):
-        truth = plain("linear_l1", "backward")(grad.double(), *wide[:4], [signs], *options, [True] * 4, None)
-        for needs in ([True] * 4, [True, False, False, False], [False, False, True, False], [False] * 4):
-            grads = linear_l1.backward(grad, *args[:4], [found], *options, needs, None)
-            # what another backend makes of packed signs
-            other = plain("linear_l1", "backward")(grad, *args[:4], [found], *options, needs, None)
-            for need, t, *those in zip(needs, args[:4], grads, other, truth, strict=True):
-                actual, same, exact = those
-                if not need:
-                    assert actual.numel() == same.numel() == 0
-                    continue
-                assert actual.dtype == t.dtype and actual.shape == t.shape
-                assert torch.equal(actual, exact.to(t.dtype)) and torch.equal(actual, same)
-
-
-@pytest.mark.parametrize("forced", ["cuda", "triton", "torch", None])
-def test_the_format_of_linear_l1s_signs_is_known_beforehand(monkeypatch, forced):
-    """Tracing sees the tensors that the backend chosen at that moment saves; the backward goes by what was saved."""
-    everything = dict.fromkeys(backends.NAMES, (True, ""))
-    monkeypatch.setattr(backends, "available", lambda: everything)
-    with FakeTensorMode(), backends.use(forced) if forced else contextlib.nullcontext():
-        shapes = (4, 16), (32, 16), (32,), (2, 2, 8, 8)
-        x, weight, bias, target = (torch.empty(shape, device="cuda") for shape in shapes)
-        rows = torch.empty(4, dtype=torch.int64, device="cuda")
-        _, (signs,) = torch.ops.sgmim_fast.linear_l1(x, weight, bias, target, None, rows, 4, True, 1.0, None)
-        assert (signs.dtype, signs.shape) == ((torch.int32, (4, 2, 1)) if forced == "cuda" else (torch.int8, (4, 32)))
-    args = x, x, weight, bias, target, [signs], rows, 4, True, 1.0, [True] * 4, None
-    able = {
-        name for name in ("cuda", "triton", "torch") if backends.can_run("linear_l1", name, *args, part="backward")[0]
-    }
-    assert able == {"torch", "cuda" if forced == "cuda" else "triton"}
-
-
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -214,19 +140,21 @@ def test_masked_patch_embed(operators, norm, bias, dtype, width):
     visible, grad = torch.tensor([11, 2, 3, 6]), torch.randn(2, 6, width)
     low = [None if t is None else t.to(dtype) for t in (x, weight, *vectors, grad)]
 
-    def run(forward, backward, tensors):
+    def run(backend, tensors):
         *first, norm_weight, norm_bias, grad = tensors
-        args = *first, visible, norm_weight, norm_bias
+        args = *first, visible, norm_weight, norm_bias, 1e-5, None
+        forward, backward = (
+            backends.implementation("masked_patch_embed", part, backend) for part in ("forward", "backward")
+        )
         with backends.use("torch"), products.compute_bfloat16_in(torch.bfloat16):  # of the gathers inside
-            out, saved = forward(*args, 1e-5, None)
-            grads = backward(grad, *args, saved, [True, True, bias, True, norm, norm], None)
+            out, saved = forward(*args)
+            grads = backward(grad, *args, saved, [True, True, bias, True, False, norm, norm])
         return [out, *(g for g in grads if g.numel())]
 
-    twin = plain("masked_patch_embed"), plain("masked_patch_embed", "backward")
-    actual = run(masked_patch_embed.forward, masked_patch_embed.backward, low)
-    truth = run(*twin, [None if t is None else t.double() for t in low])
+    actual, same = run("cuda", low), run("torch", low)
+    truth = run("torch", [None if t is None else t.double() for t in low])
     assert [t.dtype for t in actual] == [dtype] * len(truth)
-    assert_all_close_to_truth(actual, run(*twin, low), truth, [str(i) for i in range(len(truth))])
+    assert_all_close_to_truth(actual, same, truth, [str(i) for i in range(len(truth))])
 
 
 def attention(q, k, v, dout, offsets, cells: int, heads: int, keep: bool) -> list[Tensor]:
@@ -250,8 +178,9 @@ def test_attention(operators, keep, dtype, width):
     masked = chosen((5, 12, 0), 12)
     offsets = rows_of(~masked).offsets, rows_of(masked).offsets
     q, k, v, dout = (torch.randn(n, width).to(dtype) for n in (19, 18, 18, 19))
-    out, lse = relational_guidance.attention(q, k, v, *offsets, 12, 2, keep)
-    grads = relational_guidance.attention_backward(dout, q, k, v, out, lse, *offsets, 12, 2, keep)
+    packed = Packed(rows_of(~masked).index, offsets[0], rows_of(masked).index, offsets[1], 12, 2, keep)
+    out, lse = relational_guidance.guidance_attention(q, k, v, packed)
+    grads = relational_guidance.guidance_attention_backward(dout, q, k, v, out, lse, packed)
     same = attention(q, k, v, dout, offsets, 12, 2, keep)
     truth = attention(*(t.double() for t in (q, k, v, dout)), offsets, 12, 2, keep)
     assert_all_close_to_truth([out, *grads], same, truth, ["out", "dq", "dk", "dv"])

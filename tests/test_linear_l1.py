@@ -296,7 +296,8 @@ def test_opcheck(backend, device, packed, valid):
             opcheck(_op.overload, [*(t.clone().requires_grad_() for t in inputs), valid, rows, *options, dtype])
             _, saved = _op.overload(*inputs, valid, rows, *options, dtype)
             grad = COTANGENT.float().to(device)
-            opcheck(_op.backward_overload, [grad, *inputs, saved, rows, *options, needs, dtype])
+            needed = [*needs, False, False]  # nor valid and rows
+            opcheck(_op.backward_overload, [grad, *inputs, valid, rows, *options, dtype, saved, needed])
 
 
 @pytest.mark.parametrize(

@@ -29,15 +29,19 @@ def inputs(rows=(2, 5), width=24, hidden=40, out=16, norm=True):
     ]
 
 
-def plain(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, residual=False):
-    y = x if norm_weight is None else F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, EPS)
+def plain(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, residual=False, post_norm=False):
+    def norm(y):
+        return y if norm_weight is None else F.layer_norm(y, y.shape[-1:], norm_weight, norm_bias, EPS)
+
+    y = x if post_norm else norm(x)
     y = F.linear(F.gelu(F.linear(y, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+    y = norm(y) if post_norm else y
     return x + y if residual else y
 
 
-def ours(x, *tensors, residual=False):
+def ours(x, *tensors, **options):
     *layers, norm_weight, norm_bias = tensors
-    return norm_mlp(x, *layers, norm_weight=norm_weight, norm_bias=norm_bias, eps=EPS, residual=residual)
+    return norm_mlp(x, *layers, norm_weight=norm_weight, norm_bias=norm_bias, eps=EPS, **options)
 
 
 check = partial(check_op, ours, plain, NAMES)
@@ -57,6 +61,24 @@ def test_float32(place, rows, width, hidden, norm):
 @given(rows=st.tuples(st.integers(1, 3), st.integers(1, 9)), width=st.integers(8, 70), norm=st.booleans())
 def test_residual(place, rows, width, norm):
     check_residual(place, inputs(rows, width, out=width, norm=norm), torch.float32)
+
+
+POST = {"residual": True, "post_norm": True}
+check_post = partial(check_op, partial(ours, **POST), partial(plain, **POST), NAMES)
+
+
+@given(rows=st.tuples(st.integers(1, 3), st.integers(1, 9)), width=st.integers(8, 70), norm=st.booleans())
+def test_post_norm(place, rows, width, norm):
+    check_post(place, inputs(rows, width, out=width, norm=norm), torch.float32)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("computed_in", [torch.float32, torch.bfloat16])
+def test_post_norm_in_bfloat16(place, autocast, computed_in):
+    options = {"post_norm": True, "residual": not autocast}  # which would make the result as wide as x
+    check = partial(check_op, partial(ours, **options), partial(plain, **options), NAMES)
+    with products.compute_bfloat16_in(computed_in):
+        check(place, inputs((2, 3, 8), 48, out=48), torch.bfloat16, autocast)
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -92,10 +114,10 @@ def test_float16(place, dtype, autocast):
 
 
 @pytest.mark.parametrize("wanted", [[0], [1], [2], [3], [4], [6], [1, 3]])
-@pytest.mark.parametrize("residual", [False, True])
-def test_partial_gradients(place, wanted, residual):
+@pytest.mark.parametrize("options", [{}, {"residual": True}, {"post_norm": True}, POST], ids=str)
+def test_partial_gradients(place, wanted, options):
     low = [t.to(place.device, torch.float32) for t in inputs(out=24)]
-    function = partial(ours, residual=residual)
+    function = partial(ours, **options)
     _, complete = gradients(function, low, torch.ones(2, 5, 24, device=place.device))
     for i in wanted:
         low[i].requires_grad_()
@@ -107,13 +129,14 @@ def test_partial_gradients(place, wanted, residual):
 
 
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("residual", [False, True])
-def test_gradcheck_and_opcheck(place, norm, residual):
-    tensors = inputs((1, 3), 5, 6, 5 if residual else 4, norm=norm)
+@pytest.mark.parametrize("options", [(False, False), (True, False), (True, True)], ids=str)
+def test_gradcheck_and_opcheck(place, norm, options):
+    tensors = inputs((1, 3), 5, 6, 5 if options[0] else 4, norm=norm)
     if place.backend == "torch":
-        gradcheck64(partial(ours, residual=residual), [None if t is None else t.to(place.device) for t in tensors])
+        function = partial(ours, residual=options[0], post_norm=options[1])
+        gradcheck64(function, [None if t is None else t.to(place.device) for t in tensors])
     x, *rest = [None if t is None else t.to(place.device, torch.float32).requires_grad_() for t in tensors]
-    opcheck(_op.overload, (x.detach()[0].requires_grad_(), *rest, residual, EPS, None))
+    opcheck(_op.overload, (x.detach()[0].requires_grad_(), *rest, *options, EPS, None))
 
 
 def test_errors():

@@ -311,8 +311,9 @@ def test_opcheck(backend, device, case):
     opcheck(_op.overload, [leaves[0], rows, leaves[1:], case.cell, 1e-5, None])
     result, saved = _op.overload(structure, rows, w, case.cell, 1e-5, None)
     for needs in ([True] * (len(w) + 1), [False, True] + [False] * (len(w) - 1)):
-        opcheck(_op.backward_overload, [result, structure, rows, w, saved, case.cell, needs, None])
-    with products.compute_bfloat16_in(torch.bfloat16):  # keeps copies of the weights
+        needed = [needs[0], False, *needs[1:]]  # not rows
+        opcheck(_op.backward_overload, [result, structure, rows, w, case.cell, 1e-5, None, saved, needed])
+    with products.compute_bfloat16_in(torch.bfloat16):
         opcheck(_op.overload, [structure, rows, w, case.cell, 1e-5, torch.bfloat16])
 
 

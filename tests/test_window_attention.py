@@ -297,13 +297,13 @@ def test_cpu_rejects_an_index_out_of_range():
 def test_what_triton_leaves_to_others():
     pytest.importorskip("triton", reason="the Triton backend needs triton")
     from sgmim_fast import blocks
-    from sgmim_fast.kernels.window_attention import can_run
+    from sgmim_fast.kernels.primitives import takes
+    from sgmim_fast.ops.primitives import Windows
+    from sgmim_fast.ops.window_attention import request
 
     def reason(qkv, heads=2, window=(16, 16)):
-        arguments = qkv, None, None, None, None, heads, list(window), [0, 0]
-        forward, backward = can_run("forward", arguments), can_run("backward", (qkv, *arguments, [True] * 4))
-        assert forward == backward
-        return None if forward[0] else forward[1]
+        usable, why = takes(request(qkv, Windows(None, None, None, None, heads, list(window), [0, 0])))
+        return None if usable else why
 
     qkv = torch.zeros(1, 2, 2, 3 * 256)
     assert reason(qkv, window=(8, 8)) is None and reason(qkv.half()) is None

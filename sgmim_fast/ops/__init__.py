@@ -3,6 +3,7 @@
 from sgmim_fast.ops.gather_patches import gather_patches
 from sgmim_fast.ops.linear_l1 import linear_l1
 from sgmim_fast.ops.masked_patch_embed import masked_patch_embed
+from sgmim_fast.ops.norm_attention import norm_attention
 from sgmim_fast.ops.norm_linear import norm_linear
 from sgmim_fast.ops.norm_mlp import norm_mlp
 from sgmim_fast.ops.relational_guidance import GuidanceParameters, relational_guidance
@@ -17,6 +18,7 @@ __all__ = [
     "gather_patches",
     "linear_l1",
     "masked_patch_embed",
+    "norm_attention",
     "norm_linear",
     "norm_mlp",
     "relational_guidance",

@@ -1,19 +1,28 @@
 """Registration of one public op: schema, fake, autograd, autocast, and the choice of a backend at run time.
 
-Every op is a pair `sgmim_fast::NAME` and `sgmim_fast::NAME_backward` defined from Python, so that the names exist
-whatever was built. The kernel behind both asks `backends.choose` which backend runs, then calls that backend's
-`forward` or `backward` function. The gradient is one `torch.autograd.Function` around the pair. There is no second
-derivative and no forward-mode derivative: both raise.
+An op declares its arguments once, as a NamedTuple of typed fields. Schemas, what is saved for the backward, the
+backward's arguments, its fake and the names in error messages follow from that.
 
-A call takes the registered operator where somebody may be watching: torch.compile, export, torch.func, a dispatch or
-function mode, a tensor subclass. In plain eager mode, where PyTorch's dispatcher would only lead to the same Python
-functions by way of C++ (and takes as long as a small kernel), it calls them itself.
+The life of a call:
+
+1.  The public function looks at what only it knows, and calls the op with its arguments in their order.
+2.  Where somebody may be watching (torch.compile, export, torch.func, a dispatch or function mode, a tensor subclass),
+    the registered operator `sgmim_fast::NAME` is called, and PyTorch's dispatcher leads on. In plain eager mode, where
+    it would only lead to the same Python functions (and takes as long as a small kernel), `Op.__call__` leads itself.
+3.  Autocast: its dtype becomes the `dtype` argument, unless that is given. Nothing below is cast a second time.
+4.  Autograd: where a gradient is wanted, `_Gradient` computes the result, and saves inputs and the forward's `saved`.
+5.  Devices, shapes and dtypes are checked (traced, too: then the fake gives shapes and nothing is computed).
+6.  `backends.choose` gives the function that computes: a composition bound to a backend's primitives, or a backend's
+    own.
+7.  Backward: `_Gradient` calls `sgmim_fast::NAME_backward`, which goes through 2, 5 and 6, on the forward's backend.
+
+There is no second derivative and no forward-mode derivative: both raise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -22,6 +31,7 @@ from torch.utils import _pytree as pytree
 
 from sgmim_fast import backends
 from sgmim_fast.ops import _check, products
+from sgmim_fast.ops.primitives import Gradients, absent
 
 LIBRARY = torch.library.Library("sgmim_fast", "FRAGMENT")
 
@@ -34,194 +44,362 @@ _PLAIN = {Tensor, torch.nn.Parameter}
 # What was chosen for the forward is chosen for its backward too, which may run later and in a thread of autograd's.
 _CARRIED = (backends.FORCED, products.BFLOAT16_IN)
 
+_SCHEMA = {
+    **{Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", torch.dtype | None: "ScalarType?"},
+    **{int: "SymInt", list[int]: "SymInt[]", bool: "bool", list[bool]: "bool[]", float: "float"},
+}
+
+
+class Layout(NamedTuple):
+    """Of arguments with the tensors of lists in their place."""
+
+    names: list[str | None]  # of what is a tensor, or could be; None for the others
+    places: list[int]  # of what is one, or could be
+
+
+class Declaration:
+    """What a NamedTuple of typed fields says of arguments. A field may be a group of tensors, itself a NamedTuple.
+
+    A group travels as a flat list. It may have class methods `nested(list)`, where it is not one tensor a field, and
+    `names(length)`, where errors should call its tensors other than its fields.
+    """
+
+    def __init__(self, kind: Any):
+        hints = get_type_hints(kind)
+        self.kind, self.fields = kind, list(hints)
+        self.groups = {i: hint for i, hint in enumerate(hints.values()) if hasattr(hint, "_fields")}
+        self.types = ["Tensor[]" if i in self.groups else _SCHEMA[hint] for i, hint in enumerate(hints.values())]
+        self.lists = [i for i, t in enumerate(self.types) if t == "Tensor[]"]
+        self.takes_dtype = self.types[-1] == "ScalarType?"
+        self._layouts: dict[tuple[int, ...], Layout] = {}
+
+    def schema(self, optional: Sequence[str] = ()) -> str:
+        """The arguments of a schema; those named may be left out."""
+        types = zip(self.types, self.fields, strict=True)
+        return ", ".join(f"{t}{'?' if name in optional and t[-1] != '?' else ''} {name}" for t, name in types)
+
+    def make(self, args: Sequence[Any]) -> Any:
+        """The NamedTuple; what is missing at the end is None."""
+        args = [*args, *[None] * (len(self.fields) - len(args))]
+        for i, group in self.groups.items():
+            if args[i] is not None:
+                args[i] = self._nested(self.fields[i], group, args[i])
+        return self.kind._make(args)
+
+    @staticmethod
+    def _nested(name: str, group: Any, tensors: Sequence[Any]) -> Any:
+        if hasattr(group, "nested"):
+            return group.nested(tensors)
+        if len(tensors) != len(group._fields):
+            raise ValueError(f"{name} has {len(tensors)} tensors; expected {len(group._fields)}")
+        return group(*tensors)
+
+    def lengths(self, args: Sequence[Any]) -> tuple[int, ...]:
+        """Of the lists of tensors."""
+        return tuple(len(args[i]) for i in self.lists)
+
+    def flat(self, args: Sequence[Any]) -> Sequence[Any]:
+        """The arguments with the tensors of lists in their place."""
+        if not self.lists:
+            return args
+        return [leaf for i, arg in enumerate(args) for leaf in (arg if i in self.lists else (arg,))]
+
+    def unflat(self, flat: Sequence[Any], lengths: Sequence[int]) -> Sequence[Any]:
+        if not self.lists:
+            return flat
+        leaves, sizes = iter(flat), iter(lengths)
+        return [
+            [next(leaves) for _ in range(next(sizes))] if i in self.lists else next(leaves)
+            for i in range(len(self.fields))
+        ]
+
+    def layout(self, lengths: tuple[int, ...]) -> Layout:
+        """Of lists of so many tensors."""
+        if lengths not in self._layouts:
+            names = list(self._names(lengths))
+            places = [i for i, name in enumerate(names) if name is not None]
+            self._layouts[lengths] = Layout(names, places)
+        return self._layouts[lengths]
+
+    def _names(self, lengths: Sequence[int]) -> Iterator[str | None]:
+        sizes = iter(lengths)
+        for i, (field, kind) in enumerate(zip(self.fields, self.types, strict=True)):
+            if i in self.lists:
+                count, group = next(sizes), self.groups.get(i)
+                if hasattr(group, "names"):
+                    yield from group.names(count)
+                else:
+                    yield from (f"{field}[{j}]" for j in range(count)) if group is None else group._fields[:count]
+            else:
+                yield field if kind.startswith("Tensor") else None
+
+    def tensors(self, args: Sequence[Any]) -> list[tuple[str, Tensor]]:
+        """The tensors among the arguments, by name."""
+        names, flat = self.layout(self.lengths(args)).names, self.flat(args)
+        return [(name, leaf) for name, leaf in zip(names, flat, strict=False) if isinstance(leaf, Tensor)]
+
+
+class Part:
+    """The forward or backward of an op: its registered operator, and the same for plain eager mode."""
+
+    def __init__(
+        self,
+        name: str,
+        part: str,
+        declared: Declaration,
+        schema: str,
+        fake: Callable[..., Any],
+        check: Callable[[Any], None] | None,
+    ):
+        self.name, self.part, self.declared, self.check = name, part, declared, check
+        self.fake = fake
+        qualifier = name if part == "forward" else f"{name}_backward"
+        LIBRARY.define(f"{qualifier}{schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+        self.overload = getattr(torch.ops.sgmim_fast, qualifier).default
+        LIBRARY.impl(qualifier, self.kernel, "CompositeExplicitAutograd")
+        for key in ("AutocastCPU", "AutocastCUDA"):
+            LIBRARY.impl(qualifier, self._autocast_kernel, key)
+        torch.library.register_fake(f"sgmim_fast::{qualifier}", self._checked_fake, lib=LIBRARY)
+
+    def _checked(self, args: tuple) -> tuple[torch.device, Any]:
+        device = _check.together(self.declared.tensors(args))
+        made = self.declared.make(args)
+        if self.check is not None:
+            self.check(made)
+        return device, made
+
+    def kernel(self, *args: Any) -> Any:
+        device, _ = self._checked(args)
+        return backends.choose(self.name, self.part, device.type, args)(*args)
+
+    def _checked_fake(self, *args: Any) -> Any:
+        return self.fake(self._checked(args)[1])
+
+    def _autocast_kernel(self, *args: Any) -> Any:
+        # Below this point the op does its own casting: nothing it calls may be cast a second time.
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            return self.overload(*self.in_autocast(args))
+
+    def in_autocast(self, args: tuple) -> tuple:
+        """The arguments with the dtype of autocast filled in, where the part takes one."""
+        if self.part == "backward" or not self.declared.takes_dtype:
+            return args
+        count = len(self.declared.fields)
+        first = next(arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point())
+        if first.dtype == torch.float64 or (len(args) == count and args[-1] is not None):
+            return args  # like PyTorch's own ops, float64 is never autocast
+        args = args + (None,) * (count - 1 - len(args)) if len(args) < count else args[:-1]
+        return (*args, torch.get_autocast_dtype(first.device.type))
+
 
 class Op:
     """One public op.
 
     Args:
         name: the op's name, the same in every folder of the project.
-        schema: arguments and returns of the forward op. A `ScalarType? dtype` argument, where there is one, must be
-            the last: autocast fills it in.
-        forward: the `torch` backend's forward, plain PyTorch, run anywhere. Other backends are modules named in
-            `backends.MODULES` with functions `forward` and `backward` of the same signatures.
-        fake: shapes and dtypes of the forward's results (FakeTensor arithmetic).
-        check: `check(*args)` raises unless shapes and dtypes are those the docstring promises, before any backend or
-            `fake` sees the arguments. That all tensors are on one device is checked for every op.
-        fields: argument that is a list of tensors -> `names(length)`, what they are called.
+        arguments: its declaration, a NamedTuple. A dtype, where there is one, must be the last: autocast fills it in.
+        forward: of a composition `forward(primitives, arguments)`, written once for all backends (`ops.primitives`);
+            else the `torch` backend's, called with the arguments in their order: the other backends are then modules
+            named in `backends.MODULES` with functions `forward` and `backward`. It gives a tensor, or with `saves` a
+            tensor and the tensors that the backward needs.
+        fake: `fake(arguments)`, shapes and dtypes of the forward's results (FakeTensor arithmetic).
+        check: `check(arguments)` raises unless shapes and dtypes are those the docstring promises, before any backend
+            or `fake` sees them. That all tensors are on one device is checked for every op.
+        backward: of a composition `backward(primitives, arguments, saved, grad, gradients)`.
+        request: of a composition `request(arguments)`, what a backend is asked whether it can.
+        indices: `indices(arguments)` raises for indices that point outside; asked for where no kernel looks itself.
+        saves: whether there is anything besides the arguments.
+        unsaved: arguments that the backward does without; they are None there.
+        added: an argument that is merely added to the result, and whose gradient is the result's. It is unsaved.
+        returns: the schema's returns, of an op that is not differentiable.
     """
 
     def __init__(
         self,
         name: str,
-        schema: str,
-        *,
+        arguments: type,
         forward: Callable[..., Any],
-        fake: Callable[..., Any],
-        check: Callable[..., None],
-        fields: dict[str, Callable[[int], Sequence[str]]] | None = None,
+        *,
+        fake: Callable[[Any], Any],
+        check: Callable[[Any], None],
+        backward: Callable[..., None] | None = None,
+        request: Callable[[Any], Any] | None = None,
+        indices: Callable[[Any], None] | None = None,
+        saves: bool = False,
+        unsaved: Sequence[str] = (),
+        added: str | None = None,
+        returns: str = "Tensor",
     ):
-        self.name = name
-        self._takes_dtype = "ScalarType? dtype" in schema
-        self._fields = fields or {}
-        self._kernel = self._define(name, schema, forward, fake, "forward", check)
-        self.overload = getattr(torch.ops.sgmim_fast, name).default
-        self._count = len(self.overload._schema.arguments)
+        self.name, self.declared = name, Declaration(arguments)
+        self._saves, self._added = saves, None if added is None else self.declared.fields.index(added)
+        self._unsaved = (*unsaved, added) if added else tuple(unsaved)
+        returns = "(Tensor, Tensor[])" if saves else returns
+        self._forward = Part(name, "forward", self.declared, f"({self.declared.schema()}) -> {returns}", fake, check)
+        self.overload = self._forward.overload
         self._differentiate: Callable[..., Any] | None = None
+        if backward is None:
+            backends.register(name, "forward", forward)
+            return
+        self._composition, self._request, self._indices = (forward, backward), request, indices
+        backends.register(name, "forward", self._bound_forward, self._requested)
+        backends.register(name, "backward", self._bound_backward, self._requested)
+        schema = self.declared.schema(optional=self._unsaved)
+        schema = f"(Tensor grad, {schema}, Tensor[] saved, bool[] needs) -> Tensor[]"
+        self._differentiable(schema, self.declared, self._fake_backward, self._save, self._gradients)
 
     def __call__(self, *args: Any) -> Any:
         if not _unwatched(args):
             return self.overload(*args)
-        if self._takes_dtype:
+        if self.declared.takes_dtype:
             device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
             if torch.is_autocast_enabled(device):
-                args = self._fill_dtype(self.overload, args)
-        args += (None,) * (self._count - len(args))
+                args = self._forward.in_autocast(args)
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
             if self._differentiate is None:
-                return self._kernel(*args)
-            return self._differentiate(self._kernel, args)
+                return self._forward.kernel(*args)
+            return self._differentiate(self._forward.kernel, args)
 
-    def _define(
-        self, qualifier: str, schema: str, plain: Callable, fake: Callable, part: str, check: Callable | None = None
-    ) -> Callable[..., Any]:
-        LIBRARY.define(f"{qualifier}{schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-        op, name = getattr(torch.ops.sgmim_fast, qualifier).default, self.name
-        backends.register(name, part, plain)
-        places = [argument.name for argument in op._schema.arguments]
+    # A composition, bound to the primitives of a backend
 
-        def checked(args: tuple) -> torch.device:
-            device = _check.together(self._tensors(places, args))
-            if check is not None:
-                check(*args)
-            return device
+    def _requested(self, part: str, args: Sequence[Any]) -> tuple[Any, Any]:
+        """The arguments of the forward, among those of a part, and what they ask of a backend."""
+        a = self.declared.make(args if part == "forward" else args[1 : 1 + len(self.declared.fields)])
+        return a, self._request(a)
 
-        def kernel(*args: Any) -> Any:
-            device = checked(args)
-            return backends.choose(name, part, device.type, args)(*args)
+    def _bound_forward(self, primitives: Any) -> Callable[..., Any]:
+        forward, make, indices = self._composition[0], self.declared.make, self._indices
+        look = indices is not None and not primitives.LOOKS_AT_INDICES
 
-        def checked_fake(*args: Any) -> Any:
-            checked(args)
-            return fake(*args)
+        def run(*args: Any) -> Any:
+            a = make(args)
+            if look:
+                indices(a)
+            return forward(primitives, a)
 
-        def autocast_kernel(*args: Any) -> Any:
-            # Below this point the op does its own casting: nothing it calls may be cast a second time.
-            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
-                if part == "forward" and self._takes_dtype:
-                    args = self._fill_dtype(op, args)
-                return op(*args)
+        return run
 
-        LIBRARY.impl(qualifier, kernel, "CompositeExplicitAutograd")
-        for key in ("AutocastCPU", "AutocastCUDA"):
-            LIBRARY.impl(qualifier, autocast_kernel, key)
-        torch.library.register_fake(f"sgmim_fast::{qualifier}", checked_fake, lib=LIBRARY)
-        return kernel
+    def _bound_backward(self, primitives: Any) -> Callable[..., Any]:
+        backward, declared = self._composition[1], self.declared
 
-    def _tensors(self, places: list[str], args: tuple) -> Iterator[tuple[str, Tensor]]:
-        """The tensors among the arguments, by name."""
-        for place, arg in zip(places, args, strict=False):
-            if isinstance(arg, Tensor):
-                yield place, arg
-            elif isinstance(arg, list | tuple) and arg and isinstance(arg[0], Tensor):
-                names = self._fields.get(place, lambda count, place=place: [f"{place}[{i}]" for i in range(count)])
-                yield from zip(names(len(arg)), arg, strict=False)
+        def run(grad: Tensor, *args: Any) -> list[Tensor]:
+            *args, saved, needs = args
+            names, places = declared.layout(declared.lengths(args))
+            flat, wanted = declared.flat(args), dict[str, Tensor]()
+            for i, need in zip(places, needs, strict=True):
+                if need:
+                    wanted[names[i]] = flat[i]
+            gradients = Gradients(primitives, wanted)
+            backward(primitives, declared.make(args), saved, grad, gradients)
+            found = gradients.finished()
+            return [found[names[i]] if need else absent(grad) for i, need in zip(places, needs, strict=True)]
 
-    @staticmethod
-    def _fill_dtype(op: torch._ops.OpOverload, args: tuple) -> tuple:
-        count = len(op._schema.arguments)
-        first = next(arg for arg in args if isinstance(arg, torch.Tensor) and arg.is_floating_point())
-        if first.dtype == torch.float64 or (len(args) == count and args[-1] is not None):
-            return args  # like PyTorch's own ops, float64 is never autocast
-        args = args + (None,) * (count - 1 - len(args)) if len(args) < count else args[:-1]
-        return (*args, torch.get_autocast_dtype(first.device.type))
+        return run
+
+    def _fake_backward(self, args: tuple) -> list[Tensor]:
+        grad, *args = args
+        *args, _, needs = args
+        flat, places = self.declared.flat(args), self.declared.layout(self.declared.lengths(args)).places
+        return [
+            torch.empty_like(flat[i], memory_format=torch.contiguous_format) if need else absent(grad)
+            for i, need in zip(places, needs, strict=True)
+        ]
+
+    def _save(self, ctx: Any, args: Sequence[Any], saved: Sequence[Tensor]) -> None:
+        if self._added is not None and args[self._added] is not None:
+            ctx.added_dtype = args[self._added].dtype
+        (names, places), flat, tensors, ctx.places = (
+            self.declared.layout(ctx.lengths),
+            [*self.declared.flat(args)],
+            [],
+            [],
+        )
+        for i in places:
+            if names[i] not in self._unsaved and flat[i] is not None:
+                ctx.places.append(i)
+                tensors.append(flat[i])
+            flat[i] = None
+        ctx.save_for_backward(*tensors, *saved)
+        ctx.flat = flat
+
+    def _gradients(self, ctx: Any, needs: Sequence[bool], grad: Tensor) -> list[Any]:
+        flat, tensors = [*ctx.flat], ctx.saved_tensors
+        for i, tensor in zip(ctx.places, tensors, strict=False):
+            flat[i] = tensor
+        places = self.declared.layout(ctx.lengths).places
+        flags = [needs[i] and i != self._added for i in places]
+        args = self.declared.unflat(flat, ctx.lengths)
+        found: list[Any] = [None] * len(flat)
+        if any(flags):
+            saved = list(tensors[len(ctx.places) :])
+            for i, gradient in zip(places, self.backward(grad, *args, saved, flags), strict=True):
+                found[i] = gradient
+        if self._added is not None and needs[self._added]:
+            found[self._added] = grad.to(ctx.added_dtype)
+        return found
+
+    # Autograd
 
     def differentiable(
         self,
-        schema: str,
-        *,
+        arguments: type,
         backward: Callable[..., Any],
-        fake: Callable[..., Any],
+        *,
+        fake: Callable[[Any], Any],
         save: Callable[..., None],
-        gradients: Callable[..., tuple],
-        outputs: int = 1,
+        gradients: Callable[..., Sequence[Any]],
     ) -> None:
-        """Adds the backward op and the autograd formula.
+        """Adds a backward of its own to an op that is no composition.
 
         Args:
-            schema: arguments and returns of `NAME_backward`.
-            backward: the `torch` backend's backward.
-            fake: shapes and dtypes of the backward's results.
-            save: `save(ctx, inputs, results)` keeps what the backward needs, and every input that it depends on.
-            gradients: `gradients(ctx, needs, *grads) -> one gradient, list of gradients or None per input`, calling the
-                backward op. `needs` has one bool, or list of bools, per input. Trailing inputs may be left out.
-            outputs: how many leading results carry gradients; the others are saved for the backward only.
+            arguments: of `NAME_backward`, a NamedTuple.
+            backward: the `torch` backend's, called with them in their order.
+            fake: as of the forward.
+            save: `save(ctx, inputs, saved)` keeps what the backward needs, and every input that it depends on.
+            gradients: `gradients(ctx, needs, grad)`, one or None per input, calling the backward op.
         """
-        backward_kernel = self._define(f"{self.name}_backward", schema, backward, fake, "backward")
-        backward_overload = getattr(torch.ops.sgmim_fast, f"{self.name}_backward").default
+        declared = Declaration(arguments)
+        backends.register(self.name, "backward", backward)
+        self._differentiable(f"({declared.schema()}) -> Tensor", declared, fake, save, gradients)
 
-        def run_backward(*args: Any) -> Any:
-            if not _unwatched(args):
-                return backward_overload(*args)
-            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS), torch._C._AutoDispatchBelowAutograd():
-                return backward_kernel(*args)
+    def _differentiable(
+        self,
+        schema: str,
+        declared: Declaration,
+        fake: Callable[..., Any],
+        save: Callable[..., None],
+        gradients: Callable[..., Sequence[Any]],
+    ) -> None:
+        part = _Backward if declared is self.declared else Part
+        self._backward = part(self.name, "backward", declared, schema, fake, None)
+        self.backward_overload = self._backward.overload
+        methods = {"op": self, "save": staticmethod(save), "gradients": staticmethod(gradients)}
+        self._function = type(f"{self.name}_function", (_Gradient,), methods)
+        self._differentiate = self._with_gradient
+        LIBRARY.impl(self.name, self._autograd_kernel, "Autograd")
 
-        self.backward, self.backward_overload = run_backward, backward_overload
-        overload = self.overload
+    def backward(self, *args: Any) -> Any:
+        """`NAME_backward`."""
+        if not _unwatched(args):
+            return self.backward_overload(*args)
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS), torch._C._AutoDispatchBelowAutograd():
+            return self._backward.kernel(*args)
 
-        class Function(torch.autograd.Function):
-            # autograd.Function sees tensors only among its direct arguments and results: lists travel flat.
-            @staticmethod
-            def forward(ctx: Any, call: _Call, *flat: Any) -> tuple:
-                args = call.nested(flat)
-                with torch._C._AutoDispatchBelowAutograd():
-                    results = call.run(*args)
-                save(ctx, args, results)
-                ctx.call, ctx.chosen = call, [variable.get() for variable in _CARRIED]
-                leaves = call.flat_results(results)
-                ctx.mark_non_differentiable(*leaves[outputs:])
-                ctx.set_materialize_grads(False)
-                return tuple(leaves)
+    def _with_gradient(self, run: Callable[..., Any], args: tuple) -> Any:
+        args += (None,) * (len(self.declared.fields) - len(args))
+        flat = self.declared.flat(args)
+        if torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in flat):
+            if torch._C._are_functorch_transforms_active():
+                raise NotImplementedError(
+                    f"sgmim_fast.ops.{self.name} has no derivative in torch.func; expected torch.autograd or backward()"
+                )
+            result, *saved = self._function.apply(run, self.declared.lengths(args), *flat)
+            return (result, saved) if self._saves else result
+        with torch._C._AutoDispatchBelowAutograd():
+            return run(*args)
 
-            @staticmethod
-            def backward(ctx: Any, *grads: Any) -> tuple:
-                _, *needs = ctx.needs_input_grad
-                if all(grad is None for grad in grads[:outputs]):
-                    return (None,) * len(ctx.needs_input_grad)
-                wanted = ctx.call.nested(needs)
-                tokens = [variable.set(value) for variable, value in zip(_CARRIED, ctx.chosen, strict=True)]
-                try:
-                    with torch.no_grad():
-                        result = gradients(ctx, wanted, *grads[:outputs])
-                finally:
-                    for variable, token in zip(_CARRIED, tokens, strict=True):
-                        variable.reset(token)
-                flat = [grad for group in result for grad in (group if isinstance(group, list) else [group])]
-                flat += [None] * (len(needs) - len(flat))
-                flat = [grad if need else None for grad, need in zip(flat, needs, strict=True)]
-                if torch.is_grad_enabled():  # create_graph=True
-                    depends_on = [t for t in (*ctx.saved_tensors, *grads) if t is not None and t.requires_grad]
-                    flat = _Once.apply(name, len(flat), *flat, *depends_on)
-                return (None, *flat)
-
-        name = self.name
-        Function.__name__ = Function.__qualname__ = f"{self.name}_function"
-
-        def differentiate(run: Callable[..., Any], args: tuple) -> Any:
-            call = _Call(run, args)
-            if torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in call.flat):
-                if torch._C._are_functorch_transforms_active():
-                    raise NotImplementedError(
-                        f"sgmim_fast.ops.{name} has no derivative in torch.func; expected torch.autograd or backward()"
-                    )
-                return call.nested_results(Function.apply(call, *call.flat))
-            with torch._C._AutoDispatchBelowAutograd():
-                return run(*args)
-
-        def autograd_kernel(*args: Any) -> Any:
-            _refuse_tangents(name, pytree.tree_leaves(args))
-            return differentiate(overload, args)
-
-        self._differentiate = differentiate
-        LIBRARY.impl(self.name, autograd_kernel, "Autograd")
+    def _autograd_kernel(self, *args: Any) -> Any:
+        _refuse_tangents(self.name, pytree.tree_leaves(args))
+        return self._with_gradient(self.overload, args)
 
     def not_differentiable(self) -> None:
         """Says that the op has no gradient. Its public function raises for an argument that requires one."""
@@ -232,6 +410,59 @@ class Op:
                 return self.overload(*args)
 
         LIBRARY.impl(self.name, autograd_kernel, "Autograd")
+
+
+class _Backward(Part):
+    """A composition's: `grad`, the forward's arguments, `saved` and `needs`, which its fake sees as they are."""
+
+    def _checked(self, args: tuple) -> tuple[torch.device, Any]:
+        grad, *rest = args
+        tensors = [("grad", grad), *self.declared.tensors(rest[:-2])]
+        return _check.together([*tensors, *((f"saved[{i}]", t) for i, t in enumerate(rest[-2]))]), args
+
+
+class _Gradient(torch.autograd.Function):
+    """The forward with its backward; every op has a class of its own, with its name, `save` and `gradients`.
+
+    autograd.Function sees tensors only among its direct arguments and results: lists travel flat.
+    """
+
+    op: ClassVar[Op]
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        return super().apply(cls, *args)
+
+    @staticmethod
+    def forward(ctx: Any, cls: Any, run: Callable[..., Any], lengths: tuple[int, ...], *flat: Any) -> tuple:
+        args = cls.op.declared.unflat(flat, lengths)
+        with torch._C._AutoDispatchBelowAutograd():
+            results = run(*args)
+        result, saved = results if cls.op._saves else (results, [])
+        ctx.cls, ctx.lengths, ctx.chosen = cls, lengths, [variable.get() for variable in _CARRIED]
+        cls.save(ctx, args, saved)
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)
+        return (result, *saved)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
+        needs = ctx.needs_input_grad[3:]
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        tokens = [variable.set(value) for variable, value in zip(_CARRIED, ctx.chosen, strict=True)]
+        try:
+            with torch.no_grad():
+                found = ctx.cls.gradients(ctx, needs, grad)
+        finally:
+            for variable, token in zip(_CARRIED, tokens, strict=True):
+                variable.reset(token)
+        found = [*found, *[None] * (len(needs) - len(found))]
+        found = [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
+        if torch.is_grad_enabled():  # create_graph=True
+            depends_on = [t for t in (*ctx.saved_tensors, grad) if t is not None and t.requires_grad]
+            found = _Once.apply(ctx.cls.op.name, len(found), *found, *depends_on)
+        return (None, None, None, *found)
 
 
 def _refuse_tangents(name: str, leaves: Sequence[Any]) -> None:
@@ -280,38 +511,3 @@ def _unwatched(args: tuple) -> bool:
         elif isinstance(arg, list) and not all(type(entry) in _PLAIN for entry in arg if isinstance(entry, Tensor)):
             return False
     return True
-
-
-class _Call:
-    """One call: what computes it, and the nesting of its arguments and results, which autograd.Function takes flat."""
-
-    def __init__(self, run: Callable[..., Any], args: tuple):
-        self.run = run
-        self._arguments: pytree.TreeSpec | None = None
-        self._results: pytree.TreeSpec | None = None
-        self._single = False
-        self.flat: Sequence[Any] = args
-        if any(isinstance(arg, list) for arg in args):
-            self.flat, self._arguments = pytree.tree_flatten(args)
-
-    def nested(self, flat: Sequence[Any]) -> Sequence[Any]:
-        return flat if self._arguments is None else pytree.tree_unflatten(flat, self._arguments)
-
-    def flat_results(self, results: Any) -> Sequence[Tensor]:
-        self._single = isinstance(results, Tensor)
-        if self._single:
-            return (results,)
-        if not any(isinstance(result, list | tuple) for result in results):
-            return results
-        leaves, self._results = pytree.tree_flatten(results)
-        return leaves
-
-    def nested_results(self, leaves: Sequence[Tensor]) -> Any:
-        if self._single:
-            return leaves[0]
-        return leaves if self._results is None else pytree.tree_unflatten(list(leaves), self._results)
-
-
-def absent(like: torch.Tensor) -> torch.Tensor:
-    """Stands in a backward's results for a gradient nobody asked for; results must be tensors, and must not alias."""
-    return like.new_empty(0)

@@ -1,36 +1,224 @@
-"""LayerNorm by its formulas in plain PyTorch, for the `torch` backend's hand-written backward passes."""
+"""The primitives in plain PyTorch, by their formulas: the `torch` backend, for any device and floating-point dtype."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from sgmim_fast.ops import _check, products
+from sgmim_fast.ops.gather_patches import gather_patches
+from sgmim_fast.ops.plain_attention import (  # noqa: F401 - primitives
+    guidance_attention,
+    guidance_attention_backward,
+    window_attention,
+    window_attention_backward,
+)
+from sgmim_fast.ops.primitives import Gradients, Norm, NormGradient, NormGradients, Request, sum_dtype
+from sgmim_fast.ops.products import linear
+from sgmim_fast.ops.weights import weights_in
+
+LOOKS_AT_INDICES = False
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x (n, C) -> y (n, C) in x's dtype, and the statistics (2, n): mean and 1 / sqrt(var + eps)."""
-    wide = x.to(wide_dtype(x))
+def takes(request: Request) -> tuple[bool, str]:
+    return True, ""
+
+
+def batches_wgrads() -> bool:
+    return False
+
+
+def linears(xs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    return [linear(x, weight) for x, weight in zip(xs, weights, strict=True)]
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    hidden = linear(x, weight, bias)
+    return hidden, F.gelu(hidden)
+
+
+def linear_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, rows: Tensor, norm: tuple[Tensor, Tensor, float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    t = linear(x, weight, bias, residual=residual[rows].to(x.dtype))
+    *vectors, eps = norm
+    return t, *_layer_norm(t, *vectors, eps)
+
+
+def dgrads(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    return [products.dgrad(dy, weight) for dy, weight in zip(dys, weights, strict=True)]
+
+
+def dgrad_gelu(dy: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    h = hidden.to(sum_dtype(hidden.dtype))
+    density = (-0.5 * h * h).exp() * (2 * torch.pi) ** -0.5
+    dhidden = products.dgrad(dy, weight).to(h.dtype) * (torch.special.ndtr(h) + h * density)
+    return dhidden.to(hidden.dtype), F.gelu(hidden), dhidden.sum(0)
+
+
+def wgrads(dys: Sequence[Tensor], xs: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    return [products.wgrad(dy, x) for dy, x in zip(dys, xs, strict=True)]
+
+
+def layer_norms(norms: Sequence[Norm], eps: float, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    return [_normalised(norm, eps, dtype) for norm in norms]
+
+
+def _normalised(norm: Norm, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    y, statistics = _layer_norm(_rows(norm), norm.weight, norm.bias, eps, torch.promote_types(dtype, torch.float32))
+    return (y if norm.residual is None else y + norm.residual).to(dtype), statistics
+
+
+def _rows(norm: Norm | NormGradient) -> Tensor:
+    return norm.x if norm.rows is None else norm.x[norm.rows]
+
+
+def _layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """In `dtype`, or that of x."""
+    wide = x.to(sum_dtype(x.dtype))
     mean = wide.mean(-1)
     variance = (wide - mean[:, None]).square().mean(-1)
     statistics = torch.stack([mean, (variance + eps).rsqrt()])
-    return apply_norm(x, statistics, weight, bias), statistics
+    return _apply_norm(x, statistics, weight, bias, dtype or x.dtype), statistics
 
 
-def apply_norm(x: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _apply_norm(x: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """The forward's result again, from saved statistics."""
     xhat = (x.to(statistics.dtype) - statistics[0, :, None]) * statistics[1, :, None]
-    return (xhat * weight + bias).to(x.dtype)
+    return (xhat * weight + bias).to(dtype)
 
 
-def layer_norm_backward(dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias, in the statistics' dtype."""
-    mean, rstd = statistics[0, :, None], statistics[1, :, None]
-    dy = dy.to(statistics.dtype)
-    xhat = (x.to(statistics.dtype) - mean) * rstd
-    g = dy * weight
-    dx = (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True)) * rstd
-    return dx, (dy * xhat).sum(0), dy.sum(0)
+def layer_norms_backward(gradients: Sequence[NormGradient]) -> list[NormGradients]:
+    return [_layer_norm_backward(gradient) for gradient in gradients]
 
 
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """The dtype sums and statistics are kept in: float64 for float64, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _layer_norm_backward(g: NormGradient) -> NormGradients:
+    x, mean, rstd = _rows(g), g.statistics[0, :, None], g.statistics[1, :, None]
+    dy = (g.dy if g.more is None else g.dy + g.more).to(mean.dtype)
+    xhat = (x.to(mean.dtype) - mean) * rstd
+    slope = dy * g.weight
+    dx = (slope - slope.mean(-1, keepdim=True) - xhat * (slope * xhat).mean(-1, keepdim=True)) * rstd
+    if g.residual is not None:
+        dx = dx + g.residual
+    return NormGradients(
+        scattered(dx, g.x, g.rows) if g.rows is not None and g.wanted else dx.to(g.dy.dtype if g.sum_dx else dx.dtype),
+        _apply_norm(x, g.statistics, g.weight, g.bias, g.dy.dtype) if g.again else None,
+        (dy * xhat).sum(0),
+        dy.sum(0),
+        *([g.residual.sum(0, dtype=mean.dtype)] if g.sum_residual else [None]),
+        *([dx.sum(0)] if g.sum_dx else [None]),
+    )
+
+
+def scattered(dx: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+    """The gradient of some rows as the gradient of all."""
+    return torch.zeros(x.shape, dtype=x.dtype, device=x.device).index_copy_(0, rows, dx.to(x.dtype))
+
+
+def column_sums(xs: Sequence[Tensor]) -> list[Tensor]:
+    return [x.sum(0, dtype=sum_dtype(x.dtype)) for x in xs]
+
+
+def finish(sums: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    return [total.to(dtype, copy=True) for total, dtype in zip(sums, dtypes, strict=True)]
+
+
+def embedded(cells: Any) -> int:
+    return min(len(cells.w.merge_weights), 1)
+
+
+def embed(cells: Any, weight: Tensor | None, eps: float) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    w = cells.w
+    tokens, statistics = _layer_norm(_embedded(cells)[0], w.norm_weight, w.norm_bias, eps)
+    tokens = _with_hidden(cells, tokens)
+    if weight is None:
+        return tokens, [], [statistics]
+    vectors = w.merge_norm_weights[0], w.merge_norm_biases[0]
+    y, merged = _layer_norm(tokens.view(-1, weight.shape[1]), *vectors, eps)
+    return linear(y, weight), [], [statistics, merged]
+
+
+def _embedded(cells: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The embedded patches, their pixels, and the weight."""
+    weight, bias = weights_in(cells.dtype, cells.w.embed_weight, cells.w.embed_bias)
+    pixels = cells.patches()
+    return linear(pixels, weight.flatten(1), bias), pixels, weight.flatten(1)
+
+
+def _with_hidden(cells: Any, tokens: Tensor) -> Tensor:
+    return torch.cat([tokens, tokens.new_zeros(cells.per_cell, tokens.shape[1])])
+
+
+def embed_backward(
+    dx: Tensor, cells: Any, weight: Tensor | None, inputs: list[Tensor], statistics: list[Tensor], gradients: Gradients
+) -> Tensor | None:
+    w, (tokens, pixels, embed_weight) = cells.w, _embedded(cells)
+    if weight is not None:
+        normed = _with_hidden(cells, _apply_norm(tokens, statistics[0], w.norm_weight, w.norm_bias, tokens.dtype))
+        vectors = w.merge_norm_weights[0], w.merge_norm_biases[0]
+        dy = products.dgrad(dx, weight)
+        merged = _layer_norm_backward(NormGradient(dy, normed.view(-1, weight.shape[1]), statistics[1], *vectors))
+        gradients.weight("merge_weights[0]", dx, merged.y)
+        gradients.norm("merge_norm_weights[0]", "merge_norm_biases[0]", merged)
+        dx = merged.dx.to(dx.dtype).view(-1, tokens.shape[1])
+    dy = dx[: tokens.shape[0]]
+    norm = _layer_norm_backward(NormGradient(dy, tokens, statistics[0], w.norm_weight, w.norm_bias, sum_dx=True))
+    gradients.norm("norm_weight", "norm_bias", norm)
+    gradients.sums({"embed_bias": norm.dx_sum})
+    gradients.weight("embed_weight", norm.dx, pixels)
+    return products.dgrad(norm.dx, embed_weight) if "structure" in gradients else None
+
+
+def place_tokens(
+    tokens: Tensor, visible: Tensor, token: Tensor, norm: tuple[Tensor, Tensor] | None, eps: float,
+    rows: int, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    statistics = None
+    if norm is not None:
+        tokens, statistics = _layer_norm(tokens, *norm, eps)
+    return token.to(dtype).repeat(rows, 1).index_copy_(0, visible, tokens.to(dtype)), statistics
+
+
+def place_tokens_backward(
+    dout: Tensor, tokens: Tensor | None, statistics: Tensor | None, visible: Tensor,
+    norm: tuple[Tensor, Tensor] | None, dtype: torch.dtype,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    hidden = torch.ones(dout.shape[0], dtype=torch.bool, device=dout.device).index_fill_(0, visible, False)
+    dtokens, wide = dout[visible], sum_dtype(dout.dtype)
+    sums = {"mask_token": dout.where(hidden[:, None], 0).sum(0, dtype=wide)}
+    if norm is not None:
+        found = _layer_norm_backward(NormGradient(dtokens, tokens, statistics, *norm))
+        dtokens, sums = found.dx, sums | {"norm_weight": found.weight, "norm_bias": found.bias}
+    return dtokens.to(dtype), sums | {"bias": dtokens.sum(0, dtype=wide)}
+
+
+def linear_l1(a: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+    exact = sum_dtype(a.x.dtype)
+    _check.rows("rows", a.rows, a.target.shape[0] * (a.target.shape[2] // a.cell) * (a.target.shape[3] // a.cell))
+    prediction = linear(operand(a, weight.dtype), weight, a.bias).to(exact)
+    difference = prediction - gather_patches(a.target.detach().to(exact), a.rows, cell=a.cell, patch=a.cell)
+    if a.valid is not None:
+        difference = torch.where(gather_patches(a.valid, a.rows, cell=a.cell, patch=a.cell), difference, 0)
+    return difference.abs().sum() * a.scale, difference.sign().to(torch.int8)
+
+
+def linear_l1_backward(grad: Tensor, a: Any, weight: Tensor, signs: Tensor, gradients: Gradients) -> None:
+    # The signs go through the gemms as they are, exact in every dtype; the scalar is applied to the results.
+    grad, s = grad * a.scale, signs.to(weight.dtype)
+    if "x" in gradients:
+        dx = products.dgrad(s, weight).to(grad.dtype) * grad
+        gradients["x"] = dx if a.packed else scattered(dx, a.x, a.rows)
+    if "weight" in gradients:
+        gradients["weight"] = products.wgrad(s, operand(a, weight.dtype)).to(grad.dtype) * grad
+    gradients["bias"] = signs.sum(0, dtype=grad.dtype) * grad
+
+
+def operand(a: Any, dtype: torch.dtype) -> Tensor:
+    """The rows of tokens that `linear_l1` multiplies, contiguous and in the dtype of the gemms."""
+    return (a.x if a.packed else a.x[a.rows]).to(dtype).contiguous()

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sgmim_fast.ops import _check
 from sgmim_fast.ops._op import Op
+
+
+class Arguments(NamedTuple):
+    """Of the op, as of `gather_patches`."""
+
+    pixels: Tensor
+    rows: Tensor
+    cell: int
+    patch: int
+    zorder: bool
+
+
+class BackwardArguments(NamedTuple):
+    """Of its backward."""
+
+    grad: Tensor
+    rows: Tensor
+    shape: list[int]  # of the pixels
+    cell: int
+    patch: int
+    zorder: bool
 
 
 def gather_patches(pixels: Tensor, rows: Tensor, *, cell: int, patch: int, order: str = "raster") -> Tensor:
@@ -38,7 +59,8 @@ def gather_patches(pixels: Tensor, rows: Tensor, *, cell: int, patch: int, order
     return _op(pixels, rows, cell, patch, order == "z")
 
 
-def _check_arguments(pixels: Tensor, rows: Tensor, cell: int, patch: int, zorder: bool) -> None:
+def _check_arguments(a: Arguments) -> None:
+    pixels, rows, cell, patch, zorder = a
     if cell < 1 or patch < 1 or cell % patch:
         raise ValueError(f"patch is {patch} and cell {cell}; expected positive numbers, patch a divisor of cell")
     _check.cells("pixels", pixels, cell)
@@ -88,14 +110,14 @@ def _backward(grad: Tensor, rows: Tensor, shape: list[int], cell: int, patch: in
 
 _op = Op(
     "gather_patches",
-    "(Tensor pixels, Tensor rows, SymInt cell, SymInt patch, bool zorder) -> Tensor",
-    forward=_forward,
-    fake=lambda pixels, rows, cell, patch, zorder: pixels.new_empty(_packed_shape(pixels, rows, cell, patch)),
+    Arguments,
+    _forward,
+    fake=lambda a: a.pixels.new_empty(_packed_shape(a.pixels, a.rows, a.cell, a.patch)),
     check=_check_arguments,
 )
 
 
-def _save(ctx: Any, inputs: tuple, _: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple, _: list[Tensor]) -> None:
     pixels, rows, *ctx.sizes = inputs
     ctx.shape = pixels.shape
     ctx.save_for_backward(rows)
@@ -107,11 +129,7 @@ def _gradients(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
 
 
 _op.differentiable(
-    "(Tensor grad, Tensor rows, SymInt[] shape, SymInt cell, SymInt patch, bool zorder) -> Tensor",
-    backward=_backward,
-    fake=lambda grad, rows, shape, cell, patch, zorder: grad.new_empty(shape),
-    save=_save,
-    gradients=_gradients,
+    BackwardArguments, _backward, fake=lambda a: a.grad.new_empty(a.shape), save=_save, gradients=_gradients
 )
 
 # For the backward of ops that gather: (grad, rows, shape, cell, patch, zorder) -> the map's gradient.

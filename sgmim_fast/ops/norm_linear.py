@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sgmim_fast.ops import _check, products
-from sgmim_fast.ops._op import Op, absent
-from sgmim_fast.ops._plain import apply_norm, layer_norm, layer_norm_backward, wide_dtype
+from sgmim_fast.ops import _check
+from sgmim_fast.ops._op import Op
+from sgmim_fast.ops.primitives import (
+    Gradients,
+    Primitives,
+    Request,
+    normalized,
+    normalized_backward,
+    result_dtype,
+    storage_dtype,
+    sum_dtype,
+)
+from sgmim_fast.ops.weights import weights_in
+
+
+class Arguments(NamedTuple):
+    """Of the op, as of `norm_linear`, with x and residual flattened to rows."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    residual: Tensor | None
+    eps: float
+    dtype: torch.dtype | None
 
 
 def norm_linear(
@@ -47,137 +70,70 @@ def norm_linear(
     return out.unflatten(0, x.shape[:-1])
 
 
-def _check_arguments(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    dtype: torch.dtype | None,
-) -> None:
-    check_rows(x)
-    _check.parameter("weight", weight, (None, x.shape[1]), "(out, channels of x)")
-    _check.parameter("bias", bias, (weight.shape[0],), "(out,)")
-    check_norm(x, norm_weight, norm_bias)
-    _check.parameter("residual", residual, (x.shape[0], weight.shape[0]), "(rows of x, out)")
-    _check.same_dtype("x", x, "weight", weight, dtype)
+def _check_arguments(a: Arguments) -> None:
+    _check.parameter("x", a.x, (None, None), "(rows, channels)")
+    check_norm(a)
+    _check.parameter("weight", a.weight, (None, a.x.shape[1]), "(out, channels of x)")
+    _check.parameter("bias", a.bias, (a.weight.shape[0],), "(out,)")
+    _check.parameter("residual", a.residual, (a.x.shape[0], a.weight.shape[0]), "(rows of x, out)")
+    _check.same_dtype("x", a.x, "weight", a.weight, a.dtype)
 
 
-def check_rows(x: Tensor) -> None:
-    _check.parameter("x", x, (None, None), "(rows, channels)")
-
-
-def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    if (weight is None) != (bias is None):
+def check_norm(a: Any) -> None:
+    """Of the norm, which may be none."""
+    if (a.norm_weight is None) != (a.norm_bias is None):
         raise ValueError("norm_weight and norm_bias: expected both or neither")
-    for name, vector in (("norm_weight", weight), ("norm_bias", bias)):
-        _check.parameter(name, vector, (x.shape[-1],), "(channels of x,)")
+    for name in ("norm_weight", "norm_bias"):
+        _check.parameter(name, getattr(a, name), (a.x.shape[-1],), "(channels of x,)")
 
 
-def storage_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """What products are done in."""
-    return products.compute_dtype(dtype or x.dtype, x.device)
+def fake_norm(a: Any) -> list[Tensor]:
+    """What is saved of the norm, if there is one: statistics, and its argument where it comes after the layers."""
+    if a.norm_weight is None:
+        return []
+    rows = a.x.numel() // a.x.shape[-1]
+    statistics = a.x.new_empty(2, rows, dtype=sum_dtype(a.x.dtype))
+    if not getattr(a, "post_norm", False):
+        return [statistics]
+    return [statistics, a.x.new_empty(rows, a.x.shape[-1], dtype=storage_dtype(a.x, a.dtype))]
 
 
-def result_dtype(x: Tensor, residual: Tensor | None, dtype: torch.dtype | None) -> torch.dtype:
-    """As of the sum in PyTorch."""
-    wanted = dtype or x.dtype
-    return wanted if residual is None else torch.promote_types(wanted, residual.dtype)
+def request(a: Any) -> Request:
+    return Request((a.x.dtype, a.dtype or a.x.dtype), (a.x.shape[-1],))
 
 
-def normalized(x: Tensor, statistics: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What the product reads, again."""
-    return (x if weight is None else apply_norm(x.to(dtype), statistics, weight, bias)).to(dtype)
+def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
+    storage = storage_dtype(a.x, a.dtype)
+    y, statistics = normalized(p, a.x, a.norm_weight, a.norm_bias, a.eps, storage)
+    weight, bias = weights_in(storage, a.weight, a.bias)
+    return p.linear(y, weight, bias, residual=a.residual, dtype=result_dtype(a.x, a.residual, a.dtype)), statistics
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    y, statistics = x.to(storage_dtype(x, dtype)), absent(x)
-    if norm_weight is not None:
-        y, statistics = layer_norm(y, norm_weight, norm_bias, eps)
-    return products.linear(y, weight, bias, residual).to(result_dtype(x, residual, dtype)), statistics
+def _backward(p: Primitives, a: Arguments, statistics: list[Tensor], grad: Tensor, gradients: Gradients) -> None:
+    storage, dy = storage_dtype(a.x, a.dtype), None
+    grad = grad.to(storage).contiguous()
+    if "bias" in gradients:
+        gradients.sums({"bias": p.column_sums([grad])[0]})
+    if "x" in gradients or a.norm_weight is not None:
+        (weight,) = weights_in(storage, a.weight, last=True)
+        (dy,) = p.dgrads([grad], [weight])
+    y = normalized_backward(p, dy, a.x, statistics, a, gradients, storage, again="weight" in gradients)
+    gradients.weight("weight", grad, y)
 
 
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    statistics: Tensor,
-    needs: list[bool],
-    dtype: torch.dtype | None,
-) -> list[Tensor]:
-    grad = grad.to(storage_dtype(x, dtype))
-    dx = products.linear_input_gradient(grad, weight)
-    y = normalized(x, statistics, norm_weight, norm_bias, grad.dtype)
-    dnorm_weight = dnorm_bias = dx
-    if norm_weight is not None:
-        dx, dnorm_weight, dnorm_bias = layer_norm_backward(dx, x.to(grad.dtype), statistics, norm_weight)
-    dweight = products.linear_weight_gradient(grad, y) if needs[1] else grad
-    dbias = grad.sum(0, dtype=wide_dtype(grad))
-    return collect(x, weight, needs, [dx, dweight, dbias, dnorm_weight, dnorm_bias], norm_weight)
-
-
-def collect(
-    x: Tensor, weight: Tensor, needs: list[bool], grads: list[Tensor], norm_weight: Tensor | None
-) -> list[Tensor]:
-    """Each wanted gradient in its input's dtype: of x, weight, bias and the norm's two."""
-    norm = x if norm_weight is None else norm_weight
-    return [
-        grad.to(like.dtype, copy=grad.ndim == 1).contiguous() if need else absent(like)
-        for like, need, grad in zip((x, weight, weight, norm, norm), needs, grads, strict=True)
-    ]
-
-
-def _fake(x, weight, bias, norm_weight, norm_bias, residual, eps, dtype):
-    wide = wide_dtype(x)
-    statistics = absent(x) if norm_weight is None else x.new_empty(2, x.shape[0], dtype=wide)
-    return x.new_empty(x.shape[0], weight.shape[0], dtype=result_dtype(x, residual, dtype)), statistics
+def _fake(a: Arguments) -> tuple[Tensor, list[Tensor]]:
+    out = a.x.new_empty(a.x.shape[0], a.weight.shape[0], dtype=result_dtype(a.x, a.residual, a.dtype))
+    return out, fake_norm(a)
 
 
 _op = Op(
     "norm_linear",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, float eps, "
-    "ScalarType? dtype) -> (Tensor, Tensor)",
-    forward=_forward,
+    Arguments,
+    _forward,
+    backward=_backward,
     fake=_fake,
     check=_check_arguments,
-)
-
-
-def _save(ctx: Any, inputs: tuple, results: tuple) -> None:
-    x, weight, _, norm_weight, norm_bias, residual, _, ctx.dtype = inputs
-    ctx.residual_dtype = None if residual is None else residual.dtype
-    ctx.save_for_backward(x, weight, norm_weight, norm_bias, results[1])
-
-
-def _gradients(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
-    grads = _op.backward(grad, *ctx.saved_tensors, list(needs[:5]), ctx.dtype)
-    return *grads, None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
-
-
-def _fake_backward(grad, x, weight, norm_weight, norm_bias, statistics, needs, dtype):
-    norm = x if norm_weight is None else norm_weight
-    shapes = ((x, x.shape), (weight, weight.shape), (weight, weight.shape[:1]), *[(norm, x.shape[1:])] * 2)
-    return [like.new_empty(shape) if need else absent(like) for (like, shape), need in zip(shapes, needs, strict=True)]
-
-
-_op.differentiable(
-    "(Tensor grad, Tensor x, Tensor weight, Tensor? norm_weight, Tensor? norm_bias, Tensor statistics, bool[] needs, "
-    "ScalarType? dtype) -> Tensor[]",
-    backward=_backward,
-    fake=_fake_backward,
-    save=_save,
-    gradients=_gradients,
+    request=request,
+    saves=True,
+    added="residual",
 )

@@ -57,16 +57,6 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def copies(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The weights in the dtype of the products, for forward and backward; [] where all are in it as they are."""
-    return [weight.to(dtype, copy=True) for weight in weights] if any(w.dtype != dtype for w in weights) else []
-
-
-def fake_copies(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Shapes of `copies`."""
-    return [w.new_empty(w.shape, dtype=dtype) for w in weights] if any(w.dtype != dtype for w in weights) else []
-
-
 @functools.cache
 def _has_onednn() -> bool:
     """Whether `mkldnn::_linear_pointwise` is there and computes what `linear` does."""
@@ -97,27 +87,29 @@ def _use_onednn(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 and _has_onednn()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """x (n, i) . weight (o, i)^T + bias (o,) + residual (n, o) -> (n, o); weight and bias are cast to x's dtype.
-
-    In x's dtype; with a residual in the wider one of the two.
-    """
-    weight = weight.to(x.dtype)
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x (n, i) . weight (o, i)^T + bias (o,) + residual (n, o) in `dtype`, that of x if None; bias is cast to x's."""
     bias = None if bias is None else bias.to(x.dtype)
     product = _onednn(x, weight, bias) if _use_onednn(x) else torch.nn.functional.linear(x, weight, bias)
-    if residual is None:
-        return product
-    narrower = torch.promote_types(x.dtype, residual.dtype) != x.dtype
-    return product + residual if narrower else product.add_(residual)  # in place is faster than oneDNN's own "add"
+    if residual is not None:
+        narrower = torch.promote_types(x.dtype, residual.dtype) != x.dtype
+        product = product + residual if narrower else product.add_(residual)  # in place: faster than oneDNN's "add"
+    return product if dtype is None else product.to(dtype)
 
 
-def linear_input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
+def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
     """dy (n, o) . weight (o, i) -> (n, i)."""
-    weight = weight.to(dy.dtype)
     return _onednn(dy, weight.t()) if _use_onednn(dy) else dy @ weight
 
 
-def linear_weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+def wgrad(dy: Tensor, x: Tensor) -> Tensor:
     """dy (n, o)^T . x (n, i) -> (o, i)."""
     # For a few columns (a patch of 16 pixels) the transposed copies cost more than the product.
     if _use_onednn(dy) and _mkl_is_slow() and x.shape[1] >= 64:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from sgmim_fast.ops import _check, products
-from sgmim_fast.ops._op import Op, absent
-from sgmim_fast.ops._plain import apply_norm, layer_norm, layer_norm_backward, wide_dtype
+from sgmim_fast.ops import _check
+from sgmim_fast.ops._op import Op
+from sgmim_fast.ops.primitives import (
+    Gradients,
+    Norm,
+    NormGradient,
+    Packed,
+    Primitives,
+    Request,
+    storage_dtype,
+    sum_dtype,
+)
+from sgmim_fast.ops.weights import weights_in
 from sgmim_fast.rows import Rows
 
 
@@ -47,23 +57,41 @@ class Saved(NamedTuple):
     query_statistics: Tensor  # (2, visible) mean and 1 / standard deviation
     context_statistics: Tensor  # (2, shown + 1)
     out_statistics: Tensor  # (2, visible)
-    copies: list[Tensor]  # of the linear weights in the dtype of the products, where that is another
-
-    def flat(self) -> list[Tensor]:
-        return [*self[:-1], *self.copies]
-
-    @classmethod
-    def nested(cls, flat: list[Tensor]) -> Saved:
-        k = len(cls._fields) - 1
-        return cls(*flat[:k], list(flat[k:]))
 
 
 LINEAR = ("q_weight", "k_weight", "v_weight", "proj_weight", "fc1_weight", "fc2_weight")
+ROWS = ("visible.index", "visible.offsets", "shown.index", "shown.offsets")
 
 
-def linear_weights(w: GuidanceParameters, copies: list[Tensor]) -> GuidanceParameters:
-    """The parameters with the copies in place of the linear weights, where there are any."""
-    return w._replace(**dict(zip(LINEAR, copies, strict=True))) if copies else w
+class RowLists(NamedTuple):
+    """The fields of two `Rows`."""
+
+    visible: Tensor
+    visible_offsets: Tensor
+    shown: Tensor
+    shown_offsets: Tensor
+
+    @classmethod
+    def names(cls, _: int) -> Sequence[str]:
+        return ROWS
+
+
+class Arguments(NamedTuple):
+    """Of the op, as of `relational_guidance`."""
+
+    features: Tensor
+    structure: Tensor
+    parameters: GuidanceParameters
+    rows: RowLists
+    cells: int
+    heads: int
+    keep_hidden: bool
+    eps: float
+    dtype: torch.dtype | None
+
+    @property
+    def packed(self) -> Packed:
+        return Packed(*(r.contiguous() for r in self.rows), self.cells, self.heads, self.keep_hidden)
 
 
 def relational_guidance(
@@ -109,38 +137,20 @@ def relational_guidance(
     return _op(features, structure, list(parameters), rows, cells, heads, keep, eps, None)[0]
 
 
-ROWS = ("visible.index", "visible.offsets", "shown.index", "shown.offsets")
-
-
-def _check_arguments(
-    features: Tensor,
-    structure: Tensor,
-    parameters: list[Tensor],
-    rows: list[Tensor],
-    cells: int,
-    heads: int,
-    keep: bool,
-    eps: float,
-    dtype: torch.dtype | None,
-) -> None:
-    if len(parameters) != len(GuidanceParameters._fields) or len(rows) != len(ROWS):
-        raise ValueError(
-            f"parameters and rows have {len(parameters)} and {len(rows)} tensors; expected "
-            f"{len(GuidanceParameters._fields)} and {len(ROWS)}"
-        )
-    for name, list_of_rows in zip(ROWS, rows, strict=True):
+def _check_arguments(a: Arguments) -> None:
+    for name, list_of_rows in zip(ROWS, a.rows, strict=True):
         _check.index(name, list_of_rows)
-    w = GuidanceParameters(*parameters)
+    features, w = a.features, a.parameters
     _check.shape("q_weight", w.q_weight, (None, None), "(width, width)")
     _check.parameter("features", features, (None, w.q_weight.shape[1]), "(cells of the batch, width)")
     count, width = features.shape
-    _check.parameter("structure", structure, (rows[2].shape[0] + 1, width), "(shown cells + 1, width)")
-    images = rows[1].shape[0] - 1
-    _check.shape("shown.offsets", rows[3], (images + 1,), "(images + 1,), as visible.offsets")
-    if images < 1 or count != images * cells:
+    _check.parameter("structure", a.structure, (a.rows.shown.shape[0] + 1, width), "(shown cells + 1, width)")
+    images = a.rows.visible_offsets.shape[0] - 1
+    _check.shape("shown.offsets", a.rows.shown_offsets, (images + 1,), "(images + 1,), as visible.offsets")
+    if images < 1 or count != images * a.cells:
         raise ValueError(f"features has {count} rows for {images} images; expected as many for each image")
-    if heads < 1 or width % heads:
-        raise ValueError(f"heads is {heads}; expected a divisor of the width {width}")
+    if a.heads < 1 or width % a.heads:
+        raise ValueError(f"heads is {a.heads}; expected a divisor of the width {width}")
     _check.shape("fc1_weight", w.fc1_weight, (None, width), "(hidden, width of features)")
     hidden = w.fc1_weight.shape[0]
     vector, square = ((width,), "(width of features,)"), ((width, width), "(width of features, the same)")
@@ -152,256 +162,99 @@ def _check_arguments(
     for name, tensor in zip(w._fields, w, strict=True):
         _check.parameter(name, tensor, *(others.get(name) or (square if name in LINEAR else vector)))
     for name in LINEAR:
-        _check.same_dtype("features", features, name, getattr(w, name), dtype)
-    _check.same_dtype("features", features, "structure", structure, dtype)
+        _check.same_dtype("features", features, name, getattr(w, name), a.dtype)
+    _check.same_dtype("features", features, "structure", a.structure, a.dtype)
 
 
-def storage_dtype(features: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """What products are done in and activations saved in."""
-    return products.compute_dtype(dtype or features.dtype, features.device)
-
-
-class _Attention:
-    """The packed attention on the full grid of cells: (images, heads, cells, cells + 1), shown keys and the hidden one.
-
-    No size depends on the data, so nothing waits for the device; the kernels of the other backends stay packed.
-    """
-
-    def __init__(self, rows: list[Tensor], cells: int, heads: int, keep: bool, width: int, dtype: torch.dtype):
-        self.visible, self.visible_offsets, self.shown, shown_offsets = rows
-        self.images, self.cells, self.heads = self.visible_offsets.shape[0] - 1, cells, heads
-        self.scale = (width // heads) ** -0.5
-        hidden = (cells - shown_offsets.diff()).to(dtype)[:, None]
-        bias = torch.full((self.images * cells,), -torch.inf, dtype=dtype, device=self.shown.device)
-        bias.index_fill_(0, self.shown, 0.0)  # `bias[...] = 0.0` would copy the number to the device, and wait
-        last = hidden.log() if keep else torch.full_like(hidden, -torch.inf)
-        self.bias = torch.cat([bias.view(self.images, cells), last], 1)[:, None, None]
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
-
-    def spread(self, x: Tensor, at: Tensor) -> Tensor:
-        """Packed rows (n, C) onto the grid (images, heads, cells, d), zero elsewhere."""
-        grid = x.new_zeros(self.images * self.cells, x.shape[1])
-        grid[at] = x
-        return self._split(grid.view(self.images, self.cells, -1))
-
-    def keys(self, x: Tensor) -> Tensor:
-        """(shown + 1, C) -> (images, heads, cells + 1, d), the hidden cells' row last."""
-        last = self._split(x[-1:])[None].expand(self.images, -1, -1, -1)
-        return torch.cat([self.spread(x[:-1], self.shown), last], 2)
-
-    def pack(self, grid: Tensor, at: Tensor) -> Tensor:
-        """(images, heads, cells, d) -> the rows `at`, (n, C)."""
-        return grid.transpose(1, 2).reshape(self.images * self.cells, -1)[at]
-
-    def pack_keys(self, grid: Tensor) -> Tensor:
-        last = grid[:, :, -1].sum(0).reshape(1, -1)
-        return torch.cat([self.pack(grid[:, :, :-1], self.shown), last])
-
-    def probabilities(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Softmax over the keys, 0 where there is none, and its log-sum."""
-        logits = q @ k.mT * self.scale + self.bias
-        lse = logits.logsumexp(-1, keepdim=True)
-        lse = torch.where(lse.isfinite(), lse, 0)
-        return (logits - lse).exp(), lse
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        p, lse = self.probabilities(self.spread(q, self.visible), self.keys(k))
-        return self.pack(p @ self.keys(v), self.visible), self.pack(lse, self.visible)
-
-    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, dout = self.spread(q, self.visible), self.keys(k), self.keys(v), self.spread(dout, self.visible)
-        p, _ = self.probabilities(q, k)
-        dp = dout @ v.mT
-        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * self.scale
-        return self.pack(ds @ k, self.visible), self.pack_keys(ds.mT @ q), self.pack_keys(p.mT @ dout)
-
-
-def _forward(
-    features: Tensor,
-    structure: Tensor,
-    parameters: list[Tensor],
-    rows: list[Tensor],
-    cells: int,
-    heads: int,
-    keep: bool,
-    eps: float,
-    dtype: torch.dtype | None,
-) -> tuple[Tensor, list[Tensor]]:
-    _check.image_rows("visible", *rows[:2], cells)
-    _check.image_rows("shown", *rows[2:], cells)
-    w = GuidanceParameters(*parameters)
-    storage = storage_dtype(features, dtype)
-    copies = products.copies([getattr(w, name) for name in LINEAR], storage)
-    w = linear_weights(w, copies)
-    x, context = features[rows[0]].to(storage), structure.to(storage)
-    query, query_statistics = layer_norm(x, w.query_norm_weight, w.query_norm_bias, eps)
-    context, context_statistics = layer_norm(context, w.context_norm_weight, w.context_norm_bias, eps)
-    q, k, v = (
-        products.linear(y, weight) for y, weight in ((query, w.q_weight), (context, w.k_weight), (context, w.v_weight))
+def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
+    w, storage, packed = a.parameters, storage_dtype(a.features, a.dtype), a.packed
+    wq, wk, wv, wproj, w1, w2, bproj, b1, b2 = weights_in(
+        storage, *(getattr(w, name) for name in LINEAR), w.proj_bias, w.fc1_bias, w.fc2_bias
     )
-    wide = wide_dtype(x)
-    attention = _Attention(rows, cells, heads, keep, features.shape[1], wide)
-    attended, lse = attention.forward(q.to(wide), k.to(wide), v.to(wide))
-    attended = attended.to(storage)
-    t = x + products.linear(attended, w.proj_weight, w.proj_bias)
-    y, out_statistics = layer_norm(t, w.out_norm_weight, w.out_norm_bias, eps)
-    hidden = products.linear(y, w.fc1_weight, w.fc1_bias)
-    out = t + products.linear(F.gelu(hidden), w.fc2_weight, w.fc2_bias)
-    saved = Saved(q, k, v, attended, lse, t, hidden, query_statistics, context_statistics, out_statistics, copies)
-    return out.to(dtype or features.dtype, copy=True), saved.flat()
-
-
-def _backward(
-    grad: Tensor,
-    features: Tensor,
-    structure: Tensor,
-    parameters: list[Tensor],
-    rows: list[Tensor],
-    saved: list[Tensor],
-    cells: int,
-    heads: int,
-    keep: bool,
-    needs: list[bool],
-    dtype: torch.dtype | None,
-) -> list[Tensor]:
-    s = Saved.nested(saved)
-    w = linear_weights(GuidanceParameters(*parameters), s.copies)
-    storage, wide = s.q.dtype, s.out_statistics.dtype
-    grad = grad.to(storage)
-    x, context = features[rows[0]].to(storage), structure.to(storage)
-    y = apply_norm(s.t, s.out_statistics, w.out_norm_weight, w.out_norm_bias)
-
-    activated = F.gelu(s.hidden)
-    dfc2 = products.linear_weight_gradient(grad, activated)
-    dhidden = products.linear_input_gradient(grad, w.fc2_weight).to(wide)
-    h = s.hidden.to(wide)
-    density = (-0.5 * h * h).exp() * (2 * torch.pi) ** -0.5
-    dhidden = dhidden * (torch.special.ndtr(h) + h * density)
-    dfc1_bias, dhidden = dhidden.sum(0), dhidden.to(storage)
-    dfc1 = products.linear_weight_gradient(dhidden, y)
-    dt, dout_norm, dout_norm_bias = layer_norm_backward(
-        products.linear_input_gradient(dhidden, w.fc1_weight), s.t, s.out_statistics, w.out_norm_weight
-    )
-    dt = dt + grad
-    dproj_bias, dt = dt.sum(0), dt.to(storage)
-    dproj = products.linear_weight_gradient(dt, s.attended)
-    dattended = products.linear_input_gradient(dt, w.proj_weight)
-    attention = _Attention(rows, cells, heads, keep, features.shape[1], wide)
-    dq, dk, dv = (
-        d.to(storage) for d in attention.backward(dattended.to(wide), s.q.to(wide), s.k.to(wide), s.v.to(wide))
-    )
-    query = apply_norm(x, s.query_statistics, w.query_norm_weight, w.query_norm_bias)
-    normed = apply_norm(context, s.context_statistics, w.context_norm_weight, w.context_norm_bias)
-    dquery = products.linear_input_gradient(dq, w.q_weight)
-    dx, dquery_norm, dquery_norm_bias = layer_norm_backward(dquery, x, s.query_statistics, w.query_norm_weight)
-    dnormed = products.linear_input_gradient(dk, w.k_weight) + products.linear_input_gradient(dv, w.v_weight)
-    dstructure, dcontext_norm, dcontext_norm_bias = layer_norm_backward(
-        dnormed, context, s.context_statistics, w.context_norm_weight
-    )
-    return collect(
-        [features, structure, *parameters],
-        needs,
-        [
-            scatter(dx + dt, features, rows[0]),
-            dstructure,
-            dquery_norm,
-            dquery_norm_bias,
-            dcontext_norm,
-            dcontext_norm_bias,
-            products.linear_weight_gradient(dq, query),
-            products.linear_weight_gradient(dk, normed),
-            products.linear_weight_gradient(dv, normed),
-            dproj,
-            dproj_bias,
-            dout_norm,
-            dout_norm_bias,
-            dfc1,
-            dfc1_bias,
-            dfc2,
-            grad.sum(0, dtype=wide),
-        ],
-    )
-
-
-def scatter(dx: Tensor, features: Tensor, visible: Tensor) -> Tensor:
-    """The visible rows' gradient as the gradient of all features."""
-    return torch.zeros(features.shape, dtype=features.dtype, device=features.device).index_copy_(
-        0, visible, dx.to(features.dtype)
-    )
-
-
-def collect(inputs: list[Tensor], needs: list[bool], grads: list[Tensor]) -> list[Tensor]:
-    """Each wanted gradient in its input's dtype, and an empty tensor for every other."""
-    return [
-        # vectors may be rows of one tensor of sums; results of an op must not share memory
-        grad.to(t.dtype, copy=grad.ndim == 1).contiguous() if need else absent(t)
-        for t, need, grad in zip(inputs, needs, grads, strict=True)
+    norms = [
+        Norm(a.features, w.query_norm_weight, w.query_norm_bias, packed.visible),
+        Norm(a.structure, w.context_norm_weight, w.context_norm_bias),
     ]
+    (query, query_statistics), (context, context_statistics) = p.layer_norms(norms, a.eps, storage)
+    q, k, v = p.linears([query, context, context], [wq, wk, wv])
+    attended, lse = p.guidance_attention(q, k, v, packed)
+    norm = w.out_norm_weight, w.out_norm_bias, a.eps
+    t, y, out_statistics = p.linear_norm(attended, wproj, bproj, a.features, packed.visible, norm)
+    hidden, activated = p.linear_gelu(y, w1, b1)
+    out = p.linear(activated, w2, b2, residual=t, dtype=a.dtype or a.features.dtype)
+    saved = Saved(q, k, v, attended, lse, t, hidden, query_statistics, context_statistics, out_statistics)
+    return out, list(saved)
 
 
-def _fake(features, structure, parameters, rows, cells, heads, keep, eps, dtype):
-    w = GuidanceParameters(*parameters)
-    storage, wide = storage_dtype(features, dtype), wide_dtype(features)
-    visible, shown, width = rows[0].shape[0], structure.shape[0], features.shape[1]
+def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gradients: Gradients) -> None:
+    w, s, packed = a.parameters, Saved(*saved), a.packed
+    wq, wk, wv, wproj, w1, w2 = weights_in(s.q.dtype, *(getattr(w, name) for name in LINEAR), last=True)
+    grad = grad.to(s.q.dtype).contiguous()
+    # MLP
+    dhidden, activated, fc1_bias = p.dgrad_gelu(grad, w2, s.hidden)
+    gradients.weight("fc2_weight", grad, activated)
+    del activated
+    (dy,) = p.dgrads([dhidden], [w1])
+    norm = NormGradient(dy, s.t, s.out_statistics, w.out_norm_weight, w.out_norm_bias, residual=grad)
+    (out,) = p.layer_norms_backward([norm._replace(sum_residual=True, sum_dx=True)])
+    gradients.weight("fc1_weight", dhidden, out.y)
+    gradients.norm("out_norm_weight", "out_norm_bias", out)
+    gradients.sums({"fc1_bias": fc1_bias, "fc2_bias": out.residual, "proj_bias": out.dx_sum})
+    dt = out.dx
+    del dhidden, out, norm, dy
+    # attention
+    gradients.weight("proj_weight", dt, s.attended)
+    (dattended,) = p.dgrads([dt], [wproj])
+    dq, dk, dv = p.guidance_attention_backward(dattended, s.q, s.k, s.v, s.attended, s.lse, packed)
+    dquery, dkey, dvalue = p.dgrads([dq, dk, dv], [wq, wk, wv])
+    vectors = w.query_norm_weight, w.query_norm_bias
+    of_query = NormGradient(dquery, a.features, s.query_statistics, *vectors, packed.visible, residual=dt)
+    of_query = of_query._replace(wanted="features" in gradients)
+    vectors = w.context_norm_weight, w.context_norm_bias
+    of_context = NormGradient(dkey, a.structure, s.context_statistics, *vectors, more=dvalue)
+    query, context = p.layer_norms_backward([of_query, of_context])
+    gradients["features"], gradients["structure"] = query.dx, context.dx
+    gradients.norm("query_norm_weight", "query_norm_bias", query)
+    gradients.norm("context_norm_weight", "context_norm_bias", context)
+    for name, dy, y in (("q_weight", dq, query.y), ("k_weight", dk, context.y), ("v_weight", dv, context.y)):
+        gradients.weight(name, dy, y)
 
-    def empty(*shape, dtype=storage):
-        return features.new_empty(shape, dtype=dtype)
+
+def _fake(a: Arguments) -> tuple[Tensor, list[Tensor]]:
+    storage, wide = storage_dtype(a.features, a.dtype), sum_dtype(a.features.dtype)
+    visible, shown, width = a.rows.visible.shape[0], a.structure.shape[0], a.features.shape[1]
+
+    def empty(*shape: int, dtype: torch.dtype = storage) -> Tensor:
+        return a.features.new_empty(shape, dtype=dtype)
 
     saved = Saved(
         q=empty(visible, width),
         k=empty(shown, width),
         v=empty(shown, width),
         attended=empty(visible, width),
-        lse=empty(visible, heads, dtype=wide),
+        lse=empty(visible, a.heads, dtype=wide),
         t=empty(visible, width),
-        hidden=empty(visible, w.fc1_weight.shape[0]),
+        hidden=empty(visible, a.parameters.fc1_weight.shape[0]),
         query_statistics=empty(2, visible, dtype=wide),
         context_statistics=empty(2, shown, dtype=wide),
         out_statistics=empty(2, visible, dtype=wide),
-        copies=products.fake_copies([getattr(w, name) for name in LINEAR], storage),
     )
-    return empty(visible, width, dtype=dtype or features.dtype), saved.flat()
+    return empty(visible, width, dtype=a.dtype or a.features.dtype), list(saved)
+
+
+def _look_at_indices(a: Arguments) -> None:
+    _check.image_rows("visible", *a.rows[:2], a.cells)
+    _check.image_rows("shown", *a.rows[2:], a.cells)
 
 
 _op = Op(
     "relational_guidance",
-    "(Tensor features, Tensor structure, Tensor[] parameters, Tensor[] rows, SymInt cells, SymInt heads, "
-    "bool keep_hidden, float eps, ScalarType? dtype) -> (Tensor, Tensor[])",
-    forward=_forward,
+    Arguments,
+    _forward,
+    backward=_backward,
     fake=_fake,
     check=_check_arguments,
-    fields={"parameters": lambda _: GuidanceParameters._fields, "rows": lambda _: ROWS},
-)
-
-
-def _save(ctx: Any, inputs: tuple, results: tuple) -> None:
-    features, structure, parameters, rows, *ctx.options, _, ctx.dtype = inputs
-    ctx.save_for_backward(features, structure, *parameters, *rows, *results[1])
-
-
-def _gradients(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
-    features, structure, *rest = ctx.saved_tensors
-    count = len(GuidanceParameters._fields)
-    parameters, rows, saved = rest[:count], rest[count : count + 4], rest[count + 4 :]
-    flags = [needs[0], needs[1], *needs[2]]
-    grads = _op.backward(grad, features, structure, parameters, rows, saved, *ctx.options, flags, ctx.dtype)
-    return grads[0], grads[1], grads[2:]
-
-
-def _fake_backward(grad, features, structure, parameters, rows, saved, cells, heads, keep, needs, dtype):
-    return [
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else absent(t)
-        for t, need in zip([features, structure, *parameters], needs, strict=True)
-    ]
-
-
-_op.differentiable(
-    "(Tensor grad, Tensor features, Tensor structure, Tensor[] parameters, Tensor[] rows, Tensor[] saved, "
-    "SymInt cells, SymInt heads, bool keep_hidden, bool[] needs, ScalarType? dtype) -> Tensor[]",
-    backward=_backward,
-    fake=_fake_backward,
-    save=_save,
-    gradients=_gradients,
+    request=lambda a: Request((a.dtype or a.features.dtype,), (a.features.shape[1], a.parameters.fc1_weight.shape[0])),
+    indices=_look_at_indices,
+    saves=True,
 )

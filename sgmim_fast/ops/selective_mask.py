@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,16 @@ from sgmim_fast.ops._op import Op
 from sgmim_fast.rows import Rows
 
 _WORD = 0xFFFFFFFF
+
+
+class Arguments(NamedTuple):
+    """Of the op, as of `selective_mask`."""
+
+    seed: Tensor
+    masked: list[int]
+    gh: int
+    gw: int
+    scale: int
 
 
 def selective_mask(
@@ -43,7 +54,8 @@ def selective_mask(
     return mask, Rows(visible, visible_offsets), Rows(hidden, hidden_offsets)
 
 
-def _check_arguments(seed: Tensor, masked: Sequence[int], gh: int, gw: int, scale: int) -> None:
+def _check_arguments(a: Arguments) -> None:
+    seed, masked, gh, gw, scale = a
     _check.shape("seed", seed, (2,), "two numbers")
     _check.index("seed", seed)
     if gh < 1 or gw < 1:
@@ -115,9 +127,8 @@ def _forward(
     return mask, *rows(~mask, visible, units - count), *rows(mask, hidden, count)
 
 
-def _fake(seed, masked, gh, gw, scale):
-    shape, visible, hidden = sizes(masked, gh, gw, scale)
-    starts = len(masked) + 1
+def _fake(a: Arguments) -> tuple[Tensor, ...]:
+    (shape, visible, hidden), starts, seed = sizes(*a[1:]), len(a.masked) + 1, a.seed
     return (
         seed.new_empty(shape, dtype=torch.bool),
         seed.new_empty(visible),
@@ -129,9 +140,10 @@ def _fake(seed, masked, gh, gw, scale):
 
 _op = Op(
     "selective_mask",
-    "(Tensor seed, SymInt[] masked, SymInt gh, SymInt gw, SymInt scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    forward=_forward,
+    Arguments,
+    _forward,
     fake=_fake,
     check=_check_arguments,
+    returns="(Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _op.not_differentiable()

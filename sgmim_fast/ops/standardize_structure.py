@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from sgmim_fast.ops._op import Op
+from sgmim_fast.ops.primitives import sum_dtype
+
+
+class Arguments(NamedTuple):
+    """Of the op, as of `standardize_structure`."""
+
+    structure: Tensor
+    ignore: bool
+
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint16)
 
@@ -40,7 +51,8 @@ def standardize_structure(structure: Tensor, *, nonfinite: str = "raise") -> Ten
     return _op(structure, nonfinite == "ignore")
 
 
-def _check_arguments(structure: Tensor, ignore: bool) -> None:
+def _check_arguments(a: Arguments) -> None:
+    structure = a.structure
     if structure.ndim != 4:
         raise ValueError(f"structure has shape {tuple(structure.shape)}; expected (B, S, H, W)")
     if structure.numel() == 0:
@@ -56,7 +68,7 @@ def planes(structure: Tensor) -> Tensor:
     rows = structure.reshape(structure.shape[0] * structure.shape[1], -1)
     if structure.dtype == torch.uint16:
         return rows.to(torch.float32) / 2**16
-    return rows.to(_result_dtype(structure)).contiguous()
+    return rows.to(sum_dtype(structure.dtype)).contiguous()
 
 
 def raise_if_any(nonfinite: Tensor, channels: int) -> None:
@@ -65,10 +77,6 @@ def raise_if_any(nonfinite: Tensor, channels: int) -> None:
         counts = nonfinite.view(-1, channels).sum(1).tolist()
         found = ", ".join(f"{count} in image {image}" for image, count in enumerate(counts) if count)
         raise ValueError(f"structure has infinities or NaN: {found}; expected finite values, or nonfinite='ignore'")
-
-
-def _result_dtype(structure: Tensor) -> torch.dtype:
-    return torch.float64 if structure.dtype == torch.float64 else torch.float32
 
 
 def _forward(structure: Tensor, ignore: bool) -> Tensor:
@@ -93,9 +101,9 @@ def _forward(structure: Tensor, ignore: bool) -> Tensor:
 
 _op = Op(
     "standardize_structure",
-    "(Tensor structure, bool ignore) -> Tensor",
-    forward=_forward,
-    fake=lambda structure, ignore: structure.new_empty(structure.shape, dtype=_result_dtype(structure)),
+    Arguments,
+    _forward,
+    fake=lambda a: a.structure.new_empty(a.structure.shape, dtype=sum_dtype(a.structure.dtype)),
     check=_check_arguments,
 )
 _op.not_differentiable()

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sgmim_fast.ops import _check, products
+from sgmim_fast.ops import _check
 from sgmim_fast.ops._op import Op
-from sgmim_fast.ops._plain import apply_norm, layer_norm, layer_norm_backward, wide_dtype
 from sgmim_fast.ops.gather_patches import gather_patches, gather_patches_backward
-from sgmim_fast.ops.relational_guidance import collect
+from sgmim_fast.ops.primitives import Gradients, Norm, NormGradient, Primitives, Request, storage_dtype, sum_dtype
+from sgmim_fast.ops.weights import weights_in
 
 
 class StructureParameters(NamedTuple):
@@ -37,25 +37,51 @@ class StructureParameters(NamedTuple):
     @classmethod
     def nested(cls, flat: list[Any]) -> StructureParameters:
         """From `flat()`, or from anything that has one entry per parameter in that order."""
+        if len(flat) < 4 or (len(flat) - 4) % 3:
+            raise ValueError(f"parameters has {len(flat)} tensors; expected 4, and 3 for each merging")
         k = (len(flat) - 4) // 3
         return cls(*flat[:4], list(flat[4 : 4 + k]), list(flat[4 + k : 4 + 2 * k]), list(flat[4 + 2 * k :]))
 
 
-class Saved(NamedTuple):
-    """What the forward keeps for the backward. Tokens are in Z-order inside their cell, the hidden cell's last."""
+class Arguments(NamedTuple):
+    """Of the op, as of `structure_embed`."""
 
-    inputs: list[Tensor]  # tokens each merging but the first reads; the embedded patches are cheaper to compute again
-    statistics: list[Tensor]  # (2, tokens) of each norm: the embedded patches' (no hidden cell), then each merging's
+    structure: Tensor
+    rows: Tensor
+    parameters: StructureParameters
+    cell: int
+    eps: float
+    dtype: torch.dtype | None
 
-    copies: list[Tensor]  # of the mergings' weights in the dtype of the products, where that is another
 
-    def flat(self) -> list[Tensor]:
-        return [*self.inputs, *self.statistics, *self.copies]
+class Cells(NamedTuple):
+    """The shown cells, and how they are embedded. Tokens are in Z-order inside their cell, the hidden cell's last."""
 
-    @classmethod
-    def nested(cls, flat: list[Tensor], mergings: int) -> Saved:
-        k = max(mergings - 1, 0)
-        return cls(list(flat[:k]), list(flat[k : k + mergings + 1]), list(flat[k + mergings + 1 :]))
+    structure: Tensor  # (B, S, H, W)
+    rows: Tensor  # (n,)
+    w: StructureParameters
+    cell: int
+    dtype: torch.dtype  # storage
+
+    @property
+    def per_cell(self) -> int:
+        """Embedded patches of one cell."""
+        return 4 ** len(self.w.merge_weights)
+
+    @property
+    def count(self) -> int:
+        """Embedded patches of the shown cells."""
+        return self.rows.shape[0] * self.per_cell
+
+    @property
+    def merged(self) -> int:
+        """Rows after the first merging, the hidden cell's included."""
+        return (self.count + self.per_cell) // 4
+
+    def patches(self, rows: Tensor | None = None) -> Tensor:
+        """Pixels of the patches, (patches, S * e^2)."""
+        rows, pixels = self.rows if rows is None else rows, self.structure.detach().to(self.dtype)
+        return gather_patches(pixels, rows, cell=self.cell, patch=self.w.embed_weight.shape[2], order="z")
 
 
 def structure_embed(
@@ -87,15 +113,13 @@ def structure_embed(
     return _op(structure, rows, parameters.flat(), cell, eps, None)[0]
 
 
-def _check_arguments(
-    structure: Tensor, rows: Tensor, parameters: list[Tensor], cell: int, eps: float, dtype: torch.dtype | None
-) -> None:
+def _check_arguments(a: Arguments) -> None:
+    structure, rows, w, cell, _, dtype = a
     _check.floating("structure", structure)
     _check.cells("structure", structure, cell)
     _check.index("rows", rows)
-    if len(parameters) < 4 or (len(parameters) - 4) % 3:
-        raise ValueError(f"parameters has {len(parameters)} tensors; expected 4, and 3 for each merging")
-    names, w = StructureParameters.names(len(parameters)), StructureParameters.nested(list(parameters))
+    parameters = w.flat()
+    names = StructureParameters.names(len(parameters))
     weight, mergings = w.embed_weight, len(w.merge_weights)
     if weight.ndim != 4 or weight.shape[1] != structure.shape[1] or weight.shape[2] != weight.shape[3]:
         raise ValueError(f"embed_weight has shape {tuple(weight.shape)}; expected (D, {structure.shape[1]}, e, e)")
@@ -114,139 +138,73 @@ def _check_arguments(
         )
 
 
-def patches(structure: Tensor, rows: Tensor, weight: Tensor, cell: int, dtype: torch.dtype) -> Tensor:
-    """The shown cells' patches in Z-order, (n * patches per cell, S * e^2)."""
-    return gather_patches(structure.detach().to(dtype), rows, cell=cell, patch=weight.shape[2], order="z")
+def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
+    w, storage = a.parameters, storage_dtype(a.structure, a.dtype)
+    cells, weights = Cells(a.structure, a.rows.contiguous(), w, a.cell, storage), weights_in(storage, *w.merge_weights)
+    x, inputs, statistics = p.embed(cells, weights[0] if weights else None, a.eps)
+    for i in range(p.embedded(cells), len(weights)):
+        x = x.view(-1, weights[i].shape[1])
+        inputs.append(x)
+        ((y, found),) = p.layer_norms([Norm(x, w.merge_norm_weights[i], w.merge_norm_biases[i])], a.eps, storage)
+        statistics.append(found)
+        (x,) = p.linears([y], [weights[i]])
+    return x.to(a.dtype or a.structure.dtype), [*inputs, *statistics]
 
 
-def storage_dtype(structure: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """What products are done in and activations saved in."""
-    return products.compute_dtype(dtype or structure.dtype, structure.device)
+def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gradients: Gradients) -> None:
+    w, storage = a.parameters, storage_dtype(a.structure, a.dtype)
+    cells = Cells(a.structure, a.rows.contiguous(), w, a.cell, storage)
+    weights = weights_in(storage, *w.merge_weights, last=True)
+    inputs, statistics = saved[: len(weights) - 1], saved[len(weights) - 1 :]
+    dx = grad.to(storage).contiguous()
+    for i in reversed(range(p.embedded(cells), len(weights))):
+        (dy,) = p.dgrads([dx], [weights[i]])
+        vectors = w.merge_norm_weights[i], w.merge_norm_biases[i]
+        (norm,) = p.layer_norms_backward([NormGradient(dy, inputs[i - 1], statistics[i + 1], *vectors)])
+        gradients.weight(f"merge_weights[{i}]", dx, norm.y)
+        gradients.norm(f"merge_norm_weights[{i}]", f"merge_norm_biases[{i}]", norm)
+        dx = norm.dx.to(storage).view(-1, weights[i - 1].shape[0])
+    dpatches = p.embed_backward(dx, cells, weights[0] if weights else None, inputs, statistics, gradients)
+    if dpatches is not None:
+        dpatches, patch = dpatches.to(a.structure.dtype), w.embed_weight.shape[2]
+        gradients["structure"] = gather_patches_backward(dpatches, a.rows, a.structure.shape, a.cell, patch, True)
 
 
-def per_cell(parameters: StructureParameters) -> int:
-    """Embedded patches of one cell."""
-    return 4 ** len(parameters.merge_weights)
-
-
-def _with_hidden(tokens: Tensor, w: StructureParameters) -> Tensor:
-    return torch.cat([tokens, tokens.new_zeros(per_cell(w), tokens.shape[1])])
-
-
-def _forward(
-    structure: Tensor, rows: Tensor, parameters: list[Tensor], cell: int, eps: float, dtype: torch.dtype | None
-) -> tuple[Tensor, list[Tensor]]:
-    _check.rows("rows", rows, structure.shape[0] * (structure.shape[2] // cell) * (structure.shape[3] // cell))
-    w = StructureParameters.nested(parameters)
-    storage = storage_dtype(structure, dtype)
-    x = patches(structure, rows, w.embed_weight, cell, storage)
-    x = products.linear(x, w.embed_weight.flatten(1), w.embed_bias)
-    saved = Saved([], [], products.copies(w.merge_weights, storage))
-    x, statistics = layer_norm(x, w.norm_weight, w.norm_bias, eps)
-    x = _with_hidden(x, w)
-    saved.statistics.append(statistics)
-    for i, weight in enumerate(saved.copies or w.merge_weights):
-        x = x.view(-1, weight.shape[1])
-        if i > 0:
-            saved.inputs.append(x)
-        y, statistics = layer_norm(x, w.merge_norm_weights[i], w.merge_norm_biases[i], eps)
-        saved.statistics.append(statistics)
-        x = products.linear(y, weight)
-    return x.to(dtype or structure.dtype, copy=True), saved.flat()
-
-
-def _backward(
-    grad: Tensor,
-    structure: Tensor,
-    rows: Tensor,
-    parameters: list[Tensor],
-    saved: list[Tensor],
-    cell: int,
-    needs: list[bool],
-    dtype: torch.dtype | None,
-) -> list[Tensor]:
-    w = StructureParameters.nested(parameters)
-    s = Saved.nested(saved, len(w.merge_weights))
-    weights = s.copies or w.merge_weights
-    pixels = patches(structure, rows, w.embed_weight, cell, storage_dtype(structure, dtype))
-    embedded, statistics = products.linear(pixels, w.embed_weight.flatten(1), w.embed_bias), s.statistics[0]
-    tokens = _with_hidden(apply_norm(embedded, statistics, w.norm_weight, w.norm_bias), w)
-    dw = StructureParameters.nested(list(parameters))
-    dx = grad.to(embedded.dtype)
-    for i in reversed(range(len(w.merge_weights))):
-        x = tokens.view(-1, w.merge_weights[0].shape[1]) if i == 0 else s.inputs[i - 1]
-        y = apply_norm(x, s.statistics[i + 1], w.merge_norm_weights[i], w.merge_norm_biases[i])
-        dw.merge_weights[i] = products.linear_weight_gradient(dx, y)
-        dy = products.linear_input_gradient(dx, weights[i])
-        dx, dw.merge_norm_weights[i], dw.merge_norm_biases[i] = layer_norm_backward(
-            dy, x, s.statistics[i + 1], w.merge_norm_weights[i]
-        )
-        dx = dx.to(dy.dtype).view(-1, x.shape[1] // 4 if i == 0 else w.merge_weights[i - 1].shape[0])
-    dx, dnorm_weight, dnorm_bias = layer_norm_backward(dx[: embedded.shape[0]], embedded, statistics, w.norm_weight)
-    dembed_bias, dx = dx.sum(0), dx.to(embedded.dtype)
-    dembed = products.linear_weight_gradient(dx, pixels).view_as(w.embed_weight)
-    dw = dw._replace(embed_weight=dembed, embed_bias=dembed_bias, norm_weight=dnorm_weight, norm_bias=dnorm_bias)
-    dstructure = structure
-    if needs[0]:
-        dpatches = products.linear_input_gradient(dx, w.embed_weight.flatten(1))
-        dstructure = gather_patches_backward(dpatches, rows, structure.shape, cell, w.embed_weight.shape[2], True)
-    return collect([structure, *parameters], needs, [dstructure, *dw.flat()])
-
-
-def _fake(structure, rows, parameters, cell, eps, dtype):
-    w = StructureParameters.nested(parameters)
-    storage, wide = storage_dtype(structure, dtype), wide_dtype(structure)
-    tokens, width = rows.shape[0] * per_cell(w), w.embed_weight.shape[0]
+def _fake(a: Arguments) -> tuple[Tensor, list[Tensor]]:
+    w, wide = a.parameters, sum_dtype(a.structure.dtype)
+    cells = Cells(a.structure, a.rows, w, a.cell, storage_dtype(a.structure, a.dtype))
     inputs: list[Tensor] = []
-    statistics = [structure.new_empty(2, tokens, dtype=wide)]
-    tokens += per_cell(w)
+    statistics = [a.structure.new_empty(2, cells.count, dtype=wide)]
+    tokens, width = cells.count + cells.per_cell, w.embed_weight.shape[0]
     for i, weight in enumerate(w.merge_weights):
         tokens, width = tokens // 4, weight.shape[1]
         if i > 0:
-            inputs.append(structure.new_empty(tokens, width, dtype=storage))
-        statistics.append(structure.new_empty(2, tokens, dtype=wide))
+            inputs.append(a.structure.new_empty(tokens, width, dtype=cells.dtype))
+        statistics.append(a.structure.new_empty(2, tokens, dtype=wide))
         width = weight.shape[0]
-    saved = Saved(inputs, statistics, products.fake_copies(w.merge_weights, storage))
-    return structure.new_empty(tokens, width, dtype=dtype or structure.dtype), saved.flat()
+    return a.structure.new_empty(tokens, width, dtype=a.dtype or a.structure.dtype), [*inputs, *statistics]
+
+
+def _request(a: Arguments) -> Request:
+    w = a.parameters
+    width = w.merge_weights[-1].shape[1] if w.merge_weights else w.embed_weight.shape[0]
+    embedding = w.embed_weight.shape[0], w.embed_weight[0].numel(), len(w.merge_weights)
+    return Request((a.dtype or a.structure.dtype,), (width,), embedding)
+
+
+def _look_at_indices(a: Arguments) -> None:
+    cells = a.structure.shape[0] * (a.structure.shape[2] // a.cell) * (a.structure.shape[3] // a.cell)
+    _check.rows("rows", a.rows, cells)
 
 
 _op = Op(
     "structure_embed",
-    "(Tensor structure, Tensor rows, Tensor[] parameters, SymInt cell, float eps, ScalarType? dtype) "
-    "-> (Tensor, Tensor[])",
-    forward=_forward,
+    Arguments,
+    _forward,
+    backward=_backward,
     fake=_fake,
     check=_check_arguments,
-    fields={"parameters": StructureParameters.names},
-)
-
-
-def _save(ctx: Any, inputs: tuple, results: tuple) -> None:
-    structure, rows, parameters, ctx.cell, _, ctx.dtype = inputs
-    ctx.count = len(parameters)
-    ctx.save_for_backward(structure, rows, *parameters, *results[1])
-
-
-def _gradients(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
-    structure, rows, *rest = ctx.saved_tensors
-    parameters, saved = rest[: ctx.count], rest[ctx.count :]
-    flags = [needs[0], *needs[2]]
-    grads = _op.backward(grad, structure, rows, parameters, saved, ctx.cell, flags, ctx.dtype)
-    return grads[0], None, grads[1:]
-
-
-def _fake_backward(grad, structure, rows, parameters, saved, cell, needs, dtype):
-    return [
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else t.new_empty(0)
-        for t, need in zip([structure, *parameters], needs, strict=True)
-    ]
-
-
-_op.differentiable(
-    "(Tensor grad, Tensor structure, Tensor rows, Tensor[] parameters, Tensor[] saved, SymInt cell, bool[] needs, "
-    "ScalarType? dtype) -> Tensor[]",
-    backward=_backward,
-    fake=_fake_backward,
-    save=_save,
-    gradients=_gradients,
+    request=_request,
+    indices=_look_at_indices,
+    saves=True,
 )

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sgmim_fast.ops import _check
-from sgmim_fast.ops._op import Op, absent
-from sgmim_fast.ops._plain import wide_dtype
+from sgmim_fast.ops._op import Op
+from sgmim_fast.ops.primitives import Gradients, Primitives, Request, Windows
 
 APART = -100.0  # added to the logits of tokens that only the cyclic shift has made neighbours, as in timm
 MAX_LOGIT_SCALE = math.log(1.0 / 0.01)
 TINY = 1e-12  # least norm of a vector whose cosine is taken, as in torch.nn.functional.normalize
+
+
+class Arguments(NamedTuple):
+    """Of the op, as of `window_attention`."""
+
+    qkv: Tensor
+    bias: Tensor | None
+    index: Tensor | None
+    logit_scale: Tensor | None
+    pad: Tensor | None
+    heads: int
+    window: list[int]
+    shift: list[int]
 
 
 def window_attention(
@@ -61,21 +73,19 @@ def window_attention(
     return _op(qkv, bias, index, logit_scale, pad, heads, list(window), list(shift))
 
 
-def _check_arguments(
-    qkv: Tensor,
-    bias: Tensor | None,
-    index: Tensor | None,
-    logit_scale: Tensor | None,
-    pad: Tensor | None,
-    heads: int,
-    window: Sequence[int],
-    shift: Sequence[int],
-) -> None:
-    _check.floating("qkv", qkv)
-    if qkv.ndim != 4:
-        raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected (B, H, W, 3 * channels)")
-    if heads < 1 or qkv.shape[3] % (3 * heads):
-        raise ValueError(f"heads is {heads}; expected a divisor of the channels, qkv has 3 * {qkv.shape[3] / 3:g}")
+def _check_arguments(a: Arguments) -> None:
+    _check.floating("qkv", a.qkv)
+    if a.qkv.ndim != 4:
+        raise ValueError(f"qkv has shape {tuple(a.qkv.shape)}; expected (B, H, W, 3 * channels)")
+    check_windows(a.qkv.shape[3], Windows(*a[1:]))
+    _check.parameter("pad", a.pad, (a.qkv.shape[3],), "(3 * channels,)")
+
+
+def check_windows(channels: int, windows: Windows) -> None:
+    """channels: of queries, keys and values together."""
+    bias, index, logit_scale, _, heads, window, shift = windows
+    if heads < 1 or channels % (3 * heads):
+        raise ValueError(f"heads is {heads}; expected a divisor of the channels, qkv has 3 * {channels / 3:g}")
     for name, pair, low in (("window", window, 1), ("shift", shift, 0)):
         if len(pair) != 2 or min(pair) < low:
             raise ValueError(f"{name} is {tuple(pair)}; expected two integers from {low}")
@@ -93,7 +103,6 @@ def _check_arguments(
     else:
         _check.parameter("bias", bias, (None, heads), "(entries, heads)")
     _check.parameter("logit_scale", logit_scale, (heads,), "(heads,)")
-    _check.parameter("pad", pad, (qkv.shape[3],), "(3 * channels,)")
 
 
 def most_tokens_on_a_gpu(dtype: torch.dtype) -> int:
@@ -111,180 +120,31 @@ def logit_scale_gradient(d_log: Tensor, logit_scale: Tensor) -> Tensor:
     return torch.where(logit_scale <= MAX_LOGIT_SCALE, d_log, 0).to(logit_scale.dtype)
 
 
-class _Windows:
-    """The windows as tensors (B, down, across, heads, n, d): copies, for the plain implementation."""
-
-    def __init__(self, qkv: Tensor, pad: Tensor | None, heads: int, window: Sequence[int], shift: Sequence[int]):
-        self.size, self.heads, self.window, self.shift, self.pad = qkv.shape[1:3], heads, window, shift, pad
-        self.dtype = wide_dtype(qkv)
-
-    def cut(self, x: Tensor, pad: Tensor | None = None) -> Tensor:
-        """(B, H, W, C) -> (B, down, across, n, C); what sticks out is `pad`, or 0."""
-        (height, width), (h, w) = self.size, self.window
-        x = x.to(self.dtype).roll([-s for s in self.shift], (1, 2))
-        below, right = -height % h, -width % w
-        x = F.pad(x, (0, 0, 0, right, 0, below))
-        if pad is not None and (below or right):
-            x = torch.where(self.inside(x)[..., None], x, pad.to(x.dtype))
-        return x.unflatten(2, (-1, w)).unflatten(1, (-1, h)).transpose(2, 3).flatten(3, 4)
-
-    def inside(self, x: Tensor) -> Tensor:
-        """Which tokens of the shifted, padded grid (B, H', W', C) exist, (H', W')."""
-        rows, columns = (torch.arange(x.shape[i + 1], device=x.device) < self.size[i] for i in (0, 1))
-        return rows[:, None] & columns
-
-    def join(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Back: (B, down, across, n, C) -> (B, H, W, C), and the sum (C,) of what belongs to the padding."""
-        x = x.unflatten(3, tuple(self.window)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        outside = torch.where(self.inside(x)[..., None], 0, x).sum((0, 1, 2))
-        return x[:, : self.size[0], : self.size[1]].roll(list(self.shift), (1, 2)), outside
-
-    def split(self, x: Tensor) -> Tensor:
-        """(..., n, heads * d) -> (..., heads, n, d)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
-
-    def merge(self, x: Tensor) -> Tensor:
-        return x.transpose(-2, -3).flatten(-2)
-
-    def mask(self, device: torch.device) -> Tensor:
-        """(down, across, 1, n, n): APART between tokens that are no neighbours, else 0."""
-        groups = []
-        for size, window, shift in zip(self.size, self.window, self.shift, strict=True):
-            whole = size + -size % window
-            groups.append((torch.arange(whole, device=device) >= whole - shift).view(-1, window))
-        down, across = groups
-        group = (2 * down[:, None, :, None] + across[None, :, None, :]).flatten(2)
-        return torch.where(group[..., None] == group[..., None, :], 0.0, APART).to(self.dtype)[:, :, None]
-
-    def operands(self, qkv: Tensor, logit_scale: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Queries, keys and values as they come, and what the queries are multiplied by, (heads, 1, 1) or ()."""
-        parts = tuple(self.split(x) for x in self.cut(qkv, self.pad).chunk(3, -1))
-        if logit_scale is None:
-            return parts, torch.full((), parts[0].shape[-1] ** -0.5, dtype=self.dtype, device=qkv.device)
-        return parts, factor(logit_scale, self.dtype)[:, None, None]
-
-    def logits(self, q: Tensor, k: Tensor, bias: Tensor | None, index: Tensor | None) -> Tensor:
-        logits = q @ k.mT
-        if bias is not None:
-            logits = logits + dense_bias(bias, index).to(self.dtype)
-        return logits + self.mask(q.device) if any(self.shift) else logits
+def _forward(p: Primitives, a: Arguments) -> Tensor:
+    return p.window_attention(a.qkv, Windows(*a[1:]))
 
 
-def dense_bias(bias: Tensor, index: Tensor | None) -> Tensor:
-    """(heads, n, n)."""
-    return bias if index is None else bias[index].permute(2, 0, 1)
+def _backward(p: Primitives, a: Arguments, _: list[Tensor], grad: Tensor, gradients: Gradients) -> None:
+    gradients["qkv"], sums = p.window_attention_backward(grad, a.qkv, Windows(*a[1:]), gradients.wanted)
+    gradients.sums(sums)
 
 
-def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x / |x|, and |x|."""
-    norm = x.norm(dim=-1, keepdim=True)
-    return x / norm.clamp_min(TINY), norm
+def request(qkv: Tensor, windows: Windows) -> Request:
+    return Request((qkv.dtype,), window=(windows.window[0] * windows.window[1], qkv.shape[3] // 3 // windows.heads))
 
 
-def _unit_backward(dy: Tensor, y: Tensor, norm: Tensor) -> Tensor:
-    along = torch.where(norm > TINY, (dy * y).sum(-1, keepdim=True), 0)
-    return (dy - y * along) / norm.clamp_min(TINY)
-
-
-def _forward(
-    qkv: Tensor,
-    bias: Tensor | None,
-    index: Tensor | None,
-    logit_scale: Tensor | None,
-    pad: Tensor | None,
-    heads: int,
-    window: list[int],
-    shift: list[int],
-) -> Tensor:
-    if index is not None:
-        _check.rows("index", index, bias.shape[0], distinct=False)
-    windows = _Windows(qkv, pad, heads, window, shift)
-    (q, k, v), scale = windows.operands(qkv, logit_scale)
-    if logit_scale is not None:
-        q, k = _unit(q)[0], _unit(k)[0]
-    p = windows.logits(q * scale, k, bias, index).softmax(-1)
-    return windows.join(windows.merge(p @ v))[0].to(qkv.dtype, copy=True).contiguous()
-
-
-def _backward(
-    grad: Tensor,
-    qkv: Tensor,
-    bias: Tensor | None,
-    index: Tensor | None,
-    logit_scale: Tensor | None,
-    pad: Tensor | None,
-    heads: int,
-    window: list[int],
-    shift: list[int],
-    needs: list[bool],
-) -> list[Tensor]:
-    windows = _Windows(qkv, pad, heads, window, shift)
-    (q, k, v), scale = windows.operands(qkv, logit_scale)
-    if logit_scale is not None:
-        (q, q_norm), (k, k_norm) = _unit(q), _unit(k)
-    p = windows.logits(q * scale, k, bias, index).softmax(-1)
-    dout = windows.split(windows.cut(grad))
-    dp = dout @ v.mT
-    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
-    dv = p.mT @ dout
-    dq, dk = ds @ k * scale, ds.mT @ (q * scale)
-    grads = [absent(qkv) for _ in needs]
-    if needs[2]:
-        d_log = (dq * q).sum((0, 1, 2, 4, 5))
-        grads[2] = logit_scale_gradient(d_log, logit_scale)
-    if logit_scale is not None:
-        dq, dk = _unit_backward(dq, q, q_norm), _unit_backward(dk, k, k_norm)
-    dqkv, dpad = windows.join(torch.cat([windows.merge(x) for x in (dq, dk, dv)], -1))
-    if needs[0]:
-        grads[0] = dqkv.to(qkv.dtype).contiguous()
-    if needs[1]:
-        dense = ds.sum((0, 1, 2))
-        if index is not None:
-            dense = dense.flatten(1).mT
-            dense = dense.new_zeros(bias.shape).index_add_(0, index.flatten(), dense)
-        grads[1] = dense.to(bias.dtype).contiguous()
-    if needs[3]:
-        grads[3] = dpad.to(pad.dtype)
-    return grads
-
-
-def _fake(qkv, bias, index, logit_scale, pad, heads, window, shift):
-    return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
+def look_at_indices(a: Any) -> None:
+    if a.index is not None:
+        _check.rows("index", a.index, a.bias.shape[0], distinct=False)
 
 
 _op = Op(
     "window_attention",
-    "(Tensor qkv, Tensor? bias, Tensor? index, Tensor? logit_scale, Tensor? pad, SymInt heads, SymInt[] window, "
-    "SymInt[] shift) -> Tensor",
-    forward=_forward,
-    fake=_fake,
-    check=_check_arguments,
-)
-
-
-def _save(ctx: Any, inputs: tuple, result: Tensor) -> None:
-    *tensors, ctx.heads, ctx.window, ctx.shift = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _gradients(ctx: Any, needs: tuple, grad: Tensor) -> tuple:
-    flags = [needs[0], needs[1], needs[3], needs[4]]
-    grads = _op.backward(grad, *ctx.saved_tensors, ctx.heads, ctx.window, ctx.shift, flags)
-    return grads[0], grads[1], None, grads[2], grads[3]
-
-
-def _fake_backward(grad, qkv, bias, index, logit_scale, pad, heads, window, shift, needs):
-    return [
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else absent(qkv)
-        for t, need in zip((qkv, bias, logit_scale, pad), needs, strict=True)
-    ]
-
-
-_op.differentiable(
-    "(Tensor grad, Tensor qkv, Tensor? bias, Tensor? index, Tensor? logit_scale, Tensor? pad, SymInt heads, "
-    "SymInt[] window, SymInt[] shift, bool[] needs) -> Tensor[]",
+    Arguments,
+    _forward,
     backward=_backward,
-    fake=_fake_backward,
-    save=_save,
-    gradients=_gradients,
+    fake=lambda a: a.qkv.new_empty(*a.qkv.shape[:3], a.qkv.shape[3] // 3),
+    check=_check_arguments,
+    request=lambda a: request(a.qkv, Windows(*a[1:])),
+    indices=look_at_indices,
 )

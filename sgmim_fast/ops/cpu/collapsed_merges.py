@@ -24,7 +24,8 @@ from torch import Tensor
 
 from sgmim_fast.ops import products
 from sgmim_fast.ops.cpu.embedding import Embedding
-from sgmim_fast.ops.structure_embed import Saved, StructureParameters, per_cell
+from sgmim_fast.ops.primitives import Gradients
+from sgmim_fast.ops.structure_embed import StructureParameters
 
 
 def levels(w: StructureParameters, cells: int) -> int:
@@ -40,73 +41,85 @@ def levels(w: StructureParameters, cells: int) -> int:
     return len(w.merge_weights)
 
 
-def forward(embedding: Embedding, saved: Saved, eps: float, collapsed: int) -> Tensor:
-    """Embedding and the collapsed mergings. Fills the statistics, and the inputs of all mergings but the first."""
-    w, kernels = embedding.w, torch.ops.sgmim_fast_cpu
-    for part in embedding.parts(saved.statistics):
+def forward(
+    embedding: Embedding, statistics: list[Tensor], eps: float, collapsed: int
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Embedding and the collapsed mergings: their result, the inputs of all but the first, and the statistics, of which
+    the first two are filled."""
+    w, kernels, inputs = embedding.w, torch.ops.sgmim_fast_cpu, []
+    for part in embedding.parts(statistics):
         kernels.embed_norm(part.embed(), *embedding.norms, eps, None, *part.statistics)
     composed = compose(w, collapsed)
-    z = first_coordinates(embedding, saved.statistics)
+    z = first_coordinates(embedding, statistics)
     x = products.linear(z, composed[1].matrix, composed[1].constant)
     for i in range(1, collapsed):
         x = x.view(-1, w.merge_weights[i].shape[1])
-        saved.inputs.append(x)
-        saved.statistics.append(torch.empty(2, x.shape[0]))
-        kernels.row_statistics(x, eps, saved.statistics[-1])
-        z = next_coordinates(z, saved.statistics[-1][1])
+        inputs.append(x)
+        statistics.append(torch.empty(2, x.shape[0]))
+        kernels.row_statistics(x, eps, statistics[-1])
+        z = next_coordinates(z, statistics[-1][1])
         x = products.linear(z, composed[i + 1].matrix, composed[i + 1].constant)
-    return x
+    return x, inputs, statistics
 
 
 def backward(
-    embedding: Embedding, s: Saved, dx: Tensor, dw: StructureParameters, needs_patches: bool, collapsed: int
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Fills the first `collapsed` entries of `dw`'s lists; returns its other fields and, where wanted, dpatches.
+    embedding: Embedding,
+    inputs: list[Tensor],
+    statistics: list[Tensor],
+    dx: Tensor,
+    collapsed: int,
+    gradients: Gradients,
+) -> Tensor | None:
+    """Gives the parameters' gradients and returns that of the patches, if it is wanted.
 
     With c = sum(dz * z) of a row, what was normalised gets, through the statistics alone, -(r c / width) xhat.
     """
     w = embedding.w
     composed = compose(w, collapsed)
-    z = [first_coordinates(embedding, s.statistics)]
+    z = [first_coordinates(embedding, statistics)]
     for i in range(1, collapsed):
-        z.append(next_coordinates(z[-1], s.statistics[i + 1][1]))
+        z.append(next_coordinates(z[-1], statistics[i + 1][1]))
     dmatrices, dconstants = [torch.empty(0)] * collapsed, [torch.empty(x.constant.shape[0]) for x in composed[1:]]
     dz = None
     for i in reversed(range(collapsed)):
-        dmatrices[i] = products.linear_weight_gradient(dx, z[i])
+        dmatrices[i] = products.wgrad(dx, z[i])
         torch.ops.sgmim_fast_cpu.column_sum(dx, dconstants[i])
-        from_x = products.linear_input_gradient(dx, composed[i + 1].matrix)
+        from_x = products.dgrad(dx, composed[i + 1].matrix)
         dz = from_x if dz is None else from_x.add_(dz)
-        mean, rstd = s.statistics[i + 1]
+        mean, rstd = statistics[i + 1]
         share = dz * z[i]
         scale = share.sum(1) * rstd / -w.merge_weights[i].shape[1]  # of xhat
         dz_below = dz[:, :-1] * rstd[:, None]
         if i > 0:
             slope = (scale * rstd)[:, None]
-            dx = torch.addcmul(-mean[:, None] * slope, s.inputs[i - 1], slope).view(-1, w.merge_weights[i - 1].shape[0])
+            dx = torch.addcmul(-mean[:, None] * slope, inputs[i - 1], slope).view(-1, w.merge_weights[i - 1].shape[0])
             dz = dz_below.view(z[i - 1].shape)
-    first = _embedding_backward(embedding, s, share, scale, dz_below, needs_patches)
-    dembed, dbias, dgain, dshift, dpatches = first
+    dembed, dbias, dgain, dshift, dpatches = _embedding_backward(
+        embedding, statistics, share, scale, dz_below, "structure" in gradients
+    )
     dweights, dgains, dshifts, (dmatrix, dbias_0, dgain_0, dshift_0) = compose_backward(
         w, composed, dmatrices, dconstants
     )
-    dw.merge_weights[:collapsed], dw.merge_norm_weights[:collapsed] = dweights, dgains
-    dw.merge_norm_biases[:collapsed] = dshifts
-    return embedding.gradients(dembed + dmatrix, dbias + dbias_0, dgain + dgain_0, dshift + dshift_0), dpatches
+    for i in range(collapsed):
+        gradients[f"merge_weights[{i}]"] = dweights[i]
+        gradients[f"merge_norm_weights[{i}]"], gradients[f"merge_norm_biases[{i}]"] = dgains[i], dshifts[i]
+    gradients["embed_weight"], gradients["embed_bias"] = dembed + dmatrix, dbias + dbias_0
+    gradients["norm_weight"], gradients["norm_bias"] = dgain + dgain_0, dshift + dshift_0
+    return dpatches
 
 
 def _embedding_backward(
-    embedding: Embedding, s: Saved, share: Tensor, scale: Tensor, dz: Tensor, needs_patches: bool
+    embedding: Embedding, statistics: list[Tensor], share: Tensor, scale: Tensor, dz: Tensor, needs_patches: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """What reaches the embedding's parameters through the first two statistics, and the patches' whole gradient.
 
     share: dz * z of the first merging, (merged rows, q_1); scale: of its rows; dz: of its neighbours' coordinates z_0.
     """
-    w, count = embedding.w, embedding.patches_count
-    width, rstd = w.embed_weight.shape[0], s.statistics[0][1]
+    w, count = embedding.w, embedding.cells.count
+    width, rstd = w.embed_weight.shape[0], statistics[0][1]
     patch_scale = share[: count // 4, :-1].reshape(count, -1).sum(1) * rstd / -width
     sums, dembed, dpatches = torch.zeros(3 * width), torch.zeros(width, w.embed_weight[0].numel()), []
-    for part in embedding.parts(s.statistics):
+    for part in embedding.parts(statistics):
         dembedded, partial = part.embed(), torch.empty_like(sums)
         torch.ops.sgmim_fast_cpu.embed_statistics_backward(
             dembedded, *embedding.norms[:2], *part.statistics, scale[part.merged], patch_scale[part.embedded], partial
@@ -125,8 +138,8 @@ def _embedding_backward(
 
 def first_coordinates(embedding: Embedding, statistics: list[Tensor]) -> Tensor:
     """z_1, (merged rows, q_1); zero for the hidden cell."""
-    pixels = embedding.patches()
-    z = torch.zeros(pixels.shape[0] + per_cell(embedding.w), pixels.shape[1] + 1)
+    pixels = embedding.cells.patches()
+    z = torch.zeros(pixels.shape[0] + embedding.cells.per_cell, pixels.shape[1] + 1)
     append_scaled(pixels, statistics[0][1], z[: pixels.shape[0]])
     z = next_coordinates(z, statistics[1][1])
     z[pixels.shape[0] // 4 :, -1] = 0
@@ -164,7 +177,7 @@ def compose(w: StructureParameters, count: int) -> list[Composed]:
         centred = weight.float().contiguous() * gain.float()
         centred -= centred.mean(1, keepdim=True)
         blocks = centred.view(-1, below.constant.shape[0])  # (4 d_i, d_(i-1))
-        matrix = products.linear_input_gradient(blocks, below.matrix).view(weight.shape[0], -1)
+        matrix = products.dgrad(blocks, below.matrix).view(weight.shape[0], -1)
         last = (blocks @ below.constant).view(-1, 4).sum(1, keepdim=True)
         composed.append(Composed(torch.cat([matrix, last], 1), weight.float() @ shift.float(), centred))
     return composed
@@ -187,7 +200,7 @@ def compose_backward(
         dweights.append(dscaled * w.merge_norm_weights[i] + dconstant[:, None] * w.merge_norm_biases[i])
         dgains.append((dscaled * weight).sum(0))
         dshifts.append(weight.t() @ dconstant)
-        dmatrix = products.linear_weight_gradient(blocks, dblocks)
+        dmatrix = products.wgrad(blocks, dblocks)
         dconstant = centred.view(outer, 4, width).sum(1).t() @ dlast
         if i > 0:
             dmatrix, dconstant = dmatrix + dmatrices[i - 1], dconstant + dconstants[i - 1]

@@ -9,65 +9,40 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from sgmim_fast.ops import products
-from sgmim_fast.ops.structure_embed import StructureParameters, patches, per_cell
+from sgmim_fast.ops.structure_embed import Cells
+from sgmim_fast.ops.weights import weights_in
 
 PART_ELEMENTS = 1 << 20  # values of a part after the first merging's norm: 4 MiB of float32
 
 
-@dataclass
 class Embedding:
-    """The cells to embed, and how."""
+    """The embedding's parameters as the kernels read them."""
 
-    structure: Tensor  # (B, S, H, W)
-    rows: Tensor  # (n,) shown cells
-    w: StructureParameters
-    cell: int
-    dtype: torch.dtype  # of products and stored activations
-
-    @property
-    def patches_count(self) -> int:
-        return self.rows.shape[0] * per_cell(self.w)
-
-    @property
-    def merged_count(self) -> int:
-        """Rows after the first merging, the hidden cell's included."""
-        return (self.patches_count + per_cell(self.w)) // 4
+    def __init__(self, cells: Cells):
+        self.cells, self.w = cells, cells.w
+        weight, self.bias = weights_in(cells.dtype, cells.w.embed_weight, cells.w.embed_bias)
+        self.weight = weight.flatten(1)
 
     @property
     def norms(self) -> list[Tensor]:
         """Weights and biases of the patches' norm and of the first merging's."""
         w = self.w
         vectors = w.norm_weight, w.norm_bias, w.merge_norm_weights[0], w.merge_norm_biases[0]
-        return [vector.float().contiguous() for vector in vectors]  # as the kernels read them
-
-    def patches(self, rows: Tensor | None = None) -> Tensor:
-        """Pixels of the patches in Z-order, (patches, S * e^2)."""
-        return patches(self.structure, self.rows if rows is None else rows, self.w.embed_weight, self.cell, self.dtype)
+        return [vector.float().contiguous() for vector in vectors]
 
     def parts(self, statistics: list[Tensor]) -> Iterator[Part]:
-        tokens, wide = per_cell(self.w), self.w.merge_weights[0].shape[1]
+        cells, tokens, wide = self.cells, self.cells.per_cell, self.w.merge_weights[0].shape[1]
         step = max(PART_ELEMENTS * 4 // (tokens * wide), 1)
-        count = self.rows.shape[0]
+        count = cells.rows.shape[0]
         for begin in range(0, max(count, 1), step):
             end = min(begin + step, count)
             embedded = slice(begin * tokens, end * tokens)
             merged = slice(begin * tokens // 4, (end + (end == count)) * tokens // 4)
             views = statistics[0][:, embedded], statistics[1][:, merged]
-            yield Part(self, self.rows[begin:end], embedded, merged, views)
-
-    def gradients(self, dembed: Tensor, dbias: Tensor, dgain: Tensor, dshift: Tensor) -> dict[str, Tensor]:
-        """Fields of StructureParameters."""
-        shape = self.w.embed_weight.shape
-        return {
-            "embed_weight": dembed.reshape(shape),
-            "embed_bias": dbias,
-            "norm_weight": dgain,
-            "norm_bias": dshift,
-        }
+            yield Part(self, cells.rows[begin:end], embedded, merged, views)
 
 
 @dataclass
@@ -80,16 +55,12 @@ class Part:
     merged: slice  # its rows after the first merging
     statistics: tuple[Tensor, Tensor]  # of its embedded patches and of its merged rows
 
-    def patches(self) -> Tensor:
-        return self.embedding.patches(self.rows)
-
     def embed(self) -> Tensor:
-        w = self.embedding.w
-        return products.linear(self.patches(), w.embed_weight.flatten(1), w.embed_bias)
+        return products.linear(self.embedding.cells.patches(self.rows), self.embedding.weight, self.embedding.bias)
 
     def weight_gradient(self, dembedded: Tensor) -> Tensor:
         """Share of the embedding's weight gradient, (D, S * e^2), float32."""
-        return products.linear_weight_gradient(dembedded, self.patches()).float()
+        return products.wgrad(dembedded, self.embedding.cells.patches(self.rows)).float()
 
     def patches_gradient(self, dembedded: Tensor) -> Tensor:
-        return products.linear_input_gradient(dembedded, self.embedding.w.embed_weight.flatten(1))
+        return products.dgrad(dembedded, self.embedding.weight)

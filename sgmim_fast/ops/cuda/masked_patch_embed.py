@@ -1,5 +1,4 @@
-"""`masked_patch_embed` on an NVIDIA GPU: the library's product between csrc/cuda/gather_patches.cu and
-csrc/cuda/masked_patch_embed.cu."""
+"""The primitives of `masked_patch_embed` on an NVIDIA GPU: csrc/cuda/masked_patch_embed.cu, and the library's gemms."""
 
 from __future__ import annotations
 
@@ -8,86 +7,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgmim_fast.ops import products
-from sgmim_fast.ops.masked_patch_embed import Stem, gradients, output_shape, patches
+from sgmim_fast.ops._plain import batches_wgrads, dgrads, finish, linear, wgrads  # noqa: F401 - primitives
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LOOKS_AT_INDICES = True
 
 
-def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
-    x, weight = args[:2] if part == "forward" else args[1:3]
-    dtype, width = args[-1] or x.dtype, weight.shape[0]
-    if dtype not in _DTYPES:
-        return False, f"dtype {dtype}; the CUDA kernels take {', '.join(str(d)[6:] for d in _DTYPES)}"
+def can_run(part: str, a: Any) -> tuple[bool, str]:
+    dtype, width = a.dtype or a.x.dtype, a.weight.shape[0]
+    if dtype not in DTYPES:
+        return False, f"dtype {dtype}; the CUDA kernels take {', '.join(str(d)[6:] for d in DTYPES)}"
     fits = torch.ops.sgmim_fast_cuda.place_tokens_parts(1, width) > 0
     return fits, f"rows of {width} numbers; the CUDA kernel sums at most 6144 in shared memory"
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask_token: Tensor,
-    visible: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype | None,
-) -> tuple[Tensor, list[Tensor]]:
-    """Cost: reads the visible patches, writes them packed and embedded, and every token once; 3 launches, and one for
-    each argument that is not in its dtype."""
-    visible = visible.contiguous()
-    embedded = products.linear(patches(x, weight, visible, dtype), weight.flatten(1), bias)
-    out = torch.empty(output_shape(x, weight), dtype=dtype or x.dtype, device=x.device)
-    statistics = None
-    if norm_weight is not None:
-        statistics = torch.empty(2, visible.shape[0], dtype=torch.float32, device=x.device)
-    torch.ops.sgmim_fast_cuda.place_tokens(
-        embedded,
-        visible,
-        _inverse(out),
-        _vector(mask_token),
-        _vector(norm_weight),
-        _vector(norm_bias),
-        eps,
-        out.view(-1, out.shape[2]),
-        statistics,
-    )
-    return out, [] if statistics is None else [embedded, statistics]
+def place_tokens(
+    tokens: Tensor, visible: Tensor, token: Tensor, norm: tuple[Tensor, Tensor] | None, eps: float,
+    rows: int, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Cost: reads the tokens, writes every row once; 1 launch, and one for each vector that is not float32."""
+    out, statistics = torch.empty(rows, tokens.shape[1], dtype=dtype, device=tokens.device), None
+    if norm is not None:
+        statistics = torch.empty(2, visible.shape[0], dtype=torch.float32, device=tokens.device)
+    vectors = (_vector(t) for t in (token, *(norm or (None, None))))
+    torch.ops.sgmim_fast_cuda.place_tokens(tokens, visible, _inverse(out), *vectors, eps, out, statistics)
+    return out, statistics
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask_token: Tensor,
-    visible: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    saved: list[Tensor],
-    needs: list[bool],
-    dtype: torch.dtype | None,
-) -> list[Tensor]:
-    """Cost: reads the gradient of the tokens and the visible patches once; 1 launch, 2 for the weight, 2 for the
-    images, and one for each vector."""
-    visible = visible.contiguous()
-    embedded, statistics = saved or (None, None)
-    rows = grad.reshape(-1, weight.shape[0]).contiguous()
-    dembedded = torch.empty(visible.shape[0], rows.shape[1], dtype=rows.dtype, device=x.device)
-    parts = torch.ops.sgmim_fast_cuda.place_tokens_parts(*rows.shape)
-    partials = torch.empty(parts, 4, rows.shape[1], dtype=torch.float32, device=x.device)
-    sums = torch.empty(4, rows.shape[1], dtype=torch.float32, device=x.device)
-    torch.ops.sgmim_fast_cuda.place_tokens_backward(
-        rows, embedded, visible, _inverse(grad), _vector(norm_weight), statistics, dembedded, partials, sums
-    )
-    stem = Stem(x, weight, bias, mask_token, visible, norm_weight, norm_bias)
-    return gradients(stem, needs, dtype, dembedded, sums)
+def place_tokens_backward(
+    dout: Tensor, tokens: Tensor | None, statistics: Tensor | None, visible: Tensor,
+    norm: tuple[Tensor, Tensor] | None, dtype: torch.dtype,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """Cost: reads the gradient once; 1 launch, and one for each vector."""
+    count, width = dout.shape
+    dtokens = torch.empty(visible.shape[0], width, dtype=dout.dtype, device=dout.device)
+    parts = torch.ops.sgmim_fast_cuda.place_tokens_parts(count, width)
+    partials, sums = (torch.empty(*n, 4, width, dtype=torch.float32, device=dout.device) for n in ((parts,), ()))
+    weight = None if norm is None else _vector(norm[0])
+    arguments = dout, tokens, visible, _inverse(dout), weight, statistics, dtokens, partials, sums
+    torch.ops.sgmim_fast_cuda.place_tokens_backward(*arguments)
+    return dtokens.to(dtype), dict(zip(("mask_token", "norm_weight", "norm_bias", "bias"), sums, strict=True))
 
 
 def _inverse(tokens: Tensor) -> Tensor:
     """Memory for the inverse of the list of visible patches."""
-    return torch.empty(tokens.shape[0] * tokens.shape[1], dtype=torch.int64, device=tokens.device)
+    return torch.empty(tokens.shape[0], dtype=torch.int64, device=tokens.device)
 
 
 def _vector(parameter: Tensor | None) -> Tensor | None:

@@ -1,0 +1,79 @@
+"""The primitives in Triton: the library's gemms, or our own with what follows in their epilogues (`products`), and
+kernels between them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sgmim_fast.kernels import products
+from sgmim_fast.kernels.launch import MOST_COLUMNS, on_device
+from sgmim_fast.kernels.layer_norm import layer_norms, layer_norms_backward, normalise
+from sgmim_fast.kernels.linear_l1 import linear_l1, linear_l1_backward  # noqa: F401 - primitives, as the following
+from sgmim_fast.kernels.products import dgrad_gelu, dgrads, linear, linear_gelu, linears, wgrads  # noqa: F401
+from sgmim_fast.kernels.relational_guidance import guidance_attention, guidance_attention_backward  # noqa: F401
+from sgmim_fast.kernels.structure_embed import embed, embed_backward, embedded  # noqa: F401
+from sgmim_fast.kernels.sums import column_sums
+from sgmim_fast.kernels.sums import finished as finish  # noqa: F401
+from sgmim_fast.kernels.window_attention import window_attention, window_attention_backward  # noqa: F401
+from sgmim_fast.ops.primitives import Norm, NormGradient, Request
+from sgmim_fast.ops.window_attention import most_tokens_on_a_gpu
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LOOKS_AT_INDICES = True  # a GPU would have to be waited for: the kernels clamp them
+MOST_WIDTH = 128  # of an attention's head
+
+batches_wgrads, guarded = products.fused, on_device
+
+
+def takes(request: Request) -> tuple[bool, str]:
+    for dtype in request.dtypes:
+        if dtype not in DTYPES:
+            return False, f"dtype {dtype}; the Triton kernels take float32, bfloat16 and float16"
+    for width in request.widths:
+        if width > MOST_COLUMNS:
+            return False, f"rows of {width} numbers; the Triton kernels hold {MOST_COLUMNS} in registers"
+    if request.embedding is not None:
+        width, pixels, mergings = request.embedding
+        if mergings == 0:
+            return False, "an encoder stride without patch mergings; the kernel joins the norms of patch and merging"
+        if width > 1024 or pixels > 256:
+            return False, f"a patch embedding of {pixels} pixels to {width}; the kernel takes 256 to 1024 at most"
+    if request.window is not None:
+        (tokens, width), most = request.window, most_tokens_on_a_gpu(request.dtypes[-1])
+        if tokens > most:
+            return False, f"windows of {tokens} tokens; the Triton kernels hold {most} in {request.dtypes[-1]}"
+        if width > MOST_WIDTH:
+            return False, f"heads of {width} channels; the Triton kernels hold {MOST_WIDTH}"
+    return True, ""
+
+
+def linear_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, rows: Tensor, norm: tuple[Tensor, Tensor, float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    t, (gain, shift, eps) = linear(x, weight, bias, residual=residual, rows=rows), norm
+    return t, *layer_norms([Norm(t, gain, shift)], eps, t.dtype)[0]
+
+
+def place_tokens(
+    tokens: Tensor, visible: Tensor, token: Tensor, norm: tuple[Tensor, Tensor] | None, eps: float,
+    rows: int, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Cost: writes the tokens in place; 3 launches at most."""
+    out = token.to(dtype).repeat(rows, 1)
+    if norm is None:
+        return out.index_copy_(0, visible, tokens.to(dtype)), None
+    return out, *normalise([Norm(tokens, *norm)], [out], eps, [tokens.shape[0]], y_rows=visible)
+
+
+def place_tokens_backward(
+    dout: Tensor, tokens: Tensor | None, statistics: Tensor | None, visible: Tensor,
+    norm: tuple[Tensor, Tensor] | None, dtype: torch.dtype,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """Cost: reads the gradient twice; 6 launches at most."""
+    hidden = torch.ones(dout.shape[0], dtype=torch.uint8, device=dout.device).index_fill_(0, visible, 0)
+    sums, dtokens = {"mask_token": column_sums([dout], hidden)[0]}, dout[visible].to(dtype)
+    if norm is None:
+        return dtokens, sums | {"bias": column_sums([dtokens])[0]}
+    (found,) = layer_norms_backward([NormGradient(dtokens, tokens, statistics, *norm, again=False, sum_dx=True)])
+    return found.dx, sums | {"norm_weight": found.weight, "norm_bias": found.bias, "bias": found.dx_sum}

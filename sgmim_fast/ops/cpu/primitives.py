@@ -1,0 +1,189 @@
+"""The primitives on the CPU: the library's gemms, and the C++ kernels of csrc/cpu between them.
+
+The kernels write into buffers that are allocated here, so that tests can fill them with NaN, and gradients over what
+they are gradients of where that is possible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgmim_fast.ops import products
+from sgmim_fast.ops._plain import batches_wgrads, dgrads, finish, linears, operand, scattered, wgrads  # noqa: F401
+from sgmim_fast.ops.cpu.structure_embed import embed, embed_backward, embedded  # noqa: F401 - primitives
+from sgmim_fast.ops.primitives import Gradients, Norm, NormGradient, NormGradients, Packed, Request, Windows
+from sgmim_fast.ops.products import linear
+from sgmim_fast.ops.window_attention import factor, logit_scale_gradient
+
+DTYPES = (torch.float32, torch.bfloat16)
+LOOKS_AT_INDICES = True
+
+
+def takes(request: Request) -> tuple[bool, str]:
+    for dtype in request.dtypes:
+        if dtype not in DTYPES:
+            return False, f"dtype {dtype}; the C++ kernels take float32 and bfloat16"
+    if request.embedding is not None and request.embedding[2] == 0:
+        return False, "an encoder stride without patch mergings; the C++ kernel joins the norms of patch and merging"
+    return True, ""
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    hidden = linear(x, weight, bias)
+    activated = torch.empty_like(hidden)
+    torch.ops.sgmim_fast_cpu.gelu(hidden, activated)
+    return hidden, activated
+
+
+def linear_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, rows: Tensor, norm: tuple[Tensor, Tensor, float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    t, (gain, shift, eps) = linear(x, weight, bias), norm
+    return t, *_layer_norm(Norm(residual, gain, shift, rows), eps, x.dtype, add_to=t)
+
+
+def dgrad_gelu(dy: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dhidden = products.dgrad(dy, weight)  # turns in place from the gradient after GELU into the one before it
+    activated, total = torch.empty_like(hidden), torch.empty(hidden.shape[1])
+    torch.ops.sgmim_fast_cpu.gelu_backward(hidden, dhidden, activated, total)
+    return dhidden, activated, total
+
+
+def layer_norms(norms: Sequence[Norm], eps: float, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    return [_layer_norm(norm, eps, dtype) for norm in norms]
+
+
+def _layer_norm(norm: Norm, eps: float, dtype: torch.dtype, add_to: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Of x[rows], or of add_to + x[rows], which then replaces the contents of `add_to`."""
+    x, rows = norm.x.contiguous(), norm.rows
+    count = x.shape[0] if rows is None else rows.shape[0]
+    y, statistics = torch.empty(count, x.shape[1], dtype=dtype), torch.empty(2, count)
+    vectors = vector(norm.weight), vector(norm.bias)
+    torch.ops.sgmim_fast_cpu.layer_norm(x, rows, add_to, *vectors, eps, y, add_to, statistics[0], statistics[1])
+    return y if norm.residual is None else y.add_(norm.residual), statistics
+
+
+def layer_norms_backward(gradients: Sequence[NormGradient]) -> list[NormGradients]:
+    return [_layer_norm_backward(gradient) for gradient in gradients]
+
+
+def _layer_norm_backward(g: NormGradient) -> NormGradients:
+    dy = g.dy if g.more is None else g.dy.add_(g.more)
+    # a wider residual is added to the result instead, unrounded
+    inside = g.residual is not None and torch.promote_types(dy.dtype, g.residual.dtype) == dy.dtype
+    residual = g.residual.to(dy.dtype).contiguous() if inside else None
+    y, sums = torch.empty_like(dy), torch.empty(3 if g.sum_dx else 2, dy.shape[1])
+    statistics, vectors = (g.statistics[0], g.statistics[1]), (vector(g.weight), vector(g.bias))
+    dx = torch.empty_like(dy) if g.keep else dy
+    torch.ops.sgmim_fast_cpu.layer_norm_backward(
+        dy, g.x.contiguous(), g.rows, *statistics, *vectors, residual, dx, y, sums
+    )
+    if g.residual is not None and not inside:
+        dx = dx + g.residual
+    if g.rows is not None and g.wanted:
+        dx = scattered(dx, g.x, g.rows)
+    total = column_sums([g.residual])[0] if g.sum_residual else None
+    return NormGradients(dx, y, sums[0], sums[1], total, sums[2] if g.sum_dx else None)
+
+
+def vector(parameter: Tensor | None) -> Tensor | None:
+    """As the kernels read it."""
+    return None if parameter is None else parameter.float().contiguous()
+
+
+def column_sums(xs: Sequence[Tensor]) -> list[Tensor]:
+    sums = [torch.empty(x.shape[1]) for x in xs]
+    for x, total in zip(xs, sums, strict=True):
+        torch.ops.sgmim_fast_cpu.column_sum(x.contiguous(), total)
+    return sums
+
+
+def guidance_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
+    out, lse = torch.empty_like(q), torch.empty(q.shape[0], packed.heads)
+    torch.ops.sgmim_fast_cpu.attention(q, k, v, *packed, out, lse)
+    return out, lse
+
+
+def guidance_attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, packed: Packed
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    offsets, options = (packed.visible_offsets, packed.shown_offsets), packed[4:]
+    torch.ops.sgmim_fast_cpu.attention_backward(dout, q, k, v, lse, *offsets, *options, dq, dk, dv)
+    return dq, dk, dv
+
+
+def window_attention(qkv: Tensor, w: Windows) -> Tensor:
+    out = torch.empty(*qkv.shape[:3], qkv.shape[3] // 3, dtype=qkv.dtype)
+    torch.ops.sgmim_fast_cpu.window_attention(*_window_arguments(qkv, w), out)
+    return out
+
+
+def window_attention_backward(
+    grad: Tensor, qkv: Tensor, w: Windows, wanted: Container[str]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
+    sums = {name: torch.empty(getattr(w, name).shape) for name in ("bias", "pad", "logit_scale") if name in wanted}
+    outs = (sums.get(name) for name in ("bias", "pad", "logit_scale"))
+    arguments = _window_arguments(qkv, w)
+    torch.ops.sgmim_fast_cpu.window_attention_backward(grad.to(qkv.dtype).contiguous(), *arguments, dqkv, *outs)
+    if "logit_scale" in sums:
+        sums["logit_scale"] = logit_scale_gradient(sums["logit_scale"], w.logit_scale)
+    return dqkv, sums
+
+
+def _window_arguments(qkv: Tensor, w: Windows) -> tuple[Any, ...]:
+    """As the kernels read them."""
+    index = None if w.index is None else w.index.contiguous()
+    scale = None if w.logit_scale is None else factor(w.logit_scale, torch.float32).contiguous()
+    pad = None if w.pad is None else w.pad.to(qkv.dtype).contiguous()
+    return qkv.contiguous(), vector(w.bias), index, scale, pad, w.heads, *w.window, *w.shift
+
+
+def place_tokens(
+    tokens: Tensor, visible: Tensor, token: Tensor, norm: tuple[Tensor, Tensor] | None, eps: float,
+    rows: int, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    out = torch.empty(rows, tokens.shape[1], dtype=dtype)
+    statistics = None if norm is None else torch.empty(2, visible.shape[0])
+    vectors = (vector(t) for t in (token, *(norm or (None, None))))
+    torch.ops.sgmim_fast_cpu.place_tokens(tokens, visible, *vectors, eps, out, statistics)
+    return out, statistics
+
+
+def place_tokens_backward(
+    dout: Tensor, tokens: Tensor | None, statistics: Tensor | None, visible: Tensor,
+    norm: tuple[Tensor, Tensor] | None, dtype: torch.dtype,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    dtokens, sums = torch.empty(visible.shape[0], dout.shape[1], dtype=dtype), torch.empty(4, dout.shape[1])
+    weight = None if norm is None else vector(norm[0])
+    torch.ops.sgmim_fast_cpu.place_tokens_backward(dout, tokens, visible, weight, statistics, dtokens, sums)
+    return dtokens, dict(zip(("mask_token", "norm_weight", "norm_bias", "bias"), sums, strict=True))
+
+
+def linear_l1(a: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+    prediction = linear(operand(a, weight.dtype), weight, a.bias)
+    signs, total = torch.empty(prediction.shape, dtype=torch.int8), torch.empty((), dtype=torch.float64)
+    valid = None if a.valid is None else a.valid.contiguous()
+    torch.ops.sgmim_fast_cpu.l1(prediction, a.rows.contiguous(), a.target.float(), valid, a.cell, signs, total)
+    return (total * a.scale).float(), signs
+
+
+def linear_l1_backward(grad: Tensor, a: Any, weight: Tensor, signs: Tensor, gradients: Gradients) -> None:
+    scale = float(grad * a.scale)
+    # In float32 the scalar goes into the operand for nothing; in bfloat16 it would be rounded there, so it waits.
+    early, late = (scale, None) if weight.dtype == torch.float32 else (1.0, scale)
+    s, sums = torch.empty(signs.shape, dtype=weight.dtype), torch.empty(signs.shape[1])
+    torch.ops.sgmim_fast_cpu.expand_signs(signs, early, s, sums)
+    if "x" in gradients:
+        dx = products.dgrad(s, weight)
+        dx = dx if late is None else dx.float().mul_(late)
+        gradients["x"] = dx if a.packed else scattered(dx, a.x, a.rows)
+    if "weight" in gradients:
+        dweight = products.wgrad(s, operand(a, weight.dtype))
+        gradients["weight"] = dweight if late is None else dweight.float().mul_(late)
+    gradients["bias"] = sums.mul_(scale)

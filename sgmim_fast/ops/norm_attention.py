@@ -1,0 +1,189 @@
+"""`norm_attention`: the attention half of a block, from the norm to the residual."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sgmim_fast.ops import _check
+from sgmim_fast.ops._op import Op
+from sgmim_fast.ops.norm_linear import check_norm, fake_norm
+from sgmim_fast.ops.primitives import (
+    Gradients,
+    Primitives,
+    Request,
+    Windows,
+    before,
+    before_backward,
+    behind,
+    behind_backward,
+    result_dtype,
+    storage_dtype,
+)
+from sgmim_fast.ops.weights import weights_in
+from sgmim_fast.ops.window_attention import check_windows, look_at_indices
+
+
+class Arguments(NamedTuple):
+    """Of the op, as of `norm_attention`."""
+
+    x: Tensor
+    qkv_weight: Tensor
+    qkv_bias: Tensor | None
+    proj_weight: Tensor
+    proj_bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    bias: Tensor | None
+    index: Tensor | None
+    logit_scale: Tensor | None
+    heads: int
+    window: list[int]
+    shift: list[int]
+    residual: bool
+    post_norm: bool
+    eps: float
+    dtype: torch.dtype | None
+
+    @property
+    def rows(self) -> Tensor:
+        return self.x.flatten(0, -2)
+
+    @property
+    def padded(self) -> bool:
+        """Whether windows stick out, into tokens that have the bias of qkv."""
+        sides = zip(self.x.shape[1:3], self.window, strict=True)
+        return self.qkv_bias is not None and any(side % window for side, window in sides)
+
+    def windows(self, pad: Tensor | None) -> Windows:
+        pad = pad if self.padded else None
+        return Windows(self.bias, self.index, self.logit_scale, pad, self.heads, self.window, self.shift)
+
+
+def norm_attention(
+    x: Tensor,
+    heads: int,
+    window: Sequence[int],
+    shift: Sequence[int] = (0, 0),
+    *,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None = None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
+    logit_scale: Tensor | None = None,
+    residual: bool = False,
+    post_norm: bool = False,
+) -> Tensor:
+    """Norm, qkv, `window_attention`, projection and residual of a Swin or SwinV2 block, or of a ViT's.
+
+    Plain PyTorch: `x + F.linear(window_attention(F.linear(norm(x), ...), ...), ...)`; with `post_norm`, as in SwinV2,
+    `x + norm(F.linear(window_attention(F.linear(x, ...), ...), ...))`. `norm` is `F.layer_norm`.
+
+    Args:
+        x: (B, H, W, C), floating point.
+        heads, window, shift, bias, index, logit_scale: as of `window_attention`.
+        qkv_weight, qkv_bias: (3 C, C) and (3 C,) or None. Where windows stick out, tokens outside of the grid have
+            qkv_bias for qkv.
+        proj_weight, proj_bias: (C, C) and (C,) or None.
+        norm_weight, norm_bias: (C,) of the LayerNorm; both None: no LayerNorm.
+        eps: of the LayerNorm.
+        residual: whether x itself is added to the result.
+        post_norm: whether the norm comes after the projection, and not before qkv.
+
+    Returns:
+        (B, H, W, C); the autocast dtype, or that of `x`, with `residual` the wider one. Differentiable in every
+        floating-point tensor.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what is expected.
+
+    Source: Swin (arXiv 2103.14030), SwinV2 (arXiv 2111.09883).
+    """
+    vectors = norm_weight, norm_bias, bias, index, logit_scale
+    options = heads, list(window), list(shift), residual, post_norm, eps, None
+    return _op(x, qkv_weight, qkv_bias, proj_weight, proj_bias, *vectors, *options)[0]
+
+
+def _check_arguments(a: Arguments) -> None:
+    _check.parameter("x", a.x, (None, None, None, None), "(B, H, W, channels)")
+    check_norm(a)
+    width = a.x.shape[3]
+    _check.parameter("qkv_weight", a.qkv_weight, (3 * width, width), "(3 * channels, channels of x)")
+    _check.parameter("qkv_bias", a.qkv_bias, (3 * width,), "(3 * channels of x,)")
+    _check.parameter("proj_weight", a.proj_weight, (width, width), "(channels of x, the same)")
+    _check.parameter("proj_bias", a.proj_bias, (width,), "(channels of x,)")
+    _check.same_dtype("x", a.x, "qkv_weight", a.qkv_weight, a.dtype)
+    _check.same_dtype("x", a.x, "proj_weight", a.proj_weight, a.dtype)
+    check_windows(3 * width, a.windows(None))
+
+
+def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
+    storage = storage_dtype(a.x, a.dtype)
+    y, statistics = before(p, a, a.rows, storage)
+    qkv_weight, qkv_bias, weight, bias = weights_in(storage, a.qkv_weight, a.qkv_bias, a.proj_weight, a.proj_bias)
+    qkv = p.linear(y, qkv_weight, qkv_bias).view(*a.x.shape[:3], -1)
+    del y
+    attended = p.window_attention(qkv, a.windows(qkv_bias))
+    out, saved = behind(p, a, a.rows, attended.flatten(0, -2), weight, bias)
+    return out.view(a.x.shape), [qkv, attended, *statistics, *saved]
+
+
+def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gradients: Gradients) -> None:
+    qkv, attended, *norm = saved
+    storage = qkv.dtype
+    dout, added = behind_backward(p, a, norm, grad.flatten(0, -2), storage, "proj_bias", gradients)
+    gradients.weight("proj_weight", dout, attended.flatten(0, -2))
+    qkv_weight, weight = weights_in(storage, a.qkv_weight, a.proj_weight, last=True)
+    (dattended,) = p.dgrads([dout], [weight])
+    del dout
+    windows = a.windows(weights_in(storage, a.qkv_bias)[0])
+    wanted = {"qkv", *gradients.wanted} | ({"pad"} if a.padded and "qkv_bias" in gradients else set())
+    dqkv, sums = p.window_attention_backward(dattended.view(attended.shape), qkv, windows, wanted)
+    del dattended
+    dqkv = dqkv.view(-1, dqkv.shape[3])
+    if "qkv_bias" in gradients:
+        (total,) = p.column_sums([dqkv])
+        if "pad" in sums:
+            inside, outside = p.finish([total, sums.pop("pad")], [torch.promote_types(storage, torch.float32)] * 2)
+            gradients["qkv_bias"] = inside + outside
+        else:
+            gradients.sums({"qkv_bias": total})
+    gradients.sums(sums)
+    (dy,) = p.dgrads([dqkv], [qkv_weight])
+    y = before_backward(p, a, norm, a.rows, dy, added, "qkv_weight", "proj_bias", gradients, storage)
+    gradients.weight("qkv_weight", dqkv, y)
+
+
+def _fake(a: Arguments) -> tuple[Tensor, list[Tensor]]:
+    def empty(width: int, dtype: torch.dtype) -> Tensor:
+        return a.x.new_empty(*a.x.shape[:3], width, dtype=dtype)
+
+    storage, width = storage_dtype(a.x, a.dtype), a.x.shape[3]
+    out = empty(width, result_dtype(a.x, a.x if a.residual else None, a.dtype))
+    return out, [empty(3 * width, storage), empty(width, storage), *fake_norm(a)]
+
+
+def _request(a: Arguments) -> Request:
+    width = a.x.shape[3]
+    return Request((a.x.dtype, a.dtype or a.x.dtype), (width,), window=(a.window[0] * a.window[1], width // a.heads))
+
+
+_op = Op(
+    "norm_attention",
+    Arguments,
+    _forward,
+    backward=_backward,
+    fake=_fake,
+    check=_check_arguments,
+    request=_request,
+    indices=look_at_indices,
+    saves=True,
+)

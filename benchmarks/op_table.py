@@ -71,8 +71,10 @@ def cases(shape: Shape, batch: int, device: torch.device) -> dict[str, Callable[
     table_shape = (heads, n, n) if shape.prefix else ((2 * shape.grid - 1) ** 2, heads)
     qkv, biases = (torch.randn(s, device=device, requires_grad=True) for s in ((batch, *grid, 3 * c), table_shape))
     tokens, norm1 = torch.randn(batch, *grid, c, device=device, requires_grad=True), nn.LayerNorm(c).to(device)
-    linear, fc1, fc2 = (nn.Linear(i * c, o * c).to(device) for i, o in ((1, 3), (1, 4), (4, 1)))
+    linear, proj, fc1, fc2 = (nn.Linear(i * c, o * c).to(device) for i, o in ((1, 3), (1, 1), (1, 4), (4, 1)))
     norms = {"norm_weight": norm1.weight, "norm_bias": norm1.bias}
+    layers = {"qkv_weight": linear.weight, "qkv_bias": linear.bias, "proj_weight": proj.weight, "proj_bias": proj.bias}
+    layers |= norms
 
     def attend() -> Tensor:
         x = qkv.to(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else qkv
@@ -103,6 +105,12 @@ def cases(shape: Shape, batch: int, device: torch.device) -> dict[str, Callable[
                 *head.parameters(),
             ),
             "window_attention": both(attend, qkv, biases),
+            "norm_attention": both(
+                lambda: ops.norm_attention(tokens, heads, window, (shift, shift), **layers, bias=biases, index=index),
+                tokens,
+                *layers.values(),
+                biases,
+            ),
             "norm_linear": both(
                 lambda: ops.norm_linear(tokens, linear.weight, linear.bias, **norms),
                 tokens,

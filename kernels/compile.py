@@ -147,7 +147,9 @@ def forward(op: str, *args: Any) -> Any:
 
 def backward(op: str, grad: Tensor, args: tuple[Any, ...], saved: list[Tensor], unwanted: tuple[int, ...] = ()) -> None:
     """Of a composition; unwanted: which of the tensors, lists taken apart, need no gradient."""
-    tensors = [t for arg in args for t in (arg if isinstance(arg, list) else [arg]) if t is None or torch.is_tensor(t)]
+    types = [str(argument.type) for argument in getattr(torch.ops.sgmim_fast, op).default._schema.arguments]
+    lists = [arg if isinstance(arg, list) else [arg] for arg, t in zip(args, types, strict=True) if "Tensor" in t]
+    tensors = [tensor for each in lists for tensor in each]
     needs = [t is not None and t.is_floating_point() and i not in unwanted for i, t in enumerate(tensors)]
     backends.implementation(op, "backward", "triton")(grad, *args, saved, needs)
 
@@ -181,9 +183,11 @@ def encoder(batch: int, mixed: bool, dtype: torch.dtype) -> None:
             inputs = x, *linear, *vectors, added, 1e-5, cast
             out, saved = forward("norm_linear", *inputs)
             backward("norm_linear", out, (*inputs[:5], None, *inputs[6:]), saved)
-            inputs = x, *linear, parameter(width, wide), parameter(width), *vectors, residual, 1e-5, cast
-            out, saved = forward("norm_mlp", *inputs)
-            backward("norm_mlp", out, inputs, saved)
+            for post_norm in (False, True):
+                options = residual, post_norm, 1e-5, cast
+                inputs = x, *linear, parameter(width, wide), parameter(width), *vectors, *options
+                out, saved = forward("norm_mlp", *inputs)
+                backward("norm_mlp", out, inputs, saved)
 
 
 def branch(shape: Shape, mixed: bool, dtype: torch.dtype) -> None:

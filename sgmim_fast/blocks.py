@@ -41,9 +41,9 @@ def _vectors(norm: nn.LayerNorm | None) -> dict[str, Any]:
     return {} if norm is None else {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
 
 
-def norm_mlp(x: Tensor, norm: nn.LayerNorm | None, mlp: Mlp, residual: bool = False) -> Tensor:
+def norm_mlp(x: Tensor, norm: nn.LayerNorm | None, mlp: Mlp, **options: bool) -> Tensor:
     layers = mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
-    return ops.norm_mlp(x, *layers, **_vectors(norm), residual=residual)
+    return ops.norm_mlp(x, *layers, **_vectors(norm), **options)
 
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm | None, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -124,12 +124,6 @@ class _Fused:
         for name in after.names:
             x = getattr(self, name)(x)
         return x
-
-    def _add_linear(self, x: Tensor, y: Tensor, linear: nn.Linear, after: Check) -> Tensor:
-        """x + linear(y), the projection's result going through layer scale and drop path first."""
-        if not after.why(self):
-            return ops.norm_linear(y, linear.weight, linear.bias, residual=x)
-        return x + self._through(after, ops.norm_linear(y, linear.weight, linear.bias))
 
     def _add_mlp(self, x: Tensor, after: Check) -> Tensor:
         """x + mlp(norm2(x)), the MLP's result going through layer scale and drop path first."""
@@ -224,18 +218,12 @@ class Swin(_Fused):
             return f"an input of {x.shape[1]}x{x.shape[2]} tokens"
         return _windows_fit(x, self.window_area)
 
-    def _windows(self, qkv: Tensor, bias: Tensor, pad: Tensor | None, logit_scale: Tensor | None = None) -> Tensor:
-        (height, width), window = qkv.shape[1:3], self.window_size
-        return ops.window_attention(
-            qkv,
-            self.attn.num_heads,
-            window,
-            self.shift_size,
-            bias=bias,
-            index=self.attn.relative_position_index,
-            logit_scale=logit_scale,
-            pad=pad if height % window[0] or width % window[1] else None,
-        )
+    def _attend(self, x: Tensor, norm: nn.LayerNorm | None, qkv_bias: Tensor | None, **options: Any) -> Tensor:
+        """The attention half through `norm_attention`."""
+        attn = self.attn
+        layers = {"qkv_weight": attn.qkv.weight, "proj_weight": attn.proj.weight, "proj_bias": attn.proj.bias}
+        sizes, index = (attn.num_heads, self.window_size, self.shift_size), attn.relative_position_index
+        return ops.norm_attention(x, *sizes, **layers, qkv_bias=qkv_bias, index=index, **_vectors(norm), **options)
 
 
 @lru_cache(maxsize=64)
@@ -285,10 +273,9 @@ class SwinTransformerBlock(Swin, swin_transformer.SwinTransformerBlock):
         if self._left("attention", why):
             x = x + self.drop_path1(self._attn(self.norm1(x)))
         else:
-            attn = self.attn
-            qkv = norm_linear(x, self.norm1, attn.qkv.weight, attn.qkv.bias)
-            attended = self._windows(qkv, attn.relative_position_bias_table, attn.qkv.bias)
-            x = self._add_linear(x, attended, attn.proj, PATH1)
+            table, added = self.attn.relative_position_bias_table, not PATH1.why(self)
+            y = self._attend(x, self.norm1, self.attn.qkv.bias, bias=table, residual=added)
+            x = y if added else x + self.drop_path1(y)
         flat = x.flatten(1, 2)
         if self._left("mlp", self.mlp_half.why(self)):
             flat = flat + self.drop_path2(self.mlp(self.norm2(flat)))
@@ -306,8 +293,13 @@ SWINV2_ATTENTION = bypass.attention(
 )
 
 
+NORM_AND_PATH1 = Check(norm1=NORM, drop_path1=INACTIVE_DROP_PATH)
+NORM_AND_PATH2 = Check(norm2=NORM, drop_path2=INACTIVE_DROP_PATH)
+
+
 class SwinTransformerV2Block(Swin, swin_transformer_v2.SwinTransformerV2Block):
-    """SwinV2: qkv, window attention on cosines, projection, norm1; MLP, norm2."""
+    """SwinV2: qkv, window attention on cosines, projection, norm1; MLP, norm2. The norms and what follows them are part
+    of the halves if they are timm's own, too."""
 
     timm, methods = swin_transformer_v2.SwinTransformerV2Block, ("_attn", "get_attn_mask")
     attention, mlp_half = Check(attn=SWINV2_ATTENTION), Check(mlp=MLP)
@@ -320,21 +312,26 @@ class SwinTransformerV2Block(Swin, swin_transformer_v2.SwinTransformerV2Block):
         if self._as_timm(x):
             return super().forward(x)
         why = self._attention_reason() or self._size_reason(x)
-        attended = self._attn(x) if self._left("attention", why) else self._fused(x)
-        x = x + self.drop_path1(self.norm1(attended))
+        fused = not self._left("attention", why)
+        x = self._fused(x) if fused else x + self.drop_path1(self.norm1(self._attn(x)))
         flat = x.flatten(1, 2)
-        hidden = self.mlp(flat) if self._left("mlp", self.mlp_half.why(self)) else norm_mlp(flat, None, self.mlp)
-        flat = flat + self.drop_path2(self.norm2(hidden))
+        if self._left("mlp", self.mlp_half.why(self)):
+            flat = flat + self.drop_path2(self.norm2(self.mlp(flat)))
+        elif NORM_AND_PATH2.why(self):
+            flat = flat + self.drop_path2(self.norm2(norm_mlp(flat, None, self.mlp)))
+        else:
+            flat = norm_mlp(flat, self.norm2, self.mlp, residual=True, post_norm=True)
         return flat.view(x.shape)
 
     def _fused(self, x: Tensor) -> Tensor:
+        """The attention half, with norm and residual as far as nothing is between them."""
         attn = self.attn
         bias = None if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
         table = 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads))
-        qkv = norm_linear(x, None, attn.qkv.weight, bias)
-        return norm_linear(
-            self._windows(qkv, table, bias, attn.logit_scale.flatten()), None, attn.proj.weight, attn.proj.bias
-        )
+        options = {"bias": table, "logit_scale": attn.logit_scale.flatten()}
+        if NORM_AND_PATH1.why(self):
+            return x + self.drop_path1(self.norm1(self._attend(x, None, bias, **options)))
+        return self._attend(x, self.norm1, bias, **options, residual=True, post_norm=True)
 
 
 class PatchMerging(_Fused, swin_transformer.PatchMerging):
@@ -374,13 +371,21 @@ def _neighbours(x: Tensor) -> Tensor:
 
 
 def _one_window(
-    x: Tensor, norm: nn.Module, attn: nn.Module, qkv_bias: Tensor | None, bias: Tensor | None, index: Tensor | None
+    x: Tensor,
+    norm: nn.LayerNorm,
+    attn: nn.Module,
+    qkv_bias: Tensor | None,
+    bias: Tensor | None,
+    index: Tensor | None,
+    residual: bool = False,
 ) -> Tensor:
-    """Attention of all tokens (B, N, C) over all of them, with the norm before; what the projection reads."""
-    qkv = norm_linear(x, norm, attn.qkv.weight, qkv_bias)
+    """The attention half of all tokens (B, N, C) over all of them, with the norm before."""
     if bias is None and x.device.type == "cuda":
-        return _flash(qkv, attn.num_heads)
-    return ops.window_attention(qkv.unsqueeze(1), attn.num_heads, (1, x.shape[1]), bias=bias, index=index).squeeze(1)
+        attended = _flash(norm_linear(x, norm, attn.qkv.weight, qkv_bias), attn.num_heads)
+        return ops.norm_linear(attended, attn.proj.weight, attn.proj.bias, residual=x if residual else None)
+    layers = {"qkv_weight": attn.qkv.weight, "proj_weight": attn.proj.weight, "proj_bias": attn.proj.bias}
+    options = {"qkv_bias": qkv_bias, "bias": bias, "index": index, "residual": residual, **_vectors(norm)}
+    return ops.norm_attention(x.unsqueeze(1), attn.num_heads, (1, x.shape[1]), **layers, **options).squeeze(1)
 
 
 def _flash(qkv: Tensor, heads: int) -> Tensor:
@@ -443,8 +448,7 @@ class BeitBlock(_Fused, beit.Block):
         if shared is not None:
             shared = shared.view(shared.shape[-3:])
             bias, index = shared if bias is None else attn._get_rel_pos_bias().squeeze(0) + shared, None
-        attended = _one_window(x, self.norm1, attn, qkv_bias, bias, index)
-        return norm_linear(attended, None, attn.proj.weight, attn.proj.bias)
+        return _one_window(x, self.norm1, attn, qkv_bias, bias, index)
 
 
 # `attn_mask` and, in newer versions, `is_causal`: timm passes them on, and hooks see them
@@ -480,8 +484,9 @@ class ViTBlock(_Fused, vision_transformer.Block):
         if self._left("attention", self.attention.why(self) or _windows_fit(x, x.shape[1])):
             x = x + self.drop_path1(self.ls1(attn(self.norm1(x), **_NO_MASK)))
         else:
-            attended = _one_window(x, self.norm1, attn, attn.qkv.bias, None, None)
-            x = self._add_linear(x, attended, attn.proj, SCALE_AND_PATH1)
+            added = not SCALE_AND_PATH1.why(self)
+            y = _one_window(x, self.norm1, attn, attn.qkv.bias, None, None, residual=added)
+            x = y if added else x + self._through(SCALE_AND_PATH1, y)
         if self._left("mlp", self.mlp_half.why(self)):
             return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return self._add_mlp(x, SCALE_AND_PATH2)

@@ -309,18 +309,18 @@ def dgrads(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
     return dxs
 
 
-def dgrad_gelu(dy: Tensor, weight: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dx = dy . W * gelu'(before), gelu(before), and the partial sums of dx over its rows.
+def dgrad_gelu(dy: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dx = dy . W * gelu'(hidden), gelu(hidden), and the partial sums of dx over its rows.
 
     Cost: 1 launch; through the library 2.
     """
     if not fused():
-        return gelu_backward(dy @ weight, before)
-    dx, after = torch.empty_like(before), torch.empty_like(before)
+        return gelu_backward(dy @ weight, hidden)
+    dx, after = torch.empty_like(hidden), torch.empty_like(hidden)
     shape = dy.shape[0], weight.shape[1], weight.shape[0]
     tiles = cdiv(shape[0], _config(INPUT, dy.dtype, [shape], dy.device).block_m)
     partials = torch.empty(tiles, shape[1], dtype=torch.float32, device=dy.device)
-    _run(INPUT, dy.dtype, [dy], [weight], [dx], [shape], before=before, after=after, sums=partials)
+    _run(INPUT, dy.dtype, [dy], [weight], [dx], [shape], before=hidden, after=after, sums=partials)
     return dx, after, partials
 
 

@@ -69,10 +69,10 @@ def finish(sums: list[Sum], scale: Tensor | None = None, factor: float = 1.0) ->
         _finish([s for s in sums if s.out.dtype == dtype], scale, float(factor))
 
 
-def finished(partials: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+def finished(sums: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """The sums of partial sums (programs, n), each in a tensor (n,) of its own. Cost: as of `finish`."""
-    outs = [torch.empty(p.shape[1], dtype=dtype, device=p.device) for p, dtype in zip(partials, dtypes, strict=True)]
-    finish([Sum(*pair) for pair in zip(partials, outs, strict=True)])
+    outs = [torch.empty(p.shape[1], dtype=dtype, device=p.device) for p, dtype in zip(sums, dtypes, strict=True)]
+    finish([Sum(*pair) for pair in zip(sums, outs, strict=True)])
     return outs
 
 

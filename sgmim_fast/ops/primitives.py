@@ -165,11 +165,11 @@ class Primitives(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v."""
 
-    def window_attention(self, qkv: Tensor, windows: Windows) -> Tensor:
+    def window_attention(self, qkv: Tensor, w: Windows) -> Tensor:
         """See `ops.window_attention`."""
 
     def window_attention_backward(
-        self, grad: Tensor, qkv: Tensor, windows: Windows, wanted: Container[str]
+        self, grad: Tensor, qkv: Tensor, w: Windows, wanted: Container[str]
     ) -> tuple[Tensor, dict[str, Any]]:
         """Gradient of qkv, and partial sums of those of "bias", "logit_scale" and "pad" that are wanted."""
 

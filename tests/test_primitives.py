@@ -1,0 +1,39 @@
+"""Every backend's module has the primitives as `ops.primitives` declares them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+
+import pytest
+
+from sgmim_fast import backends
+from sgmim_fast.ops.primitives import Primitives
+
+DECLARED = {name: f for name, f in vars(Primitives).items() if inspect.isfunction(f) and not name.startswith("_")}
+MODULES = {"torch": "sgmim_fast.ops._plain"} | backends.MODULES["norm_linear"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("primitive", DECLARED)
+def test_signatures(name, primitive):
+    """The same parameters in the same order, and the same defaults; more with defaults are the backend's own."""
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    function = getattr(importlib.import_module(MODULES[name]), primitive)
+    _, *declared = inspect.signature(DECLARED[primitive]).parameters.values()  # without self
+    actual = inspect.signature(function).parameters
+    for parameter in declared:
+        assert parameter.name in actual, f"{primitive} of {name} has no {parameter.name}"
+        assert actual[parameter.name].kind == parameter.kind and actual[parameter.name].default == parameter.default
+    own = [p for p in actual.values() if p.name not in {d.name for d in declared}]
+    assert all(p.default is not inspect.Parameter.empty for p in own)
+    assert [p for p in actual if p in {d.name for d in declared}] == [d.name for d in declared]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_constants(name):
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    assert isinstance(importlib.import_module(MODULES[name]).LOOKS_AT_INDICES, bool)

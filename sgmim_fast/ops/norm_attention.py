@@ -129,7 +129,7 @@ def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
     storage = storage_dtype(a.x, a.dtype)
     y, statistics = before(p, a, a.rows, storage)
     qkv_weight, qkv_bias, weight, bias = weights_in(storage, a.qkv_weight, a.qkv_bias, a.proj_weight, a.proj_bias)
-    qkv = p.linear(y, qkv_weight, qkv_bias).view(*a.x.shape[:3], -1)
+    qkv = p.linear(y, qkv_weight, qkv_bias).view(*a.x.shape[:3], 3 * a.x.shape[3])
     del y
     attended = p.window_attention(qkv, a.windows(qkv_bias))
     out, saved = behind(p, a, a.rows, attended.flatten(0, -2), weight, bias)
@@ -148,7 +148,7 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     wanted = {"qkv", *gradients.wanted} | ({"pad"} if a.padded and "qkv_bias" in gradients else set())
     dqkv, sums = p.window_attention_backward(dattended.view(attended.shape), qkv, windows, wanted)
     del dattended
-    dqkv = dqkv.view(-1, dqkv.shape[3])
+    dqkv = dqkv.flatten(0, -2)
     if "qkv_bias" in gradients:
         (total,) = p.column_sums([dqkv])
         if "pad" in sums:

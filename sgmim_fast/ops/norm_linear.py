@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -91,7 +92,7 @@ def fake_norm(a: Any) -> list[Tensor]:
     """What is saved of the norm, if there is one: statistics, and its argument where it comes after the layers."""
     if a.norm_weight is None:
         return []
-    rows = a.x.numel() // a.x.shape[-1]
+    rows = math.prod(a.x.shape[:-1])
     statistics = a.x.new_empty(2, rows, dtype=sum_dtype(a.x.dtype))
     if not getattr(a, "post_norm", False):
         return [statistics]

@@ -206,6 +206,7 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     gradients.weight("proj_weight", dt, s.attended)
     (dattended,) = p.dgrads([dt], [wproj])
     dq, dk, dv = p.guidance_attention_backward(dattended, s.q, s.k, s.v, s.attended, s.lse, packed)
+    del dattended
     dquery, dkey, dvalue = p.dgrads([dq, dk, dv], [wq, wk, wv])
     vectors = w.query_norm_weight, w.query_norm_bias
     of_query = NormGradient(dquery, a.features, s.query_statistics, *vectors, packed.visible, residual=dt)

@@ -109,7 +109,8 @@ def norm_attention(
     """
     vectors = norm_weight, norm_bias, bias, index, logit_scale
     options = heads, list(window), list(shift), residual, post_norm, eps, None
-    return _op(x, qkv_weight, qkv_bias, proj_weight, proj_bias, *vectors, *options)[0]
+    out = _op(x, qkv_weight, qkv_bias, proj_weight, proj_bias, *vectors, *options)[0]
+    return out.unflatten(0, x.shape[:-1])
 
 
 def _check_arguments(a: Arguments) -> None:
@@ -133,13 +134,13 @@ def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
     del y
     attended = p.window_attention(qkv, a.windows(qkv_bias))
     out, saved = behind(p, a, a.rows, attended.flatten(0, -2), weight, bias)
-    return out.view(a.x.shape), [qkv, attended, *statistics, *saved]
+    return out, [qkv, attended, *statistics, *saved]
 
 
 def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gradients: Gradients) -> None:
     qkv, attended, *norm = saved
     storage = qkv.dtype
-    dout, added = behind_backward(p, a, norm, grad.flatten(0, -2), storage, "proj_bias", gradients)
+    dout, added = behind_backward(p, a, norm, grad, storage, "proj_bias", gradients)
     gradients.weight("proj_weight", dout, attended.flatten(0, -2))
     qkv_weight, weight = weights_in(storage, a.qkv_weight, a.proj_weight, last=True)
     (dattended,) = p.dgrads([dout], [weight])
@@ -167,7 +168,7 @@ def _fake(a: Arguments) -> tuple[Tensor, list[Tensor]]:
         return a.x.new_empty(*a.x.shape[:3], width, dtype=dtype)
 
     storage, width = storage_dtype(a.x, a.dtype), a.x.shape[3]
-    out = empty(width, result_dtype(a.x, a.x if a.residual else None, a.dtype))
+    out = empty(width, result_dtype(a.x, a.x if a.residual else None, a.dtype)).flatten(0, -2)
     return out, [empty(3 * width, storage), empty(width, storage), *fake_norm(a)]
 
 

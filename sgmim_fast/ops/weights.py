@@ -15,9 +15,10 @@ def weights_in(dtype: torch.dtype, *weights: Tensor | None, last: bool = False) 
     """Weights and biases as gemms in `dtype` read them, contiguous: as they are, or copies.
 
     On a GPU the forward's copies of weights are kept for the backward, which says that it is the `last` to read them.
-    As under autocast, a weight that changed since in a way that autograd does not see counts as it was.
+    As under autocast, a weight that changed in between in a way that autograd does not see counts as it was. No forward
+    reads a copy of an earlier one: a change through `.data`, or what FSDP gathers anew, leaves no trace to look at.
     """
-    found = [None if weight is None else _as_it_is(weight, dtype) for weight in weights]
+    found = [None if weight is None else _as_it_is(weight, dtype, last) for weight in weights]
     missing = [i for i, weight in enumerate(weights) if weight is not None and found[i] is None]
     for i, copy in zip(missing, _copies([weights[i].detach() for i in missing], dtype), strict=True):
         found[i], weight = copy, weights[i]
@@ -30,10 +31,12 @@ def weights_in(dtype: torch.dtype, *weights: Tensor | None, last: bool = False) 
     return found
 
 
-def _as_it_is(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The weight, or the copy that is kept; None where there has to be a new one."""
+def _as_it_is(weight: Tensor, dtype: torch.dtype, last: bool) -> Tensor | None:
+    """The weight, or for the last reader the copy that is kept; None where there has to be a new one."""
     if weight.dtype == dtype:
         return weight.detach().contiguous()
+    if not last:
+        return None
     version, copy = _kept.get(weight, (None, None))
     return copy if copy is not None and version == weight._version and copy.dtype == dtype else None
 

@@ -34,8 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sgmim_fast
 from sgmim_fast import SGMIM, backends, reference, selective_mask
-from sgmim_fast.kernels import launch as launching
-from sgmim_fast.ops import products
+from sgmim_fast.ops import products, target
 
 SWIN = {"img_size": 96, "window_size": 3, "embed_dim": 16, "num_heads": (1, 2, 4, 8), "depths": (2, 2, 18, 2)}
 ENCODERS: dict[str, tuple[str, dict[str, Any], int]] = {  # depths of the published ones
@@ -70,7 +69,7 @@ def on_triton(listener: Callable[..., None]) -> Iterator[None]:
     """Within the block the ops run their Triton implementations on the CPU's tensors, and launch nothing."""
     usable = {name: (name in ("triton", "torch"), "") for name in backends.NAMES}
     with (
-        launching.caught(listener, launching.Target("sm_90", 132)),
+        target.caught(listener, target.Target("sm_90", 132)),
         products.compute_bfloat16_in(torch.bfloat16),
         mock.patch.object(backends, "available", lambda: usable),
         mock.patch.object(backends, "triton_interpreted", lambda: True),

@@ -38,7 +38,7 @@ from shapes import SHAPES, Shape
 
 from sgmim_fast.kernels import compile as ahead
 from sgmim_fast.kernels import configs
-from sgmim_fast.kernels.launch import Target
+from sgmim_fast.ops.target import Target
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from torch.utils.flop_counter import flop_registry
 import sgmim_fast
 from sgmim_fast import backends, blocks
 from sgmim_fast.kernels import compile as ahead
-from sgmim_fast.kernels import launch as launching
 from sgmim_fast.ops import products
+from sgmim_fast.ops.target import Target
+from sgmim_fast.ops.target import caught as launches_caught
 
 # Allocations, views and questions launch nothing.
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh", "alias"}
@@ -215,17 +216,17 @@ def operations_of(name: str, a: dict[str, Any]) -> float:
 
 
 @contextmanager
-def caught(trace: Trace, target: launching.Target) -> Iterator[None]:
+def caught(trace: Trace, target: Target) -> Iterator[None]:
     """The Triton backend as on the target, its launches caught."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(backends, "can_run", lambda *args, **options: (True, "")))
         stack.enter_context(products.compute_bfloat16_in(torch.bfloat16))
-        stack.enter_context(launching.caught(trace.launch, target))
+        stack.enter_context(launches_caught(trace.launch, target))
         stack.enter_context(trace)
         yield
 
 
-def branch(shape: Shape, dtype: torch.dtype, batch: int, column: str, target: launching.Target) -> list[Launch]:
+def branch(shape: Shape, dtype: torch.dtype, batch: int, column: str, target: Target) -> list[Launch]:
     """Every launch of forward and backward of the branch, from the encoder's features on.
 
     Args:
@@ -244,7 +245,7 @@ def branch(shape: Shape, dtype: torch.dtype, batch: int, column: str, target: la
     return trace.launches
 
 
-def encoder(shape: Shape, dtype: torch.dtype, batch: int, accelerated: bool, target: launching.Target) -> list[Launch]:
+def encoder(shape: Shape, dtype: torch.dtype, batch: int, accelerated: bool, target: Target) -> list[Launch]:
     """Every launch of forward and backward of the encoder, its stem included."""
     trace = Trace()
     name, arguments = ENCODERS[shape.name]

@@ -35,9 +35,9 @@ from sgmim_fast import backends
 from sgmim_fast.guidance import embedding_patch
 from sgmim_fast.kernels import configs, products
 from sgmim_fast.kernels import launch as launching
-from sgmim_fast.kernels.launch import Target, caught
 from sgmim_fast.ops import GuidanceParameters, StructureParameters
 from sgmim_fast.ops.products import compute_bfloat16_in
+from sgmim_fast.ops.target import Target, caught
 from sgmim_fast.ops.window_attention import most_tokens_on_a_gpu
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

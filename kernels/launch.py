@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sgmim_fast import backends
+from sgmim_fast.ops.target import listener, target
 
 INTERPRETED = backends.triton_interpreted()  # Triton looks at the same moment, where a kernel is defined
 
@@ -39,46 +40,12 @@ def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-class Target(NamedTuple):
-    """What launches are made for."""
-
-    architecture: str  # as the configurations' table names it, e.g. "sm_90"
-    multiprocessors: int
-
-
-_caught: list[tuple[Callable[..., None], Target]] = []
-
-
-@contextlib.contextmanager
-def caught(listener: Callable[..., None], target: Target) -> Iterator[None]:
-    """Within the block launches go to `listener(kernel, grid, args, options)` in place of the device, chosen as for
-    `target`, and nothing is computed: to compile, count or model what an op launches."""
-    _caught.append((listener, target))
-    try:
-        yield
-    finally:
-        _caught.pop()
-
-
-def target(device: torch.device) -> Target:
-    """What the launches on this device are made for."""
-    return _caught[-1][1] if _caught else _target(device)
-
-
-@functools.cache
-def _target(device: torch.device) -> Target:
-    if device.type != "cuda":
-        return Target("any", 4)  # Triton's interpreter
-    properties = torch.cuda.get_device_properties(device)
-    return Target(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
-
-
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Launches the kernel, unless there is nothing to do."""
     if not all(grid):
         return
-    if _caught:
-        _caught[-1][0](kernel, grid, args, options)
+    if caught := listener():
+        caught(kernel, grid, args, options)
     else:
         kernel[grid](*args, **options)
 
@@ -95,11 +62,6 @@ def programs_of_rows(rows: int, width: int, device: torch.device, most: int) -> 
     wanted = max(1, 16 * target(device).multiprocessors // cdiv(width, 256))
     each = min(cdiv(max(1, cdiv(rows, wanted)), 32) * 32, most)
     return each, max(1, cdiv(rows, each))
-
-
-def on_gpu(tensor: Tensor) -> bool:
-    """Whether what is launched on its device runs on a GPU, or is caught as if it did."""
-    return tensor.is_cuda or bool(_caught)
 
 
 def tf32() -> str:

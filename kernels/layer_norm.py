@@ -14,9 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from sgmim_fast.kernels.arithmetic import cast, inside_of
-from sgmim_fast.kernels.launch import cdiv, launch, next_power_of_2, target
+from sgmim_fast.kernels.launch import cdiv, launch, next_power_of_2
 from sgmim_fast.kernels.sums import MOST_ADDED
 from sgmim_fast.ops.primitives import Norm, NormGradient, NormGradients
+from sgmim_fast.ops.target import target
 
 TILE = 1024  # numbers of a tensor that a program of the backward has at a time
 PROGRAMS = 8  # of the backward per multiprocessor; of 10 pairs measured on an H200 the best at all of Swin-B's widths

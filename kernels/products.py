@@ -27,9 +27,10 @@ from torch import Tensor
 from sgmim_fast.kernels import configs
 from sgmim_fast.kernels.arithmetic import TYPES, cast, dot, gelu, gelu_derivative, inside_of
 from sgmim_fast.kernels.gelu import gelu_backward, gelu_forward
-from sgmim_fast.kernels.launch import cdiv, launch, target, tf32
+from sgmim_fast.kernels.launch import cdiv, launch, tf32
 from sgmim_fast.kernels.sums import Sum, column_sums
 from sgmim_fast.kernels.sums import finish as finish_sums
+from sgmim_fast.ops.target import target
 
 FORWARD, INPUT, WEIGHT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from sgmim_fast.kernels import configs, products
 from sgmim_fast.kernels.configs import Config
-from sgmim_fast.kernels.launch import INTERPRETED, target
+from sgmim_fast.kernels.launch import INTERPRETED
+from sgmim_fast.ops.target import target
 
 Key = tuple[int, str]  # bytes of an operand's element, shape class
 # (rows, in, out): the guidance's and the mergings' linear layers

@@ -26,9 +26,10 @@ import triton.language as tl
 from torch import Tensor
 
 from sgmim_fast.kernels.arithmetic import cast, dot, inside_of
-from sgmim_fast.kernels.launch import cdiv, launch, next_power_of_2, target, tf32
+from sgmim_fast.kernels.launch import cdiv, launch, next_power_of_2, tf32
 from sgmim_fast.kernels.sums import finished
 from sgmim_fast.ops.primitives import Windows
+from sgmim_fast.ops.target import target
 from sgmim_fast.ops.window_attention import APART, MAX_LOGIT_SCALE, TINY
 
 PROGRAMS = 8  # per multiprocessor: enough to hide latencies, few enough that groups' sums stay small

@@ -15,6 +15,7 @@ triton = pytest.importorskip("triton", reason="the Triton backend needs triton")
 
 from sgmim_fast.kernels import configs, launch, products, tune  # noqa: E402 - they import triton
 from sgmim_fast.kernels.configs import Config  # noqa: E402
+from sgmim_fast.ops import target  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 not_interpreted = pytest.mark.skipif(launch.INTERPRETED, reason="with TRITON_INTERPRET=1 there is nothing to compile")
@@ -66,10 +67,10 @@ def test_cost_of_a_step(gpu, tmp_path):
 
 def test_caught_launches_do_not_run():
     found = []
-    with launch.caught(lambda *call: found.append(call), launch.Target("sm_90", 132)):
+    with target.caught(lambda *call: found.append(call), target.Target("sm_90", 132)):
         launch.launch("kernel", (0,))
         launch.launch("kernel", (2, 3), 1, BLOCK=4)
-        assert launch.target(torch.device("cpu")) == ("sm_90", 132)
+        assert target.target(torch.device("cpu")) == ("sm_90", 132)
     assert found == [("kernel", (2, 3), (1,), {"BLOCK": 4})]
 
 
@@ -138,7 +139,7 @@ def test_the_tuner_takes_the_fastest_of_every_class(monkeypatch):
         names = "BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"
         return made_up(Config(*(options[name] for name in names)))
 
-    with launch.caught(lambda *call: launched.append(call), launch.Target("sm_90", 132)):
+    with target.caught(lambda *call: launched.append(call), target.Target("sm_90", 132)):
         best = tune.tune(time, torch.device("cpu"), report=lambda line: None)
     assert {size for size, _ in best} == {2, 4} and {kind for _, kind in best} == {"small", "medium", "large"}
     for (size, _), config in best.items():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sgmim_fast.kernels import launch
+from sgmim_fast.ops import target
 from sgmim_fast.ops.weights import weights_in
 
 LOW = torch.bfloat16
@@ -19,7 +19,7 @@ LOW = torch.bfloat16
 @pytest.fixture(autouse=True)
 def on_a_gpu(monkeypatch):
     """Where alone copies are kept."""
-    monkeypatch.setattr(launch, "on_gpu", lambda weight: True)
+    monkeypatch.setattr(target, "on_gpu", lambda weight: True)
 
 
 def data(weight: nn.Parameter) -> None:

@@ -83,8 +83,13 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _use_onednn(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 and _has_onednn()
+def _use_onednn(x: Tensor, bias: Tensor | None = None) -> bool:
+    """In bfloat16 PyTorch's own call is oneDNN's, but copies the bias to every row first."""
+    if x.device.type != "cpu" or x.numel() == 0 or not _has_onednn():
+        return False
+    return x.dtype == torch.float32 or (
+        x.dtype == torch.bfloat16 and bias is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def linear(
@@ -97,7 +102,7 @@ def linear(
 ) -> Tensor:
     """x (n, i) . weight (o, i)^T + bias (o,) + residual (n, o) in `dtype`, that of x if None; bias is cast to x's."""
     bias = None if bias is None else bias.to(x.dtype)
-    product = _onednn(x, weight, bias) if _use_onednn(x) else torch.nn.functional.linear(x, weight, bias)
+    product = _onednn(x, weight, bias) if _use_onednn(x, bias) else torch.nn.functional.linear(x, weight, bias)
     if residual is not None:
         narrower = torch.promote_types(x.dtype, residual.dtype) != x.dtype
         product = product + residual if narrower else product.add_(residual)  # in place: faster than oneDNN's "add"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sgmim_fast.kernels import launch
+from sgmim_fast.ops import target
 
 _kept: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> its version, and the copy that its forward made
 
@@ -22,7 +22,7 @@ def weights_in(dtype: torch.dtype, *weights: Tensor | None, last: bool = False) 
     missing = [i for i, weight in enumerate(weights) if weight is not None and found[i] is None]
     for i, copy in zip(missing, _copies([weights[i].detach() for i in missing], dtype), strict=True):
         found[i], weight = copy, weights[i]
-        if not last and weight.ndim > 1 and weight.requires_grad and launch.on_gpu(weight):
+        if not last and weight.ndim > 1 and weight.requires_grad and target.on_gpu(weight):
             _kept[weight] = weight._version, copy
     if last:
         for weight in weights:
@@ -46,7 +46,7 @@ def _copies(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     numbers to a block, and for the few of a layer it took ten times what the traffic does (H200, a Swin-B's weights
     twice: 154 launches, 2.4 ms).
     """
-    if not weights or sum(w.numel() for w in weights) < launch.target(weights[0].device).multiprocessors << 16:
+    if not weights or sum(w.numel() for w in weights) < target.target(weights[0].device).multiprocessors << 16:
         return [weight.to(dtype, memory_format=torch.contiguous_format) for weight in weights]
     copies = [torch.empty(weight.shape, dtype=dtype, device=weight.device) for weight in weights]
     torch._foreach_copy_(copies, weights)

@@ -47,7 +47,7 @@ from shapes import SHAPES, Shape
 from torch import Tensor, nn
 from visible import visible_losses
 
-from sgmim_fast import SGMIM, backends, reference, selective_mask, standardize_structure
+from sgmim_fast import SGMIM, backends, keep_freed_memory, reference, selective_mask, standardize_structure
 from sgmim_fast.ops import products
 
 FUSED = {"fused-cpu": "cpu", "fused-triton": "triton", "fused-cuda": "cuda"}
@@ -332,6 +332,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plot", type=plot_file, help="default: guidance.png here, where matplotlib is installed")
     args = parser.parse_args(argv)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    keep_freed_memory()  # as training on a CPU does; all columns have it
     asked = args.batch or (128 if device == "cuda" else 16)
     seconds = args.seconds or (60 if args.all else 10)
     encoders = (args.encoder or ("swin_base,vit_base" if args.all else "swin_base")).split(",")

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from sgmim_fast import backends, ops
+from sgmim_fast.memory import keep_freed_memory
 from sgmim_fast.ops import standardize_structure
 from sgmim_fast.rows import Rows
 
@@ -42,6 +43,7 @@ __all__ = [
     "checkpoints",
     "create_encoder",
     "export_timm",
+    "keep_freed_memory",
     "load_published",
     "ops",
     "published_state_dict",

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 import sgmim_fast
 from sgmim_fast.errors import UserError
+from sgmim_fast.memory import keep_freed_memory
 from sgmim_fast.train import checkpoint, loader, log, state
 from sgmim_fast.train.order import Layout
 from sgmim_fast.train.runs import Saved
@@ -78,6 +79,8 @@ class Trainer:
             *(self.dataset, self.layout, config.seed, self.done, self.steps_per_epoch), workers=each, pin=pin
         )
         alone = self.accelerator.num_processes == 1
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
         try:
             with StopSignals() as signals:
                 self.window.pause()

@@ -63,9 +63,13 @@ def test_script_writes_its_figure(tmp_path):
 
 CELLS = """
 import json, resource, sys
+fewer = 0
 for cell in json.load(open(sys.argv[1]))["cells"]:
     if cell["cell_type"] == "code":
-        exec("".join(cell["source"]), globals())
+        code = "".join(cell["source"])
+        fewer += code.count('write("train", 480,')
+        exec(code.replace('write("train", 480,', 'write("train", 160,'), globals())
+assert fewer == 1
 used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
 print("CPU seconds", sum(usage.ru_utime + usage.ru_stime for usage in used))
 assert Image.open(runs / "depth.png").size[0] > 200
@@ -74,7 +78,8 @@ assert Image.open(runs / "depth.png").size[0] > 200
 
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path):
-    """All of its code cells, one after the other, in at most the five minutes of CPU time that it promises."""
+    """All of its code cells, one after the other, with a third of its photographs: in a third of the five minutes of CPU
+    time that it promises."""
     pytest.importorskip("segmentation_models_pytorch", reason="needs the extra [downstream]")
     command = [sys.executable, "-c", CELLS, ROOT / "examples" / "quickstart.ipynb"]
     environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
@@ -83,4 +88,4 @@ def test_the_notebook_runs(tmp_path):
     structure = [float(value) for value in re.findall(r"val_structure_loss ([\d.]+)", done.stdout)]
     assert len(structure) > 2 and structure[-1] < structure[0]
     assert re.search(r"rmse", done.stdout, re.IGNORECASE), done.stdout
-    assert float(re.search(r"^CPU seconds ([\d.]+)$", done.stdout, re.MULTILINE)[1]) < 300
+    assert float(re.search(r"^CPU seconds ([\d.]+)$", done.stdout, re.MULTILINE)[1]) < 100

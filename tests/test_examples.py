@@ -78,8 +78,8 @@ assert Image.open(runs / "depth.png").size[0] > 200
 
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path):
-    """All of its code cells, one after the other, with a third of its photographs: in a third of the five minutes of CPU
-    time that it promises."""
+    """All of its code cells, one after the other, with a third of its photographs, in a third of the five minutes of
+    CPU time that it promises."""
     pytest.importorskip("segmentation_models_pytorch", reason="needs the extra [downstream]")
     command = [sys.executable, "-c", CELLS, ROOT / "examples" / "quickstart.ipynb"]
     environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}

@@ -15,7 +15,7 @@ from sgmim_fast import backends
 NATIVE = backends.available()["cpu"]
 pytestmark = pytest.mark.skipif(not NATIVE[0], reason=NATIVE[1])
 
-# Every finite bfloat16, and as many float32 numbers between -40 and 40, in rows of an odd width.
+# Every finite bfloat16, and float32 numbers of all sizes between -40 and 40, in rows of an odd width.
 RUN = """
 import sys, torch
 from sgmim_fast import backends
@@ -23,7 +23,10 @@ backends.available()
 kernels = torch.ops.sgmim_fast_cpu
 results = {"isa": kernels.isa()}
 every = torch.arange(1 << 16).to(torch.int16).view(torch.bfloat16)
-for x in (every[every.isfinite()], torch.linspace(-40, 40, 65280)):
+torch.manual_seed(0)
+small = torch.randn(65280) * 10.0 ** -torch.randint(9, (65280,))
+float32 = [torch.linspace(-40, 40, 65280), 8 * torch.rand(652800) - 4, small]
+for x in (every[every.isfinite()], torch.cat(float32)):
     x = x.view(-1, 255)
     value, again, derivative, sums = torch.empty_like(x), torch.empty_like(x), torch.ones_like(x), torch.empty(255)
     kernels.gelu(x, value)
@@ -61,19 +64,21 @@ def truth(x):
     return (x * cdf, (x * cdf).abs()), (cdf + x * pdf, cdf + x.abs() * pdf)
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 1), (torch.float32, 6)])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 1), (torch.float32, 5)])
 def test_every_number(results, dtype, limit):
-    """Within so many units in the last place of the terms (float32: 4.4 seen).
+    """bfloat16: within one unit in the last place of the terms; float32: within 5 eps of them, 4.1 seen of 24 million.
 
-    In float32 the exponent -x^2/2 is itself rounded: in the tail that many ulp more, as in any such formula.
+    In float32 the exponent -x^2/2 is itself rounded: in the tail that many eps more, as in any such formula.
     """
     x, *found = results[str(dtype)]
     x, info = x.double(), torch.finfo(dtype)
     inside = x >= -12.5
     for actual, (expected, terms) in zip(found, truth(x), strict=True):
-        ulp = info.eps * 2.0 ** terms.clamp(min=info.tiny).log2().floor()
+        terms = terms.clamp(min=info.tiny)
         if dtype == torch.float32:
-            ulp = ulp * (1 + x.clamp(max=0).square() / 2)
+            ulp = info.eps * terms * (1 + x.clamp(max=0).square() / 2)
+        else:
+            ulp = info.eps * 2.0 ** terms.log2().floor()
         off = (actual.double() - expected).abs()
         normal = expected.abs() >= 2 * info.tiny  # smaller numbers may become 0
         assert (off / ulp)[inside & normal].max() <= limit

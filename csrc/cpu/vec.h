@@ -72,10 +72,6 @@ SGMIM_INLINE vf rough_inverse(vf a) { return (vf)_mm256_rcp_ps((__m256)a); }
 #else
 SGMIM_INLINE vf rough_inverse(vf a) { return 1.0f / a; }
 #endif
-SGMIM_INLINE vf inverse(vf a) {
-  const vf rough = rough_inverse(a);
-  return LANES == 4 ? rough : rough + rough * (1.0f - a * rough);
-}
 
 typedef float v4 __attribute__((vector_size(16)));
 

@@ -324,7 +324,7 @@ def test_editable_install_in_a_new_environment(sources, tmp_path):
     assert objects and objects == {path: path.stat().st_mtime for path in (sources / "build").rglob("*.o")}
     (sources / "csrc" / "cpu" / "isa.cpp").touch()
     done = run(python, "-m", "pip", *again, SGMIM_FAST_NO_CUDA="1")
-    assert re.findall(r"sgmim_fast: compiled (\S+), 1 of \d+", done.stdout) == ["csrc/cpu/isa.cpp"]
+    assert re.findall(r"sgmim_fast: compiled (\S+), 1 of \d+", done.stdout) == ["csrc/cpu/isa.cpp"], done.stdout
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The check that comes before a per-op benchmark's speed."""
+"""The checks that come before a benchmark's speed."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ def assert_agree(actual: Sequence[Tensor], dense: Sequence[Tensor], truth: Seque
         assert error <= 2 * reference + 1e-4 * norm, (
             f"result {i} is off by {error / norm:.1e}, dense {reference / norm:.1e}"
         )
+
+
+def relative_errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    """Of each tensor of the truth: how far what was found is from it, by Euclidean norms."""
+    return {key: ((found[key] - t).norm() / t.norm()).item() for key, t in truth.items()}

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from agree import relative_errors
 from floor import gemm_floor, multiply_accumulates
 from measure import (
     Progress,
@@ -198,10 +199,6 @@ def check(case: Case) -> tuple[list[str], dict[str, float]]:
             largest = {key: max(error, again[key]) for key, error in largest.items()}
         wrong = disagreements(largest)
     return wrong, peaks
-
-
-def relative_errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    return {key: ((found[key] - t).norm() / t.norm()).item() for key, t in truth.items()}
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from agree import relative_errors
 from floor import branch_products, encoder_products, products_floor
 from measure import interleaved, machine, peak_mib, summary
 from shapes import SHAPES, Shape
@@ -166,7 +167,7 @@ def check(case: Case) -> tuple[dict[str, list[str]], dict[str, float]]:
             del case.columns[name]
             continue
         if not name.startswith("simmim"):
-            errors[name] = {key: ((found[key] - t).norm() / t.norm()).item() for key, t in truth.items()}
+            errors[name] = relative_errors(found, truth)
     for name, column in errors.items():
         worst = max(column, key=lambda key: column[key])
         print(f"{name}: worst gradient off by {column[worst]:.1e} of its norm ({worst})", flush=True)

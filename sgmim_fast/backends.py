@@ -38,8 +38,10 @@ def _own(op: str, *names: str) -> dict[str, str]:
 # op -> backend -> module: with the primitives that an op is composed of, or, for ops that are none, with functions
 # `forward` and, where not everything is supported, `can_run(part, args)`.
 MODULES: dict[str, dict[str, str]] = {
-    **{name: _own(name, "cpu", "triton", "cuda") for name in ("gather_patches", "selective_mask")},
-    "standardize_structure": _own("standardize_structure", "cpu", "triton", "cuda"),
+    **{
+        name: _own(name, "cpu", "triton", "cuda")
+        for name in ("gather_patches", "selective_mask", "standardize_structure")
+    },
     "masked_patch_embed": _PRIMITIVES | _own("masked_patch_embed", "cuda"),
     "relational_guidance": _PRIMITIVES | _own("relational_guidance", "cuda"),
     **dict.fromkeys(("norm_attention", "norm_linear", "norm_mlp", "window_attention"), _PRIMITIVES),

@@ -28,9 +28,7 @@ SGMIM_INLINE Gelu gelu_at(vf x) {
   const vf r = power - (shifted - 12582912.0f);
   vf e, ratio;
   if (coarse) {
-    e = set1(0.05517156422f) * r + 0.2426111102f;
-    e = e * r + 0.6932610273f;
-    e = e * r + 0.9999280572f;
+    e = coarse_exp2(r);
     const vf s = rough_inverse(y + 2.0f);
     ratio = set1(-2.0119242668f) * s + 1.9618414640f;
     ratio = ratio * s + 0.7182267904f;

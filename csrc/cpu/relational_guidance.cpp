@@ -1,4 +1,4 @@
-// What relational guidance has between its products: the attention of an image's visible cells over its shown cells plus
+// What relational guidance has between its gemms: the attention of an image's visible cells over its shown cells plus
 // one collapsed key for all hidden ones.
 //
 // Per image and head, V queries and K shown keys of width d (scale d^-1/2): everything of one head lives in

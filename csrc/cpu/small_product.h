@@ -36,19 +36,33 @@ void product_rows(
   if (n < columns) product_tile<ADD, ROWS, 1>(a, a_stride, a_step, b + n, b_stride, c + n, c_stride, depth);
 }
 
+template <int N>
+struct Rows {
+  static constexpr int value = N;
+};
+
+// tile(Rows<6>, first) for six of the rows at a time, and likewise for those that are left.
+template <class F>
+SGMIM_INLINE void by_six_rows(int64_t rows, const F& tile) {
+  int64_t first = 0;
+  for (; first + 6 <= rows; first += 6) tile(Rows<6>{}, first);
+  switch (rows - first) {
+    case 5: return tile(Rows<5>{}, first);
+    case 4: return tile(Rows<4>{}, first);
+    case 3: return tile(Rows<3>{}, first);
+    case 2: return tile(Rows<2>{}, first);
+    case 1: return tile(Rows<1>{}, first);
+  }
+}
+
 template <bool ADD>
 SGMIM_INLINE void product(
     const float* a, int64_t a_stride, int64_t a_step, const float* b, int64_t b_stride, float* c, int64_t c_stride,
     int64_t rows, int64_t columns, int64_t depth) {
-  for (; rows >= 6; rows -= 6, a += 6 * a_stride, c += 6 * c_stride)
-    product_rows<ADD, 6>(a, a_stride, a_step, b, b_stride, c, c_stride, columns, depth);
-  switch (rows) {
-    case 5: return product_rows<ADD, 5>(a, a_stride, a_step, b, b_stride, c, c_stride, columns, depth);
-    case 4: return product_rows<ADD, 4>(a, a_stride, a_step, b, b_stride, c, c_stride, columns, depth);
-    case 3: return product_rows<ADD, 3>(a, a_stride, a_step, b, b_stride, c, c_stride, columns, depth);
-    case 2: return product_rows<ADD, 2>(a, a_stride, a_step, b, b_stride, c, c_stride, columns, depth);
-    case 1: return product_rows<ADD, 1>(a, a_stride, a_step, b, b_stride, c, c_stride, columns, depth);
-  }
+  by_six_rows(rows, [&](auto count, int64_t m) SGMIM_INLINE_LAMBDA {
+    product_rows<ADD, decltype(count)::value>(
+        a + m * a_stride, a_stride, a_step, b, b_stride, c + m * c_stride, c_stride, columns, depth);
+  });
 }
 
 // C = A . B, A row by row.

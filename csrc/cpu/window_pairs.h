@@ -1,12 +1,12 @@
 // window_attention in bfloat16 where there are instructions for it: VDPBF16PS adds the products of two bfloat16 to each
-// float, so what a product sums over lies in pairs: rows as they are, `interleaved` (two rows at a time) or `transposed`
-// pair by pair. Probabilities and the gradient of the logits are rounded to bfloat16 for the products that read them, as
+// float, so what a gemm sums over lies in pairs: rows as they are, `interleaved` (two rows at a time) or `transposed`
+// pair by pair. Probabilities and the gradient of the logits are rounded to bfloat16 for the gemms that read them, as
 // in plain PyTorch; the logits, their softmax and all sums are float32.
 //
 // As in window_head.h the logits are kept transposed, (keys, queries), QUERIES at a time. Queries and keys are multiplied
 // as they come: scale and cosines' norms are factors of the logits, so unit vectors are never rounded.
 //
-// Included once, after vec.h and window_head.h, for the instruction set that has SGMIM_HAS_BF16.
+// Included once, after vec.h, small_product.h and window_head.h, for the instruction set that has SGMIM_HAS_BF16.
 namespace sgmim {
 namespace SGMIM_ISA {
 
@@ -55,25 +55,16 @@ template <bool ADD>
 void pair_product(
     const Pair* a, int64_t a_stride, int64_t a_step, const Pair* b, int64_t b_stride, float* c, int64_t c_stride,
     int64_t rows, int64_t columns, int64_t depth) {
-  for (; rows >= 6; rows -= 6, a += 6 * a_stride, c += 6 * c_stride)
-    pair_rows<ADD, 6>(a, a_stride, a_step, b, b_stride, c, c_stride, columns, depth);
-  switch (rows) {
-    case 5: return pair_rows<ADD, 5>(a, a_stride, a_step, b, b_stride, c, c_stride, columns, depth);
-    case 4: return pair_rows<ADD, 4>(a, a_stride, a_step, b, b_stride, c, c_stride, columns, depth);
-    case 3: return pair_rows<ADD, 3>(a, a_stride, a_step, b, b_stride, c, c_stride, columns, depth);
-    case 2: return pair_rows<ADD, 2>(a, a_stride, a_step, b, b_stride, c, c_stride, columns, depth);
-    case 1: return pair_rows<ADD, 1>(a, a_stride, a_step, b, b_stride, c, c_stride, columns, depth);
-  }
+  by_six_rows(rows, [&](auto count, int64_t m) SGMIM_INLINE_LAMBDA {
+    pair_rows<ADD, decltype(count)::value>(
+        a + m * a_stride, a_stride, a_step, b, b_stride, c + m * c_stride, c_stride, columns, depth);
+  });
 }
 
-// 2^power with a relative error of 8e-5, a 25th of a rounding to bfloat16.
+// 2^power, as `coarse_exp2`.
 SGMIM_INLINE vf coarse_exp(vf power) {
   const __m512 whole = _mm512_maskz_roundscale_ps(0xffff, (__m512)power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const vf r = power - (vf)whole;
-  vf e = set1(0.05517156422f) * r + 0.2426111102f;
-  e = e * r + 0.6932610273f;
-  e = e * r + 0.9999280572f;
-  return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)e, whole);
+  return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)coarse_exp2(power - (vf)whole), whole);
 }
 
 // Numbers of two rows as pairs.
@@ -224,7 +215,7 @@ class WindowPairs {
   bool cosines() const { return grid_.logit_scale != nullptr; }
 
  private:
-  // Into the second-level cache.
+  // Into L2.
   void fetch(const Bf16* from) const {
     for (int64_t i = 0; i < d; i += 32) __builtin_prefetch(from + i, 0, 2);
   }

@@ -145,7 +145,7 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     qkv_weight, weight = weights_in(storage, a.qkv_weight, a.proj_weight, last=True)
     (dattended,) = p.dgrads([dout], [weight])
     del dout
-    windows = a.windows(weights_in(storage, a.qkv_bias)[0])
+    windows = a.windows(weights_in(storage, a.qkv_bias)[0] if a.padded else None)
     wanted = {"qkv", *gradients.wanted} | ({"pad"} if a.padded and "qkv_bias" in gradients else set())
     dqkv, sums = p.window_attention_backward(dattended.view(attended.shape), qkv, windows, wanted)
     del dattended

@@ -72,10 +72,8 @@ def norm_mlp(
     """
     if x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., channels)")
-    rows = x.flatten(0, -2)
-    out = _op(rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, residual, post_norm, eps, None)[
-        0
-    ]
+    layers, norm = (fc1_weight, fc1_bias, fc2_weight, fc2_bias), (norm_weight, norm_bias)
+    out = _op(x.flatten(0, -2), *layers, *norm, residual, post_norm, eps, None)[0]
     return out.unflatten(0, x.shape[:-1])
 
 

@@ -51,7 +51,7 @@ class _Attention:
         return torch.cat([self.pack(grid[:, :, :-1], self.shown), last])
 
     def probabilities(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Softmax over the keys, 0 where there is none, and its log-sum."""
+        """Softmax over the keys, 0 where there is none, and the logsumexp of the logits."""
         logits = q @ k.mT * self.scale + self.bias
         lse = logits.logsumexp(-1, keepdim=True)
         lse = torch.where(lse.isfinite(), lse, 0)

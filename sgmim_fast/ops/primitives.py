@@ -158,7 +158,7 @@ class Primitives(Protocol):
 
     def guidance_attention(self, q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
         """Attention of each image's visible rows q (visible, C) over its shown keys, of k and v (shown + 1, C), and the
-        last key for all its hidden cells: (visible, C), and the log of the normaliser, (visible, heads)."""
+        last key for all its hidden cells: (visible, C), and the logsumexp of the logits, (visible, heads)."""
 
     def guidance_attention_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, packed: Packed

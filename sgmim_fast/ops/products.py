@@ -46,8 +46,7 @@ def _bfloat16_on_cpu() -> torch.dtype:
         raise ValueError(f"SGMIM_FAST_PRODUCTS is {wanted!r}; expected auto, float32 or bfloat16")
     if wanted != "auto":
         return getattr(torch, wanted)
-    native = _has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if _has_bfloat16() else torch.float32
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -70,6 +69,12 @@ def _has_onednn() -> bool:
 
 
 @functools.cache
+def _has_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 with instructions for it."""
+    return _has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@functools.cache
 def _mkl_is_slow() -> bool:
     """AMD with AVX-512: there MKL is slow in every shape; elsewhere it is as good as oneDNN for weight gradients."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or platform.system() != "Linux":
@@ -87,9 +92,7 @@ def _use_onednn(x: Tensor, bias: Tensor | None = None) -> bool:
     """In bfloat16 PyTorch's own call is oneDNN's, but copies the bias to every row first."""
     if x.device.type != "cpu" or x.numel() == 0 or not _has_onednn():
         return False
-    return x.dtype == torch.float32 or (
-        x.dtype == torch.bfloat16 and bias is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and bias is not None and _has_bfloat16())
 
 
 def linear(

@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from agree import relative_errors
-from floor import gemm_floor, multiply_accumulates
-from measure import (
+from tools.agree import relative_errors
+from tools.floor import gemm_floor, multiply_accumulates
+from tools.measure import (
     Progress,
     can_plot,
     graphed,
@@ -44,9 +44,9 @@ from measure import (
     summary,
     synchronize,
 )
-from shapes import SHAPES, Shape
+from tools.shapes import SHAPES, Shape
+from tools.visible import visible_losses
 from torch import Tensor, nn
-from visible import visible_losses
 
 from sgmim_fast import SGMIM, backends, keep_freed_memory, reference, selective_mask, standardize_structure
 from sgmim_fast.ops import products

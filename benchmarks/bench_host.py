@@ -27,8 +27,8 @@ from unittest import mock
 
 import torch
 from bench_step import BEIT
-from launches import launches_nothing, through_triton
-from measure import machine
+from tools.launches import launches_nothing, through_triton
+from tools.measure import machine
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -20,15 +20,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import machine
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from tools.measure import machine
 from torchvision import io, tv_tensors
 from torchvision.transforms import v2
 
 from sgmim_fast import data
 from sgmim_fast.data.png import encode_png
-from sgmim_fast.data.seeding import seeded
+from sgmim_fast.data.seeds import seeded
 
 SIZES = {"ImageNet": (375, 500), "camera": (1536, 2048)}  # height, width; every other image stands upright
 MAPS = {"png": "png", "stored": "png", "npy": "npy"}  # kind -> suffix

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from shapes import SHAPES
+from tools.shapes import SHAPES
 
 from sgmim_fast import backends, selective_mask
 from sgmim_fast.ops.masked_patch_embed import masked_patch_embed

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from agree import assert_agree
-from shapes import SHAPES
+from tools.agree import assert_agree
+from tools.shapes import SHAPES
 from torch import nn
 
 from sgmim_fast import backends

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from agree import assert_agree
-from shapes import SHAPES
-from visible import guide
+from tools.agree import assert_agree
+from tools.shapes import SHAPES
+from tools.visible import guide
 
 from sgmim_fast import backends, selective_mask
 from sgmim_fast.guidance import RelationalGuidance

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from shapes import SHAPES
+from tools.shapes import SHAPES
 from torch import Tensor
 
 from sgmim_fast import backends, selective_mask

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shapes import SHAPES
+from tools.shapes import SHAPES
 from torch import Tensor
 
 from sgmim_fast import backends, standardize_structure

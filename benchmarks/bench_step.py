@@ -31,10 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from agree import relative_errors
-from floor import branch_products, encoder_products, products_floor
-from measure import interleaved, machine, peak_mib, summary
-from shapes import SHAPES, Shape
+from tools.agree import relative_errors
+from tools.floor import branch_products, encoder_products, products_floor
+from tools.measure import interleaved, machine, peak_mib, summary
+from tools.shapes import SHAPES, Shape
 from torch import Tensor, nn
 
 import sgmim_fast

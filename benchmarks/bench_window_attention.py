@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from agree import assert_agree
-from shapes import SHAPES
 from timm.models.swin_transformer import window_partition, window_reverse
+from tools.agree import assert_agree
+from tools.shapes import SHAPES
 
 from sgmim_fast import backends
 from sgmim_fast.ops.window_attention import MAX_LOGIT_SCALE, window_attention

@@ -30,11 +30,11 @@ from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
-import launches
 import torch
-from launches import Launch
-from measure import machine
-from shapes import SHAPES, Shape
+from tools import launches
+from tools.launches import Launch
+from tools.measure import machine
+from tools.shapes import SHAPES, Shape
 
 from sgmim_fast.kernels import compile as ahead
 from sgmim_fast.kernels import configs

@@ -98,7 +98,7 @@ def sorting(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def count_launches(encoder: str, dtype: str, batch: int) -> int:
     """Kernels, fills and copies that the device runs in a forward and backward, from the encoder's features on."""
     from bench_guidance import build
-    from shapes import SHAPES
+    from tools.shapes import SHAPES
     from torch.profiler import ProfilerActivity, profile, record_function
 
     case = build(SHAPES[encoder], getattr(torch, dtype), batch, "cuda")
@@ -249,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     suite.run("host", [python, here / "bench_host.py", "--json", suite.path("-host.json")], 60)
     suite.run("model", [python, here / "cost_model.py", "--step", "--json", suite.path("-model.json")], 90)
     native = ("gather_patches", "selective_mask", "masked_patch_embed", "relational_guidance")
-    short = [*pytest, *(f"tests/test_{op}.py" for op in native)]
+    short = [*pytest, *(f"tests/ops/test_{op}.py" for op in native)]
     if tool := shutil.which("compute-sanitizer"):
         for kind in ("memcheck", "racecheck"):
             picked = ["-k", "cuda-cuda or (triton-cuda and ragged)", "--maxfail", "3"]

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from agree import assert_agree
-from measure import interleaved, machine, summary
-from shapes import SHAPES, Shape
+from tools.agree import assert_agree
+from tools.measure import interleaved, machine, summary
+from tools.shapes import SHAPES, Shape
 from torch import Tensor, nn
 
 from sgmim_fast import backends, ops, selective_mask, standardize_structure

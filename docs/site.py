@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # file of the repository -> page
 PAGES = {
     "README.md": "index.md",
-    **{name: name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/NOTES.md", "benchmarks/EVIDENCE.md")},
+    **{name: name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/NOTES.md")},
+    "benchmarks/evidence/EVIDENCE.md": "benchmarks/evidence/EVIDENCE.md",
 }
 HELP = "<!-- sgmim-fast --help -->"
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
@@ -30,7 +31,7 @@ def on_files(files, config):
     """Adds the pages, and the pictures that they show."""
     for source, page in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text()))
-    for picture in (ROOT / "benchmarks" / "results").glob("*.png"):
+    for picture in (ROOT / "benchmarks").glob("*/*.png"):
         files.append(File.generated(config, picture.relative_to(ROOT).as_posix(), abs_src_path=str(picture)))
     return files
 

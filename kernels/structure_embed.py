@@ -2,8 +2,8 @@
 
 A merging's norm is not fused with its product: each tile of columns would normalise the same rows again (8 to 16 times
 at these widths), between the loads and the tensor cores, and the backward needs the normalised rows for the weight
-gradient anyway. Cost with three mergings, half precision: forward 7 launches, backward 8; `benchmarks/model.py` has
-bytes and predicted times, none is measured yet.
+gradient anyway. Cost with three mergings, half precision: forward 7 launches, backward 8; `benchmarks/cost_model.py`
+has bytes and predicted times, none is measured yet.
 """
 
 from __future__ import annotations

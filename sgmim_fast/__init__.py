@@ -11,7 +11,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from sgmim_fast import backends, ops
+from sgmim_fast import _moved, backends, ops  # noqa: F401 - old names of modules
 from sgmim_fast.memory import keep_freed_memory
 from sgmim_fast.ops import standardize_structure
 from sgmim_fast.rows import Rows
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from sgmim_fast import guidance as guidance
     from sgmim_fast import masking as masking
     from sgmim_fast import model as model
-    from sgmim_fast.accelerate import accelerate
     from sgmim_fast.capture import capture
     from sgmim_fast.checkpoints import export_timm, load_published, published_state_dict
     from sgmim_fast.encoders import create_encoder
+    from sgmim_fast.fused.accelerate import accelerate
     from sgmim_fast.masking import SelectiveMask, selective_mask
     from sgmim_fast.model import SGMIM
     from sgmim_fast.reference import Losses
@@ -58,7 +58,7 @@ _NAMES = {
     "SGMIM": "model",
     "Losses": "reference",
     "SelectiveMask": "masking",
-    "accelerate": "accelerate",
+    "accelerate": "fused.accelerate",
     "capture": "capture",
     "create_encoder": "encoders",
     "export_timm": "checkpoints",
@@ -72,7 +72,7 @@ class _Package(ModuleType):
     """Importing a submodule sets it as an attribute of its package, which would hide the function of the same name."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if _NAMES.get(name) == name and isinstance(value, ModuleType):
+        if name in _NAMES and isinstance(value, ModuleType):
             value = getattr(value, name)
         super().__setattr__(name, value)
 

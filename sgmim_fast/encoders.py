@@ -19,8 +19,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sgmim_fast import blocks
-from sgmim_fast.bypass import Check, Own
+from sgmim_fast.fused import blocks
+from sgmim_fast.fused.unmodified import Check, Own
 from sgmim_fast.masking import SelectiveMask, aligned, resize
 
 SUPPORTED = "timm's Swin (swin_*), SwinV2 (swinv2_*), BEiT (beit_*, beitv2_*) and plain ViT (vit_*, deit_*)"

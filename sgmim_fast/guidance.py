@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sgmim_fast import ops
-from sgmim_fast.bypass import BIASED, BIASED_PATCHES, NORM_EPS_1E5, UNBIASED, Check, Own
+from sgmim_fast.fused.unmodified import BIASED, BIASED_PATCHES, NORM_EPS_1E5, UNBIASED, Check, Own
 from sgmim_fast.masking import resize
 from sgmim_fast.rows import Rows
 

@@ -7,10 +7,11 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from sgmim_fast import bypass, dense, visible
+from sgmim_fast import dense, visible
 from sgmim_fast import guidance as branch
-from sgmim_fast.accelerate import accelerate as make_faster
 from sgmim_fast.encoders import VISIBLE
+from sgmim_fast.fused import unmodified
+from sgmim_fast.fused.accelerate import accelerate as make_faster
 from sgmim_fast.guidance import RelationalGuidance, StructureEncoder
 from sgmim_fast.masking import DenseMask, SelectiveMask, aligned, resize, search, without_lists
 from sgmim_fast.reference import Losses
@@ -111,7 +112,7 @@ class SGMIM(nn.Module):
             return_losses = _fourth(positional, return_losses)
         self._check(images, structure, mask, structure_valid)
         cells = self._grid(images)
-        if bypass.transformed():
+        if unmodified.transformed():
             mask = without_lists(mask)  # row lists would be constants of what is recorded
         elif isinstance(mask, Tensor):
             mask = search(mask, *cells)  # here and no deeper, so that it breaks a compiled graph once
@@ -176,9 +177,9 @@ class SGMIM(nn.Module):
 
     def _branch_changed(self, features: Tensor) -> bool:
         """Whether the ops may not stand in for heads and branch, so that they are called on all tokens; logs why."""
-        why = bypass.changed_call(features) or branch.changed(self)
+        why = unmodified.changed_call(features) or branch.changed(self)
         if why:
-            bypass.say(f"the heads and the branch of SGMIM compute every token, as PyTorch's own modules: {why}")
+            unmodified.say(f"the heads and the branch of SGMIM compute every token, as PyTorch's own modules: {why}")
         return bool(why)
 
     def _encode(self, images: Tensor, mask: SelectiveMask | DenseMask) -> Tensor:

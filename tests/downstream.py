@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sgmim_fast.downstream.encoder import Features, create_features
+from sgmim_fast.finetune.encoder import Features, create_features
 
 _SWIN = {"embed_dim": 24, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8), "window_size": 2}
 _VIT = {"depth": 5, "embed_dim": 48, "num_heads": 3}

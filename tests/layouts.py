@@ -1,4 +1,4 @@
-"""Tiny trees in the layouts of the labelled data sets, for the tests of `sgmim_fast.downstream.data`."""
+"""Tiny trees in the layouts of the labelled data sets, for the tests of `sgmim_fast.finetune.data`."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sgmim_fast.train.config import Config
-from sgmim_fast.train.settings import from_mapping, with_changes
+from sgmim_fast.engine.settings import from_mapping, with_changes
+from sgmim_fast.pretrain.config import Config
 
 TINY = {
     "model": {

@@ -9,7 +9,8 @@ from tiny import batch, drawn, family, foreign, gradients, stem_mask
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sgmim_fast import SGMIM, blocks, selective_mask
+from sgmim_fast import SGMIM, selective_mask
+from sgmim_fast.fused import blocks
 
 
 @pytest.fixture(autouse=True)

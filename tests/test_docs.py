@@ -22,7 +22,7 @@ from sgmim_fast import cli
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
-    for folder in (".", "docs", "docs/reference", "benchmarks", "examples", ".github")
+    for folder in (".", "docs", "docs/reference", "benchmarks", "benchmarks/evidence", "examples", ".github")
     for path in (ROOT / folder).glob("*.md")
 )
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -117,7 +117,7 @@ def is_read(variable: str) -> bool:
 @functools.cache
 def literals(script: Path) -> set[str]:
     """Texts in a script, and in what it may import from its folder."""
-    files = [script, *script.parent.glob("*.py")] if script.parent.name == "benchmarks" else [script]
+    files = [script, *script.parent.rglob("*.py")] if script.parent.name == "benchmarks" else [script]
     nodes = (node for path in files for node in ast.walk(ast.parse(path.read_text())))
     return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
@@ -164,11 +164,11 @@ def sgmim_fast_command(words: list[str]) -> None:
         if option == "--set" and value:
             key = value.partition("=")[0]
             if not key.isupper():
-                from sgmim_fast.downstream import config as downstream
-                from sgmim_fast.train import config as train
-                from sgmim_fast.train.settings import flat
+                from sgmim_fast.engine.settings import flat
+                from sgmim_fast.finetune import config as finetune
+                from sgmim_fast.pretrain import config as pretrain
 
-                known = flat(train.Config()) if name == "pretrain" else flat(downstream.Config())
+                known = flat(pretrain.Config()) if name == "pretrain" else flat(finetune.Config())
                 assert key in known or key.startswith("model.arguments."), f"there is no setting {key}"
 
 
@@ -178,7 +178,7 @@ PYTHON = [(page, block) for page in PAGES for language, block in BLOCK.findall(t
 @pytest.mark.parametrize(("page", "block"), PYTHON, ids=[page for page, _ in PYTHON])
 def test_python_names_exist(page, block):
     """Every `sgmim_fast.NAME` and every import of the package."""
-    if "downstream" in block or "import data" in block:
+    if "finetune" in block or "import data" in block:
         pytest.importorskip("segmentation_models_pytorch", reason="needs the extra [downstream]")
     for node in ast.walk(ast.parse(block)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sgmim_fast"):
@@ -237,8 +237,8 @@ def test_the_drawing_has_every_room_and_every_import():
     rooms, arrows = drawn()
     package = ROOT / "sgmim_fast"
     files = {path.stem for path in package.glob("*.py")} | {path.parent.name for path in package.glob("*/__init__.py")}
-    aside = {"", "errors", "memory"}  # the package itself, and what all rooms may say or set
-    assert set(rooms) == files - {"__init__", "errors", "memory"} | {"kernels", "ops.cpu", "ops.cuda"}
+    aside = {"", "_moved", "errors", "memory"}  # the package itself, old names, and what all rooms may say or set
+    assert set(rooms) == files - {"__init__", "_moved", "errors", "memory"} | {"kernels", "ops.cpu", "ops.cuda"}
     real = {
         (rooms[room(a)], rooms[room(b)])
         for a, b in imported()
@@ -273,7 +273,7 @@ def test_the_site_builds(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     pages = {path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("*.html")}
-    assert {"index.html", "ARCHITECTURE.html", "reference/ops.html", "benchmarks/EVIDENCE.html"} <= pages
+    assert {"index.html", "ARCHITECTURE.html", "reference/ops.html", "benchmarks/evidence/EVIDENCE.html"} <= pages
     assert "--accept-changes" in (tmp_path / "site" / "reference" / "command.html").read_text()
     reference = (tmp_path / "site" / "reference" / "ops.html").read_text()
     assert 'id="sgmim_fast.ops.window_attention.window_attention"' in reference

@@ -293,7 +293,7 @@ def test_gates_of_the_gpu_suite(benchmarks):
 def test_table_of_the_ops(benchmarks, monkeypatch, tmp_path, capsys):
     """Every op of the branch, here on a CPU; and a backend that is wrong is named."""
     import op_table
-    import shapes
+    from tools import shapes
 
     tiny = shapes.Shape("tiny", width=32, stride=16, patch=4, image=64, heads=2, stem=16)
     monkeypatch.setattr(op_table, "SHAPES", {"tiny": tiny})

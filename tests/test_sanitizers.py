@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
-TESTS = sorted(path for path in ROOT.glob("tests/test_*.py") if (ROOT / f"csrc/cpu/{path.stem[5:]}.cpp").exists())
+TESTS = sorted(path for path in ROOT.glob("tests/ops/test_*.py") if (ROOT / f"csrc/cpu/{path.stem[5:]}.cpp").exists())
 
 
 def build(folder: Path, sanitizers: str) -> Path:

@@ -15,10 +15,10 @@ from sgmim_fast.data.folders import FolderPairs
 from sgmim_fast.data.image_file import IMAGE_SUFFIXES, ImageFile
 from sgmim_fast.data.map_file import MAP_SUFFIXES
 from sgmim_fast.data.pair import Item, Structure
+from sgmim_fast.data.pictures import sheet
 from sgmim_fast.data.report import BrokenFile, DataError, Report, skipped_lines, skipped_names
 from sgmim_fast.data.scenes import Scenes
 from sgmim_fast.data.shards import ShardPairs
-from sgmim_fast.data.sheet import sheet
 from sgmim_fast.data.standardize import standardize_valid
 from sgmim_fast.data.structure_file import StructureFile
 from sgmim_fast.data.structure_kind import (

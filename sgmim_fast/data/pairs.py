@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from sgmim_fast.data.image_file import ImageFile
 from sgmim_fast.data.report import BrokenFile, DataError, Report
-from sgmim_fast.data.seeding import Epoch, Seeded, seeded
+from sgmim_fast.data.seeds import Epoch, Seeded, seeded
 from sgmim_fast.data.structure_file import StructureFile
 from sgmim_fast.data.transform import Normalize, decode, transformed
 

@@ -12,7 +12,7 @@ from torchvision import tv_tensors
 
 from sgmim_fast.data.pair import Item, Structure, make_item
 from sgmim_fast.data.scene import Scene, draw_scene, render
-from sgmim_fast.data.seeding import Seeded, seeded
+from sgmim_fast.data.seeds import Seeded, seeded
 from sgmim_fast.data.transform import Normalize
 
 

@@ -19,7 +19,7 @@ from sgmim_fast.data.image_file import IMAGE_SUFFIXES, ImageFile
 from sgmim_fast.data.map_file import MAP_SUFFIXES
 from sgmim_fast.data.pair import Item, make_item
 from sgmim_fast.data.report import BrokenFile, DataError, Report
-from sgmim_fast.data.seeding import Seeded, seeded
+from sgmim_fast.data.seeds import Seeded, seeded
 from sgmim_fast.data.structure_file import StructureFile
 from sgmim_fast.data.structure_kind import DEPTH, StructureKind
 from sgmim_fast.data.tar_files import files

@@ -13,7 +13,7 @@ from torch import nn
 from sgmim_fast.encoders import create_encoder
 from sgmim_fast.errors import UserError, nearest
 from sgmim_fast.exported import describe
-from sgmim_fast.train import runs
+from sgmim_fast.pretrain import runs
 
 Triple = tuple[float, float, float]
 

@@ -1,0 +1,179 @@
+"""Does structure guidance help? Short pre-training of small encoders on procedural scenes, in minutes on two cores.
+
+    python benchmarks/evidence.py --json evidence.json --plot evidence.png
+
+Encoders without pre-training, with SimMIM and with SG-MIM see the same scenes, masks, flips and number of steps. Then
+frozen features are probed, and encoders fine-tuned, for depth and shape class with few labelled scenes. Controls say
+what the guidance owes its effect to. `--real` does the same in miniature on a stereo photograph. EVIDENCE.md has
+results, and what they do not show. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tools import measure
+
+from evidence.pretrain import CONTROLS, MAIN, METHODS, Settings, pretrain
+from evidence.probe import finetune, probe
+from evidence.real import crops, probe_crops
+from evidence.report import differences, plot, table
+from evidence.scenes import Split, make_scenes
+
+SCENES = {"pretrain": 6144, "labelled": 1024, "validation": 512, "test": 1024}
+LABELLED = (64, 256, 1024)
+
+
+class Plan(NamedTuple):
+    """What is done."""
+
+    settings: Settings = Settings()
+    methods: tuple[str, ...] = tuple(METHODS)
+    scenes: dict[str, int] = SCENES
+    labelled: tuple[int, ...] = LABELLED
+    seeds: int = 3
+    control_seeds: int = 2
+    finetune_steps: int = 80  # 0: none
+    real: bool = False
+
+
+QUICK = Plan(
+    Settings(size=32, width=32, depth=1, steps=3, batch=8),
+    tuple(METHODS),
+    {"pretrain": 48, "labelled": 16, "validation": 8, "test": 8},
+    (8, 16),
+    seeds=2,
+    control_seeds=1,
+    finetune_steps=2,
+)
+
+
+class Job(NamedTuple):
+    """An encoder."""
+
+    method: str
+    seed: int
+
+
+def jobs(plan: Plan) -> list[Job]:
+    """The main comparison first, the longest of it before the others; then a seed of every control after the other."""
+    seeds = {name: range(plan.control_seeds if name in CONTROLS else plan.seeds) for name in plan.methods}
+    found = [Job(name, seed) for name in plan.methods for seed in seeds[name]]
+    return sorted(found, key=lambda job: (job.seed + 1 if job.method in CONTROLS else 0, not METHODS[job.method].steps))
+
+
+def do(job: Job, plan: Plan, sets: dict[str, Split]) -> list[dict[str, Any]]:
+    """Pre-trains one encoder and measures it: rows of the table."""
+    start = time.process_time()
+    unlabelled = sets["pretrain"]
+    encoder = pretrain(METHODS[job.method], plan.settings, unlabelled.images, unlabelled.depth, job.seed)
+    trained = time.process_time() - start
+    if plan.real:
+        found = {("frozen", len(sets["train"].images)): probe_crops(encoder, sets)}
+    else:
+        found = {("frozen", size): metrics for size, metrics in probe(encoder, sets, plan.labelled).items()}
+    if plan.finetune_steps and job.method in MAIN:
+        for size in plan.labelled:
+            tuned = finetune(encoder, sets, size, job.seed, plan.settings, plan.finetune_steps)
+            found["fine-tuned", size] = tuned
+    seconds = {"pretrain_cpu_s": round(trained, 1), "cpu_s": round(time.process_time() - start, 1)}
+    return [
+        {"method": job.method, "seed": job.seed, "how": how, "labelled": size, **metrics, **seconds}
+        for (how, size), metrics in found.items()
+    ]
+
+
+_sets: dict[str, Split] = {}  # of a worker process
+
+
+def _start(path: str) -> None:
+    torch.set_num_threads(1)
+    _sets.update({name: Split(*tensors) for name, tensors in torch.load(path, mmap=True).items()})
+
+
+def _work(job: Job, plan: Plan) -> list[dict[str, Any]]:
+    return do(job, plan, _sets)
+
+
+def run(plan: Plan, workers: int, minutes: float = math.inf) -> list[dict[str, Any]]:
+    """All rows, the same whatever the number of processes.
+
+    After so many minutes nothing new is begun; what is left out is said.
+    """
+    start = time.perf_counter()
+    sets = crops(plan.settings.size) if plan.real else make_scenes(plan.scenes, plan.settings.size, workers)
+    print(f"{sum(len(s.images) for s in sets.values())} images in {time.perf_counter() - start:.0f} s", flush=True)
+    todo = jobs(plan)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "scenes.pt")
+        torch.save({name: tuple(split) for name, split in sets.items()}, path)
+        with ProcessPoolExecutor(workers, get_context("spawn"), _start, (path,)) as pool:
+            futures = {pool.submit(_work, job, plan): job for job in todo}
+            done = {}
+            for future in as_completed(futures):
+                if future.cancelled():
+                    continue
+                job, rows = futures[future], future.result()
+                done[job] = rows
+                seconds = time.perf_counter() - start
+                found = " ".join(f"{row['rmse']:.3f}" for row in rows)
+                note = f"{len(done)}/{len(todo)} {job.method}, seed {job.seed}: {rows[0]['cpu_s']:.0f} s CPU"
+                print(f"{note}, RMSE {found} ({seconds:.0f} s)", flush=True)
+                if seconds > 60 * minutes:
+                    for other in futures:
+                        other.cancel()
+    left = [f"{job.method} {job.seed}" for job in todo if job not in done]
+    if left:
+        print(f"left out after {minutes:g} minutes: {', '.join(left)}", flush=True)
+    order = {name: number for number, name in enumerate(METHODS)}
+    rows = [row for job in done for row in done[job]]
+    return sorted(rows, key=lambda row: (row["how"] != "frozen", order[row["method"]], row["seed"], row["labelled"]))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--real", action="store_true", help="crops of a stereo photograph in place of scenes")
+    parser.add_argument("--quick", action="store_true", help="a miniature, to see that everything runs")
+    parser.add_argument("--seeds", type=int, metavar="N", help="of each method; 3, and 2 of each control, by default")
+    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), metavar="N", help="processes")
+    parser.add_argument(
+        "--minutes", type=float, default=8.8, metavar="M", help="begin nothing new after that long (8.8)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=measure.plot_file, metavar="FILE")
+    args = parser.parse_args(arguments)
+    for name in ("seeds", "workers"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}; expected at least 1")
+    plan = QUICK if args.quick else Plan()
+    if args.real:
+        plan = plan._replace(real=True, methods=tuple(MAIN), scenes={}, labelled=(), finetune_steps=0)
+    if args.seeds:
+        plan = plan._replace(seeds=args.seeds, control_seeds=args.seeds)
+    torch.set_num_threads(1)  # as its processes
+    start = time.perf_counter()
+    rows = run(plan, args.workers, args.minutes)
+    seconds = time.perf_counter() - start
+    print("", table(rows), differences(rows, "SimMIM"), differences(rows, "SG-MIM"), sep="\n\n")
+    print(f"\n{seconds:.0f} s with {args.workers} processes")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        facts = {"machine": measure.machine("cpu"), "seconds": round(seconds), "workers": args.workers}
+        plan_facts = {**plan._asdict(), "settings": plan.settings._asdict()}
+        args.json.write_text(json.dumps({**facts, "plan": plan_facts, "rows": rows}, indent=1) + "\n")
+    if args.plot:
+        plot(rows, args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The GEMM floor: the matrix products the visible-only branch cannot avoid, each through the best library call."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tools.measure import synchronize
+from tools.shapes import Shape
+from torch import Tensor
+
+from sgmim_fast.guidance import embedding_patch
+from sgmim_fast.ops import products
+
+
+def branch_products(shape: Shape, batch: int, channels: int = 1) -> list[tuple[int, int, int, bool]]:
+    """(rows, in, out, whether the input needs a gradient) of every linear layer of the branch and the heads."""
+    c, visible, masked = shape.width, batch * shape.visible, batch * shape.masked
+    patch, mergings = embedding_patch(shape.stride)
+    width, tokens = c >> mergings, masked * 4**mergings
+    layers = [(tokens, channels * patch * patch, width, False)]
+    for _ in range(mergings):
+        tokens, width = tokens // 4, width * 2
+        layers.append((tokens, 2 * width, width, True))
+    context = masked + 1
+    layers += [(visible, c, c, True), (context, c, c, True), (context, c, c, True), (visible, c, c, True)]
+    layers += [(visible, c, 4 * c, True), (visible, 4 * c, c, True)]
+    pixels = shape.stride**2
+    return [*layers, (visible, c, channels * pixels, True), (masked, c, 3 * pixels, True)]
+
+
+def multiply_accumulates(shape: Shape, batch: int) -> int:
+    """Of the forward."""
+    return sum(rows * inner * outer for rows, inner, outer, _ in branch_products(shape, batch))
+
+
+def encoder_products(shape: Shape, batch: int) -> list[tuple[int, int, int, bool]]:
+    """As `branch_products`, of a base-size encoder: its linear layers. The attention's small products are left out."""
+    layers = [(batch * (shape.image // shape.patch) ** 2, 3 * shape.patch**2, shape.stem, False)]
+    for stage, depth in enumerate(shape.depths):
+        width, side = shape.stem << stage, shape.image // (shape.patch << stage)
+        rows = batch * (side**2 + shape.prefix)
+        if stage:
+            layers.append((rows, 2 * width, width, True))
+        block = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
+        layers += [(rows, inner, outer, True) for inner, outer in block] * depth
+    return layers
+
+
+def gemm_floor(shape: Shape, batch: int, dtype: torch.dtype, device: str) -> Callable[[], None]:
+    """A callable that runs every product of the branch once, operands ready in the best call's dtype."""
+    return products_floor(branch_products(shape, batch), dtype, device)
+
+
+def products_floor(layers: list[tuple[int, int, int, bool]], dtype: torch.dtype, device: str) -> Callable[[], None]:
+    """As `gemm_floor`, of any layers; equal ones share their operands."""
+    calls = []
+    for (rows, inner, outer, needs), count in collections.Counter(layers).items():
+        before = len(calls)
+        x = torch.randn(rows, inner, device=device)
+        weight, bias, dy = (torch.randn(*s, device=device) for s in ((outer, inner), (outer,), (rows, outer)))
+        calls.append(_best([(_forward, x, weight, bias), (_plain_forward, x, weight, bias)], dtype, device))
+        if needs:
+            calls.append(_best([(_input, dy, weight), (_plain_input, dy, weight)], dtype, device))
+        calls.append(_best([(_weight, dy, x), (_plain_weight, dy, x)], dtype, device))
+        calls += calls[before:] * (count - 1)
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return products._onednn(x, weight, bias)
+
+
+def _plain_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def _input(dy: Tensor, weight: Tensor) -> Tensor:
+    return products._onednn(dy, weight.t())
+
+
+def _plain_input(dy: Tensor, weight: Tensor) -> Tensor:
+    return dy @ weight
+
+
+def _weight(dy: Tensor, x: Tensor) -> Tensor:
+    return products._onednn(dy.t(), x.t())
+
+
+def _plain_weight(dy: Tensor, x: Tensor) -> Tensor:
+    return dy.t() @ x
+
+
+def _best(candidates: list[tuple[Any, ...]], dtype: torch.dtype, device: str) -> Callable[[], Tensor]:
+    """The fastest of the calls, in `dtype` and, on a CPU, in float32 too."""
+    dtypes = {dtype, torch.float32} if device == "cpu" else {dtype}
+    timed = []
+    for function, *operands in candidates:
+        for kind in dtypes:
+            if function.__name__[:6] != "_plain" and not (kind == torch.float32 and products._use_onednn(operands[0])):
+                continue
+
+            call = functools.partial(function, *(t.to(kind) for t in operands))
+            timed.append((_seconds(call, device), len(timed), call))
+    return min(timed)[2]
+
+
+def _seconds(call: Callable[[], Tensor], device: str, repeats: int = 7) -> float:
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)

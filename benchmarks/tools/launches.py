@@ -1,0 +1,269 @@
+"""Every launch of a training step on a GPU, found without one: PyTorch's operators and the Triton kernels' launches.
+
+The plain columns run on tensors without data, the fused ones with every Triton launch caught in place of being made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from bench_guidance import build
+from bench_step import ENCODERS
+from tools.shapes import Shape
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+import sgmim_fast
+from sgmim_fast import backends
+from sgmim_fast.fused import blocks
+from sgmim_fast.kernels import compile as ahead
+from sgmim_fast.ops import products
+from sgmim_fast.ops.target import Target
+from sgmim_fast.ops.target import caught as launches_caught
+
+# Allocations, views and questions launch nothing.
+FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh", "alias"}
+FREE |= {"device", "promote_types", "scalar_tensor"}
+# What autocast on CUDA computes in float32, and on a CPU does not: of PyTorch's list, what occurs here.
+FLOAT32_ON_CUDA = {F.layer_norm, F.softmax, torch.softmax, Tensor.softmax, F.normalize, F.l1_loss, Tensor.norm}
+
+
+def launches_nothing(func: Any) -> bool:
+    """Whether an ATen operator is a view, an allocation or a question."""
+    return func.is_view or func._opname in FREE or func._opname.startswith("_unsafe_view")
+
+
+def through_triton(func: Any, args: tuple) -> Any:
+    """What an operator of sgmim_fast gives through its Triton implementation, wherever the tensors are."""
+    op, backward, _ = func._opname.partition("_backward")
+    return backends.implementation(op, "backward" if backward else "forward", "triton")(*args)
+
+
+@dataclass
+class Launch:
+    """One launch.
+
+    Args:
+        name: of the ATen operator, or file and name of the Triton kernel.
+        moved: bytes of each tensor that is read or written, by its storage; of gathered ones the rows that are wanted.
+        operations: multiplications and additions of its gemms.
+        dtype: that they are done in.
+        gemms: (rows, columns, depth) of each.
+        tiles: of a window attention: how many, and gemms one after the other in each.
+        compiled: what a window attention's launch compiles to.
+    """
+
+    name: str
+    moved: dict[int, float]
+    operations: float
+    dtype: torch.dtype
+    gemms: tuple[tuple[int, int, int], ...] = ()
+    tiles: tuple[int, int] | None = None
+    compiled: ahead.Launch | None = None
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.moved.values())
+
+
+class Trace(TorchDispatchMode):
+    """Notes every launch in its block: PyTorch's, and those caught from the kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = list[Launch]()
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        values = dict(zip(kernel.arg_names, args, strict=False)) | options
+        name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
+        half = any(t.dtype in (torch.bfloat16, torch.float16) for t in tensors(values))
+        if "DTYPE" in values:
+            half = values["DTYPE"].primitive_bitwidth == 16
+        dtype = torch.bfloat16 if half else torch.float32
+        found = Launch(name, moved_by(name, values), operations_of(name, values), dtype)
+        if name == "products._product_kernel":
+            found.gemms = tuple(zip(values["rows"], values["outs"], values["ins"], strict=True))
+        elif name.startswith("window_attention.") and found.operations:
+            # no tensor is kept: a gradient that something else holds is copied by autograd
+            found.tiles, found.compiled = attention_tiles(name, values), ahead.describe(kernel, args, options)
+        self.launches.append(found)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "sgmim_fast":
+            with self:
+                return through_triton(func, args)
+        result = func(*args, **kwargs)
+        name = func._opname
+        if launches_nothing(func):
+            return result
+        operands, results = list(tensors((args, kwargs))), list(tensors(result))
+        count = flop_registry.get(func.overloadpacket)
+        operations = count(*args, **kwargs, out_val=result) if count else 0
+        if name in ("linear", "matmul"):  # inside our ops these are not taken apart
+            operations = 2 * result.numel() * operands[0].shape[-1]
+        touched = [*operands, *results]
+        if name in ("zero_", "fill_", "zeros", "new_zeros", "zeros_like"):  # written only
+            touched = results or operands
+        dtype = next((t.dtype for t in [*results, *operands] if t.is_floating_point()), torch.float32)
+        gemms = gemms_of(name, operands, results)
+        self.launches.append(Launch(f"aten.{name}", sizes(touched), operations, dtype, gemms))
+        return result
+
+
+def gemms_of(name: str, operands: list[Tensor], results: list[Tensor]) -> tuple[tuple[int, int, int], ...]:
+    """(rows, columns, depth) of what an ATen operator multiplies; a batch of them counts as more rows."""
+    if name in ("mm", "bmm", "linear", "matmul"):
+        a = operands[0]
+    elif name in ("addmm", "baddbmm"):
+        a = operands[1]
+    else:
+        return ()
+    out = results[0]
+    return ((out.numel() // out.shape[-1], out.shape[-1], a.shape[-1]),)
+
+
+class CudaAutocast(TorchFunctionMode):
+    """Lets a CPU's autocast compute in float32 what CUDA's does."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func in FLOAT32_ON_CUDA and torch.is_autocast_enabled("cpu"):
+            args = tuple(t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for t in args)
+        return func(*args, **(kwargs or {}))
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """Those in nested lists, tuples and dicts."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from tensors(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from tensors(value)
+
+
+def sizes(touched: Any) -> dict[int, float]:
+    """Bytes of each tensor, by its storage."""
+    return {t.untyped_storage()._cdata: t.numel() * t.itemsize for t in tensors(touched)}
+
+
+def moved_by(name: str, a: dict[str, Any]) -> dict[int, float]:
+    """Bytes of a launch of ours: each tensor once, less the rows of a gathered one that are not wanted."""
+    found = sizes(a)
+
+    def only(t: Tensor | None, numbers: float) -> None:
+        if t is not None:
+            found[t.untyped_storage()._cdata] = numbers * t.itemsize
+
+    if name.startswith("layer_norm."):
+        for rows in filter(a.__contains__, ("xs", "dxs")):
+            for x, count in zip(a[rows], a["counts"], strict=True):
+                only(x, count * a["width"])
+    elif name == "linear_l1._linear_l1_forward_kernel":
+        pixels = a["count"] * a["outs"]
+        for t, wanted in (("x", a["count"] * a["width"]), ("target", pixels), ("valid", pixels)):
+            only(a[t], wanted)
+    elif name == "products._product_kernel" and a["index"] is not None:
+        gathered = a["residual"]
+        if gathered is None:
+            gathered = a["b"][0] if a["KIND"].value == 2 else a["c"][0]
+        only(gathered, a["rows"][0] * gathered.shape[1])
+    elif (
+        name in ("window_attention._window_attention_backward_kernel", "window_attention._window_attention_keys_kernel")
+        and a["softmaxes"] is not None
+    ):
+        only(a["dqkv"], a["dqkv"].numel() * (1 if "dbias" in a else 2) / 3)  # the other kernel writes the rest
+    elif name.startswith("structure_embed."):
+        only(a["structure"], a["count"] * a["CHANNELS"] * a["PATCH"] ** 2)
+    return found
+
+
+def attention_tiles(name: str, a: dict[str, Any]) -> tuple[int, int]:
+    """Of a window attention's launch: how many tiles, and gemms one after the other in each."""
+    gemms = {"forward": 2, "backward": 3, "keys": 4}[name.split("_")[-2]]
+    if name.endswith("_backward_kernel") and a["softmaxes"] is None:
+        gemms = 5
+    tiles = -(-a["WINDOW_H"] * a["WINDOW_W"] // min(a["QUERIES"], a["KEYS"]))
+    return a["windows"] * a["heads"] * tiles, gemms
+
+
+def operations_of(name: str, a: dict[str, Any]) -> float:
+    """Multiplications and additions of a launch's gemms."""
+    if name == "products._product_kernel":
+        return 2 * sum(r * i * o for r, i, o in zip(a["rows"], a["ins"], a["outs"], strict=True))
+    if name == "linear_l1._linear_l1_forward_kernel":
+        return 2 * a["count"] * a["width"] * a["outs"]
+    if name.startswith("relational_guidance."):
+        gemms = 2 if "_forward" in name else 7  # the backward takes two of five twice
+        return 2 * gemms * a["q"].numel() * a["cells"]
+    if name.startswith("window_attention.") and "KEYS" in a:  # of whole tiles
+        tiles, gemms = attention_tiles(name, a)
+        return 2 * gemms * tiles * a["QUERIES"] * a["KEYS"] * a["BLOCK_D"]
+    if name.startswith("structure_embed."):
+        pixels = a["CHANNELS"] * a["PATCH"] ** 2
+        return 2 * (1 if "_forward" in name else 2) * a["count"] * pixels * a["width"]
+    return 0
+
+
+@contextmanager
+def caught(trace: Trace, target: Target) -> Iterator[None]:
+    """The Triton backend as on the target, its launches caught."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(backends, "can_run", lambda *args, **options: (True, "")))
+        stack.enter_context(products.compute_bfloat16_in(torch.bfloat16))
+        stack.enter_context(launches_caught(trace.launch, target))
+        stack.enter_context(trace)
+        yield
+
+
+def branch(shape: Shape, dtype: torch.dtype, batch: int, column: str, target: Target) -> list[Launch]:
+    """Every launch of forward and backward of the branch, from the encoder's features on.
+
+    Args:
+        column: dense, visible or fused.
+    """
+    trace = Trace()
+    with ExitStack() as stack:
+        if column != "fused":
+            stack.enter_context(FakeTensorMode())
+            stack.enter_context(CudaAutocast())
+        case = build(shape, dtype, batch, "cpu")
+        case.model.encoder.register_forward_hook(lambda *_: trace.launches.clear())  # what came before is no part of it
+        step = case.columns["fused-cpu" if column == "fused" else column]
+        with caught(trace, target) if column == "fused" else trace:
+            step().backward()
+    return trace.launches
+
+
+def encoder(shape: Shape, dtype: torch.dtype, batch: int, accelerated: bool, target: Target) -> list[Launch]:
+    """Every launch of forward and backward of the encoder, its stem included."""
+    trace = Trace()
+    name, arguments = ENCODERS[shape.name]
+    model = sgmim_fast.create_encoder(name, **arguments)
+    if accelerated:
+        sgmim_fast.accelerate(model)
+    with ExitStack() as stack:
+        fake = stack.enter_context(FakeTensorMode())
+        held = {key: fake.from_tensor(t) for key, t in (*model.named_parameters(), *model.named_buffers())}
+        side = shape.image // shape.patch
+        images, mask = torch.empty(batch, 3, shape.image, shape.image), torch.empty(batch, side, side, dtype=torch.bool)
+        visible = torch.empty(batch * shape.visible * (shape.stride // shape.patch) ** 2, dtype=torch.int64)
+        stack.enter_context(CudaAutocast())
+        # the values of a mask, which cannot be looked at without data, are timm's
+        stack.enter_context(mock.patch.object(blocks.Swin, "_mask_reason", lambda block: ""))
+        stack.enter_context(caught(trace, target))
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            features = torch.func.functional_call(model, held, (images, mask, visible))
+        features.backward(torch.empty_like(features))
+    return trace.launches

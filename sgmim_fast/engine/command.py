@@ -1,0 +1,235 @@
+"""What `sgmim-fast pretrain` and `sgmim-fast finetune` share: options, resuming, and a run from beginning to end."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from sgmim_fast.engine import checkpoint, launch, loader, log
+from sgmim_fast.engine.lock import RunLock
+from sgmim_fast.engine.settings import differences, read_assignments, read_yaml, resolve, to_yaml, with_changes
+from sgmim_fast.engine.stop import UNFINISHED, Stopped, stopping_at_once
+from sgmim_fast.engine.task import Task
+from sgmim_fast.engine.trainer import Trainer
+from sgmim_fast.errors import UserError
+from sgmim_fast.pretrain.runs import Saved, find
+
+# option -> the setting it stands for
+SHORT = {
+    "epochs": "optim.epochs",
+    "batch": "optim.batch",
+    "workers": "data.workers",
+    "precision": "run.precision",
+    "seed": "run.seed",
+}
+AUTO = "auto"  # of --resume
+
+
+@dataclass(frozen=True)
+class Command:
+    """One of the commands that train.
+
+    Attributes:
+        name: of the subcommand, and of the runs it makes.
+        default: the configuration before any preset.
+        presets: name -> nested settings.
+        short: option -> the setting it stands for, beside `SHORT`.
+        instead: setting -> what other settings become where it is given over a preset, see `settings.resolve`.
+        task: makes the task of a configuration and a checkpoint's facts.
+    """
+
+    name: str
+    default: Any
+    presets: Mapping[str, Any]
+    short: Mapping[str, str]
+    task: Callable[..., Task]
+    instead: Mapping[str, Mapping[str, Any]]
+
+    def add_arguments(self, parser: argparse.ArgumentParser, hint: str) -> None:
+        """The options that both commands have. `hint`: what to say of the presets."""
+        parser.add_argument("--preset", help=f"a recipe: {', '.join(self.presets)} ({hint})")
+        parser.add_argument("--config", type=Path, metavar="FILE", help="YAML with settings over the preset's")
+        parser.add_argument(
+            *("--set", "-s"), action="append", default=[], metavar="KEY=VALUE", help="one setting, like optim.lr=1e-4"
+        )
+        parser.add_argument("--epochs", metavar="N")
+        parser.add_argument("--batch", metavar="N", help="images for each process and backward")
+        parser.add_argument("--workers", metavar="N", help="loading processes for each training process")
+        parser.add_argument("--precision", help="float32, bfloat16 or float16")
+        parser.add_argument("--seed", metavar="N")
+        parser.add_argument("--out", type=Path, metavar="RUN", help="folder of the run, by default runs/PRESET")
+        parser.add_argument(
+            "--resume",
+            type=Path,
+            metavar="RUN|auto",
+            help="go on with this run; auto, or the same RUN as --out: with the one in --out, or start it",
+        )
+        parser.add_argument("--checkpoint", metavar="NAME", help="resume from this one: best or step-00001000")
+        parser.add_argument("--accept-changes", action="store_true", help="resume with other settings than before")
+        parser.add_argument(
+            "--dry-run", action="store_true", help="check settings and data, draw some of it, train nothing"
+        )
+
+    def run(self, args: argparse.Namespace) -> int:
+        """The exit code: 0 at the run's end, `stop.UNFINISHED` where a signal came before.
+
+        Raises:
+            UserError, DataError: for what the user can put right.
+        """
+        try:
+            # of several processes the launcher tells the others, which may be waiting where Python sees no signal
+            with stopping_at_once() if launch.size() == 1 else contextlib.nullcontext():
+                return self._run(args)
+        except Stopped as stopped:
+            print(f"stopped by {stopped} outside of the training; to go on, start it again", flush=True)
+            return UNFINISHED
+
+    def _run(self, args: argparse.Namespace) -> int:
+        goes_on, folder = _place(args)
+        if folder is None:  # which one the configuration says
+            folder = Path("runs", self.task(self._configuration(args, None)).name)
+        # taken before anything is read that another process might be writing
+        with RunLock(folder) if launch.rank() == 0 else contextlib.nullcontext() as lock:
+            found = bool(checkpoint.steps(folder / "checkpoints"))
+            if found and not goes_on:
+                raise UserError(
+                    f"{folder} holds a run already; --resume {folder} goes on with it, --out starts another one"
+                )
+            needed = goes_on and (args.resume not in (Path(AUTO), args.out) or args.checkpoint is not None)
+            saved = find(folder, args.checkpoint, type(self.default), self.name) if found or needed else None
+            config = self._configuration(args, saved)
+            task = self.task(config, saved.facts if saved else None)
+            task.check()
+            accelerator = launch.create_accelerator(config.run.precision, config.run.fsdp)
+            dataset = task.create_dataset()
+            trainer = Trainer(task, folder, accelerator, dataset, saved)
+            if saved is not None:
+                _same_batches(saved, trainer)
+            if args.dry_run:
+                code = 0
+                if accelerator.is_main_process:
+                    _dry_run(trainer, folder if args.out or args.resume else None)
+            else:
+                if lock is not None and lock.taken_over:
+                    print(f"{folder}: its lock was that of {lock.taken_over}, which is gone", flush=True)
+                code = self._train(trainer, folder)
+            accelerator.end_training()
+            return code
+
+    def _train(self, trainer: Trainer, folder: Path) -> int:
+        main = trainer.accelerator.is_main_process
+        if main:
+            _prepare_folder(folder, trainer.config, trainer.dataset)
+            print(_summary(trainer, folder), flush=True)
+        trainer.accelerator.wait_for_everyone()
+        stopped = trainer.train()
+        if stopped:
+            if main:
+                again = f"sgmim-fast {self.name} --resume {shlex.quote(str(folder))}"
+                print(f"stopped by {stopped} after step {trainer.done}, which is saved; to go on: {again}", flush=True)
+            return UNFINISHED
+        if main:
+            print(trainer.task.finish(folder, log.read(folder)), flush=True)
+        return 0
+
+    def _configuration(self, args: argparse.Namespace, saved: Saved | None) -> Any:
+        short = {**SHORT, **self.short}
+        changes = {key: getattr(args, name) for name, key in short.items() if getattr(args, name) is not None}
+        changes |= read_assignments(args.set)
+        if saved is None:
+            return resolve(self.default, self.presets, args.preset, args.config, changes, self.instead)
+        if args.resume != Path(AUTO) and args.out not in (None, args.resume):
+            raise UserError(f"--out {args.out} and --resume {args.resume}: a run goes on in its own folder")
+        if args.preset is not None:
+            config = resolve(self.default, self.presets, args.preset, args.config, changes, self.instead)
+        else:
+            from_file = read_yaml(args.config) if args.config is not None else {}
+            config = with_changes(with_changes(saved.config, from_file, str(args.config)), changes, "--set")
+        found = differences(saved.config, config)
+        if found and not args.accept_changes:
+            raise UserError(
+                f"{args.resume} was trained with other settings: {'; '.join(found)}; leave them as they were, start "
+                "another run with --out, or go on with --accept-changes"
+            )
+        return config
+
+
+def _place(args: argparse.Namespace) -> tuple[bool, Path | None]:
+    """Whether to go on with a run where there is one, and its folder, or None where only the configuration says."""
+    if args.resume is None:
+        for name in ("checkpoint", "accept_changes"):
+            if getattr(args, name):
+                raise UserError(f"--{name.replace('_', '-')} goes with --resume RUN")
+        return False, args.out
+    if args.resume == Path(AUTO):
+        return True, args.out
+    return True, args.resume
+
+
+def _prepare_folder(folder: Path, config: Any, dataset: Dataset) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(config))
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+    if hasattr(dataset, "report"):
+        print(dataset.report.summary())
+        dataset.report.write(folder / "data-report.txt")
+
+
+def _same_batches(saved: Saved, trainer: Trainer) -> None:
+    before = saved.facts["total_batch"], saved.facts["images"] // saved.facts["total_batch"]
+    now = trainer.layout.total, trainer.steps_per_epoch
+    for what, old, new in zip(("images in a step", "steps in an epoch"), before, now, strict=True):
+        if old != new:
+            raise UserError(
+                f"the run had {old} {what} and would go on with {new}; expected the same data, and optim.batch and "
+                f"optim.accumulate such that the {trainer.layout.processes} processes have as many images as before"
+            )
+
+
+def _summary(trainer: Trainer, folder: Path) -> str:
+    task, layout, device = trainer.task, trainer.layout, trainer.accelerator.device
+    rates = (task.learning_rate(step, trainer.steps_per_epoch, trainer.steps, layout.total) for step in _some(trainer))
+    begin = f"from step {trainer.done} " if trainer.done else ""
+    return (
+        f"{folder}: {task.describe(trainer.stepper.plain)}\n"
+        f"{trainer.steps} steps {begin}of {layout.total} images ({layout.batch} a backward, {layout.accumulate} "
+        f"backwards a step, {layout.processes} processes), {trainer.steps_per_epoch} to an epoch; learning rate "
+        f"at most {max(rates):.3g}; {task.config.run.precision} on {device}, "
+        f"{loader.workers(task.config.data)} loading processes each"
+    )
+
+
+def _some(trainer: Trainer) -> range:
+    """Steps from all over the run, among them those at which epochs begin, where it is short."""
+    return range(0, trainer.steps, max(1, trainer.steps // 1000))
+
+
+def _dry_run(trainer: Trainer, folder: Path | None) -> None:
+    """What is known before the first step, after every file was read. Draws into the folder that the user named, or a
+    temporary one.
+
+    Raises:
+        UserError, DataError: what can be used does not fill a step.
+    """
+    task, dataset = trainer.task, trainer.dataset
+    for name, some in (("", dataset), ("to test on: ", task.tested_on)):
+        if hasattr(some, "verify"):
+            for _ in tqdm(some.verify(), "reading", len(some), unit="pair", disable=not sys.stderr.isatty()):
+                pass
+        if hasattr(some, "report"):
+            print(f"{name}{some.report.summary()}", flush=True)
+    loader.steps_per_epoch(task.config.data, dataset, trainer.layout)
+    drawn = task.dry_run(dataset, folder or Path(tempfile.mkdtemp(prefix="sgmim-fast-")))
+    print(f"settings and data fit: {task.describe(trainer.stepper.plain)}; {drawn}")

@@ -1,0 +1,135 @@
+"""One optimizer step: what the task draws for it, forward and backward, clipping, AdamW."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sgmim_fast.capture import CapturedStep, capture
+from sgmim_fast.data import skipped_lines
+from sgmim_fast.engine.order import Layout, mix
+from sgmim_fast.engine.task import Task
+from sgmim_fast.graph import Graph
+
+
+class Done(NamedTuple):
+    """A step that was taken, without waiting for the device."""
+
+    values: Tensor  # (n + 1,) float32 on the device: the task's n losses of this process, gradient norm of all
+    lr: float
+    names: list[str]  # of the images
+    skipped: list[str]  # name, tab and reason of broken files that other images stand in for
+    waited: float  # seconds, for batches
+
+
+class Stepper:
+    """Model and optimizer, placed by accelerate, and the step that trains them.
+
+    A step draws what it draws (masks, drop path) from the seed and its own number alone, so it does the same after any
+    interruption. Where the loss is not finite, every gradient becomes NaN, in all processes, and AdamW is told on the
+    device to leave parameters and moments alone, and running statistics of batch norms are put back: nothing waits.
+
+    Raises:
+        UserError: the model's settings do not fit together.
+    """
+
+    def __init__(self, task: Task, accelerator: Accelerator, layout: Layout, steps_per_epoch: int):
+        self.task, self.accelerator, self.layout = task, accelerator, layout
+        self.config, self.steps_per_epoch = task.config, steps_per_epoch
+        self.steps = max(1, round(task.config.optim.epochs * steps_per_epoch))  # of the whole run
+        torch.manual_seed(mix(self.config.run.seed, 0))
+        self.plain: nn.Module = task.create_model()
+        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+            self.plain = nn.SyncBatchNorm.convert_sync_batchnorm(self.plain)
+        self.plain.to(accelerator.device)
+        self._norms = [module for module in self.plain.modules() if isinstance(module, _BatchNorm)]
+        self.model: nn.Module = self.plain
+        if self.config.run.fsdp:
+            self._shard()
+            self.optimizer = accelerator.prepare(task.create_optimizer(self.plain))
+        else:
+            self.model, self.optimizer = accelerator.prepare(self.plain, task.create_optimizer(self.plain))
+        self.model.train()
+        self.captured: CapturedStep | None = None  # several processes talk to each other in the backward
+        here = accelerator.device.type == Graph.device_type and accelerator.num_processes == 1
+        if self.config.run.capture and here and not self.config.run.fsdp:
+            self.captured = capture(self.model, loss=self._losses, scaler=accelerator.scaler)
+
+    def __call__(self, step: int, batches: Iterator[dict[str, Any]]) -> Done:
+        """Takes the step of that number, from 0, with the next batches."""
+        settings, device, accumulate = self.config.optim, self.accelerator.device, self.layout.accumulate
+        seed = self.config.run.seed
+        lr = self.task.learning_rate(step, self.steps_per_epoch, self.steps, self.layout.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        torch.manual_seed(mix(seed, 3, step, self.layout.rank))
+        drawn = self.task.draw(step, self.layout.total, device)
+        losses, names, skipped = torch.zeros(len(self.task.losses), device=device), [], []
+        waited = 0.0
+        before = [buffer.clone() for buffer in self.statistics()]
+        for backward in range(accumulate):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            names += batch["name"]
+            skipped += skipped_lines(batch["skipped"])
+            with self._sync(backward == accumulate - 1):
+                losses += self._backward(batch, drawn, self.layout.first(backward)) / accumulate
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), settings.clip or torch.inf)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if self.accelerator.scaler is None:  # a gradient scaler does the same by itself
+            self.optimizer.optimizer.found_inf = (~norm.isfinite()).float()
+        for buffer, old in zip(self.statistics(), before, strict=True):
+            buffer.copy_(torch.where(norm.isfinite(), buffer, old))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return Done(torch.cat([losses, norm.float().view(1)]), lr, names, skipped, waited)
+
+    def _backward(self, batch: dict[str, Any], drawn: Any, first: int) -> Tensor:
+        if self.captured is None:
+            total, *losses = self._losses(self.model, batch, drawn, first)
+            self.accelerator.backward(total)
+        else:  # the same masks at another place of the step are none of another shape
+            tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+            _, *losses = self.captured(tensors, self.task.part(drawn, first, len(batch["name"])), 0)
+        return torch.stack([loss.detach().float() for loss in losses])
+
+    def _losses(self, model: nn.Module, batch: dict[str, Any], drawn: Any, first: int) -> list[Tensor]:
+        """What is minimised, and the task's losses."""
+        losses = self.task.loss(model, batch, drawn, first, self.accelerator)
+        finite = losses[0].detach().isfinite()
+        # L1's gradient is a sign, which does not pass an infinite loss on
+        poison = torch.where(finite, 1 / self.layout.accumulate, torch.nan)
+        return [losses[0] * poison, *losses]
+
+    def statistics(self) -> list[Tensor]:
+        """The running statistics of batch norms."""
+        return [buffer for norm in self._norms for buffer in norm.buffers()]
+
+    @contextlib.contextmanager
+    def _sync(self, last: bool) -> Iterator[None]:
+        """Gradients are averaged over the processes in the last backward of a step."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
+            yield
+        else:
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                yield
+
+    def _shard(self) -> None:
+        """FSDP over all processes: each part that the task names is gathered by itself, the rest together."""
+        mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
+        for part in self.task.shards(self.plain):
+            fully_shard(part, mesh=mesh)
+        fully_shard(self.plain, mesh=mesh)
+        if hasattr(self.plain, "predict"):
+            register_fsdp_forward_method(self.plain, "predict")

@@ -1,0 +1,225 @@
+"""Model, data sets and metrics of a fine-tuning's configuration, and what can be wrong with it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sgmim_fast.engine.settings import OF_EVERY_RUN_0, OF_EVERY_RUN_1, at_least
+from sgmim_fast.errors import UserError
+from sgmim_fast.exported import tuples, without_sources
+from sgmim_fast.finetune import data
+from sgmim_fast.finetune.config import Config
+from sgmim_fast.finetune.data.transform import scaled
+from sgmim_fast.finetune.encoder import Features, create_features
+from sgmim_fast.finetune.heads import DenseModel
+from sgmim_fast.finetune.heads import create_model as with_head
+from sgmim_fast.finetune.metrics import DepthMetrics, SegmentationMetrics
+from sgmim_fast.finetune.sizes import by
+
+LEAST_PADDING = 0.02  # share of a crop that is worth a line
+_TASKS = {"nyu": "depth", "kitti": "depth", "ade20k": "segmentation"}  # of the data sets that have one
+
+
+def check(config: Config) -> None:
+    """Raises UserError, naming the setting, what came and what is expected."""
+    settings, optim = config.data, config.optim
+    at_least(config, 1, (*OF_EVERY_RUN_1, "model.head_channels", "evaluation.images"))
+    at_least(config, 0, (*OF_EVERY_RUN_0, "data.classes", "optim.min_lr", "optim.warmup_epochs"))
+    only = _TASKS.get(settings.source, settings.task)
+    if only != settings.task:
+        raise UserError(
+            f"data.source is {settings.source}, which is for {only}; expected another one for {settings.task}"
+        )
+    if min(settings.size) < 1:
+        raise UserError(f"data.size is {settings.size}; expected height and width in pixels")
+    if settings.source == "scenes":
+        at_least(config, 1, ("data.scenes", "data.test_scenes"))
+        if settings.size[0] != settings.size[1]:
+            raise UserError(f"data.size is {settings.size}; procedural scenes are square")
+    if not 0 <= optim.layer_decay <= 1:
+        raise UserError(f"optim.layer_decay is {optim.layer_decay}; expected 0 to 1")
+    if not 0 <= config.model.drop_path < 1:
+        raise UserError(f"model.drop_path is {config.model.drop_path}; expected 0 or more, below 1")
+    if config.run.fsdp:
+        raise UserError("run.fsdp is true; fine-tuning on several processes is DDP only")
+
+
+def create_features_of(config: Config, encoder: dict[str, Any] | None = None) -> Features:
+    """The encoder, with weights from where the configuration says, or bare: what a checkpoint says it was.
+
+    Args:
+        encoder: "name" and "arguments", as `describe_encoder` gives them; None: read `model.encoder`.
+
+    Raises:
+        UserError: there is no such encoder, or it does not fit.
+    """
+    settings = config.model
+    given: dict[str, Any] = {
+        "img_size": tuple(config.data.size),
+        "drop_path_rate": settings.drop_path,
+        "accelerate": settings.accelerate,
+    }
+    if encoder is not None:
+        return create_features(encoder["name"], **given, **tuples(without_sources(encoder["arguments"])))
+    path, name = Path(settings.encoder), None
+    if not settings.encoder:
+        raise UserError(
+            "model.encoder is missing; expected --encoder FILE.safetensors, the folder of a run, or a timm name"
+        )
+    if path.is_dir():
+        path = path / "encoder.safetensors"
+        if not path.is_file():
+            raise UserError(
+                f"model.encoder is {settings.encoder}, which has no encoder.safetensors; expected a finished run of "
+                "sgmim-fast pretrain, or a file of sgmim-fast export"
+            )
+    checkpoint: Any = path
+    if path.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
+        name, checkpoint = settings.encoder, settings.weights
+    elif settings.weights is not None:
+        raise UserError(f"model.weights is {settings.weights} and model.encoder is a file too; expected one of them")
+    if settings.window_size is not None:
+        sizes = settings.window_size
+        given["window_size"] = sizes[0] if len(sizes) == 1 else sizes
+    arguments = tuples(settings.arguments)
+    return create_features(name, checkpoint=checkpoint, pretrained=settings.pretrained, **given, **arguments)
+
+
+def describe_encoder(features: Features) -> dict[str, Any]:
+    """What `create_features_of` makes the same encoder of; JSON."""
+    return {"name": features.name, "arguments": features.arguments}
+
+
+def create_model(config: Config, outputs: int, encoder: dict[str, Any] | None = None) -> DenseModel:
+    """Encoder and head with so many outputs.
+
+    Raises:
+        UserError: see `create_features_of`; or the head cannot use the encoder.
+    """
+    model = with_head(
+        create_features_of(config, encoder), config.model.head, outputs, channels=config.model.head_channels
+    )
+    if config.model.freeze:
+        model.freeze()
+    if config.model.checkpointing:
+        model.set_grad_checkpointing()
+    return model
+
+
+def create_dataset(config: Config, train: bool) -> Dataset:
+    """What is trained on, or tested on: items of `sgmim_fast.finetune.data`.
+
+    Raises:
+        UserError: settings of the source are missing.
+        DataError: there is something wrong with the source.
+    """
+    settings, seed = config.data, config.run.seed
+    if settings.source == "scenes":
+        return data.SceneMaps(
+            settings.task, settings.scenes if train else settings.test_scenes, settings.size[0], seed, train
+        )
+    dataset = _read(config, train)
+    dataset.transform = _transform(config, dataset, train)
+    return dataset
+
+
+def _read(config: Config, train: bool) -> Any:
+    settings, seed = config.data, config.run.seed
+    names = settings.train_list if train else settings.test_list
+    if settings.source == "ade20k":
+        return data.ADE20K(_needed(settings, "root"), "train" if train else "test", seed=seed)
+    if settings.source != "folders":
+        kind = {"nyu": data.NYU, "kitti": data.KITTI}[settings.source]
+        options = {"split_file": names, "check_units": settings.check_units, "seed": seed}
+        return kind(_needed(settings, "root"), "train" if train else "test", **options)
+    images, maps = (_needed(settings, name if train else f"test_{name}") for name in ("images", "maps"))
+    if settings.task == "depth":
+        known = {"min_depth": settings.min_depth, "max_depth": settings.max_depth}
+        known = {name: value for name, value in known.items() if value is not None}
+        return data.DepthFolders(
+            *(images, maps),
+            names=names,
+            scale=settings.scale,
+            check_units=settings.check_units,
+            seed=seed,
+            **known,
+        )
+    if settings.classes < 2:
+        raise UserError(f"data.classes is {settings.classes}; expected the number of classes in data.maps, 2 or more")
+    return data.SegmentationFolders(
+        *(images, maps),
+        classes=settings.classes,
+        names=names,
+        ignore=settings.ignore,
+        reduce_zero=settings.reduce_zero,
+        seed=seed,
+    )
+
+
+def _transform(config: Config, dataset: Any, train: bool) -> Any:
+    settings = config.data
+    if not train:
+        return data.DenseTransform.evaluation(settings.task, tuple(settings.size))
+    given = tuples(settings.augment)
+    if settings.task == "depth":
+        given.setdefault("max_depth", depth_range(config, dataset)[1])
+    try:
+        return data.DenseTransform(tuple(settings.size), settings.task, **given)
+    except TypeError as error:
+        raise UserError(f"data.augment is {settings.augment}; expected arguments of DenseTransform: {error}") from error
+
+
+def padding(config: Config, dataset: Any) -> str:
+    """A line where images do not fill the crops that are trained on; "" where they do. Looks at some of them."""
+    transform = getattr(dataset, "transform", None)
+    if not isinstance(transform, data.DenseTransform):
+        return ""
+    sizes = [tuple(size) for size in dataset.sizes()]
+    empty = []
+    for size in sizes:
+        fitted = scaled(size, transform.fit, sum(transform.scale) / 2)
+        empty.append(1 - math.prod(min(1.0, have / want) for have, want in zip(fitted, transform.size, strict=True)))
+    share = sum(empty) / max(1, len(empty))
+    if share < LEAST_PADDING:
+        return ""
+    return (
+        f"{share:.0%} of the crops of {by(transform.size)} is padding: images measure {by(min(sizes))} to "
+        f"{by(max(sizes))}; a smaller data.size has less"
+    )
+
+
+def depth_range(config: Config, dataset: Any) -> tuple[float, float]:
+    """Metres; the data set's own unless the configuration says."""
+    low = dataset.min_depth if config.data.min_depth is None else config.data.min_depth
+    high = dataset.max_depth if config.data.max_depth is None else config.data.max_depth
+    if not 0 < low < high:
+        raise UserError(
+            f"data.min_depth is {low} and data.max_depth {high}; expected 0 < smallest < largest, in metres"
+        )
+    return low, high
+
+
+def create_metrics(config: Config, dataset: Any) -> DepthMetrics | SegmentationMetrics:
+    if config.data.task == "segmentation":
+        return SegmentationMetrics(dataset.classes)
+    crop = dataset.crop if config.data.crop is None else config.data.crop
+    return DepthMetrics(*depth_range(config, dataset), crop=None if crop == "none" else crop)
+
+
+def plain(found: dict[str, Tensor]) -> dict[str, float]:
+    """The scalars of what metrics computed."""
+    return {name: value.item() for name, value in found.items() if value.ndim == 0}
+
+
+def _needed(settings: Any, name: str) -> str:
+    value = getattr(settings, name)
+    if value is None:
+        raise UserError(
+            f"data.{name} is missing; expected --{name.replace('_', '-')} DIR with data.source {settings.source}"
+        )
+    return value

@@ -1,0 +1,92 @@
+"""The configuration of a fine-tuning run; `sgmim_fast.engine.settings` reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sgmim_fast.pretrain.config import Run
+
+
+@dataclass(frozen=True)
+class Model:
+    """`create_features` and `create_model`."""
+
+    encoder: str = ""  # an exported file, a pre-training run's folder, or a timm name
+    weights: str | None = None  # a file of any timm weights for a timm name
+    pretrained: bool = False  # timm's own weights for a timm name, which timm downloads
+    arguments: dict[str, Any] = field(default_factory=dict)  # further ones of timm.create_model
+    window_size: tuple[int, ...] | None = None  # of Swin's stages, in tokens; one number: of all; None: as it was
+    drop_path: float = 0.1
+    head: Literal["deconv", "dpt", "upernet"] = "deconv"
+    head_channels: int | None = None  # its width; None: the published one
+    freeze: bool = False  # train the head alone
+    accelerate: bool = True  # timm's blocks through fused ops
+    checkpointing: bool = False  # compute activations again in the backward, to save memory
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained and evaluated on. Which of these count depends on the source."""
+
+    task: Literal["depth", "segmentation"] = "depth"
+    source: Literal["folders", "nyu", "kitti", "ade20k", "scenes"] = "folders"
+    root: str | None = None  # of nyu, kitti, ade20k
+    train_list: str | None = None  # file with the names of a split, of all sources but ade20k; None: nyu's and kitti's
+    test_list: str | None = None  # usual ones, under root, and all of folders
+    images: str | None = None  # of folders: images to train on
+    maps: str | None = None  # the mirrored folder of depth or label maps
+    test_images: str | None = None
+    test_maps: str | None = None
+    scale: float | None = None  # of folders: what an integer map has for one metre, such as 1000
+    check_units: bool = True  # refuse depth whose median is far outside of what is evaluated
+    classes: int = 0  # of folders of labels
+    ignore: int = 255  # label that does not count
+    reduce_zero: bool = False  # label 0 does not count, and 1 becomes 0
+    scenes: int = 0  # of scenes: procedural ones to train on
+    test_scenes: int = 100
+    min_depth: float | None = None  # metres; depth outside does not count. None: what the data set is known with
+    max_depth: float | None = None
+    crop: Literal["eigen", "garg", "none"] | None = None  # part of an image that is evaluated; None: the data set's
+    size: tuple[int, int] = (480, 480)  # height and width of training crops, pixels
+    augment: dict[str, Any] = field(default_factory=dict)  # further arguments of DenseTransform, such as {flip: 0}
+    workers: int | None = None  # loading processes of each training process; None: what the cores allow, at most 8
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Learning rates are those of the run, whatever its batch."""
+
+    epochs: float = 25
+    batch: int = 16  # images per process and backward
+    accumulate: int = 1  # backwards per step
+    lr: float = 5e-4  # highest, of the head; the encoder's layers have less
+    min_lr: float = 3e-5  # at the beginning and the end of "triangle", at the end of the others
+    schedule: Literal["triangle", "poly", "cosine"] = "triangle"
+    power: float = 0.9  # of triangle and poly
+    warmup_epochs: float = 0.0  # of poly and cosine: linear from 0
+    layer_decay: float = 0.9  # of the rate from one layer of the encoder to the one before it
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip: float = 0.0  # largest gradient norm; 0: none
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How the model is evaluated, before every checkpoint and by `sgmim-fast evaluate`."""
+
+    flip: bool = True  # mean with the prediction for the mirrored image
+    slide: bool = True  # in windows of data.size, whose predictions are averaged; False: the whole image at once
+    stride: tuple[int, int] | None = None  # pixels from window to window, down and across; None: two thirds
+    images: int | None = None  # evaluate that many at checkpoints, from all over the test set; None: all
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = ""
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    run: Run = field(default_factory=Run)

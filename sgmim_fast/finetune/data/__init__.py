@@ -1,0 +1,29 @@
+"""Labelled data sets for fine-tuning and evaluation: NYU-v2, KITTI and folders for depth, ADE20K and folders for
+segmentation. docs/DOWNSTREAM_DATA.md has their layouts.
+
+`dense`: what they have in common · `depth`, `segmentation`: maps, their checks, and folders of pairs · `lists`: files
+of a split, found in a tree · `nyu`, `nyu_mat`, `kitti`, `ade20k`: one layout each · `scenes`: made up · `transform`,
+`colors`: crops and colours of the published recipes.
+"""
+
+from sgmim_fast.finetune.data.ade20k import ADE20K
+from sgmim_fast.finetune.data.colors import DepthColors, SegmentationColors
+from sgmim_fast.finetune.data.depth import DepthFolders
+from sgmim_fast.finetune.data.kitti import KITTI
+from sgmim_fast.finetune.data.nyu import NYU
+from sgmim_fast.finetune.data.scenes import SceneMaps
+from sgmim_fast.finetune.data.segmentation import SegmentationFolders
+from sgmim_fast.finetune.data.transform import DenseEvaluation, DenseTransform
+
+__all__ = [
+    "ADE20K",
+    "KITTI",
+    "NYU",
+    "DenseEvaluation",
+    "DenseTransform",
+    "DepthColors",
+    "DepthFolders",
+    "SceneMaps",
+    "SegmentationColors",
+    "SegmentationFolders",
+]

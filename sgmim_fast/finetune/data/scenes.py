@@ -1,0 +1,43 @@
+"""Procedural scenes with exact depth or the class of each pixel's shape: fine-tuning to try without any data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from sgmim_fast.data import PairTransform, Scenes
+from sgmim_fast.engine.order import mix
+
+
+class SceneMaps(Dataset):
+    """`sgmim_fast.data.Scenes` as items of depth, in the unit of the scenes, or of labels.
+
+    Args:
+        task: "depth" or "segmentation".
+        count: number of scenes.
+        size: pixels along each side.
+        seed: of the run. Scenes to train on, to test on, and of `sgmim-fast pretrain` differ at the same seed.
+        train: with random flips.
+    """
+
+    min_depth, max_depth, crop = 0.1, 16.0, None  # corners of large rooms are farther
+    class_names = ("room", "sphere", "box", "plane")
+    classes = len(class_names)
+
+    def __init__(self, task: str, count: int, size: int, seed: int, train: bool) -> None:
+        self.task = task
+        transform = PairTransform(size, scale=(1, 1), ratio=(1, 1), flip=0.5 if train else 0)
+        labels = task == "segmentation"
+        self._scenes = Scenes(count, size, seed=mix(seed, 5, train), transform=transform, labels=labels)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._scenes.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self._scenes)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self._scenes[index]
+        structure = item.pop("structure")
+        return {**item, "depth": structure} if self.task == "depth" else dict(item)

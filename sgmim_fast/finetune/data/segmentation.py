@@ -1,0 +1,118 @@
+"""Class ids for every pixel: from files, with a check of their range."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+
+from sgmim_fast.data.files import find_files, match
+from sgmim_fast.data.image_file import IMAGE_SUFFIXES
+from sgmim_fast.data.map_file import MapFile, class_ids, out_of_range
+from sgmim_fast.data.report import DataError
+from sgmim_fast.errors import UserError
+from sgmim_fast.finetune.data.dense import DensePairs
+from sgmim_fast.finetune.data.lists import only_listed
+
+LABEL_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".bmp", ".gif")  # a JPEG's values are not those that were stored
+IGNORED = 255  # in items
+
+
+class LabelFile(MapFile):
+    """A label map as it was stored: `pixels` (H, W) of integers. Of a palette image they are its indices."""
+
+    kind = "label map"
+    palette = True
+
+    def _arranged(self, pixels: np.ndarray) -> np.ndarray:
+        return super()._arranged(class_ids(pixels))
+
+    def decode(self, classes: int, ignore: int | None, reduce_zero: bool) -> tv_tensors.Mask:
+        """(H, W) int64, 0 to classes - 1, 255 = ignored; see `SegmentationFolders`.
+
+        Raises:
+            DataError: an id is out of range.
+        """
+        labels = self.pixels.astype(np.int64)
+        ignored = np.zeros(labels.shape, bool) if ignore is None else labels == ignore
+        if reduce_zero:
+            ignored |= labels == 0
+            labels -= 1
+        outside = ~ignored & ((labels < 0) | (labels >= classes))
+        if outside.any():
+            raise DataError(
+                f"{self.name}: {out_of_range(self.pixels[outside])}; {_expected(classes, ignore, reduce_zero)}"
+            )
+        labels[ignored] = IGNORED
+        return tv_tensors.Mask(torch.from_numpy(labels))
+
+
+def _expected(classes: int, ignore: int | None, reduce_zero: bool) -> str:
+    first, last = (1, classes) if reduce_zero else (0, classes - 1)
+    void = [str(id) for id in ([0] if reduce_zero else []) + ([] if ignore is None else [ignore])]
+    return f"expected {first} to {last}" + (f", or {' or '.join(void)} for ignored" if void else "")
+
+
+class SegmentationFolders(DensePairs):
+    """Images and label maps of the same relative path, but for the suffix, in two folder trees of any depth.
+
+    Items: {"image": (3, H, W) float32, normalised; "labels": (H, W) int64, 0 to classes - 1, 255 = ignored; "name":
+    path of the image in its tree; "skipped": broken files in whose place the item stands}. What has no partner, or
+    cannot be read, is left out and named in `report`; a broken pair that is met later is replaced by the next good one.
+    A class id out of range is no broken file: it is raised whenever it is met, also by `verify`.
+
+    Args:
+        images: folder of images, in any format of `sgmim_fast.data.IMAGE_SUFFIXES`.
+        labels: folder of maps of the images' sizes, in any format of `LABEL_SUFFIXES`, with one id for every pixel; of
+            a palette PNG the indices are read, not the colours.
+        transform: takes (image, labels) and returns both, such as `DenseTransform`. None: normalises.
+        names: file with the image paths to use, one a line, relative to `images`, with or without suffix. None: all.
+        classes: their number, 1 to 255.
+        ignore: stored id that means "ignored"; None: none does.
+        reduce_zero: 0 means "ignored" too, and the ids of classes begin with 1, as ADE20K has them.
+        class_names: as many as there are classes, or None.
+        seed: of the transform.
+
+    Raises:
+        DataError: nothing is there, nothing pairs, none of the pairs tried can be read, or an id is out of range.
+        UserError: an argument is out of range.
+    """
+
+    task = "segmentation"
+    kind = LabelFile.kind
+    target = ("labels", torch.int64, ())
+
+    def __init__(
+        self,
+        images: str | os.PathLike[str],
+        labels: str | os.PathLike[str],
+        transform: Callable[..., Sequence[Tensor]] | None = None,
+        *,
+        classes: int,
+        names: str | os.PathLike[str] | None = None,
+        ignore: int | None = IGNORED,
+        reduce_zero: bool = False,
+        class_names: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(transform, seed)
+        if not 1 <= classes <= IGNORED:
+            raise UserError(f"classes is {classes}; expected 1 to {IGNORED}, since {IGNORED} means ignored")
+        if class_names is not None and len(class_names) != classes:
+            raise UserError(f"class_names has {len(class_names)} names; expected {classes}, as many as classes")
+        self.classes, self.ignore, self.reduce_zero = classes, ignore, reduce_zero
+        self.class_names = None if class_names is None else list(class_names)
+        self.images, self.maps = Path(images), Path(labels)
+        found = only_listed(
+            find_files(self.images, "images", IMAGE_SUFFIXES, self.report), names, self.images, self.report
+        )
+        maps = find_files(self.maps, "labels", LABEL_SUFFIXES, self.report)
+        self._use(match(found, maps, self.images, self.maps, self.kind, self.report))
+
+    def _map(self, index: int) -> tv_tensors.Mask:
+        return LabelFile(self._map_name(index)).decode(self.classes, self.ignore, self.reduce_zero)

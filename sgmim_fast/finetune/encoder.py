@@ -1,0 +1,244 @@
+"""A timm encoder as a list of feature maps, for the heads of dense prediction."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.models import is_model
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from torch import Tensor, nn
+
+from sgmim_fast import accelerate as accelerate_blocks
+from sgmim_fast.errors import UserError, nearest
+from sgmim_fast.exported import tuples
+from sgmim_fast.finetune import weights
+from sgmim_fast.finetune.sizes import Size, by, pair
+from sgmim_fast.fused import blocks
+
+_logger = logging.getLogger("sgmim_fast")
+
+_MAPS = 4  # what the heads are made for
+
+
+class Features(nn.Module):
+    """The maps of a timm model that a head reads. Made by `create_features`.
+
+    Attributes:
+        model: the timm module, cut behind the last map that is read; no classifier and no final norm, which would never
+            get a gradient (heads that want normalised maps bring a norm of their own, as mmsegmentation's Swin does).
+        name, arguments: timm's name, and arguments that make `create_features` build the same again, without weights.
+        channels, strides: of each map, finest first; strides are pixels per position.
+        img_size: (height, width) it was made for.
+        fixed_size: `img_size` where images of another size do not fit (BEiT, whose position tables belong to one grid),
+            None where any size does.
+        notes: what was resized or could not be known, one line each, for people.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        indices: Sequence[int],
+        img_size: tuple[int, int],
+        any_size: bool,
+        notes: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        info = [_feature_info(model)[index] for index in indices]
+        self.model = model
+        self.name = name
+        self.arguments: dict[str, Any] = {}
+        self.indices = list(indices)
+        self.channels: list[int] = [level["num_chs"] for level in info]
+        self.strides: list[int] = [level["reduction"] for level in info]
+        self.img_size = img_size
+        self.fixed_size = None if any_size else img_size
+        self.notes = list(notes)
+        model.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all maps have one stride, as those of a ViT or BEiT."""
+        return len(set(self.strides)) == 1
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Maps (B, C_i, H / s_i, W / s_i) of images (B, 3, H, W), whose sides are multiples of the largest stride."""
+        return self.model.forward_intermediates(
+            x, indices=self.indices, norm=False, output_fmt="NCHW", intermediates_only=True
+        )
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keeps only the inputs of blocks and computes them again in the backward, as timm does it."""
+        self.model.set_grad_checkpointing(enable)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """timm's names of parameters without weight decay: class token, positions, position tables."""
+        names = getattr(self.model, "no_weight_decay", set)()
+        return {f"model.{name}" for name in names}
+
+
+def create_features(
+    name: str | None = None,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    img_size: Size,
+    window_size: int | Sequence[Any] | None = None,
+    pretrained: bool = False,
+    drop_path_rate: float = 0.0,
+    indices: Sequence[int] | None = None,
+    accelerate: bool = True,
+    **timm_arguments: Any,
+) -> Features:
+    """Feature maps of any timm model with `forward_intermediates`, from a file, from timm's weights or at random.
+
+    Swin, SwinV2 and others with stages give the last four of their stages (this project's small SwinV2 has three); ViT
+    and BEiT four evenly spaced blocks, 2, 5, 8 and 11 of 12, without class and register tokens.
+
+    What belongs to an image or window size is fitted: relative position tables (Swin, BEiT) by timm's
+    `resize_rel_pos_bias_table` (BEiT's way: near distances keep their values, far ones are spread, and beyond what a
+    very small window can reach the last value holds), absolute positions by its `resample_abs_pos_embed`. SwinV2's
+    bias is a function of distances in units of the window it was trained with; that unit stays the window of
+    pre-training when the window changes (`pretrained_window_sizes`), as in timm's own window12to16 models and the
+    published fine-tuning of SimMIM (arXiv 2205.13543, `--pretrain_window_size`). The window of pre-training is read
+    from an exported file; for other files it is that of timm's default for `name`, which a note says.
+
+    Swin, SwinV2 and ViT then take images of any size that is a multiple of the largest stride: Swin in windows of the
+    size chosen here (and unshifted where a window covered the whole map of `img_size`), ViT with positions resampled
+    on the way. BEiT takes `img_size` alone (`Features.fixed_size`): larger images go through windows.
+
+    Args:
+        name: timm's; may be left out for a file of `export_timm`, which knows it.
+        checkpoint: a file of `sgmim_fast.checkpoints.export_timm`, or any state dict of a timm model
+            (.safetensors, .pth, with or without "model" or "state_dict" around it).
+        img_size: of fine-tuning, side or (height, width) in pixels.
+        window_size: of Swin and SwinV2, in tokens: side, (height, width), or one for each stage; larger than a map
+            means the whole map. None: as the file or timm's name has it.
+        pretrained: start from timm's own weights for the name, instead of a file.
+        indices: which stages or blocks to read, instead of the above.
+        accelerate: fused blocks, by `sgmim_fast.accelerate`.
+        timm_arguments: further ones for `timm.create_model`, over those of an exported file.
+
+    Raises:
+        UserError: an unknown name, a file that cannot be read or has too few or too many parameters (the first are
+            named), or arguments timm does not accept.
+    """
+    state, written, shaping = (None, None, {}) if checkpoint is None else weights.read(checkpoint)
+    if pretrained and checkpoint is not None:
+        raise UserError(f"checkpoint {checkpoint} and pretrained weights are given; expected one of them")
+    name = _checked_name(name, written, checkpoint)
+    arguments = {**shaping, **timm_arguments}
+    size = pair(img_size)
+    source = None
+    if checkpoint is not None or pretrained:
+        with torch.device("meta"):  # only its sizes are needed
+            source = _create(name, arguments)
+    if pretrained:
+        state = _create(name, arguments, pretrained=True).state_dict()
+
+    target_arguments = {k: v for k, v in arguments.items() if k not in ("img_size", "num_classes", "global_pool")}
+    if window_size is not None:
+        target_arguments["window_size"] = tuples(window_size)
+    if isinstance(source, SwinTransformerV2):
+        target_arguments.setdefault("pretrained_window_sizes", _trained_windows(source))
+    model, any_size = _create_for_size(name, size, drop_path_rate, target_arguments)
+    if not hasattr(model, "forward_intermediates"):
+        raise UserError(
+            f"timm's {name} gives no intermediate maps; expected a model with forward_intermediates, such as swin_*, "
+            "swinv2_*, beit_* and vit_*"
+        )
+    notes: list[str] = []
+    if state is not None:
+        known = written is not None or pretrained
+        notes = weights.load(model, state, source, what=str(checkpoint or name), source_known=known)
+    for note in notes:
+        _logger.info(note)
+    features = Features(model, name, _indices(model, name, indices), size, any_size, notes)
+    features.arguments = {**target_arguments, "indices": features.indices}
+    if accelerate and any(type(module) in blocks.FAST for module in model.modules()):
+        accelerate_blocks(model)
+    return features
+
+
+def _checked_name(name: str | None, written: str | None, checkpoint: str | os.PathLike[str] | None) -> str:
+    if name is None and written is None:
+        what = "there is no checkpoint" if checkpoint is None else f"{checkpoint} does not name its timm model"
+        raise UserError(f"the encoder's name is missing and {what}; expected a timm name")
+    if name is None:
+        return str(written)
+    base = name.split(".")[0]
+    if not is_model(base):
+        raise UserError(f"timm has no model {name!r}{nearest(base, timm.list_models())}")
+    if written is not None and written.split(".")[0] != base:
+        raise UserError(f"{checkpoint} holds a {written}, not a {name}; leave the name out, or give that one")
+    return name
+
+
+def _create(name: str, arguments: dict[str, Any], **more: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, **{**arguments, **more})
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:  # timm's own words, or no network
+        raise UserError(f"timm cannot create {name} with {arguments}: {_one_line(error)}") from error
+
+
+def _create_for_size(
+    name: str, size: tuple[int, int], drop_path_rate: float, arguments: dict[str, Any]
+) -> tuple[nn.Module, bool]:
+    """The model for that image size, and whether it takes others: each family has its own argument for that."""
+    attempts: list[dict[str, Any]] = [
+        {"img_size": size, "strict_img_size": False},  # Swin
+        {"img_size": size, "dynamic_img_size": True},  # ViT
+        {"img_size": size},
+        {},  # convolutions take any size
+    ]
+    drop_path = {"drop_path_rate": drop_path_rate}
+    refused = ""
+    for extra in [{**one, **drop_path} for one in attempts] + ([] if drop_path_rate else [{}]):
+        try:
+            model = timm.create_model(name, **{**arguments, "num_classes": 0, **extra})
+            strict = getattr(getattr(model, "patch_embed", None), "strict_img_size", False)
+            return model, "img_size" not in extra or (len(extra) == 3 and not strict)
+        except TypeError as error:
+            refused = _one_line(error)
+            if not any(f"'{argument}'" in refused for argument in extra):
+                break
+        except (AssertionError, RuntimeError, ValueError) as error:
+            refused = _one_line(error)
+            break
+    raise UserError(f"timm cannot create {name} for {by(size)} with {arguments}: {refused}")
+
+
+def _feature_info(model: nn.Module) -> list[dict[str, Any]]:
+    info = model.feature_info
+    return info if isinstance(info, list) else list(info.info)
+
+
+def _indices(model: nn.Module, name: str, wanted: Sequence[int] | None) -> list[int]:
+    info = _feature_info(model)
+    count = len(info)
+    if wanted is not None:
+        chosen = sorted(index % count for index in wanted if -count <= index < count)
+        if len(chosen) != len(wanted) or len(set(chosen)) != len(chosen) or not chosen:
+            raise UserError(f"indices are {list(wanted)}; {name} has stages or blocks 0 to {count - 1}")
+        return chosen
+    if len({level["reduction"] for level in info}) > 1:
+        return list(range(max(0, count - _MAPS), count))
+    maps = min(_MAPS, count)
+    return [(index + 1) * count // maps - 1 for index in range(maps)]
+
+
+def _trained_windows(source: SwinTransformerV2) -> tuple[tuple[int, int], ...]:
+    """The window each stage's distances were measured in while it was trained."""
+    attention = [stage.blocks[0].attn for stage in source.layers]
+    return tuple(
+        tuple(one.pretrained_window_size if one.pretrained_window_size[0] > 0 else one.window_size) for one in attention
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

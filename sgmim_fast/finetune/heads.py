@@ -1,0 +1,258 @@
+"""Heads of dense prediction: DPT, UPerNet, and the deconvolutions of the MIM depth protocol.
+
+DPT and UPerNet are the decoders of segmentation_models_pytorch, fed by `encoder.Features`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from segmentation_models_pytorch.base import SegmentationHead
+from segmentation_models_pytorch.base.initialization import initialize_decoder, initialize_head
+from segmentation_models_pytorch.decoders.dpt.decoder import DPTDecoder, DPTSegmentationHead
+from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sgmim_fast.errors import UserError
+from sgmim_fast.finetune.encoder import Features
+from sgmim_fast.finetune.sizes import by
+
+
+class DenseModel(nn.Module):
+    """Encoder and head: images in, a map of numbers for each pixel out. Made by `create_model`.
+
+    Attributes:
+        features: `encoder.Features`.
+        head: from its maps to (B, outputs, h, w).
+        multiple: the sides of images must be multiples of this; `inference.predict` pads.
+        fixed_size: (height, width), the only size the encoder takes, or None.
+        frozen: whether the encoder stays as it is (`freeze`).
+    """
+
+    def __init__(self, features: Features, head: nn.Module, multiple: int) -> None:
+        super().__init__()
+        self.features = features
+        self.head = head
+        self.multiple = multiple
+        self.fixed_size = features.fixed_size
+        self.frozen = False
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised images -> (B, outputs, H, W) raw numbers: logits, or what `to_depth` takes.
+
+        Raises:
+            ValueError: H or W is no multiple of `multiple`, or not those of `fixed_size`.
+        """
+        size = tuple(images.shape[2:])
+        if self.fixed_size is not None and size != self.fixed_size:
+            raise ValueError(f"images must be {by(self.fixed_size)} pixels for {self.features.name}, got {by(size)}")
+        if any(side % self.multiple for side in size):
+            raise ValueError(f"images must have sides of multiples of {self.multiple} pixels, got {by(size)}")
+        out = self.head(self.features(images))
+        if out.shape[2:] != size:
+            out = F.interpolate(out, size, mode="bilinear", align_corners=False)
+        return out
+
+    def freeze(self) -> None:
+        """Keeps the encoder as it is: no gradients, and no stochastic depth either."""
+        self.frozen = True
+        self.features.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> DenseModel:
+        super().train(mode)
+        if self.frozen:
+            self.features.eval()
+        return self
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.features.set_grad_checkpointing(enable)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {f"features.{name}" for name in self.features.no_weight_decay()}
+
+
+def create_model(features: Features, head: str = "dpt", outputs: int = 1, *, channels: int | None = None) -> DenseModel:
+    """A model for `outputs` numbers per pixel: 1 for depth, the number of classes for segmentation.
+
+    Heads, all of which read maps of stages (strides doubling from one to the next) and of a ViT (one stride):
+
+    - "deconv": the head of the MIM depth protocol (arXiv 2205.13543) on the last map alone, see `Deconvolutions`.
+    - "upernet": UPerNet with mmsegmentation's width of 512 and its dropout of 0.1 before the classifier. The maps of
+      a ViT first become a pyramid, as in BEiT's segmentation protocol, see `Pyramid`. The auxiliary head of
+      mmsegmentation's recipe is not there. A batch of one cannot be trained: it pools to 1x1 in front of a batch norm.
+    - "dpt": DPT with 256 fusion channels and, as segmentation_models_pytorch has it, one kind of head for depth and
+      segmentation. Class tokens, for which masked image modelling has no loss, are left out: DPT's readout "ignore".
+
+    All have batch norms. With few images in each process let `torch.nn.SyncBatchNorm.convert_sync_batchnorm` join them,
+    as mmsegmentation does.
+
+    Args:
+        channels: width of the head, instead of the above; for "deconv" an eighth of the last map's.
+
+    Raises:
+        UserError: there is no such head, it cannot use the encoder's strides, or the encoder's image size does not
+            divide into what the two need.
+    """
+    heads = {"dpt": _dpt, "upernet": _upernet, "deconv": _deconv}
+    if head not in heads:
+        raise UserError(f"head is {head!r}; expected {', '.join(heads)}")
+    module, multiple = heads[head](features, outputs, channels)
+    if any(side % multiple for side in features.img_size):
+        raise UserError(
+            f"img_size is {by(features.img_size)}; expected multiples of {multiple} for {features.name} and the head "
+            f"{head}"
+        )
+    return DenseModel(features, module, multiple)
+
+
+def to_depth(raw: Tensor, min_depth: float, max_depth: float) -> Tensor:
+    """Metres, float32, strictly inside the range: min_depth + (max_depth - min_depth) * sigmoid(raw).
+
+    With min_depth 0 that is the MIM depth protocol's sigmoid(raw) * max_depth; with its 1 mm of evaluation it differs
+    by at most 1 mm, and the logarithm in the loss is finite with a gradient everywhere.
+    """
+    return min_depth + (max_depth - min_depth) * torch.sigmoid(raw.float())
+
+
+class Deconvolutions(nn.Module):
+    """The head of the MIM depth protocol, on the last map (B, C, h, w).
+
+    Three deconvolutions of 32 filters (kernel and stride 2, batch norm, ReLU), a 3x3 convolution to C / 8 channels
+    (batch norm, ReLU), bilinear doubling to the resolution of the images, and there 3x3, ReLU, 3x3 to the outputs.
+    Convolutions start at a deviation of 0.001. For SwinV2 of stride 32 that is the published head (SwinTransformer/
+    MIM-Depth-Estimation, models/model.py, `--num_deconv 3 --num_filters 32 32 32 --deconv_kernels 2 2 2`; C / 8 is its
+    `embed_dim`), with the fresh LayerNorm its encoder puts on the map. Other strides take fewer doublings.
+    """
+
+    def __init__(self, in_channels: int, stride: int, outputs: int, channels: int, filters: int = 32) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [LayerNorm2d(in_channels, eps=1e-5)]
+        width = in_channels
+        for _ in range(3):
+            layers += [nn.ConvTranspose2d(width, filters, 2, 2, bias=False), nn.BatchNorm2d(filters), nn.ReLU()]
+            width = filters
+        layers += [nn.Conv2d(width, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
+        self.decoder = nn.Sequential(*layers)
+        self.scale = stride / 8
+        self.last = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, outputs, 3, padding=1)
+        )
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.normal_(module.weight, std=0.001)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        x = self.decoder(maps[-1])
+        size = [round(side * self.scale) for side in x.shape[2:]]
+        while 2 * x.shape[2] <= size[0]:
+            x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
+        if list(x.shape[2:]) != size:  # a stride that is no power of two
+            x = F.interpolate(x, size, mode="bilinear", align_corners=False)
+        return self.last(x)
+
+
+class Pyramid(nn.Module):
+    """Four maps of one stride, as a ViT has them, to 4, 2, 1 and 1/2 times that resolution.
+
+    Two deconvolutions (kernel and stride 2, batch norm and GELU between them), one, none, and 2x2 maximum pooling: as
+    in BEiT's segmentation protocol (mmsegmentation's `Feature2Pyramid`).
+    """
+
+    def __init__(self, channels: list[int]) -> None:
+        super().__init__()
+
+        def double(width: int) -> nn.Module:
+            return nn.ConvTranspose2d(width, width, 2, 2)
+
+        first, second = channels[:2]
+        self.scales = nn.ModuleList(
+            [
+                nn.Sequential(double(first), nn.BatchNorm2d(first), nn.GELU(), double(first)),
+                double(second),
+                nn.Identity(),
+                nn.MaxPool2d(2),
+            ]
+        )
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        return [scale(x) for scale, x in zip(self.scales, maps, strict=True)]
+
+
+class _UPerNet(nn.Module):
+    def __init__(self, features: Features, outputs: int, channels: int) -> None:
+        super().__init__()
+        self.pyramid = Pyramid(features.channels) if features.uniform else nn.Identity()
+        # the decoder skips two entries, for maps at 1/1 and 1/2 that no such encoder has
+        self.decoder = UPerNetDecoder([0, 0, *features.channels], len(features.channels) + 1, channels)
+        self.classify = nn.Sequential(nn.Dropout2d(0.1), SegmentationHead(channels, outputs, kernel_size=1))
+        initialize_decoder(self.decoder)
+        initialize_head(self.classify)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        if self.training and maps[0].shape[0] == 1:
+            raise ValueError("upernet cannot be trained with one image in a batch; it needs at least 2 in each process")
+        skipped = [maps[0]] * 2
+        return self.classify(self.decoder([*skipped, *self.pyramid(maps)]))
+
+
+class _DPT(nn.Module):
+    def __init__(self, features: Features, outputs: int, channels: int) -> None:
+        super().__init__()
+        count = len(features.channels)
+        # by the shape of the pyramid, not by pixels: a ViT of patches of 14 is treated as one of 16 and resized
+        strides = [16] * count if features.uniform else [4 * 2**level for level in range(count)]
+        self.decoder = DPTDecoder(
+            features.channels,
+            strides,
+            encoder_has_prefix_tokens=False,
+            readout="ignore",
+            intermediate_channels=(256, 512, 1024, 1024)[:count],
+            fusion_channels=channels,
+        )
+        self.classify = DPTSegmentationHead(channels, outputs)
+        initialize_decoder(self.decoder)
+        initialize_head(self.classify)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return self.classify(self.decoder(maps, [None] * len(maps)))
+
+
+def _dpt(features: Features, outputs: int, channels: int | None) -> tuple[nn.Module, int]:
+    _require_pyramid(features, "dpt")
+    return _DPT(features, outputs, channels or 256), _half_of_uniform(features)
+
+
+def _upernet(features: Features, outputs: int, channels: int | None) -> tuple[nn.Module, int]:
+    _require_pyramid(features, "upernet")
+    return _UPerNet(features, outputs, channels or 512), _half_of_uniform(features)
+
+
+def _deconv(features: Features, outputs: int, channels: int | None) -> tuple[nn.Module, int]:
+    width, stride = features.channels[-1], features.strides[-1]
+    if stride < 8:
+        raise UserError(
+            f"the head deconv cannot use {features.name}: its last map has stride {stride}; expected 8 or more"
+        )
+    return Deconvolutions(width, stride, outputs, channels or max(1, width // 8)), math.lcm(*features.strides)
+
+
+def _half_of_uniform(features: Features) -> int:
+    """Pixels that sides must be multiples of: of the coarsest map, which a ViT's pyramid halves once more."""
+    return features.strides[-1] * (2 if features.uniform else 1)
+
+
+def _require_pyramid(features: Features, head: str) -> None:
+    strides = features.strides
+    doubling = len(strides) >= 3 and all(b == 2 * a for a, b in itertools.pairwise(strides))
+    if not doubling and not (features.uniform and len(strides) == 4):
+        raise UserError(
+            f"the head {head} cannot use {features.name}: its maps have strides {', '.join(map(str, strides))}; "
+            "expected three or four that double, such as 4, 8, 16, 32, or four of one stride, such as 16, 16, 16, 16"
+        )

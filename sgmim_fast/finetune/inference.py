@@ -1,0 +1,102 @@
+"""Predictions for images of any size: padding, sliding windows, and the average over an image and its mirror image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sgmim_fast.errors import UserError
+from sgmim_fast.finetune.heads import DenseModel
+from sgmim_fast.finetune.sizes import Size, by, pair
+
+
+@torch.no_grad()
+def predict(
+    model: DenseModel,
+    images: Tensor,
+    *,
+    flip: bool = False,
+    window: Size | None = None,
+    stride: Size | None = None,
+    transform: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """What the model says of images of any size, without gradients; the caller puts it into evaluation mode.
+
+    Images, or windows of them, are padded with 0, the mean colour, at the bottom and the right to a multiple of
+    `model.multiple`, and the prediction is cut to size again. An encoder of one size (`model.fixed_size`, BEiT) sees
+    windows of that size if the image is larger, and a padded image if it is smaller.
+
+    The published protocols, by way of example:
+
+    - ADE20K at 512: `window=512, stride=341`, mmsegmentation's two thirds.
+    - NYU-v2, 480x640 by a model for 480: `flip=True, window=480, stride=160, transform=...`, the two windows of the
+      MIM depth protocol (`--shift_window_test --shift_size 2`).
+    - KITTI, 352x1216 by a model for 352: `flip=True, window=352, stride=58, transform=...`, 16 windows. The published
+      code moves them by 57 and leaves the last 9 columns, which the Garg crop does not evaluate, without a prediction.
+
+    Args:
+        images: (B, 3, H, W), normalised.
+        flip: also mirrors each window and averages with its prediction mirrored back.
+        window: side or (height, width) of the windows. None: the whole image.
+        stride: between windows, or (vertical, horizontal); None: two thirds of the window. Windows start at multiples
+            of it, the last one ends with the image (mmsegmentation's `slide_inference`), and where they overlap
+            their predictions are averaged.
+        transform: applied to each prediction (B, outputs, h, w) before any averaging. The depth protocols average
+            metres: `lambda raw: to_depth(raw, min_depth, max_depth)`.
+
+    Returns:
+        (B, outputs, H, W), float32: raw numbers, or what `transform` makes of them.
+
+    Raises:
+        UserError: the window is not `model.fixed_size`, or the stride leaves gaps between windows.
+    """
+    size = (images.shape[2], images.shape[3])
+    fixed = model.fixed_size
+    if window is None:
+        window = fixed if fixed is not None else size
+    window = pair(window)
+    if fixed is not None and window != fixed:
+        raise UserError(f"window is {by(window)}; {model.features.name} takes {by(fixed)} only")
+    step = tuple(max(1, side * 2 // 3) for side in window) if stride is None else pair(stride)
+    if not all(0 < one <= side for one, side in zip(step, window, strict=True)):
+        raise UserError(f"stride is {by(step)}; expected 1 to the window's {by(window)}")
+
+    total: Tensor | None = None
+    for top, bottom in starts_and_ends(size[0], window[0], step[0]):
+        for left, right in starts_and_ends(size[1], window[1], step[1]):
+            out = _flipped(model, images[:, :, top:bottom, left:right], flip, transform)
+            if total is None:
+                total = out.new_zeros(out.shape[0], out.shape[1], *size)
+                times = out.new_zeros(size)
+            total[:, :, top:bottom, left:right] += out
+            times[top:bottom, left:right] += 1
+    return total / times
+
+
+def starts_and_ends(length: int, window: int, stride: int) -> Iterator[tuple[int, int]]:
+    """mmsegmentation's positions of windows along a side; the last ones move back into the image."""
+    for index in range(max(0, -((window - length) // stride)) + 1):
+        end = min(index * stride + window, length)
+        yield max(end - window, 0), end
+
+
+def _flipped(model: DenseModel, images: Tensor, flip: bool, transform: Callable[[Tensor], Tensor] | None) -> Tensor:
+    out = _padded(model, images, transform)
+    if flip:
+        out = (out + _padded(model, images.flip(3), transform).flip(3)) / 2
+    return out
+
+
+def _padded(model: DenseModel, images: Tensor, transform: Callable[[Tensor], Tensor] | None) -> Tensor:
+    height, width = images.shape[2:]
+    if model.fixed_size is None:
+        full = tuple(-(-side // model.multiple) * model.multiple for side in (height, width))
+    else:
+        full = model.fixed_size
+    if full != (height, width):
+        images = F.pad(images, (0, full[1] - width, 0, full[0] - height))
+    out = model(images)[:, :, :height, :width].float()
+    return out if transform is None else transform(out)

@@ -1,0 +1,66 @@
+"""What a fine-tuned model says of some images, beside the truth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from sgmim_fast.pretrain.pictures import MEAN, STD, save
+
+_WHITE = 1.0
+
+
+class Panel(NamedTuple):
+    """One image; on the CPU."""
+
+    image: Tensor  # (3, H, W) normalised
+    guess: Tensor | None  # (1, h, w) metres, or (classes, h, w) logits
+    truth: Tensor  # (1, h, w) metres, NaN where not known; or (h, w) labels, 255 where not known
+
+
+def grid(panels: list[Panel], path: Path, title: str, classes: int | None = None) -> None:
+    """A row for each image: it, what is predicted, and the truth, white where that is not known.
+
+    Args:
+        classes: of labels; None: depth, near is bright, on the scale of the truth in its row.
+    """
+    columns = ["image", "truth"] if panels[0].guess is None else ["image", "predicted", "truth"]
+    figure = Figure((2.4 * len(columns), 1.9 * len(panels) + 0.4), layout="constrained")
+    axes = figure.subplots(len(panels), len(columns), squeeze=False)
+    for row, panel in zip(axes, panels, strict=True):
+        shown = [(panel.image * STD + MEAN).clamp(0, 1).permute(1, 2, 0).numpy()]
+        if classes is None:
+            shown += _depth(panel)
+        else:
+            guess = [] if panel.guess is None else [panel.guess.argmax(0).numpy()]
+            shown += [_labels(labels, classes) for labels in (*guess, panel.truth.numpy())]
+        for axis, picture in zip(row, shown, strict=True):
+            axis.imshow(picture)
+            axis.set_axis_off()
+    for axis, label in zip(axes[0], columns, strict=True):
+        axis.set_title(label, fontsize=9)
+    figure.suptitle(title, fontsize=9)
+    save(figure, path)
+
+
+def _depth(panel: Panel) -> list[np.ndarray]:
+    truth = panel.truth[0].numpy()
+    known = truth[np.isfinite(truth)]
+    low, high = (known.min(), known.max()) if known.size else (0.0, 1.0)
+    maps = [truth] if panel.guess is None else [panel.guess[0].numpy(), truth]
+    colours = matplotlib.colormaps["inferno_r"]
+    return [
+        np.where(np.isfinite(depth)[..., None], colours((depth - low) / max(high - low, 1e-6))[..., :3], _WHITE)
+        for depth in maps
+    ]
+
+
+def _labels(labels: np.ndarray, classes: int) -> np.ndarray:
+    # neighbouring classes get colours far from each other
+    colours = matplotlib.colormaps["turbo"]((np.arange(classes) * 0.381966) % 1)[:, :3]
+    return np.where((labels < classes)[..., None], colours[np.minimum(labels, classes - 1)], _WHITE)

@@ -1,0 +1,186 @@
+"""Fine-tuning as a `Task`: an encoder with a head, and depth or labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
+from tqdm import tqdm
+
+from sgmim_fast.engine import loader, log
+from sgmim_fast.engine.task import Task
+from sgmim_fast.finetune import build, pictures
+from sgmim_fast.finetune.config import Config
+from sgmim_fast.finetune.groups import param_groups
+from sgmim_fast.finetune.heads import DenseModel, to_depth
+from sgmim_fast.finetune.inference import predict
+from sgmim_fast.finetune.losses import cross_entropy, silog
+from sgmim_fast.finetune.schedule import learning_rate
+from sgmim_fast.pretrain.pictures import curves
+
+
+class Finetuning(Task):
+    """Depth, by the SiLog loss, or segmentation, by cross-entropy; tested before every checkpoint.
+
+    A checkpoint's score is the RMSE, or one minus the mIoU: "best" is the lowest.
+    """
+
+    config: Config
+    command = "finetune"
+    tested = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.config.preset or 'finetune'}_{self.config.data.task}"
+
+    def check(self) -> None:
+        build.check(self.config)
+
+    @cached_property
+    def test_set(self) -> Dataset:
+        """What is tested on."""
+        return build.create_dataset(self.config, train=False)
+
+    @property
+    def tested_on(self) -> Dataset:
+        return self.test_set
+
+    @cached_property
+    def train_set(self) -> Dataset:
+        return build.create_dataset(self.config, train=True)
+
+    def create_dataset(self) -> Dataset:
+        """Also opens what is tested on, to say at once what is wrong with it."""
+        _ = self.test_set
+        return self.train_set
+
+    @cached_property
+    def range(self) -> tuple[float, float]:
+        """Smallest and largest depth, metres."""
+        return build.depth_range(self.config, self.test_set)
+
+    def create_model(self) -> DenseModel:
+        outputs = 1 if self.config.data.task == "depth" else self.test_set.classes
+        return build.create_model(self.config, outputs, self.facts.get("encoder"))
+
+    def facts_of(self, model: DenseModel) -> dict[str, Any]:
+        return {"encoder": build.describe_encoder(model.features)}
+
+    def create_optimizer(self, model: DenseModel) -> torch.optim.AdamW:
+        settings = self.config.optim
+        groups = param_groups(model, settings.weight_decay, 0.0 if self.config.model.freeze else settings.layer_decay)
+        return torch.optim.AdamW(groups, settings.lr, settings.betas, settings.eps, settings.weight_decay, fused=True)
+
+    def learning_rate(self, step: int, steps_per_epoch: int, steps: int, total_batch: int) -> float:
+        return learning_rate(self.config.optim, step, steps, steps_per_epoch)
+
+    def loss(
+        self, model: nn.Module, batch: dict[str, Any], drawn: None, first: int, accelerator: Accelerator
+    ) -> Sequence[Tensor]:
+        device = accelerator.device
+        with accelerator.autocast():
+            raw = model(batch["image"].to(device, non_blocking=True))
+        if self.config.data.task == "segmentation":
+            return [cross_entropy(raw, batch["labels"].to(device, non_blocking=True))]
+        low, high = self.range
+        depth = batch["depth"].to(device, non_blocking=True)
+        return [silog(to_depth(raw, low, high), depth, min_depth=low, max_depth=high)]
+
+    def predict(self, model: DenseModel, images: Tensor, size: Sequence[int], accelerator: Accelerator) -> Tensor:
+        """Metres (B, 1, *size), or logits (B, classes, *size), of images (B, 3, H, W) on any device."""
+        settings = self.config.evaluation
+        window = tuple(self.config.data.size) if settings.slide else None
+        depth = self.config.data.task == "depth"
+        with accelerator.autocast():
+            found = predict(
+                model,
+                images.to(accelerator.device),
+                flip=settings.flip,
+                window=window,
+                stride=settings.stride if settings.slide else None,
+                transform=(lambda raw: to_depth(raw, *self.range)) if depth else None,
+            )
+        if found.shape[2:] == torch.Size(size):
+            return found
+        return nn.functional.interpolate(found, tuple(size), mode="bilinear", align_corners=False)
+
+    def target(self, item: dict[str, Any]) -> Tensor:
+        """(B, 1, H, W) metres, or (B, H, W) labels."""
+        return item["depth" if self.config.data.task == "depth" else "labels"]
+
+    @torch.no_grad()
+    def evaluate(
+        self, model: DenseModel, accelerator: Accelerator, images: int | None = None, progress: bool = False
+    ) -> tuple[float, dict[str, float]]:
+        """The score and the metrics, over `images` of the test set, from all over it; None: what the configuration says
+        for checkpoints. Every process takes its share."""
+        dataset, metrics = self.test_set, build.create_metrics(self.config, self.test_set).to(accelerator.device)
+        chosen = loader.spread(len(dataset), images or self.config.evaluation.images or len(dataset))
+        own = Subset(dataset, chosen[accelerator.process_index :: accelerator.num_processes])
+        training = model.training
+        model.eval()
+        # images differ in size
+        batches = loader.read(own, loader.workers(self.config.data), batch_size=1)
+        for batch in tqdm(batches, "evaluating", len(own), unit="image", disable=not progress):
+            target = self.target(batch)
+            metrics.update(
+                self.predict(model, batch["image"], target.shape[-2:], accelerator), target.to(accelerator.device)
+            )
+        model.train(training)
+        found = build.plain(metrics.compute())
+        score = found["rmse"] if self.config.data.task == "depth" else 1 - found["mIoU"]
+        return score, found
+
+    def examples(self, dataset: Dataset, number: int) -> list[dict[str, Any]]:
+        """Items of the test set, which may differ in size."""
+        return [self.test_set[index] for index in loader.spread(len(self.test_set), number)]
+
+    @torch.no_grad()
+    def draw_picture(
+        self, model: DenseModel, examples: list[dict[str, Any]], accelerator: Accelerator
+    ) -> list[pictures.Panel]:
+        training = model.training
+        model.eval()
+        found = []
+        for item in examples:
+            target = self.target(item)
+            guess = self.predict(model, item["image"][None], target.shape[-2:], accelerator)[0].cpu()
+            found.append(pictures.Panel(item["image"], guess, target))
+        model.train(training)
+        return found
+
+    def save_picture(self, found: list[pictures.Panel], path: Path, title: str) -> None:
+        pictures.grid(found, path, title, None if self.config.data.task == "depth" else self.test_set.classes)
+
+    def describe(self, model: DenseModel) -> str:
+        settings, features = self.config, model.features
+        whole, encoder = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, features))
+        return "\n".join(
+            [
+                f"{features.name} with the head {settings.model.head} for {settings.data.task}, "
+                f"{whole:.1f} M parameters, {encoder:.1f} M of them the encoder's",
+                f"{len(self.train_set)} images to train on, {len(self.test_set)} to test on",
+                *filter(None, [build.padding(settings, self.train_set)]),
+                *features.notes,
+            ]
+        )
+
+    def dry_run(self, dataset: Dataset, folder: Path) -> str:
+        path = folder / "items.png"
+        items = [dataset[index] for index in loader.spread(len(dataset), 6)]
+        panels = [pictures.Panel(item["image"], None, self.target(item)) for item in items]
+        self.save_picture(panels, path, "items to train on")
+        return f"{path} shows some of the {len(dataset)} items to train on"
+
+    def finish(self, folder: Path, lines: list[dict[str, Any]]) -> str:
+        curves(lines, folder / "losses.png", ("loss",))
+        last = log.read(folder, log.METRICS)[-1]
+        values = ", ".join(f"{name} {value:.4g}" for name, value in last.items() if name != "step")
+        drawn = max((folder / "pictures").glob("*.png"), default=None)
+        return f"tested after the last step: {values}; look at {folder / 'losses.png'} and {drawn}"

@@ -1,0 +1,60 @@
+"""`accelerate`: the same timm encoder, computed faster."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sgmim_fast import backends
+from sgmim_fast.encoders import MaskedEncoder
+from sgmim_fast.fused import blocks
+from sgmim_fast.fused.unmodified import DROPOUT, say
+
+
+def accelerate(encoder: nn.Module) -> nn.Module:
+    """Makes the blocks of a timm Swin, SwinV2, BEiT or ViT compute the same function through fused ops.
+
+    The window attention runs without rolled or partitioned copies and without a mask in memory, LayerNorm and GELU are
+    computed again in the backward instead of kept, and float32 products go through the fastest library of the CPU.
+    Parameters, buffers, names and the state dict stay; so do drop path, gradient checkpointing, autocast, training and
+    evaluation, torch.compile, deepcopy and pickle (which needs this package where it is read). What differs: a second
+    derivative raises, and results agree to rounding, not to the bit.
+
+    It changes the class of each block it recognises, exactly timm's own, and nothing else. At each call a block looks
+    whether what it bypasses is still timm's: with hooks of any kind, adapters, a `forward` of a module's own or of its
+    class since import, parametrizations, parameters that are tensor subclasses or of several dtypes, dropout at work,
+    attention masks, norms of queries and keys or another activation, that half of it runs as timm has it. So does
+    attention in windows of more than 256 tokens (64 in float32) on a GPU, and everything where a device has no kernels,
+    as for float64 on a GPU, under hooks on all modules, torch.jit.trace, torch.fx, torch.func's transforms and
+    forward-mode differentiation. An `attn_mask` changed in place after torch.compile, or on a GPU through `.data`, is
+    the one change that is not seen.
+
+    Args:
+        encoder: any module with such blocks: what `create_encoder` made, a timm model, or a model around one. It is
+            changed in place. Fine-tuning without masks works too.
+
+    Returns:
+        `encoder`. What it does not recognise it leaves as it is; that, what runs as timm has it later on and why, and
+        where the C++ library is missing, is logged once (logger "sgmim_fast", a warning).
+    """
+    (usable, reason), (on_gpu, _) = (backends.can_run("window_attention", name) for name in ("cpu", "triton"))
+    if not usable and not on_gpu and backends.forced() is None:
+        say(f"accelerate leaves encoders as they are: {reason}")
+        return encoder
+    name = type(getattr(encoder, "model", encoder)).__name__
+    if getattr(type(encoder), "forward", None) is MaskedEncoder.forward:
+        encoder.visible_stem = True
+    found = False
+    for module in encoder.modules():
+        fast = blocks.FAST.get(type(module))
+        if fast is not None:
+            module.__class__ = fast
+        if isinstance(module, tuple(blocks.FAST.values())):
+            found = True
+            if isinstance(module, blocks.Swin):
+                module.see_mask()
+            for part, why in module.reasons().items():
+                if why and not why.endswith(DROPOUT):  # which evaluation turns off
+                    say(f"accelerate leaves the {part} of {name}'s {type(module).__name__} as it is: {why}")
+    if not found:
+        say(f"accelerate leaves {name} as it is: it has no block of timm's Swin, SwinV2, BEiT or ViT")
+    return encoder

@@ -1,0 +1,108 @@
+"""`sgmim-fast export`: the encoder of a run as a file for timm, with a model card beside it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import timm
+from safetensors import safe_open
+
+import sgmim_fast
+from sgmim_fast.checkpoints import export_timm
+from sgmim_fast.engine.settings import to_yaml
+from sgmim_fast.errors import UserError
+from sgmim_fast.pretrain.config import Config, Data
+from sgmim_fast.pretrain.runs import Saved, find, load
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("out", type=Path, metavar="OUT.safetensors", help="the file; its card is OUT.md")
+    parser.add_argument("--checkpoint", metavar="NAME", help="best or step-00001000; the newest by default")
+    parser.add_argument("--num-classes", type=int, metavar="N", help="of the timm model; timm's default otherwise")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Raises UserError for what the user can put right."""
+    card = export(find(args.run, args.checkpoint), args.out, args.num_classes)
+    print(f"wrote {args.out} and {card}")
+
+
+def export(saved: Saved, out: Path, num_classes: int | None = None) -> Path:
+    """Writes the encoder by `sgmim_fast.checkpoints.export_timm` and its card; returns the card's path.
+
+    Raises:
+        UserError: the file has another ending than .safetensors or cannot be written.
+    """
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out} has the ending {out.suffix!r}; expected .safetensors, by which timm knows the format")
+    model = load(saved)
+    card = out.with_suffix(".md")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        export_timm(model, out, num_classes)
+        card.write_text(_card(saved, out))
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from error
+    return card
+
+
+def _card(saved: Saved, out: Path) -> str:
+    config, facts = saved.config, saved.facts
+    with safe_open(out, "pt") as file:
+        given = json.loads(file.metadata()["timm_arguments"])
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    call = "".join(f", {name}={value!r}" for name, value in given.items())
+    losses = ", ".join(
+        f"{name} {'not known' if facts[key] is None else format(facts[key], '.4f')}"
+        for name, key in (("total", "loss"), ("image", "image_loss"), ("structure", "structure_loss"))
+    )
+    versions = f"sgmim_fast {facts['version']}, torch {facts['torch']}; "
+    versions += f"exported with sgmim_fast {sgmim_fast.__version__}, timm {timm.__version__}"
+    return f"""# {config.model.encoder}, pre-trained with SG-MIM
+
+`{out.name}` holds the encoder after {facts["step"]} of {facts["steps"]} steps ({facts["epoch"]:.1f} epochs).
+
+```python
+import timm
+
+model = timm.create_model("{config.model.encoder}"{call}, checkpoint_path="{out.name}")
+```
+The classifier in it is zero and has to be trained. For features, another image size or timm's own arguments, let timm
+fit the file:
+
+```python
+file = dict(file="{out.name}", custom_load=False)
+timm.create_model("{config.model.encoder}"{call}, pretrained=True, pretrained_cfg_overlay=file, features_only=True)
+```
+Images are RGB, normalised by ImageNet's mean and deviation.
+
+| | |
+|---|---|
+| method | SG-MIM, Structured Knowledge Guided Masked Image Modeling (arXiv 2409.02513){_without(config)} |
+| recipe | {config.preset or "of its own"}, below |
+| data | {_data(config.data)}: {facts["images"]} images in an epoch, {facts["total_batch"]} in a step |
+| losses | {losses} (means of the steps before the checkpoint) |
+| left out | {facts["skipped_steps"]} steps without a finite loss, {facts["skipped_files"]} broken files |
+| versions | {versions} |
+
+```yaml
+{to_yaml(config).strip()}
+```
+"""
+
+
+def _data(settings: Data) -> str:
+    if settings.scenes:
+        return "procedural scenes with exact depth"
+    if settings.shards is not None:
+        return f"shards {settings.shards}"
+    if settings.structure is None:
+        return f"images of {settings.images}"
+    return f"images of {settings.images}, structure maps ({settings.structure_kind}) of {settings.structure}"
+
+
+def _without(config: Config) -> str:
+    return "" if config.model.guidance else ", without its guidance: SimMIM"

@@ -1,0 +1,181 @@
+"""The Triton kernels without running them: how many launches, what they compile to, and the tuner's table."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="the Triton backend needs triton")
+
+from sgmim_fast.kernels import configs, launch, products, tune  # noqa: E402 - they import triton
+from sgmim_fast.kernels.configs import Config  # noqa: E402
+from sgmim_fast.ops import target  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+not_interpreted = pytest.mark.skipif(launch.INTERPRETED, reason="with TRITON_INTERPRET=1 there is nothing to compile")
+
+
+@pytest.mark.parametrize(("gemms", "most"), [("triton", 48), ("library", 80)])
+def test_launches_of_the_branch(tmp_path, gemms, most):
+    """Forward and backward in bfloat16, with every launch caught; the library's gemms, which are faster, are one
+    launch each, and convert a weight's gradient by one more where they run on a CPU, as here."""
+    path = tmp_path / "cost.json"
+    options = ["--dtype", "bfloat16", "--batch", "2", "--json", path]
+    command = [sys.executable, ROOT / "benchmarks" / "cost_model.py", *options]
+    environment = os.environ | {"SGMIM_FAST_TRITON_PRODUCTS": gemms}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = {row["encoder"]: row for row in json.loads(path.read_text())["rows"]}
+    assert rows.keys() == {"swin_base", "vit_base"}
+    for row in rows.values():
+        assert 0 < row["fused"]["launches"] <= most
+        assert row["fused"]["us"] < row["visible"]["us"] < row["dense"]["us"]
+
+
+def test_the_cost_model_knows_an_h200():
+    """The library's gemms that were measured there, within a tenth, as usual."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import cost_model
+    finally:
+        sys.path.pop(0)
+    measured = ROOT / "benchmarks" / "results" / "gpu-nvidia-h200-kernels.json"
+    assert 1 <= cost_model.compare(measured, cost_model.GPUS["h200"]) < 1.1
+
+
+@not_interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", ["a100", "h200"])
+def test_cost_of_a_step(gpu, tmp_path):
+    """Every launch of a step has a kernel's name, a roofline below its time, and is faster accelerated."""
+    path = tmp_path / "cost.json"
+    options = ["--gpu", gpu, "--step", "--encoder", "vit_base", "--dtype", "bfloat16", "--batch", "8", "--json", path]
+    command = [sys.executable, ROOT / "benchmarks" / "cost_model.py", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["accelerated step"]["us"] < row["eager step"]["us"]
+    for kernel in row["accelerated step"]["kernels"].values():
+        assert 0 <= kernel["roofline us"] < kernel["us"]
+
+
+def test_caught_launches_do_not_run():
+    found = []
+    with target.caught(lambda *call: found.append(call), target.Target("sm_90", 132)):
+        launch.launch("kernel", (0,))
+        launch.launch("kernel", (2, 3), 1, BLOCK=4)
+        assert target.target(torch.device("cpu")) == ("sm_90", 132)
+    assert found == [("kernel", (2, 3), (1,), {"BLOCK": 4})]
+
+
+TF32_SETTINGS = {
+    "allow": "torch.backends.cuda.matmul.allow_tf32 = True",
+    "forbid": "torch.backends.cuda.matmul.allow_tf32 = False",
+    "high": "torch.set_float32_matmul_precision('high')",
+    "highest": "torch.set_float32_matmul_precision('highest')",
+    "tf32": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "ieee": "torch.backends.cuda.matmul.fp32_precision = 'ieee'",
+    "all tf32": "torch.backends.fp32_precision = 'tf32'",
+    "all ieee": "torch.backends.fp32_precision = 'ieee'",
+}
+
+
+def test_tf32_follows_the_last_setting_of_either_api():
+    """Every order of two settings, each in a process of its own state; a setting for all backends yields to one for
+    products, as in PyTorch."""
+    script = f"""
+import os, sys, torch
+from sgmim_fast.kernels.launch import tf32
+settings = {TF32_SETTINGS!r}
+assert tf32() == "ieee"
+for first in settings:
+    for second in settings:
+        if os.fork() == 0:
+            exec(settings[first]); exec(settings[second])
+            own = [name for name in (first, second) if not name.startswith("all ")]
+            last = own[-1] if own else second
+            wanted = "tf32" if last in ("allow", "high", "tf32", "all tf32") else "ieee"
+            print(first, "|", second, "|", tf32(), wanted, flush=True)
+            os._exit(tf32() != wanted)
+        assert os.wait()[1] == 0, (first, second)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-300:] + done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) == len(TF32_SETTINGS) ** 2
+
+
+def test_tuned_tables_come_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(configs, "TUNED", tmp_path)
+    configs.tuned.cache_clear()
+    (tmp_path / "sm_90.json").write_text(json.dumps([[2, "large", 64, 256, 64, 8, 4]]))
+    assert configs.product(4096, 4096, 2, "sm_90") == Config(64, 256, 64, 8, 4)
+    assert configs.product(4096, 4096, 2, "sm_80") == configs.PRODUCTS[2, "large"]
+    assert configs.product(64, 64, 2, "sm_90") == configs.PRODUCTS[2, "small"]
+    configs.tuned.cache_clear()
+
+
+def test_the_tuner_takes_the_fastest_of_every_class(monkeypatch):
+    """Times are made up: the fewer the stages the faster, and configurations of 64 rows do not fit."""
+    monkeypatch.setattr(products, "_wanted", lambda: "triton")
+    monkeypatch.setattr(tune, "LAYERS", [(8, 64, 64), (64, 512, 512), (2048, 1024, 1024)])
+    launched = []
+
+    def made_up(config):
+        return (
+            2 + config.stages + config.block_n / 1e3 + config.block_m / 1e4 + config.block_k / 1e5 + config.warps / 1e6
+        )
+
+    def time(call):
+        call()
+        options = launched[-1][3]
+        if options["BLOCK_M"] == 64:
+            raise RuntimeError("out of resource")
+        names = "BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"
+        return made_up(Config(*(options[name] for name in names)))
+
+    with target.caught(lambda *call: launched.append(call), target.Target("sm_90", 132)):
+        best = tune.tune(time, torch.device("cpu"), report=lambda line: None)
+    assert {size for size, _ in best} == {2, 4} and {kind for _, kind in best} == {"small", "medium", "large"}
+    for (size, _), config in best.items():
+        assert config == min((c for c in tune.candidates(size) if c.block_m != 64), key=made_up)
+
+
+def test_without_a_gpu_there_is_nothing_to_tune(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune.main([]) == 2
+    assert "nothing to tune" in capsys.readouterr().err
+
+
+@not_interpreted
+@pytest.mark.slow
+def test_kernels_compile_within_their_limits():
+    """Spills and shared memory as `configs` allows; without options the command does all architectures and dtypes."""
+    command = [sys.executable, "-m", "sgmim_fast.kernels.compile", "--arch", "90", "--dtype", "bfloat16"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    *lines, summary = done.stdout.splitlines()
+    assert done.returncode == 0, "\n".join(line for line in lines if "more than" in line or "FAILED" in line)
+    assert len(lines) > 100 and ", 0 failed or over their limits" in summary
+
+
+@not_interpreted
+def test_limits_are_noticed(monkeypatch):
+    """A kernel over its limit makes the report say so."""
+    from sgmim_fast.kernels import compile as ahead
+
+    monkeypatch.setattr(ahead, "SHAPES", ahead.SHAPES[:1])
+    found = next(x for x in ahead.launches(["bfloat16"], 90) if x.kernel.fn.__name__ == "_product_kernel")
+    for facts, since, good in (
+        ({"registers": 255, "stack": 0, "shared": 1024}, (0, 0), True),
+        ({"registers": 255, "stack": 4096, "shared": 1024}, (0, 0), False),
+        ({"registers": 255, "stack": 4096, "shared": 1024}, (99, 0), True),  # an older Triton than the table's
+        ({"registers": 32, "stack": 0, "shared": 1 << 20}, (99, 0), False),
+    ):
+        monkeypatch.setattr(ahead.configs, "STACK_SINCE", since)
+        monkeypatch.setattr(ahead, "compile_for", lambda *_, facts=facts: facts)
+        assert ahead.report(found, 90)[0] == good

@@ -1,0 +1,43 @@
+"""The Triton kernels without a GPU: the ops' own tests in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the Triton backend needs triton")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the ops' tests run the kernels on the GPU"),
+]
+TESTS = Path(__file__).parents[1]
+# File -> tests: a part of `TRITON_INTERPRET=1 python -m pytest -k triton-cpu`, which takes half an hour.
+PARTS = {
+    "gather_patches": "",
+    "standardize_structure": "",
+    "selective_mask": "",
+    "masked_patch_embed": "",
+    "linear_l1": "and (value or (gradients and ragged))",
+    "relational_guidance": "and (partial or not_contiguous)",
+    "structure_embed": "and (partial or layouts or not_contiguous)",
+    "norm_attention": "and (float32 or (partial and wanted0))",
+    "norm_linear": "",
+    "norm_mlp": "",
+    "window_attention": "and (strides or (vit and None and dtype2) or grid3-window3-shift3-dtype1)",
+    "model_places": "",
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_in_the_interpreter(name):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"triton-cpu {PARTS[name]}"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    (file,) = TESTS.rglob(f"test_{name}.py")
+    done = subprocess.run([*command, file], cwd=TESTS.parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout.splitlines()[-1]

@@ -1,0 +1,316 @@
+"""`window_attention` against plain PyTorch: roll, pad, partition, attention with bias and mask, and all of it back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from checks import AGAIN, assert_close_to_truth, gradcheck64, gradients, in_dtype, moved, opcheck
+from hypothesis import given
+from hypothesis import strategies as st
+from packed import assert_same_bits
+from torch import Tensor
+from torch.nn import functional as F
+
+from sgmim_fast.ops import window_attention
+from sgmim_fast.ops.window_attention import _op
+
+NAMES = ("qkv", "bias", "logit_scale", "pad")
+
+
+def plain(heads, window, shift, index):
+    """What timm's blocks do between the two projections; written for autograd, with the mask from a painted map."""
+    h, w = window
+
+    def cut(x):
+        x = x.view(x.shape[0], x.shape[1] // h, h, x.shape[2] // w, w, -1).transpose(2, 3)
+        return x.reshape(-1, h * w, x.shape[-1])
+
+    def function(qkv, bias, logit_scale, pad):
+        batch, height, width, channels = qkv.shape
+        below, right = -height % h, -width % w
+        x = qkv.roll((-shift[0], -shift[1]), (1, 2))
+        inside = F.pad(torch.ones(height, width, dtype=torch.bool), (0, right, 0, below)).to(qkv.device)
+        outside = x.new_zeros(channels) if pad is None else pad
+        x = torch.where(inside[..., None], F.pad(x, (0, 0, 0, right, 0, below)), outside)
+        q, k, v = cut(x).view(-1, h * w, 3, heads, channels // 3 // heads).permute(2, 0, 3, 1, 4)
+        if logit_scale is None:
+            logits = q * q.shape[-1] ** -0.5 @ k.mT
+        else:
+            factor = logit_scale.clamp(max=math.log(100.0)).exp()[:, None, None]
+            logits = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * factor
+        if bias is not None:
+            logits = logits + (bias if index is None else bias[index.flatten()].view(h * w, h * w, -1).permute(2, 0, 1))
+        if any(shift):
+            painted = torch.zeros(1, *x.shape[1:3], 1, device=qkv.device)
+            if shift[0]:
+                painted[:, -shift[0] :] += 1
+            if shift[1]:
+                painted[:, :, -shift[1] :] += 2
+            painted = cut(painted)
+            mask = torch.where(painted == painted.mT, 0.0, -100.0).repeat(batch, 1, 1)
+            # within a window the painted map differs only where opposite borders meet
+            logits = logits + mask[:, None].to(logits.dtype)
+        out = (logits.softmax(-1) @ v).transpose(1, 2).reshape(batch, x.shape[1] // h, x.shape[2] // w, h, w, -1)
+        out = out.transpose(2, 3).reshape(batch, *x.shape[1:3], -1)[:, :height, :width]
+        return out.roll(tuple(shift), (1, 2))
+
+    return function
+
+
+def inputs(grid=(6, 6), heads=2, width=8, window=(3, 3), *, bias="table", cosine=False, pad=True, hottest=5.0):
+    """(qkv, bias, logit_scale, pad) in float64, and the index."""
+    n, entries = window[0] * window[1], (2 * window[0] - 1) * (2 * window[1] - 1)
+    channels = heads * width
+    index = torch.randint(entries, (n, n)) if bias == "table" else None
+    shape = {"table": (entries, heads), "dense": (heads, n, n)}.get(bias)
+    scale = torch.linspace(hottest, 1.0, heads)  # from 4.6 on it is clamped
+    return in_dtype(
+        [
+            torch.randn(2, *grid, 3 * channels),
+            None if shape is None else torch.randn(shape),
+            scale if cosine else None,
+            torch.randn(3 * channels) if pad else None,
+        ],
+        torch.float64,
+    ), index
+
+
+def ours(heads, window, shift, index):
+    def function(qkv, bias, logit_scale, pad):
+        return window_attention(qkv, heads, window, shift, bias=bias, index=index, logit_scale=logit_scale, pad=pad)
+
+    return function
+
+
+def draw(place, dtype, shift, window, heads, **options) -> list[tuple[str, Tensor, Tensor, Tensor, Callable]]:
+    """Name, ours, plain and true for the result and every gradient of inputs at random, and what makes plain's of moved
+    inputs. The truth is computed from what the low precision really holds."""
+    tensors, index = inputs(heads=heads, window=window, **options)
+    tensors = [None if t is None else t.to(place.device) for t in tensors]
+    index = None if index is None else index.to(place.device)
+    # the parameters of a model stay in float32, the padding row has been cast with the projection
+    parameters = dtype if dtype == torch.float64 else torch.float32
+    low = [None if t is None else t.to(d) for t, d in zip(tensors, (dtype, parameters, parameters, dtype), strict=True)]
+    expression, op = (make(heads, window, shift, index) for make in (plain, ours))
+    cotangent = torch.randn_like(tensors[0][..., : tensors[0].shape[3] // 3]).to(dtype).double()
+    truth = gradients(expression, in_dtype(low, torch.float64), cotangent)
+
+    def plain_of(tensors: list[Tensor | None]) -> list[Tensor]:
+        result, grads = gradients(expression, [None if t is None else t.to(dtype) for t in tensors], cotangent)
+        return [result, *grads]
+
+    usual = plain_of(low)
+    actual = gradients(op, low, cotangent)
+    present = [(name, t) for name, t in zip(NAMES, low, strict=True) if t is not None]
+    assert actual[0].dtype == dtype and actual[0].is_contiguous()
+    assert [g.dtype for g in actual[1]] == [t.dtype for _, t in present]
+    names = ["result", *(name for name, _ in present)]
+    again = [lambda i=i: plain_of(moved(low))[i] for i in range(len(names))]
+    return list(zip(names, [actual[0], *actual[1]], usual, [truth[0], *truth[1]], again, strict=True))
+
+
+def check(place, dtype, shift=(0, 0), window=(3, 3), heads=2, draws=1, skip=(), **options) -> None:
+    for same in zip(*(draw(place, dtype, shift, window, heads, **options) for _ in range(draws)), strict=True):
+        name = same[0][0]
+        if name in skip:
+            continue
+        actual, usual, truth = (torch.stack(t) for t in list(zip(*same, strict=True))[1:4])
+        again = [of_draw[4] for of_draw in same]
+        if dtype == torch.float64:
+            assert (actual - truth).norm() <= 1e-10 * (1 + truth.norm()), name
+        elif truth.norm() > 1e-30:  # e^-100 of tokens that are no neighbours is below float32's normal numbers
+            others = (torch.stack([plain() for plain in again]) for _ in range(AGAIN))
+            assert_close_to_truth(actual, usual, truth, name, lambda others=others: others)
+        else:
+            assert actual.norm() <= 1e-30, name
+
+
+@given(
+    grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    window=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    moved=st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)),
+    heads=st.integers(1, 3),
+    width=st.integers(1, 20),
+    bias=st.sampled_from(["table", "dense", None]),
+    cosine=st.booleans(),
+    pad=st.booleans(),
+)
+def test_float64_anywhere(grid, window, moved, heads, width, bias, cosine, pad):
+    from conftest import Place
+
+    shift = tuple(int(m * w) for m, w in zip(moved, window, strict=True))
+    options = {"grid": grid, "width": width, "bias": bias, "cosine": cosine, "pad": pad}
+    check(Place("torch", "cpu"), torch.float64, shift, window, heads, **options)
+
+
+@given(
+    grid=st.tuples(st.integers(3, 9), st.integers(3, 9)),
+    window=st.tuples(st.integers(2, 5), st.integers(2, 5)),
+    shift=st.tuples(st.integers(0, 1), st.integers(0, 1)),
+    heads=st.integers(2, 3),
+    width=st.integers(4, 20),
+    bias=st.sampled_from(["table", "dense", None]),
+    cosine=st.booleans(),
+    pad=st.booleans(),
+)
+def test_float32(place, grid, window, shift, heads, width, bias, cosine, pad):
+    # cosines times 100 saturate the softmax: of few numbers the error is then sometimes ten times the median
+    options = {"grid": grid, "width": width, "bias": bias, "cosine": cosine, "pad": pad, "hottest": 3.0}
+    check(place, torch.float32, shift, window, heads, draws=4, skip=("logit_scale",), **options)
+
+
+def test_gradient_of_the_logit_scale(place):
+    """One number per head, a sum that nearly cancels: the error of a few of them is luck, so many are drawn."""
+    options = {"grid": (3, 3), "width": 5, "cosine": True, "hottest": 3.0}
+    check(place, torch.float32, (1, 1), (3, 2), draws=100, skip=("result", "qkv", "bias", "pad"), **options)
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("grid", "window", "shift"),
+    [((12, 12), (6, 6), (3, 3)), ((8, 8), (8, 8), (0, 0)), ((14, 14), (7, 7), (3, 3)), ((13, 10), (6, 6), (3, 3))],
+)
+def test_swin_windows(place, grid, window, shift, dtype, cosine):
+    check(place, dtype, shift, window, grid=grid, width=32, cosine=cosine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", ["dense", None])
+def test_vit(place, dtype, bias):
+    """One window over a class token and 10 x 10 patches."""
+    if place.backend == "triton" and dtype == torch.float32:
+        pytest.skip("the Triton kernels hold 64 tokens in float32")
+    check(place, dtype, (0, 0), (1, 101), grid=(1, 101), width=64, bias=bias, pad=False)
+
+
+def test_zero_vectors_have_cosine_zero(place):
+    """As torch.nn.functional.normalize; keys of SwinV2's padding are such."""
+    tensors, index = inputs(cosine=True)
+    qkv, *rest = in_dtype([t.to(place.device) for t in tensors], torch.float32)
+    qkv[:, :, :, :32] = 0
+    index = index.to(place.device)
+    torch.testing.assert_close(
+        ours(2, (3, 3), (1, 1), index)(qkv, *rest), plain(2, (3, 3), (1, 1), index)(qkv, *rest), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_nan_is_not_hidden(place):
+    (qkv, *_), _ = inputs(pad=False, bias=None)
+    qkv = qkv.to(place.device, torch.float32)
+    qkv[0, 0, 0, 0] = torch.nan
+    out = window_attention(qkv, 2, (3, 3))
+    assert out[0, 0, 0, :8].isnan().all() and out[0, :, 3:].isfinite().all() and out[1].isfinite().all()
+
+
+@pytest.mark.parametrize("wanted", [[0], [1], [2], [3], [1, 3], [0, 2]])
+def test_partial_gradients(place, wanted):
+    tensors, index = inputs(grid=(5, 4), cosine=True)
+    low = in_dtype([t.to(place.device) for t in tensors], torch.float32)
+    function = ours(2, (3, 3), (1, 1), index.to(place.device))
+    _, complete = gradients(function, low, torch.ones(2, 5, 4, 16, device=place.device))
+    for i, t in enumerate(low):
+        t.requires_grad_(i in wanted)
+    function(*low).sum().backward()
+    for i, t in enumerate(low):
+        assert (t.grad is None) == (i not in wanted)
+        if t.grad is not None:
+            torch.testing.assert_close(t.grad, complete[i])
+
+
+def test_strides(place):
+    tensors, index = inputs()
+    qkv, *rest = (None if t is None else t.to(place.device, torch.float32) for t in tensors)
+    index = index.to(place.device)
+    expected = ours(2, (3, 3), (1, 1), index)(qkv, *rest)
+    strided = qkv.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0)
+    assert not strided.is_contiguous()
+    assert torch.equal(ours(2, (3, 3), (1, 1), index.mT.contiguous().mT)(strided, *rest), expected)
+
+
+@pytest.mark.parametrize("window", [(3, 3), (12, 14)], ids=["many windows", "large windows"])
+def test_same_bits_on_any_number_of_threads(place, threads, window):
+    large, grid = place.backend == "triton" and window != (3, 3), (24, 28)
+    if place.interpreted and large:
+        window, grid = (9, 9), (18, 9)
+    tensors, index = inputs(grid=grid, heads=3, window=window, cosine=True)
+    low = in_dtype([t.to(place.device) for t in tensors], torch.bfloat16 if large else torch.float32)
+    function = ours(3, window, (1, 1), index.to(place.device))
+    results = []
+    for number in (1, 2, 2) if place.backend == "cpu" else (2, 2):
+        with threads(number):
+            results.append(gradients(function, low, torch.ones(2, *grid, 24, device=place.device)))
+    assert_same_bits(results)
+
+
+def test_gradcheck():
+    tensors, index = inputs(grid=(3, 2), heads=1, width=3, window=(2, 2), cosine=True, hottest=2.0)
+    gradcheck64(ours(1, (2, 2), (1, 0), index), tensors)
+    tensors[2] = None
+    gradcheck64(ours(1, (2, 2), (1, 1), index), tensors)
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_opcheck(place, cosine):
+    tensors, index = inputs(grid=(4, 3), window=(3, 2), cosine=cosine)
+    qkv, bias, scale, pad = (None if t is None else t.to(place.device, torch.float32).requires_grad_() for t in tensors)
+    opcheck(_op.overload, (qkv, bias, index.to(place.device), scale, pad, 2, [3, 2], [1, 1]))
+
+
+def test_errors():
+    (qkv, bias, _, pad), index = inputs(cosine=True)
+
+    def call(match, error=ValueError, qkv=qkv, heads=2, window=(3, 3), shift=(0, 0), **options):
+        with pytest.raises(error, match=match):
+            window_attention(qkv, heads, window, shift, **options)
+
+    call(r"qkv has dtype torch.int64", TypeError, qkv=qkv.long())
+    call(r"qkv has shape \(2, 36, 48\); expected \(B, H, W, 3 \* channels\)", qkv=qkv.flatten(1, 2))
+    call(r"heads is 5; expected a divisor of the channels, qkv has 3 \* 16", heads=5)
+    call(r"window is \(0, 3\); expected two integers from 1", window=(0, 3))
+    call(r"shift is \(3, 0\); expected less than the window \(3, 3\)", shift=(3, 0))
+    call(r"index is given without bias", index=index)
+    call(r"index has shape \(9, 8\); expected .*\(9, 9\)", bias=bias, index=index[:, :8])
+    call(r"index has dtype torch.int32; expected torch.int64", TypeError, bias=bias, index=index.int())
+    call(r"bias has shape \(25, 2\); expected .* = \(2, 9, 9\)", bias=bias)
+    call(r"bias has shape \(2, 9, 9\); expected", bias=torch.zeros(2, 9, 9), index=index)
+    call(r"logit_scale has shape \(3,\); expected .*\(2\)", logit_scale=torch.zeros(3))
+    call(r"pad has shape \(47,\); expected .*\(48\)", pad=pad[:47])
+    call(r"bias is on meta; expected cpu", bias=bias.to("meta"), index=index)
+
+
+def test_cpu_rejects_an_index_out_of_range():
+    from sgmim_fast import backends
+
+    if not backends.can_run("window_attention", "cpu")[0]:
+        pytest.skip("the C++ library is not built")
+    (qkv, bias, _, _), index = inputs()
+    index[0, 0] = 25
+    with backends.use("cpu"), pytest.raises(RuntimeError, match="index has 25"):
+        window_attention(qkv.float(), 2, (3, 3), bias=bias.float(), index=index)
+
+
+def test_what_triton_leaves_to_others():
+    pytest.importorskip("triton", reason="the Triton backend needs triton")
+    from sgmim_fast.fused import blocks
+    from sgmim_fast.kernels.primitives import takes
+    from sgmim_fast.ops.primitives import Windows
+    from sgmim_fast.ops.window_attention import request
+
+    def reason(qkv, heads=2, window=(16, 16)):
+        usable, why = takes(request(qkv, Windows(None, None, None, None, heads, list(window), [0, 0])))
+        return None if usable else why
+
+    qkv = torch.zeros(1, 2, 2, 3 * 256)
+    assert reason(qkv, window=(8, 8)) is None and reason(qkv.half()) is None
+    assert "windows of 65 tokens; the Triton kernels hold 64 in torch.float32" in reason(qkv, window=(1, 65))
+    assert "windows of 272 tokens" in reason(qkv.bfloat16(), window=(17, 16))
+    assert "heads of 256 channels" in reason(qkv, heads=1, window=(8, 8))
+    assert "dtype torch.float64" in reason(qkv.double())
+    # which accelerated blocks know: there timm's attention is better than plain PyTorch's here
+    elsewhere = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert blocks._window_fits(elsewhere, 256) and not blocks._window_fits(elsewhere, 257)

@@ -27,7 +27,7 @@ from torchvision import io, tv_tensors
 from torchvision.transforms import v2
 
 from sgmim_fast import data
-from sgmim_fast.data.png import encode_png
+from sgmim_fast.data.map_file import encode_png
 from sgmim_fast.data.seeds import seeded
 
 SIZES = {"ImageNet": (375, 500), "camera": (1536, 2048)}  # height, width; every other image stands upright

@@ -8,26 +8,55 @@ import warnings
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
-# old name, without "sgmim_fast.", -> new one, the longest that fits a name counts
-MOVED = {
+# old name, without "sgmim_fast.", -> new one; of several that fit, the longest counts
+MODULES = {
     "accelerate": "fused.accelerate",
     "blocks": "fused.blocks",
     "bypass": "fused.unmodified",
+    "data.png": "data.map_file",
     "data.seeding": "data.seeds",
     "data.sheet": "data.pictures",
+    "data.standardize": "data.structure_kind",
     "downstream": "finetune",
-    "downstream.finetune": "finetune.cli",
+    "downstream.finetune": "finetune.task",
     "downstream.finetuning": "finetune.task",
+    "downstream.groups": "finetune.build",
+    "downstream.presets": "finetune.config",
+    "downstream.schedule": "finetune.build",
+    "downstream.sizes": "finetune.encoder",
     "structure": "data.depth_maps",
     "train": "pretrain",
-    "train.pretrain": "pretrain.cli",
-    "train.pretraining": "pretrain.task",
-    "train.engine": "engine.trainer",
     **{f"train.{name}": f"engine.{name}" for name in ("checkpoint", "command", "launch", "loader", "lock", "log")},
-    **{f"train.{name}": f"engine.{name}" for name in ("order", "settings", "state", "step", "stop", "task", "window")},
+    **{f"train.{name}": f"engine.{name}" for name in ("settings", "step", "task")},
+    "train.engine": "engine.trainer",
+    "train.held_out": "pretrain.task",
+    "train.masks": "pretrain.build",
+    "train.optimizer": "pretrain.build",
+    "train.order": "engine.loader",
+    "train.presets": "pretrain.config",
+    "train.pretrain": "pretrain.task",
+    "train.pretraining": "pretrain.task",
+    "train.reconstruct": "pretrain.pictures",
+    "train.runs": "pretrain.build",
+    "train.state": "engine.checkpoint",
+    "train.stop": "engine.launch",
+    "train.window": "engine.step",
+}
+# and what has another name, or another place than its module
+NAMES = {
+    "train.held_out.check": "pretrain.build:check",
+    "train.held_out.create": "pretrain.build:hold_out",
+    "train.held_out.losses": "pretrain.task:held_out_losses",
+    "train.masks.draw": "pretrain.build:draw_masks",
+    "train.masks.part": "masking:SelectiveMask.part",
+    "train.pictures.curves": "engine.log:curves",
+    "train.pictures.smooth": "engine.log:smooth",
+    "train.order.mix": "data.seeds:mix",
+    "train.pictures.save": "data.pictures:save",
 }
 
 
@@ -42,6 +71,10 @@ class Moved(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        old = f"{self.__name__.partition('.')[2]}.{name}"
+        if old in NAMES:
+            module, _, name = NAMES[old].partition(":")
+            return attrgetter(name)(importlib.import_module(f"sgmim_fast.{module}"))
         return getattr(self._new, name)
 
     def __dir__(self) -> list[str]:
@@ -73,10 +106,10 @@ def moved_to(fullname: str) -> str | None:
     if package != "sgmim_fast" or (fullname in sys.modules and not isinstance(sys.modules[fullname], Moved)):
         return None
     known, rest = name, ""
-    while known and known not in MOVED:
+    while known and known not in MODULES:
         known, _, last = known.rpartition(".")
         rest = f".{last}{rest}"
-    return f"sgmim_fast.{MOVED[known]}{rest}" if known else None
+    return f"sgmim_fast.{MODULES[known]}{rest}" if known else None
 
 
 sys.meta_path.append(Finder())

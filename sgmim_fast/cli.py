@@ -17,11 +17,11 @@ from sgmim_fast.errors import UserError, nearest
 # name -> module, what it does, the extra it needs
 COMMANDS = {
     "env": ("sgmim_fast.env", "versions, the machine, and why a backend is missing", ""),
-    "pretrain": ("sgmim_fast.pretrain.cli", "pre-train an encoder on images and structure maps", "train"),
+    "pretrain": ("sgmim_fast.pretrain.task", "pre-train an encoder on images and structure maps", "train"),
     "data": ("sgmim_fast.data.check", "check a data set: data check IMAGES [MAPS], or SHARDS", "train"),
     "structure": ("sgmim_fast.data.depth_maps", "make structure maps for a folder of images", "structure"),
-    "reconstruct": ("sgmim_fast.pretrain.reconstruct", "draw what a pre-trained model reconstructs", "train"),
-    "finetune": ("sgmim_fast.finetune.cli", "train an encoder on depth or segmentation", "downstream"),
+    "reconstruct": ("sgmim_fast.pretrain.pictures", "draw what a pre-trained model reconstructs", "train"),
+    "finetune": ("sgmim_fast.finetune.task", "train an encoder on depth or segmentation", "downstream"),
     "evaluate": ("sgmim_fast.finetune.evaluate", "the metrics of a fine-tuned model", "downstream"),
     "export": ("sgmim_fast.pretrain.export", "write a run's encoder to a file that timm loads", "train"),
     "fourier": ("sgmim_fast.fourier.command", "compare the frequencies in the feature maps of encoders", "downstream"),

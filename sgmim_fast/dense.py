@@ -1,12 +1,10 @@
 """The two losses of SG-MIM on every token, through the modules as they are. SPEC "Heads and losses".
 
 For masks that cut through cells, and where a head or a module of the branch is not what the ops stand in for.
-`sgmim_fast.visible` has the same on visible tokens only.
+`model` is an `SGMIM`, which imports this. `sgmim_fast.visible` has the same on visible tokens only.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +12,15 @@ from torch.nn import functional as F
 
 from sgmim_fast.masking import DenseMask, SelectiveMask, resize
 
-if TYPE_CHECKING:
-    from sgmim_fast.model import SGMIM
 
-
-def image_loss(model: SGMIM, features: Tensor, images: Tensor, mask: SelectiveMask | DenseMask) -> Tensor:
+def image_loss(model: nn.Module, features: Tensor, images: Tensor, mask: SelectiveMask | DenseMask) -> Tensor:
     """From encoder features (B, N, C)."""
     prediction = predict(model.image_head, features, images, model.encoder_stride)
     return _masked_l1(prediction, images, mask.mask, None)
 
 
 def structure_loss(
-    model: SGMIM, features: Tensor, structure: Tensor, mask: SelectiveMask | DenseMask, valid: Tensor | None
+    model: nn.Module, features: Tensor, structure: Tensor, mask: SelectiveMask | DenseMask, valid: Tensor | None
 ) -> Tensor:
     """From encoder features (B, N, C) and a map (B, S, H, W) that is 0 where it is not valid."""
     guided = guide(model, features, structure, mask)
@@ -33,7 +28,7 @@ def structure_loss(
     return _masked_l1(prediction, structure, ~mask.mask, valid)
 
 
-def guide(model: SGMIM, features: Tensor, structure: Tensor, mask: SelectiveMask | DenseMask) -> Tensor:
+def guide(model: nn.Module, features: Tensor, structure: Tensor, mask: SelectiveMask | DenseMask) -> Tensor:
     """Guided features (B, N, C)."""
     height, width = structure.shape[2:]
     shown = resize(mask.structure, height // model.patch_size, width // model.patch_size)

@@ -90,6 +90,11 @@ class MaskedEncoder(nn.Module):
             tokens = torch.where(hidden.reshape(*tokens.shape[:-1], 1), self.mask_token, tokens)
         return self._after_stem(tokens)
 
+    def accelerate_stem(self) -> None:
+        """Lets the stem embed visible patches only, unless `forward` is a subclass's own. `accelerate` calls it."""
+        if type(self).forward is MaskedEncoder.forward:
+            self.visible_stem = True
+
     def _after_stem(self, tokens: Tensor) -> Tensor:
         raise NotImplementedError
 

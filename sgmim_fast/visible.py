@@ -1,22 +1,17 @@
 """The two losses of SG-MIM on visible tokens only, through ops on packed rows. SPEC "The exact shortcut".
 
-For masks made of whole cells. `sgmim_fast.dense` has the same on every token.
+For masks made of whole cells. `model` is an `SGMIM`, which imports this. `sgmim_fast.dense` has the same on all tokens.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from torch import Tensor
+from torch import Tensor, nn
 
 from sgmim_fast import ops
 from sgmim_fast.masking import SelectiveMask
 
-if TYPE_CHECKING:
-    from sgmim_fast.model import SGMIM
 
-
-def image_loss(model: SGMIM, features: Tensor, images: Tensor, mask: SelectiveMask) -> Tensor:
+def image_loss(model: nn.Module, features: Tensor, images: Tensor, mask: SelectiveMask) -> Tensor:
     """From encoder features (B, N, C), at masked cells."""
     head, stride, rows = model.image_head, model.encoder_stride, mask.masked.index
     scale = 1 / (rows.shape[0] * stride**2 + 1e-5) / model.in_chans
@@ -25,7 +20,7 @@ def image_loss(model: SGMIM, features: Tensor, images: Tensor, mask: SelectiveMa
 
 
 def structure_loss(
-    model: SGMIM, features: Tensor, structure: Tensor, mask: SelectiveMask, valid: Tensor | None
+    model: nn.Module, features: Tensor, structure: Tensor, mask: SelectiveMask, valid: Tensor | None
 ) -> Tensor:
     """From encoder features (B, N, C) and a map (B, S, H, W) that is 0 where it is not valid, at visible cells."""
     head, stride, rows = model.structure_head, model.encoder_stride, mask.visible.index

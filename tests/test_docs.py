@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import functools
+import graphlib
 import importlib
 import importlib.util
 import os
@@ -214,23 +215,29 @@ def room(module: str) -> str:
     return ".".join(parts[:2]) if parts[:2] in (["ops", "cpu"], ["ops", "cuda"]) else (parts or [""])[0]
 
 
-def imported() -> Iterator[tuple[str, str]]:
-    """(importing, imported) module of the package, for every import statement, whether at run time or for types."""
+def sources() -> dict[str, Path]:
+    """Module -> file."""
+    found = {}
     for folder, package in ((ROOT / "sgmim_fast", "sgmim_fast"), (ROOT / "kernels", "sgmim_fast.kernels")):
         for path in folder.rglob("*.py"):
             parts = [package, *path.relative_to(folder).with_suffix("").parts]
-            module = ".".join(part for part in parts if part != "__init__")
-            inside = module if path.name == "__init__.py" else module.rpartition(".")[0]
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Import):
-                    yield from ((module, alias.name) for alias in node.names if alias.name.startswith("sgmim_fast"))
-                elif isinstance(node, ast.ImportFrom):
-                    above = inside.split(".")[: len(inside.split(".")) - node.level + 1] if node.level else []
-                    source = ".".join([*above, *filter(None, [node.module])])
-                    if source in ("sgmim_fast", "sgmim_fast.ops"):  # a name of it, or one of its modules
-                        yield from ((module, f"{source}.{alias.name}") for alias in node.names)
-                    elif source.startswith("sgmim_fast"):
-                        yield module, source
+            found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+def imported() -> Iterator[tuple[str, str]]:
+    """(importing, imported) module of the package, for every import statement, whether at run time or for types."""
+    modules = sources()
+    for module, path in modules.items():
+        inside = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                yield from ((module, alias.name) for alias in node.names if alias.name in modules)
+            elif isinstance(node, ast.ImportFrom):
+                above = inside.split(".")[: len(inside.split(".")) - node.level + 1] if node.level else []
+                source = ".".join([*above, *filter(None, [node.module])])
+                names = (f"{source}.{alias.name}" for alias in node.names)  # each a module, or something in one
+                yield from ((module, name if name in modules else source) for name in names if source in modules)
 
 
 def test_the_drawing_has_every_room_and_every_import():
@@ -244,10 +251,26 @@ def test_the_drawing_has_every_room_and_every_import():
         for a, b in imported()
         if not {room(a), room(b)} & aside and room(b) in rooms and rooms[room(a)] != rooms[room(b)]
     }
-    dynamic = {("cli", "training"), ("cli", "data"), ("cli", "backends"), ("backends", "kernels")}
+    dynamic = {("cli", node) for node in ("backends", "data", "finetune", "fourier", "pretrain")} | {
+        ("backends", "kernels")
+    }
     assert arrows == real | dynamic, (
         f"to draw: {sorted(real | dynamic - arrows)}; to remove: {sorted(arrows - real - dynamic)}"
     )
+
+
+def test_no_files_import_each_other_in_a_circle():
+    below: dict[str, set[str]] = {}
+    for a, b in imported():
+        if "sgmim_fast" not in (a, b):  # which has names of all
+            below.setdefault(a, set()).add(b)
+    graphlib.TopologicalSorter(below).prepare()
+
+
+def test_fine_tuning_imports_nothing_of_pre_training():
+    found = {(room(a), room(b)) for a, b in imported()}
+    assert {("pretrain", "engine"), ("finetune", "engine")} <= found
+    assert not {(a, b) for a in ("engine", "data", "finetune") for b in ("pretrain", "finetune") if a != b} & found
 
 
 # ---- the two commands of the README, and the site

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import sgmim_fast
 from evidence.scenes import structure_for
+from sgmim_fast.pretrain.build import create_optimizer
 from sgmim_fast.pretrain.config import Optim
-from sgmim_fast.pretrain.optimizer import create_optimizer
 
 PATCH = 8  # pixels along a patch, an output token and a mask unit
 RATIO = 0.6

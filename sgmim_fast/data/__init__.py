@@ -19,7 +19,6 @@ from sgmim_fast.data.pictures import sheet
 from sgmim_fast.data.report import BrokenFile, DataError, Report, skipped_lines, skipped_names
 from sgmim_fast.data.scenes import Scenes
 from sgmim_fast.data.shards import ShardPairs
-from sgmim_fast.data.standardize import standardize_valid
 from sgmim_fast.data.structure_file import StructureFile
 from sgmim_fast.data.structure_kind import (
     Channels,
@@ -27,6 +26,7 @@ from sgmim_fast.data.structure_kind import (
     Semantic,
     StructureKind,
     Surface,
+    standardize_valid,
     structure_kind,
     structure_of,
 )

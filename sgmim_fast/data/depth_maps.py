@@ -41,7 +41,7 @@ from transformers import (
 import sgmim_fast
 from sgmim_fast.data.files import find_files
 from sgmim_fast.data.image_file import IMAGE_SUFFIXES, ImageFile
-from sgmim_fast.data.png import encode_png
+from sgmim_fast.data.map_file import encode_png
 from sgmim_fast.data.report import BrokenFile, DataError, some
 
 MODEL = "depth-anything/Depth-Anything-V2-Small-hf"

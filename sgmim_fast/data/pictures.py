@@ -1,10 +1,11 @@
-"""A picture of pairs: the quickest way to see whether images and maps belong together."""
+"""Pictures of pairs: the quickest way to see whether images and maps belong together. And what all pictures share."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 
 import matplotlib
 import matplotlib.colors
@@ -19,6 +20,8 @@ from sgmim_fast.data.pair import Item
 from sgmim_fast.data.report import DataError
 from sgmim_fast.data.structure_kind import DEPTH, Depth, StructureKind
 
+# by which images are normalised
+MEAN, STD = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])[:, :, None, None]
 MISSING = "magenta"  # not in the colour map
 MISSING_RGB = torch.tensor(matplotlib.colors.to_rgb(MISSING))[:, None, None]
 ACROSS = 4  # pairs
@@ -73,4 +76,10 @@ def sheet(
             axis[1].imshow(picture.where(~absent, MISSING_RGB).permute(1, 2, 0).numpy(), interpolation="nearest")
         missing = float((~structure.isfinite()).float().mean())
         axis[1].set_title(f"{missing:.0%} missing" if missing else "", fontsize=7)
+    save(figure, path)
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Writes a figure, into a folder that is made if need be."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)

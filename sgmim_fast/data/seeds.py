@@ -1,4 +1,4 @@
-"""Randomness that depends on seed, epoch and item alone: not on the number of workers, nor on what ran before."""
+"""Randomness that depends on the run's seed and on what it is for alone: not on processes, nor on what ran before."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from typing import Any
 import torch
 
 
+def mix(*parts: int | str) -> int:
+    """One seed of several parts, as in `mix(seed, "masks", step)`, each change of which changes it altogether."""
+    known = repr([part if isinstance(part, str) else int(part) for part in parts])
+    return int.from_bytes(hashlib.blake2b(known.encode(), digest_size=7).digest(), "big")
+
+
 @contextlib.contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Inside, torch's CPU generator starts from a mixture of `numbers`; afterwards it is as before."""
+    """Inside, torch's CPU generator starts from `mix(*numbers)`; afterwards it is as before."""
     generator = torch.default_generator  # torch.manual_seed would seed the devices too
     before = generator.get_state()
-    mixed = hashlib.blake2b(repr([int(number) for number in numbers]).encode(), digest_size=7)
-    generator.manual_seed(int.from_bytes(mixed.digest(), "big"))
+    generator.manual_seed(mix(*numbers))
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: folders `step-00001000` that are there whole or not at all.
+"""Checkpoints: what they hold, and folders `step-00001000` on the disk, that are there whole or not at all.
 
 A checkpoint is written aside, flushed to the disk, and renamed. Its `checkpoint.json` holds the digest of every other
 file in it, so that damage is found before anything is loaded.
@@ -14,15 +14,19 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as whole
 
+from sgmim_fast.engine.settings import from_mapping, with_changes
 from sgmim_fast.errors import UserError
 
 FACTS = "checkpoint.json"
+_OPTIONS = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class CheckpointError(UserError):
@@ -160,6 +164,61 @@ def choose(run: Path, name: str | None = None) -> Path:
 def read(path: Path, part: str) -> dict[str, Tensor]:
     """The tensors of one part, on the CPU."""
     return load_file(path / f"{part}.safetensors")
+
+
+class Saved(NamedTuple):
+    """A sound checkpoint of a run."""
+
+    path: Path
+    facts: dict[str, Any]
+    config: Any
+
+
+def find(run: Path, name: str | None, kind: type, command: str) -> Saved:
+    """The checkpoint of that name, "best" or the newest, and the configuration it was trained with.
+
+    Args:
+        kind: of the configuration.
+        command: that made the run.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        UserError: another command made the run.
+    """
+    path = choose(run, name)
+    known = facts(path)
+    made_by = known.get("command", "pretrain")
+    if made_by != command:
+        raise UserError(f"{run} is a run of sgmim-fast {made_by}; expected one of sgmim-fast {command}")
+    where = str(path / FACTS)
+    config = kind(preset=known["config"].get("preset", ""))
+    return Saved(path, known, with_changes(config, from_mapping(known["config"], where), where))
+
+
+def gather(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """All tensors of a training, on the CPU of the first process (the others get less): {"model", "optimizer"}.
+
+    Every process has to call it. The optimizer's are named KIND/PARAMETER, as in exp_avg/encoder.mask_token.
+    """
+    weights = whole.get_model_state_dict(model, options=_OPTIONS)
+    states = whole.get_optimizer_state_dict(model, optimizer, options=_OPTIONS).get("state", {})
+    named = {f"{kind}/{name}": tensor for name, state in states.items() for kind, tensor in state.items()}
+    return {"model": weights, "optimizer": named}
+
+
+def restore(
+    model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Tensor], named: dict[str, Tensor]
+) -> None:
+    """Puts back what `gather` gave. Every process has to call it, with all tensors."""
+    options = whole.StateDictOptions(full_state_dict=True)
+    groups: Any = whole.get_optimizer_state_dict(model, optimizer)["param_groups"]
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in named.items():
+        kind, _, name = key.partition("/")
+        states.setdefault(name, {})[kind] = tensor
+    content = {"state": states, "param_groups": groups}
+    whole.set_optimizer_state_dict(model, optimizer, content, options=options)
+    whole.set_model_state_dict(model, weights, options=options)
 
 
 def _digest(path: Path) -> str:

@@ -16,13 +16,13 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from sgmim_fast.engine import checkpoint, launch, loader, log
+from sgmim_fast.engine.checkpoint import Saved, find
+from sgmim_fast.engine.launch import UNFINISHED, Stopped, stopping_at_once
 from sgmim_fast.engine.lock import RunLock
 from sgmim_fast.engine.settings import differences, read_assignments, read_yaml, resolve, to_yaml, with_changes
-from sgmim_fast.engine.stop import UNFINISHED, Stopped, stopping_at_once
 from sgmim_fast.engine.task import Task
 from sgmim_fast.engine.trainer import Trainer
 from sgmim_fast.errors import UserError
-from sgmim_fast.pretrain.runs import Saved, find
 
 # option -> the setting it stands for
 SHORT = {
@@ -81,7 +81,7 @@ class Command:
         )
 
     def run(self, args: argparse.Namespace) -> int:
-        """The exit code: 0 at the run's end, `stop.UNFINISHED` where a signal came before.
+        """The exit code: 0 at the run's end, `launch.UNFINISHED` where a signal came before.
 
         Raises:
             UserError, DataError: for what the user can put right.

@@ -1,9 +1,13 @@
-"""The processes of a run: as many as the launcher asked for, or none."""
+"""The processes of a run: as many as the launcher asked for, or none; and the signals that ask them to stop."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +24,10 @@ GPUS_ASKED_FOR = ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
 NO_GPU = ("", "-1", "NoDevFiles")  # in these variables
 DEVICES, PCI = Path("/dev"), Path("/sys/bus/pci/devices")
 NVIDIA, DISPLAY = "0x10de", "0x03"  # of a PCI device: vendor, and the class of display and 3D controllers
+# EX_TEMPFAIL of sysexits.h: not done, to be started again
+UNFINISHED = 75
+# Of clusters and terminals, and those that SLURM is told to send some time before the end (--signal)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 TORCHRUN = "torchrun --nproc-per-node=N -m sgmim_fast.cli"
 
 
@@ -147,3 +155,42 @@ def _is_gpu(device: Path) -> bool:
         return (device / "vendor").read_text().strip() == NVIDIA and (device / "class").read_text().startswith(DISPLAY)
     except OSError:
         return False
+
+
+class Stopped(KeyboardInterrupt):
+    """One of `SIGNALS` where nothing is to be saved; `str` is the signal's name."""
+
+
+class StopSignals:
+    """While entered, the first of `SIGNALS` only sets `asked` to its name; a second one ends the process."""
+
+    def __init__(self) -> None:
+        self.asked = ""
+
+    def __enter__(self) -> StopSignals:
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = signal.Signals(number).name
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)  # also where Python waits for a device or another process
+
+
+@contextlib.contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """While entered, `SIGNALS` raise `Stopped`."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""What a run says: JSON lines for windows of steps and evaluations, a progress bar or plain lines, TensorBoard."""
+"""What a run says: JSON lines for steps and evaluations, a progress bar or plain lines, TensorBoard, curves."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from sgmim_fast.data.pictures import save
 from sgmim_fast.errors import UserError
 
 STEPS, METRICS, SKIPPED = "log.jsonl", "metrics.jsonl", "skipped-files.txt"
@@ -153,3 +155,37 @@ def board_writer() -> Any:
     except ImportError as error:
         raise UserError("run.tensorboard needs TensorBoard: pip install 'sgmim_fast[tensorboard]'") from error
     return SummaryWriter
+
+
+def curves(lines: list[dict[str, Any]], path: Path, names: Sequence[str], tests: Sequence[dict[str, Any]] = ()) -> None:
+    """What has these names, and the learning rate, over the steps of a log: smoothed, and faintly as it is.
+
+    Args:
+        tests: lines with the same on held-out data, as "val_" and the name.
+    """
+    names = (*names, "lr")
+    figure = Figure((3.4 * len(names), 2.8), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names)), names, strict=True):
+        known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        steps, values = zip(*known, strict=True) if known else ((), ())
+        if name == "lr":
+            axis.plot(steps, values, linewidth=1)
+        else:
+            axis.plot(steps, values, linewidth=0.7, alpha=0.35, color="tab:blue")
+            axis.plot(steps, smooth(values), linewidth=1.2, color="tab:blue", label="training, smoothed")
+        held_out = [(line["step"], line[f"val_{name}"]) for line in tests if f"val_{name}" in line]
+        if held_out:
+            axis.plot(*zip(*held_out, strict=True), ".-", linewidth=1.2, color="tab:orange", label="held out")
+            axis.legend(fontsize=7, frameon=False)
+        axis.set_xlabel("step", fontsize=8)
+        axis.set_ylabel("learning rate" if name == "lr" else name.replace("_", " "), fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Means over an eighth of the values around each, fewer towards the ends, where they stay in the middle."""
+    reach = len(values) // 16
+    near = [min(reach, i, len(values) - 1 - i) for i in range(len(values))]
+    return [sum(values[i - n : i + n + 1]) / (2 * n + 1) for i, n in enumerate(near)]

@@ -9,6 +9,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -32,6 +33,23 @@ OF_EVERY_RUN_0 = (
     *("data.workers", "optim.epochs", "optim.lr", "optim.weight_decay"),
     *("optim.clip", "run.seed", "run.pictures_every"),
 )
+
+
+@dataclass(frozen=True)
+class Run:
+    """How it runs and what it leaves behind. None of it but seed, precision and fsdp changes what is computed."""
+
+    seed: int = 0
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    fsdp: bool = False  # parameters, gradients and optimizer state in shards over the processes
+    capture: bool = True  # forward and backward as a CUDA graph, where that can be; the same numbers without
+    log_every: int = 50  # steps
+    checkpoint_every: int = 1000  # steps
+    keep: int = 2  # newest checkpoints kept, besides the one with the lowest loss, on held-out data where there are
+    pictures_every: int = 5000  # steps; 0: only at the end
+    pictures: int = 4  # rows of the grid
+    tensorboard: bool = False
+    nonfinite: int = 10  # so many steps in a row without a finite loss end the run
 
 
 def with_changes(config: C, changes: Mapping[str, Any], where: str) -> C:

@@ -1,14 +1,16 @@
-"""One optimizer step: what the task draws for it, forward and backward, clipping, AdamW."""
+"""One optimizer step: forward and backward of its parts, clipping, AdamW; and the steps of a log line."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -16,7 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sgmim_fast.capture import CapturedStep, capture
 from sgmim_fast.data import skipped_lines
-from sgmim_fast.engine.order import Layout, mix
+from sgmim_fast.data.seeds import mix
+from sgmim_fast.engine.loader import Layout
 from sgmim_fast.engine.task import Task
 from sgmim_fast.graph import Graph
 
@@ -46,7 +49,7 @@ class Stepper:
         self.task, self.accelerator, self.layout = task, accelerator, layout
         self.config, self.steps_per_epoch = task.config, steps_per_epoch
         self.steps = max(1, round(task.config.optim.epochs * steps_per_epoch))  # of the whole run
-        torch.manual_seed(mix(self.config.run.seed, 0))
+        torch.manual_seed(mix(self.config.run.seed, "model"))
         self.plain: nn.Module = task.create_model()
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             self.plain = nn.SyncBatchNorm.convert_sync_batchnorm(self.plain)
@@ -71,7 +74,7 @@ class Stepper:
         lr = self.task.learning_rate(step, self.steps_per_epoch, self.steps, self.layout.total)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        torch.manual_seed(mix(seed, 3, step, self.layout.rank))
+        torch.manual_seed(mix(seed, "step", step, self.layout.rank))
         drawn = self.task.draw(step, self.layout.total, device)
         losses, names, skipped = torch.zeros(len(self.task.losses), device=device), [], []
         waited = 0.0
@@ -133,3 +136,74 @@ class Stepper:
         fully_shard(self.plain, mesh=mesh)
         if hasattr(self.plain, "predict"):
             register_fsdp_forward_method(self.plain, "predict")
+
+
+class Window:
+    """The steps since the last log line: their values stay on the device until the line is due, then come at once.
+
+    Attributes:
+        in_row: steps without a finite loss up to the last one.
+        skipped_steps: of the run, all processes together.
+        broken: the files of the run that could not be read, all processes together: name -> reason.
+    """
+
+    def __init__(self, accelerator: Accelerator, skipped_steps: int = 0, broken: dict[str, str] | None = None):
+        self.accelerator = accelerator
+        self.skipped_steps, self.broken, self.in_row = skipped_steps, dict(broken or {}), 0
+        self.steps: list[Done] = []
+        self.worst: list[str] = []  # images of this process in the last step without a finite loss
+        self.pause()
+
+    def pause(self) -> None:
+        """What happened since the last window closed does not count as time of the next one."""
+        self.begun = time.perf_counter()
+
+    def close(self, stop: bool, limit: int) -> tuple[list[list[float]], float, float, bool, bool]:
+        """Averages over the processes, which all have to call it; waits for the device.
+
+        Args:
+            stop: this process was asked to stop.
+            limit: so many steps in a row without a finite loss are too many.
+
+        Returns:
+            the losses and the gradient norm of every step that counted; seconds that a step took; the share of them in
+            which the processes waited for data; whether any process was asked to stop; whether the limit was reached.
+        """
+        values = torch.stack([done.values for done in self.steps])
+        new = {name: reason for name, reason in self._skipped().items() if name not in self.broken}
+        flags = values.new_zeros(2, values.shape[1])
+        waited = sum(done.waited for done in self.steps)
+        flags[:, :2] = torch.tensor([[float(stop), float(len(new))], [waited, 0]])
+        mean = self.accelerator.reduce(torch.cat([values, flags]), "mean").tolist()
+        seconds = (time.perf_counter() - self.begun) / len(self.steps)
+        *rows, (stop_share, file_share, *_), (waited, *_) = mean
+        waiting = waited / (seconds * len(self.steps))
+        if file_share > 0:  # in any process
+            for name, reason in gather_object(list(new.items())):
+                self.broken.setdefault(name, reason)
+        counted, too_many = [], False
+        scaled = self.accelerator.scaler is not None  # an overflow is then part of finding the scale
+        for done, row in zip(self.steps, rows, strict=True):
+            if all(map(math.isfinite, row)):
+                counted.append(row)
+            else:
+                self.skipped_steps += 1
+            if all(map(math.isfinite, row[:-1] if scaled else row)):
+                self.in_row = 0
+                continue
+            self.in_row += 1
+            self.worst = done.names
+            too_many |= self.in_row >= limit
+        self.steps = []
+        self.pause()
+        return counted, seconds, waiting, stop_share > 0, too_many
+
+    def _skipped(self) -> dict[str, str]:
+        """Name -> reason of the broken files of the steps, in this process."""
+        lines = (line.partition("\t") for done in self.steps for line in done.skipped)
+        return {name: reason for name, _, reason in lines}
+
+
+def mean(rows: Sequence[Sequence[float]], columns: int) -> list[float | None]:
+    """Of each column; None without rows."""
+    return [sum(column) / len(rows) for column in zip(*rows, strict=True)] if rows else [None] * columns

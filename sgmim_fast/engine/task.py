@@ -23,7 +23,7 @@ class Task(ABC):
 
     Attributes:
         config: with the sections optim (epochs, batch, accumulate, clip), data (workers) and run
-            (`sgmim_fast.pretrain.config.Run`).
+            (`sgmim_fast.engine.settings.Run`).
         command: of `sgmim-fast`, by which a run is known when it is read again.
         losses: names of what `loss` returns; the first one is minimised.
         tested: whether `evaluate` gives a checkpoint's score, the lower the better; otherwise the loss is it.

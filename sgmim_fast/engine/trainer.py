@@ -13,15 +13,14 @@ from accelerate.utils import broadcast, gather_object
 from torch.utils.data import Dataset
 
 import sgmim_fast
-from sgmim_fast.engine import checkpoint, loader, log, state
-from sgmim_fast.engine.order import Layout
-from sgmim_fast.engine.step import Stepper
-from sgmim_fast.engine.stop import StopSignals
+from sgmim_fast.engine import checkpoint, loader, log
+from sgmim_fast.engine.checkpoint import Saved
+from sgmim_fast.engine.launch import StopSignals
+from sgmim_fast.engine.loader import Layout
+from sgmim_fast.engine.step import Stepper, Window, mean
 from sgmim_fast.engine.task import Task
-from sgmim_fast.engine.window import Window, mean
 from sgmim_fast.errors import UserError
 from sgmim_fast.memory import keep_freed_memory
-from sgmim_fast.pretrain.runs import Saved
 
 
 class Trainer:
@@ -54,7 +53,7 @@ class Trainer:
         if saved:
             raw = self.stepper.optimizer.optimizer
             parts = checkpoint.read(saved.path, "model"), checkpoint.read(saved.path, "optimizer")
-            state.restore(self.stepper.model, raw, *parts)
+            checkpoint.restore(self.stepper.model, raw, *parts)
             if accelerator.scaler is not None and facts.get("scaler"):
                 accelerator.scaler.load_state_dict(facts["scaler"])
         self.log: log.Log | None = None
@@ -176,7 +175,7 @@ class Trainer:
         return score
 
     def _save(self, score: float | None) -> None:
-        tensors = state.gather(self.stepper.model, self.stepper.optimizer.optimizer)
+        tensors = checkpoint.gather(self.stepper.model, self.stepper.optimizer.optimizer)
         if self.accelerator.is_main_process:
             means = self._means(self.since_checkpoint)
             scaler = self.accelerator.scaler

@@ -1,4 +1,4 @@
-"""Model, data sets and metrics of a fine-tuning's configuration, and what can be wrong with it."""
+"""Model, optimizer groups, data sets and metrics of a fine-tuning's configuration, and what can be wrong with it."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import math
 from pathlib import Path
 from typing import Any
 
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from sgmim_fast.engine.settings import OF_EVERY_RUN_0, OF_EVERY_RUN_1, at_least
-from sgmim_fast.errors import UserError
+from sgmim_fast.errors import UserError, by
 from sgmim_fast.exported import tuples, without_sources
 from sgmim_fast.finetune import data
-from sgmim_fast.finetune.config import Config
+from sgmim_fast.finetune.config import Config, Optim
 from sgmim_fast.finetune.data.transform import scaled
 from sgmim_fast.finetune.encoder import Features, create_features
 from sgmim_fast.finetune.heads import DenseModel
 from sgmim_fast.finetune.heads import create_model as with_head
 from sgmim_fast.finetune.metrics import DepthMetrics, SegmentationMetrics
-from sgmim_fast.finetune.sizes import by
 
 LEAST_PADDING = 0.02  # share of a crop that is worth a line
 _TASKS = {"nyu": "depth", "kitti": "depth", "ade20k": "segmentation"}  # of the data sets that have one
@@ -109,6 +109,59 @@ def create_model(config: Config, outputs: int, encoder: dict[str, Any] | None = 
     if config.model.checkpointing:
         model.set_grad_checkpointing()
     return model
+
+
+def param_groups(model: DenseModel, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Groups for an optimizer, each with "params", "weight_decay" and "lr_scale"; the caller multiplies rates by that.
+
+    The encoder's layers are those of timm's `param_groups_layer_decay`: stem first, then block by block, a Swin's
+    downsampling with the block behind it. Layer i of n has the scale layer_decay ** (n - i), and the head, layer n, has
+    1; the last block so has layer_decay, as in BEiT's and the MIM protocols. (The published MIM depth code counts a
+    Swin's three downsamplings as layers of their own, so its first layers learn still more slowly.)
+
+    No weight decay on vectors, biases, and what timm's `no_weight_decay` names.
+
+    Args:
+        layer_decay: above 0 to 1, where all learn alike; 0 freezes the encoder (`DenseModel.freeze`) and leaves it out.
+
+    Raises:
+        UserError: layer_decay is outside 0 to 1.
+    """
+    if not 0 <= layer_decay <= 1:
+        raise UserError(f"layer_decay is {layer_decay}; expected 0 (a frozen encoder) to 1 (no decay)")
+    head = param_groups_weight_decay(model.head, weight_decay)
+    groups = [{**group, "lr_scale": 1.0} for group in head]
+    if layer_decay == 0:
+        model.freeze()
+        return groups
+    encoder = model.features.model
+    names = getattr(encoder, "no_weight_decay", set)()
+    layers = param_groups_layer_decay(encoder, weight_decay, no_weight_decay_list=names, layer_decay=layer_decay)
+    # timm counts the encoder alone, its last block with scale 1; here the head is one layer further
+    return [{**group, "lr_scale": group["lr_scale"] * layer_decay} for group in layers] + groups
+
+
+def learning_rate(settings: Optim, step: int, steps: int, steps_per_epoch: int) -> float:
+    """Of a step, counted from 0, of a run of `steps`.
+
+    "triangle" rises from `min_lr` to `lr` over half of the run and falls back, as (share of that half)**power: what
+    "Revealing the Dark Secrets of Masked Image Modeling" (arXiv 2205.13543) fine-tunes depth with. "poly" falls from
+    `lr` as (1 - share of the run)**power, as mmsegmentation has it, "cosine" as half a cosine; both end at `min_lr` and
+    may have a linear warm-up from 0 in front, which they count from the first step of the run on.
+    """
+    low, high = settings.min_lr, settings.lr
+    if settings.schedule == "triangle":
+        half = max(1.0, steps / 2)
+        if step < half:
+            return low + (high - low) * (step / half) ** settings.power
+        return high - (high - low) * min(1.0, step / half - 1) ** settings.power
+    warmup = round(settings.warmup_epochs * steps_per_epoch)
+    share = step / steps
+    if settings.schedule == "poly":
+        rate = low + (high - low) * (1 - share) ** settings.power
+    else:
+        rate = low + 0.5 * (high - low) * (1 + math.cos(math.pi * share))
+    return rate * (step + 1) / (warmup + 1) if step < warmup else rate
 
 
 def create_dataset(config: Config, train: bool) -> Dataset:

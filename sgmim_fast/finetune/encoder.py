@@ -9,19 +9,20 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import to_2tuple
 from timm.models import is_model
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
 from sgmim_fast import accelerate as accelerate_blocks
-from sgmim_fast.errors import UserError, nearest
+from sgmim_fast.errors import UserError, by, nearest
 from sgmim_fast.exported import tuples
 from sgmim_fast.finetune import weights
-from sgmim_fast.finetune.sizes import Size, by, pair
 from sgmim_fast.fused import blocks
 
 _logger = logging.getLogger("sgmim_fast")
 
+Size = int | tuple[int, int]  # a side, or height and width
 _MAPS = 4  # what the heads are made for
 
 
@@ -133,7 +134,7 @@ def create_features(
         raise UserError(f"checkpoint {checkpoint} and pretrained weights are given; expected one of them")
     name = _checked_name(name, written, checkpoint)
     arguments = {**shaping, **timm_arguments}
-    size = pair(img_size)
+    size = to_2tuple(img_size)
     source = None
     if checkpoint is not None or pretrained:
         with torch.device("meta"):  # only its sizes are needed

@@ -12,10 +12,8 @@ from sgmim_fast.engine.launch import create_accelerator
 from sgmim_fast.engine.settings import read_assignments, with_changes
 from sgmim_fast.errors import UserError
 from sgmim_fast.finetune import build
-from sgmim_fast.finetune.cli import OPTIONS
 from sgmim_fast.finetune.config import Config
-from sgmim_fast.finetune.task import Finetuning
-from sgmim_fast.pretrain.runs import find
+from sgmim_fast.finetune.task import OPTIONS, Finetuning
 
 SHORT = {name: OPTIONS[name] for name in ("root", "test_images", "test_maps")}
 
@@ -34,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises UserError, or DataError, for what the user can put right."""
-    saved = find(args.run, args.checkpoint, Config, Finetuning.command)
+    saved = checkpoint.find(args.run, args.checkpoint, Config, Finetuning.command)
     changes = {SHORT[name][0]: getattr(args, name) for name in SHORT if getattr(args, name) is not None}
     config = with_changes(saved.config, changes | read_assignments(args.set), "--set")
     build.check(config)

@@ -17,9 +17,8 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sgmim_fast.errors import UserError
+from sgmim_fast.errors import UserError, by
 from sgmim_fast.finetune.encoder import Features
-from sgmim_fast.finetune.sizes import by
 
 
 class DenseModel(nn.Module):

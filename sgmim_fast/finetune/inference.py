@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor
 from torch.nn import functional as F
 
-from sgmim_fast.errors import UserError
+from sgmim_fast.errors import UserError, by
+from sgmim_fast.finetune.encoder import Size
 from sgmim_fast.finetune.heads import DenseModel
-from sgmim_fast.finetune.sizes import Size, by, pair
 
 
 @torch.no_grad()
@@ -57,10 +58,10 @@ def predict(
     fixed = model.fixed_size
     if window is None:
         window = fixed if fixed is not None else size
-    window = pair(window)
+    window = to_2tuple(window)
     if fixed is not None and window != fixed:
         raise UserError(f"window is {by(window)}; {model.features.name} takes {by(fixed)} only")
-    step = tuple(max(1, side * 2 // 3) for side in window) if stride is None else pair(stride)
+    step = tuple(max(1, side * 2 // 3) for side in window) if stride is None else to_2tuple(stride)
     if not all(0 < one <= side for one, side in zip(step, window, strict=True)):
         raise UserError(f"stride is {by(step)}; expected 1 to the window's {by(window)}")
 

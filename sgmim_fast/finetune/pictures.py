@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sgmim_fast.pretrain.pictures import MEAN, STD, save
+from sgmim_fast.data.pictures import MEAN, STD, save
 
 _WHITE = 1.0
 

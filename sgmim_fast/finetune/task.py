@@ -1,7 +1,8 @@
-"""Fine-tuning as a `Task`: an encoder with a head, and depth or labels."""
+"""`sgmim-fast finetune`: fine-tuning as a `Task`: an encoder with a head, and depth or labels."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,15 +15,13 @@ from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from sgmim_fast.engine import loader, log
+from sgmim_fast.engine.command import Command
 from sgmim_fast.engine.task import Task
 from sgmim_fast.finetune import build, pictures
-from sgmim_fast.finetune.config import Config
-from sgmim_fast.finetune.groups import param_groups
+from sgmim_fast.finetune.config import PRESETS, Config
 from sgmim_fast.finetune.heads import DenseModel, to_depth
 from sgmim_fast.finetune.inference import predict
 from sgmim_fast.finetune.losses import cross_entropy, silog
-from sgmim_fast.finetune.schedule import learning_rate
-from sgmim_fast.pretrain.pictures import curves
 
 
 class Finetuning(Task):
@@ -74,11 +73,12 @@ class Finetuning(Task):
 
     def create_optimizer(self, model: DenseModel) -> torch.optim.AdamW:
         settings = self.config.optim
-        groups = param_groups(model, settings.weight_decay, 0.0 if self.config.model.freeze else settings.layer_decay)
+        layer_decay = 0.0 if self.config.model.freeze else settings.layer_decay
+        groups = build.param_groups(model, settings.weight_decay, layer_decay)
         return torch.optim.AdamW(groups, settings.lr, settings.betas, settings.eps, settings.weight_decay, fused=True)
 
     def learning_rate(self, step: int, steps_per_epoch: int, steps: int, total_batch: int) -> float:
-        return learning_rate(self.config.optim, step, steps, steps_per_epoch)
+        return build.learning_rate(self.config.optim, step, steps, steps_per_epoch)
 
     def loss(
         self, model: nn.Module, batch: dict[str, Any], drawn: None, first: int, accelerator: Accelerator
@@ -179,8 +179,37 @@ class Finetuning(Task):
         return f"{path} shows some of the {len(dataset)} items to train on"
 
     def finish(self, folder: Path, lines: list[dict[str, Any]]) -> str:
-        curves(lines, folder / "losses.png", ("loss",))
+        log.curves(lines, folder / "losses.png", ("loss",))
         last = log.read(folder, log.METRICS)[-1]
         values = ", ".join(f"{name} {value:.4g}" for name, value in last.items() if name != "step")
         drawn = max((folder / "pictures").glob("*.png"), default=None)
         return f"tested after the last step: {values}; look at {folder / 'losses.png'} and {drawn}"
+
+
+# option -> the setting it stands for, and its help
+OPTIONS = {
+    "encoder": ("model.encoder", "RUN|FILE|NAME", "a finished run of pretrain, an exported file, or a timm name"),
+    "head": ("model.head", "HEAD", "deconv, dpt or upernet"),
+    "source": ("data.source", "NAME", "nyu, kitti, ade20k, folders or scenes"),
+    "root": ("data.root", "DIR", "of nyu, kitti or ade20k"),
+    "images": ("data.images", "DIR", "of folders: images to train on"),
+    "maps": ("data.maps", "DIR", "the mirrored folder of depth or label maps"),
+    "test_images": ("data.test_images", "DIR", "images to test on"),
+    "test_maps": ("data.test_maps", "DIR", "and their maps"),
+    "classes": ("data.classes", "N", "of folders of labels"),
+}
+SHORT = {"task": "data.task"} | {name: setting for name, (setting, _, _) in OPTIONS.items()}
+INSTEAD = {"data.images": {"data.source": "folders"}}  # of a preset's
+COMMAND = Command("finetune", Config(), PRESETS, SHORT, Finetuning, INSTEAD)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("task", choices=["depth", "segmentation"])
+    for name, (_, metavar, what) in OPTIONS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, help=what)
+    COMMAND.add_arguments(parser, "tiny_demo needs no data")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Raises UserError, or DataError, for what the user can put right."""
+    return COMMAND.run(args)

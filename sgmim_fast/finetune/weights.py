@@ -18,8 +18,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
 from sgmim_fast import exported
-from sgmim_fast.errors import UserError
-from sgmim_fast.finetune.sizes import by
+from sgmim_fast.errors import UserError, by
 
 _TABLE = "relative_position_bias_table"
 # What dense prediction does not use: classifier, pooling, the norm before them, and the mask token of pre-training.

@@ -13,7 +13,7 @@ from torch import nn
 from sgmim_fast.encoders import create_encoder
 from sgmim_fast.errors import UserError, nearest
 from sgmim_fast.exported import describe
-from sgmim_fast.pretrain import runs
+from sgmim_fast.pretrain import build
 
 Triple = tuple[float, float, float]
 
@@ -58,13 +58,13 @@ def load(name: str, label: str | None = None, size: int | None = None, *, pretra
 
 
 def _from_run(folder: Path, label: str, size: int | None) -> Encoder:
-    saved = runs.find(folder)
+    saved = build.find(folder)
     trained = saved.config.data.size
     if size not in (None, trained):
         raise UserError(
             f"--size is {size}; expected {trained}, with which {folder} was pre-trained, or an exported file"
         )
-    return Encoder(label, runs.load(saved).encoder.model, trained)
+    return Encoder(label, build.load(saved).encoder.model, trained)
 
 
 def _from_file(path: Path, label: str, size: int | None) -> Encoder:

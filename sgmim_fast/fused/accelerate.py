@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import nn
 
 from sgmim_fast import backends
-from sgmim_fast.encoders import MaskedEncoder
 from sgmim_fast.fused import blocks
 from sgmim_fast.fused.unmodified import DROPOUT, say
 
@@ -41,8 +40,8 @@ def accelerate(encoder: nn.Module) -> nn.Module:
         say(f"accelerate leaves encoders as they are: {reason}")
         return encoder
     name = type(getattr(encoder, "model", encoder)).__name__
-    if getattr(type(encoder), "forward", None) is MaskedEncoder.forward:
-        encoder.visible_stem = True
+    if hasattr(encoder, "accelerate_stem"):
+        encoder.accelerate_stem()
     found = False
     for module in encoder.modules():
         fast = blocks.FAST.get(type(module))

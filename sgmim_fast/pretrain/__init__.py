@@ -1,11 +1,5 @@
-"""Training: pre-training, and the engine that fine-tuning shares. `sgmim-fast pretrain` is the command.
+"""Pre-training, `sgmim-fast pretrain`.
 
-`settings`: a configuration from presets, files and options · `task`: what the engine does not know about what it
-trains · `loader`, `order`: batches, and which images a step has, from the seed alone · `step`: one optimizer step ·
-`window`, `engine`: the steps between two log lines, and the loop · `stop`: signals · `checkpoint`, `state`: files, and
-what goes into them · `runs`: them read again · `log`: what is said · `command`: a run from beginning to end.
-
-Of pre-training: `config`, `presets`: what a run is · `pretraining`: its task · `build`: model and data of a
-configuration · `optimizer`: groups and schedule · `masks` · `pictures` · `pretrain`, `reconstruct`, `export`: the
-commands.
+`config`: what a run is, and the published recipes · `build`: model, optimizer, masks and data of a configuration ·
+`task`: them as an `engine.task.Task`, and the command · `pictures`, `export`: what a run leaves, and the commands for it.
 """

@@ -11,10 +11,11 @@ from safetensors import safe_open
 
 import sgmim_fast
 from sgmim_fast.checkpoints import export_timm
+from sgmim_fast.engine.checkpoint import Saved
 from sgmim_fast.engine.settings import to_yaml
 from sgmim_fast.errors import UserError
+from sgmim_fast.pretrain.build import find, load
 from sgmim_fast.pretrain.config import Config, Data
-from sgmim_fast.pretrain.runs import Saved, find, load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,25 +1,25 @@
-"""What a model makes of some pairs, and how its losses went."""
+"""`sgmim-fast reconstruct`: what a model makes of some pairs, as a picture."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from sgmim_fast.data import StructureKind, structure_of
+from sgmim_fast.data.pictures import MEAN, STD, save
 from sgmim_fast.data.structure_kind import DEPTH
+from sgmim_fast.engine import loader
+from sgmim_fast.errors import UserError
 from sgmim_fast.model import SGMIM
-from sgmim_fast.pretrain import build, masks
+from sgmim_fast.pretrain import build
 from sgmim_fast.pretrain.config import Config
 from sgmim_fast.reference import pixel_mask
-
-# by which the images were normalised
-MEAN, STD = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])[:, :, None, None]
 
 
 class Panels(NamedTuple):
@@ -41,7 +41,7 @@ def panels(model: SGMIM, batch: dict[str, Any], config: Config, device: torch.de
     model.eval()
     images = batch["image"].to(device)
     structure, valid = structure_of(batch, device, build.structure_kind(config))
-    mask = masks.draw(config.mask, config.data.size, len(images), config.run.seed, 0, device)
+    mask = build.draw_masks(config.mask, config.data.size, len(images), config.run.seed, 0, device)
     image, guess = model.predict(images, structure, mask, structure_valid=valid)
     model.train(training)
     hidden, shown = (pixel_mask(m, images).bool() for m in (mask.mask, mask.structure))
@@ -80,40 +80,32 @@ def grid(found: Panels, path: Path, title: str = "", kind: StructureKind = DEPTH
     save(figure, path)
 
 
-def curves(lines: list[dict[str, Any]], path: Path, names: Sequence[str], tests: Sequence[dict[str, Any]] = ()) -> None:
-    """What has these names, and the learning rate, over the steps of a log: smoothed, and faintly as it is.
-
-    Args:
-        tests: lines with the same on held-out data, as "val_" and the name.
-    """
-    names = (*names, "lr")
-    figure = Figure((3.4 * len(names), 2.8), layout="constrained")
-    for axis, name in zip(figure.subplots(1, len(names)), names, strict=True):
-        known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-        steps, values = zip(*known, strict=True) if known else ((), ())
-        if name == "lr":
-            axis.plot(steps, values, linewidth=1)
-        else:
-            axis.plot(steps, values, linewidth=0.7, alpha=0.35, color="tab:blue")
-            axis.plot(steps, smooth(values), linewidth=1.2, color="tab:blue", label="training, smoothed")
-        held_out = [(line["step"], line[f"val_{name}"]) for line in tests if f"val_{name}" in line]
-        if held_out:
-            axis.plot(*zip(*held_out, strict=True), ".-", linewidth=1.2, color="tab:orange", label="held out")
-            axis.legend(fontsize=7, frameon=False)
-        axis.set_xlabel("step", fontsize=8)
-        axis.set_ylabel("learning rate" if name == "lr" else name.replace("_", " "), fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    save(figure, path)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("out", type=Path, metavar="OUT.png", help="the picture")
+    parser.add_argument("--images", metavar="DIR", help="other images than those of the run ...")
+    parser.add_argument("--structure", metavar="DIR", help="... and their structure maps")
+    parser.add_argument("--count", type=int, default=6, metavar="N", help="pairs to draw (default 6)")
+    parser.add_argument("--seed", type=int, metavar="N", help="of masks and crops; the run's by default")
+    parser.add_argument("--checkpoint", metavar="NAME", help="best or step-00001000; the newest by default")
 
 
-def smooth(values: Sequence[float]) -> list[float]:
-    """Means over an eighth of the values around each, fewer towards the ends, where they stay in the middle."""
-    reach = len(values) // 16
-    near = [min(reach, i, len(values) - 1 - i) for i in range(len(values))]
-    return [sum(values[i - n : i + n + 1]) / (2 * n + 1) for i, n in enumerate(near)]
-
-
-def save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+def run(args: argparse.Namespace) -> None:
+    """Raises UserError, or DataError, for what the user can put right."""
+    if args.count < 1:
+        raise UserError(f"--count is {args.count}; expected at least 1")
+    saved = build.find(args.run, args.checkpoint)
+    config = saved.config
+    if args.images is not None or args.structure is not None:
+        source = {"images": args.images, "structure": args.structure, "shards": None, "scenes": 0}
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, **source))
+    if args.seed is not None:
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=args.seed))
+    batch = loader.examples(build.create_dataset(config), args.count)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = panels(build.load(saved).to(device), batch, config, device)
+    try:
+        grid(found, args.out, f"{args.run}, step {saved.facts['step']}", build.structure_kind(config))
+    except (OSError, ValueError) as error:  # matplotlib says with ValueError which endings it knows
+        raise UserError(f"cannot write {args.out}: {error}") from error
+    print(f"wrote {args.out}")

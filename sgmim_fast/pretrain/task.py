@@ -1,7 +1,9 @@
-"""Pre-training as a `Task`: SGMIM, masks and pairs."""
+"""`sgmim-fast pretrain`: pre-training as a `Task`: SGMIM, masks and pairs, and the losses on held-out pairs."""
 
 from __future__ import annotations
 
+import argparse
+import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +15,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from sgmim_fast.data import StructureKind, sheet, structure_of
-from sgmim_fast.engine import log
+from sgmim_fast.data.seeds import mix
+from sgmim_fast.engine import loader, log
+from sgmim_fast.engine.command import Command
 from sgmim_fast.engine.task import Task
+from sgmim_fast.masking import SelectiveMask
 from sgmim_fast.model import SGMIM
-from sgmim_fast.pretrain import build, export, held_out, masks, optimizer, pictures
-from sgmim_fast.pretrain.config import Config
-from sgmim_fast.pretrain.runs import find, trained
+from sgmim_fast.pretrain import build, export, pictures
+from sgmim_fast.pretrain.config import PRESETS, Config
 
 
 class Pretraining(Task):
@@ -44,35 +48,34 @@ class Pretraining(Task):
 
     def check(self) -> None:
         build.check(self.config)
-        held_out.check(self.config)
 
     def create_model(self) -> SGMIM:
-        return build.create_model(trained(self.config) if self.facts else self.config)
+        return build.create_model(build.trained(self.config) if self.facts else self.config)
 
     def create_dataset(self) -> Dataset:
-        dataset, self.held_out = held_out.create(self.config, build.create_dataset(self.config))
+        dataset, self.held_out = build.hold_out(self.config, build.create_dataset(self.config))
         return dataset
 
     def create_optimizer(self, model: SGMIM) -> torch.optim.AdamW:
-        return optimizer.create_optimizer(model, self.config.optim)
+        return build.create_optimizer(model, self.config.optim)
 
     def learning_rate(self, step: int, steps_per_epoch: int, steps: int, total_batch: int) -> float:
-        return optimizer.learning_rate(self.config.optim, step, steps_per_epoch, total_batch)
+        return build.learning_rate(self.config.optim, step, steps_per_epoch, total_batch)
 
-    def draw(self, step: int, images: int, device: torch.device) -> masks.SelectiveMask:
+    def draw(self, step: int, images: int, device: torch.device) -> SelectiveMask:
         config = self.config
-        return masks.draw(
+        return build.draw_masks(
             config.mask, config.data.size, images, config.run.seed, step, device, stride=config.model.stride
         )
 
-    def part(self, drawn: masks.SelectiveMask, first: int, count: int) -> masks.SelectiveMask:
+    def part(self, drawn: SelectiveMask, first: int, count: int) -> SelectiveMask:
         return drawn.part(first, count)
 
     def loss(
         self,
         model: nn.Module,
         batch: dict[str, Any],
-        drawn: masks.SelectiveMask,
+        drawn: SelectiveMask,
         first: int,
         accelerator: Accelerator,
     ) -> Sequence[Tensor]:
@@ -91,7 +94,7 @@ class Pretraining(Task):
 
     def evaluate(self, model: SGMIM, accelerator: Accelerator) -> tuple[float, dict[str, float]]:
         """The losses on held-out data."""
-        found = held_out.losses(model, self.held_out, self.config, accelerator)
+        found = held_out_losses(model, self.held_out, self.config, accelerator)
         return found[0], {f"val_{name}": value for name, value in zip(self.losses, found, strict=True)}
 
     def examples(self, dataset: Dataset, number: int) -> dict[str, Any]:
@@ -116,9 +119,9 @@ class Pretraining(Task):
 
     def finish(self, folder: Path, lines: list[dict[str, Any]]) -> str:
         tests = log.read(folder, log.METRICS)
-        pictures.curves(lines, folder / "losses.png", ("image_loss", "structure_loss"), tests)
+        log.curves(lines, folder / "losses.png", ("image_loss", "structure_loss"), tests)
         encoder = folder / "encoder.safetensors"
-        card = export.export(find(folder), encoder)
+        card = export.export(build.find(folder), encoder)
         last = max((folder / "pictures").glob("*.png"), default=None)
         first = tests[0] if tests else {}
         fell = ", ".join(
@@ -129,3 +132,71 @@ class Pretraining(Task):
         )
         told = f"on held-out data: {fell}\n" if tests else ""
         return f"{told}wrote {encoder} and {card.name}; look at {folder / 'losses.png'} and {last}"
+
+
+@torch.no_grad()
+def held_out_losses(model: SGMIM, dataset: Dataset, config: Config, accelerator: Accelerator) -> Sequence[float]:
+    """Total, image and structure loss, means over the images. Every process takes its share, and has to call it.
+
+    Each image has one mask, which depends on the seed alone, and the model is not in training mode meanwhile.
+    """
+    batch, device, count = config.optim.batch, accelerator.device, len(dataset)
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    seed = mix(config.run.seed, "held out")
+    drawn = build.draw_masks(config.mask, config.data.size, count, seed, 0, device, stride=config.model.stride)
+    # sharded models are computed by all processes together: one without images left repeats the last ones for nothing
+    starts = range(rank * batch, math.ceil(count / batch / processes) * processes * batch, processes * batch)
+    firsts = [min(start, (count - 1) // batch * batch) for start in starts]
+    batches = loader.read(
+        dataset,
+        min(loader.workers(config.data), len(firsts)),
+        batch_sampler=[range(first, min(first + batch, count)) for first in firsts],
+        generator=torch.Generator().manual_seed(0),  # the default generator is left alone
+    )
+    total = torch.zeros(4, device=device)
+    training = model.training
+    model.eval()
+    for start, first, items in zip(starts, firsts, batches, strict=True):
+        mask = drawn.part(first, len(items["image"]))
+        found = _losses(model, items, mask, build.structure_kind(config), accelerator)
+        if start == first:
+            total += len(items["image"]) * torch.stack([*found, torch.ones_like(found[0])])
+    model.train(training)
+    *sums, images = accelerator.reduce(total, "sum").tolist()
+    return [value / images for value in sums]
+
+
+def _losses(
+    model: SGMIM,
+    items: dict[str, Tensor],
+    mask: SelectiveMask,
+    kind: StructureKind,
+    accelerator: Accelerator,
+) -> tuple[Tensor, ...]:
+    images = items["image"].to(accelerator.device)
+    structure, valid = structure_of(items, accelerator.device, kind)
+    with accelerator.autocast():
+        return model(images, structure, mask, return_losses=True, structure_valid=valid)
+
+
+SHORT = {name: f"data.{name}" for name in ("images", "structure", "shards", "val_images", "val_structure")}
+# the source that is given, in place of a preset's
+INSTEAD = {
+    "data.images": {"data.scenes": 0, "data.shards": None},
+    "data.shards": {"data.scenes": 0, "data.images": None, "data.structure": None},
+}
+COMMAND = Command("pretrain", Config(), PRESETS, SHORT, Pretraining, INSTEAD)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--images", metavar="DIR", help="folder of images")
+    parser.add_argument("--structure", metavar="DIR", help="the mirrored folder of structure maps; SimMIM needs none")
+    parser.add_argument("--shards", metavar="TARS", help="WebDataset shards, like 'train-{000..099}.tar'")
+    parser.add_argument("--val-images", metavar="DIR", help="images to measure the losses on, besides training")
+    parser.add_argument("--val-structure", metavar="DIR", help="and their structure maps; or --set data.val=0.02")
+    COMMAND.add_arguments(parser, "tiny_demo needs no data")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Raises UserError, or DataError, for what the user can put right."""
+    return COMMAND.run(args)

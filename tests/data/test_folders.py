@@ -20,7 +20,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from sgmim_fast import data, standardize_structure
-from sgmim_fast.data.png import encode_png
+from sgmim_fast.data.map_file import encode_png
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 NAMES = ["a/1", "a/2", "b/c/3", "d", "e.x"]

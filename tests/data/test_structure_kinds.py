@@ -24,7 +24,7 @@ from sgmim_fast import cli, data
 from sgmim_fast.engine import log
 from sgmim_fast.errors import UserError
 from sgmim_fast.pretrain import build
-from sgmim_fast.pretrain.runs import find, load
+from sgmim_fast.pretrain.build import find, load
 
 HEIGHT, WIDTH, CLASSES = 80, 96, 5
 

@@ -11,8 +11,9 @@ from torch.utils import _pytree as pytree
 pytest.importorskip("accelerate", reason="pre-training needs the extra [train]")
 from pretraining import tiny
 
-from sgmim_fast.engine.order import Layout, Order, mix
-from sgmim_fast.pretrain import masks
+from sgmim_fast.data.seeds import mix
+from sgmim_fast.engine.loader import Layout, Order
+from sgmim_fast.pretrain.build import draw_masks
 
 SPLITS = [(8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 2, 2), (1, 2, 4)]  # batch, accumulate, processes: 8 images a step
 
@@ -58,7 +59,7 @@ def test_epochs_and_seeds_differ():
 def test_masks_are_drawn_on_the_cells_that_make_up_a_unit(shown, stride, side):
     def draw(stride: int | None):
         settings = tiny(mask__shown=shown).mask
-        return masks.draw(settings, 64, 6, seed=0, step=1, device=torch.device("cpu"), stride=stride)
+        return draw_masks(settings, 64, 6, seed=0, step=1, device=torch.device("cpu"), stride=stride)
 
     units, found = draw(None), draw(stride)
     assert all(units.mask.flatten(1).sum(1) == 10)  # ceil(0.6 * 16)
@@ -67,17 +68,10 @@ def test_masks_are_drawn_on_the_cells_that_make_up_a_unit(shown, stride, side):
         assert torch.equal(actual, expected)
 
 
-def test_part_is_deprecated():
-    whole = masks.draw(tiny().mask, 64, 6, seed=0, step=1, device=torch.device("cpu"))
-    with pytest.warns(DeprecationWarning, match=r"mask\.part\(first, count\)"):
-        part = masks.part(whole, 2, 3)
-    assert torch.equal(part.mask, whole.mask[2:5])
-
-
 def test_masks_come_from_seed_and_step():
     draw = [
-        masks.draw(tiny().mask, 64, 4, seed, step, torch.device("cpu")).mask for seed, step in ((0, 0), (0, 1), (1, 0))
+        draw_masks(tiny().mask, 64, 4, seed, step, torch.device("cpu")).mask for seed, step in ((0, 0), (0, 1), (1, 0))
     ]
     torch.manual_seed(9)  # the default generator has no part in it
-    assert torch.equal(masks.draw(tiny().mask, 64, 4, 0, 0, torch.device("cpu")).mask, draw[0])
+    assert torch.equal(draw_masks(tiny().mask, 64, 4, 0, 0, torch.device("cpu")).mask, draw[0])
     assert not torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])

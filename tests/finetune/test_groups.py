@@ -8,7 +8,7 @@ import pytest
 from downstream import FAMILIES, features
 
 from sgmim_fast.errors import UserError
-from sgmim_fast.finetune.groups import param_groups
+from sgmim_fast.finetune.build import param_groups
 from sgmim_fast.finetune.heads import DenseModel, create_model
 
 

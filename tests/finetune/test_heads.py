@@ -147,7 +147,7 @@ def test_images_that_do_not_fit() -> None:
 
 def test_it_learns() -> None:
     """A few steps on one batch lower the loss, with fused blocks and checkpointing."""
-    from sgmim_fast.finetune.groups import param_groups
+    from sgmim_fast.finetune.build import param_groups
     from sgmim_fast.finetune.losses import silog
 
     torch.manual_seed(0)

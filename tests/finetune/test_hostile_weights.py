@@ -25,7 +25,7 @@ from sgmim_fast.errors import UserError
 from sgmim_fast.finetune import weights
 from sgmim_fast.finetune.encoder import create_features
 from sgmim_fast.fourier.encoders import load as load_for_fourier
-from sgmim_fast.pretrain import runs
+from sgmim_fast.pretrain import build
 
 NAME, SMALL = "vit_tiny_patch16_224", {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 64}
 
@@ -184,7 +184,7 @@ def test_a_runs_checkpoint_needs_no_other_weights(tmp_path, monkeypatch, command
     run = tmp_path / "run"
     with fresh_accelerate():
         assert cli.main(["pretrain", f"--out={run}", *run_arguments(optim__epochs=0.25, optim__warmup_epochs=0)]) == 0
-        facts = runs.checkpoint.choose(run) / "checkpoint.json"
+        facts = build.checkpoint.choose(run) / "checkpoint.json"
         content = json.loads(facts.read_text())
         content["config"]["model"]["arguments"] |= {
             "pretrained": True,

@@ -18,8 +18,7 @@ from sgmim_fast.engine.settings import (
     with_changes,
 )
 from sgmim_fast.errors import UserError
-from sgmim_fast.pretrain.config import Config
-from sgmim_fast.pretrain.presets import PRESETS, preset
+from sgmim_fast.pretrain.config import PRESETS, Config, preset
 
 # docs/SPEC.md "Published recipes": epochs, base lr, warm-up lr, min lr, schedule, drop path; image size and window
 RECIPES = {

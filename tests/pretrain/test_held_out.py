@@ -14,10 +14,11 @@ from torch.utils.data import default_collate
 
 from sgmim_fast import cli
 from sgmim_fast.data import DataError, FolderPairs, Scenes, standardize_valid
+from sgmim_fast.data.seeds import mix
 from sgmim_fast.engine import log
-from sgmim_fast.engine.order import mix
 from sgmim_fast.errors import UserError
-from sgmim_fast.pretrain import build, held_out, masks, pictures
+from sgmim_fast.pretrain import build
+from sgmim_fast.pretrain.task import held_out_losses
 
 
 @pytest.fixture
@@ -39,8 +40,8 @@ def names(dataset) -> list[str]:
 
 def create(**changes):
     config = tiny(**changes)
-    held_out.check(config)
-    return held_out.create(config, build.create_dataset(config))
+    build.check(config)
+    return build.hold_out(config, build.create_dataset(config))
 
 
 @pytest.mark.parametrize("kind", ["scenes", "folders"])
@@ -129,11 +130,12 @@ def test_mean_over_the_images(count):
         model = build.create_model(config)
         pairs = Pairs(count)
         state = torch.get_rng_state()
-        found = held_out.losses(model, pairs, config, accelerator())
+        found = held_out_losses(model, pairs, config, accelerator())
         assert model.training and torch.equal(torch.get_rng_state(), state)
     batch = default_collate([pairs[index] for index in range(count)])
     structure, valid = standardize_valid(batch["structure"])
-    drawn = masks.draw(config.mask, config.data.size, count, mix(config.run.seed, 6), 0, torch.device("cpu"))
+    seed = mix(config.run.seed, "held out")
+    drawn = build.draw_masks(config.mask, config.data.size, count, seed, 0, torch.device("cpu"))
     with torch.no_grad():
         expected = model.eval()(batch["image"], structure, drawn, return_losses=True, structure_valid=valid)
     # known pixels are counted batch by batch
@@ -149,7 +151,7 @@ def test_every_process_computes_as_often(count):
     with fresh_accelerate():
         torch.manual_seed(0)
         model = build.create_model(config)
-        alone = held_out.losses(model, Pairs(count), config, accelerator())
+        alone = held_out_losses(model, Pairs(count), config, accelerator())
         for rank in range(3):
             number = 0
 
@@ -160,7 +162,7 @@ def test_every_process_computes_as_often(count):
             hook = model.register_forward_hook(called)
             part, totals = accelerator(rank, 3), []
             part.reduce = lambda total, how, totals=totals: totals.append(total) or total.clamp(min=1e-9)
-            held_out.losses(model, Pairs(count), config, part)
+            held_out_losses(model, Pairs(count), config, part)
             hook.remove()
             calls.append(number)
             sums += totals[0][[1, 3]]
@@ -217,12 +219,12 @@ def test_a_few_pixels_far_away():
 
 def test_smoothed_curves(tmp_path):
     line = [float(i) for i in range(50)]
-    assert pictures.smooth(line) == pytest.approx(line)  # straight ones stay as they are
+    assert log.smooth(line) == pytest.approx(line)  # straight ones stay as they are
     noisy = [x + (-1) ** i for i, x in enumerate(line)]
-    assert max(abs(a - b) for a, b in zip(pictures.smooth(noisy)[3:-3], line[3:-3], strict=True)) < 0.4
-    assert pictures.smooth([]) == [] and pictures.smooth([1.0]) == [1.0]
+    assert max(abs(a - b) for a, b in zip(log.smooth(noisy)[3:-3], line[3:-3], strict=True)) < 0.4
+    assert log.smooth([]) == [] and log.smooth([1.0]) == [1.0]
     tests = [{"step": 10, "val_image_loss": 0.5}]
     lines = [{"step": i, "image_loss": None if i == 3 else 1.0, "lr": 0.1} for i in range(20)]
     for name, given in (("a.png", lines), ("b.png", [])):
-        pictures.curves(given, tmp_path / name, ("image_loss",), tests)
+        log.curves(given, tmp_path / name, ("image_loss",), tests)
         assert (tmp_path / name).stat().st_size > 1000

@@ -9,8 +9,8 @@ from timm.scheduler import CosineLRScheduler
 pytest.importorskip("accelerate", reason="pre-training needs the extra [train]")
 from tiny import family
 
-from sgmim_fast.pretrain.optimizer import create_optimizer, learning_rate
-from sgmim_fast.pretrain.presets import preset
+from sgmim_fast.pretrain.build import create_optimizer, learning_rate
+from sgmim_fast.pretrain.config import preset
 
 
 @pytest.mark.parametrize(

@@ -26,16 +26,16 @@ from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgmim_fast import cli, data
+from sgmim_fast.data.seeds import mix
 from sgmim_fast.engine import checkpoint, log
+from sgmim_fast.engine.launch import SIGNALS
+from sgmim_fast.engine.loader import Layout
 from sgmim_fast.engine.lock import RunLock
-from sgmim_fast.engine.order import Layout, mix
 from sgmim_fast.engine.settings import with_changes
 from sgmim_fast.engine.step import Stepper
-from sgmim_fast.engine.stop import SIGNALS
 from sgmim_fast.engine.trainer import Trainer
 from sgmim_fast.errors import UserError
-from sgmim_fast.pretrain import masks
-from sgmim_fast.pretrain.runs import find, load
+from sgmim_fast.pretrain.build import draw_masks, find, load
 from sgmim_fast.pretrain.task import Pretraining
 
 
@@ -212,8 +212,8 @@ def test_one_step_by_hand(clip):
     batch = torch.utils.data.default_collate(items)
     done = stepper(0, iter([batch]))
 
-    torch.manual_seed(mix(0, 3, 0, 0))
-    mask = masks.draw(config.mask, 64, 4, 0, 0, torch.device("cpu"))
+    torch.manual_seed(mix(0, "step", 0, 0))
+    mask = draw_masks(config.mask, 64, 4, 0, 0, torch.device("cpu"))
     structure, valid = data.standardize_valid(batch["structure"])
     losses = model(batch["image"], structure, mask, return_losses=True, structure_valid=valid)
     losses.total.backward()

@@ -16,7 +16,7 @@ from pretraining import Pairs, fresh_accelerate, same, tiny, weights
 from sgmim_fast import backends
 from sgmim_fast.engine import checkpoint, log
 from sgmim_fast.engine.trainer import Trainer
-from sgmim_fast.pretrain.runs import find
+from sgmim_fast.pretrain.build import find
 from sgmim_fast.pretrain.task import Pretraining
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from sgmim_fast.data import PairTransform, Scenes
-from sgmim_fast.engine.order import mix
+from sgmim_fast.data.seeds import mix
 
 
 class SceneMaps(Dataset):
@@ -29,7 +29,7 @@ class SceneMaps(Dataset):
         self.task = task
         transform = PairTransform(size, scale=(1, 1), ratio=(1, 1), flip=0.5 if train else 0)
         labels = task == "segmentation"
-        self._scenes = Scenes(count, size, seed=mix(seed, 5, train), transform=transform, labels=labels)
+        self._scenes = Scenes(count, size, seed=mix(seed, "fine-tuning", train), transform=transform, labels=labels)
 
     def set_epoch(self, epoch: int) -> None:
         self._scenes.set_epoch(epoch)

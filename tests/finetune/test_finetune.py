@@ -28,7 +28,6 @@ from sgmim_fast.engine.trainer import Trainer
 from sgmim_fast.finetune.build import learning_rate
 from sgmim_fast.finetune.config import PRESETS, Config, Optim
 from sgmim_fast.finetune.task import Finetuning
-from sgmim_fast.pretrain.build import find
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +114,7 @@ def test_segmentation_with_upernet_learns_from_an_exported_encoder(tmp_path):
     assert finetune(run, "segmentation", **changes, optim__epochs=1) == 0
     found = log.read(run, log.METRICS)[-1]
     assert 0 <= found["mIoU"] <= found["aAcc"] <= 1
-    saved = find(run, None, Config, "finetune")
+    saved = checkpoint.find(run, None, Config, "finetune")
     model = Finetuning(saved.config).create_model()
     assert torch.equal(model.features.model.patch_embed.proj.weight, encoder.model.patch_embed.proj.weight)
     file.unlink()
@@ -128,7 +127,7 @@ def test_segmentation_with_upernet_learns_from_an_exported_encoder(tmp_path):
 def test_a_frozen_encoder_stays_as_it_is(tmp_path):
     run = tmp_path / "run"
     assert finetune(run, model__freeze=True, optim__epochs=1) == 0
-    task = Finetuning(find(run, None, Config, "finetune").config)
+    task = Finetuning(checkpoint.find(run, None, Config, "finetune").config)
     torch.manual_seed(0)
     saved = weights(run, 4)
     fresh = task.create_model().state_dict()

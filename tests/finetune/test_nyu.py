@@ -195,7 +195,9 @@ def test_bad_mat_files(tmp_path):
 @pytest.mark.parametrize("package", ["h5py", "scipy"])
 def test_a_missing_package_is_named(labelled, monkeypatch, package):
     monkeypatch.setitem(sys.modules, "scipy.io" if package == "scipy" else package, None)
-    with pytest.raises(ModuleNotFoundError, match=f"need {package}, which is not installed: .*'sgmim_fast.finetune.'"):
+    with pytest.raises(
+        ModuleNotFoundError, match=f"need {package}, which is not installed: .*'sgmim_fast.downstream.'"
+    ):
         NYU(labelled[0], "train")
 
 

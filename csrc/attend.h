@@ -16,7 +16,7 @@ constexpr int32_t QUERIES = 32, KEYS = 32;
 constexpr int32_t MOST_LANES = 8;  // threads that share a row
 
 // q, out, dout, dq (visible, heads * depth); k, v, dk, dv (shown + 1, heads * depth), the last row being the hidden
-// cells'. lse (visible, heads). Elements of type T; what a pass does not use may be null.
+// cells'. lse (2, visible, heads): logsumexp of the logits, the largest one and the rest apart. Elements of type T; what a pass does not use may be null.
 template <class T>
 struct Attention {
   const T *q, *k, *v, *dout;
@@ -58,6 +58,7 @@ struct Tiles {
   T *q, *k, *v, *dout, *p, *ds;        // (32, depth) and, the last two, (QUERIES, KEYS)
   float *s, *dp, *sum, *more;          // (QUERIES, KEYS) and, the last two, (32, depth)
   float *part, *other, *top, *norm;    // (QUERIES, MOST_LANES) and, the last two, (QUERIES,)
+  float* log_sum;                      // (QUERIES,)
   int32_t depth, stride, wide_stride;  // depth rounded up to 16; of the rows in T and in float
 
   static constexpr int32_t P_STRIDE = KEYS + 16 / sizeof(T), S_STRIDE = KEYS + 4;
@@ -83,12 +84,13 @@ struct Tiles {
     take(top, QUERIES);
     take(norm, QUERIES);
     dout = ds = nullptr;
-    dp = more = nullptr;
+    dp = more = log_sum = nullptr;
     if (backward) {
       take(dout, QUERIES * stride);
       take(ds, QUERIES * P_STRIDE);
       take(dp, QUERIES * S_STRIDE);
       take(more, KEYS * wide_stride);
+      take(log_sum, QUERIES);
     }
     return used;
   }
@@ -218,12 +220,15 @@ SGMIM_HOST_DEVICE void attend(
   const int32_t rows = place.queries - begin < QUERIES ? place.queries - begin : QUERIES;
   const auto out_row = [&](int32_t i) { return place.first_query + begin + i; };
   store_rows(group, a, place.head, t.sum, t.norm, rows, out_row, t, a.out);
-  for (int32_t i = group.rank(); i < rows; i += group.size())
-    a.lse[out_row(i) * a.heads + place.head] = t.norm[i] > 0 ? t.top[i] + logf(t.norm[i]) : 0.0f;
+  for (int32_t i = group.rank(); i < rows; i += group.size()) {
+    float* const lse = a.lse + out_row(i) * a.heads + place.head;
+    lse[0] = t.norm[i] > 0 ? t.top[i] : 0.0f;
+    lse[a.queries * a.heads] = t.norm[i] > 0 ? logf(t.norm[i]) : 0.0f;
+  }
 }
 
-// Loads queries [begin, begin + QUERIES) with what the backward needs of them: q, dout, top = log-sums and norm = sums
-// of dout * out. Ends with a barrier.
+// Loads queries [begin, begin + QUERIES) with what the backward needs of them: q, dout, top and log_sum = both parts of
+// lse, and norm = sums of dout * out. Ends with a barrier.
 template <class Group, class T>
 SGMIM_HOST_DEVICE void load_queries(
     const Group& group, const Attention<T>& a, const Place& place, int32_t begin, const Tiles<T>& t) {
@@ -236,7 +241,11 @@ SGMIM_HOST_DEVICE void load_queries(
       const int64_t at = row_of(begin + row) * a.heads * a.depth + int64_t{place.head} * a.depth;
       for (int32_t d = lane; d < a.depth; d += lanes)
         total += static_cast<float>(a.dout[at + d]) * static_cast<float>(a.out[at + d]);
-      if (lane == 0) t.top[row] = a.lse[row_of(begin + row) * a.heads + place.head];
+      if (lane == 0) {
+        const float* const lse = a.lse + row_of(begin + row) * a.heads + place.head;
+        t.top[row] = lse[0];
+        t.log_sum[row] = lse[a.queries * a.heads];
+      }
     }
     t.part[row * MOST_LANES + lane] = total;
   });
@@ -268,7 +277,7 @@ SGMIM_HOST_DEVICE void weights_and_gradients(
   each_row(group, [&](int32_t row, int32_t lane, int32_t lanes) {
     for (int32_t j = lane; j < KEYS; j += lanes) {
       const float s = logit(t.s[row * Tiles<T>::S_STRIDE + j], first + j, place, a.scale, log_hidden);
-      const float p = begin + row < place.queries ? expf(s - t.top[row]) : 0.0f;
+      const float p = begin + row < place.queries ? expf(s - t.top[row] - t.log_sum[row]) : 0.0f;
       const float ds = p != 0 ? p * (t.dp[row * Tiles<T>::S_STRIDE + j] - t.norm[row]) * scale : 0.0f;
       t.p[row * Tiles<T>::P_STRIDE + j] = static_cast<T>(p);
       t.ds[row * Tiles<T>::P_STRIDE + j] = static_cast<T>(ds);

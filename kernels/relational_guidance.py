@@ -49,6 +49,14 @@ def _logits(q, k, j, count, hidden, scale, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _lse(lse, row, there, visible, heads, head):
+    """Both parts of the rows' logsumexp."""
+    at = row * heads + head
+    row_max = tl.load(lse + at, mask=there, other=0.0)
+    return row_max, tl.load(lse + visible * heads + at, mask=there, other=0.0)
+
+
+@triton.jit
 def _relational_guidance_forward_kernel(
     q, k, v, out, lse, visible_offsets, shown_offsets, visible, last, cells, heads, width, scale,
     KEEP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -82,8 +90,9 @@ def _relational_guidance_forward_kernel(
         d = tl.arange(0, BLOCK_D)
         at = row[:, None] * width + head * D + d[None, :]
         tl.store(out + at, cast(total, out.dtype.element_ty), mask=(i < queries)[:, None] & (d < D)[None, :])
-        total_log = tl.where(some, top + tl.log(tl.where(some, norm, 1.0)), 0.0)
-        tl.store(lse + row * heads + head, total_log, mask=i < queries)
+        at = row * heads + head
+        tl.store(lse + at, tl.where(some, top, 0.0), mask=i < queries)
+        tl.store(lse + visible * heads + at, tl.log(tl.where(some, norm, 1.0)), mask=i < queries)
 
 
 @triton.jit
@@ -114,8 +123,9 @@ def _relational_guidance_backward_kernel(
                 grad = _rows(dout, row, i < queries, width, head, D, BLOCK_D)
                 attended = _rows(out, row, i < queries, width, head, D, BLOCK_D)
                 delta = tl.sum(grad.to(tl.float32) * attended.to(tl.float32), 1)
-                norm = tl.load(lse + row * heads + head, mask=i < queries, other=0.0)
-                p = tl.exp(_logits(query, key, j, count, hidden, scale, PRECISION) - norm[:, None])
+                row_max, log_sum = _lse(lse, row, i < queries, visible, heads, head)
+                s = _logits(query, key, j, count, hidden, scale, PRECISION)
+                p = tl.exp(s - row_max[:, None] - log_sum[:, None])
                 dp = dot(grad, tl.trans(value), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
                 ds = tl.where(single, 0.0, p * (dp - delta[:, None]) * scale)
                 dvalue = dot(tl.trans(cast(p, grad.dtype)), grad, dvalue, PRECISION)
@@ -136,14 +146,15 @@ def _relational_guidance_backward_kernel(
             grad = _rows(dout, row, i < queries, width, head, D, BLOCK_D)
             attended = _rows(out, row, i < queries, width, head, D, BLOCK_D)
             delta = tl.sum(grad.to(tl.float32) * attended.to(tl.float32), 1)
-            norm = tl.load(lse + row * heads + head, mask=i < queries, other=0.0)
+            row_max, log_sum = _lse(lse, row, i < queries, visible, heads, head)
             dquery = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             for start in range(0, count + 1, BLOCK_N):
                 j = start + tl.arange(0, BLOCK_N)
                 key_row = tl.where(j < count, first + j, last)
                 key = _rows(k, key_row, j <= count, width, head, D, BLOCK_D)
                 value = _rows(v, key_row, j <= count, width, head, D, BLOCK_D)
-                p = tl.exp(_logits(query, key, j, count, hidden, scale, PRECISION) - norm[:, None])
+                s = _logits(query, key, j, count, hidden, scale, PRECISION)
+                p = tl.exp(s - row_max[:, None] - log_sum[:, None])
                 dp = dot(grad, tl.trans(value), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
                 ds = tl.where(single, 0.0, p * (dp - delta[:, None]) * scale)
                 dquery = dot(cast(ds, key.dtype), key, dquery, PRECISION)
@@ -175,7 +186,7 @@ def _options(q: Tensor, packed: Packed, backward: bool) -> dict[str, Any]:
 def guidance_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
     """Cost: reads q, and k and v once per block of 32 queries; 1 launch."""
     out = torch.empty_like(q)
-    lse = torch.empty(q.shape[0], packed.heads, dtype=torch.float32, device=q.device)
+    lse = torch.empty(2, q.shape[0], packed.heads, dtype=torch.float32, device=q.device)
     options = _options(q, packed, False)
     launch(
         _relational_guidance_forward_kernel,

@@ -57,12 +57,12 @@ std::vector<float> attend(int32_t threads) {
   };
   const auto q = random(QUERIES * DEPTH), k = random(ROWS * DEPTH), v = random(ROWS * DEPTH);
   const auto dout = random(QUERIES * DEPTH);
-  std::vector<float> all(2 * QUERIES * DEPTH + 2 * ROWS * DEPTH + QUERIES + 2 * DEPTH);
+  std::vector<float> all(2 * QUERIES * DEPTH + 2 * ROWS * DEPTH + 2 * QUERIES + 2 * DEPTH);
   const int64_t visible[2] = {0, QUERIES}, shown[2] = {0, SHOWN};
   sgmim::Attention<float> a{};
   a.q = q.data(), a.k = k.data(), a.v = v.data(), a.dout = dout.data();
   a.out = all.data(), a.dq = a.out + QUERIES * DEPTH, a.dk = a.dq + QUERIES * DEPTH, a.dv = a.dk + ROWS * DEPTH;
-  a.lse = a.dv + ROWS * DEPTH, a.hidden_sums = a.lse + QUERIES;
+  a.lse = a.dv + ROWS * DEPTH, a.hidden_sums = a.lse + 2 * QUERIES;
   a.visible_offsets = visible, a.shown_offsets = shown;
   a.images = 1, a.queries = QUERIES, a.last = SHOWN, a.cells = 45, a.heads = 1, a.depth = DEPTH, a.scale = 0.2f, a.keep = true;
   constexpr int32_t BLOCKS = 2;

@@ -18,6 +18,7 @@ struct AttentionShape {
   int64_t images, cells, heads, width;
   bool keep_hidden;
 
+  int64_t rows() const { return query_offsets[images]; }
   int64_t head_width() const { return width / heads; }
   int64_t hidden_cells(int64_t image) const {
     return keep_hidden ? cells - (key_offsets[image + 1] - key_offsets[image]) : 0;
@@ -90,7 +91,7 @@ void attention_heads(
     const T* k,                   // (shown rows + 1, width), the last row is the hidden cells'
     const T* v,                   // like k
     T* out,                       // (visible rows, width)
-    float* lse,                   // (visible rows, heads): log of the sum of exponentials
+    float* lse,  // (2, visible rows, heads): logsumexp of the logits, the largest one and the rest apart
     const AttentionShape* shape, int64_t begin, int64_t end) {
   const int64_t d = shape->head_width(), ds = Scratch::padded(d);
   const float scale = 1.0f / __builtin_sqrtf(d);
@@ -123,7 +124,9 @@ void attention_heads(
         sum += e;
       }
       const float total = hsum(sum);  // 0 only where nothing at all is shown and the hidden cells are dropped
-      lse[(first + r) * shape->heads + head] = total > 0 ? highest + __builtin_logf(total) : 0.0f;
+      const int64_t at = (first + r) * shape->heads + head;
+      lse[at] = total > 0 ? highest : 0.0f;
+      lse[shape->rows() * shape->heads + at] = total > 0 ? __builtin_logf(total) : 0.0f;
       const float inverse = total > 0 ? 1.0f / total : 0.0f;
       for (int64_t j = 0; j < ks; j += LANES) store(row + j, load(row + j) * inverse);
     }
@@ -137,7 +140,7 @@ template <class T>
 void attention_backward_heads(
     const T* dout,  // (visible rows, width)
     const T* q, const T* k, const T* v,
-    const float* lse,  // (visible rows, heads)
+    const float* lse,  // (2, visible rows, heads)
     T* dq,             // (visible rows, width)
     T* dk,             // (shown rows + 1, width): the shown rows are written here
     T* dv,             // like dk
@@ -164,15 +167,16 @@ void attention_backward_heads(
     transpose(key, ds, keys, d, kt, ks);
     small_product(grad, ds, kt, ks, dp, ks, queries, ks, d);
 
-    // p, from the logits and the saved log-sum
+    // p, from the logits and the saved logsumexp
     load_keys(k, *shape, image, head, key, ds);
     transpose(key, ds, keys, d, kt, ks);
     small_product(query, ds, kt, ks, p, ks, queries, ks, d);
     for (int64_t r = 0; r < queries; ++r) {
       float *row = p + r * ks, *drow = dp + r * ks;
       if (hidden > 0) row[shown] += __builtin_logf(hidden);
-      const float log_sum = lse[(first + r) * shape->heads + head];
-      for (int64_t j = 0; j < ks; j += LANES) store(row + j, exp(load(row + j) - log_sum));
+      const int64_t lse_at = (first + r) * shape->heads + head;
+      const float highest = lse[lse_at], log_sum = lse[shape->rows() * shape->heads + lse_at];
+      for (int64_t j = 0; j < ks; j += LANES) store(row + j, exp(load(row + j) - highest - log_sum));
       // dout . out is the same sum and already there, but rounded otherwise: of a single key the gradient is exactly 0
       for (int64_t j = keys; j < ks; ++j) row[j] = drow[j] = 0.0f;
       vf dot = {};
@@ -224,7 +228,7 @@ static AttentionShape attention_shape(
   SGMIM_CHECK(heads > 0 && width % heads == 0, "heads ", heads, " must divide the width ", width);
   check_packed(k, "k", q.scalar_type(), k.numel());
   check_packed(v, "v", q.scalar_type(), k.numel());
-  check_packed(lse, "lse", ScalarType::Float, q.size(0) * heads);
+  check_packed(lse, "lse", ScalarType::Float, 2 * q.size(0) * heads);
   SGMIM_CHECK(query_offsets.numel() == key_offsets.numel(), "visible.offsets and shown.offsets must be of as many images");
   check_offsets(query_offsets, q.size(0), "visible.offsets");
   check_offsets(key_offsets, k.size(0) - 1, "shown.offsets");

@@ -52,7 +52,7 @@ Attention<T> describe(
   check_packed(k, "k", type, q, k.numel());
   check_packed(v, "v", type, q, k.numel());
   check_packed(out, "out", type, q, q.numel());
-  check_packed(lse, "lse", ScalarType::Float, q, q.size(0) * heads);
+  check_packed(lse, "lse", ScalarType::Float, q, 2 * q.size(0) * heads);
   check_packed(visible_offsets, "visible_offsets", ScalarType::Long, q, images + 1);
   check_packed(shown_offsets, "shown_offsets", ScalarType::Long, q, images + 1);
   SGMIM_CHECK(k.size(0) > 0 && k.size(1) == width, "k must be (shown cells + 1, ", width, ")");

@@ -51,15 +51,18 @@ class _Attention:
         return torch.cat([self.pack(grid[:, :, :-1], self.shown), last])
 
     def probabilities(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Softmax over the keys, 0 where there is none, and the logsumexp of the logits."""
+        """Softmax over the keys, 0 where there is none, and the logsumexp of the logits in two parts."""
         logits = q @ k.mT * self.scale + self.bias
-        lse = logits.logsumexp(-1, keepdim=True)
-        lse = torch.where(lse.isfinite(), lse, 0)
-        return (logits - lse).exp(), lse
+        row_max = logits.amax(-1, keepdim=True)
+        row_max = torch.where(row_max.isfinite(), row_max, 0)
+        p = (logits - row_max).exp()
+        row_sum = p.sum(-1, keepdim=True)
+        row_sum = torch.where(row_sum > 0, row_sum, 1)
+        return p / row_sum, torch.stack([row_max, row_sum.log()])
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         p, lse = self.probabilities(self.spread(q, self.visible), self.keys(k))
-        return self.pack(p @ self.keys(v), self.visible), self.pack(lse, self.visible)
+        return self.pack(p @ self.keys(v), self.visible), torch.stack([self.pack(t, self.visible) for t in lse])
 
     def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, dout = self.spread(q, self.visible), self.keys(k), self.keys(v), self.spread(dout, self.visible)

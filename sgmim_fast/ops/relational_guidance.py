@@ -51,7 +51,7 @@ class Saved(NamedTuple):
     k: Tensor  # (shown + 1, C)
     v: Tensor  # (shown + 1, C)
     attended: Tensor  # (visible, C) attention's result
-    lse: Tensor  # (visible, heads) log of the attention's normaliser
+    lse: Tensor  # (2, visible, heads) logsumexp of the logits: the largest one, and the rest
     t: Tensor  # (visible, C) after the attention's residual
     hidden: Tensor  # (visible, hidden) before GELU
     query_statistics: Tensor  # (2, visible) mean and 1 / standard deviation
@@ -233,7 +233,7 @@ def _fake(a: Arguments) -> tuple[Tensor, list[Tensor]]:
         k=empty(shown, width),
         v=empty(shown, width),
         attended=empty(visible, width),
-        lse=empty(visible, a.heads, dtype=wide),
+        lse=empty(2, visible, a.heads, dtype=wide),
         t=empty(visible, width),
         hidden=empty(visible, a.parameters.fc1_weight.shape[0]),
         query_statistics=empty(2, visible, dtype=wide),

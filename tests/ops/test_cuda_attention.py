@@ -46,13 +46,13 @@ def check(
 
     q, k, v, dout = (t.numpy() for t in (*wide, grad))
     offsets = [np.concatenate([[0], np.cumsum(counts)]).astype(np.int64) for counts in (visible, shown)]
-    out, sums = np.full_like(q, np.nan), np.full((queries, heads), np.nan, np.float32)
+    out, sums = np.full_like(q, np.nan), np.full((2, queries, heads), np.nan, np.float32)
     bodies.attend(q, k, v, *offsets, out, sums, cells, heads, keep, threads)
     dq, dk, dv = (np.full_like(t, np.nan) for t in (q, k, v))
     hidden = np.full((2, len(visible), width), np.nan, np.float32)
     results = dq, dk, dv, hidden
     bodies.attend_backward(dout, q, k, v, out, sums, *offsets, *results, cells, heads, keep, threads, blocks)
-    pairs = {"out": (out, expected), "lse": (sums, lse)}
+    pairs = {"out": (out, expected), "lse": (sums.sum(0), lse)}
     pairs |= {name: (a, leaf.grad) for name, a, leaf in zip(("dq", "dk", "dv"), (dq, dk, dv), leaves, strict=True)}
     # Where a key has nearly all the weight, terms as large as this cancel in dq and dk; 0.3 of their rounding was seen.
     most = [max(0, 0, *t.view(-1, depth).norm(dim=-1).tolist()) for t in wide]
@@ -99,7 +99,7 @@ def test_the_number_of_blocks_changes_no_bit(bodies):
     q, dout = (np.random.randn(sum(visible), width).astype(np.float32) for _ in range(2))
     k, v = (np.random.randn(sum(shown) + 1, width).astype(np.float32) for _ in range(2))
     offsets = [np.concatenate([[0], np.cumsum(counts)]).astype(np.int64) for counts in (visible, shown)]
-    out, lse = np.empty_like(q), np.empty((len(q), 2), np.float32)
+    out, lse = np.empty_like(q), np.empty((2, len(q), 2), np.float32)
     bodies.attend(q, k, v, *offsets, out, lse, 60, 2, True, 1)
     found = []
     for blocks in (1, 3, 40):

@@ -146,7 +146,7 @@ def test_a_launch_too_large_is_named():
     """2^25 parts of 64 heads of 2 images are 2^32 blocks; nothing is read before that is seen."""
     q, k = torch.zeros(1, 64, device="cuda"), torch.zeros(1, 64, device="cuda")
     offsets = torch.zeros(3, dtype=torch.int64, device="cuda")
-    lse = torch.zeros(1, 64, device="cuda")
+    lse = torch.zeros(2, 64, device="cuda")
     with pytest.raises(RuntimeError, match="a launch of 4294967296 blocks; CUDA takes less than 2"):
         torch.ops.sgmim_fast_cuda.attention(q, k, k, offsets, offsets, q.clone(), lse, 2**30, 64, True)
 

@@ -103,7 +103,7 @@ def column_sums(xs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def guidance_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
-    out, lse = torch.empty_like(q), torch.empty(q.shape[0], packed.heads)
+    out, lse = torch.empty_like(q), torch.empty(2, q.shape[0], packed.heads)
     torch.ops.sgmim_fast_cpu.attention(q, k, v, *packed, out, lse)
     return out, lse
 

@@ -36,7 +36,7 @@ def can_run(part: str, a: Any) -> tuple[bool, str]:
 def guidance_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
     """Cost: reads q, and k and v once per 32 queries; 1 launch."""
     out = torch.empty_like(q)
-    lse = torch.empty(q.shape[0], packed.heads, dtype=torch.float32, device=q.device)
+    lse = torch.empty(2, q.shape[0], packed.heads, dtype=torch.float32, device=q.device)
     offsets, sizes = (packed.visible_offsets, packed.shown_offsets), packed[4:]
     torch.ops.sgmim_fast_cuda.attention(q, k, v, *offsets, out, lse, *sizes)
     return out, lse

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 from sgmim_fast import dense, visible
 from sgmim_fast import guidance as branch
 from sgmim_fast.encoders import VISIBLE
-from sgmim_fast.fused import unmodified
+from sgmim_fast.fused import blocks, unmodified
 from sgmim_fast.fused.accelerate import accelerate as make_faster
 from sgmim_fast.guidance import RelationalGuidance, StructureEncoder
 from sgmim_fast.masking import DenseMask, SelectiveMask, aligned, resize, search, without_lists
+from sgmim_fast.ops import target
+from sgmim_fast.ops.weights import cast_together
 from sgmim_fast.reference import Losses
 from sgmim_fast.standardized import check_standardized
 
@@ -119,16 +122,24 @@ class SGMIM(nn.Module):
         else:
             mask = mask.on(cells) if aligned(mask.mask.shape[1:], cells) else without_lists(mask)
         structure = self._known(structure, structure_valid)
+        if torch.compiler.is_compiling() or not target.on_gpu(images):
+            losses = self._losses(images, structure, mask, structure_valid)
+        else:
+            with cast_together(self._linear_weights):
+                losses = self._losses(images, structure, mask, structure_valid)
+        return losses if return_losses else losses.total
 
+    def _losses(
+        self, images: Tensor, structure: Tensor | None, mask: SelectiveMask | DenseMask, valid: Tensor | None
+    ) -> Losses:
+        """The paper's Figure 2, of arguments that are checked and a mask on the encoder's cells."""
         features = self._encode(images, mask)
         path = dense if isinstance(mask, DenseMask) or self._branch_changed(features) else visible
         image = path.image_loss(self, features, images, mask)
         if self.guidance is None:
-            losses = Losses(image, image, torch.zeros_like(image))
-        else:
-            guided = path.structure_loss(self, features, structure, mask, structure_valid)
-            losses = Losses(image + guided, image, guided)
-        return losses if return_losses else losses.total
+            return Losses(image, image, torch.zeros_like(image))
+        guided = path.structure_loss(self, features, structure, mask, valid)
+        return Losses(image + guided, image, guided)
 
     @torch.no_grad()
     def predict(
@@ -164,6 +175,11 @@ class SGMIM(nn.Module):
             return image, None
         guided = dense.guide(self, features, structure, mask)
         return image, dense.predict(self.structure_head, guided, structure, self.encoder_stride)
+
+    def _linear_weights(self) -> Iterator[Tensor]:
+        """Those that the ops read in a forward."""
+        branch = self.structure_encoder, self.guidance, self.structure_head
+        yield from blocks.linear_weights(self, also=(self.image_head, *(part for part in branch if part is not None)))
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         return images.shape[2] // self.encoder_stride, images.shape[3] // self.encoder_stride

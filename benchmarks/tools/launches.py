@@ -26,6 +26,7 @@ import sgmim_fast
 from sgmim_fast import backends
 from sgmim_fast.fused import blocks
 from sgmim_fast.kernels import compile as ahead
+from sgmim_fast.kernels import products as kernel_products
 from sgmim_fast.ops import products
 from sgmim_fast.ops.target import Target
 from sgmim_fast.ops.target import caught as launches_caught
@@ -37,9 +38,11 @@ FREE |= {"device", "promote_types", "scalar_tensor"}
 FLOAT32_ON_CUDA = {F.layer_norm, F.softmax, torch.softmax, Tensor.softmax, F.normalize, F.l1_loss, Tensor.norm}
 
 
-def launches_nothing(func: Any) -> bool:
-    """Whether an ATen operator is a view, an allocation or a question."""
-    return func.is_view or func._opname in FREE or func._opname.startswith("_unsafe_view")
+def launches_nothing(func: Any, args: Any, result: Any) -> bool:
+    """Whether a call of an ATen operator is a view, an allocation or a question. Some that may be views are copies."""
+    if func._opname in FREE or func._opname.startswith("_unsafe_view"):
+        return True
+    return func.is_view and sizes(result).keys() <= sizes(args).keys()
 
 
 def through_triton(func: Any, args: tuple) -> Any:
@@ -104,7 +107,7 @@ class Trace(TorchDispatchMode):
                 return through_triton(func, args)
         result = func(*args, **kwargs)
         name = func._opname
-        if launches_nothing(func):
+        if launches_nothing(func, (args, kwargs), result):
             return result
         operands, results = list(tensors((args, kwargs))), list(tensors(result))
         count = flop_registry.get(func.overloadpacket)
@@ -216,6 +219,12 @@ def operations_of(name: str, a: dict[str, Any]) -> float:
     return 0
 
 
+def wgrad(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In place of `kernels.products._wgrad`: one launch, as on a GPU, where the library's gemm writes any dtype."""
+    product = dy.t() @ x
+    return product if product.dtype == dtype else torch.empty_like(product, dtype=dtype)
+
+
 @contextmanager
 def caught(trace: Trace, target: Target) -> Iterator[None]:
     """The Triton backend as on the target, its launches caught."""
@@ -223,6 +232,7 @@ def caught(trace: Trace, target: Target) -> Iterator[None]:
         stack.enter_context(mock.patch.object(backends, "can_run", lambda *args, **options: (True, "")))
         stack.enter_context(products.compute_bfloat16_in(torch.bfloat16))
         stack.enter_context(launches_caught(trace.launch, target))
+        stack.enter_context(mock.patch.object(kernel_products, "_wgrad", wgrad))
         stack.enter_context(trace)
         yield
 

@@ -8,14 +8,14 @@ called as timm would, one half of the block at a time, and the log says so once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache, partial
 from inspect import Parameter, signature
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import Attention, Mlp, PatchEmbed
+from timm.layers import Attention, LayerScale, Mlp, PatchEmbed
 from timm.layers.format import Format
 from timm.models import beit, swin_transformer, swin_transformer_v2, vision_transformer
 from torch import Tensor, nn
@@ -42,19 +42,13 @@ def _vectors(norm: nn.LayerNorm | None) -> dict[str, Any]:
     return {} if norm is None else {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
 
 
-def norm_mlp(x: Tensor, norm: nn.LayerNorm | None, mlp: Mlp, **options: bool) -> Tensor:
+def norm_mlp(x: Tensor, norm: nn.LayerNorm | None, mlp: Mlp, **options: Any) -> Tensor:
     layers = mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
     return ops.norm_mlp(x, *layers, **_vectors(norm), **options)
 
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm | None, weight: Tensor, bias: Tensor | None) -> Tensor:
     return ops.norm_linear(x, weight, bias, **_vectors(norm))
-
-
-def _through(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
-    for module in modules:
-        x = module(x)
-    return x
 
 
 def here(x: Tensor) -> bool:
@@ -74,11 +68,13 @@ def _has_kernels(device: str) -> bool:
 
 def _window_fits(x: Tensor, tokens: int) -> bool:
     """Whether a window of so many tokens is one for the kernels: on a GPU timm's own attention takes the large ones."""
+    return x.device.type == "cpu" or tokens <= most_tokens_on_a_gpu(_dtype(x))
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """That gemms are asked for in."""
     device = x.device.type
-    if device == "cpu":
-        return True
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return tokens <= most_tokens_on_a_gpu(dtype)
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class _Fused:
@@ -126,11 +122,17 @@ class _Fused:
             x = getattr(self, name)(x)
         return x
 
-    def _add_mlp(self, x: Tensor, after: Check) -> Tensor:
-        """x + mlp(norm2(x)), the MLP's result going through layer scale and drop path first."""
-        if not after.why(self):
-            return norm_mlp(x, self.norm2, self.mlp, residual=True)
-        return x + self._through(after, norm_mlp(x, self.norm2, self.mlp))
+    def _add(self, x: Tensor, half: Callable[..., Tensor], after: Check, scale: Tensor | None = None) -> Tensor:
+        """x + scale * half(x), going through the children in `after` before it is added, if they do anything."""
+        outside = scale is not None and _dtype(x) == torch.float16  # which is too narrow for scale * weight
+        options = {} if scale is None or outside else {"layer_scale": scale}
+        if not outside and not after.why(self):
+            return half(x, residual=True, **options)
+        y = half(x, **options)
+        return x + self._through(after, scale * y if outside else y)
+
+    def _mlp(self, x: Tensor, **options: Any) -> Tensor:
+        return norm_mlp(x, self.norm2, self.mlp, **options)
 
 
 def _windows_fit(x: Tensor, tokens: int) -> str:
@@ -281,7 +283,7 @@ class SwinTransformerBlock(Swin, swin_transformer.SwinTransformerBlock):
         if self._left("mlp", self.mlp_half.why(self)):
             flat = flat + self.drop_path2(self.mlp(self.norm2(flat)))
         else:
-            flat = self._add_mlp(flat, PATH2)
+            flat = self._add(flat, self._mlp, PATH2)
         return flat.view(x.shape)
 
 
@@ -378,14 +380,19 @@ def _one_window(
     qkv_bias: Tensor | None,
     bias: Tensor | None,
     index: Tensor | None,
+    layer_scale: Tensor | None = None,
     residual: bool = False,
 ) -> Tensor:
-    """The attention half of all tokens (B, N, C) over all of them, with the norm before."""
+    """The attention half of all tokens (B, N, C) over all of them, with the norm before, times `layer_scale`."""
     if bias is None and x.device.type == "cuda":
         attended = _flash(norm_linear(x, norm, attn.qkv.weight, qkv_bias), attn.num_heads)
-        return ops.norm_linear(attended, attn.proj.weight, attn.proj.bias, residual=x if residual else None)
+        if layer_scale is None:
+            return ops.norm_linear(attended, attn.proj.weight, attn.proj.bias, residual=x if residual else None)
+        y = ops.norm_linear(attended, attn.proj.weight, attn.proj.bias) * layer_scale
+        return x + y if residual else y
     layers = {"qkv_weight": attn.qkv.weight, "proj_weight": attn.proj.weight, "proj_bias": attn.proj.bias}
-    options = {"qkv_bias": qkv_bias, "bias": bias, "index": index, "residual": residual, **_vectors(norm)}
+    options = {"qkv_bias": qkv_bias, "bias": bias, "index": index, **_vectors(norm)}
+    options |= {"layer_scale": layer_scale, "residual": residual}
     return ops.norm_attention(x.unsqueeze(1), attn.num_heads, (1, x.shape[1]), **layers, **options).squeeze(1)
 
 
@@ -405,10 +412,8 @@ BEIT_ATTENTION = unmodified.attention(
 
 
 class BeitBlock(_Fused, beit.Block):
-    """BEiT: norm1 and qkv, attention over all tokens with relative position bias, projection; norm2 and MLP.
-
-    Its layer scale keeps the residuals outside the ops.
-    """
+    """BEiT: norm1 and qkv, attention over all tokens with relative position bias, projection; norm2 and MLP; each half
+    with its layer scale."""
 
     timm = beit.Block
     attention = Check(norm1=NORM, attn=BEIT_ATTENTION)
@@ -429,19 +434,18 @@ class BeitBlock(_Fused, beit.Block):
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         if self._as_timm(x):
             return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
+        scales = (None, None) if self.gamma_1 is None else (self.gamma_1, self.gamma_2)  # as timm asks, gamma_1 alone
         if self._left("attention", self._attention_reason() or _windows_fit(x, x.shape[1])):
-            attended = self.attn(self.norm1(x), shared_rel_pos_bias=shared_rel_pos_bias)
+            y = self.attn(self.norm1(x), shared_rel_pos_bias=shared_rel_pos_bias)
+            x = x + self.drop_path1(y if scales[0] is None else scales[0] * y)
         else:
-            attended = self._fused(x, shared_rel_pos_bias)
-        x = x + self.drop_path1(attended if self.gamma_1 is None else self.gamma_1 * attended)
+            x = self._add(x, partial(self._fused, shared=shared_rel_pos_bias), PATH1, scales[0])
         if self._left("mlp", self.mlp_half.why(self)):
-            hidden = self.mlp(self.norm2(x))
-        else:
-            hidden = norm_mlp(x, self.norm2, self.mlp)
-        # timm asks for gamma_1 here, too
-        return x + self.drop_path2(hidden if self.gamma_1 is None else self.gamma_2 * hidden)
+            y = self.mlp(self.norm2(x))
+            return x + self.drop_path2(y if scales[1] is None else scales[1] * y)
+        return self._add(x, self._mlp, PATH2, scales[1])
 
-    def _fused(self, x: Tensor, shared: Tensor | None) -> Tensor:
+    def _fused(self, x: Tensor, shared: Tensor | None, **options: Any) -> Tensor:
         attn = self.attn
         qkv_bias = None if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
         bias = attn.relative_position_bias_table
@@ -449,7 +453,7 @@ class BeitBlock(_Fused, beit.Block):
         if shared is not None:
             shared = shared.view(shared.shape[-3:])
             bias, index = shared if bias is None else attn._get_rel_pos_bias().squeeze(0) + shared, None
-        return _one_window(x, self.norm1, attn, qkv_bias, bias, index)
+        return _one_window(x, self.norm1, attn, qkv_bias, bias, index, **options)
 
 
 # `attn_mask` and, in newer versions, `is_causal`: timm passes them on, and hooks see them
@@ -461,8 +465,15 @@ _NO_MASK = {
 VIT_ATTENTION = unmodified.attention(Attention, LINEAR, q_norm=IDENTITY, k_norm=IDENTITY, norm=IDENTITY)
 
 
-SCALE_AND_PATH1 = Check(ls1=IDENTITY, drop_path1=INACTIVE_DROP_PATH)
-SCALE_AND_PATH2 = Check(ls2=IDENTITY, drop_path2=INACTIVE_DROP_PATH)
+LAYER_SCALE = Own(
+    nn.Identity,
+    LayerScale,
+    tensors=("gamma",),
+    also=lambda scale: "in place" if getattr(scale, "inplace", False) else "",
+)
+SCALE1, SCALE2 = Check(ls1=LAYER_SCALE), Check(ls2=LAYER_SCALE)
+SCALE_AND_PATH1 = Check(ls1=LAYER_SCALE, drop_path1=INACTIVE_DROP_PATH)
+SCALE_AND_PATH2 = Check(ls2=LAYER_SCALE, drop_path2=INACTIVE_DROP_PATH)
 
 
 class ViTBlock(_Fused, vision_transformer.Block):
@@ -485,12 +496,19 @@ class ViTBlock(_Fused, vision_transformer.Block):
         if self._left("attention", self.attention.why(self) or _windows_fit(x, x.shape[1])):
             x = x + self.drop_path1(self.ls1(attn(self.norm1(x), **_NO_MASK)))
         else:
-            added = not SCALE_AND_PATH1.why(self)
-            y = _one_window(x, self.norm1, attn, attn.qkv.bias, None, None, residual=added)
-            x = y if added else x + self._through(SCALE_AND_PATH1, y)
+            x = self._add(x, self._fused, *self._after(SCALE1, PATH1, SCALE_AND_PATH1))
         if self._left("mlp", self.mlp_half.why(self)):
             return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return self._add_mlp(x, SCALE_AND_PATH2)
+        return self._add(x, self._mlp, *self._after(SCALE2, PATH2, SCALE_AND_PATH2))
+
+    def _fused(self, x: Tensor, **options: Any) -> Tensor:
+        return _one_window(x, self.norm1, self.attn, self.attn.qkv.bias, None, None, **options)
+
+    def _after(self, scale: Check, path: Check, both: Check) -> tuple[Check, Tensor | None]:
+        """What comes after a half of the block, and what its result is multiplied by before."""
+        if scale.why(self):
+            return both, None
+        return path, getattr(getattr(self, scale.names[0]), "gamma", None)
 
 
 def _output(stem: PatchEmbed) -> str:
@@ -534,6 +552,18 @@ def masked_stem(stem: PatchEmbed, x: Tensor, mask_token: Tensor, visible: Tensor
         norm = {"norm_weight": stem.norm.weight, "norm_bias": stem.norm.bias, "eps": stem.norm.eps}
     tokens = ops.masked_patch_embed(x, stem.proj.weight, stem.proj.bias, mask_token.flatten(), visible, **norm)
     return tokens if stem.flatten else tokens.unflatten(1, stem.dynamic_feat_size(x.shape[2:]))
+
+
+def linear_weights(model: nn.Module, also: Iterable[nn.Module] = ()) -> Iterator[Tensor]:
+    """Weights and biases of the linear layers in a model's blocks of these classes, and in others of its modules. None
+    where hooks are called in between, which may change them unseen."""
+    modules = list(model.modules())
+    if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
+        return
+    for part in (*also, *(module for module in modules if isinstance(module, _Fused))):
+        for layer in part.modules():
+            if type(layer) is nn.Linear:
+                yield from (t for t in layer._parameters.values() if type(t) in bypass.PLAIN)
 
 
 # timm's class -> ours

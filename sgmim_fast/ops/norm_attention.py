@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sgmim_fast.ops import _check
 from sgmim_fast.ops._op import Op
-from sgmim_fast.ops.norm_linear import check_norm, fake_norm
+from sgmim_fast.ops.norm_linear import check_layer_scale, check_norm, fake_norm
 from sgmim_fast.ops.primitives import (
     Gradients,
     Primitives,
@@ -21,6 +21,7 @@ from sgmim_fast.ops.primitives import (
     behind,
     behind_backward,
     result_dtype,
+    scaled_weights,
     storage_dtype,
 )
 from sgmim_fast.ops.weights import weights_in
@@ -37,6 +38,7 @@ class Arguments(NamedTuple):
     proj_bias: Tensor | None
     norm_weight: Tensor | None
     norm_bias: Tensor | None
+    layer_scale: Tensor | None
     bias: Tensor | None
     index: Tensor | None
     logit_scale: Tensor | None
@@ -76,6 +78,7 @@ def norm_attention(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
+    layer_scale: Tensor | None = None,
     bias: Tensor | None = None,
     index: Tensor | None = None,
     logit_scale: Tensor | None = None,
@@ -95,19 +98,20 @@ def norm_attention(
         proj_weight, proj_bias: (C, C) and (C,) or None.
         norm_weight, norm_bias: (C,) of the LayerNorm; both None: no LayerNorm.
         eps: of the LayerNorm.
+        layer_scale: (C,), what the result is multiplied by before x is added; not in float16, nor with `post_norm`.
         residual: whether x itself is added to the result.
         post_norm: whether the norm comes after the projection, and not before qkv.
 
     Returns:
-        (B, H, W, C); the autocast dtype, or that of `x`, with `residual` the wider one. Differentiable in every
-        floating-point tensor.
+        (B, H, W, C); the autocast dtype, or that of `x`, with `residual` or `layer_scale` the widest one.
+        Differentiable in every floating-point tensor.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what is expected.
 
     Source: Swin (arXiv 2103.14030), SwinV2 (arXiv 2111.09883).
     """
-    vectors = norm_weight, norm_bias, bias, index, logit_scale
+    vectors = norm_weight, norm_bias, layer_scale, bias, index, logit_scale
     options = heads, list(window), list(shift), residual, post_norm, eps, None
     out = _op(x, qkv_weight, qkv_bias, proj_weight, proj_bias, *vectors, *options)[0]
     return out.unflatten(0, x.shape[:-1])
@@ -123,13 +127,15 @@ def _check_arguments(a: Arguments) -> None:
     _check.parameter("proj_bias", a.proj_bias, (width,), "(channels of x,)")
     _check.same_dtype("x", a.x, "qkv_weight", a.qkv_weight, a.dtype)
     _check.same_dtype("x", a.x, "proj_weight", a.proj_weight, a.dtype)
+    check_layer_scale(a)
     check_windows(3 * width, a.windows(None))
 
 
 def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
     storage = storage_dtype(a.x, a.dtype)
     y, statistics = before(p, a, a.rows, storage)
-    qkv_weight, qkv_bias, weight, bias = weights_in(storage, a.qkv_weight, a.qkv_bias, a.proj_weight, a.proj_bias)
+    qkv_weight, qkv_bias = weights_in(storage, a.qkv_weight, a.qkv_bias)
+    weight, bias = scaled_weights(a.layer_scale, storage, a.proj_weight, a.proj_bias)
     qkv = p.linear(y, qkv_weight, qkv_bias).view(*a.x.shape[:3], 3 * a.x.shape[3])
     del y
     attended = p.window_attention(qkv, a.windows(qkv_bias))
@@ -140,9 +146,11 @@ def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
 def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gradients: Gradients) -> None:
     qkv, attended, *norm = saved
     storage = qkv.dtype
+    gradients.scaled(a.layer_scale, "proj_weight", a.proj_weight, "proj_bias", a.proj_bias)
     dout, added = behind_backward(p, a, norm, grad, storage, "proj_bias", gradients)
     gradients.weight("proj_weight", dout, attended.flatten(0, -2))
-    qkv_weight, weight = weights_in(storage, a.qkv_weight, a.proj_weight, last=True)
+    (qkv_weight,) = weights_in(storage, a.qkv_weight, last=True)
+    (weight,) = scaled_weights(a.layer_scale, storage, a.proj_weight, last=True)
     (dattended,) = p.dgrads([dout], [weight])
     del dout
     windows = a.windows(weights_in(storage, a.qkv_bias)[0] if a.padded else None)
@@ -168,7 +176,8 @@ def _fake(a: Arguments) -> tuple[Tensor, list[Tensor]]:
         return a.x.new_empty(*a.x.shape[:3], width, dtype=dtype)
 
     storage, width = storage_dtype(a.x, a.dtype), a.x.shape[3]
-    out = empty(width, result_dtype(a.x, a.x if a.residual else None, a.dtype)).flatten(0, -2)
+    dtype = result_dtype(a.x, a.x if a.residual else None, a.dtype, a.layer_scale)
+    out = empty(width, dtype).flatten(0, -2)
     return out, [empty(3 * width, storage), empty(width, storage), *fake_norm(a)]
 
 

@@ -88,6 +88,22 @@ def check_norm(a: Any) -> None:
         _check.parameter(name, getattr(a, name), (a.x.shape[-1],), "(channels of x,)")
 
 
+def check_layer_scale(a: Any) -> None:
+    """Of a half of a block that may end in one."""
+    if a.layer_scale is None:
+        return
+    _check.parameter("layer_scale", a.layer_scale, (a.x.shape[-1],), "(channels of x,)")
+    if a.post_norm:
+        raise ValueError("layer_scale and post_norm: expected one of them; a norm undoes a scale before it")
+    if a.layer_scale.dtype == torch.float64 != a.x.dtype:
+        raise TypeError(f"layer_scale has dtype torch.float64; expected at most torch.float32, as x is {a.x.dtype}")
+    if (a.dtype or a.x.dtype) == torch.float16:
+        raise TypeError(
+            "layer_scale with float16, which cannot hold a small scale times a weight; expected another dtype, or the "
+            "result multiplied afterwards"
+        )
+
+
 def fake_norm(a: Any) -> list[Tensor]:
     """What is saved of the norm, if there is one: statistics, and its argument where it comes after the layers."""
     if a.norm_weight is None:

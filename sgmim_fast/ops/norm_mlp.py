@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sgmim_fast.ops import _check
 from sgmim_fast.ops._op import Op
-from sgmim_fast.ops.norm_linear import check_norm, fake_norm, request
+from sgmim_fast.ops.norm_linear import check_layer_scale, check_norm, fake_norm, request
 from sgmim_fast.ops.primitives import (
     Gradients,
     Primitives,
@@ -18,6 +18,7 @@ from sgmim_fast.ops.primitives import (
     behind,
     behind_backward,
     result_dtype,
+    scaled_weights,
     storage_dtype,
 )
 from sgmim_fast.ops.weights import weights_in
@@ -33,6 +34,7 @@ class Arguments(NamedTuple):
     fc2_bias: Tensor
     norm_weight: Tensor | None
     norm_bias: Tensor | None
+    layer_scale: Tensor | None
     residual: bool
     post_norm: bool
     eps: float
@@ -49,6 +51,7 @@ def norm_mlp(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
+    layer_scale: Tensor | None = None,
     residual: bool = False,
     post_norm: bool = False,
 ) -> Tensor:
@@ -60,20 +63,22 @@ def norm_mlp(
         fc2_weight, fc2_bias: (O, hidden), (O,).
         norm_weight, norm_bias: (C,) of the LayerNorm; both None: no LayerNorm.
         eps: of the LayerNorm.
+        layer_scale: (C,), what the result is multiplied by before x is added, O = C; not in float16, nor with
+            `post_norm`.
         residual: whether x itself is added to the result, O = C; its gradient is then added in the norm's backward.
         post_norm: whether the norm comes after the second layer, and not before the first, as in SwinV2; O = C.
 
     Returns:
-        (..., O); the autocast dtype, or that of `x`, with `residual` the wider one. Differentiable in every tensor.
-        GELU is the exact one.
+        (..., O); the autocast dtype, or that of `x`, with `residual` or `layer_scale` the widest one. Differentiable in
+        every tensor. GELU is the exact one.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what is expected.
     """
     if x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., channels)")
-    layers, norm = (fc1_weight, fc1_bias, fc2_weight, fc2_bias), (norm_weight, norm_bias)
-    out = _op(x.flatten(0, -2), *layers, *norm, residual, post_norm, eps, None)[0]
+    layers, vectors = (fc1_weight, fc1_bias, fc2_weight, fc2_bias), (norm_weight, norm_bias, layer_scale)
+    out = _op(x.flatten(0, -2), *layers, *vectors, residual, post_norm, eps, None)[0]
     return out.unflatten(0, x.shape[:-1])
 
 
@@ -88,6 +93,9 @@ def _check_arguments(a: Arguments) -> None:
     _check.parameter("fc2_bias", a.fc2_bias, a.fc2_weight.shape[:1], "(out,)")
     if a.residual:
         _check.shape("fc2_weight", a.fc2_weight, (width, hidden), "(channels of x, which is added, hidden)")
+    check_layer_scale(a)
+    if a.layer_scale is not None:
+        _check.shape("fc2_weight", a.fc2_weight, (width, hidden), "(channels of x, as layer_scale has, hidden)")
     if a.post_norm:
         _check.shape("fc2_weight", a.fc2_weight, (width, hidden), "(channels of the norm behind it, hidden)")
     _check.same_dtype("x", a.x, "fc1_weight", a.fc1_weight, a.dtype)
@@ -97,7 +105,8 @@ def _check_arguments(a: Arguments) -> None:
 def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
     storage = storage_dtype(a.x, a.dtype)
     y, statistics = before(p, a, a.x, storage)
-    w1, b1, w2, b2 = weights_in(storage, a.fc1_weight, a.fc1_bias, a.fc2_weight, a.fc2_bias)
+    w1, b1 = weights_in(storage, a.fc1_weight, a.fc1_bias)
+    w2, b2 = scaled_weights(a.layer_scale, storage, a.fc2_weight, a.fc2_bias)
     hidden, activated = p.linear_gelu(y, w1, b1)
     out, norm = behind(p, a, a.x, activated, w2, b2)
     return out, [hidden, *statistics, *norm]
@@ -105,8 +114,10 @@ def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
 
 def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gradients: Gradients) -> None:
     (hidden, *norm), dy = saved, None
+    gradients.scaled(a.layer_scale, "fc2_weight", a.fc2_weight, "fc2_bias", a.fc2_bias)
     grad, added = behind_backward(p, a, norm, grad, hidden.dtype, "fc2_bias", gradients)
-    w1, w2 = weights_in(hidden.dtype, a.fc1_weight, a.fc2_weight, last=True)
+    (w1,) = weights_in(hidden.dtype, a.fc1_weight, last=True)
+    (w2,) = scaled_weights(a.layer_scale, hidden.dtype, a.fc2_weight, last=True)
     dhidden, activated, fc1_bias = p.dgrad_gelu(grad, w2, hidden)
     gradients.sums({"fc1_bias": fc1_bias})
     gradients.weight("fc2_weight", grad, activated)
@@ -119,7 +130,7 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
 
 def _fake(a: Arguments) -> tuple[Tensor, list[Tensor]]:
     hidden = a.x.new_empty(a.x.shape[0], a.fc1_weight.shape[0], dtype=storage_dtype(a.x, a.dtype))
-    dtype = result_dtype(a.x, a.x if a.residual else None, a.dtype)
+    dtype = result_dtype(a.x, a.x if a.residual else None, a.dtype, a.layer_scale)
     return a.x.new_empty(a.x.shape[0], a.fc2_weight.shape[0], dtype=dtype), [hidden, *fake_norm(a)]
 
 

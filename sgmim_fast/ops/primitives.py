@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sgmim_fast.ops import products
+from sgmim_fast.ops.weights import weights_in
 
 
 class Norm(NamedTuple):
@@ -158,7 +159,9 @@ class Primitives(Protocol):
 
     def guidance_attention(self, q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
         """Attention of each image's visible rows q (visible, C) over its shown keys, of k and v (shown + 1, C), and the
-        last key for all its hidden cells: (visible, C), and the logsumexp of the logits, (visible, heads)."""
+        last key for all its hidden cells: (visible, C), and the logsumexp of the logits, (2, visible, heads), in two
+        parts: the largest logit, and the rest. In one number the backward's softmax would not sum to 1: the last place
+        of logits in the hundreds is 1e-5."""
 
     def guidance_attention_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, packed: Packed
@@ -222,6 +225,7 @@ class Gradients:
         self._found: dict[str, Tensor] = {}
         self._sums: dict[str, Any] = {}
         self._waiting: dict[str, tuple[Tensor, Tensor]] = {}
+        self._scaled: tuple[Tensor, str, Tensor, str, Tensor | None] | None = None
 
     def __contains__(self, name: str) -> bool:
         return name in self.wanted
@@ -245,6 +249,27 @@ class Gradients:
         """Of a norm's two."""
         self.sums({weight: norm.weight, bias: norm.bias})
 
+    def scaled(self, scale: Tensor | None, weight: str, w: Tensor, bias: str, b: Tensor | None) -> None:
+        """What will be given of a layer's weight and bias is that of scale * w and scale * b, see `scaled_weights`. The
+        gradient of "layer_scale" follows from both."""
+        if scale is None:
+            return
+        self._scaled = scale, weight, w, bias, b
+        if "layer_scale" in self.wanted:
+            self.wanted = self.wanted | {weight: w} | ({} if b is None else {bias: b})
+
+    def _unscale(self) -> None:
+        """d(scale * w) to dw and dscale."""
+        scale, weight, w, bias, b = self._scaled
+        dweight, dbias = self._found.get(weight), self._found.get(bias)
+        if "layer_scale" in self.wanted:
+            total = torch.bmm(dweight.unsqueeze(1), w.to(dweight.dtype).unsqueeze(2)).flatten()
+            self._found["layer_scale"] = total if b is None else total.addcmul_(dbias, b)
+        if dweight is not None:
+            self._found[weight] = dweight * scale[:, None]
+        if dbias is not None:
+            self._found[bias] = dbias * scale
+
     def _multiply(self) -> None:
         if self._waiting:
             dys, xs = zip(*self._waiting.values(), strict=True)
@@ -258,6 +283,8 @@ class Gradients:
         if self._sums:
             dtypes = [self.wanted[name].dtype for name in self._sums]
             self._found |= zip(self._sums, self._p.finish(list(self._sums.values()), dtypes), strict=True)
+        if self._scaled is not None:
+            self._unscale()
         for name, gradient in self._found.items():
             like = self.wanted[name]
             if gradient.dtype != like.dtype:
@@ -277,10 +304,29 @@ def storage_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return products.compute_dtype(dtype or x.dtype, x.device)
 
 
-def result_dtype(x: Tensor, residual: Tensor | None, dtype: torch.dtype | None) -> torch.dtype:
-    """As of the sum in PyTorch."""
+def result_dtype(
+    x: Tensor, residual: Tensor | None, dtype: torch.dtype | None, scale: Tensor | None = None
+) -> torch.dtype:
+    """As of scale * (a layer's result in `dtype`, or else that of x) + residual in PyTorch."""
     wanted = dtype or x.dtype
-    return wanted if residual is None else torch.promote_types(wanted, residual.dtype)
+    for other in (scale, residual):
+        wanted = wanted if other is None else torch.promote_types(wanted, other.dtype)
+    return wanted
+
+
+def scaled_weights(
+    scale: Tensor | None, dtype: torch.dtype, weight: Tensor, *bias: Tensor | None, last: bool = False
+) -> list[Tensor | None]:
+    """`weights_in` of a layer whose result is multiplied by `scale` (O,), layer scale: of scale * weight and bias."""
+    if scale is None:
+        return weights_in(dtype, weight, *bias, last=last)
+    factors = (scale[:, None], scale)  # one launch each: cast as they are written
+    return [
+        None
+        if t is None
+        else torch.mul(t, by, out=torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format))
+        for t, by in zip((weight, *bias), factors, strict=False)
+    ]
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -334,7 +380,7 @@ def behind(
 ) -> tuple[Tensor, list[Tensor]]:
     """The last layer, the norm if it comes after it, and the residual; statistics and argument of that norm."""
     added = rows if a.residual else None
-    dtype = result_dtype(rows, added, a.dtype)
+    dtype = result_dtype(rows, added, a.dtype, a.layer_scale)
     if not a.post_norm or a.norm_weight is None:
         return p.linear(x, weight, bias, residual=added, dtype=dtype), []
     t = p.linear(x, weight, bias)

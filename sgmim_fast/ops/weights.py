@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterable, Iterator
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -9,6 +13,44 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sgmim_fast.ops import target
 
 _kept: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> its version, and the copy that its forward made
+_model: contextvars.ContextVar[_Model | None] = contextvars.ContextVar("sgmim_fast.weights", default=None)
+
+
+class _Model:
+    """The weights of one forward of a model, and their copies, which are made when the first one is read."""
+
+    def __init__(self, weights: Callable[[], Iterable[Tensor]]):
+        self._weights = weights
+        self._copies: dict[torch.dtype, WeakIdKeyDictionary] = {}
+
+    def copy(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """None for a weight that is not the model's, or has changed since."""
+        if dtype not in self._copies:
+            weights = [w for w in self._weights() if (w.device, w.dtype) == (weight.device, weight.dtype)]
+            self._copies[dtype] = found = WeakIdKeyDictionary()
+            for w, copy in zip(weights, _copies([w.detach() for w in weights], dtype), strict=True):
+                found[w] = _state(w), copy
+        state, copy = self._copies[dtype].get(weight, (None, None))
+        return copy if state is not None and state == _state(weight) else None
+
+
+def _state(weight: Tensor) -> tuple[int, int]:
+    """Changes with the values, but for a change in place through `.data`."""
+    return weight._version, weight.untyped_storage()._cdata
+
+
+@contextlib.contextmanager
+def cast_together(weights: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
+    """Within the block, the forward of a model, its weights are cast at once where they are cast at all.
+
+    weights: gives them, plain tensors, when the first is read. Within the block none may change in place through
+    `.data`, which leaves no trace.
+    """
+    token = _model.set(_Model(weights))
+    try:
+        yield
+    finally:
+        _model.reset(token)
 
 
 def weights_in(dtype: torch.dtype, *weights: Tensor | None, last: bool = False) -> list[Tensor | None]:
@@ -21,32 +63,47 @@ def weights_in(dtype: torch.dtype, *weights: Tensor | None, last: bool = False) 
     found = [None if weight is None else _as_it_is(weight, dtype, last) for weight in weights]
     missing = [i for i, weight in enumerate(weights) if weight is not None and found[i] is None]
     for i, copy in zip(missing, _copies([weights[i].detach() for i in missing], dtype), strict=True):
-        found[i], weight = copy, weights[i]
-        if not last and weight.ndim > 1 and weight.requires_grad and target.on_gpu(weight):
-            _kept[weight] = weight._version, copy
+        found[i] = copy
     if last:
         for weight in weights:
             if weight is not None:
                 _kept.pop(weight, None)
+        return found
+    for i, weight in enumerate(weights):
+        copied = weight is not None and weight.dtype != dtype
+        if copied and weight.ndim > 1 and weight.requires_grad and target.on_gpu(weight):
+            _kept[weight] = weight._version, found[i]
     return found
 
 
 def _as_it_is(weight: Tensor, dtype: torch.dtype, last: bool) -> Tensor | None:
-    """The weight, or for the last reader the copy that is kept; None where there has to be a new one."""
+    """The weight, or a copy that is there: for the last reader the one that is kept, for others the model's; None where
+    there has to be a new one."""
     if weight.dtype == dtype:
         return weight.detach().contiguous()
     if not last:
-        return None
+        model = _model.get() if target.on_gpu(weight) else None
+        return None if model is None else model.copy(weight, dtype)
     version, copy = _kept.get(weight, (None, None))
     return copy if copy is not None and version == weight._version and copy.dtype == dtype else None
 
 
+# of a launch and of a block of it on an H200, in microseconds: what 154 launches took with a Swin-B's weights in them
+_LAUNCH, _BLOCK, _NUMBERS = 2.5, 15.0, 65536
+
+
 def _copies(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Cost: 1 launch where they are enough for all multiprocessors, else 1 each: `torch._foreach_copy_` gives 65,536
-    numbers to a block, and for the few of a layer it took ten times what the traffic does (H200, a Swin-B's weights
-    twice: 154 launches, 2.4 ms).
+    """Cost: reads the weights, writes the copies; 1 launch or some if that is faster, else 1 each.
+
+    `torch._foreach_copy_` gives 65,536 numbers to a block: for the few large weights of a layer it took ten times what
+    the traffic does.
     """
-    if not weights or sum(w.numel() for w in weights) < target.target(weights[0].device).multiprocessors << 16:
+    if not weights:
+        return []
+    blocks = sum(-(-w.numel() // _NUMBERS) for w in weights)
+    longest = min(max(w.numel() for w in weights) / _NUMBERS, 1)
+    rounds = -(-blocks // target.target(weights[0].device).multiprocessors)
+    if _LAUNCH * len(weights) <= _LAUNCH + _BLOCK * longest * rounds:
         return [weight.to(dtype, memory_format=torch.contiguous_format) for weight in weights]
     copies = [torch.empty(weight.shape, dtype=dtype, device=weight.device) for weight in weights]
     torch._foreach_copy_(copies, weights)

@@ -37,7 +37,14 @@ EXAMPLES: dict[str, Callable[[], list[Any]]] = {
     ],
     "norm_attention": lambda: [
         *(torch.randn(2, 5, 4, 6), torch.randn(18, 6) / 2, torch.randn(18), torch.randn(6, 6) / 2, torch.randn(6)),
-        *(torch.randn(6), torch.randn(6), torch.randn(12, 2), torch.randint(12, (6, 6)), torch.randn(2)),
+        *(
+            torch.randn(6),
+            torch.randn(6),
+            torch.randn(6),
+            torch.randn(12, 2),
+            torch.randint(12, (6, 6)),
+            torch.randn(2),
+        ),
         *(2, [2, 3], [1, 1], True, False, 1e-5, None),
     ],
     "norm_linear": lambda: [
@@ -46,7 +53,7 @@ EXAMPLES: dict[str, Callable[[], list[Any]]] = {
     ],
     "norm_mlp": lambda: [
         *(torch.randn(4, 6), torch.randn(7, 6), torch.randn(7), torch.randn(6, 7), torch.randn(6)),
-        *(torch.randn(6), torch.randn(6), True, False, 1e-5, None),
+        *(torch.randn(6), torch.randn(6), torch.randn(6), True, False, 1e-5, None),
     ],
     "relational_guidance": lambda: [
         *(torch.randn(8, 6), torch.randn(4, 6)),

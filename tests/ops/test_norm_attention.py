@@ -15,13 +15,15 @@ from sgmim_fast.ops.norm_attention import _op
 
 NAMES = (
     *("x", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "norm_weight", "norm_bias"),
-    *("bias", "logit_scale"),
+    *("bias", "logit_scale", "layer_scale"),
 )
 EPS, HEADS = 1e-6, 2
 PRE, POST = {"residual": True}, {"residual": True, "post_norm": True}
 
 
-def inputs(grid=(4, 6), width=16, window=(2, 3), *, norm=True, cosine=False, hot=5.0, biases=True, table=True):
+def inputs(
+    grid=(4, 6), width=16, window=(2, 3), *, norm=True, cosine=False, hot=5.0, biases=True, table=True, scale=False
+):
     """float64, and the index of the biases."""
     n, entries = window[0] * window[1], (2 * window[0] - 1) * (2 * window[1] - 1)
     double = torch.float64
@@ -35,13 +37,14 @@ def inputs(grid=(4, 6), width=16, window=(2, 3), *, norm=True, cosine=False, hot
         vector(width) if norm else None,
         torch.randn(entries, HEADS, dtype=double) if table else None,
         torch.tensor([hot, 1.0], dtype=double) if cosine else None,  # from 4.6 on it is clamped
+        norm_weight(width) if scale else None,
     ], torch.randint(entries, (n, n)) if table else None
 
 
 def functions(window, shift, index, *, residual=False, post_norm=False):
     """Ours and plain PyTorch's of the tensors."""
 
-    def plain(x, qkv_weight, qkv_bias, proj_weight, proj_bias, gain, beta, bias, logit_scale):
+    def plain(x, qkv_weight, qkv_bias, proj_weight, proj_bias, gain, beta, bias, logit_scale, layer_scale):
         def norm(y):
             return y if gain is None else F.layer_norm(y, y.shape[-1:], gain, beta, EPS)
 
@@ -51,14 +54,15 @@ def functions(window, shift, index, *, residual=False, post_norm=False):
         attended = plain_windows(HEADS, window, shift, at)(qkv, bias, logit_scale, pad)
         y = F.linear(attended.to(qkv.dtype), proj_weight, proj_bias)
         y = norm(y) if post_norm else y
+        y = y if layer_scale is None else layer_scale * y
         return x + y if residual else y
 
-    def ours(x, qkv_weight, qkv_bias, proj_weight, proj_bias, gain, beta, bias, logit_scale):
+    def ours(x, qkv_weight, qkv_bias, proj_weight, proj_bias, gain, beta, bias, logit_scale, layer_scale):
         return norm_attention(
             x, HEADS, window, shift, qkv_weight=qkv_weight, qkv_bias=qkv_bias, proj_weight=proj_weight,
             proj_bias=proj_bias, norm_weight=gain, norm_bias=beta, eps=EPS, bias=bias,
             index=None if index is None else index.to(x.device), logit_scale=logit_scale,
-            residual=residual, post_norm=post_norm,
+            layer_scale=layer_scale, residual=residual, post_norm=post_norm,
         )  # fmt: skip
 
     return ours, plain
@@ -78,6 +82,14 @@ def test_float32(place, options, cosine, grid):
 @pytest.mark.parametrize("options", [PRE, POST], ids=str)
 def test_without_what_is_optional(place, options):
     check(place, *inputs(norm=False, biases=False, table=False), torch.float32, shift=(0, 0), **options)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_scale(place, residual, dtype):
+    with products.compute_bfloat16_in(torch.bfloat16):
+        tensors, index = inputs((4, 6), 32, scale=True)
+        check(place, tensors, index, dtype, residual=residual)
 
 
 @pytest.mark.parametrize("options", [{}, {"post_norm": True}], ids=str)
@@ -109,34 +121,40 @@ def test_a_float32_residual_stays_one_under_autocast(place, options, computed_in
     assert torch.equal(result, tensors[0]) and torch.equal(dx, cotangent)
 
 
-@pytest.mark.parametrize("wanted", [[i] for i in range(9)] + [[1, 3]], ids=str)
+@pytest.mark.parametrize("wanted", [[i] for i in range(10)] + [[1, 3], [3, 9], [4, 9]], ids=str)
 @pytest.mark.parametrize("options", [{}, PRE, POST], ids=str)
 def test_partial_gradients(place, wanted, options):
-    tensors, index = inputs((5, 4), cosine=True)
+    scale = not options.get("post_norm")
+    if 9 in wanted and not scale:
+        pytest.skip("a norm behind the layers has no layer scale behind it")
+    tensors, index = inputs((5, 4), cosine=True, scale=scale)
     ours, _ = functions((2, 3), (1, 1), index, **options)
-    low = [t.to(place.device, torch.float32) for t in tensors]
+    low = [None if t is None else t.to(place.device, torch.float32) for t in tensors]
     _, complete = gradients(ours, low, torch.ones(low[0].shape, device=place.device))
     for i in wanted:
         low[i].requires_grad_()
     ours(*low).sum().backward()
     for i, grad in enumerate(complete):
-        assert (low[i].grad is None) == (i not in wanted)
+        assert low[i] is None or (low[i].grad is None) == (i not in wanted)
         if i in wanted:
             torch.testing.assert_close(low[i].grad, grad)
 
 
 @pytest.mark.parametrize("options", [PRE, POST], ids=str)
 def test_gradcheck_and_opcheck(place, options):
-    tensors, index = inputs((3, 4), 4, cosine=True)
+    tensors, index = inputs((3, 4), 4, cosine=True, scale=options is PRE)
     if place.backend == "torch":
-        gradcheck64(functions((2, 3), (1, 1), index, **options)[0], [t.to(place.device) for t in tensors])
-    x, *rest = [t.to(place.device, torch.float32).requires_grad_() for t in tensors]
-    rest = *rest[:-1], index.to(place.device), rest[-1], HEADS, [2, 3], [1, 1]
-    opcheck(_op.overload, (x, *rest, options["residual"], options.get("post_norm", False), EPS, None))
+        gradcheck64(
+            functions((2, 3), (1, 1), index, **options)[0], [None if t is None else t.to(place.device) for t in tensors]
+        )
+    tensors = [None if t is None else t.to(place.device, torch.float32).requires_grad_() for t in tensors]
+    *layers, table, logit_scale, scale = tensors
+    rest = scale, table, index.to(place.device), logit_scale, HEADS, [2, 3], [1, 1]
+    opcheck(_op.overload, (*layers, *rest, options["residual"], options.get("post_norm", False), EPS, None))
 
 
 def test_errors():
-    (x, *layers, gain, _, table, _), _ = inputs()
+    (x, *layers, gain, _, table, _, _), _ = inputs()
     names = "qkv_weight", "qkv_bias", "proj_weight", "proj_bias"
 
     def call(message, error=ValueError, heads=HEADS, window=(2, 3), x=x, **changes):
@@ -158,10 +176,25 @@ def test_values_agree_with_three_ops(place):
     from sgmim_fast.ops import norm_linear, window_attention
 
     tensors, index = inputs()
-    x, w, b, proj, c, gain, beta, table, _ = (None if t is None else t.to(place.device, torch.float32) for t in tensors)
+    x, w, b, proj, c, gain, beta, table, *_ = (
+        None if t is None else t.to(place.device, torch.float32) for t in tensors
+    )
     index = index.to(place.device)
     qkv = norm_linear(x, w, b, norm_weight=gain, norm_bias=beta, eps=EPS)
     attended = window_attention(qkv, HEADS, (2, 3), (1, 1), bias=table, index=index)
     expected = norm_linear(attended, proj, c, residual=x)
     ours, _ = functions((2, 3), (1, 1), index, **PRE)
-    assert torch.equal(ours(x, w, b, proj, c, gain, beta, table, None), expected)
+    assert torch.equal(ours(x, w, b, proj, c, gain, beta, table, None, None), expected)
+
+
+def test_errors_of_layer_scale():
+    tensors, index = inputs(scale=True)
+    *rest, scale = tensors
+    ours, _ = functions((2, 3), (1, 1), index)
+    with pytest.raises(ValueError, match=r"layer_scale has shape \(15,\); expected .* = \(16\)"):
+        ours(*rest, scale[:15])
+    with pytest.raises(TypeError, match=r"layer_scale with float16, .*expected another dtype"):
+        ours(*(None if t is None else t.half() for t in tensors))
+    post, _ = functions((2, 3), (1, 1), index, post_norm=True)
+    with pytest.raises(ValueError, match=r"layer_scale and post_norm: expected one of them"):
+        post(*tensors)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import weakref
 
 import pytest
 import torch
 from torch import nn
 
-from sgmim_fast.ops import target
-from sgmim_fast.ops.weights import weights_in
+from sgmim_fast import SGMIM, create_encoder, selective_mask
+from sgmim_fast.ops import products, target, weights
+from sgmim_fast.ops.weights import cast_together, weights_in
 
 LOW = torch.bfloat16
 
@@ -119,3 +121,83 @@ def test_other_dtype_and_another_weight():
     twin = copy.deepcopy(weight)
     in_place(twin)
     assert torch.equal(weights_in(LOW, twin, last=True)[0], twin.detach().to(LOW))
+
+
+@pytest.fixture
+def copied(monkeypatch):
+    """Which weights are copied, call by call."""
+    calls, copies = [], weights._copies
+
+    def noted(given, dtype):
+        if given:
+            calls.append(len(given))
+        return copies(given, dtype)
+
+    monkeypatch.setattr(weights, "_copies", noted)
+    return calls
+
+
+def test_together(copied):
+    """One call for all of a model's, which the backward reads, too; none without a gemm in another dtype."""
+    first, second, bias, foreign = (nn.Parameter(torch.randn(*size)) for size in [(6, 5), (4, 6), (4,), (2, 2)])
+    with cast_together(lambda: [first, second, bias]):
+        assert weights_in(torch.float32, first)[0].data_ptr() == first.data_ptr() and copied == []
+        (found,) = weights_in(LOW, first)
+        assert torch.equal(found, first.to(LOW)) and not found.requires_grad
+        assert [torch.equal(t, w.to(LOW)) for t, w in zip(weights_in(LOW, second, bias), (second, bias), strict=True)]
+        assert copied == [3]
+        weights_in(LOW, foreign)
+    assert copied == [3, 1]
+    assert weights_in(LOW, first, last=True)[0] is found
+    weights_in(LOW, first)
+    assert copied == [3, 1, 1]  # the next forward reads the weight as it is
+
+
+@pytest.mark.parametrize("change", [in_place, other_data, step, load, load_assigned])
+def test_a_change_within_a_forward_is_seen(change):
+    """But for those that leave no trace there: in place through `.data`, and a fused optimizer's."""
+    weight, other = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(6, 5))
+    with cast_together(lambda: [weight, other]):
+        weights_in(LOW, other)
+        change(weight)
+        assert torch.equal(weights_in(LOW, weight)[0], weight.detach().to(LOW))
+
+
+def test_threads_have_forwards_of_their_own():
+    weight, found = nn.Parameter(torch.randn(6, 5)), []
+    with cast_together(lambda: [weight]):
+        (here,) = weights_in(LOW, weight)
+        thread = threading.Thread(target=lambda: found.extend(weights_in(LOW, weight)))
+        thread.start()
+        thread.join()
+        assert found[0] is not here and torch.equal(found[0], here)
+
+
+def tiny() -> SGMIM:
+    arguments = {"img_size": 64, "window_size": 2, "embed_dim": 16, "num_heads": (1, 2, 4, 8), "depths": (1, 1, 1, 1)}
+    return SGMIM(create_encoder("swin_base_patch4_window7_224", **arguments), encoder_stride=32)
+
+
+def trained(model: SGMIM) -> float:
+    torch.manual_seed(1)
+    batch = torch.randn(2, 3, 64, 64), torch.randn(2, 1, 64, 64), selective_mask(2, 2)
+    with torch.autocast("cpu", LOW), products.compute_bfloat16_in(LOW):
+        loss = model(*batch)
+    loss.backward()
+    return loss.item()
+
+
+def test_a_model_casts_its_weights_once(copied):
+    model = tiny()
+    linears = [layer for layer in model.modules() if type(layer) is nn.Linear]
+    expected = sum(len(list(layer.parameters())) for layer in linears)
+    loss = trained(model)
+    assert max(copied) == expected and sum(copied) <= expected + 6  # patch embeddings are convolutions
+    grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    handle = model.encoder.register_forward_hook(lambda *_: None)
+    copied.clear()
+    assert trained(model) == loss and max(copied) < 16  # what a hook does to a weight would not be seen
+    handle.remove()
+    for grad, p in zip(grads, (p for p in model.parameters() if p.grad is not None), strict=True):
+        assert torch.equal(grad, p.grad)

@@ -563,7 +563,7 @@ def linear_weights(model: nn.Module, also: Iterable[nn.Module] = ()) -> Iterator
     for part in (*also, *(module for module in modules if isinstance(module, _Fused))):
         for layer in part.modules():
             if type(layer) is nn.Linear:
-                yield from (t for t in layer._parameters.values() if type(t) in bypass.PLAIN)
+                yield from (t for t in layer._parameters.values() if type(t) in unmodified.PLAIN)
 
 
 # timm's class -> ours

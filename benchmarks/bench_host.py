@@ -5,6 +5,7 @@
 eager        timm's blocks and the dense branch (sgmim_fast.reference), PyTorch in eager mode
 sgmim        sgmim_fast.SGMIM around timm's blocks, the branch through the Triton kernels
 accelerated  sgmim_fast.SGMIM with its blocks through them, too
+compiled     the same through torch.compile (--compile: minutes), whose launches are Triton's and C++ loops of its own
 
 Runs anywhere, in bfloat16 autocast: the Triton kernels' launches are caught in place of being made, so what Triton
 itself takes for a launch (5 to 7 us on a device, more for many arguments) is missing. Milliseconds of the process, on
@@ -81,7 +82,7 @@ def on_triton(listener: Callable[..., None]) -> Iterator[None]:
         yield
 
 
-def columns(encoder: str) -> dict[str, Callable[[], Tensor]]:
+def columns(encoder: str, compiled: bool = False) -> dict[str, Callable[[], Tensor]]:
     name, arguments, stride = ENCODERS[encoder]
 
     def build(accelerate: bool) -> SGMIM:
@@ -101,19 +102,23 @@ def columns(encoder: str) -> dict[str, Callable[[], Tensor]]:
 
         return run
 
-    return {
+    found = {
         "eager": step(plain, lambda: reference.sgmim_losses(plain, images, structure, drawn).total),
         "sgmim": step(plain, lambda: plain(images, structure, drawn)),
         "accelerated": step(fast, lambda: fast(images, structure, drawn)),
     }
+    if compiled:
+        faster = torch.compile(fast)
+        found["compiled"] = step(fast, lambda: faster(images, structure, drawn))
+    return found
 
 
 def nothing(*_: Any) -> None:
     """A launch that is not made."""
 
 
-def measure(encoder: str, rounds: int) -> list[dict[str, Any]]:
-    steps = columns(encoder)
+def measure(encoder: str, rounds: int, compiled: bool = False) -> list[dict[str, Any]]:
+    steps = columns(encoder, compiled)
     places = {n: contextlib.nullcontext if n == "eager" else (lambda: on_triton(nothing)) for n in steps}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 2):
@@ -126,11 +131,13 @@ def measure(encoder: str, rounds: int) -> list[dict[str, Any]]:
                 times[name].append(seconds)
     rows = []
     for name, step in steps.items():
-        counted = Launches()
-        with contextlib.nullcontext() if name == "eager" else on_triton(counted.launch), counted:
-            step()
         row = {"encoder": encoder, "name": name, "median_ms": 1e3 * statistics.median(times[name])}
-        rows.append(row | {"launches": sum(counted.counts.values()), "counts": dict(counted.counts)})
+        if name != "compiled":  # which a mode that counts would compile anew
+            counted = Launches()
+            with contextlib.nullcontext() if name == "eager" else on_triton(counted.launch), counted:
+                step()
+            row |= {"launches": sum(counted.counts.values()), "counts": dict(counted.counts)}
+        rows.append(row)
     return rows
 
 
@@ -138,7 +145,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     eager = rows[0]["median_ms"]
     lines = [f"{rows[0]['encoder']:14}{'ms':>8}{'/ eager':>9}{'launches':>10}"]
     lines += [
-        f"  {row['name']:12}{row['median_ms']:8.1f}{row['median_ms'] / eager:8.2f}x{row['launches']:10}" for row in rows
+        f"  {row['name']:12}{row['median_ms']:8.1f}{row['median_ms'] / eager:8.2f}x{row.get('launches', ''):>10}"
+        for row in rows
     ]
     return "\n".join(lines)
 
@@ -177,6 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--encoder", default=",".join(ENCODERS), help=f"of {','.join(ENCODERS)}")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--ops", action="store_true", help="time within each op, too")
+    parser.add_argument("--compile", action="store_true", help="the compiled column, too")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -184,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     for encoder in args.encoder.split(","):
         if encoder not in ENCODERS:
             parser.error(f"unknown encoder: {encoder}")
-        rows += (new := measure(encoder, args.rounds))
+        rows += (new := measure(encoder, args.rounds, args.compile))
         print(table(new), flush=True)
         if args.ops:
             print(ops(encoder), flush=True)

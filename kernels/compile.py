@@ -185,7 +185,7 @@ def encoder(batch: int, mixed: bool, dtype: torch.dtype) -> None:
             backward("norm_linear", out, (*inputs[:5], None, *inputs[6:]), saved)
             for post_norm in (False, True):
                 options = residual, post_norm, 1e-5, cast
-                inputs = x, *linear, parameter(width, wide), parameter(width), *vectors, *options
+                inputs = x, *linear, parameter(width, wide), parameter(width), *vectors, None, *options
                 out, saved = forward("norm_mlp", *inputs)
                 backward("norm_mlp", out, inputs, saved)
 

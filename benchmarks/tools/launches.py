@@ -249,7 +249,13 @@ def branch(shape: Shape, dtype: torch.dtype, batch: int, column: str, target: Ta
             stack.enter_context(FakeTensorMode())
             stack.enter_context(CudaAutocast())
         case = build(shape, dtype, batch, "cpu")
-        case.model.encoder.register_forward_hook(lambda *_: trace.launches.clear())  # what came before is no part of it
+        features = case.model.encoder.forward
+
+        def after_the_mask(*args: Any) -> Tensor:
+            trace.launches.clear()  # what came before is no part of it
+            return features(*args)
+
+        case.model.encoder.forward = after_the_mask  # with a hook, weights would not be cast together
         step = case.columns["fused-cpu" if column == "fused" else column]
         with caught(trace, target) if column == "fused" else trace:
             step().backward()

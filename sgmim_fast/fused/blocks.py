@@ -432,9 +432,9 @@ class BeitBlock(_Fused, beit.Block):
         return "" if tuple(index.shape) == (tokens, tokens) else "relative positions of another window"
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
-        if self._as_timm(x):
-            return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
         scales = (None, None) if self.gamma_1 is None else (self.gamma_1, self.gamma_2)  # as timm asks, gamma_1 alone
+        if self._as_timm(x) or (scales[0] is not None and scales[1] is None):
+            return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
         if self._left("attention", self._attention_reason() or _windows_fit(x, x.shape[1])):
             y = self.attn(self.norm1(x), shared_rel_pos_bias=shared_rel_pos_bias)
             x = x + self.drop_path1(y if scales[0] is None else scales[0] * y)

@@ -88,23 +88,26 @@ def _as_it_is(weight: Tensor, dtype: torch.dtype, last: bool) -> Tensor | None:
     return copy if copy is not None and version == weight._version and copy.dtype == dtype else None
 
 
-# of a launch and of a block of it on an H200, in microseconds: what 154 launches took with a Swin-B's weights in them
-_LAUNCH, _BLOCK, _NUMBERS = 2.5, 15.0, 65536
+_BLOCK = 65536  # numbers, that a block of `torch._foreach_copy_` goes through: 15 us on an H200, six launches
+_SMALL = _BLOCK // 8
 
 
 def _copies(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Cost: reads the weights, writes the copies; 1 launch or some if that is faster, else 1 each.
-
-    `torch._foreach_copy_` gives 65,536 numbers to a block: for the few large weights of a layer it took ten times what
-    the traffic does.
+    """Cost: reads the weights, writes the copies; 1 launch for all small ones, and for the others 1 or some if they
+    are many, or enough for all multiprocessors, else 1 each: for the few of a layer it took ten times what the traffic
+    does.
     """
-    if not weights:
-        return []
-    blocks = sum(-(-w.numel() // _NUMBERS) for w in weights)
-    longest = min(max(w.numel() for w in weights) / _NUMBERS, 1)
-    rounds = -(-blocks // target.target(weights[0].device).multiprocessors)
-    if _LAUNCH * len(weights) <= _LAUNCH + _BLOCK * longest * rounds:
-        return [weight.to(dtype, memory_format=torch.contiguous_format) for weight in weights]
-    copies = [torch.empty(weight.shape, dtype=dtype, device=weight.device) for weight in weights]
-    torch._foreach_copy_(copies, weights)
-    return copies
+    copies: dict[int, Tensor] = {}
+
+    def copy(group: list[int], many: bool) -> None:
+        if many and len(group) > 1:
+            copies.update((i, torch.empty(weights[i].shape, dtype=dtype, device=weights[i].device)) for i in group)
+            torch._foreach_copy_([copies[i] for i in group], [weights[i] for i in group])
+        else:
+            copies.update((i, weights[i].to(dtype, memory_format=torch.contiguous_format)) for i in group)
+
+    copy([i for i, weight in enumerate(weights) if weight.numel() <= _SMALL], True)
+    if large := [i for i, weight in enumerate(weights) if weight.numel() > _SMALL]:
+        blocks = sum(-(-weights[i].numel() // _BLOCK) for i in large)
+        copy(large, len(large) > 6 or blocks >= target.target(weights[0].device).multiprocessors)
+    return [copies[i] for i in range(len(weights))]

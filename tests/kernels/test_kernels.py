@@ -21,10 +21,10 @@ ROOT = Path(__file__).parents[2]
 not_interpreted = pytest.mark.skipif(launch.INTERPRETED, reason="with TRITON_INTERPRET=1 there is nothing to compile")
 
 
-@pytest.mark.parametrize(("gemms", "most"), [("triton", 48), ("library", 80)])
+@pytest.mark.parametrize(("gemms", "most"), [("triton", 48), ("library", 84)])
 def test_launches_of_the_branch(tmp_path, gemms, most):
     """Forward and backward in bfloat16, with every launch caught; the library's gemms, which are faster, are one
-    launch each, and convert a weight's gradient by one more where they run on a CPU, as here."""
+    launch each. Casts of weights, two launches for all, are among them."""
     path = tmp_path / "cost.json"
     options = ["--dtype", "bfloat16", "--batch", "2", "--json", path]
     command = [sys.executable, ROOT / "benchmarks" / "cost_model.py", *options]

@@ -44,7 +44,6 @@ ENCODERS: dict[str, tuple[str, dict[str, Any], int]] = {  # depths of the publis
     "swinv2_base": ("swinv2_base_window12_192", SWIN, 32),
     "vit_base": ("beit_base_patch16_224", {**BEIT, "img_size": 96, "embed_dim": 16, "num_heads": 1}, 16),
 }
-NAMES = ("eager", "sgmim", "accelerated")
 
 
 class Launches(TorchDispatchMode):

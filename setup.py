@@ -257,7 +257,7 @@ SOURCES = {"cpu": ("sgmim_fast._C", "csrc/cpu/*.cpp"), "cuda": ("sgmim_fast._C_c
 setup(
     packages=[*find_packages(include=["sgmim_fast", "sgmim_fast.*"]), "sgmim_fast.kernels"],
     package_dir={"sgmim_fast.kernels": "kernels"},
-    package_data={"sgmim_fast": ["py.typed"], "sgmim_fast.kernels": ["tuned/*.json"]},
+    package_data={"sgmim_fast": ["py.typed"]},
     ext_modules=[
         Extension(name, sorted(glob(sources)), depends=HEADERS, py_limited_api=True)
         for part, (name, sources) in SOURCES.items()

@@ -7,9 +7,9 @@ take).
 
 from __future__ import annotations
 
-import functools
-import json
-from pathlib import Path
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import NamedTuple
 
 
@@ -23,7 +23,7 @@ class Config(NamedTuple):
     stages: int
 
 
-# (bytes of an operand's element, shape class) -> configuration, where the architecture's own table has none
+# (bytes of an operand's element, shape class) -> configuration, where `sgmim_fast.tune` has measured none
 PRODUCTS = {
     (2, "large"): Config(128, 128, 64, 8, 3),
     (2, "medium"): Config(64, 128, 64, 4, 3),
@@ -32,8 +32,7 @@ PRODUCTS = {
     (4, "medium"): Config(64, 64, 32, 4, 3),
     (4, "small"): Config(32, 64, 32, 4, 3),
 }
-TUNED = Path(__file__).with_name("tuned")  # sm_XX.json: an architecture's own, measured
-
+_CHOSEN: contextvars.ContextVar[Config | None] = contextvars.ContextVar("sgmim_fast.tile", default=None)
 
 # (kernel, bytes of an operand's element) -> bytes that a thread may spill to its stack; every other kernel spills none.
 # Seen with Triton 3.9. Older ones spill more (3.5: 720 bytes of a product), which is reported but is no failure.
@@ -63,16 +62,31 @@ def shape_class(m: int, n: int) -> str:
     return "medium" if m * n >= 1 << 15 else "small"
 
 
-@functools.cache
-def tuned(architecture: str) -> dict[tuple[int, str], Config]:
-    """What `python -m sgmim_fast.kernels.tune` has written for this architecture."""
-    path = TUNED / f"{architecture}.json"
-    if not path.is_file():
-        return {}
-    return {(size, kind): Config(*config) for size, kind, *config in json.loads(path.read_text())}
+def tiles(element_size: int) -> list[Config]:
+    """Those that `sgmim_fast.tune` tries for an op's gemms: large ones with long rows first, down to such as keep all
+    multiprocessors busy where a product is small. Each leaves a thread 16 to 128 sums, and fits compute capability 8.0.
+    """
+    wide = [(128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (64, 256, 64, 4, 3), (64, 128, 64, 4, 4)]
+    small = [(64, 64, 64, 4, 4), (32, 128, 64, 4, 4), (32, 64, 64, 4, 4)]
+    narrow = [(128, 64, 32, 4, 3), (64, 64, 32, 4, 4), (64, 128, 32, 8, 3), (32, 64, 32, 4, 4)]
+    return [Config(*sizes) for sizes in (narrow if element_size == 4 else wide + small)]
 
 
-def product(m: int, n: int, element_size: int, architecture: str) -> Config:
-    """The configuration of a product; `architecture` as "sm_90", or "any"."""
-    key = element_size, shape_class(m, n)
-    return tuned(architecture).get(key) or PRODUCTS[key]
+@contextlib.contextmanager
+def use(tile: Config) -> Iterator[None]:
+    """Within the block products go through our kernel, in this configuration."""
+    token = _CHOSEN.set(tile)
+    try:
+        yield
+    finally:
+        _CHOSEN.reset(token)
+
+
+def chosen() -> Config | None:
+    """What `use` says."""
+    return _CHOSEN.get()
+
+
+def product(m: int, n: int, element_size: int) -> Config:
+    """The configuration of a product."""
+    return chosen() or PRODUCTS[element_size, shape_class(m, n)]

@@ -12,7 +12,6 @@ from torch import Tensor
 from sgmim_fast.kernels import configs, products
 from sgmim_fast.kernels.arithmetic import cast, dot, inside_of
 from sgmim_fast.kernels.launch import cdiv, launch, tf32
-from sgmim_fast.kernels.launch import target as machine
 from sgmim_fast.kernels.sums import Sum, finish
 from sgmim_fast.ops.primitives import Gradients
 
@@ -59,7 +58,7 @@ def linear_l1(a: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
     x, rows, target = a.x.contiguous(), a.rows.contiguous(), a.target
     count, (outs, width) = rows.shape[0], weight.shape
     signs = torch.empty(count, outs, dtype=torch.int8, device=x.device)
-    config = configs.product(count, outs, weight.dtype.itemsize, machine(x.device).architecture)
+    config = configs.product(count, outs, weight.dtype.itemsize)
     tiles = cdiv(count, config.block_m) * cdiv(outs, config.block_n)
     partials = torch.empty(tiles, 1, dtype=torch.float32, device=x.device)
     across = target.shape[3] // a.cell

@@ -3,10 +3,14 @@ kernels between them."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from sgmim_fast.kernels import products
+from sgmim_fast.kernels import configs, products
 from sgmim_fast.kernels.launch import MOST_COLUMNS, on_device
 from sgmim_fast.kernels.layer_norm import layer_norms, layer_norms_backward, normalise
 from sgmim_fast.kernels.linear_l1 import linear_l1, linear_l1_backward  # noqa: F401 - primitives, as the following
@@ -46,6 +50,24 @@ def takes(request: Request) -> tuple[bool, str]:
         if width > MOST_WIDTH:
             return False, f"heads of {width} channels; the Triton kernels hold {MOST_WIDTH}"
     return True, ""
+
+
+def variants(request: Request) -> list[str]:
+    """Tiles of our gemms, in place of the library's; of as many bytes as a number has."""
+    has_gemms = bool(request.widths) or request.window is None
+    tiles = configs.tiles(request.dtypes[-1].itemsize) if has_gemms and products.may_vary() else []
+    return ["x".join(map(str, tile)) for tile in tiles]
+
+
+def varied(bind: Callable[[Any], Callable[..., Any]], variant: str) -> Callable[..., Any]:
+    """What is bound to these primitives, with its gemms in the tile that the variant names."""
+    function, tile = bind(sys.modules[__name__]), configs.Config(*map(int, variant.split("x")))
+
+    def run(*args: Any) -> Any:
+        with configs.use(tile):
+            return function(*args)
+
+    return run
 
 
 def linear_norm(

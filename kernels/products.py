@@ -9,8 +9,9 @@ after what they are to a linear layer of weight W (out, in):
     WEIGHT    dW = dy^T . x     x read by rows; a scale; the bias's gradient
 
 Which path: `SGMIM_FAST_TRITON_PRODUCTS=auto|triton|library`. "library" is torch (cuBLAS) and an elementwise kernel for
-an epilogue. "auto" is the library, as an H200 measured it (benchmarks/NOTES.md): in Swin-B's step this kernel's gemms
-with their epilogues took twice as long as the library's and the elementwise kernels together.
+an epilogue. "auto" is what `sgmim_fast.tune` has found faster for an op and shape, and else the library, as an H200
+measured it (benchmarks/NOTES.md): in Swin-B's step this kernel's gemms with their epilogues took twice as long as the
+library's and the elementwise kernels together.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from sgmim_fast.kernels.gelu import gelu_backward, gelu_forward
 from sgmim_fast.kernels.launch import cdiv, launch, tf32
 from sgmim_fast.kernels.sums import Sum, column_sums
 from sgmim_fast.kernels.sums import finish as finish_sums
-from sgmim_fast.ops.target import target
 
 FORWARD, INPUT, WEIGHT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -162,7 +162,12 @@ def _add_rows_kernel(x, residual, index, limit, y, rows, width, ROWS: tl.constex
 
 def fused() -> bool:
     """Whether products go through the kernel here; else through torch."""
-    return _wanted() == "triton"
+    return configs.chosen() is not None or _wanted() == "triton"
+
+
+def may_vary() -> bool:
+    """Whether it is left to measurement which path products go."""
+    return _wanted() == "auto"
 
 
 @functools.cache
@@ -176,12 +181,10 @@ def _wanted() -> str:
 _SIDES = {0: (0, 2), 1: (0, 1), 2: (2, 1)}  # of a shape (rows, ins, outs), by kind: height and width of the result
 
 
-def _config(
-    kind: tl.constexpr, dtype: torch.dtype, shapes: list[tuple[int, int, int]], device: torch.device
-) -> configs.Config:
+def _config(kind: tl.constexpr, dtype: torch.dtype, shapes: list[tuple[int, int, int]]) -> configs.Config:
     down, across = _SIDES[kind.value]
     m, n = sum(shape[down] for shape in shapes), max(shape[across] for shape in shapes)
-    return configs.product(m, n, dtype.itemsize, target(device).architecture)
+    return configs.product(m, n, dtype.itemsize)
 
 
 def _run(
@@ -203,7 +206,7 @@ def _run(
 ) -> None:
     """shapes: (rows, ins, outs) of every problem."""
     sides = _SIDES[kind.value]
-    config = _config(kind, dtype, shapes, a[0].device)
+    config = _config(kind, dtype, shapes)
     tiles = sum(cdiv(shape[sides[0]], config.block_m) * cdiv(shape[sides[1]], config.block_n) for shape in shapes)
     rows, ins, outs = (tuple(sizes) for sizes in zip(*shapes, strict=True))
     launch(
@@ -319,7 +322,7 @@ def dgrad_gelu(dy: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tens
         return gelu_backward(dy @ weight, hidden)
     dx, after = torch.empty_like(hidden), torch.empty_like(hidden)
     shape = dy.shape[0], weight.shape[1], weight.shape[0]
-    tiles = cdiv(shape[0], _config(INPUT, dy.dtype, [shape], dy.device).block_m)
+    tiles = cdiv(shape[0], _config(INPUT, dy.dtype, [shape]).block_m)
     partials = torch.empty(tiles, shape[1], dtype=torch.float32, device=dy.device)
     _run(INPUT, dy.dtype, [dy], [weight], [dx], [shape], before=hidden, after=after, sums=partials)
     return dx, after, partials

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sgmim_fast.masking import SelectiveMask, selective_mask
     from sgmim_fast.model import SGMIM
     from sgmim_fast.reference import Losses
+    from sgmim_fast.tune import tune
 
 __version__ = "0.1.0"  # the only place: pyproject.toml reads it here
 
@@ -50,6 +51,7 @@ __all__ = [
     "reference",
     "selective_mask",
     "standardize_structure",
+    "tune",
 ]
 
 # What type checkers see imported above: modules, and the module of each other name.
@@ -65,6 +67,7 @@ _NAMES = {
     "load_published": "checkpoints",
     "published_state_dict": "checkpoints",
     "selective_mask": "masking",
+    "tune": "tune",
 }
 
 

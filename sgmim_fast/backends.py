@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from sgmim_fast import _native
+from sgmim_fast import _native, tuned
 
 NAMES = ("cuda", "triton", "cpu", "torch")
 # Preference per device type; any other device runs the plain implementation.
@@ -52,6 +52,9 @@ OLDEST_TRITON = (3, 4)
 
 # The ops the model calls between the encoder's features and the loss.
 BRANCH = ("structure_embed", "relational_guidance", "linear_l1")
+
+# Called with every choice to be made while `sgmim_fast.tune` watches a step: (op, part, device, args).
+WATCHED: list[Callable[[str, str, str, Sequence[Any]], None]] = []
 
 _plain: dict[tuple[str, str], Callable[..., Any]] = {}
 _requests: dict[str, Callable[..., tuple[Any, Any]]] = {}
@@ -191,17 +194,38 @@ def _module(op: str, backend: str) -> Any:
 
 @functools.cache
 def implementation(op: str, part: str, backend: str) -> Callable[..., Any]:
-    """The function of a backend that computes `part` of an op; it must be able to run."""
+    """The function of a backend that computes `part` of an op; it must be able to run.
+
+    "BACKEND:VARIANT" is a way to run it that the backend's `variants` names, as `sgmim_fast.tune` may have chosen.
+    """
+    backend, _, variant = backend.partition(":")
     if op not in _requests:
         return _plain[op, part] if backend == "torch" else getattr(_module(op, backend), part)
-    module = _module(op, backend)
-    bound = _plain[op, part](module)
+    module, bind = _module(op, backend), _plain[op, part]
+    bound = module.varied(bind, variant) if variant else bind(module)
     bound.__module__ = module.__name__
     return module.guarded(bound) if hasattr(module, "guarded") else bound
 
 
+def composed(op: str) -> bool:
+    """Whether an op is composed of primitives: then its backward reads what the same backend's forward saved."""
+    return op in _requests
+
+
+def candidates(op: str, part: str, args: Sequence[Any]) -> list[str]:
+    """Every way to run a call here, as `implementation` takes them: backends and, behind it, the variants of each."""
+    found = []
+    for name in NAMES:
+        if can_run(op, name, *args, part=part)[0]:
+            found.append(name)
+            if op in _requests and hasattr(module := _module(op, name), "variants"):
+                found += [f"{name}:{variant}" for variant in module.variants(_requests[op](part, args)[1])]
+    return found
+
+
 def choose(op: str, part: str, device: str, args: Sequence[Any]) -> Callable[..., Any]:
-    """The function to call: the forced backend, or the first of the device's order that can run.
+    """The function to call: the forced backend, or what was measured to be the fastest for such a call
+    (`sgmim_fast.tune`), or the first of the device's order that can run.
 
     Raises:
         RuntimeError: a forced backend cannot run; the message has the reason.
@@ -211,6 +235,11 @@ def choose(op: str, part: str, device: str, args: Sequence[Any]) -> Callable[...
         usable, reason = can_run(op, name, *args, part=part)
         if not usable:
             raise RuntimeError(f"backend {name!r} was forced but cannot run {op}: {reason}")
+        return implementation(op, part, name)
+    if WATCHED:
+        WATCHED[-1](op, part, device, args)
+    name = tuned.lookup(op, part, device, args)
+    if name is not None and can_run(op, name.partition(":")[0], *args, part=part)[0]:
         return implementation(op, part, name)
     for name in ORDER.get(device, ("torch",)):
         if can_run(op, name, *args, part=part)[0]:

@@ -18,6 +18,7 @@ from sgmim_fast.errors import UserError, nearest
 COMMANDS = {
     "env": ("sgmim_fast.env", "versions, the machine, and why a backend is missing", ""),
     "pretrain": ("sgmim_fast.pretrain.task", "pre-train an encoder on images and structure maps", "train"),
+    "tune": ("sgmim_fast.pretrain.tune", "measure which kernels are fastest on this machine, and use them", "train"),
     "data": ("sgmim_fast.data.check", "check a data set: data check IMAGES [MAPS], or SHARDS", "train"),
     "structure": ("sgmim_fast.data.depth_maps", "make structure maps for a folder of images", "structure"),
     "reconstruct": ("sgmim_fast.pretrain.pictures", "draw what a pre-trained model reconstructs", "train"),

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import platform
-from pathlib import Path
 
 import torch
 
-from sgmim_fast import _native, backends
+from sgmim_fast import _native, backends, tuned
 
 
 def report() -> dict[str, dict[str, str]]:
@@ -24,7 +22,10 @@ def report() -> dict[str, dict[str, str]]:
     built = _native.build_info() or {"all": {"skipped": "setup.py has not run in this folder"}}
     usable = backends.available()  # before the machine: it loads the library that knows the instruction set
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in names}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: tuned.version(name) or "not installed" for name in names},
+        },
         "machine": _machine(),
         "build": {part: ", ".join(f"{k}: {v}" for k, v in facts.items()) for part, facts in built.items()},
         "backends": {name: "available" if ok else f"missing: {reason}" for name, (ok, reason) in usable.items()},
@@ -48,18 +49,11 @@ def run(args: argparse.Namespace) -> None:
     main()
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def _machine() -> dict[str, str]:
     ops = torch.ops.sgmim_fast_cpu
     facts = {
         "system": platform.platform(),
-        "cpu": _cpu_model(),
+        "cpu": tuned.cpu_model(),
         "cores": str(os.cpu_count()),
         "threads": f"{torch.get_num_threads()} used by torch",
         "instruction set": f"{ops.isa() if hasattr(ops, 'isa') else 'none'} (kernels here), "
@@ -70,14 +64,8 @@ def _machine() -> dict[str, str]:
     if torch.cuda.is_available():
         gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         facts["gpu"] = ", ".join(f"{g.name} (sm_{g.major}{g.minor}, {g.total_memory / 2**30:.0f} GiB)" for g in gpus)
+    facts["tuned"] = tuned.describe("cuda" if torch.cuda.is_available() else "cpu")
     return facts
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")  # Linux; elsewhere platform knows
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,17 @@ LOOKS_AT_INDICES = False
 
 def takes(request: Request) -> tuple[bool, str]:
     return True, ""
+
+
+def variants(request: Request) -> list[str]:
+    """ "library": `ops.library`."""
+    return ["library"] if request.widths else []
+
+
+def varied(bind: Callable[[Any], Callable[..., Any]], variant: str) -> Callable[..., Any]:
+    from sgmim_fast.ops import library
+
+    return bind(library)
 
 
 def batches_wgrads() -> bool:

@@ -1,4 +1,4 @@
-"""The Triton kernels without running them: how many launches, what they compile to, and the tuner's table."""
+"""The Triton kernels without running them: how many launches, what they compile to, and the tiles that are tried."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import torch
 
 triton = pytest.importorskip("triton", reason="the Triton backend needs triton")
 
-from sgmim_fast.kernels import configs, launch, products, tune  # noqa: E402 - they import triton
-from sgmim_fast.kernels.configs import Config  # noqa: E402
+from sgmim_fast import backends  # noqa: E402
+from sgmim_fast.kernels import configs, launch, primitives  # noqa: E402 - they import triton
 from sgmim_fast.ops import target  # noqa: E402
+from sgmim_fast.ops.primitives import Request  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 not_interpreted = pytest.mark.skipif(launch.INTERPRETED, reason="with TRITON_INTERPRET=1 there is nothing to compile")
@@ -110,46 +111,33 @@ for first in settings:
     assert len(done.stdout.splitlines()) == len(TF32_SETTINGS) ** 2
 
 
-def test_tuned_tables_come_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(configs, "TUNED", tmp_path)
-    configs.tuned.cache_clear()
-    (tmp_path / "sm_90.json").write_text(json.dumps([[2, "large", 64, 256, 64, 8, 4]]))
-    assert configs.product(4096, 4096, 2, "sm_90") == Config(64, 256, 64, 8, 4)
-    assert configs.product(4096, 4096, 2, "sm_80") == configs.PRODUCTS[2, "large"]
-    assert configs.product(64, 64, 2, "sm_90") == configs.PRODUCTS[2, "small"]
-    configs.tuned.cache_clear()
+@pytest.mark.parametrize("size", [2, 4])
+def test_tiles_that_are_tried(size):
+    """Different ones, that fit the least of the architectures and leave each thread enough to do."""
+    tiles = configs.tiles(size)
+    assert len(set(tiles)) == len(tiles) >= 4
+    for m, n, k, warps, stages in tiles:
+        assert 16 <= m * n // (32 * warps) <= 128
+        assert stages * (m + n) * k * size <= configs.SHARED[80]
 
 
-def test_the_tuner_takes_the_fastest_of_every_class(monkeypatch):
-    """Times are made up: the fewer the stages the faster, and configurations of 64 rows do not fit."""
-    monkeypatch.setattr(products, "_wanted", lambda: "triton")
-    monkeypatch.setattr(tune, "LAYERS", [(8, 64, 64), (64, 512, 512), (2048, 1024, 1024)])
+def test_a_variant_sends_gemms_through_its_tile():
+    """And all others through the library, as before and behind it."""
+    args = torch.zeros(64, 32), torch.zeros(96, 32), torch.zeros(96), None, None, None, 1e-5, None
     launched = []
 
-    def made_up(config):
-        return (
-            2 + config.stages + config.block_n / 1e3 + config.block_m / 1e4 + config.block_k / 1e5 + config.warps / 1e6
-        )
-
-    def time(call):
-        call()
-        options = launched[-1][3]
-        if options["BLOCK_M"] == 64:
-            raise RuntimeError("out of resource")
+    def tiles(way: str) -> list[tuple[int, ...]]:
+        launched.clear()
+        with target.caught(lambda *call: launched.append(call[3]), target.Target("sm_90", 132)):
+            backends.implementation("norm_linear", "forward", way)(*args)
         names = "BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"
-        return made_up(Config(*(options[name] for name in names)))
+        return [tuple(options[name] for name in names) for options in launched]
 
-    with target.caught(lambda *call: launched.append(call), target.Target("sm_90", 132)):
-        best = tune.tune(time, torch.device("cpu"), report=lambda line: None)
-    assert {size for size, _ in best} == {2, 4} and {kind for _, kind in best} == {"small", "medium", "large"}
-    for (size, _), config in best.items():
-        assert config == min((c for c in tune.candidates(size) if c.block_m != 64), key=made_up)
-
-
-def test_without_a_gpu_there_is_nothing_to_tune(capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert tune.main([]) == 2
-    assert "nothing to tune" in capsys.readouterr().err
+    (variant, *_) = primitives.variants(Request((torch.float32,), (32,)))
+    assert tiles("triton") == tiles("triton") == []
+    assert tiles(f"triton:{variant}") == [configs.tiles(4)[0]]
+    assert tiles("triton") == []
+    assert primitives.variants(Request((torch.float32,), window=(36, 32))) == []  # no gemm is ours
 
 
 @not_interpreted

@@ -1,0 +1,69 @@
+"""The primitives through PyTorch's own kernels for norms and GELU, where `_plain` has their formulas: what one would
+write in PyTorch. `sgmim_fast.tune` times them as "torch:library"; nothing else chooses them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sgmim_fast.ops import products
+from sgmim_fast.ops._plain import *  # noqa: F403 - all other primitives
+from sgmim_fast.ops._plain import scattered
+from sgmim_fast.ops.primitives import Norm, NormGradient, NormGradients, sum_dtype
+
+
+def linear_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, rows: Tensor, norm: tuple[Tensor, Tensor, float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    t = products.linear(x, weight, bias, residual=residual[rows].to(x.dtype))
+    *vectors, eps = norm
+    return t, *_normalised(t, *vectors, eps, t.dtype)
+
+
+def dgrad_gelu(dy: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dhidden = torch.ops.aten.gelu_backward(products.dgrad(dy, weight), hidden)
+    return dhidden, F.gelu(hidden), dhidden.sum(0, dtype=sum_dtype(dhidden.dtype))
+
+
+def layer_norms(norms: Sequence[Norm], eps: float, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    found = []
+    for norm in norms:
+        x = norm.x if norm.rows is None else norm.x[norm.rows]
+        wide = torch.promote_types(dtype, torch.float32) if norm.residual is not None else dtype
+        y, statistics = _normalised(x, norm.weight, norm.bias, eps, wide)
+        found.append(((y if norm.residual is None else y + norm.residual).to(dtype), statistics))
+    return found
+
+
+def _normalised(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """In `dtype`, computed in float32 at least, as under autocast on a GPU."""
+    wide = sum_dtype(x.dtype)
+    y, mean, rstd = torch.native_layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps)
+    return y.to(dtype), torch.stack([mean.flatten(), rstd.flatten()])
+
+
+def layer_norms_backward(gradients: Sequence[NormGradient]) -> list[NormGradients]:
+    return [_layer_norm_backward(g) for g in gradients]
+
+
+def _layer_norm_backward(g: NormGradient) -> NormGradients:
+    x, wide = g.x if g.rows is None else g.x[g.rows], g.statistics.dtype
+    dy = (g.dy if g.more is None else g.dy + g.more).to(wide)
+    mean, rstd = g.statistics[:, :, None]
+    weight, bias, x = g.weight.to(wide), g.bias.to(wide), x.to(wide)
+    dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        dy, x, x.shape[-1:], mean, rstd, weight, bias, [True] * 3
+    )
+    if g.residual is not None:
+        dx = dx + g.residual
+    return NormGradients(
+        scattered(dx, g.x, g.rows) if g.rows is not None and g.wanted else dx.to(g.dy.dtype if g.sum_dx else dx.dtype),
+        torch.addcmul(bias, (x - mean) * rstd, weight).to(g.dy.dtype) if g.again else None,
+        dweight,
+        dbias,
+        *([g.residual.sum(0, dtype=wide)] if g.sum_residual else [None]),
+        *([dx.sum(0)] if g.sum_dx else [None]),
+    )

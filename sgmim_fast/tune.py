@@ -1,0 +1,392 @@
+"""`tune`: times every way to compute every op of a model on this machine, and keeps which is the fastest.
+
+One step of the model is run with its ops watched. Where an op meets a shape for the first time, all that could compute
+it there do so on the step's own tensors: each is checked against the op in float64, and those that pass take turns on
+the clock. Nothing is kept in memory but times. Forward and backward of an op are chosen together, since one reads what
+the other saved; the tile of a backend's gemms is chosen for each of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sgmim_fast import backends, tuned
+from sgmim_fast.masking import SelectiveMask, selective_mask
+from sgmim_fast.ops import standardize_structure
+
+# What a result may be off, by Euclidean norm and by its worst number: twice plain PyTorch's error, 4 units in the last
+# place, and what sums over rows in PyTorch's own kernels are off by in float32.
+TIMES_PLAIN, FEW_ULP, SUMS = 2, 4, 1e-5
+ROUNDS = 25  # at most, of which the least counts
+
+
+class Winner(NamedTuple):
+    """What was found for an op at one shape.
+
+    Attributes:
+        op: its name.
+        part: "" for forward and backward together, else one of the two.
+        key: its shapes, as `sgmim_fast.tuned.key` gives them.
+        backend: what the forward runs from now on, and the backward, or None where there was none.
+        seconds: of every way that was right, both parts together: the least of several calls each.
+        default: what would have run without.
+        refused: way -> what was wrong with it.
+    """
+
+    op: str
+    part: str
+    key: tuned.Key
+    backend: dict[str, str]
+    seconds: dict[str, float]
+    default: str
+    refused: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """Of the way that won."""
+        return min(self.seconds, key=self.seconds.__getitem__)
+
+
+@dataclass
+class _Measured:
+    """Of one op and key."""
+
+    default: str = ""
+    seconds: dict[str, dict[str, float]] = field(default_factory=dict)  # part -> way -> seconds
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def tune(
+    model: nn.Module,
+    batch: int | Sequence[Any] = 32,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    seconds: float = 120.0,
+    report: Callable[[str], None] | None = print,
+    keep: bool = True,
+) -> list[Winner]:
+    """Finds the fastest way to compute each op of a model's training step, to be used from now on.
+
+    It runs two steps of the model and, in the second, every backend that can compute an op at the step's shapes, in
+    every variant that it has. What is found is kept in the user's cache (see `sgmim_fast.tuned`) for this device, these
+    versions and these shapes, and used without a further call by this process and all later ones; other shapes run as
+    before. Results change by rounding at most. Parameters, gradients, buffers and random generators are left as they
+    were.
+
+    Args:
+        model: an `SGMIM`, or an encoder or any module that `batch` can be given to, on its device, in train or eval
+            mode as it will be used.
+        batch: images of a batch, for an SGMIM, whose inputs are then made up; or the arguments of `model.forward`.
+        dtype: that the step is done in: torch.float32, or that of autocast.
+        seconds: about how long it may take, apart from the two steps and what has to be compiled; every way is timed
+            once at least.
+        report: gets the lines of a table of what won by how much; None: nobody. While it is measured, a bar on standard
+            error shows how far it is, where that is a terminal.
+        keep: whether later processes are to know.
+
+    Returns:
+        what won, for each op and shape.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is expected.
+        RuntimeError: a backend is forced, which leaves nothing to choose; or SGMIM_FAST_TUNED is 0.
+    """
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype is {dtype}; expected torch.float32, torch.bfloat16 or torch.float16")
+    if not seconds > 0:
+        raise ValueError(f"seconds is {seconds}; expected more than 0")
+    if (name := backends.forced()) is not None:
+        raise RuntimeError(f"backend {name!r} is forced (backends.use or SGMIM_FAST_BACKEND): nothing is left to tune")
+    if not tuned.enabled():
+        raise RuntimeError("SGMIM_FAST_TUNED is 0: what is tuned would not be used")
+    device = next((p.device for p in model.parameters()), torch.device("cpu")).type
+    step = _step(model, batch, dtype, device)
+    with _left_alone(model, device):
+        calls = _Calls()
+        with _watched(calls):
+            step()
+        meter = _Meter(device, len(calls.found), seconds)
+        with _watched(meter), _Bar(len(calls.found)) as meter.bar:
+            step()
+    winners = [_winner(op, part, key, found) for (op, part, key), found in meter.found.items()]
+    choices = {(w.op, part, w.key): name for w in winners for part, name in w.backend.items()}
+    where = "for this process alone"
+    if not keep:
+        tuned.use(device, choices)
+    else:
+        try:
+            where = f"in {tuned.save(device, choices)}"
+        except OSError as error:
+            where += f": {error.strerror}: {error.filename}; SGMIM_FAST_CACHE names another folder"
+    if report is not None:
+        for line in (*table(winners), f"kept {where}"):
+            report(line)
+    return winners
+
+
+def table(winners: Sequence[Winner]) -> Iterator[str]:
+    """Lines: each op and shape with what won, its time, and how many times that plain PyTorch and the default take."""
+    yield f"{'op':24}{'shape':24}{'fastest':26}{'ms':>9}{'default':>9}{'PyTorch':>9}"
+    for w in sorted(winners, key=lambda w: -w.seconds[w.name]):
+        best, shape = w.seconds[w.name], "x".join(map(str, w.key[0]))
+        gains = (f"{w.seconds[n] / best:8.2f}x" if n in w.seconds else f"{'-':>9}" for n in (w.default, "torch"))
+        yield f"{f'{w.op} {w.part}'.strip():24.24}{shape:24.24}{w.name:26}{1e3 * best:9.3f}{''.join(gains)}"
+        for name, why in w.refused.items():
+            yield f"  {name} is left out: {why}"
+
+
+def _step(model: nn.Module, batch: int | Sequence[Any], dtype: torch.dtype, device: str) -> Callable[[], None]:
+    """Forward and, in train mode, backward."""
+    if isinstance(batch, int):
+        if batch < 1:
+            raise ValueError(f"batch is {batch}; expected at least 1")
+        inputs: Callable[[], Sequence[Any]] = lambda: _inputs(model, batch, device)  # noqa: E731
+        _inputs_known(model)
+    elif isinstance(batch, list | tuple):
+        inputs = lambda: batch  # noqa: E731
+    else:
+        raise TypeError(
+            f"batch is a {type(batch).__name__}; expected a number of images, or the arguments of the model"
+        )
+
+    def step() -> None:
+        arguments = inputs()
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            result = model(*arguments)
+        if model.training:
+            results = [t for t in (result if isinstance(result, Sequence) else [result]) if isinstance(t, Tensor)]
+            sum(t.float().square().mean() for t in results if t.requires_grad).backward()
+
+    return step
+
+
+def _inputs_known(model: nn.Module) -> tuple[int, int]:
+    """Image size of an SGMIM.
+
+    Raises:
+        TypeError: it is none, or nobody says.
+    """
+    encoder = getattr(model, "encoder", None)
+    stem = getattr(getattr(encoder, "model", encoder), "patch_embed", None)
+    size = getattr(encoder, "img_size", None) or getattr(stem, "img_size", None)
+    if size is None or not hasattr(model, "encoder_stride"):
+        raise TypeError(
+            f"batch is a number and model a {type(model).__name__}; expected an SGMIM around an encoder with `img_size`"
+            ", or as batch the arguments of the model"
+        )
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _inputs(model: Any, batch: int, device: str) -> tuple[Tensor, Tensor | None, SelectiveMask]:
+    size = _inputs_known(model)
+    images, structure = torch.randn(batch, model.in_chans, *size, device=device), None
+    if model.guidance is not None:
+        structure = standardize_structure(torch.rand(batch, model.structure_channels, *size, device=device))
+    grid = size[0] // model.encoder_stride, size[1] // model.encoder_stride
+    return images, structure, selective_mask(batch, grid, device=device)
+
+
+@contextlib.contextmanager
+def _left_alone(model: nn.Module, device: str) -> Iterator[None]:
+    """Puts gradients, buffers and random generators back."""
+    grads = [(p, p.grad) for p in model.parameters()]
+    kept = [(b, b.detach().clone()) for b in model.buffers()]
+    for p, _ in grads:
+        p.grad = None
+    try:
+        with torch.random.fork_rng(device_type="cuda" if device == "cpu" else device):
+            yield
+    finally:
+        for p, grad in grads:
+            p.grad = grad
+        with torch.no_grad():
+            for buffer, before in kept:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+@contextlib.contextmanager
+def _watched(watch: Callable[..., None]) -> Iterator[None]:
+    backends.WATCHED.append(watch)
+    try:
+        yield
+    finally:
+        backends.WATCHED.remove(watch)
+
+
+class _Calls:
+    """Notes which ops and shapes a step has."""
+
+    def __init__(self) -> None:
+        self.found: set[tuple[str, str, tuned.Key]] = set()
+
+    def __call__(self, op: str, part: str, device: str, args: Sequence[Any]) -> None:
+        self.found.add((op, part, tuned.key(op, part, args)))
+
+
+class _Meter:
+    """Measures every way to compute what a step calls, where it calls it."""
+
+    def __init__(self, device: str, calls: int, seconds: float) -> None:
+        self.device, self.each, self.bar = device, seconds / max(1, calls), lambda op: None
+        self.found: dict[tuple[str, str, tuned.Key], _Measured] = {}
+        self._clock = _on_gpu if device == "cuda" else _on_cpu
+
+    def __call__(self, op: str, part: str, device: str, args: Sequence[Any]) -> None:
+        key, composed = tuned.key(op, part, args), backends.composed(op)
+        found = self.found.setdefault((op, "" if composed else part, key), _Measured())
+        if part in found.seconds:
+            return
+        self.bar(op)
+        ways = backends.candidates(op, part, args)
+        found.default = next(name for name in backends.ORDER.get(device, ("torch",)) if name in ways)
+        found.seconds[part] = {}
+        backends.WATCHED.remove(self)  # what is called inside is none of the step's
+        try:
+            with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+                calls = self._right(op, part, args, ways, composed, found)
+                found.seconds[part] = self._time(calls)
+        finally:
+            backends.WATCHED.append(self)
+
+    def _right(
+        self, op: str, part: str, args: Sequence[Any], ways: Sequence[str], composed: bool, found: _Measured
+    ) -> dict[str, Callable[[], Any]]:
+        """The calls of those ways that give the right results; plain PyTorch's is one by definition."""
+        truth = _results(_bound(op, part, "torch", _exact(args), composed)())
+        plain = _results(_bound(op, part, "torch", args, composed)())
+        bounds = [_bounds(p, t) for p, t in zip(plain, truth, strict=True)]
+        del plain
+        calls = {}
+        for way in ways:
+            if way in found.refused:
+                continue
+            try:
+                call = _bound(op, part, way, args, composed)
+                if way != "torch":
+                    for i, (r, t, bound) in enumerate(zip(_results(call()), truth, bounds, strict=True)):
+                        if r.shape != t.shape or not all(map(operator.le, error := _norms(r.double() - t), bound)):
+                            norm = _norms(t.double())[0]
+                            raise ArithmeticError(f"result {i} of its {part} is off by {error[0]:.2g} of {norm:.2g}")
+                calls[way] = call
+            except Exception as error:  # whatever a way raises, the others are left
+                found.refused[way] = f"{type(error).__name__}: {str(error)[:200]}"
+        return calls
+
+    def _time(self, calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+        """Seconds of each, in turns: the least of as many rounds as there is time for."""
+        end, best = time.perf_counter() + self.each, dict.fromkeys(calls, float("inf"))
+        for number in range(ROUNDS):
+            for way, call in calls.items():
+                best[way] = min(best[way], self._clock(call))
+            if time.perf_counter() > end or (number and len(calls) == 1):
+                break
+        return best
+
+
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+def _bound(op: str, part: str, way: str, args: Sequence[Any], composed: bool) -> Callable[[], Any]:
+    """A call of one way; of a composition's backward, behind a forward of its own, whose results it reads."""
+    function = backends.implementation(op, part, way)
+    if not composed or part == "forward":
+        return lambda: function(*args)
+    grad, *rest, saved, needs = args
+    forward = backends.implementation(op, "forward", way)(*rest)
+    saved = forward[1] if isinstance(forward, tuple) else []
+    return lambda: function(grad, *rest, saved, needs)
+
+
+def _exact(args: Sequence[Any]) -> list[Any]:
+    """Arguments in float64; the dtype of the result, where one is asked for, is then theirs."""
+    if isinstance(args, Tensor):
+        return args.double() if args.is_floating_point() else args
+    if isinstance(args, torch.dtype):
+        return None
+    return [_exact(arg) for arg in args] if isinstance(args, list | tuple) else args
+
+
+def _results(result: Any) -> list[Tensor]:
+    """What is compared: not what a forward saves, which is its own affair, nor what nobody asked for."""
+    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], list):
+        result = result[0]
+    results = [result] if isinstance(result, Tensor) else list(result)
+    return [t for t in results if t.numel()]
+
+
+def _norms(t: Tensor) -> tuple[float, float]:
+    """The Euclidean one, and the largest magnitude."""
+    return torch.linalg.vector_norm(t).item(), torch.linalg.vector_norm(t, torch.inf).item()
+
+
+def _bounds(plain: Tensor, truth: Tensor) -> list[float]:
+    """What the error may be, by those norms; integers are the same or wrong."""
+    if not plain.is_floating_point():
+        return [0.0, 0.0]
+    relative = FEW_ULP * torch.finfo(plain.dtype).eps + SUMS
+    pairs = zip(_norms(plain.double() - truth), _norms(truth), strict=True)
+    return [TIMES_PLAIN * error + relative * norm for error, norm in pairs]
+
+
+def _on_cpu(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _on_gpu(call: Callable[[], Any]) -> float:
+    """What the device needs, behind a pause in which the host gets ahead; the second-level cache does not hold it."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.empty(1 << 25, device="cuda").zero_()
+    torch.cuda._sleep(2_000_000)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _winner(op: str, part: str, key: tuned.Key, found: _Measured) -> Winner:
+    """Of each backend the fastest variants of both parts; of the backends the fastest."""
+    right = [way for way in found.seconds[next(iter(found.seconds))] if way not in found.refused]
+    right = [way for way in right if all(way in seconds for seconds in found.seconds.values())]
+    chosen: dict[str, dict[str, str]] = {}
+    for base in dict.fromkeys(way.partition(":")[0] for way in right):
+        ways = [way for way in right if way.partition(":")[0] == base]
+        chosen[base] = {p: min(ways, key=seconds.__getitem__) for p, seconds in found.seconds.items()}
+    total = {base: sum(found.seconds[p][way] for p, way in parts.items()) for base, parts in chosen.items()}
+    best = min(total, key=total.__getitem__)
+    return Winner(op, part, key, chosen[best], total, found.default, found.refused)
+
+
+class _Bar:
+    """How far the measuring is: one line, written over, where standard error is a terminal."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.start = total, 0, time.perf_counter()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __call__(self, op: str) -> None:
+        self.done += 1
+        if sys.stderr.isatty():
+            filled = 30 * self.done // max(self.total, self.done)
+            bar = f"[{'=' * filled}{' ' * (30 - filled)}] {self.done}/{max(self.total, self.done)}"
+            print(f"\r\033[K{time.perf_counter() - self.start:4.0f} s {bar} {op}", end="", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_: Any) -> None:
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -12,7 +12,8 @@ fused-BACKEND     sgmim_fast.SGMIM on one of its backends
 ...-captured      on a GPU: the same as a CUDA graph, where the host's time does not count
 gemm-floor        only the matrix products of `visible`, each through the best library call
 
-All columns are first checked against each other; on a disagreement no speed is printed. They take turns in one
+All columns are first checked against each other; on a disagreement no speed is printed, or with `--anyway` only flagged
+ones, and the exit code is 1. They take turns in one
 process, so their ratios hold even where the machine is noisy. MiB: peak memory without parameters and their gradients.
 """
 
@@ -21,10 +22,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from tools.measure import (
 )
 from tools.shapes import SHAPES, Shape
 from tools.visible import visible_losses
+from tools.written import write_json
 from torch import Tensor, nn
 
 from sgmim_fast import SGMIM, backends, keep_freed_memory, reference, selective_mask, standardize_structure
@@ -151,7 +153,7 @@ def dense_seconds(shape: Shape, dtype: torch.dtype, device: str) -> float:
     return min(times)
 
 
-def check(case: Case) -> tuple[list[str], dict[str, float]]:
+def check(case: Case, anyway: bool = False) -> tuple[list[str], dict[str, float]]:
     """What the columns disagree on: their losses and every gradient against the dense reference in float32.
 
     float32: relative error at most 1e-4 (rounding; a wrong sign of one of 10^5 differences shows more). Lower
@@ -159,7 +161,9 @@ def check(case: Case) -> tuple[list[str], dict[str, float]]:
     one evaluation is luck: where that would not do, the dense column's error is its largest of several, with features
     and parameters moved by a rounding each time.
 
-    Returns the disagreements, and each column's peak memory in the step that was checked.
+    anyway: a column that raises is dropped from the case; else it ends the run.
+
+    Returns the disagreements, each "COLUMN: what", and each column's peak memory in the step that was checked.
     """
     parameters = list(case.model.parameters())
 
@@ -175,9 +179,17 @@ def check(case: Case) -> tuple[list[str], dict[str, float]]:
     exact = build(case.shape, torch.float32, case.batch, case.device) if case.dtype != torch.float32 else case
     exact.model.load_state_dict(case.model.state_dict())
     truth, _ = gradients(exact, "dense")
-    errors, peaks = {}, {}
-    for name in case.columns:
-        found, peaks[name] = gradients(case, name)
+    errors, peaks, raised = {}, {}, list[str]()
+    for name in list(case.columns):
+        try:
+            found, peaks[name] = gradients(case, name)
+        except Exception as error:
+            if not anyway:
+                raise
+            traceback.print_exc()
+            raised.append(f"{name}: raised {type(error).__name__}: {str(error)[:300]}")
+            del case.columns[name]
+            continue
         errors[name] = relative_errors(found, truth)
     lower = case.dtype != torch.float32
 
@@ -198,7 +210,7 @@ def check(case: Case) -> tuple[list[str], dict[str, float]]:
                 again = relative_errors(gradients(case, "dense")[0], truth)
             largest = {key: max(error, again[key]) for key, error in largest.items()}
         wrong = disagreements(largest)
-    return wrong, peaks
+    return raised + wrong, peaks
 
 
 @contextlib.contextmanager
@@ -215,19 +227,31 @@ def moved(tensors: list[Tensor], dtype: torch.dtype) -> Iterator[None]:
 
 
 def measure(
-    case: Case, seconds: float, peaks: dict[str, float], progress: Callable[[str], None] = lambda detail: None
+    case: Case,
+    seconds: float,
+    peaks: dict[str, float],
+    progress: Callable[[str], None] = lambda detail: None,
+    keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
+    """A row for each column; `keep` gets what is known of them after each round."""
     steps: dict[str, Callable[[], Any]] = {name: case.step(name) for name in case.columns}
     steps["gemm-floor"] = gemm_floor(case.shape, case.batch, case.dtype, case.device)
-    times = interleaved(steps, case.device, seconds=seconds, progress=progress)
-    rows = []
-    for name, values in times.items():
-        row = {"encoder": case.shape.name, "dtype": str(case.dtype).split(".")[1], "batch": case.batch}
-        row |= {"device": case.device, "name": name, "rounds": len(values), **summary(values)}
+
+    def rows(times: dict[str, list[float]]) -> list[dict[str, Any]]:
+        of_all = {"encoder": case.shape.name, "dtype": str(case.dtype).split(".")[1], "batch": case.batch}
+        of_all |= {"device": case.device}
+        return [
+            of_all | {"name": name, "rounds": len(values), **summary(values), "peak_mib": peaks.get(name)}
+            for name, values in times.items()
+        ]
+
+    known = {"progress": progress, "known": lambda times: keep(rows(times))}
+    found = rows(interleaved(steps, case.device, seconds=seconds, **known))
+    for row in found:
+        name = row["name"]
         if name in case.columns and name not in CAPTURED and row["median_ms"] < 1e3 * SLOW:
             row |= split(case, name, max(1, min(5, int(seconds / 10 / row["median_ms"] * 1e3))))
-        rows.append(row | {"peak_mib": peaks.get(name)})
-    return rows
+    return found
 
 
 def split(case: Case, name: str, repeats: int) -> dict[str, float]:
@@ -325,6 +349,7 @@ def main(argv: list[str] | None = None) -> int:
         f"a step of the dense one takes less than {SLOW:.0f} s",
     )
     parser.add_argument("--seconds", type=float, help="of timing per encoder and dtype; default: 10, with --all 60")
+    parser.add_argument("--anyway", action="store_true", help="time columns that disagree, too, flagged")
     parser.add_argument("--json", type=output_file)
     parser.add_argument("--plot", type=plot_file, help="default: guidance.png here, where matplotlib is installed")
     args = parser.parse_args(argv)
@@ -339,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"there is no {name!r}, only {', '.join(known)}")
     progress = Progress()
     rows: list[dict[str, Any]] = []
-    said = []
+    said, failed, facts = [], False, machine(device)
     for shape, dtype in ((SHAPES[encoder], dtype) for encoder in encoders for dtype in dtypes):
         title, batch, kind = f"{shape.name}, {dtype}", asked, getattr(torch, dtype)
         progress(f"{title}: building")
@@ -357,13 +382,26 @@ def main(argv: list[str] | None = None) -> int:
         if slow:
             note = f" (a dense step of {asked} would take {dense * asked:.0f} s here)"
         progress(f"{title}: checking that all columns agree")
-        wrong, peaks = check(case)
+        wrong, peaks = check(case, args.anyway)
+        failed |= bool(wrong)
         if wrong:
             progress.clear()
-            print("The columns disagree; no speed is given.", *wrong, sep="\n  ")
+            what = "speeds are given all the same" if args.anyway else "no speed is given"
+            print(f"The columns disagree; {what}.", *wrong, sep="\n  ", flush=True)
+        if wrong and not args.anyway:
             return 1
         progress(f"{title}: timing")
-        rows += (new := measure(case, seconds, peaks, functools.partial(progress, f"{title}: timing")))
+
+        def keep(
+            new: list[dict[str, Any]], wrong: list[str] = wrong, before: Sequence[dict[str, Any]] = tuple(rows)
+        ) -> None:
+            for row in new:
+                row["wrong"] = [line for line in wrong if line.startswith(f"{row['name']}: ")]
+            if args.json:  # at once: what is known stays known if a limit ends the run
+                write_json(args.json, {"machine": facts, "rows": [*before, *new]})
+
+        keep(new := measure(case, seconds, peaks, functools.partial(progress, f"{title}: timing"), keep))
+        rows += new
         floor = next(row for row in new if row["name"] == "gemm-floor")["median_ms"]
         rate = 2 * 3 * multiply_accumulates(shape, batch) / floor / 1e6
         progress.clear()
@@ -376,12 +414,10 @@ def main(argv: list[str] | None = None) -> int:
     print("", *said, sep="\n")
     if not args.all:
         print("--all has the columns of torch.compile and ViT-B too.")
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n")
     if picture := args.plot or (Path("guidance.png") if can_plot() else None):
         plot(rows, picture)
         print(f"drawn in {picture}")
-    return 0
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 import sys
 import time
@@ -30,6 +29,7 @@ import torch
 from bench_step import BEIT
 from tools.launches import launches_nothing, through_triton, wgrad
 from tools.measure import machine
+from tools.written import write_json
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.ops:
             print(ops(encoder), flush=True)
         if args.json:
-            args.json.write_text(json.dumps({"machine": machine("cpu"), "rows": rows}, indent=1) + "\n")
+            write_json(args.json, {"machine": machine("cpu"), "rows": rows})
     return 0
 
 

@@ -35,9 +35,9 @@ from tools import launches
 from tools.launches import Launch
 from tools.measure import machine
 from tools.shapes import SHAPES, Shape
+from tools.written import write_json
 
 from sgmim_fast.kernels import compile as ahead
-from sgmim_fast.kernels import configs
 from sgmim_fast.ops.target import Target
 
 
@@ -75,7 +75,6 @@ GPUS = {
         Gpu("B200", 100, 148, 8.0e12, 126e6, 12e12, 2250e12, 75e12),
     )
 }
-REGISTERS, THREADS, BLOCKS = 1 << 16, 2048, 32  # of a multiprocessor, from 8.0 to 10.0
 
 # A library's tiles, and the share of the rate that the smaller ones reach; how often it splits K.
 TILES = {(128, 256): 1.0, (256, 128): 1.0, (128, 128): 0.9, (64, 256): 0.8, (256, 64): 0.8, (128, 192): 0.95}
@@ -104,11 +103,7 @@ def gemm_seconds(m: int, n: int, k: int, half: bool, gpu: Gpu) -> float:
 @cache
 def blocks_per_multiprocessor(launch: ahead.Launch, architecture: int) -> int:
     """How many programs of a Triton launch a multiprocessor holds, by what the kernel compiles to."""
-    facts = ahead.compile_for(launch, architecture)
-    threads = 32 * dict(launch.options).get("num_warps", 4)
-    registers = REGISTERS // (8 * ceil(facts["registers"] / 8) * threads)
-    shared = configs.SHARED[architecture] // max(facts["shared"], 1)
-    return max(1, min(registers, shared, THREADS // threads, BLOCKS))
+    return max(1, ahead.compile_for(launch, architecture)["blocks"])
 
 
 class Cost:
@@ -244,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.host:
             found[-1]["host"] = host(encoder)
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine("cpu"), "rows": found}, indent=1) + "\n")
+        write_json(args.json, {"machine": machine("cpu"), "rows": found})
     return 0
 
 

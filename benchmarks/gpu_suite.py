@@ -1,15 +1,18 @@
-"""Everything that only a GPU can tell, in ten minutes at most: build, tests, speed, sanitizer, launches, gates.
+"""Everything that only a GPU can tell, in ten minutes at most: build, sanitizer, speed, tests, launches, gates.
 
     python benchmarks/gpu_suite.py [--out benchmarks/results]
 
 Steps run one after the other, each with a limit of its own; one that fails is named and the next one runs. First,
-beside each other, run the tests and everything that compiles, so that what is timed afterwards finds its kernels in the
-compilers' caches. The published shapes come first. Whatever a step finds out is on disk as soon as it is known:
-gpu-NAME-step-ENCODER.json and gpu-NAME-step-compiled.json (`bench_step.py`), gpu-NAME.json and .png
-(`bench_guidance.py`, batch 128), gpu-NAME-ops.json (`op_table.py`), gpu-NAME-suite.json (steps, launches, gates; after
-every step), gpu-NAME-model.json (what `cost_model.py` predicts), gpu-NAME-failures.txt (of the tests, with tracebacks)
-and gpu-NAME-*.log. Nothing is downloaded: torch, triton, numpy, timm, pytest and hypothesis must be there. Exit code 0
-where every step passed, whatever the gates say.
+beside each other, run the CUDA kernels under compute-sanitizer, which says whether what follows of them is to be
+trusted, and everything that compiles, so that what is timed afterwards finds its kernels in the compilers' caches. The
+published shapes are timed next, then come the tests and all else. Whatever a step finds out is on disk as soon as it is
+known, each file replaced as a whole: gpu-NAME-step-ENCODER.json and gpu-NAME-step-compiled.json (`bench_step.py`: host
+time, and the captured step beside eager and `torch.compile`), gpu-NAME.json and .png (`bench_guidance.py`, batch 128),
+gpu-NAME-ops.json (`op_table.py`), gpu-NAME-tuned.json (what `sgmim_fast.tune` has found), gpu-NAME-suite.json (steps,
+launches, gates; after every step), gpu-NAME-model.json (what `cost_model.py` predicts), gpu-NAME-failures.txt (of the
+tests, with tracebacks) and gpu-NAME-*.log. A result that is out of tolerance has its speed all the same, and a flag.
+Nothing is downloaded: torch, triton, numpy, timm, pytest and hypothesis must be there. Exit code 0 where every step
+passed, whatever the gates say.
 """
 
 from __future__ import annotations
@@ -24,14 +27,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from tools.written import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 590.0  # for everything
 GATES = {  # bfloat16, on an H200 or H100
     "dense / fused >= 3.5": lambda ms, mib, launches: ms["dense"] / ms["fused"] >= 3.5,
     "dense-compiled / fused >= 2.5": lambda ms, mib, launches: ms["dense-compiled"] / ms["fused"] >= 2.5,
@@ -73,7 +79,7 @@ def verdicts(
         for gate, holds in gates.items():
             try:
                 verdict = bool(holds(ms, mib, launches.get((encoder, "bfloat16"))))
-            except (KeyError, TypeError):  # a column that could not run
+            except (KeyError, TypeError, ZeroDivisionError):  # a column that could not run, or has no memory of its own
                 verdict = None
             found.append({"encoder": encoder, "gate": gate, "holds": verdict})
     return found
@@ -120,24 +126,45 @@ def count_launches(encoder: str, dtype: str, batch: int) -> int:
     return sum(event.start_ns() >= start for event in device)
 
 
+def tune(encoder: str, batch: int, path: Path) -> None:
+    """Prints and writes what is the fastest for each op of an encoder's step."""
+    from bench_step import ENCODERS
+    from tools.measure import machine
+    from tools.shapes import SHAPES
+
+    import sgmim_fast
+
+    name, arguments = ENCODERS[encoder]
+    model = sgmim_fast.SGMIM(sgmim_fast.create_encoder(name, **arguments), SHAPES[encoder].stride).to("cuda")
+    found = sgmim_fast.tune(model, batch, torch.bfloat16, seconds=45)
+    rows = [{"op": w.op, "part": w.part, "shape": list(w.key[0]), **w._asdict()} for w in found]
+    for row in rows:
+        row["key"] = str(row["key"])
+    write_json(path, {"machine": machine("cuda"), "rows": rows})
+
+
 class Suite:
     """Runs the steps and keeps what they said."""
 
     def __init__(self, out: Path, name: str, seconds: float):
-        self.out, self.name, self.end = out, name, time.monotonic() + seconds
+        self.out, self.name, self.seconds, self.end = out, name, seconds, time.monotonic() + seconds
         self.steps: list[dict[str, Any]] = []
+        self.more: dict[str, Any] = {}
 
     def path(self, suffix: str) -> Path:
         return self.out / f"gpu-{self.name}{suffix}"
 
     def run(self, step: str, command: list[Any], limit: float, **variables: str) -> str:
-        """Output of a command, "" where it failed; it ends with the suite's time at the latest."""
+        """Output of a command, "" where it failed; it ends with the suite's time at the latest.
+
+        limit: in seconds, where the suite has `SECONDS`; where it has more or less, so has each command.
+        """
         return self.together({step: command}, limit, **variables)[step]
 
     def together(self, commands: dict[str, list[Any]], limit: float, **variables: str) -> dict[str, str]:
         """The same for several commands beside each other, within one limit."""
         start = time.monotonic()
-        limit = min(limit, self.end - start)
+        limit = min(limit * self.seconds / SECONDS, self.end - start)
         if limit < 5:
             for step in commands:
                 self._note({"step": step, "result": "no time left"})
@@ -149,15 +176,20 @@ class Suite:
                 list(map(str, command)), cwd=ROOT, env=os.environ | variables, stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
+        try:
+            return self._finished(running, start, limit)
+        finally:  # a signal, too, ends what was started
+            for process in running.values():
+                _kill(process)
+
+    def _finished(self, running: dict[str, subprocess.Popen], start: float, limit: float) -> dict[str, str]:
         outputs = {}
         for step, process in running.items():
             try:
                 code = process.wait(max(0.1, limit - (time.monotonic() - start)))
             except subprocess.TimeoutExpired:
                 code = None
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # and what it has started
-                process.wait()
+                _kill(process)
             output = self.path(f"-{step}.log").read_text(errors="replace")
             result = "passed" if code == 0 else f"ran past {limit:.0f} s" if code is None else f"exit code {code}"
             last = (output.strip().splitlines() or [""])[-1]
@@ -173,16 +205,30 @@ class Suite:
         self.write({})
 
     def write(self, more: dict[str, Any]) -> None:
-        self.path("-suite.json").write_text(json.dumps({"steps": self.steps, **more}, indent=1) + "\n")
+        """What is known, with `more` beside the steps and what was given before."""
+        self.more |= more
+        write_json(self.path("-suite.json"), {"steps": self.steps, **self.more})
+
+    def passed(self, step: str) -> bool:
+        return any((entry["step"], entry["result"]) == (step, "passed") for entry in self.steps)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """Ends it, and what it has started."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--seconds", type=float, default=590, help="for everything")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--no-build", action="store_true", help="what is installed is to be measured as it is")
     parser.add_argument("--count-launches", action="store_true", help="only that, as JSON")
+    parser.add_argument("--tune", type=Path, metavar="JSON", help="only that, of Swin-B")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("torch sees no CUDA device: the suite has nothing to measure", file=sys.stderr)
@@ -191,73 +237,93 @@ def main(argv: list[str] | None = None) -> int:
     if args.count_launches:
         print(json.dumps([[*case, count_launches(*case, args.batch)] for case in cases]))
         return 0
+    if args.tune:
+        tune("swin_base", args.batch, args.tune)
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     suite = Suite(args.out, name, args.seconds)
     args.out.mkdir(parents=True, exist_ok=True)
     here, python = Path(__file__).parent, sys.executable
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    # every process finds what another one has compiled; and what a user has tuned is no part of what is measured
+    caches = Path(tempfile.gettempdir()) / "sgmim_fast-gpu-suite"
+    for variable, folder in (("TRITON_CACHE_DIR", "triton"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
+        os.environ.setdefault(variable, str(caches / folder))
+    os.environ["SGMIM_FAST_TUNED"] = "0"
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    if importlib.util.find_spec("xdist"):
-        pytest += ["-n", max(1, (os.cpu_count() or 1) - 6)]
 
     def step(encoder: str, columns: str, seconds: float, *more: Any) -> list[Any]:
         command = [python, here / "bench_step.py", "--device", "cuda", "--batch", args.batch, "--dtype", "bfloat16"]
         return [*command, "--encoder", encoder, "--columns", columns, "--seconds", seconds, *more]
 
+    plot = ["--plot", suite.path(".png")] if importlib.util.find_spec("matplotlib") else []
+
     def guidance(*more: Any) -> list[Any]:
-        return [python, here / "bench_guidance.py", "--device", "cuda", "--batch", args.batch, *more]
+        command = [python, here / "bench_guidance.py", "--device", "cuda", "--batch", args.batch, "--anyway", "--all"]
+        return [*command, "--dtype", "bfloat16", *plot, *more]
 
     if not args.no_build:
         build = [python, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
         suite.run("build", build, 240, TORCH_CUDA_ARCH_LIST=capability)
     suite.run("env", [python, "-m", "sgmim_fast.env"], 30)
     encoders = ("swin_base", "vit_base", "swinv2_base")
-    failures = suite.path("-failures.txt")
-    failures.unlink(missing_ok=True)
-    warm = {f"warm-{encoder}": step(encoder, "accelerated", 1) for encoder in encoders}
-    warm["warm-compiled"] = step("swin_base", "dense-compiled", 1)
-    warm["warm-guidance"] = guidance("--dtype", "bfloat16", "--seconds", 1, "--all")
-    warm["tests"] = [*pytest, "-m", "gpu and not slow", "--maxfail", "80"]
-    suite.together(warm, 0.3 * args.seconds, SGMIM_FAST_EXAMPLES="2", SGMIM_FAST_FAILURES=str(failures.resolve()))
+    first = {f"warm-{encoder}": step(encoder, "accelerated", 1) for encoder in encoders}
+    first["warm-compiled"] = step("swin_base", "dense-compiled", 1)
+    first["warm-guidance"] = guidance("--seconds", 1)
+    if tool := shutil.which("compute-sanitizer"):
+        native = ("gather_patches", "selective_mask", "masked_patch_embed", "relational_guidance")
+        short = [
+            *pytest,
+            *(f"tests/ops/test_{op}.py" for op in native),
+            "-k",
+            "cuda-cuda or (triton-cuda and ragged)",
+            "--maxfail",
+            "3",
+        ]
+        first |= {k: [tool, "--tool", k, "--error-exitcode", "9", *short] for k in ("memcheck", "racecheck")}
+    suite.together(first, 120, SGMIM_FAST_EXAMPLES="2")
+    suite.write({"CUDA kernels trusted": bool(tool) and suite.passed("memcheck") and suite.passed("racecheck")})
+
     found: list[dict[str, Any]] = []
     captured = "dense,accelerated,accelerated-captured,simmim-captured,gemm-floor"
-    for encoder, suffix, columns in (
-        *((encoder, encoder, captured) for encoder in encoders),
-        ("swin_base", "compiled", "dense,dense-compiled,accelerated-captured"),
-    ):
+
+    def measured(encoder: str, suffix: str, columns: str, limit: float, *more: Any) -> None:
         results = suite.path(f"-step-{suffix}.json")
         results.unlink(missing_ok=True)
-        more = ("--kernels", "accelerated-captured") if suffix == encoder else ()
-        suite.run(f"step-{suffix}", step(encoder, columns, 4, *more, "--json", results), 90)
+        suite.run(f"step-{suffix}", step(encoder, columns, 4, *more, "--json", results), limit)
         print("\n".join(suite.path(f"-step-{suffix}.log").read_text().splitlines()[-45:]))
-        found += verdicts(json.loads(results.read_text())["rows"] if results.exists() else [], {}, STEP_GATES)
+        found.extend(verdicts(json.loads(results.read_text())["rows"] if results.exists() else [], {}, STEP_GATES))
         suite.write({"gates": found})
+
+    for encoder in encoders:
+        measured(encoder, encoder, captured, 60, "--kernels", "accelerated-captured")
+    measured("swin_base", "compiled", "dense,dense-compiled,accelerated-compiled,accelerated-captured", 75)
     results = suite.path(".json")
     results.unlink(missing_ok=True)
-    plot = ["--plot", suite.path(".png")] if importlib.util.find_spec("matplotlib") else []
-    bench = guidance("--seconds", 4, "--dtype", "bfloat16", "--all", "--json", results, *plot)
-    print(suite.run("guidance", bench, 120))
+    print(suite.run("guidance", guidance("--seconds", 4, "--json", results), 100))
     counted = suite.run("launches", [python, here / "gpu_suite.py", "--count-launches"], 60)
     launches = {(e, d): n for e, d, n in json.loads(counted.strip().splitlines()[-1])} if counted else {}
-    rows = json.loads(results.read_text())["rows"] if results.exists() else []
-    found += verdicts(rows, launches)
+    found += verdicts(json.loads(results.read_text())["rows"] if results.exists() else [], launches)
     suite.write({"gates": found, "launches": [[*case, n] for case, n in launches.items()]})
+    failures = suite.path("-failures.txt")
+    failures.unlink(missing_ok=True)
+    workers = ["-n", os.cpu_count() or 1] if importlib.util.find_spec("xdist") else []
+    tests = [*pytest, *workers, "-m", "gpu and not slow", "--maxfail", "80"]
+    suite.run("tests", tests, 150, SGMIM_FAST_EXAMPLES="2", SGMIM_FAST_FAILURES=str(failures.resolve()))
     times = suite.path("-ops.json")
     times.unlink(missing_ok=True)
     suite.run("ops", [python, here / "op_table.py", "--json", times, "--seconds", "0.5", "--dtype", "bfloat16"], 90)
     found += sorting(json.loads(times.read_text())["rows"] if times.exists() else [])
+    suite.write({"gates": found})
     suite.run("host", [python, here / "bench_host.py", "--json", suite.path("-host.json")], 60)
+    tuned = [python, here / "gpu_suite.py", "--batch", args.batch, "--tune", suite.path("-tuned.json")]
+    print(suite.run("tune", tuned, 120, SGMIM_FAST_TUNED="1", SGMIM_FAST_CACHE=str(caches)))
     suite.run("model", [python, here / "cost_model.py", "--step", "--json", suite.path("-model.json")], 90)
-    native = ("gather_patches", "selective_mask", "masked_patch_embed", "relational_guidance")
-    short = [*pytest, *(f"tests/ops/test_{op}.py" for op in native)]
-    if tool := shutil.which("compute-sanitizer"):
-        for kind in ("memcheck", "racecheck"):
-            picked = ["-k", "cuda-cuda or (triton-cuda and ragged)", "--maxfail", "3"]
-            suite.run(kind, [tool, "--tool", kind, "--error-exitcode", "9", *short, *picked], 90)
+    measured("swin_base", "max-autotune", "dense,dense-max-autotune,accelerated-captured", 150)
     for verdict in found:
         word = {True: "holds", False: "DOES NOT HOLD", None: "not measured"}[verdict["holds"]]
         print(f"{verdict['encoder']:10} {verdict['gate']:42} {word}")
-    suite.write({"gates": found, "launches": [[*case, n] for case, n in launches.items()]})
     return int(any(step["result"] != "passed" for step in suite.steps))
 
 

@@ -2,14 +2,14 @@
 
     python benchmarks/op_table.py [--device cuda] [--dtype bfloat16] [--batch 128] [--json FILE]
 
-Before it is timed, each backend's results are held against plain PyTorch's, bit for bit where an op only moves or
-counts, and against its own in a second run, bit for bit in every op. Exit code 1 where one disagrees.
+Window attention has FlexAttention, compiled, as one more (flex). Before it is timed, each backend's results are held
+against plain PyTorch's, bit for bit where an op only moves or counts, and against its own in a second run, bit for bit
+in every op. What is wrong is timed and flagged; exit code 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tools import flex
 from tools.agree import assert_agree
 from tools.measure import interleaved, machine, summary
 from tools.shapes import SHAPES, Shape
+from tools.written import write_json
 from torch import Tensor, nn
 
 from sgmim_fast import backends, ops, selective_mask, standardize_structure
@@ -48,8 +50,12 @@ def cases(shape: Shape, batch: int, device: torch.device) -> dict[str, Callable[
     guidance, encoder = RelationalGuidance(width, shape.heads).to(device), StructureEncoder(1, width, stride).to(device)
     depth.requires_grad_()
 
-    def both(function: Callable[[], Tensor], *leaves: Tensor) -> Callable[[], list[Tensor]]:
-        cotangent = torch.randn(function().shape, device=device)
+    def both(
+        function: Callable[[], Tensor], *leaves: Tensor, like: Callable[[], Tensor] | None = None
+    ) -> Callable[[], list[Tensor]]:
+        """`like`: has the same shape, where the function itself takes long at first, or raises."""
+        generator = torch.Generator(device).manual_seed(0)
+        cotangent = torch.randn((like or function)().shape, device=device, generator=generator)
 
         def run() -> list[Tensor]:
             result = function()
@@ -76,9 +82,9 @@ def cases(shape: Shape, batch: int, device: torch.device) -> dict[str, Callable[
     layers = {"qkv_weight": linear.weight, "qkv_bias": linear.bias, "proj_weight": proj.weight, "proj_bias": proj.bias}
     layers |= norms
 
-    def attend() -> Tensor:
+    def attend(function: Callable[..., Tensor] = ops.window_attention) -> Tensor:
         x = qkv.to(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else qkv
-        return ops.window_attention(x, heads, window, (shift, shift), bias=biases, index=index)
+        return function(x, heads, window, (shift, shift), bias=biases, index=index)
 
     shown = cells.shown.index
     with backends.use("torch"):  # the shapes of the results
@@ -105,6 +111,7 @@ def cases(shape: Shape, batch: int, device: torch.device) -> dict[str, Callable[
                 *head.parameters(),
             ),
             "window_attention": both(attend, qkv, biases),
+            "window_attention flex": both(lambda: attend(flex.window_attention), qkv, biases, like=attend),
             "norm_attention": both(
                 lambda: ops.norm_attention(tokens, heads, window, (shift, shift), **layers, bias=biases, index=index),
                 tokens,
@@ -147,15 +154,25 @@ def table(
     shape: Shape, batch: int, device: str, dtype: torch.dtype, seconds: float, keep: Callable[[dict[str, Any]], None]
 ) -> None:
     """A row for each op and backend, given to `keep` as soon as it is known."""
-    for op, function in cases(shape, batch, torch.device(device)).items():
+    found = cases(shape, batch, torch.device(device))
+    for op in backends.MODULES:
+        rivals = {name.partition(" ")[2]: call for name, call in found.items() if name.startswith(f"{op} ")}
+        if device == "cpu":  # where FlexAttention has no backward
+            rivals = {}
 
         def run(
-            backend: str, dtype: torch.dtype = dtype, function: Callable[[], list[Tensor]] = function
+            backend: str,
+            dtype: torch.dtype = dtype,
+            function: Callable[[], list[Tensor]] = found[op],
+            rivals: dict[str, Callable[[], list[Tensor]]] = rivals,
         ) -> list[Tensor]:
-            with backends.use(backend), torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                return function()
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                if backend in rivals:
+                    return rivals[backend]()
+                with backends.use(backend):
+                    return function()
 
-        names = [name for name in backends.ORDER[device] if backends.can_run(op, name)[0]]
+        names = [name for name in backends.ORDER[device] if backends.can_run(op, name)[0]] + list(rivals)
         wrong = dict.fromkeys(names, "")
         for name in names:
             try:
@@ -192,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     def keep(row: dict[str, Any]) -> None:
         rows.append(row)
         if args.json:  # at once: what is known stays known if a limit ends the run
-            args.json.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
+            write_json(args.json, {"machine": facts, "rows": rows})
 
     for encoder in args.encoder.split(","):
         for dtype in args.dtype.split(","):

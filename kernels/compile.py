@@ -1,9 +1,12 @@
-"""`python -m sgmim_fast.kernels.compile [--arch 80,90,100]`: compiles the Triton kernels ahead of time, without a GPU.
+"""`python -m sgmim_fast.kernels.compile [--all]`: compiles the Triton kernels ahead of time, without a GPU.
 
 The launchers of the ops run forward and backward on CPU tensors with every launch caught. What a GPU would compile for
-their arguments, at the sizes of Swin-B, SwinV2-B and ViT-B and batches of 1 to 128, is compiled for each architecture
-and printed with registers, spilled bytes (stack) and shared memory. Exit code 1 where a kernel fails to compile, spills
-more than `configs.STACK` allows (with the Triton it was made with, or a newer one) or takes more shared memory than the
+their arguments is compiled for each architecture: at the sizes of Swin-B, SwinV2-B and ViT-B with a batch of 128 in
+bfloat16 autocast, or with `--all` with batches of 1 to 128 in every dtype. Of each launch a line says registers,
+spilled bytes (stack), shared memory, how many blocks of it a multiprocessor holds, and how many instructions its code
+has for tensor cores (mma; wgmma, of compute capability 9.0; tcgen05, of 10.0) and for bulk copies; a table at the end
+says of each kernel the least and the most. Exit code 1 where a kernel fails to compile, spills more than
+`configs.STACK` allows (with the Triton it was made with, or a newer one) or takes more shared memory than the
 architecture has.
 """
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -18,7 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -250,8 +254,11 @@ def branch(shape: Shape, mixed: bool, dtype: torch.dtype) -> None:
         forward("selective_mask", torch.tensor([1, 2]), counts, grid, grid, 2)
 
 
-def launches(dtypes: list[str], architecture: int) -> list[Launch]:
-    """Every launch of the ops, through both paths of products, each once."""
+def launches(dtypes: list[str], architecture: int, everything: bool = True) -> list[Launch]:
+    """Every launch of the ops, through both paths of products, each once.
+
+    everything: also those of smaller batches, and of parameters in the dtype itself.
+    """
     found: dict[Launch, None] = {}
 
     def note(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -262,20 +269,41 @@ def launches(dtypes: list[str], architecture: int) -> list[Launch]:
         # a CPU without bfloat16 products stands for a GPU that has them
         stack.enter_context(compute_bfloat16_in(torch.bfloat16))
         for name in dtypes:
-            for mixed in {False, name != "float32"}:
-                for shape in SHAPES:
-                    with mock.patch.object(products, "_wanted", lambda: "triton"):
-                        branch(shape, mixed, DTYPES[name])
+            dtype, mixed = DTYPES[name], name != "float32"
             with mock.patch.object(products, "_wanted", lambda: "triton"):
-                encoder(128, name != "float32", DTYPES[name])
+                for shape, parameters in itertools.product(SHAPES, {mixed, False} if everything else {mixed}):
+                    if everything or shape.batch == 128:
+                        branch(shape, parameters, dtype)
+                encoder(128, mixed, dtype)
             with mock.patch.object(products, "_wanted", lambda: "library"):
-                branch(SHAPES[0], False, DTYPES[name])
-                encoder(1, False, DTYPES[name])
+                branch(SHAPES[0] if everything else SHAPES[2], mixed and not everything, dtype)
+                encoder(1 if everything else 128, mixed and not everything, dtype)
     return list(found)
 
 
+# Instructions in PTX, by what the report calls them.
+INSTRUCTIONS = {
+    "wgmma": r"\bwgmma\.mma_async\.",
+    "tcgen05": r"\btcgen05\.mma\.",
+    "mma": r"(?<![.\w])mma\.sync\.",
+    "bulk": r"\bcp\.(?:async|reduce\.async)\.bulk\.tensor\.",
+}
+REGISTERS, THREADS, BLOCKS = 1 << 16, {80: 2048, 90: 2048, 100: 2048}, 32  # of a multiprocessor
+
+
+def blocks_per_multiprocessor(facts: dict[str, int], launch: Launch, capability: int) -> int:
+    """How many programs of a launch a multiprocessor holds at once, by its registers, shared memory and threads.
+
+    Of the shared memory 1 KiB of each block is the driver's.
+    """
+    threads = 32 * dict(launch.options).get("num_warps", 4)
+    registers = REGISTERS // (8 * math.ceil(facts["registers"] / 8) * threads)
+    shared = (configs.SHARED.get(capability, 99 << 10) + (1 << 10)) // (facts["shared"] + (1 << 10))
+    return min(registers, shared, THREADS.get(capability, 1536) // threads, BLOCKS)
+
+
 def compile_for(launch: Launch, capability: int) -> dict[str, int]:
-    """Registers and spilled bytes per thread, shared memory in bytes."""
+    """Registers and spilled bytes per thread, shared memory in bytes, blocks of a multiprocessor, and instructions."""
     source = ASTSource(
         launch.kernel,
         dict(launch.signature),
@@ -283,7 +311,9 @@ def compile_for(launch: Launch, capability: int) -> dict[str, int]:
         attrs={path: [["tt.divisibility", 16]] for path in launch.aligned},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
-    return {"shared": compiled.metadata.shared, **_resources(compiled.asm["cubin"])}
+    facts = {"shared": compiled.metadata.shared, **_resources(compiled.asm["cubin"])}
+    facts["blocks"] = blocks_per_multiprocessor(facts, launch, capability)
+    return facts | {name: len(re.findall(what, compiled.asm["ptx"])) for name, what in INSTRUCTIONS.items()}
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
@@ -303,8 +333,8 @@ def _leaves(kinds: Any) -> Iterator[str]:
         yield from (kind,) if isinstance(kind, str) else _leaves(kind)
 
 
-def report(launch: Launch, architecture: int) -> tuple[bool, str]:
-    """Whether a launch compiles within its limits, and the line about it."""
+def report(launch: Launch, architecture: int) -> tuple[bool, str, str, dict[str, int]]:
+    """Whether a launch compiles within its limits, what it is called, the line about it, and its facts."""
     name = f"{launch.kernel.fn.__module__.rpartition('.')[2]}.{launch.kernel.fn.__name__}"
     kinds = {kind for kind in _leaves([kind for _, kind in launch.signature]) if kind.startswith("*")}
     options = " ".join(f"{key}={value}" for key, value in launch.options)
@@ -319,43 +349,79 @@ def report(launch: Launch, architecture: int) -> tuple[bool, str]:
     try:
         facts = compile_for(launch, architecture)
     except Exception as error:  # whatever the compiler raises belongs into the report
-        return False, f"{head}: FAILED {type(error).__name__}: {str(error)[-300:]}"
+        return False, head, f"{head}: FAILED {type(error).__name__}: {str(error)[-300:]}", {}
     half = not kinds.isdisjoint(("*bf16", "*fp16"))
     limits = {
         "stack": configs.STACK.get((name, 2 if half else 4), 0),
         "shared": configs.SHARED.get(architecture, 99 << 10),
     }
     over = {fact: limit for fact, limit in limits.items() if facts[fact] > limit}
-    line = ", ".join([*(f"{v} {k}" for k, v in facts.items()), *(f"more than {v} {k}" for k, v in over.items())])
+    line = ", ".join([*(f"{v} {k}" for k, v in facts.items() if v), *(f"more than {v} {k}" for k, v in over.items())])
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     bound = {"shared", "stack"} if version >= configs.STACK_SINCE else {"shared"}
-    return bound.isdisjoint(over), f"{head}: {line}"
+    return bound.isdisjoint(over), head, f"{head}: {line}", facts
+
+
+def rows(found: Iterable[tuple[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+    """Of all launches with one name: the fewest blocks, the most spilled bytes, and which instructions each one has.
+
+    That is what `tests/kernels/kernel_table.json` holds, which says how a change is told from it.
+    """
+    table: dict[str, dict[str, int]] = {}
+    for name, facts in found:
+        row = {"blocks": facts["blocks"], "stack": facts["stack"]} | {k: int(facts[k] > 0) for k in INSTRUCTIONS}
+        old = table.get(name, row)
+        table[name] = {key: (max if key == "stack" else min)(value, old[key]) for key, value in row.items()}
+    return table
+
+
+def summary(found: Iterable[tuple[str, dict[str, int]]]) -> Iterator[str]:
+    """Lines: of each kernel on each architecture, blocks from the fewest to the most, and so on."""
+    kernels: dict[str, list[dict[str, int]]] = {}
+    for name, facts in found:
+        kernels.setdefault(" ".join(name.split()[:2]), []).append(facts)
+    names = ("blocks", "registers", "stack", *INSTRUCTIONS)
+    yield f"{'':62}" + "".join(f"{name:>10}" for name in names)
+    for kernel, all_facts in sorted(kernels.items()):
+        cells = []
+        for name in names:
+            least, most = (pick(facts[name] for facts in all_facts) for pick in (min, max))
+            cells.append(str(least) if least == most else f"{least}-{most}")
+        yield f"{kernel:62}" + "".join(f"{cell:>10}" for cell in cells)
 
 
 _found: list[Launch] = []  # inherited by the processes that compile
 
 
-def _report(task: tuple[int, int]) -> tuple[bool, str]:
+def _report(task: tuple[int, int]) -> tuple[bool, str, str, dict[str, int]]:
     return report(_found[task[0]], task[1])
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="80,90,100", help="compute capabilities, times ten")
-    parser.add_argument("--dtype", default=",".join(DTYPES))
+    parser.add_argument("--dtype", help=f"of {','.join(DTYPES)} (default: bfloat16, with --all all)")
+    parser.add_argument("--all", action="store_true", help="smaller batches and every dtype, too: half an hour")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
+    parser.add_argument("--json", type=Path, help="write what tests/kernels/kernel_table.json holds")
     args = parser.parse_args(argv)
     if launching.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: there is nothing to compile")
-    failed = count = 0
+    dtypes = args.dtype.split(",") if args.dtype else list(DTYPES) if args.all else ["bfloat16"]
+    failed, found = 0, []
     for architecture in map(int, args.arch.split(",")):
-        _found[:] = launches(args.dtype.split(","), architecture)
+        _found[:] = launches(dtypes, architecture, args.all)
         tasks = [(i, architecture) for i in range(len(_found))]
         with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
-            for good, line in pool.imap(_report, tasks):
+            for good, name, line, facts in pool.imap(_report, tasks):
                 print(line, flush=True)
                 failed += not good
-        count += len(tasks)
+                found.append((name, facts))
+    count, compiled = len(found), [(name, facts) for name, facts in found if facts]
+    print("\n".join(summary(compiled)))
+    if args.json:
+        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(rows(compiled).items()))
+        args.json.write_text(f'{{"triton": {json.dumps(triton.__version__)}, "rows": {{\n{lines}\n}}}}\n')
     print(f"{count} launches, {failed} failed or over their limits, Triton {triton.__version__}")
     return 1 if failed else 0
 

@@ -203,7 +203,7 @@ def _left_alone(model: nn.Module, device: str) -> Iterator[None]:
     for p, _ in grads:
         p.grad = None
     try:
-        with torch.random.fork_rng(device_type="cuda" if device == "cpu" else device):
+        with torch.random.fork_rng([torch.cuda.current_device()] if device == "cuda" else []):
             yield
     finally:
         for p, grad in grads:
@@ -262,7 +262,7 @@ class _Meter:
         self, op: str, part: str, args: Sequence[Any], ways: Sequence[str], composed: bool, found: _Measured
     ) -> dict[str, Callable[[], Any]]:
         """The calls of those ways that give the right results; plain PyTorch's is one by definition."""
-        truth = _results(_bound(op, part, "torch", _exact(args), composed)())
+        truth = [t.double() for t in _results(_bound(op, part, "torch", _exact(args), composed)())]
         plain = _results(_bound(op, part, "torch", args, composed)())
         bounds = [_bounds(p, t) for p, t in zip(plain, truth, strict=True)]
         del plain
@@ -275,7 +275,7 @@ class _Meter:
                 if way != "torch":
                     for i, (r, t, bound) in enumerate(zip(_results(call()), truth, bounds, strict=True)):
                         if r.shape != t.shape or not all(map(operator.le, error := _norms(r.double() - t), bound)):
-                            norm = _norms(t.double())[0]
+                            norm = _norms(t)[0]
                             raise ArithmeticError(f"result {i} of its {part} is off by {error[0]:.2g} of {norm:.2g}")
                 calls[way] = call
             except Exception as error:  # whatever a way raises, the others are left

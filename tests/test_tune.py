@@ -191,7 +191,8 @@ def test_a_model_is_left_as_it_was():
         p.grad = torch.ones_like(p)
     grads = [p.grad for p in model.parameters()]
     before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-    sgmim_fast.tune(model, 2, torch.float32, report=None, seconds=1)
+    found = sgmim_fast.tune(model, 2, torch.float32, report=None, seconds=1)
+    assert {w.op for w in found} >= {"selective_mask", "standardize_structure"} and not any(w.refused for w in found)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is g and bool((g == 1).all()) for p, g in zip(model.parameters(), grads, strict=True))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

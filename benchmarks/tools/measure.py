@@ -85,34 +85,43 @@ def interleaved(
     seconds: float = 60.0,
     rounds: tuple[int, int] = (3, 40),
     progress: Callable[[str], None] = lambda detail: None,
+    known: Callable[[dict[str, list[float]]], None] = lambda times: None,
+    host: dict[str, list[float]] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds per call of every step, one of each in turn, so that a slow spell of the machine hits all alike.
+
+    known: gets what is known after each round, should a limit end the run; host: is given each call's seconds until it
+    returns, which on a GPU is before the work is done.
 
     As many rounds as fit into `seconds`, within `rounds`; one unrecorded round goes before. Where a single round takes
     longer than that, it is the only one and is recorded: the steps must have run before.
     """
     evict = torch.empty(32 << 20, device=device) if device == "cuda" else None
 
-    def once(step: Callable[[], Any]) -> float:
+    def once(name: str, step: Callable[[], Any]) -> float:
         if evict is not None:
             evict.zero_()  # 128 MiB through the L2 cache
         synchronize(device)
         start = time.perf_counter()
         step()
+        if host is not None:
+            host.setdefault(name, []).append(time.perf_counter() - start)
         synchronize(device)
         return time.perf_counter() - start
 
-    first = {name: once(step) for name, step in steps.items()}
-    total = sum(first.values())
+    first = {name: [once(name, step)] for name, step in steps.items()}
+    total = sum(times[0] for times in first.values())
+    known(first)
     if total > seconds:
-        return {name: [time] for name, time in first.items()}
+        return first
     count = int(min(max(seconds / total, rounds[0]), rounds[1]))
     times: dict[str, list[float]] = {name: [] for name in steps}
     gc.collect()
     for number in range(count):
         progress(f"round {number + 1} of {count}")
         for name, step in steps.items():
-            times[name].append(once(step))
+            times[name].append(once(name, step))
+        known(times)
     return times
 
 

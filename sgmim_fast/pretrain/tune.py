@@ -10,8 +10,8 @@ import torch
 
 import sgmim_fast
 from sgmim_fast import backends, tuned
-from sgmim_fast.errors import UserError
 from sgmim_fast.engine import settings
+from sgmim_fast.errors import UserError
 from sgmim_fast.pretrain import build
 from sgmim_fast.pretrain.config import PRESETS, Config
 
@@ -49,7 +49,9 @@ def run(args: argparse.Namespace) -> None:
     if config.model.guidance:
         maps = torch.rand(batch, channels, size, size, device=device)
         structure = sgmim_fast.standardize_structure(maps)
-    mask = build.draw_masks(config.mask, size, batch, config.run.seed, 0, torch.device(device), stride=config.model.stride)
+    mask = build.draw_masks(
+        config.mask, size, batch, config.run.seed, 0, torch.device(device), stride=config.model.stride
+    )
     dtype = getattr(torch, config.run.precision)
     print(f"{config.model.encoder}, {batch} images of {size} pixels, {config.run.precision}, {device}", flush=True)
     sgmim_fast.tune(model, (images, structure, mask), dtype, seconds=args.seconds)

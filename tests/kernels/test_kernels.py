@@ -140,15 +140,78 @@ def test_a_variant_sends_gemms_through_its_tile():
     assert primitives.variants(Request((torch.float32,), window=(36, 32))) == []  # no gemm is ours
 
 
+TABLE = Path(__file__).with_name("kernel_table.json")
+
+
+def worse(table: dict, new: dict) -> list[str]:
+    """What a table of kernels lost against an older one: half of the blocks of a multiprocessor, a kind of instruction,
+    or registers to the stack; with another Triton, which has another assembler, only kinds of instructions."""
+    lost = []
+    same = table["triton"].split(".")[:2] == new["triton"].split(".")[:2]
+    for name, old in table["rows"].items():
+        row = new["rows"].get(name)
+        if row is None:
+            lost.append(f"{name} is gone")
+            continue
+        for kind in set(old) - {"blocks", "stack"}:
+            if row[kind] < old[kind]:
+                lost.append(f"{name} has no {kind} any more")
+        if same and 2 * row["blocks"] <= old["blocks"]:
+            lost.append(f"{name}: {row['blocks']} blocks, {old['blocks']} before")
+        if same and row["stack"] > old["stack"] + 32:
+            lost.append(f"{name}: {row['stack']} bytes of stack, {old['stack']} before")
+    return lost + [f"{name} is new" for name in new["rows"].keys() - table["rows"].keys()]
+
+
 @not_interpreted
 @pytest.mark.slow
-def test_kernels_compile_within_their_limits():
-    """Spills and shared memory as `configs` allows; without options the command does all architectures and dtypes."""
-    command = [sys.executable, "-m", "sgmim_fast.kernels.compile", "--arch", "90", "--dtype", "bfloat16"]
+def test_kernels_compile_within_their_limits_and_lose_nothing(tmp_path):
+    """Spills and shared memory as `configs` allows, and what `kernel_table.json` has. Where a change is meant to be:
+    python -m sgmim_fast.kernels.compile --json tests/kernels/kernel_table.json
+    """
+    found = tmp_path / "found.json"
+    command = [sys.executable, "-m", "sgmim_fast.kernels.compile", "--json", found]
     done = subprocess.run(command, capture_output=True, text=True)
     *lines, summary = done.stdout.splitlines()
     assert done.returncode == 0, "\n".join(line for line in lines if "more than" in line or "FAILED" in line)
-    assert len(lines) > 100 and ", 0 failed or over their limits" in summary
+    assert len(lines) > 300 and ", 0 failed or over their limits" in summary
+    assert not (lost := worse(json.loads(TABLE.read_text()), json.loads(found.read_text()))), "\n".join(lost)
+
+
+def test_what_a_kernel_loses_is_seen():
+    old = {"blocks": 4, "stack": 0, "wgmma": 1, "tcgen05": 0, "mma": 0, "bulk": 0}
+    table = {"triton": "3.8.0", "rows": {"sm_90 k": old}}
+
+    def lost(triton="3.8.1", **changes):
+        return worse(table, {"triton": triton, "rows": {"sm_90 k": old | changes}})
+
+    assert not lost() and not lost(blocks=3) and not lost(stack=32) and not lost(bulk=1)
+    assert lost(blocks=2) == ["sm_90 k: 2 blocks, 4 before"] and not lost("3.9.0", blocks=2)
+    assert lost("3.9.0", wgmma=0, mma=1) == ["sm_90 k has no wgmma any more"]
+    assert lost(stack=40) == ["sm_90 k: 40 bytes of stack, 0 before"]
+    assert worse(table, {"triton": "3.8.0", "rows": {}}) == ["sm_90 k is gone"]
+
+
+def test_the_table_has_what_hopper_is_for():
+    """The gemms of large tiles go through wgmma there, and through mma on an A100."""
+    rows = json.loads(TABLE.read_text())["rows"]
+    for architecture, kind in (("sm_80", "mma"), ("sm_90", "wgmma"), ("sm_100", "tcgen05")):
+        large = [row for name, row in rows.items() if name.startswith(f"{architecture} products._product_kernel 128x")]
+        assert large and all(row[kind] for row in large)
+
+
+@not_interpreted
+def test_blocks_of_a_multiprocessor():
+    """By registers, by shared memory, by threads, and at most 32: as NVIDIA's occupancy calculator has it."""
+    from sgmim_fast.kernels import compile as ahead
+
+    def blocks(registers, shared, warps, capability=90):
+        launch = ahead.Launch(None, (), (), (), (("num_warps", warps),))
+        return ahead.blocks_per_multiprocessor({"registers": registers, "shared": shared}, launch, capability)
+
+    assert blocks(255, 0, 8) == 1 and blocks(128, 0, 8) == 2 and blocks(64, 0, 4) == 8
+    assert blocks(32, 100 << 10, 4) == 2 and blocks(32, 100 << 10, 4, 80) == 1 and blocks(32, 40 << 10, 4, 80) == 4
+    assert blocks(16, 0, 8) == 8 and blocks(16, 0, 1) == 32 and blocks(16, 0, 8, 86) == 6
 
 
 @not_interpreted
@@ -165,5 +228,6 @@ def test_limits_are_noticed(monkeypatch):
         ({"registers": 32, "stack": 0, "shared": 1 << 20}, (99, 0), False),
     ):
         monkeypatch.setattr(ahead.configs, "STACK_SINCE", since)
+        facts |= dict.fromkeys(("blocks", *ahead.INSTRUCTIONS), 1)
         monkeypatch.setattr(ahead, "compile_for", lambda *_, facts=facts: facts)
         assert ahead.report(found, 90)[0] == good

@@ -1,0 +1,133 @@
+"""Every Python that starts with this folder in PYTHONPATH sees a GPU that is none: for the rehearsal of a benchmark.
+
+What is asked for on "cuda" is on the CPU. Triton's launches are caught, so that its results are garbage and noticed;
+captured steps are `fake_graph`'s; timm's encoders at the published sizes become tiny ones, and the shapes go with them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import fake_graph
+import torch
+from tools import shapes
+from torch.overrides import TorchFunctionMode
+
+import sgmim_fast
+from sgmim_fast import _native, backends
+from sgmim_fast.ops import _check, target
+
+NAME, GIB = "Fake H200", 1 << 30
+TINY = {
+    "swin_base_patch4_window7_224": {
+        **{"img_size": 64, "window_size": 2},
+        **{"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)},
+    },
+    "beit_base_patch16_224": {"img_size": 64, "embed_dim": 64, "depth": 1, "num_heads": 1},
+}
+TINY["swinv2_base_window12_192"] = TINY["swin_base_patch4_window7_224"]
+
+
+def on_cpu(value: Any) -> Any:
+    """Without "cuda" in it."""
+    if isinstance(value, torch.device) or (isinstance(value, str) and value.startswith("cuda")):
+        return torch.device("cpu") if torch.device(value).type == "cuda" else value
+    if isinstance(value, tuple | list) and type(value) in (tuple, list):
+        return type(value)(map(on_cpu, value))
+    return value
+
+
+class OnCpu(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if getattr(func, "__name__", "") == "pin_memory":
+            return args[0]
+        kwargs = {k: on_cpu(v) for k, v in (kwargs or {}).items() if k != "pin_memory"}
+        return func(*on_cpu(args), **kwargs)
+
+
+class Kind(type):
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, generator)
+
+
+generator = torch.Generator
+
+
+class Generator(metaclass=Kind):
+    def __new__(cls, device: Any = "cpu") -> Any:
+        return generator(on_cpu(device))
+
+
+class Event:
+    def __init__(self, **_: Any) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+class Nothing:
+    """A stream, a graph, or what makes one the current one."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __enter__(self) -> Nothing:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def wait_stream(self, _: Any) -> None:
+        pass
+
+    replay = synchronize = __init__
+
+
+properties = SimpleNamespace(name=NAME, major=9, minor=0, multi_processor_count=132, total_memory=141 * GIB)
+for name, value in {
+    **dict.fromkeys(("is_available", "is_bf16_supported"), True),
+    **dict.fromkeys(("current_device", "memory_allocated", "max_memory_allocated"), 0),
+    **{"device_count": 1, "get_device_name": NAME, "get_device_capability": (9, 0), "current_stream": Nothing()},
+    **dict.fromkeys(("synchronize", "reset_peak_memory_stats", "_sleep", "empty_cache"), None),
+    "get_device_properties": properties,
+}.items():
+    setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+for name in ("Stream", "stream", "graph", "CUDAGraph", "device"):
+    setattr(torch.cuda, name, Nothing)
+torch.cuda.Event, torch.Generator = Event, Generator
+
+profile = torch.profiler.profile
+torch.profiler.profile = lambda activities=None, **options: profile(
+    activities=[torch.profiler.ProfilerActivity.CPU], **options
+)
+
+usable = {name: (True, "") for name in ("triton", "torch")}
+usable |= {"cuda": (False, "nobody has built it"), "cpu": _native.load_cpu()}
+backends.available = lambda: usable
+backends.triton_interpreted = lambda: True  # it takes the CPU's tensors
+caught = target.caught(lambda *launch: None, target.Target("sm_90", 132))  # kept: its end would end it
+caught.__enter__()
+backends.ORDER["cpu"] = ("torch",)  # whose steps can be captured
+importlib.import_module("sgmim_fast.capture").Graph = fake_graph.FakeGraph
+_check.rows = _check.image_rows = lambda *_, **__: None
+
+create = sgmim_fast.create_encoder
+sgmim_fast.create_encoder = lambda name, **arguments: create(
+    name, **(arguments if "embed_dim" in arguments else arguments | TINY.get(name, {}))
+)
+for name, shape in shapes.SHAPES.items():
+    changes = {"image": 64, "stem": 16, "width": 128, "depths": (1, 1, 1, 1)}
+    if shape.prefix:
+        changes = {"image": 64, "stem": 64, "width": 64, "depths": (1,)}
+    shapes.SHAPES[name] = shape.__class__(**{**shape.__dict__, **changes})
+OnCpu().__enter__()

@@ -9,6 +9,16 @@ Where one tile has all queries too (up to 64 tokens), the backward is one kernel
 keys and all queries gives the gradients of keys and values, from the first one's maxima and sums: where one key has all
 the weight, its probability is only as exact as both kernels' logits are the same.
 
+A program's tile, of a window of 2 x 3 tokens in blocks of QUERIES = 4 and KEYS = 8; a token is one row of qkv, found by
+`_places`:
+
+            keys j     0  1  2  3  4  5 | beyond the window: -inf
+    queries i    0     .  .  .  .  .  . | -  -      logits (QUERIES, KEYS) = scale q . k^T + bias, of one head;
+                 1     .  .  .  .  .  . | -  -      APART less across a border of the grid, where the window is shifted
+    block 0      2     .  .  .  .  .  . | -  -
+                 3     .  .  .  .  .  . | -  -      softmax and both gemms with v (KEYS, D) stay in registers
+    block 1      4 ...                              another program's, or none: 64 tokens are one block
+
 Cost, n tokens a window, rows of C channels: forward reads 3 rows and writes 1, keys and values once more per further
 block of queries (out of the second-level cache); 4 n C operations a token in 1 launch. Backward reads 4 rows and writes
 3; 10 n C operations, 14 n C in two kernels; 1 or 2 launches, 1 for all sums over groups of windows, and 2 that
@@ -110,23 +120,33 @@ def _inverse_norm(x):
 
 
 @triton.jit
-def _tile(
-    qkv, pad, biases, scale, window, head, heads, i, j, geometry,
-    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFTED: tl.constexpr, COSINE: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+def _load_keys(
+    qkv, pad, image, row, exists, channels, head, t, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Keys and values of the tokens t of a window."""
+    start = channels + head * D
+    k = _load_padded(qkv, pad, image, row, exists, 3 * channels, start, t, N, D, BLOCK_D)
+    v = _load_padded(qkv, pad, image, row, exists, 3 * channels, channels + start, t, N, D, BLOCK_D)
+    return k, v
+
+
+@triton.jit
+def _inverse_norms(x, COSINE: tl.constexpr):
+    """1 / |x| of each row of x; 0, and not to be used, where logits are no cosines."""
+    inverse = tl.zeros([x.shape[0]], tl.float32)
+    if COSINE:
+        inverse = _inverse_norm(x)
+    return inverse
+
+
+@triton.jit
+def _logits(
+    q, k, q_inverse, k_inverse, q_side, k_side, biases, scale, j,
+    N: tl.constexpr, SHIFTED: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A window's queries i and keys j: places, vectors, inverse norms and logits (queries, keys)."""
-    N: tl.constexpr = WINDOW_H * WINDOW_W
-    channels = heads * D
-    image, q_row, q_exists, q_side = _places(window, i, geometry, WINDOW_H, WINDOW_W)
-    _, k_row, k_exists, k_side = _places(window, j, geometry, WINDOW_H, WINDOW_W)
-    q = _load(qkv, image, q_row, q_exists, 3 * channels, head * D, D, BLOCK_D)
-    k = _load_padded(qkv, pad, image, k_row, k_exists, 3 * channels, channels + head * D, j, N, D, BLOCK_D)
-    v = _load_padded(qkv, pad, image, k_row, k_exists, 3 * channels, 2 * channels + head * D, j, N, D, BLOCK_D)
+    """(queries, keys), -inf where the tile is wider than the window."""
     s = dot(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32), PRECISION)
-    q_inverse, k_inverse = tl.zeros([q.shape[0]], tl.float32), tl.zeros([k.shape[0]], tl.float32)
     if COSINE:  # of products of the vectors as they are: nothing of unit length is rounded
-        q_inverse, k_inverse = _inverse_norm(q), _inverse_norm(k)
         s *= (q_inverse * scale)[:, None] * k_inverse[None, :]
     else:
         s *= scale
@@ -134,8 +154,7 @@ def _tile(
         s += biases
     if SHIFTED:
         s += tl.where(q_side[:, None] == k_side[None, :], 0.0, _APART)
-    s = tl.where((j < N)[None, :], s, float("-inf"))
-    return image, q_row, q_exists, q, q_inverse, k_row, k_exists, k, k_inverse, v, s
+    return tl.where((j < N)[None, :], s, float("-inf"))
 
 
 @triton.jit
@@ -144,20 +163,23 @@ def _window_attention_forward_kernel(
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFTED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    N: tl.constexpr = WINDOW_H * WINDOW_W
     COSINE: tl.constexpr = logit_scale is not None
-    head, group = tl.program_id(0) % heads, tl.program_id(1)
+    head, group, channels = tl.program_id(0) % heads, tl.program_id(1), heads * D
     i = tl.program_id(0) // heads * QUERIES + tl.arange(0, QUERIES)
     j = tl.arange(0, KEYS)
-    biases = _biases(bias, index, head, heads, entries, i, j, WINDOW_H * WINDOW_W)
+    biases = _biases(bias, index, head, heads, entries, i, j, N)
     scale = _scale(logit_scale, head, D)
     for window in range(group * per_program, tl.minimum((group + 1) * per_program, windows)):
-        image, q_row, q_exists, _, _, _, _, _, _, v, s = _tile(
-            qkv, pad, biases, scale, window, head, heads, i, j, geometry, WINDOW_H, WINDOW_W, SHIFTED, COSINE,
-            D, BLOCK_D, PRECISION,
-        )  # fmt: skip
+        image, q_row, q_exists, q_side = _places(window, i, geometry, WINDOW_H, WINDOW_W)
+        _, k_row, k_exists, k_side = _places(window, j, geometry, WINDOW_H, WINDOW_W)
+        q = _load(qkv, image, q_row, q_exists, 3 * channels, head * D, D, BLOCK_D)
+        k, v = _load_keys(qkv, pad, image, k_row, k_exists, channels, head, j, N, D, BLOCK_D)
+        q_inverse, k_inverse = _inverse_norms(q, COSINE), _inverse_norms(k, COSINE)
+        s = _logits(q, k, q_inverse, k_inverse, q_side, k_side, biases, scale, j, N, SHIFTED, COSINE, PRECISION)
         p = tl.exp(s - tl.max(s, 1)[:, None])
         total = dot(cast(p, v.dtype), v, tl.zeros([QUERIES, BLOCK_D], tl.float32), PRECISION)
-        _store(out, total / tl.sum(p, 1)[:, None], image, q_row, q_exists, heads * D, head * D, D, BLOCK_D)
+        _store(out, total / tl.sum(p, 1)[:, None], image, q_row, q_exists, channels, head * D, D, BLOCK_D)
 
 
 @triton.jit
@@ -227,10 +249,12 @@ def _window_attention_backward_kernel(
     k_sum = tl.zeros([BLOCK_D], tl.float32)
     v_sum = tl.zeros([BLOCK_D], tl.float32)
     for window in range(group * per_program, tl.minimum((group + 1) * per_program, windows)):
-        image, q_row, q_exists, q, q_inverse, k_row, k_exists, k, k_inverse, v, s = _tile(
-            qkv, pad, biases, scale, window, head, heads, i, j, geometry, WINDOW_H, WINDOW_W, SHIFTED, COSINE,
-            D, BLOCK_D, PRECISION,
-        )  # fmt: skip
+        image, q_row, q_exists, q_side = _places(window, i, geometry, WINDOW_H, WINDOW_W)
+        _, k_row, k_exists, k_side = _places(window, j, geometry, WINDOW_H, WINDOW_W)
+        q = _load(qkv, image, q_row, q_exists, 3 * channels, head * D, D, BLOCK_D)
+        k, v = _load_keys(qkv, pad, image, k_row, k_exists, channels, head, j, N, D, BLOCK_D)
+        q_inverse, k_inverse = _inverse_norms(q, COSINE), _inverse_norms(k, COSINE)
+        s = _logits(q, k, q_inverse, k_inverse, q_side, k_side, biases, scale, j, N, SHIFTED, COSINE, PRECISION)
         grad = _load(dout, image, q_row, q_exists, channels, head * D, D, BLOCK_D)
         top = tl.max(s, 1)
         p = tl.exp(s - top[:, None])
@@ -289,10 +313,12 @@ def _window_attention_keys_kernel(
     k_sum = tl.zeros([BLOCK_D], tl.float32)
     v_sum = tl.zeros([BLOCK_D], tl.float32)
     for window in range(group * per_program, tl.minimum((group + 1) * per_program, windows)):
-        image, q_row, q_exists, q, q_inverse, k_row, k_exists, k, k_inverse, v, s = _tile(
-            qkv, pad, biases, scale, window, head, heads, i, j, geometry, WINDOW_H, WINDOW_W, SHIFTED, COSINE,
-            D, BLOCK_D, PRECISION,
-        )  # fmt: skip
+        image, q_row, q_exists, q_side = _places(window, i, geometry, WINDOW_H, WINDOW_W)
+        _, k_row, k_exists, k_side = _places(window, j, geometry, WINDOW_H, WINDOW_W)
+        q = _load(qkv, image, q_row, q_exists, 3 * channels, head * D, D, BLOCK_D)
+        k, v = _load_keys(qkv, pad, image, k_row, k_exists, channels, head, j, N, D, BLOCK_D)
+        q_inverse, k_inverse = _inverse_norms(q, COSINE), _inverse_norms(k, COSINE)
+        s = _logits(q, k, q_inverse, k_inverse, q_side, k_side, biases, scale, j, N, SHIFTED, COSINE, PRECISION)
         grad = _load(dout, image, q_row, q_exists, channels, head * D, D, BLOCK_D)
         at = softmaxes + (window * heads + head) * N + i
         top = tl.load(at, mask=i < N, other=0.0)

@@ -1,12 +1,19 @@
-"""Matrix products on a GPU: several small ones in one launch, with what follows in the epilogue.
+"""Gemms on a GPU: several small ones in one launch, with what follows in the epilogue.
 
-One kernel computes C = A . B for up to a handful of problems, told apart by the program's number, in three kinds named
-after what they are to a linear layer of weight W (out, in):
+One kernel computes C = A . B, (M, K) times (K, N), for up to a handful of problems, told apart by the program's number,
+in the three kinds that a linear layer of weight W (outs, ins) has over its rows. `None` where an operand is not there:
 
-    FORWARD   y = x . W^T       bias, GELU (keeping its argument) and a residual read by rows in the epilogue
-    INPUT     dx = dy . W       GELU's derivative in the epilogue, which writes GELU again and adds the columns up per
-                                tile; a scale; a scatter by rows
-    WEIGHT    dW = dy^T . x     x read by rows; a scale; the bias's gradient
+            fprop, y = x . W^T           dgrad, dx = dy . W           wgrad, dW = dy^T . x
+    a       x (rows, ins)                dy (rows, outs)              dy (rows, outs), transposed
+    b       W (outs, ins), transposed    W (outs, ins)                x (rows, ins), or rows `index` of it
+    c       y (rows, outs)               dx (rows, ins), or rows      dW (outs, ins)
+                                         `index` of it
+    bias    (outs,)                      -                            -
+    before  written: y before GELU       read: GELU's pre-activation  -
+    after   -                            written: GELU once more      -
+    residual, by rows `index`, added     -                            -
+    scale   -                            times scale * factor         times scale * factor
+    sums    -                            dx's columns, for each tile  dy's columns: the bias's gradient
 
 Which path: `SGMIM_FAST_TRITON_PRODUCTS=auto|triton|library`. "library" is torch (cuBLAS) and an elementwise kernel for
 an epilogue. "auto" is what `sgmim_fast.tune` has found faster for an op and shape, and else the library, as an H200
@@ -32,79 +39,91 @@ from sgmim_fast.kernels.launch import cdiv, launch, tf32
 from sgmim_fast.kernels.sums import Sum, column_sums
 from sgmim_fast.kernels.sums import finish as finish_sums
 
-FORWARD, INPUT, WEIGHT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+FPROP, DGRAD, WGRAD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def _sides(rows, ins, outs, KIND: tl.constexpr):
+    """M, N and K of a problem."""
+    if KIND == FPROP:
+        M, N, K = rows, outs, ins
+    elif KIND == DGRAD:
+        M, N, K = rows, ins, outs
+    else:
+        M, N, K = outs, ins, rows
+    return M, N, K
+
+
+@triton.jit
+def _swizzle(tile, down, across, GROUP: tl.constexpr):
+    """Row and column of a tile: in columns of GROUP tiles, so that neighbouring programs share operands in the L2."""
+    group = tile // (GROUP * across)
+    height = tl.minimum(down - group * GROUP, GROUP)
+    return group * GROUP + tile % (GROUP * across) % height, tile % (GROUP * across) // height
+
+
+@triton.jit
+def _load_a(a, m, k, M, K, KIND: tl.constexpr, DTYPE: tl.constexpr):
+    """(BLOCK_M, BLOCK_K)"""
+    if KIND == WGRAD:
+        x = tl.load(a + k.to(tl.int64)[:, None] * M + m[None, :], mask=(k < K)[:, None] & (m < M)[None, :], other=0)
+        x = tl.trans(cast(x, DTYPE))
+    else:
+        at = m.to(tl.int64)[:, None] * K + k[None, :]
+        x = cast(tl.load(a + at, mask=(m < M)[:, None] & (k < K)[None, :], other=0), DTYPE)
+    return x
+
+
+@triton.jit
+def _load_b(b, k, n, K, N, index, limit, KIND: tl.constexpr, DTYPE: tl.constexpr):
+    """(BLOCK_K, BLOCK_N)"""
+    if KIND == FPROP:
+        at = n.to(tl.int64)[:, None] * K + k[None, :]
+        w = tl.trans(tl.load(b + at, mask=(n < N)[:, None] & (k < K)[None, :], other=0))
+    else:
+        row = k.to(tl.int64)
+        if KIND == WGRAD and index is not None:
+            row = inside_of(tl.load(index + k, mask=k < K, other=0), limit)
+        w = tl.load(b + row[:, None] * N + n[None, :], mask=(k < K)[:, None] & (n < N)[None, :], other=0)
+    return cast(w, DTYPE)
 
 
 @triton.jit
 def _product_kernel(
-    a, b, c,  # operands and result of every problem
-    bias, residual, before, after, index, limit, scale, sums,  # of the epilogue, or None; see `linear` and the others
-    factor,
-    rows, ins, outs,  # tokens, width of x, width of y
+    a, b, c, bias, residual, before, after, index, limit, scale, sums, factor,  # see above; a, b, c of every problem
+    rows, ins, outs,  # of every problem
     KIND: tl.constexpr, DTYPE: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    # the problem, and the tile in it; neighbouring programs share operands in the second-level cache
     program = tl.program_id(0)
     tile = program
     A, B, C, R, I, O = a[0], b[0], c[0], rows[0], ins[0], outs[0]  # noqa: E741
-    first = 0
     if bias is not None:
         Bias = bias[0]
+    first = 0  # tile of a problem
     for i in tl.static_range(len(a)):
         if program >= first:
             tile = program - first
             A, B, C, R, I, O = a[i], b[i], c[i], rows[i], ins[i], outs[i]  # noqa: E741
             if bias is not None:
                 Bias = bias[i]
-        if KIND == FORWARD:
-            first += tl.cdiv(rows[i], BLOCK_M) * tl.cdiv(outs[i], BLOCK_N)
-        elif KIND == INPUT:
-            first += tl.cdiv(rows[i], BLOCK_M) * tl.cdiv(ins[i], BLOCK_N)
-        else:
-            first += tl.cdiv(outs[i], BLOCK_M) * tl.cdiv(ins[i], BLOCK_N)
-    if KIND == FORWARD:
-        M, N, K = R, O, I
-    elif KIND == INPUT:
-        M, N, K = R, I, O
-    else:
-        M, N, K = O, I, R
-    down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    group = tile // (GROUP * across)
-    height = tl.minimum(down - group * GROUP, GROUP)
-    m_tile = group * GROUP + tile % (GROUP * across) % height
-    n_tile = tile % (GROUP * across) // height
+        down, across, _ = _sides(rows[i], ins[i], outs[i], KIND)
+        first += tl.cdiv(down, BLOCK_M) * tl.cdiv(across, BLOCK_N)
+    M, N, K = _sides(R, I, O, KIND)
+    m_tile, n_tile = _swizzle(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     wide = m.to(tl.int64)
 
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if KIND == WEIGHT and sums is not None:
+    if KIND == WGRAD and sums is not None:
         ones = cast(tl.full([BLOCK_K, 16], 1.0, tl.float32), DTYPE)
         bias_total = tl.zeros([BLOCK_M, 16], tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        if KIND == WEIGHT:  # A is dy (rows, outs), read transposed
-            x = tl.load(A + k.to(tl.int64)[:, None] * O + m[None, :], mask=(k < K)[:, None] & (m < M)[None, :], other=0)
-            x = tl.trans(cast(x, DTYPE))
-            at = k.to(tl.int64)
-            if index is not None:
-                at = inside_of(tl.load(index + k, mask=k < K, other=0), limit)
-            w = tl.load(B + at[:, None] * I + n[None, :], mask=(k < K)[:, None] & (n < N)[None, :], other=0)
-        else:
-            x = tl.load(A + wide[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0)
-            x = cast(x, DTYPE)
-            if KIND == FORWARD:  # W (outs, ins), read transposed
-                w = tl.load(
-                    B + n.to(tl.int64)[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0
-                )
-                w = tl.trans(w)
-            else:
-                w = tl.load(
-                    B + k.to(tl.int64)[:, None] * N + n[None, :], mask=(k < K)[:, None] & (n < N)[None, :], other=0
-                )
-        total = dot(x, cast(w, DTYPE), total, PRECISION)
-        if KIND == WEIGHT and sums is not None:
+        x = _load_a(A, m, k, M, K, KIND, DTYPE)
+        total = dot(x, _load_b(B, k, n, K, N, index, limit, KIND, DTYPE), total, PRECISION)
+        if KIND == WGRAD and sums is not None:
             bias_total = dot(x, ones, bias_total, PRECISION)
 
     inside = (m < M)[:, None] & (n < N)[None, :]
@@ -114,25 +133,25 @@ def _product_kernel(
     if scale is not None:
         by = tl.load(scale).to(tl.float32) * factor
         total *= by
-        if KIND == WEIGHT and sums is not None:  # sixteen equal columns; the first column of tiles writes one
+        if KIND == WGRAD and sums is not None:  # sixteen equal columns; the first column of tiles writes one
             bias_total = tl.sum(bias_total, 1) * 0.0625 * by
             tl.store(sums + m, cast(bias_total, sums.dtype.element_ty), mask=(m < M) & (n_tile + 0 * m == 0))
-    total = finish(total, at, wide, m < M, n, N, inside, residual, before, after, index, limit, KIND, GELU)
-    if KIND == INPUT and sums is not None:
+    total = _epilogue(total, at, wide, m < M, n, N, inside, residual, before, after, index, limit, KIND, GELU)
+    if KIND == DGRAD and sums is not None:
         tl.store(sums + m_tile.to(tl.int64) * N + n, tl.sum(total, 0), mask=n < N)
-    if KIND == INPUT and index is not None:
+    if KIND == DGRAD and index is not None:
         at = inside_of(tl.load(index + m, mask=m < M, other=0), limit)[:, None] * N + n[None, :]
     tl.store(C + at, cast(total, C.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def finish(
+def _epilogue(
     total, at, row, here, n, N, inside, residual, before, after, index, limit,
     KIND: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
-    """What follows a product; `at` are the places of the result's elements, `before` holds GELU's argument."""
+    """The epilogue; `at` are the places of the result's elements, `before` holds GELU's argument."""
     if GELU:
-        if KIND == FORWARD:
+        if KIND == FPROP:
             total = cast(total, before.dtype.element_ty)  # as the backward will read it
             tl.store(before + at, total, mask=inside)
             total = gelu(total.to(tl.float32))
@@ -220,7 +239,7 @@ def _run(
         before,
         after,
         index,
-        (b[0] if kind is WEIGHT else c[0] if residual is None else residual).shape[0],
+        (b[0] if kind is WGRAD else c[0] if residual is None else residual).shape[0],
         scale,
         sums,
         factor,
@@ -261,7 +280,7 @@ def linears(xs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
         return [torch.nn.functional.linear(x, weight) for x, weight in zip(xs, weights, strict=True)]
     ys = [torch.empty(x.shape[0], w.shape[0], dtype=dtype, device=x.device) for x, w in zip(xs, weights, strict=True)]
     shapes = [(x.shape[0], w.shape[1], w.shape[0]) for x, w in zip(xs, weights, strict=True)]
-    _run(FORWARD, dtype, xs, weights, ys, shapes)
+    _run(FPROP, dtype, xs, weights, ys, shapes)
     return ys
 
 
@@ -282,7 +301,7 @@ def linear(
     if fused():
         y = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
         shape, biases = (x.shape[0], weight.shape[1], weight.shape[0]), None if bias is None else [bias]
-        _run(FORWARD, x.dtype, [x], [weight], [y], [shape], bias=biases, residual=residual, index=rows)
+        _run(FPROP, x.dtype, [x], [weight], [y], [shape], bias=biases, residual=residual, index=rows)
         return y
     product = torch.nn.functional.linear(x, weight, bias)
     return product.to(dtype) if residual is None else _add(product, residual, rows, dtype)
@@ -296,7 +315,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     before = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     after = torch.empty_like(before)
     shape = x.shape[0], weight.shape[1], weight.shape[0]
-    _run(FORWARD, x.dtype, [x], [weight], [after], [shape], bias=[bias], before=before)
+    _run(FPROP, x.dtype, [x], [weight], [after], [shape], bias=[bias], before=before)
     return before, after
 
 
@@ -309,7 +328,7 @@ def dgrads(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
         torch.empty(dy.shape[0], w.shape[1], dtype=dtype, device=dy.device) for dy, w in zip(dys, weights, strict=True)
     ]
     shapes = [(dy.shape[0], w.shape[1], w.shape[0]) for dy, w in zip(dys, weights, strict=True)]
-    _run(INPUT, dtype, dys, weights, dxs, shapes)
+    _run(DGRAD, dtype, dys, weights, dxs, shapes)
     return dxs
 
 
@@ -322,9 +341,9 @@ def dgrad_gelu(dy: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tens
         return gelu_backward(dy @ weight, hidden)
     dx, after = torch.empty_like(hidden), torch.empty_like(hidden)
     shape = dy.shape[0], weight.shape[1], weight.shape[0]
-    tiles = cdiv(shape[0], _config(INPUT, dy.dtype, [shape]).block_m)
+    tiles = cdiv(shape[0], _config(DGRAD, dy.dtype, [shape]).block_m)
     partials = torch.empty(tiles, shape[1], dtype=torch.float32, device=dy.device)
-    _run(INPUT, dy.dtype, [dy], [weight], [dx], [shape], before=hidden, after=after, sums=partials)
+    _run(DGRAD, dy.dtype, [dy], [weight], [dx], [shape], before=hidden, after=after, sums=partials)
     return dx, after, partials
 
 
@@ -337,7 +356,7 @@ def dgrad_of_signs(
     """
     if fused():
         shape = signs.shape[0], weight.shape[1], weight.shape[0]
-        _run(INPUT, weight.dtype, [signs], [weight], [dx], [shape], index=rows, scale=scale, factor=factor)
+        _run(DGRAD, weight.dtype, [signs], [weight], [dx], [shape], index=rows, scale=scale, factor=factor)
         return
     product = (signs.to(weight.dtype) @ weight * (scale * factor)).to(dx.dtype)
     dx.copy_(product) if rows is None else dx.index_copy_(0, rows, product)
@@ -360,7 +379,7 @@ def wgrad_of_signs(
     if fused():
         shape = signs.shape[0], x.shape[1], signs.shape[1]
         options = {"index": rows, "scale": scale, "factor": factor, "sums": dbias}
-        _run(WEIGHT, dtype, [signs], [x], [dweight], [shape], **options)
+        _run(WGRAD, dtype, [signs], [x], [dweight], [shape], **options)
         return
     by = scale * factor
     product = signs.to(dtype).t() @ (x if rows is None else x[rows]).to(dtype)
@@ -380,7 +399,7 @@ def wgrads(dys: Sequence[Tensor], xs: Sequence[Tensor], dtypes: Sequence[torch.d
             for dy, x in zip(dys, xs, strict=True)
         ]
         shapes = [(dy.shape[0], x.shape[1], dy.shape[1]) for dy, x in zip(dys, xs, strict=True)]
-        _run(WEIGHT, dtype, dys, xs, dws, shapes)
+        _run(WGRAD, dtype, dys, xs, dws, shapes)
         return dws
     return [_wgrad(dy, x, wanted) for dy, x, wanted in zip(dys, xs, dtypes, strict=True)]
 

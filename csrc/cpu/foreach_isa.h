@@ -16,7 +16,7 @@
 
 #include "cpu/isa.h"
 
-#if defined(__x86_64__)
+#if defined(SGMIM_MANY_ISAS)
 
 #include <immintrin.h>
 
@@ -56,7 +56,7 @@ SGMIM_TARGET_END
 #undef SGMIM_ISA
 #undef SGMIM_VECTOR_BYTES
 
-#endif  // x86-64; other machines have the baseline only, 16-byte vectors
+#endif  // other machines than x86-64 have the baseline only, 16-byte vectors
 
 #define SGMIM_ISA baseline
 #define SGMIM_VECTOR_BYTES 16

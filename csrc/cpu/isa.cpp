@@ -10,7 +10,7 @@ namespace sgmim {
 
 static Isa detect() {
   Isa best = Isa::baseline;
-#if defined(__x86_64__)
+#if defined(SGMIM_MANY_ISAS)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Isa::avx2;
   if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -58,11 +58,14 @@ def assert_close_to_truth(
     )
 
 
-def moved(inputs: Sequence[Any]) -> list[Any]:
-    """The inputs with each floating-point number moved by less than eps of itself, at random, and rounded."""
+def moved(inputs: Sequence[Any], dtype: torch.dtype | None = None) -> list[Any]:
+    """The inputs with each floating-point number moved by less than eps of itself, at random, and rounded.
+
+    dtype: whose eps, if not that of each; what autocast rounds the inputs to.
+    """
 
     def move(t: Tensor) -> Tensor:
-        by = torch.finfo(t.dtype).eps * (2 * torch.rand(t.shape, dtype=torch.float64, device=t.device) - 1)
+        by = torch.finfo(dtype or t.dtype).eps * (2 * torch.rand(t.shape, dtype=torch.float64, device=t.device) - 1)
         return (t.detach().double() * (1 + by)).to(t.dtype)
 
     return [move(t) if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]
@@ -148,7 +151,7 @@ def check_op(
     def again(i: int) -> Iterator[Tensor]:
         for _ in range(AGAIN):
             with torch.autocast(place.device, dtype) if autocast else contextlib.nullcontext():
-                result, grads = gradients(plain, moved(low), cotangent)
+                result, grads = gradients(plain, moved(low, dtype), cotangent)
             yield [result, *grads][i]
 
     for i, (name, *three) in enumerate(zip(names, *([r, *g] for r, g in (actual, usual, truth)), strict=True)):

@@ -273,14 +273,8 @@ def main(argv: list[str] | None = None) -> int:
     first["warm-guidance"] = guidance("--seconds", 1)
     if tool := shutil.which("compute-sanitizer"):
         native = ("gather_patches", "selective_mask", "masked_patch_embed", "relational_guidance")
-        short = [
-            *pytest,
-            *(f"tests/ops/test_{op}.py" for op in native),
-            "-k",
-            "cuda-cuda or (triton-cuda and ragged)",
-            "--maxfail",
-            "3",
-        ]
+        short = [*pytest, *(f"tests/ops/test_{op}.py" for op in native)]
+        short += ["-k", "cuda-cuda or (triton-cuda and ragged)", "--maxfail", "3"]
         first |= {k: [tool, "--tool", k, "--error-exitcode", "9", *short] for k in ("memcheck", "racecheck")}
     suite.together(first, 120, SGMIM_FAST_EXAMPLES="2")
     suite.write({"CUDA kernels trusted": bool(tool) and suite.passed("memcheck") and suite.passed("racecheck")})

@@ -15,7 +15,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_arguments import EXAMPLES
 from test_cli import output
 from tiny import batch, drawn, family
 
@@ -24,6 +23,10 @@ from sgmim_fast import backends, ops, tuned
 from sgmim_fast.tune import Winner, table
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "ops"))
+
+from test_arguments import EXAMPLES  # noqa: E402 - of another folder
+
 pytestmark = [
     pytest.mark.skipif(not backends.available()["cpu"][0], reason=backends.available()["cpu"][1]),
     pytest.mark.skipif(backends.triton_interpreted(), reason="tunes for minutes in Triton's interpreter"),
@@ -170,10 +173,12 @@ def test_no_op_of_a_model_is_slower_than_plain_pytorch(name, dtype):
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         model(*inputs).backward()
     backends.WATCHED.pop()
-    assert called == tuned.read("cpu").keys()
+    # but for the patches that PyTorch's way to compute an op gathers, and ours does not
+    known, called = ({k for k in keys if backends.composed(k[0])} for keys in (tuned.read("cpu"), called))
+    assert called == known
     assert {op for op, *_ in called} >= {"norm_attention", "norm_mlp", "structure_embed", "linear_l1"}
     for winner in found:
-        assert not winner.refused and winner.seconds[winner.name] <= winner.seconds["torch"]
+        assert winner.refused == {} and winner.seconds[winner.name] <= winner.seconds["torch"]
 
 
 def test_results_are_the_same_up_to_rounding(slow):

@@ -4,13 +4,14 @@ kernels between them."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sgmim_fast.kernels import configs, products
+from sgmim_fast.kernels import window_attention as windows
 from sgmim_fast.kernels.launch import MOST_COLUMNS, on_device
 from sgmim_fast.kernels.layer_norm import layer_norms, layer_norms_backward, normalise
 from sgmim_fast.kernels.linear_l1 import linear_l1, linear_l1_backward  # noqa: F401 - primitives, as the following
@@ -19,8 +20,8 @@ from sgmim_fast.kernels.relational_guidance import guidance_attention, guidance_
 from sgmim_fast.kernels.structure_embed import embed, embed_backward, embedded  # noqa: F401
 from sgmim_fast.kernels.sums import column_sums
 from sgmim_fast.kernels.sums import finished as finish  # noqa: F401
-from sgmim_fast.kernels.window_attention import window_attention, window_attention_backward  # noqa: F401
-from sgmim_fast.ops.primitives import Norm, NormGradient, Request
+from sgmim_fast.ops import whole_attention
+from sgmim_fast.ops.primitives import Norm, NormGradient, Request, Windows
 from sgmim_fast.ops.window_attention import most_tokens_on_a_gpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -75,6 +76,21 @@ def linear_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     t, (gain, shift, eps) = linear(x, weight, bias, residual=residual, rows=rows), norm
     return t, *layer_norms([Norm(t, gain, shift)], eps, t.dtype)[0]
+
+
+def window_attention(qkv: Tensor, w: Windows) -> Tensor:
+    """A ViT's without bias goes through PyTorch's flash attention."""
+    if qkv.is_cuda and whole_attention.takes(qkv, w):
+        return whole_attention.whole_attention(qkv, w)
+    return windows.window_attention(qkv, w)
+
+
+def window_attention_backward(
+    grad: Tensor, qkv: Tensor, w: Windows, wanted: Container[str]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    if qkv.is_cuda and whole_attention.takes(qkv, w) and "pad" not in wanted:
+        return whole_attention.whole_attention_backward(grad, qkv, w), {}
+    return windows.window_attention_backward(grad, qkv, w, wanted)
 
 
 def place_tokens(

@@ -29,8 +29,8 @@ def takes(request: Request) -> tuple[bool, str]:
 
 
 def variants(request: Request) -> list[str]:
-    """ "library": `ops.library`."""
-    return ["library"] if request.widths else []
+    """ "library": `ops.library`, where there is a norm or a window."""
+    return ["library"] if request.widths or request.window else []
 
 
 def varied(bind: Callable[[Any], Callable[..., Any]], variant: str) -> Callable[..., Any]:

@@ -1,18 +1,19 @@
-"""The primitives through PyTorch's own kernels for norms and GELU, where `_plain` has their formulas: what one would
-write in PyTorch. `sgmim_fast.tune` times them as "torch:library"; nothing else chooses them."""
+"""The primitives through PyTorch's own kernels for norms, GELU and a ViT's attention, where `_plain` has formulas: what
+one would write in PyTorch. `sgmim_fast.tune` times them as "torch:library"; nothing else chooses them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sgmim_fast.ops import products
+from sgmim_fast.ops import _plain, products, whole_attention
 from sgmim_fast.ops._plain import *  # noqa: F403 - all other primitives
 from sgmim_fast.ops._plain import scattered
-from sgmim_fast.ops.primitives import Norm, NormGradient, NormGradients, sum_dtype
+from sgmim_fast.ops.primitives import Norm, NormGradient, NormGradients, Windows, sum_dtype
 
 
 def linear_norm(
@@ -67,3 +68,17 @@ def _layer_norm_backward(g: NormGradient) -> NormGradients:
         *([g.residual.sum(0, dtype=wide)] if g.sum_residual else [None]),
         *([dx.sum(0)] if g.sum_dx else [None]),
     )
+
+
+def window_attention(qkv: Tensor, w: Windows) -> Tensor:
+    if whole_attention.takes(qkv, w):
+        return whole_attention.whole_attention(qkv, w)
+    return _plain.window_attention(qkv, w)
+
+
+def window_attention_backward(
+    grad: Tensor, qkv: Tensor, w: Windows, wanted: Container[str]
+) -> tuple[Tensor, dict[str, Any]]:
+    if whole_attention.takes(qkv, w) and "pad" not in wanted:
+        return whole_attention.whole_attention_backward(grad, qkv, w), {}
+    return _plain.window_attention_backward(grad, qkv, w, wanted)

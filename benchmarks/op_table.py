@@ -91,6 +91,7 @@ def cases(shape: Shape, batch: int, device: torch.device) -> dict[str, Callable[
         return {
             "selective_mask": draw,
             "standardize_structure": lambda: [standardize_structure(depth.detach())],
+            "token_salience": lambda: [ops.token_salience(tokens.detach().flatten(1, 2))],
             "gather_patches": both(lambda: ops.gather_patches(depth, shown, cell=stride, patch=4, order="z"), depth),
             "masked_patch_embed": both(
                 lambda: ops.masked_patch_embed(images, embed.weight, embed.bias, token, stem, **norm),
@@ -138,7 +139,7 @@ def disagreement(op: str, run: Callable[..., list[Tensor]], backend: str, dtype:
     first, second, plain = run(backend), run(backend), run("torch")
     if not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
         return "two runs differ"
-    if op == "standardize_structure":
+    if op in ("standardize_structure", "token_salience"):
         error = max((a - b).abs().max().item() for a, b in zip(first, plain, strict=True))
         return f"off by {error:.1e}" if error > ATOL * max(1, plain[0].abs().max().item()) else ""
     if op in EXACT:

@@ -250,6 +250,7 @@ def branch(shape: Shape, mixed: bool, dtype: torch.dtype) -> None:
         gradient = backends.implementation("gather_patches", "backward", "triton")
         gradient(packed, visible, list(images.shape), stride, patch, zorder)
     forward("standardize_structure", maps, True)
+    forward("token_salience", tensor(batch, cells, width, dtype=dtype))
     for counts in ([shape.masked] * batch, [i % cells for i in range(batch)]):
         forward("selective_mask", torch.tensor([1, 2]), counts, grid, grid, 2)
 

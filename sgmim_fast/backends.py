@@ -43,6 +43,7 @@ MODULES: dict[str, dict[str, str]] = {
         for name in ("gather_patches", "selective_mask", "standardize_structure")
     },
     "masked_patch_embed": _PRIMITIVES | _own("masked_patch_embed", "cuda"),
+    "token_salience": _own("token_salience", "cpu", "triton"),
     "relational_guidance": _PRIMITIVES | _own("relational_guidance", "cuda"),
     **dict.fromkeys(("norm_attention", "norm_linear", "norm_mlp", "window_attention"), _PRIMITIVES),
     **dict.fromkeys(("linear_l1", "structure_embed"), _PRIMITIVES),

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from sgmim_fast.fused import blocks
 from sgmim_fast.fused.unmodified import Check, Own
 from sgmim_fast.masking import SelectiveMask, aligned, resize
+from sgmim_fast.ops import token_salience
 
 SUPPORTED = "timm's Swin (swin_*), SwinV2 (swinv2_*), BEiT (beit_*, beitv2_*) and plain ViT (vit_*, deit_*)"
 
@@ -98,6 +99,28 @@ class MaskedEncoder(nn.Module):
     def _after_stem(self, tokens: Tensor) -> Tensor:
         raise NotImplementedError
 
+    @torch.no_grad()
+    def salience(self, x: Tensor) -> Tensor:
+        """How salient each patch of the unmasked images is: `ops.token_salience` of what the stem makes of them, with
+        positions added, before any block (SPEC "Salience-based masking"). What `selective_mask` draws masks from.
+
+        Args:
+            x: (B, in_chans, H, W) images, as for `forward`.
+
+        Returns:
+            (B, H/p, W/p) from 0 to 1, float32 (float64 for float64). NaN throughout for an image that is not finite.
+
+        Raises:
+            TypeError, ValueError: as `forward`.
+        """
+        self._check(x, None)
+        tokens = self._with_positions(self.model.patch_embed(x))
+        return token_salience(tokens).unflatten(1, self.model.patch_embed.dynamic_feat_size(x.shape[2:]))
+
+    def _with_positions(self, tokens: Tensor) -> Tensor:
+        """The stem's tokens as (B, N, D), with the positions that the model adds to them."""
+        raise NotImplementedError
+
     def _check(self, x: Tensor, mask: Tensor | SelectiveMask | None) -> None:
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"images must have shape (B, {self.in_chans}, H, W), got {tuple(x.shape)}")
@@ -141,6 +164,9 @@ class _MaskedSwin(MaskedEncoder):
         model = self.model
         return model.norm(model.layers(tokens)).flatten(1, 2)
 
+    def _with_positions(self, tokens: Tensor) -> Tensor:
+        return tokens.flatten(1, 2)
+
 
 class _MaskedBeit(MaskedEncoder):
     """BEiT: class token, optional absolute positions, relative position bias per block or shared."""
@@ -159,6 +185,10 @@ class _MaskedBeit(MaskedEncoder):
                 x = block(x, shared_rel_pos_bias=bias)
         return model.norm(x)[:, model.num_prefix_tokens :]
 
+    def _with_positions(self, tokens: Tensor) -> Tensor:
+        positions = self.model.pos_embed
+        return tokens if positions is None else tokens + positions[:, self.model.num_prefix_tokens :]
+
 
 class _MaskedViT(MaskedEncoder):
     """Plain ViT and DeiT: positions are added, and class and register tokens prepended, after the replacement."""
@@ -168,6 +198,9 @@ class _MaskedViT(MaskedEncoder):
         x = model.norm_pre(model._pos_embed(tokens))
         x = checkpoint_seq(model.blocks, x) if model.grad_checkpointing else model.blocks(x)
         return model.norm(x)[:, model.num_prefix_tokens :]
+
+    def _with_positions(self, tokens: Tensor) -> Tensor:
+        return self.model._pos_embed(tokens)[:, self.model.num_prefix_tokens :]
 
 
 _FAMILIES = (

@@ -15,8 +15,11 @@ from torch import Tensor
 
 from sgmim_fast.ops.selective_mask import selective_mask as draw
 from sgmim_fast.rows import Rows
+from sgmim_fast.salience import RATIO, SPREAD, THRESHOLD
+from sgmim_fast.salience import draw as draw_salient
 
 SHOWN = ("masked", "visible", "all")
+MASKING = ("random", "salience")
 
 
 class SelectiveMask(NamedTuple):
@@ -91,25 +94,39 @@ class DenseMask(NamedTuple):
 def selective_mask(
     batch: int,
     grid: int | tuple[int, int],
-    ratio: float | Sequence[float] = 0.6,
+    ratio: float | Sequence[float] | None = None,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
     *,
     shown: str | float = "masked",
     seed: Tensor | None = None,
     scale: int = 1,
+    masking: str = "random",
+    salience: Tensor | None = None,
+    noise: Tensor | None = None,
+    spread: float = SPREAD,
+    threshold: float = THRESHOLD,
+    adaptive: str = "image",
 ) -> SelectiveMask:
     """Draws the masks of a batch: in each image ceil(ratio * units) units, a uniformly random subset.
 
     Exact counts, reproducible from `generator`, and nothing waits for the device. Plain PyTorch, per image:
     `mask.view(-1)[torch.randperm(units)[:count]] = True`. SPEC "Selective masking", paper section 3.
 
+    With masking="salience" the units are those of the highest score, salience + U(0, 1) / 2, and their number is the
+    image's own: SBAM and AMR (arXiv 2404.08327), SPEC "Salience-based masking". As the numbers depend on values, the
+    host waits for a GPU once, unless adaptive="none"::
+
+        selective_mask(len(images), 6, masking="salience", salience=encoder.salience(images))
+
+    `SGMIM.draw_mask` does both.
+
     Args:
         batch: number of images, at least 1.
         grid: mask units (rows, columns), or one number for a square; an image of 192 pixels and units of 32 has 6.
-        ratio: share of masked units between 0 and 1; one for all or one per image.
+        ratio: share of masked units between 0 and 1; one for all or one per image. None: 0.6, and of "salience" 0.75.
         generator: of `device`; None: torch's default generator.
-        device: where the results live; None: the generator's device, else the CPU.
+        device: where the results live; None: the generator's device, or that of `salience`, else the CPU.
         shown: where the structure branch may read its map. "masked": where the image is masked (the paper's selective
             masking). Ablations: "visible": the same places as the image; "all": everywhere; a number between 0 and 1:
             an independent random subset with this share *hidden*.
@@ -117,48 +134,91 @@ def selective_mask(
             say which masks are drawn, the same on every device. A captured step counts it up there.
         scale: cells along a unit: the same masks, drawn on the finer grid of cells at once. Where units are larger than
             the encoder's stride, their ratio saves the model that step.
+        masking: "random" or "salience".
+        salience: with "salience" alone: (B, h, w) from 0 to 1, of patches, as `MaskedEncoder.salience` gives it; h and
+            w multiples of the grid. A unit has the mean of its patches.
+        noise: with "salience", (B, rows * columns) from 0 to 1, in place of what would be drawn for the scores.
+        spread, threshold: with "salience", v and the bound above which a patch counts as salient: of an image with a
+            share y of salient patches ratio + spread * (2 y - 1) is masked. 0.10 and 0.5 (as the ratio 0.75) are those
+            of a third-party port.
+        adaptive: with "salience", "image": each image has its own ratio; "batch": all have the mean of these ratios, as
+            in the released code; "none": all have `ratio`.
 
     Returns:
         SelectiveMask on the grid of cells; the model brings it to its own resolutions.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is expected.
+        ValueError, TypeError: naming the argument, what came and what is expected; NaN in `salience`, on a GPU with
+            adaptive="none" by an assertion on the device.
     """
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
     if batch < 1:
         raise ValueError(f"batch is {batch}; expected at least 1")
     if rows < 1 or columns < 1:
         raise ValueError(f"grid is {grid!r}; expected at least one unit along each side")
+    if masking not in MASKING:
+        raise ValueError(f"masking is {masking!r}; expected one of {', '.join(MASKING)}")
+    if seed is not None and (generator is not None or device is not None):
+        raise ValueError("seed comes with a generator or a device; expected it alone: the masks live where it does")
+    if masking == "salience":
+        if salience is None:
+            raise TypeError("salience is missing; expected (B, h, w) of patches, as encoder.salience(images) gives it")
+        if seed is not None:
+            raise ValueError("seed comes with masking='salience'; expected a generator, or noise")
+        if device is not None and torch.device(device).type != salience.device.type:
+            raise ValueError(f"salience is on {salience.device}; expected {device}, the device given")
+        if len(salience) != batch:
+            raise ValueError(f"salience has {len(salience)} images; expected {batch}, as batch says")
+        device, units = salience.device, (rows, columns)
+        options = {"spread": spread, "threshold": threshold, "adaptive": adaptive, "noise": noise}
+        ratio = RATIO if ratio is None else ratio
+        drawn = draw_salient(salience, units, scale, ratio=ratio, generator=generator, **options)
+        return _with_shown(drawn, batch, units, scale, shown, generator, device, None)
+    if salience is not None or noise is not None:
+        raise ValueError(
+            f"{'noise' if salience is None else 'salience'} comes with masking='random'; expected 'salience'"
+        )
+    ratio = 0.6 if ratio is None else ratio
     ratios = [float(ratio)] * batch if isinstance(ratio, (int, float)) else [float(r) for r in ratio]
     if len(ratios) != batch:
         raise ValueError(f"ratio has {len(ratios)} entries; expected one number, or one per image of {batch}")
-    if seed is not None and (generator is not None or device is not None):
-        raise ValueError("seed comes with a generator or a device; expected it alone: the masks live where it does")
     if device is None:
         device = generator.device if generator is not None else torch.device("cpu")
+    counts = _counts(ratios, rows * columns, "ratio")
+    drawn = draw(_seed(seed, generator, device), counts, (rows, columns), scale)
+    return _with_shown(drawn, batch, (rows, columns), scale, shown, generator, device, seed)
 
-    def new_seed() -> Tensor:
-        if seed is not None:
-            return seed
-        return torch.randint(-(2**63), 2**63 - 1, (2,), generator=generator, device=device, dtype=torch.int64)
 
-    def other_seed() -> Tensor:
-        return new_seed() if seed is None else seed ^ 0x80000000
+def _seed(seed: Tensor | None, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
+    if seed is not None:
+        return seed
+    return torch.randint(-(2**63), 2**63 - 1, (2,), generator=generator, device=device, dtype=torch.int64)
 
-    units = rows * columns
-    counts = _counts(ratios, units, "ratio")
-    mask, visible, masked = draw(new_seed(), counts, (rows, columns), scale)
+
+def _with_shown(
+    drawn: tuple[Tensor, Rows, Rows],
+    batch: int,
+    grid: tuple[int, int],
+    scale: int,
+    shown: str | float,
+    generator: torch.Generator | None,
+    device: torch.device | str,
+    seed: Tensor | None,
+) -> SelectiveMask:
+    """The mask with the cells where the structure is shown; arguments as of `selective_mask`."""
+    (mask, visible, masked), units = drawn, grid[0] * grid[1]
     if shown == "masked":
         return SelectiveMask(mask, mask, visible, masked, masked)
     if shown == "visible":
         return SelectiveMask(mask, ~mask, visible, masked, visible)
     if shown == "all":
-        every, _, rows_shown = draw(new_seed(), [units] * batch, (rows, columns), scale)
+        every, _, rows_shown = draw(_seed(seed, generator, device), [units] * batch, grid, scale)
         return SelectiveMask(mask, every, visible, masked, rows_shown)
     if isinstance(shown, str):
         raise ValueError(f"shown is {shown!r}; expected 'masked', 'visible', 'all' or a number between 0 and 1")
     counts = _counts([float(shown)] * batch, units, "shown")
-    hidden, rows_shown, _ = draw(other_seed(), counts, (rows, columns), scale)
+    other = _seed(None, generator, device) if seed is None else seed ^ 0x80000000
+    hidden, rows_shown, _ = draw(other, counts, grid, scale)
     return SelectiveMask(mask, ~hidden, visible, masked, rows_shown)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,11 @@ from sgmim_fast.encoders import VISIBLE
 from sgmim_fast.fused import blocks, unmodified
 from sgmim_fast.fused.accelerate import accelerate as make_faster
 from sgmim_fast.guidance import RelationalGuidance, StructureEncoder
-from sgmim_fast.masking import DenseMask, SelectiveMask, aligned, resize, search, without_lists
+from sgmim_fast.masking import DenseMask, SelectiveMask, aligned, resize, search, selective_mask, without_lists
 from sgmim_fast.ops import target
 from sgmim_fast.ops.weights import cast_together
 from sgmim_fast.reference import Losses
+from sgmim_fast.salience import salience_of
 from sgmim_fast.standardized import check_standardized
 
 
@@ -180,6 +182,25 @@ class SGMIM(nn.Module):
         """Those that the ops read in a forward."""
         branch = self.structure_encoder, self.guidance, self.structure_head
         yield from blocks.linear_weights(self, also=(self.image_head, *(part for part in branch if part is not None)))
+
+    def draw_mask(self, images: Tensor, grid: int | tuple[int, int], **options: Any) -> SelectiveMask:
+        """Masks for these images: `selective_mask` on their device, and with masking="salience" by the encoder's own
+        `salience` of the images, which is computed for it, without gradients.
+
+        Args:
+            images: (B, in_chans, H, W), as for `forward`.
+            grid: mask units (rows, columns), or one number for a square.
+            options: further arguments of `selective_mask`, such as `masking`, `ratio`, `generator`, `adaptive`.
+
+        Raises:
+            TypeError, ValueError: as `selective_mask`; an encoder without `salience`.
+        """
+        _check_map("images", images, self.in_chans)
+        if options.get("masking") == "salience":
+            options["salience"] = salience_of(self.encoder, images)
+        elif options.get("generator") is None and options.get("seed") is None:
+            options.setdefault("device", images.device)
+        return selective_mask(len(images), grid, **options)
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         return images.shape[2] // self.encoder_stride, images.shape[3] // self.encoder_stride

@@ -38,6 +38,7 @@ class Method(NamedTuple):
     structure: str = "exact"
     shown: str | float = "masked"
     positions: bool = False
+    masking: str = "random"
 
 
 MAIN = {"scratch": Method(steps=False), "SimMIM": Method(guidance=False), "SG-MIM": Method()}
@@ -46,6 +47,7 @@ CONTROLS = {
     "degraded": Method(structure="degraded"),
     "nothing shown": Method(shown=1.0),  # the share that is hidden
     "positions": Method(positions=True),
+    "salience": Method(masking="salience"),
     "shown: visible": Method(shown="visible"),
     "shown: random 40 %": Method(shown=0.6),
     "shown: all": Method(shown="all"),
@@ -119,7 +121,12 @@ def pretrain(method: Method, settings: Settings, images: Tensor, depth: Tensor, 
             tensor if tensor is None else tensor[step.indices].flip(-1) if step.flipped else tensor[step.indices]
             for tensor in (images, structure, known)
         )
-        model(x, y, step.mask, structure_valid=valid).backward()
+        mask = step.mask
+        if method.masking == "salience":  # at the same mean ratio
+            numbers = torch.Generator().manual_seed(seed * 1_000_003 + number)
+            grid = settings.size // PATCH
+            mask = model.draw_mask(x, grid, masking="salience", ratio=RATIO, generator=numbers)
+        model(x, y, mask, structure_valid=valid).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -10,6 +10,7 @@ from sgmim_fast.ops.relational_guidance import GuidanceParameters, relational_gu
 from sgmim_fast.ops.selective_mask import selective_mask
 from sgmim_fast.ops.standardize_structure import standardize_structure
 from sgmim_fast.ops.structure_embed import StructureParameters, structure_embed
+from sgmim_fast.ops.token_salience import token_salience
 from sgmim_fast.ops.window_attention import window_attention
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "selective_mask",
     "standardize_structure",
     "structure_embed",
+    "token_salience",
     "window_attention",
 ]

@@ -105,18 +105,13 @@ def offsets(count: Tensor, scale: int) -> Tensor:
     return starts
 
 
-def _forward(
-    seed: Tensor, masked: Sequence[int], gh: int, gw: int, scale: int
+def first_of(
+    order: Tensor, masked: Sequence[int], gh: int, gw: int, scale: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, units, device = len(masked), gh * gw, seed.device
+    """The results of the op for the first `masked[b]` units of each image b in an order (B, units)."""
+    batch, units, device = len(masked), gh * gw, order.device
     (_, height, width), visible, hidden = sizes(masked, gh, gw, scale)
-    fours = torch.arange((units + 3) // 4, device=device)
-    images = torch.arange(batch, device=device)[:, None]
-    zero = torch.zeros((), dtype=torch.int64, device=device)
-    keys = torch.stack(torch.broadcast_tensors(*philox((fours, images, zero, zero), (seed & _WORD).unbind())), -1)
-    keys = keys.view(batch, -1)[:, :units] << 31 | torch.arange(units, device=device)  # all different: ties by unit
     count = counts(masked, device)
-    order = keys.argsort(1)
     drawn = torch.zeros(batch, units, dtype=torch.bool, device=device)
     drawn.scatter_(1, order, torch.arange(units, device=device) < count[:, None])
     mask = drawn.view(batch, gh, 1, gw, 1).expand(batch, gh, scale, gw, scale).reshape(batch, height, width)
@@ -125,6 +120,18 @@ def _forward(
         return torch.nonzero_static(chosen.flatten(), size=total).view(-1), offsets(count, scale)
 
     return mask, *rows(~mask, visible, units - count), *rows(mask, hidden, count)
+
+
+def _forward(
+    seed: Tensor, masked: Sequence[int], gh: int, gw: int, scale: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, units, device = len(masked), gh * gw, seed.device
+    fours = torch.arange((units + 3) // 4, device=device)
+    images = torch.arange(batch, device=device)[:, None]
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    keys = torch.stack(torch.broadcast_tensors(*philox((fours, images, zero, zero), (seed & _WORD).unbind())), -1)
+    keys = keys.view(batch, -1)[:, :units] << 31 | torch.arange(units, device=device)  # all different: ties by unit
+    return first_of(keys.argsort(1), masked, gh, gw, scale)
 
 
 def _fake(a: Arguments) -> tuple[Tensor, ...]:

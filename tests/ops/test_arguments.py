@@ -68,6 +68,7 @@ EXAMPLES: dict[str, Callable[[], list[Any]]] = {
         [torch.randn(shape) for shape in [(3, 1, 1, 1)] + [(3,)] * 3 + [(12,), (24,)] * 2 + [(6, 12), (12, 24)]],
         *(4, 1e-5, None),
     ],
+    "token_salience": lambda: [torch.randn(2, 5, 3)],
     "window_attention": lambda: [
         *(torch.randn(2, 5, 4, 18), torch.randn(12, 2), torch.randint(12, (6, 6)), torch.randn(2), torch.randn(18)),
         *(2, [2, 3], [1, 1]),
@@ -178,7 +179,7 @@ def _with(t: Tensor, at: int, value: int) -> Tensor:
 def run(op: str, args: list[Any], backend: str | None) -> list[Tensor]:
     """Results that do not depend on the backend, and gradients of all that is floating."""
     flat, spec = pytree.tree_flatten(args)
-    differentiable = op not in ("selective_mask", "standardize_structure")
+    differentiable = op not in ("selective_mask", "standardize_structure", "token_salience")
     leaves = [
         leaf.detach().requires_grad_(differentiable) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
         for leaf in flat

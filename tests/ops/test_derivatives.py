@@ -16,7 +16,7 @@ from sgmim_fast.ops import norm_linear, products
 from sgmim_fast.ops._op import _CARRIED
 
 SPECS = {op: pytree.tree_flatten(example(op))[1] for op in OPS}
-DIFFERENTIABLE = [op for op in OPS if op not in ("selective_mask", "standardize_structure")]
+DIFFERENTIABLE = [op for op in OPS if op not in ("selective_mask", "standardize_structure", "token_salience")]
 
 
 def floating(op: str) -> list[int]:

@@ -1,0 +1,167 @@
+// How much attention the tokens of an image get from each other, without their attention matrix.
+//
+// Six tokens attend to all others at a time: their inner products, 6 x N floats that stay in cache, become exponentials
+// in place, and each row divided by its sum is added to what the columns get and taken from what the row has: s_j - 1,
+// without the attention that a token pays itself, which is close to 1 where tokens are long. The sums are in double, so
+// that tokens which are all the same come to 0. The tokens of an image are copied once into panels of two vectors of
+// tokens, channel by channel, as the right-hand side of the products.
+//
+// The rows of an image are cut into blocks that depend on its shape alone, whose column sums are added in order: the
+// same bits whatever the number of threads.
+#include "cpu/launch.h"
+
+#include <cmath>
+#undef SGMIM_THIS_FILE
+#define SGMIM_THIS_FILE "cpu/token_salience.cpp"
+#include "cpu/foreach_isa.h"
+#include "cpu/vec.h"
+
+#include "cpu/small_product.h"
+
+namespace sgmim {
+namespace SGMIM_ISA {
+
+constexpr int64_t PANEL = 2 * LANES;  // tokens
+
+SGMIM_INLINE int64_t padded(int64_t tokens) { return (tokens + PANEL - 1) / PANEL * PANEL; }
+
+int64_t padded_tokens(int64_t tokens) { return padded(tokens); }
+
+// out: panels (ceil(tokens / PANEL), depth, PANEL), with zeros behind the last token.
+void pack_tokens(const float* x, float* out, int64_t tokens, int64_t depth) {
+  for (int64_t first = 0; first < tokens; first += PANEL)
+    for (int64_t t = 0; t < depth; ++t)
+      for (int64_t l = 0; l < PANEL; ++l) {
+        const bool there = first + l < tokens;
+        *out++ = there ? x[(first + l) * depth + t] : 0.0f;
+      }
+}
+
+constexpr int64_t HALF = LANES / 2;  // doubles in a vector
+typedef float hf __attribute__((vector_size(SGMIM_VECTOR_BYTES / 2)));
+typedef double vd __attribute__((vector_size(SGMIM_VECTOR_BYTES)));
+
+// sums[n] += row[n]; returns the sum of the row, of whole vectors.
+SGMIM_INLINE double add_row(const float* row, double* sums, int64_t stride) {
+  vd total = {};
+  for (int64_t n = 0; n < stride; n += HALF) {
+    hf narrow;
+    vd sum;
+    __builtin_memcpy(&narrow, row + n, sizeof narrow);
+    __builtin_memcpy(&sum, sums + n, sizeof sum);
+    const vd wide = __builtin_convertvector(narrow, vd);
+    sum += wide;
+    total += wide;
+    __builtin_memcpy(sums + n, &sum, sizeof sum);
+  }
+  double result = 0;
+  for (int64_t l = 0; l < HALF; ++l) result += total[l];
+  return result;
+}
+
+// Adds what the tokens [begin, end) pay to each other token to `sums`, and takes it from theirs.
+void attend_rows(
+    const float* x,       // (tokens, depth)
+    const float* panels,  // of pack_tokens
+    double* sums,         // (padded(tokens),)
+    int64_t tokens, int64_t depth, int64_t begin, int64_t end) {
+  constexpr int64_t SPAN = 256;  // channels summed in one go, which bounds what rounding adds up to
+  const int64_t stride = padded(tokens);
+  std::vector<float> logits(6 * stride);
+  by_six_rows(end - begin, [&](auto count, int64_t first) SGMIM_INLINE_LAMBDA {
+    constexpr int ROWS = decltype(count)::value;
+    const float* rows = x + (begin + first) * depth;
+    for (int64_t n = 0; n < stride; n += PANEL)
+      for (int64_t t = 0; t < depth; t += SPAN) {
+        const float* panel = panels + n * depth + t * PANEL;
+        const int64_t span = std::min(SPAN, depth - t);
+        if (t == 0)
+          product_tile<false, ROWS, 2>(rows, depth, 1, panel, PANEL, logits.data() + n, stride, span);
+        else
+          product_tile<true, ROWS, 2>(rows + t, depth, 1, panel, PANEL, logits.data() + n, stride, span);
+      }
+    for (int r = 0; r < ROWS; ++r) {
+      float* row = logits.data() + r * stride;
+      for (int64_t n = tokens; n < stride; ++n) row[n] = -INFINITY;
+      vf most = load(row);
+      for (int64_t n = LANES; n < stride; n += LANES) most = vmax(most, load(row + n));
+      const float top = hmax(most);  // passes over NaN, which stays in the row
+      vf total = {};
+      for (int64_t n = 0; n < stride; n += LANES) {
+        const vf e = exp(load(row + n) - top);
+        store(row + n, e);
+        total += e;
+      }
+      const vf share = set1(1.0f / hsum(total));
+      for (int64_t n = 0; n < stride; n += LANES) store(row + n, load(row + n) * share);
+      float& own = row[begin + first + r];
+      own = own == own ? 0.0f : own;
+      sums[begin + first + r] -= add_row(row, sums, stride);
+    }
+  });
+}
+
+}  // namespace SGMIM_ISA
+
+#ifdef SGMIM_ONCE
+
+// To [0, 1]: 0 where all are equal, NaN where one is.
+static void stretch(const double* sums, float* out, int64_t tokens) {
+  double low = INFINITY, high = -INFINITY;
+  bool all_numbers = true;
+  for (int64_t n = 0; n < tokens; ++n) {
+    all_numbers = all_numbers && !std::isnan(sums[n]);
+    low = std::min(low, sums[n]);
+    high = std::max(high, sums[n]);
+  }
+  for (int64_t n = 0; n < tokens; ++n)
+    out[n] = !all_numbers ? NAN : low == high ? 0.0f : static_cast<float>((sums[n] - low) / (high - low));
+}
+
+static void token_salience(const Tensor& x, const Tensor& salience) {
+  SGMIM_CHECK(x.dim() == 3, "x must have 3 dimensions, got ", x.dim());
+  const int64_t images = x.size(0), tokens = x.size(1), depth = x.size(2);
+  check_packed(x, "x", ScalarType::Float, images * tokens * depth);
+  check_packed(salience, "salience", ScalarType::Float, images * tokens);
+  SGMIM_CHECK(tokens > 0 && depth > 0, "x must have tokens and channels");
+  const int64_t blocks = std::clamp<int64_t>(tokens / 48, 1, 16);
+  const auto pack = SGMIM_SELECT((pack_tokens));
+  const auto attend = SGMIM_SELECT((attend_rows));
+  const int64_t stride = SGMIM_SELECT((padded_tokens))(tokens), size = stride * depth;
+  // images together whose panels take a few MB: all threads find work, and memory does not grow with the batch
+  const int64_t together = std::max<int64_t>(1, (int64_t{1} << 20) / size);
+  std::vector<float> panels(std::min(together, images) * size);
+  std::vector<double> sums(std::min(together, images) * blocks * stride);
+  for (int64_t first = 0; first < images; first += together) {
+    const int64_t count = std::min(together, images - first);
+    const float* from = data<float>(x) + first * tokens * depth;
+    parallel(count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b)
+        pack(from + b * tokens * depth, panels.data() + b * size, tokens, depth);
+    });
+    std::fill(sums.begin(), sums.end(), 0.0);
+    parallel(count * blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = i / blocks, block = i % blocks;
+        attend(
+            from + b * tokens * depth, panels.data() + b * size, sums.data() + i * stride, tokens, depth,
+            block * tokens / blocks, (block + 1) * tokens / blocks);
+      }
+    });
+    for (int64_t b = 0; b < count; ++b) {
+      double* total = sums.data() + b * blocks * stride;
+      for (int64_t block = 1; block < blocks; ++block)
+        for (int64_t n = 0; n < tokens; ++n) total[n] += total[block * stride + n];
+      stretch(total, data<float>(salience) + (first + b) * tokens, tokens);
+    }
+  }
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sgmim_fast_cpu, m) {
+  m.def("token_salience(Tensor x, Tensor(a!) salience) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sgmim_fast_cpu, CPU, m) { m.impl("token_salience", TORCH_BOX(&token_salience)); }
+
+#endif
+}  // namespace sgmim

@@ -1,0 +1,126 @@
+"""`token_salience` in Triton: two passes over tiles of the inner products, none of which is written.
+
+The first pass finds each row's maximum and sum of exponentials as FlashAttention does. The second adds up, over the
+other tokens i, what i pays to j less what j pays to i: s_j - 1, in which the attention that a token pays itself cancels
+before anything is rounded. Both multiply; no sum waits for another program's, so that two runs give the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sgmim_fast.kernels.arithmetic import dot
+from sgmim_fast.kernels.launch import cdiv, launch, on_device, tf32
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def _products(
+    x, rows, columns, tokens, depth,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TF32: tl.constexpr,
+):  # fmt: skip
+    """x_i . x_j of a tile, in float32; x: the image's (tokens, depth)."""
+    out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, depth, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        a = tl.load(x + rows[:, None] * depth + k, mask=(rows < tokens)[:, None] & (k < depth), other=0)
+        b = tl.load(x + columns[None, :] * depth + k[:, None], mask=(columns < tokens) & (k < depth)[:, None], other=0)
+        out = dot(a, b, out, TF32)
+    return out
+
+
+@triton.jit
+def _rows_kernel(
+    x, row_max, inverse, tokens, depth,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TF32: tl.constexpr,
+):  # fmt: skip
+    """Of x_i . x_j over j: the maximum (B, N), and one over the sum of exp(x_i . x_j - maximum). Not the log of that
+    sum, whose rounding would be an error of every number of the row."""
+    image = tl.program_id(1).to(tl.int64)
+    x += image * tokens * depth
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    most = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(0, tokens, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        logits = _products(x, rows, columns, tokens, depth, BLOCK_M, BLOCK_N, BLOCK_K, TF32)
+        logits = tl.where(columns[None, :] < tokens, logits, float("-inf"))
+        higher = tl.maximum(most, tl.max(logits, 1))
+        total = total * tl.exp(most - higher) + tl.sum(tl.exp(logits - higher[:, None]), 1)
+        most = higher
+    tl.store(row_max + image * tokens + rows, most, mask=rows < tokens)
+    tl.store(inverse + image * tokens + rows, 1 / total, mask=rows < tokens)
+
+
+@triton.jit
+def _columns_kernel(
+    x, row_max, inverse, sums, tokens, depth,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TF32: tl.constexpr,
+):  # fmt: skip
+    """sums (B, N): over i of A_ij - A_ji, in float64; x_i . x_j gives both."""
+    image = tl.program_id(1).to(tl.int64)
+    x += image * tokens * depth
+    row_max += image * tokens
+    inverse += image * tokens
+    columns = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    most_j = tl.load(row_max + columns, mask=columns < tokens, other=0)
+    inverse_j = tl.load(inverse + columns, mask=columns < tokens, other=0)
+    total = tl.zeros([BLOCK_N], tl.float64)
+    for start in range(0, tokens, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        logits = _products(x, rows, columns, tokens, depth, BLOCK_M, BLOCK_N, BLOCK_K, TF32)
+        most_i = tl.load(row_max + rows, mask=rows < tokens, other=0)
+        inverse_i = tl.load(inverse + rows, mask=rows < tokens, other=0)
+        received = tl.exp(logits - most_i[:, None]) * inverse_i[:, None]
+        paid = tl.exp(logits - most_j[None, :]) * inverse_j[None, :]
+        total += tl.sum(tl.where((rows < tokens)[:, None], received - paid, 0.0).to(tl.float64), 0)
+    tl.store(sums + image * tokens + columns, total, mask=columns < tokens)
+
+
+@triton.jit
+def _stretch_kernel(sums, out, tokens, BLOCK: tl.constexpr):
+    """To [0, 1] in each image: 0 where all are equal, NaN where one is."""
+    image = tl.program_id(0).to(tl.int64)
+    sums += image * tokens
+    out += image * tokens
+    low = tl.full([BLOCK], float("inf"), tl.float64)
+    high = tl.full([BLOCK], float("-inf"), tl.float64)
+    lost = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, tokens, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        s = tl.load(sums + at, mask=at < tokens, other=0)
+        lost += (s != s).to(tl.int32)
+        low = tl.where((at < tokens) & (s < low), s, low)
+        high = tl.where((at < tokens) & (s > high), s, high)
+    least, most, any_lost = tl.min(low, 0), tl.max(high, 0), tl.sum(lost, 0) > 0
+    for start in range(0, tokens, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        s = tl.load(sums + at, mask=at < tokens, other=0)
+        s = tl.where(least == most, 0.0, (s - least) / (most - least))
+        tl.store(out + at, tl.where(any_lost, float("nan"), s).to(tl.float32), mask=at < tokens)
+
+
+def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
+    dtype = args[0].dtype
+    return dtype in _DTYPES, f"dtype {dtype}; the Triton kernel takes {', '.join(str(d)[6:] for d in _DTYPES)}"
+
+
+@on_device
+def forward(x: Tensor) -> Tensor:
+    """Cost: N^2 D multiply-adds twice; reads x N / 64 times through the second-level cache, writes 5 N; 3 launches."""
+    x = x.contiguous()
+    images, tokens, depth = x.shape
+    row_max, inverse, out = (torch.empty(images, tokens, dtype=torch.float32, device=x.device) for _ in range(3))
+    sums = torch.empty(images, tokens, dtype=torch.float64, device=x.device)
+    grid = cdiv(tokens, 64), images
+    tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64 if x.element_size() == 2 else 32, "TF32": tf32()}
+    launch(_rows_kernel, grid, x, row_max, inverse, tokens, depth, **tile, num_warps=8)
+    launch(_columns_kernel, grid, x, row_max, inverse, sums, tokens, depth, **tile, num_warps=8)
+    launch(_stretch_kernel, (images,), sums, out, tokens, BLOCK=1024, num_warps=4)
+    return out

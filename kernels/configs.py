@@ -46,6 +46,8 @@ STACK = {
     ("structure_embed._structure_embed_backward_kernel", 2): 48,
     ("structure_embed._structure_embed_backward_kernel", 4): 400,
     ("sums._columns_kernel", 4): 8,
+    ("token_salience._columns_kernel", 2): 24,
+    ("token_salience._rows_kernel", 4): 8,
     ("window_attention._window_attention_backward_kernel", 2): 288,
     ("window_attention._window_attention_backward_kernel", 4): 680,
     ("window_attention._window_attention_forward_kernel", 4): 16,

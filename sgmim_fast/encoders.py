@@ -1,4 +1,4 @@
-"""Masked encoders: any timm Swin, SwinV2, BEiT or plain ViT, with SimMIM's mask token (SPEC.md, "Encoder").
+"""Masked encoders: any timm Swin, SwinV2, BEiT, plain ViT or EVA, with SimMIM's mask token (SPEC.md, "Encoder").
 
 The arithmetic is stem -> masked tokens replaced by one learned token -> positions -> blocks -> norm. The stem, the
 blocks and the norm are timm's own modules; what is written here is only the order in which they are called.
@@ -13,18 +13,29 @@ import torch
 from timm.layers import PatchEmbed
 from timm.models import checkpoint_seq, is_model_in_modules
 from timm.models.beit import Beit
+from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sgmim_fast.errors import nearest
 from sgmim_fast.fused import blocks
 from sgmim_fast.fused.unmodified import Check, Own
 from sgmim_fast.masking import SelectiveMask, aligned, resize
 from sgmim_fast.ops import token_salience
 
-SUPPORTED = "timm's Swin (swin_*), SwinV2 (swinv2_*), BEiT (beit_*, beitv2_*) and plain ViT (vit_*, deit_*)"
+SUPPORTED = (
+    "timm's Swin (swin_*), SwinV2 (swinv2_*), BEiT (beit_*, beitv2_*), plain ViT (vit_*, deit_*) and EVA, the ViTs "
+    "with rotary positions (eva*, vit_*_rope_*, vit_*_dinov3)"
+)
+# what people ask for, and why it is not here
+_APART = {
+    "hiera": "the patches of its stem overlap, so that visible tokens would read masked pixels",
+    "convnext": "its convolutions would mix masked places into visible ones unless every one of them was masked",
+}
+MODULES = {"swin_transformer", "swin_transformer_v2", "beit", "vision_transformer", "deit", "eva"}  # of timm.models
 
 
 class MaskedEncoder(nn.Module):
@@ -203,11 +214,37 @@ class _MaskedViT(MaskedEncoder):
         return self.model._pos_embed(tokens)[:, self.model.num_prefix_tokens :]
 
 
+class _MaskedEva(MaskedEncoder):
+    """EVA and EVA-02, DINOv3 and the other ViTs with rotary positions.
+
+    Rotary positions belong to places, not to what is there: a masked token has those of its place, as timm's own
+    forward would give them.
+    """
+
+    def _after_stem(self, tokens: Tensor) -> Tensor:
+        model = self.model
+        x, rope = model._pos_embed(tokens)
+        x = model.norm_pre(x)
+        for number, block in enumerate(model.blocks):
+            options = {"rope": rope[number] if model.rope_mixed else rope}  # mixed ones are each block's own
+            x = (
+                checkpoint(block, x, use_reentrant=False, **options)
+                if model.grad_checkpointing
+                else block(x, **options)
+            )
+        return model.norm(x)[:, model.num_prefix_tokens :]
+
+    def _with_positions(self, tokens: Tensor) -> Tensor:
+        """Those that are added; rotary ones are not."""
+        return self.model._pos_embed(tokens)[0][:, self.model.num_prefix_tokens :]
+
+
 _FAMILIES = (
     (SwinTransformer, _MaskedSwin),
     (SwinTransformerV2, _MaskedSwin),
     (Beit, _MaskedBeit),
     (VisionTransformer, _MaskedViT),
+    (Eva, _MaskedEva),
 )
 
 # an encoder that may be told which patches are visible: nobody listens to its call, or makes it differently
@@ -230,17 +267,19 @@ def create_encoder(timm_name: str, **timm_arguments: Any) -> MaskedEncoder:
                        use_abs_pos_emb=False, init_values=0.1, drop_path_rate=0.1)
 
     Args:
-        timm_name: name of a timm model of one of the families swin_*, swinv2_*, beit_*, beitv2_*, vit_* and deit_*.
+        timm_name: name of a timm model of one of the families swin_*, swinv2_*, beit_*, beitv2_*, vit_*, deit_* and
+            eva*, with rotary positions or not, DINOv3's (vit_*_dinov3) among them.
         timm_arguments: further arguments of `timm.create_model`, for instance `img_size`, `window_size`, `pretrained`.
 
     Raises:
-        ValueError: the model is of another family (hybrid stems, rotary or relative positions outside BEiT, NaFlex),
-            or an argument asks for a classifier, for feature pyramids or for dropped patches.
+        ValueError: timm has no such model (the nearest names are said); it is of another family (hybrid stems, relative
+            positions outside BEiT, NaFlex, and convolutional stages such as Hiera's and ConvNeXt-V2's, in which masked
+            places would have to be kept out of every convolution); or an argument asks for a classifier, for feature
+            pyramids or for dropped patches.
     """
-    if not is_model_in_modules(
-        timm_name.split(".")[0], {"swin_transformer", "swin_transformer_v2", "beit", "vision_transformer", "deit"}
-    ):
-        raise ValueError(f"timm_name must name one of {SUPPORTED}, got {timm_name!r}")
+    base = timm_name.split(".")[0]
+    if not is_model_in_modules(base, MODULES):
+        raise ValueError(f"timm_name must name one of {SUPPORTED}, got {timm_name!r}{_why_not(base)}")
     for argument in ("num_classes", "features_only", "patch_drop_rate"):
         if timm_arguments.get(argument):
             raise ValueError(f"{argument} must be left out for a masked encoder, got {timm_arguments[argument]!r}")
@@ -263,6 +302,14 @@ def create_encoder(timm_name: str, **timm_arguments: Any) -> MaskedEncoder:
         )
     _drop_pooling(model)
     return masked_class(model, timm_name, timm_arguments)
+
+
+def _why_not(base: str) -> str:
+    """What is wrong with the name of a model that is of no family here."""
+    if timm.is_model(base):
+        return next((f": {why}" for module, why in _APART.items() if is_model_in_modules(base, {module})), "")
+    known = [name for name in timm.list_models() if is_model_in_modules(name, MODULES)]
+    return f"; timm has no model of that name{nearest(base, known)}"
 
 
 def _drop_pooling(model: nn.Module) -> None:

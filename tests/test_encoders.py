@@ -10,6 +10,7 @@ import golden
 import pytest
 import timm
 import torch
+from timm.models.eva import Eva
 from tiny import nothing_searched
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from sgmim_fast.masking import selective_mask
 RECIPE = {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False, "use_abs_pos_emb": False, "init_values": 0.1}
 STAGES = {"depths": (1, 1, 1, 1)}
 TINY_VIT = {"depth": 2, "embed_dim": 48, "num_heads": 3}
+TINY_EVA = {"depth": 2, "embed_dim": 64, "num_heads": 4}
 TINY_SWIN = {"embed_dim": 24, "num_heads": (1, 2, 4, 8), **STAGES}
 
 # timm name, arguments, image size, patch size, stride
@@ -85,9 +87,21 @@ FAMILIES = {
     "dinov2-registers": ("vit_small_patch14_reg4_dinov2", {"img_size": (56, 84), **TINY_VIT}, (56, 84), 14, 14),
     "deit": ("deit_tiny_patch16_224", {"img_size": 64, **TINY_VIT}, (64, 64), 16, 16),
     "deit3": ("deit3_small_patch16_224", {"img_size": 64, **TINY_VIT}, (64, 64), 16, 16),
+    "dinov3": ("vit_small_patch16_dinov3", {"img_size": 64, **TINY_EVA}, (64, 64), 16, 16),
+    "dinov3-biased": ("vit_small_patch16_dinov3_qkvb", {"img_size": (48, 80), **TINY_EVA}, (48, 80), 16, 16),
+    "dinov3-swiglu": ("vit_huge_plus_patch16_dinov3", {"img_size": 64, **TINY_EVA}, (64, 64), 16, 16),
+    "dinov3-any-size": ("vit_base_patch16_dinov3", {"dynamic_img_size": True, **TINY_EVA}, (64, 96), 16, 16),
+    "eva": ("eva_giant_patch14_224", {"img_size": 56, **TINY_EVA}, (56, 56), 14, 14),
+    "eva02": ("eva02_base_patch14_224", {"img_size": (56, 84), **TINY_EVA}, (56, 84), 14, 14),
+    "eva02-post-norm": ("eva02_enormous_patch14_clip_224", {"img_size": 56, **TINY_EVA}, (56, 56), 14, 14),
+    "rope": ("vit_small_patch16_rope_224", {"img_size": 64, **TINY_EVA}, (64, 64), 16, 16),
+    "rope-mixed": ("vit_small_patch16_rope_mixed_ape_224", {"img_size": 64, **TINY_EVA}, (64, 64), 16, 16),
+    "rope-mean-pooled": ("vit_medium_patch16_rope_reg1_gap_256", {"img_size": 64, **TINY_EVA}, (64, 64), 16, 16),
+    "perception": ("vit_pe_core_base_patch16_224", {"img_size": 64, **TINY_EVA}, (64, 64), 16, 16),
+    "qk-norm": ("vit_small_patch16_rope_224", {"img_size": 64, "qk_norm": True, **TINY_EVA}, (64, 64), 16, 16),
     "deit-distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 64, **TINY_VIT}, (64, 64), 16, 16),
 }
-REPRESENTATIVES = ("swin-shifted", "swinv2", "beit-recipe", "dinov2-registers")
+REPRESENTATIVES = ("swin-shifted", "swinv2", "beit-recipe", "dinov2-registers", "dinov3-swiglu", "rope-mixed")
 
 
 def make(family: str) -> tuple[MaskedEncoder, Tensor, Tensor]:
@@ -103,11 +117,29 @@ def make(family: str) -> tuple[MaskedEncoder, Tensor, Tensor]:
     return encoder, images, torch.rand(2, *grid) < 0.6
 
 
-def plain_tokens(encoder: MaskedEncoder, images: Tensor, **arguments: object) -> Tensor:
-    """Tokens of timm's own model with the same parameters, prefix tokens dropped."""
+def norm_over_tokens(encoder: MaskedEncoder) -> dict[str, object]:
+    """What asks timm for the norm over tokens, where it pools before the final norm by default."""
+    name = encoder.timm_name
+    if isinstance(encoder.model, Eva):
+        return {"global_pool": "", "use_fc_norm": False, "use_post_transformer_norm": True}
+    if name.startswith("beit") or "siglip" in name:
+        return {"global_pool": ""}
+    return {"fc_norm": False} if "_gap_" in name else {}
+
+
+def plain_tokens(encoder: MaskedEncoder, images: Tensor, mask: Tensor | None = None, **arguments: object) -> Tensor:
+    """Tokens of timm's own model with the same parameters, mask tokens put in behind the stem, prefix tokens dropped."""
     torch.manual_seed(1)
     model = timm.create_model(encoder.timm_name, **{**encoder.timm_arguments, "num_classes": 0, **arguments})
+    model = model.to(images.dtype)
     model.load_state_dict(encoder.model.state_dict())
+    if mask is not None:
+
+        def put_in(stem: nn.Module, args: tuple, tokens: Tensor) -> Tensor:
+            weight = mask.to(tokens.dtype).reshape(*tokens.shape[:-1], 1)
+            return tokens * (1 - weight) + encoder.mask_token * weight
+
+        model.patch_embed.register_forward_hook(put_in)
     tokens = model.eval().forward_features(images)
     return tokens.flatten(1, 2) if tokens.ndim == 4 else tokens[:, model.num_prefix_tokens :]
 
@@ -126,11 +158,7 @@ def test_attributes_and_shape(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_masked_is_timm_to_the_bit(family):
     encoder, images, mask = make(family)
-    name = encoder.timm_name
-    # where timm pools before the final norm by default, ask it for the norm over tokens
-    token_norm = {"fc_norm": False} if "_gap_" in name else {}
-    if name.startswith("beit") or "siglip" in name:
-        token_norm = {"global_pool": ""}
+    token_norm = norm_over_tokens(encoder)
     with torch.no_grad():
         expected = plain_tokens(encoder, images, **token_norm)
         encoder.eval()
@@ -139,6 +167,15 @@ def test_nothing_masked_is_timm_to_the_bit(family):
         # and the norm is there: without it the tokens differ
         encoder.model.norm = nn.Identity()
         assert not torch.equal(encoder(images, None), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masked_is_timm_with_mask_tokens_put_in(family):
+    encoder, images, mask = make(family)
+    encoder.double()
+    expected = plain_tokens(encoder, images.double(), mask, **norm_over_tokens(encoder))
+    actual = encoder.eval()(images.double(), mask)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -189,7 +226,15 @@ def test_every_parameter_gets_a_gradient(family):
 
 
 def test_pooling_leaves_no_parameter_behind():
-    for family in ("vit-attention-pooled", "vit-mean-pooled", "beit-default", "deit-distilled", "swin"):
+    for family in (
+        "vit-attention-pooled",
+        "vit-mean-pooled",
+        "beit-default",
+        "deit-distilled",
+        "swin",
+        "perception",
+        "eva02",
+    ):
         encoder, images, mask = make(family)
         encoder(images, mask).square().sum().backward()
         assert [name for name, p in encoder.named_parameters() if p.grad is None] == [], family
@@ -276,6 +321,7 @@ def test_no_weight_decay_names_exist():
         ("swin", "model.layers.0.blocks.0.attn.relative_position_bias_table"),
         ("beit-recipe", "model.rel_pos_bias.relative_position_bias_table"),
         ("dinov2-registers", "model.pos_embed"),
+        ("rope-mixed", "model.rope.freqs"),
     ):
         encoder, _, _ = make(family)
         assert {"mask_token", expected} <= encoder.no_weight_decay()
@@ -356,13 +402,28 @@ def test_size_that_does_not_divide_into_patches():
         ("no_such_model", {}),
         ("vit_relpos_small_patch16_224", {}),
         ("vit_small_r26_s32_224", {}),
-        ("eva02_tiny_patch14_224", {}),
+        ("hiera_tiny_224", {}),
+        ("convnextv2_tiny", {}),
         ("vit_small_patch16_224", {"use_naflex": True}),
     ],
 )
 def test_other_families_are_refused(name, arguments):
     with pytest.raises(ValueError, match=r"timm_name must name one of timm's Swin .* got '" + name):
         create_encoder(name, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("vit_smal_patch16_dinov3", r"timm has no model of that name; did you mean vit_small_patch16_dinov3 or"),
+        ("swin_bas_patch4_window7_224.ms_in1k", r"did you mean swin_base_patch4_window7_224"),
+        ("hiera_tiny_224", "the patches of its stem overlap"),
+        ("convnextv2_tiny", "its convolutions would mix"),
+    ],
+)
+def test_why_a_name_is_refused(name, why):
+    with pytest.raises(ValueError, match=why):
+        create_encoder(name)
 
 
 def test_overlapping_stems_are_refused():

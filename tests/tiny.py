@@ -50,6 +50,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[int, int], int]] = {
     "beit": ("beit_base_patch16_224", {"img_size": 64, **BEIT}, (64, 64), 16),
     "beit-oblong": ("beit_base_patch16_224", {"img_size": (32, 64), **BEIT}, (32, 64), 16),
     "vit": ("vit_base_patch16_224", {"img_size": 64, **VIT}, (64, 64), 16),
+    "eva": ("vit_small_patch16_dinov3", {"img_size": 64, **VIT}, (64, 64), 16),
     "vit-patch-14": ("vit_base_patch16_224", {"img_size": 56, "patch_size": 14, **VIT}, (56, 56), 14),
 }
 

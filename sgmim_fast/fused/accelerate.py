@@ -6,11 +6,12 @@ from torch import nn
 
 from sgmim_fast import backends
 from sgmim_fast.fused import blocks
+from sgmim_fast.fused import eva_blocks as eva_blocks  # which adds its own to `blocks.FAST`
 from sgmim_fast.fused.unmodified import DROPOUT, say
 
 
 def accelerate(encoder: nn.Module) -> nn.Module:
-    """Makes the blocks of a timm Swin, SwinV2, BEiT or ViT compute the same function through fused ops.
+    """Makes the blocks of a timm Swin, SwinV2, BEiT, ViT or EVA compute the same function through fused ops.
 
     The window attention runs without rolled or partitioned copies and without a mask in memory, LayerNorm and GELU are
     computed again in the backward instead of kept, and float32 products go through the fastest library of the CPU.
@@ -55,5 +56,5 @@ def accelerate(encoder: nn.Module) -> nn.Module:
                 if why and not why.endswith(DROPOUT):  # which evaluation turns off
                     say(f"accelerate leaves the {part} of {name}'s {type(module).__name__} as it is: {why}")
     if not found:
-        say(f"accelerate leaves {name} as it is: it has no block of timm's Swin, SwinV2, BEiT or ViT")
+        say(f"accelerate leaves {name} as it is: it has no block of timm's Swin, SwinV2, BEiT, ViT or EVA")
     return encoder

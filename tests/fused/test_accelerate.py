@@ -24,6 +24,7 @@ from sgmim_fast.fused.unmodified import _said
 from sgmim_fast.ops import window_attention
 
 SWIN = {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)}
+EVA = {"depth": 2, "embed_dim": 64, "num_heads": 4}
 VIT = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 # name -> timm name, arguments, image size
 MODELS = {
@@ -63,6 +64,17 @@ MODELS = {
         {"img_size": 64, "reg_tokens": 3, **VIT},
         (64, 64),
     ),
+    "dinov3": ("vit_small_patch16_dinov3", {"img_size": 64, **EVA}, (64, 64)),
+    "dinov3, swiglu": ("vit_huge_plus_patch16_dinov3", {"img_size": (48, 64), **EVA}, (48, 64)),
+    "eva": ("eva_giant_patch14_224", {"img_size": 56, **EVA}, (56, 56)),
+    "eva02, all normed": (
+        "eva02_base_patch14_224",
+        {"img_size": 56, "qk_norm": True, "scale_attn_inner": True, **EVA},
+        (56, 56),
+    ),
+    "eva02, packed": ("eva02_tiny_patch14_224", {"img_size": 56, "qkv_fused": True, **EVA}, (56, 56)),
+    "rope, mixed": ("vit_small_patch16_rope_mixed_224", {"img_size": 64, **EVA}, (64, 64)),
+    "rope, separate": ("vit_small_patch16_rope_224", {"img_size": 64, "qkv_fused": False, **EVA}, (64, 64)),
 }
 
 
@@ -179,7 +191,7 @@ def test_float32(place, name):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("name", ["swin, odd map padded", "swinv2", "beit", "vit"])
+@pytest.mark.parametrize("name", ["swin, odd map padded", "swinv2", "beit", "vit", "dinov3", "dinov3, swiglu"])
 def test_bfloat16(place, name, autocast):
     plain, images = put(place, *timm_model(name))
     if not autocast:
@@ -194,7 +206,7 @@ def test_bfloat16(place, name, autocast):
     assert_close(actual, usual, truth)
 
 
-@pytest.mark.parametrize("name", ["swin", "swinv2", "beit", "vit"])
+@pytest.mark.parametrize("name", ["swin", "swinv2", "beit", "vit", "dinov3", "eva02, packed"])
 def test_drop_path_and_checkpointing(name):
     """The same samples are dropped, in blocks computed twice too."""
     plain, size = timm_model(name, drop_path_rate=0.5)
@@ -211,7 +223,7 @@ def test_drop_path_and_checkpointing(name):
         torch.testing.assert_close(fast(images), plain(images), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["swin", "swinv2", "beit", "vit"])
+@pytest.mark.parametrize("name", ["swin", "swinv2", "beit", "vit", "dinov3"])
 def test_the_module_stays_what_it_was(name, tmp_path):
     plain, size = timm_model(name)
     fast, images = fused(plain), torch.randn(1, 3, *size)
@@ -226,7 +238,7 @@ def test_the_module_stays_what_it_was(name, tmp_path):
     torch.testing.assert_close(plain(images), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["swin, odd map padded", "swinv2", "beit, shared bias", "vit"])
+@pytest.mark.parametrize("name", ["swin, odd map padded", "swinv2", "beit, shared bias", "vit", "dinov3, swiglu"])
 def test_compile_in_one_graph(name):
     torch.compiler.reset()
     fast, size = timm_model(name)
@@ -310,7 +322,7 @@ def activate(block):
 
 
 @pytest.mark.parametrize("change", [adapt, listen, drop, rescale, activate])
-@pytest.mark.parametrize("name", ["swin, odd map padded", "swinv2", "beit", "vit"])
+@pytest.mark.parametrize("name", ["swin, odd map padded", "swinv2", "beit", "vit", "dinov3"])
 def test_what_is_not_timms_own_is_called(name, change):
     """Changed after acceleration, too: nothing is bypassed that does something else. In float64, where little shows."""
     plain, size = timm_model(name)
@@ -350,7 +362,7 @@ def test_says_once_what_it_leaves(caplog):
     assert [record.message for record in caplog.records] == [
         "accelerate leaves the attention of VisionTransformer's ViTBlock as it is: attn.q_norm: LayerNorm in place of "
         "Identity",
-        "accelerate leaves Sequential as it is: it has no block of timm's Swin, SwinV2, BEiT or ViT",
+        "accelerate leaves Sequential as it is: it has no block of timm's Swin, SwinV2, BEiT, ViT or EVA",
     ]
     plain, _ = timm_model("vit", qk_norm=True)
     images = torch.randn(1, 3, *size)
@@ -389,11 +401,11 @@ def test_the_model_does_it_unless_told_not_to(wanted):
     assert model.encoder is encoder
 
 
-@pytest.mark.parametrize("name", ["swin", "swinv2", "beit", "vit"])
+@pytest.mark.parametrize("name", ["swin", "swinv2", "beit", "vit", "dinov3", "eva02, packed"])
 def test_export_for_timm(name, tmp_path):
     """timm's own model from the file of an accelerated encoder computes the same."""
     timm_name, arguments, size = MODELS[name]
-    stride = 8 if "swin" in name else 16
+    stride = 8 if "swin" in name else 14 if "eva" in name else 16
     model = SGMIM(sgmim_fast.create_encoder(timm_name, **arguments), stride, accelerate=True)
     sgmim_fast.checkpoints.export_timm(model, tmp_path / "encoder.safetensors", num_classes=0)
     plain = timm.create_model(timm_name, checkpoint_path=tmp_path / "encoder.safetensors", num_classes=0, **arguments)
@@ -401,7 +413,7 @@ def test_export_for_timm(name, tmp_path):
     features = plain.eval().forward_features(images)
     if features.ndim == 4:
         features = features.flatten(1, 2)
-    if name == "beit":
+    if name in ("beit", "eva02, packed"):
         features = plain.fc_norm(features)
     features = features[:, -model.encoder(images, None).shape[1] :]
     torch.testing.assert_close(model.encoder(images, None), features, rtol=1e-4, atol=1e-4)

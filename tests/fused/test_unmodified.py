@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from timm.models import beit, swin_transformer, swin_transformer_v2, vision_transformer
+from timm.models import beit, eva, swin_transformer, swin_transformer_v2, vision_transformer
 from timm.utils import AttentionExtract
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_full_backward_hook
@@ -80,11 +80,27 @@ BLOCKS = {
     swin_transformer_v2.PatchMerging: ({"dim": 8}, SHAPE),
     beit.Block: ({**HEADS, "window_size": (2, 2), "init_values": 0.1}, TOKENS),
     vision_transformer.Block: (HEADS, TOKENS),
+    eva.EvaBlock: ({**HEADS, "init_values": 0.1}, TOKENS),
 }
+ROPE = torch.linspace(-1, 1, 4 * 8, dtype=torch.float64).view(4, 8)  # of the patches: one token is a prefix
+GATED = {**HEADS, "swiglu_mlp": True, "qk_norm": True, "scale_attn_inner": True, "drop_path": 0.3}
 EXAMPLES = {
     **{
         f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}": Example(lambda kind=kind, o=options: kind(**o), shape)
         for kind, (options, shape) in BLOCKS.items()
+    },
+    **{
+        f"EvaBlock, {name}": Example(
+            lambda options=options: eva.EvaBlock(**GATED, **options),
+            TOKENS,
+            plain=lambda block, x: block(x, rope=ROPE),
+            fast=lambda block, x: block(x, rope=ROPE),
+        )
+        for name, options in {
+            "packed": {"attn_type": "rope", "rotate_half": True},
+            "separate": {"qkv_fused": False, "scale_mlp": True},
+            "separate rope": {"attn_type": "rope", "qkv_fused": False, "init_values": 0.1},
+        }.items()
     },
     "without drop path": Example(lambda: swin_transformer.SwinTransformerBlock(**WINDOWS), SHAPE),
     "stem": Example(

@@ -1,0 +1,164 @@
+"""timm's EVA blocks, those of DINOv3 and of the other ViTs with rotary positions, through this project's ops.
+
+As in `sgmim_fast.fused.blocks`. Norms go with the gemms behind them into one op each, residuals into the last gemm of a half.
+Between the gemms of the attention is what timm has there: norms of queries and keys, the rotation, PyTorch's own
+attention, a norm of its result. Between those of a gated MLP are its activation and the product.
+"""
+
+from __future__ import annotations
+
+from inspect import Parameter, signature
+from typing import Any
+
+import torch
+from timm.layers import AttentionRope, GluMlp, LayerNorm, Mlp, SwiGLU
+from timm.models import eva
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sgmim_fast import ops
+from sgmim_fast.fused import blocks, unmodified
+from sgmim_fast.fused.blocks import PATH1, PATH2, _Fused, _vectors, norm_linear, norm_mlp
+from sgmim_fast.fused.unmodified import BIASED, INACTIVE_DROPOUT, LINEAR, MLP, NORM, UNBIASED, Check, Own
+
+# `attn_mask` and, in newer versions, `is_causal`: timm passes them on, and hooks see them
+_NO_MASK = {
+    option.name: option.default
+    for option in signature(eva.EvaBlock.forward).parameters.values()
+    if option.default is not Parameter.empty and option.name != "rope"
+}
+
+
+def _separate(attn: nn.Module) -> str:
+    own = attn.__dict__
+    if own["training"] and getattr(own["_modules"]["attn_drop"], "p", 0):
+        return unmodified.DROPOUT
+    sizes = {own["_modules"][name]._parameters["weight"].shape[0] for name in ("q_proj", "k_proj", "v_proj")}
+    width, rest = divmod(sizes.pop(), own["num_heads"])
+    fits = not sizes and not rest and own["head_dim"] == width and own.get("attn_dim", width * own["num_heads"])
+    if not fits or own["scale"] != width**-0.5 or own.get("num_kv_heads", own["num_heads"]) != own["num_heads"]:
+        return "another scale, width or number of heads"
+    return "a gate" if own.get("gate") is not None else ""
+
+
+_BETWEEN = {"q_norm": None, "k_norm": None, "norm": None}  # called in any case
+_BIASES = ("q_bias", "k_bias", "v_bias")
+_PARTS = {"attn_drop": INACTIVE_DROPOUT, "proj": LINEAR, "proj_drop": INACTIVE_DROPOUT, **_BETWEEN}
+ATTENTIONS = {
+    (eva.EvaAttention, True): unmodified.attention(eva.EvaAttention, UNBIASED, tensors=_BIASES, **_BETWEEN),
+    (AttentionRope, True): unmodified.attention(AttentionRope, LINEAR, **_BETWEEN),
+    **{
+        (kind, False): Own(kind, also=_separate, q_proj=LINEAR, k_proj=LINEAR, v_proj=LINEAR, **_PARTS)
+        for kind in (eva.EvaAttention, AttentionRope)
+    },
+}
+ATTENTIONS = {key: Check(norm1=NORM, attn=own) for key, own in ATTENTIONS.items()}
+
+
+def _inner_norm(norm: nn.Module) -> str:
+    if type(norm) is nn.Identity:
+        return ""
+    if norm._parameters["weight"] is None or norm._parameters["bias"] is None:
+        return "no weight or no bias"
+    return unmodified._norm(norm)
+
+
+INNER_NORM = Own(nn.Identity, nn.LayerNorm, LayerNorm, tensors=("weight", "bias"), also=_inner_norm)
+_REST = {"act": None, "drop1": None, "norm": INNER_NORM, "fc2": BIASED, "drop2": INACTIVE_DROPOUT}
+MLPS = {
+    Mlp: MLP,
+    GluMlp: Own(GluMlp, fc1=LINEAR, also=lambda mlp: "" if mlp.chunk_dim == -1 else "another dim", **_REST),
+    SwiGLU: Own(SwiGLU, fc1_g=LINEAR, fc1_x=LINEAR, **_REST),
+}
+MLPS = {kind: Check(norm2=NORM, mlp=own) for kind, own in MLPS.items()}
+
+
+class EvaBlock(_Fused, eva.EvaBlock):
+    """EVA: norm1 and qkv, rotary attention over all tokens, projection; norm2 and an MLP, gated or not."""
+
+    timm = eva.EvaBlock
+
+    def reasons(self) -> dict[str, str]:
+        return {"attention": self._attention_reason(), "mlp": self._mlp_reason()}
+
+    def _attention_reason(self) -> str:
+        attn = self._modules.get("attn")
+        check = ATTENTIONS.get((type(attn), "qkv" in getattr(attn, "_modules", ())))
+        if getattr(attn, "num_kv_groups", 1) != 1:
+            return "fewer heads of keys and values than of queries"
+        return f"attn: {type(attn).__name__} in place of EvaAttention" if check is None else check.why(self)
+
+    def _mlp_reason(self) -> str:
+        mlp = self._modules.get("mlp")
+        check = MLPS.get(type(mlp))
+        return f"mlp: {type(mlp).__name__} in place of Mlp" if check is None else check.why(self)
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        if self._as_timm(x) or attn_mask is not None or is_causal:
+            options = {"attn_mask": attn_mask, "is_causal": is_causal}
+            return super().forward(x, rope=rope, **{name: options[name] for name in _NO_MASK})
+        if self._left("attention", self._attention_reason()):
+            x = self._added(x, self.attn(self.norm1(x), rope=rope, **_NO_MASK), self.gamma_1, self.drop_path1)
+        else:
+            added = self.gamma_1 is None and not PATH1.why(self)
+            y = self._attend(x, rope, added)
+            x = y if added else self._added(x, y, self.gamma_1, self.drop_path1)
+        if self._left("mlp", self._mlp_reason()):
+            return self._added(x, self.mlp(self.norm2(x)), self.gamma_2, self.drop_path2)
+        added = self.gamma_2 is None and not PATH2.why(self)
+        y = self._gated(x, added)
+        return y if added else self._added(x, y, self.gamma_2, self.drop_path2)
+
+    @staticmethod
+    def _added(x: Tensor, y: Tensor, gamma: Tensor | None, path: nn.Module) -> Tensor:
+        return x + path(y if gamma is None else gamma * y)
+
+    def _attend(self, x: Tensor, rope: Tensor | None, residual: bool) -> Tensor:
+        """The attention half, with the norm before; with the residual if nothing is between."""
+        attn = self.attn
+        if "qkv" in attn._modules:
+            q, k, v = self._qkv(x).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        else:
+            q, k, v = (
+                norm_linear(x, self.norm1, layer.weight, layer.bias).unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
+                for layer in (attn.q_proj, attn.k_proj, attn.v_proj)
+            )
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        if rope is not None:
+            q, k = (_rotated(t, rope, attn).type_as(v) for t in (q, k))
+        attended = attn.norm(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return ops.norm_linear(attended, attn.proj.weight, attn.proj.bias, residual=x if residual else None)
+
+    def _qkv(self, x: Tensor) -> Tensor:
+        attn = self.attn
+        bias = attn.qkv.bias
+        if isinstance(attn, eva.EvaAttention) and attn.q_bias is not None:
+            bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+        return norm_linear(x, self.norm1, attn.qkv.weight, bias)
+
+    def _gated(self, x: Tensor, residual: bool) -> Tensor:
+        """The MLP half, likewise."""
+        mlp: Any = self.mlp
+        if type(mlp) is Mlp:
+            return norm_mlp(x, self.norm2, mlp, residual=residual)
+        if type(mlp) is GluMlp:
+            first, second = norm_linear(x, self.norm2, mlp.fc1.weight, mlp.fc1.bias).chunk(2, -1)
+            hidden = first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
+        else:
+            gate, hidden = (norm_linear(x, self.norm2, layer.weight, layer.bias) for layer in (mlp.fc1_g, mlp.fc1_x))
+            hidden = mlp.act(gate) * hidden
+        hidden = mlp.drop1(hidden)
+        vectors = _vectors(None if type(mlp.norm) is nn.Identity else mlp.norm)
+        return ops.norm_linear(hidden, mlp.fc2.weight, mlp.fc2.bias, residual=x if residual else None, **vectors)
+
+
+def _rotated(x: Tensor, rope: Tensor, attn: nn.Module) -> Tensor:
+    """Queries or keys (B, heads, N, d), of which the prefix tokens have no place."""
+    prefix = attn.num_prefix_tokens
+    rotated = eva.apply_rot_embed_cat(x[:, :, prefix:], rope, half=getattr(attn, "rotate_half", False))
+    return torch.cat((x[:, :, :prefix], rotated), dim=2)
+
+
+blocks.FAST[eva.EvaBlock] = EvaBlock

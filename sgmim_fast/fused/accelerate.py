@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from sgmim_fast import backends
-from sgmim_fast.fused import blocks
+from sgmim_fast.fused import blocks, published_blocks
 from sgmim_fast.fused import eva_blocks as eva_blocks  # which adds its own to `blocks.FAST`
 from sgmim_fast.fused.unmodified import DROPOUT, say
 
@@ -19,7 +19,10 @@ def accelerate(encoder: nn.Module) -> nn.Module:
     evaluation, torch.compile, deepcopy and pickle (which needs this package where it is read). What differs: a second
     derivative raises, and results agree to rounding, not to the bit.
 
-    It changes the class of each block it recognises, exactly timm's own, and nothing else. At each call a block looks
+    Of the published SG-MIM, SimMIM, Swin-Transformer and BEiT code it recognises the blocks by what they hold, tries
+    once whether each kind of them computes what ours do, to 1e-10 in float64, and leaves what does not.
+
+    It changes the class of each block it recognises, and nothing else. At each call a block looks
     whether what it bypasses is still timm's: with hooks of any kind, adapters, a `forward` of a module's own or of its
     class since import, parametrizations, parameters that are tensor subclasses or of several dtypes, dropout at work,
     attention masks, norms of queries and keys or another activation, that half of it runs as timm has it. So does
@@ -43,12 +46,16 @@ def accelerate(encoder: nn.Module) -> nn.Module:
     name = type(getattr(encoder, "model", encoder)).__name__
     if hasattr(encoder, "accelerate_stem"):
         encoder.accelerate_stem()
-    found = False
+    found, ours = False, (*blocks.FAST.values(), *published_blocks.FAMILIES.values())
     for module in encoder.modules():
-        fast = blocks.FAST.get(type(module))
+        fast, why = blocks.FAST.get(type(module)), ""
+        if fast is None and not isinstance(module, ours):
+            fast, why = published_blocks.recognised(module)
+        if why:
+            say(f"accelerate leaves {name}'s {type(module).__name__} as it is: {why}")
         if fast is not None:
             module.__class__ = fast
-        if isinstance(module, tuple(blocks.FAST.values())):
+        if isinstance(module, ours):
             found = True
             if isinstance(module, blocks.Swin):
                 module.see_mask()
@@ -56,5 +63,8 @@ def accelerate(encoder: nn.Module) -> nn.Module:
                 if why and not why.endswith(DROPOUT):  # which evaluation turns off
                     say(f"accelerate leaves the {part} of {name}'s {type(module).__name__} as it is: {why}")
     if not found:
-        say(f"accelerate leaves {name} as it is: it has no block of timm's Swin, SwinV2, BEiT, ViT or EVA")
+        say(
+            f"accelerate leaves {name} as it is: it has no block of timm's Swin, SwinV2, BEiT, ViT or EVA, "
+            "nor of the published code's"
+        )
     return encoder

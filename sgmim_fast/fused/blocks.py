@@ -42,6 +42,11 @@ def _vectors(norm: nn.LayerNorm | None) -> dict[str, Any]:
     return {} if norm is None else {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
 
 
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """A window or a shift, which the published code has as one number."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def norm_mlp(x: Tensor, norm: nn.LayerNorm | None, mlp: Mlp, **options: Any) -> Tensor:
     layers = mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
     return ops.norm_mlp(x, *layers, **_vectors(norm), **options)
@@ -152,10 +157,11 @@ class Swin(_Fused):
     def _attention_reason(self) -> str:
         if why := self.attention.why(self):
             return why
-        attn, window, shift = self._modules["attn"], tuple(self.window_size), tuple(self.shift_size)
+        attn, window, shift = self._modules["attn"], _pair(self.window_size), _pair(self.shift_size)
         area = window[0] * window[1]
         # windows of Swin's attention have an area, those of SwinV2's a size
-        if (self.window_area, getattr(attn, "window_area", area)) != (area, area) or tuple(attn.window_size) != window:
+        areas = getattr(self, "window_area", area), getattr(attn, "window_area", area)
+        if areas != (area, area) or tuple(attn.window_size) != window:
             return "windows of several sizes"
         if attn._buffers["relative_position_index"].numel() != area * area:
             return "relative positions of other windows"
@@ -166,9 +172,9 @@ class Swin(_Fused):
     def _mask_reason(self) -> str:
         if self.__dict__.get("dynamic_mask", False):
             return ""
-        mask = self._buffers.get("attn_mask")
-        if mask is None or not any(self.shift_size):
-            if mask is None and not any(self.shift_size) and self.__dict__.get("attn_mask") is None:
+        mask, shifted = self._buffers.get("attn_mask"), any(_pair(self.shift_size))
+        if mask is None or not shifted:
+            if mask is None and not shifted and self.__dict__.get("attn_mask") is None:
                 return ""
             return "an attn_mask that does not fit the shift"
         seen = self.__dict__.get("_seen_mask", (None, None))
@@ -185,7 +191,7 @@ class Swin(_Fused):
         mask = self._buffers.get("attn_mask")
         if mask is None or mask.is_meta:
             return mask is None
-        settings = tuple(self.input_resolution), tuple(self.window_size), tuple(self.shift_size)
+        settings = tuple(self.input_resolution), _pair(self.window_size), _pair(self.shift_size)
         fits = torch.equal(mask.cpu(), _mask(self._timm_mask, *settings, mask.dtype))
         self._remember_mask(fits)
         return fits
@@ -225,7 +231,8 @@ class Swin(_Fused):
         """The attention half through `norm_attention`."""
         attn = self.attn
         layers = {"qkv_weight": attn.qkv.weight, "proj_weight": attn.proj.weight, "proj_bias": attn.proj.bias}
-        sizes, index = (attn.num_heads, self.window_size, self.shift_size), attn.relative_position_index
+        sizes = attn.num_heads, _pair(self.window_size), _pair(self.shift_size)
+        index = attn.relative_position_index
         return ops.norm_attention(x, *sizes, **layers, qkv_bias=qkv_bias, index=index, **_vectors(norm), **options)
 
 

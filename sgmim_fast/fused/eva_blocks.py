@@ -35,8 +35,9 @@ def _separate(attn: nn.Module) -> str:
         return unmodified.DROPOUT
     sizes = {own["_modules"][name]._parameters["weight"].shape[0] for name in ("q_proj", "k_proj", "v_proj")}
     width, rest = divmod(sizes.pop(), own["num_heads"])
-    fits = not sizes and not rest and own["head_dim"] == width and own.get("attn_dim", width * own["num_heads"])
-    if not fits or own["scale"] != width**-0.5 or own.get("num_kv_heads", own["num_heads"]) != own["num_heads"]:
+    heads, all_heads = own["num_heads"], width * own["num_heads"]
+    fits = not sizes and not rest and own["head_dim"] == width and own.get("attn_dim", all_heads) == all_heads
+    if not fits or own["scale"] != width**-0.5 or own.get("num_kv_heads", heads) != heads:
         return "another scale, width or number of heads"
     return "a gate" if own.get("gate") is not None else ""
 
@@ -58,7 +59,7 @@ ATTENTIONS = {key: Check(norm1=NORM, attn=own) for key, own in ATTENTIONS.items(
 def _inner_norm(norm: nn.Module) -> str:
     if type(norm) is nn.Identity:
         return ""
-    if norm._parameters["weight"] is None or norm._parameters["bias"] is None:
+    if norm._parameters.get("weight") is None or norm._parameters.get("bias") is None:
         return "no weight or no bias"
     return unmodified._norm(norm)
 

@@ -362,7 +362,8 @@ def test_says_once_what_it_leaves(caplog):
     assert [record.message for record in caplog.records] == [
         "accelerate leaves the attention of VisionTransformer's ViTBlock as it is: attn.q_norm: LayerNorm in place of "
         "Identity",
-        "accelerate leaves Sequential as it is: it has no block of timm's Swin, SwinV2, BEiT, ViT or EVA",
+        "accelerate leaves Sequential as it is: it has no block of timm's Swin, SwinV2, BEiT, ViT or EVA, nor of the "
+        "published code's",
     ]
     plain, _ = timm_model("vit", qk_norm=True)
     images = torch.randn(1, 3, *size)

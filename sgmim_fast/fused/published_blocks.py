@@ -1,0 +1,425 @@
+"""The blocks of the published SG-MIM, SimMIM, Swin-Transformer and BEiT code through this project's ops.
+
+Their classes come with no package that could be imported, so they are recognised by what they hold: the names of their
+children, their parameters, buffers and settings. Whether a class like that computes what these do is then tried, once
+for each kind of block: a copy in float64, of random parameters, with its own forward and with ours. What differs is
+left alone, as is what is not recognised. The rest is as in `sgmim_fast.fused.blocks`: a class that derives from the module's
+own, and a look at each call at what is about to be bypassed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from inspect import isfunction
+from typing import Any, ClassVar
+
+import torch
+from timm.models.swin_transformer import SwinTransformerBlock
+from torch import Tensor, nn
+
+from sgmim_fast import backends
+from sgmim_fast.fused import unmodified
+from sgmim_fast.fused.blocks import Swin, _Fused, _neighbours, _one_window, _windows_fit, norm_linear, norm_mlp
+from sgmim_fast.fused.unmodified import BIASED, INACTIVE_DROP_PATH, INACTIVE_DROPOUT, LINEAR, NORM, SOFTMAX, Check, Own
+from sgmim_fast.ops.window_attention import MAX_LOGIT_SCALE
+
+_BLOCK = {"norm1", "attn", "drop_path", "norm2", "mlp"}
+_ACT = Own(nn.GELU, also=unmodified._gelu)
+_INACTIVE = Check(drop_path=INACTIVE_DROP_PATH)
+_ATTENTION = {"qkv", "attn_drop", "proj", "proj_drop"}
+_PLAIN = (bool, int, float, str, tuple)
+CLOSE = 1e-10  # of a float64 result, relative; what computes the same is off by 1e-15
+
+
+class _Published(_Fused):
+    """What the classes here share. `timm` is the module's own class."""
+
+    globals: ClassVar[tuple[tuple[dict[str, Any], str, Any], ...]] = ()  # what the bypassed forwards call by name
+
+    def _changed(self) -> str:
+        if _settings(self) != self.__dict__.get("_accelerated_with"):
+            return "its settings are not what they were when it was accelerated"
+        for names, name, at_first in self.globals:
+            if names.get(name) is not at_first:
+                return f"{name} is not what it was when the block was accelerated"
+        return super()._changed()
+
+    def _left(self, part: str, why: str) -> bool:
+        if why and "_tried" not in self.__dict__:
+            unmodified.say(f"the {part} of a {self.timm.__name__} runs as its own class has it: {why}")
+        return bool(why)
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        """As of its own class, which pickle finds by its name, and then of ours again."""
+        return _revived, (self.timm, type(self).family), self.__dict__
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        """Whether a module holds what this class bypasses."""
+        raise NotImplementedError
+
+    @classmethod
+    def checks(cls, module: nn.Module) -> dict[str, Check]:
+        """What is bypassed, of the classes that this module is made of."""
+        raise NotImplementedError
+
+    @classmethod
+    def example(cls, module: nn.Module) -> tuple[int, ...]:
+        """Shape of an input."""
+        raise NotImplementedError
+
+    @classmethod
+    def signature(cls, module: nn.Module) -> tuple[Any, ...]:
+        """What tells kinds of blocks of a class apart."""
+        raise NotImplementedError
+
+
+class _Halves(_Published):
+    """A block of two halves that share one drop path."""
+
+    attention: ClassVar[Check]
+    mlp_half: ClassVar[Check]
+
+    @classmethod
+    def checks(cls, module: nn.Module) -> dict[str, Check]:
+        kind, layers = type(module.mlp), {"fc1": BIASED, "act": _ACT, "fc2": BIASED, "drop": INACTIVE_DROPOUT}
+        mlp = Own(kind, methods=_methods(kind), **layers)
+        return {
+            "attention": Check(norm1=NORM, attn=cls.attention_of(module.attn)),
+            "mlp_half": Check(norm2=NORM, mlp=mlp),
+        }
+
+    @classmethod
+    def attention_of(cls, attn: nn.Module) -> Own:
+        raise NotImplementedError
+
+    def reasons(self) -> dict[str, str]:
+        return {"attention": self._attention_reason(), "mlp": self.mlp_half.why(self)}
+
+
+class _PublishedSwin(Swin, _Halves):
+    """What both Swin blocks share: (B, H * W, C) tokens, windows and shift as one number, which divide the map."""
+
+    _timm_mask = staticmethod(SwinTransformerBlock.get_attn_mask)
+    attention_children: ClassVar[set[str]]
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        attn = module._modules.get("attn")
+        return (
+            module._modules.keys() == _BLOCK
+            and attn is not None
+            and attn._modules.keys() == cls.attention_children
+            and all(isinstance(getattr(module, name, None), int) for name in ("window_size", "shift_size"))
+            and all(side % module.window_size == 0 for side in getattr(module, "input_resolution", ()))
+        )
+
+    @classmethod
+    def example(cls, module: nn.Module) -> tuple[int, ...]:
+        height, width = module.input_resolution
+        return 2, height * width, module.attn.qkv.weight.shape[1]
+
+    @classmethod
+    def signature(cls, module: nn.Module) -> tuple[Any, ...]:
+        return module.window_size, module.shift_size, tuple(module.input_resolution), module.attn.num_heads
+
+    def _map(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, tuple(self.input_resolution))
+
+    def _size_reason(self, x: Tensor) -> str:
+        height, width = self.input_resolution
+        if x.ndim != 3 or x.shape[1] != height * width:
+            return f"an input of shape {tuple(x.shape)}"
+        return _windows_fit(x, self.window_size**2)
+
+
+class PublishedSwinBlock(_PublishedSwin):
+    """Swin: norm1 and qkv, window attention, projection; norm2 and MLP."""
+
+    family = "swin"
+    attention_children: ClassVar[set[str]] = {*_ATTENTION, "softmax"}
+
+    @classmethod
+    def attention_of(cls, attn: nn.Module) -> Own:
+        tensors = "relative_position_bias_table", "relative_position_index"
+        options = {"required": tensors[:1], "softmax": SOFTMAX, "methods": _methods(type(attn))}
+        return unmodified.attention(type(attn), LINEAR, tensors=tensors, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._as_timm(x) or self._left("attention", self._attention_reason() or self._size_reason(x)):
+            return super().forward(x)
+        attn, added = self.attn, not _INACTIVE.why(self)
+        table = attn.relative_position_bias_table
+        y = self._attend(self._map(x), self.norm1, attn.qkv.bias, bias=table, residual=added).flatten(1, 2)
+        x = y if added else x + self.drop_path(y)
+        if self._left("mlp", self.mlp_half.why(self)):
+            return x + self.drop_path(self.mlp(self.norm2(x)))
+        if not _INACTIVE.why(self):
+            return norm_mlp(x, self.norm2, self.mlp, residual=True)
+        return x + self.drop_path(norm_mlp(x, self.norm2, self.mlp))
+
+
+class PublishedSwinV2Block(_PublishedSwin):
+    """SwinV2: qkv, window attention on cosines, projection, norm1; MLP, norm2."""
+
+    family = "swinv2"
+    attention_children: ClassVar[set[str]] = {*_ATTENTION, "softmax", "cpb_mlp"}
+
+    @classmethod
+    def attention_of(cls, attn: nn.Module) -> Own:
+        buffers = "relative_coords_table", "relative_position_index"
+        tensors = "logit_scale", "q_bias", "v_bias", *buffers
+        options = {"required": ("logit_scale",), "softmax": SOFTMAX, "cpb_mlp": None, "methods": _methods(type(attn))}
+        return unmodified.attention(type(attn), unmodified.UNBIASED, tensors=tensors, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._as_timm(x) or self._left("attention", self._attention_reason() or self._size_reason(x)):
+            return super().forward(x)
+        attn = self.attn
+        if x.dtype == torch.float64 and (torch.compiler.is_compiling() or (attn.logit_scale > MAX_LOGIT_SCALE).any()):
+            return super().forward(x)  # the clamp is at float32's log 100 there, and at float64's here
+        table = 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads))
+        options: dict[str, Any] = {"bias": table, "logit_scale": attn.logit_scale.flatten()}
+        added = not _INACTIVE.why(self)
+        y = self._attend(self._map(x), self.norm1, _qkv_bias(attn), **options, residual=added, post_norm=True)
+        y = y.flatten(1, 2)
+        x = y if added else x + self.drop_path(y)
+        if self._left("mlp", self.mlp_half.why(self)):
+            return x + self.drop_path(self.norm2(self.mlp(x)))
+        if not _INACTIVE.why(self):
+            return norm_mlp(x, self.norm2, self.mlp, residual=True, post_norm=True)
+        return x + self.drop_path(norm_mlp(x, self.norm2, self.mlp, post_norm=True))
+
+
+class PublishedViTBlock(_Halves):
+    """BEiT's, SimMIM's and MAE's: norm1 and qkv, attention over all tokens with or without biases, projection; norm2
+    and MLP; with or without layer scale."""
+
+    family = "vit"
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        attn = module._modules.get("attn")
+        return (
+            module._modules.keys() == _BLOCK
+            and attn is not None
+            and attn._modules.keys() == _ATTENTION
+            and not hasattr(module, "input_resolution")
+        )
+
+    @classmethod
+    def attention_of(cls, attn: nn.Module) -> Own:
+        tensors = "q_bias", "v_bias", "relative_position_bias_table", "relative_position_index"
+        return unmodified.attention(type(attn), LINEAR, tensors=tensors, methods=_methods(type(attn)))
+
+    @classmethod
+    def example(cls, module: nn.Module) -> tuple[int, ...]:
+        index = getattr(module.attn, "relative_position_index", None)
+        return 2, 7 if index is None else index.shape[0], module.attn.qkv.weight.shape[1]
+
+    @classmethod
+    def signature(cls, module: nn.Module) -> tuple[Any, ...]:
+        held = [getattr(module, name, None) is not None for name in ("gamma_1", "gamma_2")]
+        attn, names = module.attn, ("q_bias", "v_bias", "relative_position_bias_table")
+        held += [getattr(attn, name, None) is not None for name in names]
+        return *held, attn.qkv.bias is not None, attn.num_heads, cls.example(module)[1]
+
+    def _attention_reason(self) -> str:
+        if why := self.attention.why(self):
+            return why
+        attn = self.attn
+        if getattr(attn, "q_bias", None) is not None and attn.qkv.bias is not None:
+            return "two biases of the queries"
+        return ""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        given = [*args, *kwargs.values()]
+        shared = given[0] if given else None
+        if len(given) > 1 or self._as_timm(x):
+            return super().forward(x, *args, **kwargs)
+        why = self._attention_reason() or self._own_reason(x, shared) or _windows_fit(x, x.shape[1])
+        if self._left("attention", why):
+            return super().forward(x, *args, **kwargs)
+        gamma_1, gamma_2 = (getattr(self, name, None) for name in ("gamma_1", "gamma_2"))
+        attn, added = self.attn, gamma_1 is None and not _INACTIVE.why(self)
+        table = getattr(attn, "relative_position_bias_table", None)
+        bias, index = table, None if table is None else attn.relative_position_index
+        if shared is not None:
+            bias, index = shared if table is None else shared + table[index].movedim(2, 0), None
+        y = _one_window(x, self.norm1, attn, _qkv_bias(attn), bias, index, residual=added)
+        x = y if added else x + self.drop_path(y if gamma_1 is None else gamma_1 * y)
+        if self._left("mlp", self.mlp_half.why(self)):
+            y = self.mlp(self.norm2(x))
+        elif gamma_2 is None and not _INACTIVE.why(self):
+            return norm_mlp(x, self.norm2, self.mlp, residual=True)
+        else:
+            y = norm_mlp(x, self.norm2, self.mlp)
+        return x + self.drop_path(y if gamma_2 is None else gamma_2 * y)
+
+    def _own_reason(self, x: Tensor, shared: Any) -> str:
+        """Why the block as a whole is called as it is."""
+        if (getattr(self, "gamma_1", None) is None) != (getattr(self, "gamma_2", None) is None):
+            return "one layer scale of two"
+        heads, tokens = self.attn.num_heads, x.shape[1]
+        index = getattr(self.attn, "relative_position_index", None)
+        if index is not None and tuple(index.shape) != (tokens, tokens):
+            return "relative positions of another window"
+        if shared is None:
+            return ""
+        fits = type(shared) in unmodified.PLAIN and tuple(shared.shape) == (heads, tokens, tokens)
+        return "" if fits else f"an argument that is no bias ({heads}, {tokens}, {tokens})"
+
+
+def _qkv_bias(attn: nn.Module) -> Tensor | None:
+    """Of the projection: queries' and values' where these are parameters of their own, with zeros for the keys."""
+    bias = getattr(attn, "q_bias", None)
+    return attn.qkv.bias if bias is None else torch.cat((bias, torch.zeros_like(attn.v_bias), attn.v_bias))
+
+
+class PublishedPatchMerging(_Published):
+    """Swin's and SwinV2's, which have the norm before and behind the reduction."""
+
+    family = "merging"
+    merging: ClassVar[Check]
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return module._modules.keys() == {"norm", "reduction"} and hasattr(module, "input_resolution")
+
+    @classmethod
+    def checks(cls, module: nn.Module) -> dict[str, Check]:
+        return {"merging": Check(norm=NORM, reduction=LINEAR)}
+
+    @classmethod
+    def example(cls, module: nn.Module) -> tuple[int, ...]:
+        height, width = module.input_resolution
+        return 2, height * width, module.reduction.weight.shape[1] // 4
+
+    @classmethod
+    def signature(cls, module: nn.Module) -> tuple[Any, ...]:
+        return (cls.before(module),)
+
+    @staticmethod
+    def before(module: nn.Module) -> bool:
+        return module.norm.weight.shape[0] == module.reduction.weight.shape[1]
+
+    def reasons(self) -> dict[str, str]:
+        return {"reduction": self.merging.why(self)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = self.input_resolution
+        why = self.reasons()["reduction"]
+        if not why and (x.ndim != 3 or x.shape[1] != height * width or height % 2 or width % 2):
+            why = f"an input of shape {tuple(x.shape)}"
+        if self._as_timm(x) or self._left("reduction", why):
+            return super().forward(x)
+        merged = _neighbours(x.unflatten(1, (height, width))).flatten(1, 2)
+        weight, bias = self.reduction.weight, self.reduction.bias
+        if self.before(self):
+            return norm_linear(merged, self.norm, weight, bias)
+        return self.norm(norm_linear(merged, None, weight, bias))
+
+
+FAMILIES = {
+    kind.family: kind for kind in (PublishedSwinBlock, PublishedSwinV2Block, PublishedViTBlock, PublishedPatchMerging)
+}
+_classes: dict[tuple[type, str], type[_Published]] = {}
+_tried: dict[tuple[Any, ...], str] = {}
+
+
+def recognised(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
+    """Our class for a module of the published code; None with the reason where it looks like one and is none, with ""
+    where it does not even look like one."""
+    kind = type(module)
+    if kind.__module__.startswith(("timm.", "torch.")):
+        return None, ""
+    family = next((family for family in FAMILIES.values() if family.fits(module)), None)
+    if family is None:
+        alike = module._modules.keys() >= {"norm1", "attn", "norm2", "mlp"}
+        return None, "it holds other things than the blocks of the published code" if alike else ""
+    parts = tuple(type(m) for m in module.modules())
+    fast = _class(kind, family, module)
+    module.__class__ = fast
+    left = tuple(part for part, why in module.reasons().items() if why)
+    module.__class__ = kind
+    settings = module.__dict__["_accelerated_with"] = _settings(module)
+    key = kind, kind.forward, parts, settings, family.signature(module), left
+    if key not in _tried:
+        _tried[key] = _difference(module, fast)
+    if _tried[key]:
+        del module.__dict__["_accelerated_with"]
+        return None, _tried[key]
+    return fast, ""
+
+
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    """Numbers, names and switches of a block, its attention and its MLP: what they mean to a forward is not known."""
+    found = []
+    for part in (module, module._modules.get("attn"), module._modules.get("mlp")):
+        held = {} if part is None else part.__dict__
+        found.append(tuple((k, v) for k, v in held.items() if type(v) in _PLAIN and k[0] != "_" and k != "training"))
+    return tuple(found)
+
+
+def _class(kind: type[nn.Module], family: type[_Published], module: nn.Module) -> type[_Published]:
+    """Our class for the modules of a class."""
+    key = kind, family.family
+    if key not in _classes:
+        found = {"timm": kind, "methods": _methods(kind), "globals": tuple(_names(module)), **family.checks(module)}
+        _classes[key] = type(f"Fast{kind.__name__}", (family, kind), found)
+    return _classes[key]
+
+
+def _revived(kind: type[nn.Module], family: str) -> nn.Module:
+    """Of a pickle or a copy: an empty module of our class; of the module's own where that has not been seen here, whose
+    children are needed to tell."""
+    return nn.Module.__new__(_classes.get((kind, family), kind))
+
+
+def _methods(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Of a class and those it derives from, besides forward: which of them that calls is not known."""
+    found = {name: v for base in kind.__mro__ if base is not nn.Module for name, v in vars(base).items()}
+    return tuple(name for name, v in found.items() if isfunction(v) and name != "forward" and name[:2] != "__")
+
+
+def _names(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """The functions of their files that a block, its attention and its MLP call, or could."""
+    for part in (module, getattr(module, "attn", None), getattr(module, "mlp", None)):
+        for method in () if part is None else ("forward", *_methods(type(part))):
+            function = getattr(type(part), method)
+            names = getattr(function, "__globals__", {})
+            for name in function.__code__.co_names if names else ():
+                if callable(names.get(name)):
+                    yield names, name, names[name]
+
+
+def _difference(module: nn.Module, fast: type[nn.Module]) -> str:
+    """What is different between a module's own forward and ours, tried on a copy; "" if nothing is."""
+    if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+        return "it is on the meta device, where nothing can be tried"
+    generator = torch.Generator().manual_seed(0)
+    own = copy.deepcopy(module)
+    for m in own.modules():  # nobody is to hear of this
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            getattr(m, name).clear()
+    own = own.cpu().double().eval().requires_grad_(False)
+    for parameter in own.parameters():
+        scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.3
+        parameter.copy_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    x = torch.randn(fast.example(module), generator=generator, dtype=torch.float64)
+    ours = copy.deepcopy(own)
+    ours.__class__ = fast
+    ours.__dict__["_tried"] = True
+    if isinstance(ours, Swin):
+        ours.see_mask()
+    try:
+        expected = own(x)
+    except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+        return f"its forward does not take {tuple(x.shape)} tokens: {str(error).partition(chr(10))[0][:80]}"
+    with backends.use("torch"):
+        actual = ours(x)
+    if not isinstance(expected, Tensor) or expected.shape != actual.shape:
+        return "its forward returns something else"
+    off = float((actual - expected).norm() / expected.norm())
+    return "" if off <= CLOSE else f"its forward computes something else (off by {off:.0e})"

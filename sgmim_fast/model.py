@@ -183,6 +183,14 @@ class SGMIM(nn.Module):
         branch = self.structure_encoder, self.guidance, self.structure_head
         yield from blocks.linear_weights(self, also=(self.image_head, *(part for part in branch if part is not None)))
 
+    def salience(self, images: Tensor) -> Tensor:
+        """(B, H / p, W / p) from 0 to 1: `MaskedEncoder.salience`, or that of an encoder of one's own.
+
+        Raises:
+            TypeError: the encoder has no such method.
+        """
+        return salience_of(self.encoder, images)
+
     def draw_mask(self, images: Tensor, grid: int | tuple[int, int], **options: Any) -> SelectiveMask:
         """Masks for these images: `selective_mask` on their device, and with masking="salience" by the encoder's own
         `salience` of the images, which is computed for it, without gradients.
@@ -197,7 +205,7 @@ class SGMIM(nn.Module):
         """
         _check_map("images", images, self.in_chans)
         if options.get("masking") == "salience":
-            options["salience"] = salience_of(self.encoder, images)
+            options["salience"] = self.salience(images)
         elif options.get("generator") is None and options.get("seed") is None:
             options.setdefault("device", images.device)
         return selective_mask(len(images), grid, **options)

@@ -183,7 +183,8 @@ def resolve(
         name: of the preset; None: the file's own `preset:`, if it has one.
         file: YAML, or None.
         changes: "section.field" -> value.
-        instead: setting -> other settings, and what they become where it is given over a preset and they are not.
+        instead: setting, or "setting=value", -> other settings, and what they become where it is given over a preset
+            and they are not.
 
     Raises:
         UserError: naming what does not fit.
@@ -194,7 +195,8 @@ def resolve(
         raise UserError(f"give --preset, one of {', '.join(presets)}, or --config FILE")
     config = preset(default, presets, str(name)) if name else default
     given = {key for key, value in {**from_file, **changes}.items() if value is not None}
-    replaced = {key: value for setting in given for key, value in (instead or {}).get(setting, {}).items()}
+    texts = {f"{key}={value}" for key, value in {**from_file, **changes}.items()}
+    replaced = {k: v for setting in given | texts for k, v in (instead or {}).get(setting, {}).items()}
     config = with_changes(config, {key: replaced[key] for key in replaced.keys() - given}, "preset")
     config = with_changes(config, from_file, str(file))
     return with_changes(config, changes, "--set")

@@ -64,7 +64,7 @@ class Stepper:
         self.model.train()
         self.captured: CapturedStep | None = None  # several processes talk to each other in the backward
         here = accelerator.device.type == Graph.device_type and accelerator.num_processes == 1
-        if self.config.run.capture and here and not self.config.run.fsdp:
+        if self.config.run.capture and task.capturable and here and not self.config.run.fsdp:
             self.captured = capture(self.model, loss=self._losses, scaler=accelerator.scaler)
 
     def __call__(self, step: int, batches: Iterator[dict[str, Any]]) -> Done:
@@ -134,8 +134,9 @@ class Stepper:
         for part in self.task.shards(self.plain):
             fully_shard(part, mesh=mesh)
         fully_shard(self.plain, mesh=mesh)
-        if hasattr(self.plain, "predict"):
-            register_fsdp_forward_method(self.plain, "predict")
+        for method in ("predict", "salience"):
+            if hasattr(self.plain, method):
+                register_fsdp_forward_method(self.plain, method)
 
 
 class Window:

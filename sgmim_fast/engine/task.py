@@ -43,6 +43,11 @@ class Task(ABC):
         """Of a run's folder, where the user gives none."""
         return self.config.preset or "run"
 
+    @property
+    def capturable(self) -> bool:
+        """Whether forward and backward ask the device nothing, so that a CUDA graph can hold them."""
+        return True
+
     @abstractmethod
     def check(self) -> None:
         """Raises UserError where settings are impossible, before anything is built."""

@@ -1,8 +1,8 @@
 """timm's EVA blocks, those of DINOv3 and of the other ViTs with rotary positions, through this project's ops.
 
-As in `sgmim_fast.fused.blocks`. Norms go with the gemms behind them into one op each, residuals into the last gemm of a half.
-Between the gemms of the attention is what timm has there: norms of queries and keys, the rotation, PyTorch's own
-attention, a norm of its result. Between those of a gated MLP are its activation and the product.
+As in `blocks`. Norms go with the gemms behind them into one op each, residuals into the last gemm of a half. Between
+the gemms of the attention is what timm has there: norms of queries and keys, the rotation, PyTorch's own attention, a
+norm of its result. Between those of a gated MLP are its activation and the product.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Their classes come with no package that could be imported, so they are recognised by what they hold: the names of their
 children, their parameters, buffers and settings. Whether a class like that computes what these do is then tried, once
 for each kind of block: a copy in float64, of random parameters, with its own forward and with ours. What differs is
-left alone, as is what is not recognised. The rest is as in `sgmim_fast.fused.blocks`: a class that derives from the module's
-own, and a look at each call at what is about to be bypassed.
+left alone, as is what is not recognised. The rest is as in `blocks`: a class that derives from the module's own, and a
+look at each call at what is about to be bypassed.
 """
 
 from __future__ import annotations

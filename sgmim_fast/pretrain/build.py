@@ -6,16 +6,19 @@ import dataclasses
 import math
 from bisect import bisect_right
 from pathlib import Path
+from typing import NamedTuple
 
 import timm
 import torch
+from timm.models import is_model_in_modules
 from timm.optim import param_groups_weight_decay
+from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from sgmim_fast import data
 from sgmim_fast.data.pairs import Pairs
 from sgmim_fast.data.seeds import mix
-from sgmim_fast.encoders import create_encoder
+from sgmim_fast.encoders import MODULES, create_encoder
 from sgmim_fast.engine import checkpoint
 from sgmim_fast.engine.checkpoint import Saved
 from sgmim_fast.engine.settings import OF_EVERY_RUN_0, OF_EVERY_RUN_1, at_least
@@ -35,8 +38,8 @@ def create_model(config: Config) -> SGMIM:
     settings, size = config.model, config.data.size
     base = settings.encoder.split(".")[0]
     if not timm.is_model(base):
-        families = ("swin_*", "swinv2_*", "beit_*", "beitv2_*", "vit_*", "deit_*")
-        raise UserError(f"timm has no model {settings.encoder!r}{nearest(base, timm.list_models(list(families)))}")
+        known = [name for name in timm.list_models() if is_model_in_modules(name, MODULES)]
+        raise UserError(f"timm has no model {settings.encoder!r}{nearest(base, known)}")
     check(config)
     arguments = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.arguments.items()}
     if "img_size" in arguments:
@@ -80,8 +83,11 @@ def check(config: Config) -> None:
         raise UserError(f"data.limit is {config.data.limit}; expected more than 0, or null for none")
     if not 0 < config.mask.ratio < 1:
         raise UserError(f"mask.ratio is {config.mask.ratio}; expected a share between 0 and 1")
-    units = (size // unit) ** 2
-    if math.ceil(config.mask.ratio * units) == units:
+    units, most = (size // unit) ** 2, config.mask.ratio
+    if config.mask.masking == "salience":
+        _check_salience(config.mask)
+        most += 0 if config.mask.adaptive == "none" else config.mask.spread
+    if math.ceil(most * units) == units:
         raise UserError(f"mask.ratio is {config.mask.ratio} of {units} mask units, which leaves none visible")
     shown = read_shown(config.mask.shown)
     if shown not in SHOWN if isinstance(shown, str) else not 0 <= shown <= 1:
@@ -95,6 +101,14 @@ def check(config: Config) -> None:
         raise UserError(f"data.val is {settings.val} with data.val_images; expected one of them")
     if settings.val and settings.shards is not None:
         raise UserError("data.val does not split shards; expected --val-images DIR and --val-structure DIR")
+
+
+def _check_salience(settings: Mask) -> None:
+    ratio, spread = settings.ratio, settings.spread
+    if spread < 0 or not 0 < ratio - spread <= ratio + spread < 1:
+        raise UserError(f"mask.spread is {spread} around mask.ratio {ratio}; expected shares between 0 and 1")
+    if not 0 <= settings.threshold <= 1:
+        raise UserError(f"mask.threshold is {settings.threshold}; expected a number between 0 and 1")
 
 
 def structure_kind(config: Config) -> data.StructureKind:
@@ -197,6 +211,20 @@ def _without_chance(dataset: Dataset, size: int) -> Dataset:
     return dataset
 
 
+class Scores(NamedTuple):
+    """What is random about masks that are drawn by salience: the rest of them depends on the images."""
+
+    noise: Tensor  # (images, units)
+    seed: int  # of what else is random, with the first image's place in the step
+    first: int = 0
+
+    def part(self, first: int, count: int) -> Scores:
+        return Scores(self.noise[first : first + count], self.seed, self.first + first)
+
+
+Drawn = SelectiveMask | Scores
+
+
 def draw_masks(
     settings: Mask, size: int, images: int, seed: int, step: int, device: torch.device, stride: int | None = None
 ) -> SelectiveMask:
@@ -208,14 +236,36 @@ def draw_masks(
         stride: pixels along the encoder's cells, on which the masks are drawn where they make up the units.
     """
     generator = torch.Generator(device).manual_seed(mix(seed, "masks", step))
-    return selective_mask(
-        images,
-        size // settings.unit,
-        settings.ratio,
-        generator=generator,
-        shown=read_shown(settings.shown),
-        scale=1 if stride is None or settings.unit % stride else settings.unit // stride,
-    )
+    options = {"shown": read_shown(settings.shown), "scale": _scale(settings.unit, stride)}
+    return selective_mask(images, size // settings.unit, settings.ratio, generator=generator, **options)
+
+
+def draw_step(config: Config, images: int, seed: int, step: int, device: torch.device) -> Drawn:
+    """Masks of all images of a step, over all processes, on the device, or what is random of them; nothing waits for
+    it. They depend on the seed and the step alone."""
+    settings, size = config.mask, config.data.size
+    if settings.masking == "random":
+        return draw_masks(settings, size, images, seed, step, device, stride=config.model.stride)
+    generator = torch.Generator(device).manual_seed(mix(seed, "masks", step))
+    noise = torch.rand(images, (size // settings.unit) ** 2, generator=generator, device=device)
+    return Scores(noise, mix(seed, "shown", step))
+
+
+def masks_of(drawn: Drawn, config: Config, model: SGMIM, images: Tensor) -> SelectiveMask:
+    """The masks of these images, of what was drawn for them; with salience the host waits for the device."""
+    if isinstance(drawn, SelectiveMask):
+        return drawn
+    settings = config.mask
+    generator = torch.Generator(images.device).manual_seed(mix(drawn.seed, drawn.first))
+    own = {name: getattr(settings, name) for name in ("masking", "ratio", "spread", "threshold", "adaptive")}
+    own |= {"shown": read_shown(settings.shown), "scale": _scale(settings.unit, config.model.stride)}
+    salience = model.salience(images).nan_to_num(0)  # the loss of an image that is not finite tells, and is left out
+    units = config.data.size // settings.unit
+    return selective_mask(len(images), units, salience=salience, noise=drawn.noise, generator=generator, **own)
+
+
+def _scale(unit: int, stride: int | None) -> int:
+    return 1 if stride is None or unit % stride else unit // stride
 
 
 def read_shown(text: str) -> str | float:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from sgmim_fast.engine import settings
 from sgmim_fast.engine.settings import Run
+from sgmim_fast.salience import SPREAD, THRESHOLD
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,11 @@ class Mask:
     """`selective_mask`."""
 
     unit: int = 32  # pixels along a mask unit
-    ratio: float = 0.6  # share of masked units
+    ratio: float = 0.6  # share of masked units; with --set mask.masking=salience 0.75, unless it is given
+    masking: Literal["random", "salience"] = "random"  # SPEC "Salience-based masking"
+    spread: float = SPREAD  # of "salience": the ratio of an image is within ± this of `ratio`
+    threshold: float = THRESHOLD  # of "salience": patches above it count as salient
+    adaptive: Literal["image", "batch", "none"] = "image"  # of "salience": whose ratio an image has
     shown: str = "masked"  # where the structure is shown: "masked", "visible", "all" or the share hidden at random
 
 

@@ -19,10 +19,11 @@ from sgmim_fast.data.seeds import mix
 from sgmim_fast.engine import loader, log
 from sgmim_fast.engine.command import Command
 from sgmim_fast.engine.task import Task
-from sgmim_fast.masking import SelectiveMask
 from sgmim_fast.model import SGMIM
 from sgmim_fast.pretrain import build, export, pictures
+from sgmim_fast.pretrain.build import Drawn
 from sgmim_fast.pretrain.config import PRESETS, Config
+from sgmim_fast.salience import RATIO
 
 
 class Pretraining(Task):
@@ -62,28 +63,31 @@ class Pretraining(Task):
     def learning_rate(self, step: int, steps_per_epoch: int, steps: int, total_batch: int) -> float:
         return build.learning_rate(self.config.optim, step, steps_per_epoch, total_batch)
 
-    def draw(self, step: int, images: int, device: torch.device) -> SelectiveMask:
-        config = self.config
-        return build.draw_masks(
-            config.mask, config.data.size, images, config.run.seed, step, device, stride=config.model.stride
-        )
+    @property
+    def capturable(self) -> bool:
+        """With salience the host asks for the number of masked units."""
+        return self.config.mask.masking == "random"
 
-    def part(self, drawn: SelectiveMask, first: int, count: int) -> SelectiveMask:
+    def draw(self, step: int, images: int, device: torch.device) -> Drawn:
+        return build.draw_step(self.config, images, self.config.run.seed, step, device)
+
+    def part(self, drawn: Drawn, first: int, count: int) -> Drawn:
         return drawn.part(first, count)
 
     def loss(
         self,
         model: nn.Module,
         batch: dict[str, Any],
-        drawn: SelectiveMask,
+        drawn: Drawn,
         first: int,
         accelerator: Accelerator,
     ) -> Sequence[Tensor]:
         device = accelerator.device
         images = batch["image"].to(device, non_blocking=True)
         structure, valid = structure_of(batch, device, self.kind)
-        mask = drawn.part(first, len(images))
+        drawn = drawn.part(first, len(images))
         with accelerator.autocast():
+            mask = build.masks_of(drawn, self.config, accelerator.unwrap_model(model), images)
             return model(images, structure, mask, return_losses=True, structure_valid=valid)
 
     def shards(self, model: SGMIM) -> Iterable[nn.Module]:
@@ -143,7 +147,7 @@ def held_out_losses(model: SGMIM, dataset: Dataset, config: Config, accelerator:
     batch, device, count = config.optim.batch, accelerator.device, len(dataset)
     rank, processes = accelerator.process_index, accelerator.num_processes
     seed = mix(config.run.seed, "held out")
-    drawn = build.draw_masks(config.mask, config.data.size, count, seed, 0, device, stride=config.model.stride)
+    drawn = build.draw_step(config, count, seed, 0, device)
     # sharded models are computed by all processes together: one without images left repeats the last ones for nothing
     starts = range(rank * batch, math.ceil(count / batch / processes) * processes * batch, processes * batch)
     firsts = [min(start, (count - 1) // batch * batch) for start in starts]
@@ -157,8 +161,7 @@ def held_out_losses(model: SGMIM, dataset: Dataset, config: Config, accelerator:
     training = model.training
     model.eval()
     for start, first, items in zip(starts, firsts, batches, strict=True):
-        mask = drawn.part(first, len(items["image"]))
-        found = _losses(model, items, mask, build.structure_kind(config), accelerator)
+        found = _losses(model, items, drawn.part(first, len(items["image"])), config, accelerator)
         if start == first:
             total += len(items["image"]) * torch.stack([*found, torch.ones_like(found[0])])
     model.train(training)
@@ -169,13 +172,14 @@ def held_out_losses(model: SGMIM, dataset: Dataset, config: Config, accelerator:
 def _losses(
     model: SGMIM,
     items: dict[str, Tensor],
-    mask: SelectiveMask,
-    kind: StructureKind,
+    drawn: Drawn,
+    config: Config,
     accelerator: Accelerator,
 ) -> tuple[Tensor, ...]:
     images = items["image"].to(accelerator.device)
-    structure, valid = structure_of(items, accelerator.device, kind)
+    structure, valid = structure_of(items, accelerator.device, build.structure_kind(config))
     with accelerator.autocast():
+        mask = build.masks_of(drawn, config, model, images)
         return model(images, structure, mask, return_losses=True, structure_valid=valid)
 
 
@@ -184,6 +188,7 @@ SHORT = {name: f"data.{name}" for name in ("images", "structure", "shards", "val
 INSTEAD = {
     "data.images": {"data.scenes": 0, "data.shards": None},
     "data.shards": {"data.scenes": 0, "data.images": None, "data.structure": None},
+    "mask.masking=salience": {"mask.ratio": RATIO},
 }
 COMMAND = Command("pretrain", Config(), PRESETS, SHORT, Pretraining, INSTEAD)
 

@@ -28,6 +28,8 @@ MODULES = {
     "downstream.presets": "finetune.config",
     "downstream.schedule": "finetune.build",
     "downstream.sizes": "finetune.encoder",
+    "downstream.weights": "weights",
+    "finetune.weights": "weights",
     "structure": "data.depth_maps",
     "train": "pretrain",
     **{f"train.{name}": f"engine.{name}" for name in ("checkpoint", "command", "launch", "loader", "lock", "log")},

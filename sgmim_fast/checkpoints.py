@@ -109,6 +109,12 @@ def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {name: own[own_name].reshape(_published_shape(own_name, own[own_name])) for own_name, name in names.items()}
 
 
+def published_names(model: nn.Module) -> dict[str, str]:
+    """Own name -> published name, of every parameter and buffer that the published code has, too."""
+    model = _uncompiled(model)
+    return _published_names(model, model.state_dict())
+
+
 def export_timm(
     model: nn.Module, path: str | os.PathLike[str], num_classes: int | None = None, **timm_arguments: Any
 ) -> None:

@@ -15,9 +15,9 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
 from sgmim_fast import accelerate as accelerate_blocks
+from sgmim_fast import weights
 from sgmim_fast.errors import UserError, by, nearest
 from sgmim_fast.exported import tuples
-from sgmim_fast.finetune import weights
 from sgmim_fast.fused import blocks
 
 _logger = logging.getLogger("sgmim_fast")

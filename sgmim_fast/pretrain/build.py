@@ -11,7 +11,7 @@ from typing import NamedTuple
 import timm
 import torch
 from timm.models import is_model_in_modules
-from timm.optim import param_groups_weight_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
@@ -92,6 +92,8 @@ def check(config: Config) -> None:
     shown = read_shown(config.mask.shown)
     if shown not in SHOWN if isinstance(shown, str) else not 0 <= shown <= 1:
         raise UserError(f"mask.shown is {config.mask.shown!r}; expected {', '.join(SHOWN)} or a share between 0 and 1")
+    if not 0 < config.optim.layer_decay <= 1:
+        raise UserError(f"optim.layer_decay is {config.optim.layer_decay}; expected more than 0, at most 1")
     settings = config.data
     if not 0 <= settings.val < 1:
         raise UserError(f"data.val is {settings.val}; expected a share of the data, 0 or more and less than 1")
@@ -277,8 +279,21 @@ def read_shown(text: str) -> str | float:
 
 
 def create_optimizer(model: SGMIM, settings: Optim) -> torch.optim.AdamW:
-    """Fused AdamW. No weight decay on vectors, biases, mask and class token, positions and position tables."""
-    groups = param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=model.no_weight_decay())
+    """Fused AdamW. No weight decay on vectors, biases, mask and class token, positions and position tables.
+
+    With `layer_decay` the encoder's layers, those of timm's `param_groups_layer_decay`, learn more slowly from the
+    last, whose rate it multiplies once, to the stem; heads, branch and mask token learn at the whole rate.
+    """
+    decay, names = settings.weight_decay, model.no_weight_decay()
+    groups = param_groups_weight_decay(model, decay, no_weight_decay_list=names)
+    if settings.layer_decay != 1:
+        encoder = model.encoder.model
+        layers = param_groups_layer_decay(
+            encoder, decay, no_weight_decay_list=encoder.no_weight_decay(), layer_decay=settings.layer_decay
+        )
+        own = {id(p) for p in encoder.parameters()}
+        rest = [{**group, "params": [p for p in group["params"] if id(p) not in own]} for group in groups]
+        groups = [{**group, "lr_scale": group["lr_scale"] * settings.layer_decay} for group in layers] + rest
     return torch.optim.AdamW(groups, settings.lr, settings.betas, settings.eps, settings.weight_decay, fused=True)
 
 

@@ -21,6 +21,8 @@ class Model:
     hidden_context: Literal["keep", "drop"] = "keep"
     position_embedding: bool = False
     accelerate: bool = True  # timm's blocks through fused ops
+    init: str | None = None  # weights to start from: a file, "timm:NAME", or the folder of a run
+    init_partial: bool = False  # load what fits of them; otherwise what does not is listed and ends the run
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     clip: float = 5.0  # largest gradient norm; 0: none
+    layer_decay: float = 1.0  # of the rate from one layer of the encoder to the one before: for model.init
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from torch.utils.data import Dataset
 
 from sgmim_fast.data import StructureKind, sheet, structure_of
 from sgmim_fast.data.seeds import mix
-from sgmim_fast.engine import loader, log
+from sgmim_fast.engine import launch, loader, log
 from sgmim_fast.engine.command import Command
 from sgmim_fast.engine.task import Task
 from sgmim_fast.model import SGMIM
-from sgmim_fast.pretrain import build, export, pictures
+from sgmim_fast.pretrain import build, export, initial, pictures
 from sgmim_fast.pretrain.build import Drawn
 from sgmim_fast.pretrain.config import PRESETS, Config
 from sgmim_fast.salience import RATIO
@@ -51,7 +51,13 @@ class Pretraining(Task):
         build.check(self.config)
 
     def create_model(self) -> SGMIM:
-        return build.create_model(build.trained(self.config) if self.facts else self.config)
+        if self.facts:
+            return build.create_model(build.trained(self.config))
+        model = build.create_model(self.config)
+        lines = initial.load(model, self.config) if self.config.model.init is not None else []
+        if lines and launch.rank() == 0:
+            print(*lines, sep="\n", flush=True)
+        return model
 
     def create_dataset(self) -> Dataset:
         dataset, self.held_out = build.hold_out(self.config, build.create_dataset(self.config))
@@ -184,6 +190,7 @@ def _losses(
 
 
 SHORT = {name: f"data.{name}" for name in ("images", "structure", "shards", "val_images", "val_structure")}
+SHORT["init"] = "model.init"
 # the source that is given, in place of a preset's
 INSTEAD = {
     "data.images": {"data.scenes": 0, "data.shards": None},
@@ -199,6 +206,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", metavar="TARS", help="WebDataset shards, like 'train-{000..099}.tar'")
     parser.add_argument("--val-images", metavar="DIR", help="images to measure the losses on, besides training")
     parser.add_argument("--val-structure", metavar="DIR", help="and their structure maps; or --set data.val=0.02")
+    parser.add_argument("--init", metavar="FILE|timm:NAME|RUN", help="weights to start from")
     COMMAND.add_arguments(parser, "tiny_demo needs no data")
 
 

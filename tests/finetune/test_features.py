@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import sgmim_fast
+from sgmim_fast import weights
 from sgmim_fast.checkpoints import export_timm
 from sgmim_fast.errors import UserError
-from sgmim_fast.finetune import weights
 from sgmim_fast.finetune.encoder import Features, create_features
 
 

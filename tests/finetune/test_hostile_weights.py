@@ -20,9 +20,8 @@ from pretraining import fresh_accelerate
 from safetensors.torch import load_file, save_file
 from timm.models import _helpers
 
-from sgmim_fast import checkpoints, cli, create_encoder, exported
+from sgmim_fast import checkpoints, cli, create_encoder, exported, weights
 from sgmim_fast.errors import UserError
-from sgmim_fast.finetune import weights
 from sgmim_fast.finetune.encoder import create_features
 from sgmim_fast.fourier.encoders import load as load_for_fourier
 from sgmim_fast.pretrain import build

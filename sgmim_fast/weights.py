@@ -50,7 +50,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str | None, d
 def load(
     model: nn.Module, state: Mapping[str, Tensor], source: nn.Module, *, what: str, source_known: bool
 ) -> list[str]:
-    """Loads the weights of another size of the same model.
+    """Loads the weights of another size of the same model, those that dense prediction uses.
 
     Args:
         model: without classifier, before anything of it is cut off.
@@ -65,16 +65,38 @@ def load(
     Raises:
         UserError: parameters are missing, unexpected or of another shape; the first are named.
     """
+    fitted, notes = fit(model, state, source, what=what, source_known=source_known, unused=_UNUSED)
+    if problems := differences(fitted, _used(model.state_dict(), _UNUSED)):
+        raise UserError(f"{what} does not fit the encoder; {problems}")
+    model.load_state_dict(fitted, strict=False)
+    return notes
+
+
+def fit(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    source: nn.Module,
+    *,
+    what: str,
+    source_known: bool,
+    unused: re.Pattern[str],
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights resized for the model, and what `load` returns; nothing is loaded.
+
+    Args:
+        model, state, source, what, source_known: as of `load`.
+        unused: names that are left out.
+    """
     fitted = dict(state)
     # the tables are resized here: timm's filters take every table for one of a square window
     positions = {name: fitted.pop(name) for name, value in state.items() if _is_position(name, value, model)}
     convert: Callable[..., dict[str, Tensor]] | None = getattr(
         sys.modules[type(model).__module__], "checkpoint_filter_fn", None
     )
-    fitted = _used(fitted if convert is None else convert(fitted, model))
+    fitted = _used(fitted if convert is None else convert(fitted, model), unused)
     by_timm = [name for name, value in fitted.items() if name in state and value.shape != state[name].shape]
     resized: dict[str, set[tuple[Pair, Pair]]] = {"relative position bias tables": set(), "absolute positions": set()}
-    expected = _used(model.state_dict())
+    expected = _used(model.state_dict(), unused)
     for name, value in positions.items():
         if name == "pos_embed" and expected.get(name) is not None:
             value, change = _absolute(value, expected[name], model, source)
@@ -87,14 +109,12 @@ def load(
         if change is not None:
             resized[kind].add(change)
         fitted[name] = value
-    _require_same(what, fitted, expected)
-    model.load_state_dict(fitted, strict=False)
     notes = [f"{what}: resized by timm's filter: {_first(by_timm)}"] if by_timm else []
-    return notes + _notes(resized, model, what, source_known)
+    return fitted, notes + _notes(resized, model, what, source_known)
 
 
-def _used(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if not _UNUSED.match(name) and not _BUFFERS.search(name)}
+def _used(state: Mapping[str, Tensor], unused: re.Pattern[str]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if not unused.match(name) and not _BUFFERS.search(name)}
 
 
 def _is_position(name: str, value: Tensor, model: nn.Module) -> bool:
@@ -150,7 +170,13 @@ def _absolute(
     return resample_abs_pos_embed(value, new_size=list(new), old_size=list(old), num_prefix_tokens=prefix), (old, new)
 
 
-def _require_same(what: str, given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def is_buffer(name: str) -> bool:
+    """Whether it is what a model computes from its sizes, and files may have as well."""
+    return bool(_BUFFERS.search(name))
+
+
+def differences(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """What is missing, unexpected or of another shape, the first of each by name; "" if nothing is."""
     missing = [name for name in expected if name not in given]
     unexpected = [name for name in given if name not in expected]
     shapes = [
@@ -159,9 +185,7 @@ def _require_same(what: str, given: Mapping[str, Tensor], expected: Mapping[str,
         if name in given and given[name].shape != expected[name].shape
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    listed = "; ".join(f"{len(names)} {kind}: {_first(names)}" for kind, names in problems.items() if names)
-    if listed:
-        raise UserError(f"{what} does not fit the encoder; {listed}")
+    return "; ".join(f"{len(names)} {kind}: {_first(names)}" for kind, names in problems.items() if names)
 
 
 def _first(names: Sequence[str], count: int = 8) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from sgmim_fast.data import shards
+from sgmim_fast.data import shards, stats
 from sgmim_fast.data.files import find_files, match
 from sgmim_fast.data.image_file import IMAGE_SUFFIXES, ImageFile
 from sgmim_fast.data.map_file import MAP_SUFFIXES
@@ -171,6 +171,8 @@ def _read_all(dataset: Dataset, report: Report, workers: int, progress: bool, to
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    what = "measure the mean and the deviation of each channel of the images"
+    stats.add_arguments(actions.add_parser("stats", help=what, description=what[0].upper() + what[1:] + "."))
     what = "read every file once, and report what is wrong; exit code 1 where a file is broken"
     parser = actions.add_parser("check", help=what, description=what[0].upper() + what[1:] + ".")
     help = "of images, and the mirrored one of maps; or shards, like 'train-{000..099}.tar', or folders of them"
@@ -186,6 +188,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Raises UserError, or DataError, for what the user can put right."""
+    if args.action == "stats":
+        return stats.run(args)
     workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
     if workers < 0:
         raise UserError(f"--workers is {workers}; expected 0 or more")

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from sgmim_fast.data.channel_image import ChannelImage
 from sgmim_fast.data.files import find_files, match
-from sgmim_fast.data.image_file import IMAGE_SUFFIXES, ImageFile
+from sgmim_fast.data.image_file import ImageFile
 from sgmim_fast.data.map_file import MAP_SUFFIXES
 from sgmim_fast.data.pair import Item, make_item
 from sgmim_fast.data.pairs import Pairs
+from sgmim_fast.data.stats import suffixes
 from sgmim_fast.data.structure_file import StructureFile
 from sgmim_fast.data.structure_kind import DEPTH, StructureKind
 
@@ -35,6 +37,7 @@ class FolderPairs(Pairs):
         seed: of the transform.
         missing: integer that means "no value" in maps; None: none does.
         kind: what the maps hold.
+        channels: of the images, which are then `ChannelImage`s; None: photographs, RGB.
 
     Raises:
         DataError: nothing is there, nothing pairs, or none of the pairs tried can be read.
@@ -50,11 +53,12 @@ class FolderPairs(Pairs):
         seed: int = 0,
         missing: float | None = 0,
         kind: StructureKind = DEPTH,
+        channels: int | None = None,
     ) -> None:
         super().__init__(transform, seed)
         self.images, self.structure = Path(images), None if structure is None else Path(structure)
-        self.missing, self.kind = missing, kind
-        found = find_files(self.images, "images", IMAGE_SUFFIXES, self.report)
+        self.missing, self.kind, self.channels = missing, kind, channels
+        found = find_files(self.images, "images", suffixes(channels), self.report)
         if self.structure is None:
             names = [(os.fsencode(stem + end),) for stem, suffixes in found.items() for end in suffixes]
             self._use(np.array(names, dtype=np.bytes_))
@@ -69,7 +73,8 @@ class FolderPairs(Pairs):
         return os.fsdecode(self._entries[index, 0])
 
     def _read(self, index: int) -> tuple[ImageFile] | tuple[ImageFile, StructureFile]:
-        image = ImageFile(os.path.join(self.images, self.name(index)))
+        path = os.path.join(self.images, self.name(index))
+        image = ImageFile(path) if self.channels is None else ChannelImage(path, channels=self.channels)
         if self.structure is None:
             return (image,)
         name = os.fsdecode(self._entries[index, 1])
@@ -78,4 +83,4 @@ class FolderPairs(Pairs):
         return image, structure
 
     def _item(self, tensors: Sequence[Tensor], name: str, skipped: Sequence[str]) -> Item:
-        return make_item(tensors, name, skipped, self.kind.stored)
+        return make_item(tensors, name, skipped, self.kind.stored, self.channels or 3)

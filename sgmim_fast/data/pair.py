@@ -66,21 +66,23 @@ def _flip(normals: Normals, *_: Any, **__: Any) -> Normals:
 class Item(TypedDict, total=False):
     """What every data set here gives; default_collate makes a batch of plain tensors of it."""
 
-    image: tv_tensors.Image  # (3, H, W) float32, normalised
+    image: tv_tensors.Image  # (3, H, W), or as many channels as the files have, float32, normalised
     structure: Structure  # (C, H, W) float32, not standardised, NaN = missing; not of images alone
     name: str
     skipped: str  # broken files in whose place this item stands, separated by newlines
     labels: tv_tensors.Mask  # (H, W) int64; of `Scenes`, where asked for
 
 
-def make_item(tensors: Sequence[Tensor], name: str, skipped: Sequence[str] = (), channels: int = 1) -> Item:
+def make_item(
+    tensors: Sequence[Tensor], name: str, skipped: Sequence[str] = (), channels: int = 1, image_channels: int = 3
+) -> Item:
     """The item of what a transform returned: image, and perhaps structure of so many channels, and perhaps labels.
 
     Raises:
         TypeError: the transform returned something else.
     """
     image, *maps = tensors
-    check_tensor("image", image, torch.float32, (3,))
+    check_tensor("image", image, torch.float32, (image_channels,))
     item = Item(image=image, name=name, skipped="\n".join(skipped))
     if maps:
         check_tensor("structure", maps[0], torch.float32, (channels,))

@@ -62,8 +62,7 @@ def sheet(
     for axis in axes.flat:
         axis.axis("off")
     for axis, item in zip(axes.reshape(-1, 2), items, strict=False):
-        image = item["image"].permute(1, 2, 0).numpy() * np.array(std) + np.array(mean)
-        axis[0].imshow(image.clip(0, 1))
+        axis[0].imshow(visible(item["image"].as_subclass(Tensor), mean, std).permute(1, 2, 0).numpy())
         axis[0].set_title(item["name"][-40:], fontsize=7)
         if "structure" not in item:
             continue
@@ -77,6 +76,15 @@ def sheet(
         missing = float((~structure.isfinite()).float().mean())
         axis[1].set_title(f"{missing:.0%} missing" if missing else "", fontsize=7)
     save(figure, path)
+
+
+def visible(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(..., 3, H, W) from 0 to 1 of normalised (..., C, H, W): three channels as they were; of others the first three,
+    or the first one in grey, within 2.5 deviations of their mean."""
+    if image.shape[-3] == 3:
+        return (image * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]).clamp(0, 1)
+    shown = image[..., :3, :, :] if image.shape[-3] > 3 else image[..., :1, :, :].expand(*image.shape[:-3], 3, -1, -1)
+    return (shown / 5 + 0.5).clamp(0, 1)
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:

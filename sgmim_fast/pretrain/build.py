@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import is_model_in_modules
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor
@@ -45,6 +46,8 @@ def create_model(config: Config) -> SGMIM:
     if "img_size" in arguments:
         raise UserError("model.arguments has img_size; expected data.size to say it, for the images as well")
     try:
+        if config.data.image_channels is not None:
+            arguments["in_chans"] = config.data.image_channels
         encoder = create_encoder(settings.encoder, img_size=size, **arguments)
         check_windows(encoder.model, size)
         return SGMIM(
@@ -79,6 +82,7 @@ def check(config: Config) -> None:
                 f"data.size is {size}, no multiple of {name} {step}; next that fit: {' or '.join(map(str, fitting))}"
             )
     structure_kind(config)
+    _check_channels(config)
     if config.data.limit is not None and config.data.limit <= 0:
         raise UserError(f"data.limit is {config.data.limit}; expected more than 0, or null for none")
     if not 0 < config.mask.ratio < 1:
@@ -124,6 +128,41 @@ def structure_kind(config: Config) -> data.StructureKind:
     return data.structure_kind(settings.structure_kind, **given, limit=settings.limit, prefix="data.")
 
 
+def normalisation(config: Config) -> dict[str, tuple[float, ...]]:
+    """`mean` and `std` of the channels of the images."""
+    settings = config.data
+    if settings.mean is None or settings.std is None:
+        return {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    return {"mean": settings.mean, "std": settings.std}
+
+
+def _check_channels(config: Config) -> None:
+    settings, channels = config.data, config.data.image_channels
+    given = {"data.mean": settings.mean, "data.std": settings.std}
+    missing = [name for name, value in given.items() if value is None]
+    if channels is not None:
+        at_least(config, 1, ("data.image_channels",))
+        if settings.images is None:
+            raise UserError(f"data.image_channels is {channels} without data.images; expected --images DIR")
+        if missing:
+            raise UserError(
+                f"{missing[0]} is missing with data.image_channels {channels}; sgmim-fast data stats {settings.images} "
+                f"--channels {channels} measures it"
+            )
+    if settings.scenes and len(missing) < 2:
+        raise UserError("data.mean and data.std come with data.scenes, which are normalised by ImageNet's")
+    if len(missing) == 1:
+        raise UserError(f"{missing[0]} is missing; expected data.mean and data.std, or neither")
+    for name, value in given.items():
+        if value is not None and len(value) != (channels or 3):
+            raise UserError(f"{name} has {len(value)} numbers; expected {channels or 3}, one for each channel")
+    if settings.std is not None and min(settings.std) <= 0:
+        raise UserError(f"data.std is {list(settings.std)}; expected numbers above 0")
+    own = config.model.arguments.get("in_chans", channels or 3)
+    if own != (channels or 3):
+        raise UserError(f"model.arguments.in_chans is {own}, images have {channels or 3} channels; leave it out")
+
+
 def check_windows(model: object, size: int) -> None:
     """That every stage of a Swin divides into its windows: timm would pad it, and the published models do not.
 
@@ -164,7 +203,8 @@ def create_dataset(config: Config) -> Dataset:
                 "--structure DIR, or --shards TARS"
             )
         return data.Scenes(settings.scenes, settings.size, seed=seed)
-    transform = data.PairTransform(settings.size, scale=settings.scale, ratio=settings.ratio, flip=settings.flip)
+    cut = {"scale": settings.scale, "ratio": settings.ratio, "flip": settings.flip}
+    transform = data.PairTransform(settings.size, **cut, **normalisation(config))
     guided = config.model.guidance  # SimMIM needs no maps
     if settings.shards is not None:
         if settings.epoch_images is None:
@@ -179,7 +219,8 @@ def create_dataset(config: Config) -> Dataset:
                 "--set model.guidance=false for SimMIM, which needs images alone"
             )
     structure = settings.structure if guided else None
-    return data.FolderPairs(settings.images, structure, transform, seed=seed, missing=settings.missing, kind=kind)
+    options = {"seed": seed, "missing": settings.missing, "kind": kind, "channels": settings.image_channels}
+    return data.FolderPairs(settings.images, structure, transform, **options)
 
 
 def hold_out(config: Config, dataset: Dataset) -> tuple[Dataset, Dataset | None]:
@@ -193,7 +234,7 @@ def hold_out(config: Config, dataset: Dataset) -> tuple[Dataset, Dataset | None]
     if settings.val_images is not None:
         source = {"images": settings.val_images, "structure": settings.val_structure, "shards": None, "scenes": 0}
         other = create_dataset(dataclasses.replace(config, data=dataclasses.replace(settings, **source)))
-        return dataset, _without_chance(other, settings.size)
+        return dataset, _without_chance(other, config)
     if not settings.val:
         return dataset, None
     count = max(1, round(settings.val * len(dataset)))
@@ -204,12 +245,12 @@ def hold_out(config: Config, dataset: Dataset) -> tuple[Dataset, Dataset | None]
         raise UserError(f"data.val is {settings.val} of {len(dataset)} images, which leaves none to train on")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(mix(config.run.seed, "held out")))
     held_out, rest = (sorted(part.tolist()) for part in order.split([count, len(dataset) - count]))
-    return dataset.part(rest), _without_chance(dataset.part(held_out), settings.size)
+    return dataset.part(rest), _without_chance(dataset.part(held_out), config)
 
 
-def _without_chance(dataset: Dataset, size: int) -> Dataset:
+def _without_chance(dataset: Dataset, config: Config) -> Dataset:
     if isinstance(dataset, Pairs):
-        dataset.transform = data.PairTransform.evaluation(size)
+        dataset.transform = data.PairTransform.evaluation(config.data.size, **normalisation(config))
     return dataset
 
 

@@ -43,6 +43,9 @@ class Data:
     classes: int | None = None  # in maps of the kind "semantic"
     ignore: int | None = 255  # id in those that means that no class is known; None: none does
     limit: float | None = None  # standardised depth and channels are cut off at ± this; None, as published: nowhere
+    image_channels: int | None = None  # of images that are no photographs: .npy, PNG, TIFF; docs/DATA.md
+    mean: tuple[float, ...] | None = None  # of each channel, of integers as 0 to 1; None: ImageNet's, of photographs
+    std: tuple[float, ...] | None = None
     size: int = 192  # pixels along an image
     scale: tuple[float, float] = (0.67, 1.0)  # area of a crop, share of the image's
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width by height of a crop

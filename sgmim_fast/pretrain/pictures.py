@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from sgmim_fast.data import StructureKind, structure_of
-from sgmim_fast.data.pictures import MEAN, STD, save
+from sgmim_fast.data.pictures import save, visible
 from sgmim_fast.data.structure_kind import DEPTH
 from sgmim_fast.engine import loader
 from sgmim_fast.errors import UserError
@@ -50,11 +52,21 @@ def panels(model: SGMIM, batch: dict[str, Any], config: Config, device: torch.de
     return Panels(*(None if t is None else t.cpu() for t in found))
 
 
-def grid(found: Panels, path: Path, title: str = "", kind: StructureKind = DEPTH) -> None:
-    """One row per pair. Grey is hidden, white is not known; predictions stand only where they were asked for."""
+def grid(
+    found: Panels,
+    path: Path,
+    title: str = "",
+    kind: StructureKind = DEPTH,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> None:
+    """One row per pair. Grey is hidden, white is not known; predictions stand only where they were asked for.
+
+    mean, std: what the images were normalised with.
+    """
 
     def colours(image: Tensor) -> Tensor:
-        return (image * STD + MEAN).clamp(0, 1)
+        return visible(image, mean, std)
 
     grey, white = torch.full((3, 1, 1), 0.6), torch.ones(3, 1, 1)
     columns = {
@@ -106,7 +118,8 @@ def run(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = panels(build.load(saved).to(device), batch, config, device)
     try:
-        grid(found, args.out, f"{args.run}, step {saved.facts['step']}", build.structure_kind(config))
+        title = f"{args.run}, step {saved.facts['step']}"
+        grid(found, args.out, title, build.structure_kind(config), **build.normalisation(config))
     except (OSError, ValueError) as error:  # matplotlib says with ValueError which endings it knows
         raise UserError(f"cannot write {args.out}: {error}") from error
     print(f"wrote {args.out}")

@@ -116,7 +116,8 @@ class Pretraining(Task):
             return pictures.panels(model, examples, self.config, accelerator.device)
 
     def save_picture(self, found: pictures.Panels, path: Path, title: str) -> None:
-        pictures.grid(found, path, f"held out, {title}" if self.tested else title, self.kind)
+        title = f"held out, {title}" if self.tested else title
+        pictures.grid(found, path, title, self.kind, **build.normalisation(self.config))
 
     def describe(self, model: SGMIM) -> str:
         parameters, encoder = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, model.encoder))
@@ -124,7 +125,7 @@ class Pretraining(Task):
 
     def dry_run(self, dataset: Dataset, folder: Path) -> str:
         path = folder / "pairs.png"
-        sheet(dataset, path, kind=self.kind)
+        sheet(dataset, path, kind=self.kind, **build.normalisation(self.config))
         return f"{path} shows some pairs"
 
     def finish(self, folder: Path, lines: list[dict[str, Any]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,13 +29,20 @@ class Log:
         done: steps that are done; later lines, of a run that was cut off, are taken out.
         tensorboard: write `tensorboard/` as well.
         losses: names of the losses, the total first.
+        wandb: a project of Weights & Biases, whose run goes on where this one does.
 
     Raises:
-        UserError: TensorBoard is asked for and not installed.
+        UserError: TensorBoard or wandb is asked for and not installed.
     """
 
     def __init__(
-        self, run: Path, steps: int, done: int = 0, tensorboard: bool = False, losses: Sequence[str] = ("loss",)
+        self,
+        run: Path,
+        steps: int,
+        done: int = 0,
+        tensorboard: bool = False,
+        losses: Sequence[str] = ("loss",),
+        wandb: str | None = None,
     ):
         self.run, self.steps, self.losses = run, steps, losses
         for name in (STEPS, METRICS):
@@ -45,6 +53,7 @@ class Log:
                 aside.rename(run / name)
         board = str(run / "tensorboard")
         self.board = board_writer()(board, purge_step=done + 1) if tensorboard else None
+        self.wandb = None if wandb is None else _wandb_run(wandb, run)
         self.bar = tqdm(total=steps, initial=done, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
     def steps_done(self, step: int) -> None:
@@ -73,6 +82,8 @@ class Log:
             for key, value in line.items():
                 if key != "step" and value is not None:
                     self.board.add_scalar(key, value, line["step"])
+        if self.wandb is not None:
+            self.wandb.log({key: value for key, value in line.items() if value is not None}, step=line["step"])
 
     def say(self, text: str) -> None:
         """A line of text, above the bar."""
@@ -83,6 +94,8 @@ class Log:
         self.bar.close()
         if self.board is not None:
             self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
 
 
 def read(run: Path, name: str = STEPS) -> list[dict[str, Any]]:
@@ -155,6 +168,23 @@ def board_writer() -> Any:
     except ImportError as error:
         raise UserError("run.tensorboard needs TensorBoard: pip install 'sgmim_fast[tensorboard]'") from error
     return SummaryWriter
+
+
+def wandb_module() -> Any:
+    """Weights & Biases. Raises UserError where it is not installed."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("run.wandb needs Weights & Biases: pip install 'sgmim_fast[wandb]'") from error
+    return wandb
+
+
+def _wandb_run(project: str, run: Path) -> Any:
+    wandb, known = wandb_module(), run / "wandb-id.txt"
+    if not known.is_file():
+        known.write_text(secrets.token_hex(8) + "\n")
+    number = known.read_text().strip()
+    return wandb.init(project=project, name=run.name, id=number, resume="allow", dir=str(run))
 
 
 def curves(lines: list[dict[str, Any]], path: Path, names: Sequence[str], tests: Sequence[dict[str, Any]] = ()) -> None:

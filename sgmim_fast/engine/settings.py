@@ -49,6 +49,7 @@ class Run:
     pictures_every: int = 5000  # steps; 0: only at the end
     pictures: int = 4  # rows of the grid
     tensorboard: bool = False
+    wandb: str | None = None  # a project of Weights & Biases
     nonfinite: int = 10  # so many steps in a row without a finite loss end the run
 
 

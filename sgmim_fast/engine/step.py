@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sgmim_fast.capture import CapturedStep, capture
 from sgmim_fast.data import skipped_lines
 from sgmim_fast.data.seeds import mix
+from sgmim_fast.engine.average import Average
 from sgmim_fast.engine.loader import Layout
 from sgmim_fast.engine.task import Task
 from sgmim_fast.graph import Graph
@@ -61,6 +62,7 @@ class Stepper:
             self.optimizer = accelerator.prepare(task.create_optimizer(self.plain))
         else:
             self.model, self.optimizer = accelerator.prepare(self.plain, task.create_optimizer(self.plain))
+        self.average = Average(self.plain, task.average)
         self.model.train()
         self.captured: CapturedStep | None = None  # several processes talk to each other in the backward
         here = accelerator.device.type == Graph.device_type and accelerator.num_processes == 1
@@ -94,6 +96,7 @@ class Stepper:
         for buffer, old in zip(self.statistics(), before, strict=True):
             buffer.copy_(torch.where(norm.isfinite(), buffer, old))
         self.optimizer.step()
+        self.average.update(step)
         self.optimizer.zero_grad(set_to_none=True)
         return Done(torch.cat([losses, norm.float().view(1)]), lr, names, skipped, waited)
 

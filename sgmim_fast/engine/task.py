@@ -28,12 +28,14 @@ class Task(ABC):
         losses: names of what `loss` returns; the first one is minimised.
         tested: whether `evaluate` gives a checkpoint's score, the lower the better; otherwise the loss is it.
         tested_each_epoch: whether that is done after every epoch too.
+        average: see `engine.average.Average`.
     """
 
     command: str
     losses: tuple[str, ...] = ("loss",)
     tested = False
     tested_each_epoch = False
+    average = 0.0  # decay of the parameters' moving average; 0: none
 
     def __init__(self, config: Any, facts: dict[str, Any] | None = None) -> None:
         self.config, self.facts = config, facts or {}

@@ -40,6 +40,8 @@ class Trainer:
         optim, count = task.config.optim, accelerator.num_processes
         if task.config.run.tensorboard:
             log.board_writer()  # raises at once, not behind the first step
+        if task.config.run.wandb is not None:
+            log.wandb_module()
         self.layout = Layout(optim.batch, optim.accumulate, count, accelerator.process_index)
         if hasattr(dataset, "check_parts"):  # of shards
             dataset.check_parts(count, max(1, loader.workers(task.config.data)))
@@ -54,6 +56,7 @@ class Trainer:
             raw = self.stepper.optimizer.optimizer
             parts = checkpoint.read(saved.path, "model"), checkpoint.read(saved.path, "optimizer")
             checkpoint.restore(self.stepper.model, raw, *parts)
+            self.stepper.average.restore(saved.path)
             if accelerator.scaler is not None and facts.get("scaler"):
                 accelerator.scaler.load_state_dict(facts["scaler"])
         self.log: log.Log | None = None
@@ -71,7 +74,7 @@ class Trainer:
         """
         config, main = self.config.run, self.accelerator.is_main_process
         if main:
-            self.log = log.Log(self.run, self.steps, self.done, config.tensorboard, self.task.losses)
+            self.log = log.Log(self.run, self.steps, self.done, config.tensorboard, self.task.losses, config.wandb)
         examples = self.task.examples(self.dataset, config.pictures)
         pin, each = self.accelerator.device.type == "cuda", loader.workers(self.config.data)
         batches = loader.batches(
@@ -169,13 +172,14 @@ class Trainer:
         """The score of the model as it is, which is logged."""
         for statistics in self.stepper.statistics():  # of batch norms: what the first process saves is what is tested
             statistics.copy_(broadcast(statistics))
-        score, metrics = self.task.evaluate(self.stepper.plain, self.accelerator)
+        with self.stepper.average.in_place():
+            score, metrics = self.task.evaluate(self.stepper.plain, self.accelerator)
         if self.log is not None:
             self.log.metrics(self.done, metrics)
         return score
 
     def _save(self, score: float | None) -> None:
-        tensors = checkpoint.gather(self.stepper.model, self.stepper.optimizer.optimizer)
+        tensors = checkpoint.gather(self.stepper.model, self.stepper.optimizer.optimizer) | self.stepper.average.parts()
         if self.accelerator.is_main_process:
             means = self._means(self.since_checkpoint)
             scaler = self.accelerator.scaler
@@ -208,7 +212,8 @@ class Trainer:
     def _draw(self, examples: Any) -> None:
         if not (self.accelerator.is_main_process or self.config.run.fsdp):  # sharded, all processes compute it
             return
-        found = self.task.draw_picture(self.stepper.plain, examples, self.accelerator)
+        with self.stepper.average.in_place():
+            found = self.task.draw_picture(self.stepper.plain, examples, self.accelerator)
         if self.accelerator.is_main_process:
             name = f"step-{self.done:08d}.png"
             self.task.save_picture(found, self.run / "pictures" / name, f"step {self.done} of {self.steps}")

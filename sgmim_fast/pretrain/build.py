@@ -20,7 +20,7 @@ from sgmim_fast import data
 from sgmim_fast.data.pairs import Pairs
 from sgmim_fast.data.seeds import mix
 from sgmim_fast.encoders import MODULES, create_encoder
-from sgmim_fast.engine import checkpoint
+from sgmim_fast.engine import average, checkpoint
 from sgmim_fast.engine.checkpoint import Saved
 from sgmim_fast.engine.settings import OF_EVERY_RUN_0, OF_EVERY_RUN_1, at_least
 from sgmim_fast.errors import UserError, nearest
@@ -82,6 +82,8 @@ def check(config: Config) -> None:
                 f"data.size is {size}, no multiple of {name} {step}; next that fit: {' or '.join(map(str, fitting))}"
             )
     structure_kind(config)
+    if config.data.probe is not None and config.data.probe_kind == "semantic" and config.data.probe_classes is None:
+        raise UserError("data.probe_classes is missing; with data.probe_kind=semantic it says how many there are")
     _check_channels(config)
     if config.data.limit is not None and config.data.limit <= 0:
         raise UserError(f"data.limit is {config.data.limit}; expected more than 0, or null for none")
@@ -96,6 +98,11 @@ def check(config: Config) -> None:
     shown = read_shown(config.mask.shown)
     if shown not in SHOWN if isinstance(shown, str) else not 0 <= shown <= 1:
         raise UserError(f"mask.shown is {config.mask.shown!r}; expected {', '.join(SHOWN)} or a share between 0 and 1")
+    if not 0 <= config.optim.ema < 1:
+        raise UserError(f"optim.ema is {config.optim.ema}; expected 0 (none) or more, less than 1")
+    for name, given in (("optim.ema", config.optim.ema), ("data.probe", config.data.probe)):
+        if given and config.run.fsdp:
+            raise UserError(f"{name} is {given} with run.fsdp, whose weights are in shards; expected one of them")
     if not 0 < config.optim.layer_decay <= 1:
         raise UserError(f"optim.layer_decay is {config.optim.layer_decay}; expected more than 0, at most 1")
     settings = config.data
@@ -371,8 +378,8 @@ def trained(config: Config) -> Config:
 
 
 def load(saved: Saved) -> SGMIM:
-    """The model of a checkpoint, on the CPU, in evaluation mode."""
+    """The model of a checkpoint, on the CPU, in evaluation mode; with the averages of its weights where there are."""
     with torch.random.fork_rng(devices=[]):
         model = create_model(trained(saved.config))
-    model.load_state_dict(checkpoint.read(saved.path, "model"))
+    model.load_state_dict(checkpoint.read(saved.path, "model") | average.read(saved.path))
     return model.eval()

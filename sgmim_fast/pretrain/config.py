@@ -46,6 +46,9 @@ class Data:
     image_channels: int | None = None  # of images that are no photographs: .npy, PNG, TIFF; docs/DATA.md
     mean: tuple[float, ...] | None = None  # of each channel, of integers as 0 to 1; None: ImageNet's, of photographs
     std: tuple[float, ...] | None = None
+    probe: str | None = None  # a folder with images/ and labels/ that frozen features are probed on
+    probe_kind: Literal["depth", "semantic"] = "depth"  # what the labels hold
+    probe_classes: int | None = None  # in labels of the kind "semantic"
     size: int = 192  # pixels along an image
     scale: tuple[float, float] = (0.67, 1.0)  # area of a crop, share of the image's
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width by height of a crop
@@ -84,6 +87,7 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     clip: float = 5.0  # largest gradient norm; 0: none
+    ema: float = 0.0  # decay of the weights' moving average, which is tested, drawn and exported; 0: none
     layer_decay: float = 1.0  # of the rate from one layer of the encoder to the one before: for model.init
 
 
@@ -122,6 +126,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "data": {"size": 224},
         "optim": _800,
+    },
+    # for 1,000 to 100,000 images of one's own on one GPU, best from weights: docs/SMALL_DATA.md; not measured
+    "small_data": {
+        "model": {"encoder": "vit_small_patch16_224", "arguments": {"drop_path_rate": 0.1}, "stride": 16},
+        "data": {"size": 224, "val": 0.05, "limit": 3.0},
+        "optim": {
+            **{"epochs": 200, "batch": 64, "accumulate": 4, "lr": 3e-4, "warmup_lr": 1e-6, "min_lr": 1e-6},
+            **{"schedule": "cosine", "warmup_epochs": 10, "layer_decay": 0.75, "ema": 0.999},
+        },
     },
     # procedural scenes and a small encoder: minutes on a CPU, to see everything work
     "tiny_demo": {

@@ -20,7 +20,7 @@ from sgmim_fast.engine import launch, loader, log
 from sgmim_fast.engine.command import Command
 from sgmim_fast.engine.task import Task
 from sgmim_fast.model import SGMIM
-from sgmim_fast.pretrain import build, export, initial, pictures
+from sgmim_fast.pretrain import build, export, initial, pictures, probe
 from sgmim_fast.pretrain.build import Drawn
 from sgmim_fast.pretrain.config import PRESETS, Config
 from sgmim_fast.salience import RATIO
@@ -34,6 +34,7 @@ class Pretraining(Task):
     losses = ("loss", "image_loss", "structure_loss")
     tested_each_epoch = True
     held_out: Dataset | None = None  # what is tested on; `create_dataset` sets it
+    probed: Dataset | None = None  # labelled pairs, likewise
 
     @cached_property
     def kind(self) -> StructureKind:
@@ -41,7 +42,11 @@ class Pretraining(Task):
 
     @property
     def tested(self) -> bool:
-        return self.held_out is not None
+        return self.held_out is not None or self.probed is not None
+
+    @property
+    def average(self) -> float:
+        return self.config.optim.ema
 
     @property
     def tested_on(self) -> Dataset | None:
@@ -61,6 +66,7 @@ class Pretraining(Task):
 
     def create_dataset(self) -> Dataset:
         dataset, self.held_out = build.hold_out(self.config, build.create_dataset(self.config))
+        self.probed = probe.create(self.config)
         return dataset
 
     def create_optimizer(self, model: SGMIM) -> torch.optim.AdamW:
@@ -103,9 +109,15 @@ class Pretraining(Task):
             yield from stage.blocks
 
     def evaluate(self, model: SGMIM, accelerator: Accelerator) -> tuple[float, dict[str, float]]:
-        """The losses on held-out data."""
-        found = held_out_losses(model, self.held_out, self.config, accelerator)
-        return found[0], {f"val_{name}": value for name, value in zip(self.losses, found, strict=True)}
+        """The losses on held-out data, and the probe of frozen features; the score is the loss, where there is one."""
+        score, metrics = None, {}
+        if self.held_out is not None:
+            found = held_out_losses(model, self.held_out, self.config, accelerator)
+            score, metrics = found[0], {f"val_{k}": v for k, v in zip(self.losses, found, strict=True)}
+        if self.probed is not None:
+            metrics |= (found := probe.measure(model, self.probed, self.config, accelerator))
+            score = 1 - next(iter(found.values())) if score is None else score
+        return score, metrics
 
     def examples(self, dataset: Dataset, number: int) -> dict[str, Any]:
         """Held-out pairs, where there are some."""
@@ -116,7 +128,7 @@ class Pretraining(Task):
             return pictures.panels(model, examples, self.config, accelerator.device)
 
     def save_picture(self, found: pictures.Panels, path: Path, title: str) -> None:
-        title = f"held out, {title}" if self.tested else title
+        title = f"held out, {title}" if self.held_out is not None else title
         pictures.grid(found, path, title, self.kind, **build.normalisation(self.config))
 
     def describe(self, model: SGMIM) -> str:
@@ -134,6 +146,7 @@ class Pretraining(Task):
         encoder = folder / "encoder.safetensors"
         card = export.export(build.find(folder), encoder)
         last = max((folder / "pictures").glob("*.png"), default=None)
+        tests = [line for line in tests if "val_loss" in line]
         first = tests[0] if tests else {}
         fell = ", ".join(
             f"{name.replace('_', ' ')} {first[f'val_{name}']:.4f} after step {first['step']}, now "
@@ -191,7 +204,7 @@ def _losses(
 
 
 SHORT = {name: f"data.{name}" for name in ("images", "structure", "shards", "val_images", "val_structure")}
-SHORT["init"] = "model.init"
+SHORT |= {"init": "model.init", "probe": "data.probe"}
 # the source that is given, in place of a preset's
 INSTEAD = {
     "data.images": {"data.scenes": 0, "data.shards": None},
@@ -207,6 +220,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", metavar="TARS", help="WebDataset shards, like 'train-{000..099}.tar'")
     parser.add_argument("--val-images", metavar="DIR", help="images to measure the losses on, besides training")
     parser.add_argument("--val-structure", metavar="DIR", help="and their structure maps; or --set data.val=0.02")
+    parser.add_argument(
+        "--probe", metavar="DIR", help="images/ and labels/ to probe frozen features on, besides training"
+    )
     parser.add_argument("--init", metavar="FILE|timm:NAME|RUN", help="weights to start from")
     COMMAND.add_arguments(parser, "tiny_demo needs no data")
 

@@ -32,12 +32,13 @@ MODULES = {
     "finetune.weights": "weights",
     "structure": "data.depth_maps",
     "train": "pretrain",
-    **{f"train.{name}": f"engine.{name}" for name in ("checkpoint", "command", "launch", "loader", "lock", "log")},
-    **{f"train.{name}": f"engine.{name}" for name in ("settings", "step", "task")},
+    **{f"train.{name}": f"engine.{name}" for name in ("checkpoint", "command", "launch", "loader", "log")},
+    **{f"train.{name}": f"engine.{name}" for name in ("settings", "task")},
     "train.engine": "engine.trainer",
     "train.held_out": "pretrain.task",
     "train.masks": "pretrain.build",
     "train.optimizer": "pretrain.build",
+    "train.lock": "engine.launch",
     "train.order": "engine.loader",
     "train.presets": "pretrain.config",
     "train.pretrain": "pretrain.task",
@@ -45,8 +46,9 @@ MODULES = {
     "train.reconstruct": "pretrain.pictures",
     "train.runs": "pretrain.build",
     "train.state": "engine.checkpoint",
+    "train.step": "engine.trainer",
     "train.stop": "engine.launch",
-    "train.window": "engine.step",
+    "train.window": "engine.trainer",
 }
 # and what has another name, or another place than its module
 NAMES = {

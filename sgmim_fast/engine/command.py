@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 from sgmim_fast.engine import checkpoint, launch, loader, log
 from sgmim_fast.engine.checkpoint import Saved, find
-from sgmim_fast.engine.launch import UNFINISHED, Stopped, stopping_at_once
-from sgmim_fast.engine.lock import RunLock
+from sgmim_fast.engine.launch import UNFINISHED, RunLock, Stopped, stopping_at_once
 from sgmim_fast.engine.settings import differences, read_assignments, read_yaml, resolve, to_yaml, with_changes
 from sgmim_fast.engine.task import Task
 from sgmim_fast.engine.trainer import Trainer
@@ -80,7 +79,7 @@ class Command:
             "--dry-run", action="store_true", help="check settings and data, draw some of it, train nothing"
         )
 
-    def run(self, args: argparse.Namespace) -> int:
+    def execute(self, args: argparse.Namespace) -> int:
         """The exit code: 0 at the run's end, `launch.UNFINISHED` where a signal came before.
 
         Raises:
@@ -89,12 +88,12 @@ class Command:
         try:
             # of several processes the launcher tells the others, which may be waiting where Python sees no signal
             with stopping_at_once() if launch.size() == 1 else contextlib.nullcontext():
-                return self._run(args)
+                return self._execute(args)
         except Stopped as stopped:
             print(f"stopped by {stopped} outside of the training; to go on, start it again", flush=True)
             return UNFINISHED
 
-    def _run(self, args: argparse.Namespace) -> int:
+    def _execute(self, args: argparse.Namespace) -> int:
         goes_on, folder = _place(args)
         if folder is None:  # which one the configuration says
             folder = Path("runs", self.task(self._configuration(args, None)).name)

@@ -1,13 +1,21 @@
-"""The processes of a run: as many as the launcher asked for, or none; and the signals that ask them to stop."""
+"""A run on its machine: the processes that the launcher asked for, the lock of the run's folder, and the signals that
+ask to stop."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import json
 import os
 import signal
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -28,6 +36,10 @@ NVIDIA, DISPLAY = "0x10de", "0x03"  # of a PCI device: vendor, and the class of 
 UNFINISHED = 75
 # Of clusters and terminals, and those that SLURM is told to send some time before the end (--signal)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+LOCK = "run.lock"
+TOUCH, STALE = 20.0, 180.0  # seconds; network file systems show a touch up to a minute later
+_HELD_ELSEWHERE = (errno.EACCES, errno.EAGAIN)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 TORCHRUN = "torchrun --nproc-per-node=N -m sgmim_fast.cli"
 
 
@@ -155,6 +167,187 @@ def _is_gpu(device: Path) -> bool:
         return (device / "vendor").read_text().strip() == NVIDIA and (device / "class").read_text().startswith(DISPLAY)
     except OSError:
         return False
+
+
+class RunLock:
+    """Holds a run's folder while entered: one training at a time. Makes it, and removes it again where nothing else was
+    put into it.
+
+    The file `run.lock` says who holds it: host, process, when that process started, and when the run did. It is held by
+    the file system's own lock, which ends with the process; where there is none, or it does not reach other machines,
+    by what the file says: a process of this machine is looked up, one of another machine has to touch the file now and
+    then.
+
+    Raises:
+        UserError: another process holds it, or it cannot be written to.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.run, self.path = run, run / LOCK
+        self.taken_over = ""  # from whom, where that process is gone
+        self._made: list[Path] = []  # folders, innermost first
+        self._ended = threading.Event()
+
+    def __enter__(self) -> RunLock:
+        try:
+            self._make_folder()
+            self._file = self._open()
+        except OSError as error:
+            self._remove_folder()
+            raise UserError(f"cannot write to {self.run}: {error.strerror}") from error
+        except UserError:
+            self._remove_folder()
+            raise
+        self._toucher = threading.Thread(target=self._touch, name=LOCK, daemon=True)
+        self._toucher.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended.set()
+        self._toucher.join()
+        self.path.unlink(missing_ok=True)
+        os.close(self._file)
+        self._remove_folder()
+
+    def _make_folder(self) -> None:
+        missing = [folder for folder in (self.run, *self.run.parents) if not folder.exists()]
+        self.run.mkdir(parents=True, exist_ok=True)
+        self._made = missing
+
+    def _remove_folder(self) -> None:
+        for folder in self._made:
+            try:
+                folder.rmdir()
+            except OSError:  # has something in it
+                return
+
+    def _open(self) -> int:
+        while True:
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                alone = _lock(file)
+                holder = _read(file)
+                if alone is False or (holder and self._lives(holder, os.fstat(file).st_mtime)):
+                    raise UserError(self._refusal(holder))
+                # whoever held it may have removed the file between our opening and locking it
+                if not self._still_there(file):
+                    os.close(file)
+                    continue
+                self.taken_over = _describe(holder) if holder else ""
+                self._write(file)
+                return file
+            except BaseException:
+                os.close(file)
+                raise
+
+    def _write(self, file: int) -> None:
+        try:
+            os.ftruncate(file, 0)
+            os.pwrite(file, json.dumps(_own()).encode(), 0)
+        except OSError:
+            self.path.unlink()
+            raise
+
+    def _still_there(self, file: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def _lives(self, holder: dict[str, Any], touched: float) -> bool:
+        """Whether the process that wrote the file may still be there."""
+        own = _own()
+        if (holder["host"], holder.get("boot")) == (own["host"], own["boot"]):
+            return _started(holder["process"]) == holder.get("started") is not None
+        job, restart = holder.get("job") or (None, None)
+        if own["job"] and job == own["job"][0] and restart != own["job"][1]:
+            return False  # the same job of SLURM, which has put it into the queue again
+        return self._now() - touched < STALE
+
+    def _now(self) -> float:
+        """The time of the file system, whose clock may be another one."""
+        probe = self.run / f".{LOCK}.{os.getpid()}"
+        probe.touch()
+        now = probe.stat().st_mtime
+        probe.unlink()
+        return now
+
+    def _refusal(self, holder: dict[str, Any]) -> str:
+        who = _describe(holder) if holder else "another process, which has just started"
+        return (
+            f"{self.run} is in use by {who}; expected one run at a time in a folder: wait for it, or give another --out"
+        )
+
+    def _touch(self) -> None:
+        while not self._ended.wait(TOUCH):
+            try:
+                os.utime(self._file)
+            except OSError:  # the file system is away for a moment
+                continue
+
+
+def _lock(file: int) -> bool | None:
+    """Whether the file system's lock is ours; None where it has none.
+
+    A POSIX lock: loading processes do not inherit it, so that it ends with the training however that ends.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _HELD_ELSEWHERE:
+            return False
+        if error.errno in _NO_LOCKS:
+            return None
+        raise
+    return True
+
+
+def _read(file: int) -> dict[str, Any]:
+    """What a holder wrote; {} where that was cut off."""
+    try:
+        holder = json.loads(os.pread(file, 4096, 0))
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) and {"host", "process", "since"} <= holder.keys() else {}
+
+
+def _own() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "boot": _boot(),
+        "process": os.getpid(),
+        "started": _started(os.getpid()),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "job": _job(),
+    }
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    return f"process {holder['process']} on {holder['host']}, since {holder['since']}"
+
+
+def _started(process: Any) -> str | None:
+    """When a process of this machine started, in ticks since it booted; None where there is no such process."""
+    try:
+        # the name, in brackets, may have any character
+        fields = Path(f"/proc/{int(process)}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _boot() -> str:
+    """A name of this machine since it booted: machines may share a host name."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _job() -> list[str] | None:
+    """SLURM's number of this job, and how often it was put into the queue again."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return None if job is None else [job, os.environ.get("SLURM_RESTART_COUNT", "0")]
 
 
 class Stopped(KeyboardInterrupt):

@@ -1,26 +1,226 @@
-"""The training loop: steps, and between them what is logged, drawn and saved."""
+"""The training loop: one optimizer step after another (`Stepper`), the steps of a log line (`Window`), and between
+them what is logged, drawn and saved (`Trainer`)."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 
 import sgmim_fast
+from sgmim_fast.capture import CapturedStep, capture
+from sgmim_fast.data import skipped_lines
+from sgmim_fast.data.seeds import mix
 from sgmim_fast.engine import checkpoint, loader, log
 from sgmim_fast.engine.checkpoint import Saved
 from sgmim_fast.engine.launch import StopSignals
+from sgmim_fast.engine.average import Average
 from sgmim_fast.engine.loader import Layout
-from sgmim_fast.engine.step import Stepper, Window, mean
 from sgmim_fast.engine.task import Task
 from sgmim_fast.errors import UserError
+from sgmim_fast.graph import Graph
 from sgmim_fast.memory import keep_freed_memory
+
+
+class Done(NamedTuple):
+    """A step that was taken, without waiting for the device."""
+
+    values: Tensor  # (n + 1,) float32 on the device: the task's n losses of this process, gradient norm of all
+    lr: float
+    names: list[str]  # of the images
+    skipped: list[str]  # name, tab and reason of broken files that other images stand in for
+    waited: float  # seconds, for batches
+
+
+class Stepper:
+    """Model and optimizer, placed by accelerate, and the step that trains them.
+
+    A step draws what it draws (masks, drop path) from the seed and its own number alone, so it does the same after any
+    interruption. Where the loss is not finite, every gradient becomes NaN, in all processes, and AdamW is told on the
+    device to leave parameters and moments alone, and running statistics of batch norms are put back: nothing waits.
+
+    Raises:
+        UserError: the model's settings do not fit together.
+    """
+
+    def __init__(self, task: Task, accelerator: Accelerator, layout: Layout, steps_per_epoch: int):
+        self.task, self.accelerator, self.layout = task, accelerator, layout
+        self.config, self.steps_per_epoch = task.config, steps_per_epoch
+        self.steps = max(1, round(task.config.optim.epochs * steps_per_epoch))  # of the whole run
+        torch.manual_seed(mix(self.config.run.seed, "model"))
+        self.plain: nn.Module = task.create_model()
+        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+            self.plain = nn.SyncBatchNorm.convert_sync_batchnorm(self.plain)
+        self.plain.to(accelerator.device)
+        self._norms = [module for module in self.plain.modules() if isinstance(module, _BatchNorm)]
+        self.model: nn.Module = self.plain
+        if self.config.run.fsdp:
+            self._shard()
+            self.optimizer = accelerator.prepare(task.create_optimizer(self.plain))
+        else:
+            self.model, self.optimizer = accelerator.prepare(self.plain, task.create_optimizer(self.plain))
+        self.average = Average(self.plain, task.average)
+        self.model.train()
+        self.captured: CapturedStep | None = None  # several processes talk to each other in the backward
+        here = accelerator.device.type == Graph.device_type and accelerator.num_processes == 1
+        if self.config.run.capture and task.capturable and here and not self.config.run.fsdp:
+            self.captured = capture(self.model, loss=self._losses, scaler=accelerator.scaler)
+
+    def __call__(self, step: int, batches: Iterator[dict[str, Any]]) -> Done:
+        """Takes the step of that number, from 0, with the next batches."""
+        settings, device, accumulate = self.config.optim, self.accelerator.device, self.layout.accumulate
+        seed = self.config.run.seed
+        lr = self.task.learning_rate(step, self.steps_per_epoch, self.steps, self.layout.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        torch.manual_seed(mix(seed, "step", step, self.layout.rank))
+        drawn = self.task.draw(step, self.layout.total, device)
+        losses, names, skipped = torch.zeros(len(self.task.losses), device=device), [], []
+        waited = 0.0
+        before = [buffer.clone() for buffer in self.statistics()]
+        for backward in range(accumulate):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            names += batch["name"]
+            skipped += skipped_lines(batch["skipped"])
+            with self._sync(backward == accumulate - 1):
+                losses += self._backward(batch, drawn, self.layout.first(backward)) / accumulate
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), settings.clip or torch.inf)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if self.accelerator.scaler is None:  # a gradient scaler does the same by itself
+            self.optimizer.optimizer.found_inf = (~norm.isfinite()).float()
+        for buffer, old in zip(self.statistics(), before, strict=True):
+            buffer.copy_(torch.where(norm.isfinite(), buffer, old))
+        self.optimizer.step()
+        self.average.update(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        return Done(torch.cat([losses, norm.float().view(1)]), lr, names, skipped, waited)
+
+    def _backward(self, batch: dict[str, Any], drawn: Any, first: int) -> Tensor:
+        if self.captured is None:
+            total, *losses = self._losses(self.model, batch, drawn, first)
+            self.accelerator.backward(total)
+        else:  # the same masks at another place of the step are none of another shape
+            tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+            _, *losses = self.captured(tensors, self.task.part(drawn, first, len(batch["name"])), 0)
+        return torch.stack([loss.detach().float() for loss in losses])
+
+    def _losses(self, model: nn.Module, batch: dict[str, Any], drawn: Any, first: int) -> list[Tensor]:
+        """What is minimised, and the task's losses."""
+        losses = self.task.loss(model, batch, drawn, first, self.accelerator)
+        finite = losses[0].detach().isfinite()
+        # L1's gradient is a sign, which does not pass an infinite loss on
+        poison = torch.where(finite, 1 / self.layout.accumulate, torch.nan)
+        return [losses[0] * poison, *losses]
+
+    def statistics(self) -> list[Tensor]:
+        """The running statistics of batch norms."""
+        return [buffer for norm in self._norms for buffer in norm.buffers()]
+
+    @contextlib.contextmanager
+    def _sync(self, last: bool) -> Iterator[None]:
+        """Gradients are averaged over the processes in the last backward of a step."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
+            yield
+        else:
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                yield
+
+    def _shard(self) -> None:
+        """FSDP over all processes: each part that the task names is gathered by itself, the rest together."""
+        mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
+        for part in self.task.shards(self.plain):
+            fully_shard(part, mesh=mesh)
+        fully_shard(self.plain, mesh=mesh)
+        for method in ("predict", "salience"):
+            if hasattr(self.plain, method):
+                register_fsdp_forward_method(self.plain, method)
+
+
+class Window:
+    """The steps since the last log line: their values stay on the device until the line is due, then come at once.
+
+    Attributes:
+        in_row: steps without a finite loss up to the last one.
+        skipped_steps: of the run, all processes together.
+        broken: the files of the run that could not be read, all processes together: name -> reason.
+    """
+
+    def __init__(self, accelerator: Accelerator, skipped_steps: int = 0, broken: dict[str, str] | None = None):
+        self.accelerator = accelerator
+        self.skipped_steps, self.broken, self.in_row = skipped_steps, dict(broken or {}), 0
+        self.steps: list[Done] = []
+        self.worst: list[str] = []  # images of this process in the last step without a finite loss
+        self.pause()
+
+    def pause(self) -> None:
+        """What happened since the last window closed does not count as time of the next one."""
+        self.begun = time.perf_counter()
+
+    def close(self, stop: bool, limit: int) -> tuple[list[list[float]], float, float, bool, bool]:
+        """Averages over the processes, which all have to call it; waits for the device.
+
+        Args:
+            stop: this process was asked to stop.
+            limit: so many steps in a row without a finite loss are too many.
+
+        Returns:
+            the losses and the gradient norm of every step that counted; seconds that a step took; the share of them in
+            which the processes waited for data; whether any process was asked to stop; whether the limit was reached.
+        """
+        values = torch.stack([done.values for done in self.steps])
+        new = {name: reason for name, reason in self._skipped().items() if name not in self.broken}
+        flags = values.new_zeros(2, values.shape[1])
+        waited = sum(done.waited for done in self.steps)
+        flags[:, :2] = torch.tensor([[float(stop), float(len(new))], [waited, 0]])
+        mean = self.accelerator.reduce(torch.cat([values, flags]), "mean").tolist()
+        seconds = (time.perf_counter() - self.begun) / len(self.steps)
+        *rows, (stop_share, file_share, *_), (waited, *_) = mean
+        waiting = waited / (seconds * len(self.steps))
+        if file_share > 0:  # in any process
+            for name, reason in gather_object(list(new.items())):
+                self.broken.setdefault(name, reason)
+        counted, too_many = [], False
+        scaled = self.accelerator.scaler is not None  # an overflow is then part of finding the scale
+        for done, row in zip(self.steps, rows, strict=True):
+            if all(map(math.isfinite, row)):
+                counted.append(row)
+            else:
+                self.skipped_steps += 1
+            if all(map(math.isfinite, row[:-1] if scaled else row)):
+                self.in_row = 0
+                continue
+            self.in_row += 1
+            self.worst = done.names
+            too_many |= self.in_row >= limit
+        self.steps = []
+        self.pause()
+        return counted, seconds, waiting, stop_share > 0, too_many
+
+    def _skipped(self) -> dict[str, str]:
+        """Name -> reason of the broken files of the steps, in this process."""
+        lines = (line.partition("\t") for done in self.steps for line in done.skipped)
+        return {name: reason for name, _, reason in lines}
+
+
+def mean(rows: Sequence[Sequence[float]], columns: int) -> list[float | None]:
+    """Of each column; None without rows."""
+    return [sum(column) / len(rows) for column in zip(*rows, strict=True)] if rows else [None] * columns
 
 
 class Trainer:

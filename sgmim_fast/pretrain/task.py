@@ -229,4 +229,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Raises UserError, or DataError, for what the user can put right."""
-    return COMMAND.run(args)
+    return COMMAND.execute(args)

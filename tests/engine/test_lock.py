@@ -12,8 +12,8 @@ import time
 import pytest
 
 pytest.importorskip("accelerate", reason="training needs the extra [train]")
-from sgmim_fast.engine import lock
-from sgmim_fast.engine.lock import RunLock
+from sgmim_fast.engine import launch
+from sgmim_fast.engine.launch import RunLock
 from sgmim_fast.errors import UserError
 
 FORK = multiprocessing.get_context("fork")  # another process at once: a new one would import torch
@@ -41,7 +41,7 @@ def filesystem(request, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     if request.param != "locks":
-        monkeypatch.setattr(lock.fcntl, "lockf", refuse if request.param == "no locks" else lambda *_: None)
+        monkeypatch.setattr(launch.fcntl, "lockf", refuse if request.param == "no locks" else lambda *_: None)
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def refusal(run):
 
 def test_a_second_start_is_refused_with_the_first_ones_name(filesystem, tmp_path, holder):
     message = refusal(tmp_path / "run")
-    written = json.loads((tmp_path / "run" / lock.NAME).read_text())
+    written = json.loads((tmp_path / "run" / launch.LOCK).read_text())
     for part in (f"process {holder.pid} on {written['host']}", written["since"], "--out"):
         assert part in message
     assert written["process"] == holder.pid  # is as it was
@@ -71,7 +71,7 @@ def test_a_second_start_is_refused_with_the_first_ones_name(filesystem, tmp_path
 def test_a_dead_process_holds_nothing(filesystem, tmp_path, holder, number):
     os.kill(holder.pid, number)
     holder.join()
-    assert (tmp_path / "run" / lock.NAME).exists()
+    assert (tmp_path / "run" / launch.LOCK).exists()
     with RunLock(tmp_path / "run") as taken:
         assert f"process {holder.pid}" in taken.taken_over
     assert os.listdir(tmp_path / "run") == []
@@ -96,38 +96,38 @@ def test_the_same_process_is_another_run_too(filesystem, tmp_path):
 
 def test_another_process_of_the_same_number_is_not_the_holder(tmp_path):
     """The machine or the container was started again."""
-    path = tmp_path / lock.NAME
-    path.write_text(json.dumps(lock._own() | {"started": "1"}))
+    path = tmp_path / launch.LOCK
+    path.write_text(json.dumps(launch._own() | {"started": "1"}))
     with RunLock(tmp_path) as taken:
         assert taken.taken_over
 
 
 @pytest.mark.parametrize("other", [{"host": "elsewhere"}, {"boot": "before"}])
 def test_another_machine_holds_as_long_as_it_touches_the_file(filesystem, tmp_path, other):
-    path = tmp_path / lock.NAME
-    path.write_text(json.dumps(lock._own() | other))
+    path = tmp_path / launch.LOCK
+    path.write_text(json.dumps(launch._own() | other))
     assert f"process {os.getpid()} on" in refusal(tmp_path)
-    long_ago = path.stat().st_mtime - lock.STALE - 1
+    long_ago = path.stat().st_mtime - launch.STALE - 1
     os.utime(path, (long_ago, long_ago))
     with RunLock(tmp_path) as taken:
         assert taken.taken_over
 
 
 def test_a_holder_touches_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "TOUCH", 0.01)
+    monkeypatch.setattr(launch, "TOUCH", 0.01)
     with RunLock(tmp_path):
-        os.utime(tmp_path / lock.NAME, (0, 0))
+        os.utime(tmp_path / launch.LOCK, (0, 0))
         for _ in range(1000):
-            if (tmp_path / lock.NAME).stat().st_mtime:
+            if (tmp_path / launch.LOCK).stat().st_mtime:
                 break
             time.sleep(0.01)
-        assert (tmp_path / lock.NAME).stat().st_mtime > 0
+        assert (tmp_path / launch.LOCK).stat().st_mtime > 0
 
 
 def test_a_requeued_job_takes_over_from_itself(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-    (tmp_path / lock.NAME).write_text(json.dumps(lock._own() | {"host": "elsewhere"}))
+    (tmp_path / launch.LOCK).write_text(json.dumps(launch._own() | {"host": "elsewhere"}))
     assert "elsewhere" in refusal(tmp_path)  # another task of the same job
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with RunLock(tmp_path) as taken:
@@ -136,7 +136,7 @@ def test_a_requeued_job_takes_over_from_itself(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 1}'])
 def test_a_torn_file_is_nobodys(tmp_path, content):
-    (tmp_path / lock.NAME).write_text(content)
+    (tmp_path / launch.LOCK).write_text(content)
     with RunLock(tmp_path):
         pass
 
@@ -152,7 +152,7 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch, name):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(lock.os, name, full)
+    monkeypatch.setattr(launch.os, name, full)
     assert refusal(tmp_path / "run") == f"cannot write to {tmp_path / 'run'}: No space left on device"
     assert not (tmp_path / "run").exists()
 

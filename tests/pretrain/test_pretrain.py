@@ -28,12 +28,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sgmim_fast import cli, data
 from sgmim_fast.data.seeds import mix
 from sgmim_fast.engine import checkpoint, log
-from sgmim_fast.engine.launch import SIGNALS
+from sgmim_fast.engine.launch import SIGNALS, RunLock
 from sgmim_fast.engine.loader import Layout
-from sgmim_fast.engine.lock import RunLock
 from sgmim_fast.engine.settings import with_changes
-from sgmim_fast.engine.step import Stepper
-from sgmim_fast.engine.trainer import Trainer
+from sgmim_fast.engine.trainer import Stepper, Trainer
 from sgmim_fast.errors import UserError
 from sgmim_fast.pretrain.build import draw_masks, find, load
 from sgmim_fast.pretrain.task import Pretraining

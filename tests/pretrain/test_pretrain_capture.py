@@ -22,7 +22,7 @@ from sgmim_fast.pretrain.task import Pretraining
 
 @pytest.fixture(autouse=True)
 def captured(monkeypatch):
-    for name in ("sgmim_fast.capture", "sgmim_fast.engine.step"):
+    for name in ("sgmim_fast.capture", "sgmim_fast.engine.trainer"):
         monkeypatch.setattr(sys.modules[name], "Graph", FakeGraph)
     with fresh_accelerate(), backends.use("torch"), values_unread():
         yield

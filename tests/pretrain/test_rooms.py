@@ -1,0 +1,38 @@
+"""How many files somebody has to read who follows a run of pre-training."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("accelerate", reason="pre-training needs the extra [train]")
+from pretraining import arguments, fresh_accelerate
+
+import sgmim_fast
+from sgmim_fast import cli
+
+PACKAGE = Path(sgmim_fast.__file__).parent
+MOST = 12
+OPTIMIZED = 1  # flag of a function's code, which class bodies and modules do not have
+
+
+def test_a_run_enters_few_files(tmp_path):
+    entered = set()
+
+    def enter(frame, event, _):
+        if event == "call" and frame.f_code.co_flags & OPTIMIZED:
+            entered.add(Path(frame.f_code.co_filename))
+
+    before = sys.getprofile()
+    sys.setprofile(enter)
+    try:
+        with fresh_accelerate():
+            assert cli.main(["pretrain", *arguments(run__pictures_every=8), "--out", str(tmp_path / "run")]) == 0
+    finally:
+        sys.setprofile(before)
+    rooms = {path.relative_to(PACKAGE).as_posix() for path in entered if path.is_relative_to(PACKAGE)}
+    rooms = {room for room in rooms if room.partition("/")[0] in ("engine", "pretrain")}
+    assert {"engine/trainer.py", "pretrain/task.py"} <= rooms
+    assert len(rooms) <= MOST, sorted(rooms)

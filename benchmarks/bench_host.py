@@ -26,9 +26,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from bench_step import BEIT
 from tools.launches import launches_nothing, through_triton, wgrad
 from tools.measure import machine
+from tools.shapes import BEIT
 from tools.written import write_json
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tools.agree import assert_agree
+from tools.op_bench import BACKENDS, BATCH, DTYPES, compare, forward_backward
 from tools.shapes import SHAPES
 from torch import nn
 
-from sgmim_fast import backends, reference, selective_mask
+from sgmim_fast import reference, selective_mask
 from sgmim_fast.ops import gather_patches, linear_l1
 
-BATCH = 16
 CHANNELS = {"image": 3, "structure": 1}  # the two heads
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @pytest.mark.parametrize("encoder", SHAPES)
 @pytest.mark.parametrize("head", CHANNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["dense", "visible", "torch", "cpu"])
+@pytest.mark.parametrize("name", ["dense", "visible", *BACKENDS])
 def test_linear_l1(benchmark, name, dtype, head, encoder):
     """Forward and backward. The image head reads the masked cells, the structure head the visible ones."""
     torch.manual_seed(0)
@@ -45,17 +43,6 @@ def test_linear_l1(benchmark, name, dtype, head, encoder):
     def fused():
         return linear_l1(x, linear.weight, linear.bias, target, rows, cell=shape.stride, packed=False)
 
-    def run(function, dtype=DTYPES[dtype]):
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = function()
-        return [loss.detach(), *torch.autograd.grad(loss, [x, linear.weight, linear.bias])]
-
-    benchmark.group = f"linear_l1 {encoder} {head} head, {dtype}, B = {BATCH}"
-    if name in ("dense", "visible"):
-        benchmark(run, dense if name == "dense" else visible)
-        return
-    if not (usable := backends.can_run("linear_l1", name))[0]:
-        pytest.skip(usable[1])
-    with backends.use(name):
-        assert_agree(run(fused), run(dense), run(dense, torch.float32))
-        benchmark(run, fused)
+    run = forward_backward(DTYPES[dtype], [x, linear.weight, linear.bias])
+    group = f"{encoder} {head} head, {dtype}"
+    compare(benchmark, "linear_l1", name, group, run, fused, dense=dense, visible=visible)

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tools.agree import assert_agree
+from tools.op_bench import BACKENDS, BATCH, DTYPES, compare, forward_backward
 from tools.shapes import SHAPES
 from torch import nn
 
-from sgmim_fast import backends
 from sgmim_fast.ops import norm_linear
-
-BATCH = 16
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @pytest.mark.parametrize("encoder", ["swin_base", "vit_base"])
 @pytest.mark.parametrize("layer", ["norm and qkv", "projection and residual"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["plain", "torch", "cpu"])
+@pytest.mark.parametrize("name", ["plain", *BACKENDS])
 def test_norm_linear(benchmark, name, dtype, layer, encoder):
     """Forward and backward, in the encoder's deepest stage."""
     torch.manual_seed(0)
@@ -39,17 +35,6 @@ def test_norm_linear(benchmark, name, dtype, layer, encoder):
             return norm_linear(x, linear.weight, linear.bias, norm_weight=norm.weight, norm_bias=norm.bias)
         return norm_linear(x, linear.weight, linear.bias, residual=residual)
 
-    def run(function, dtype=DTYPES[dtype]):
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            y = function()
-        return [y.detach().float(), *torch.autograd.grad(y, leaves, cotangent.to(y.dtype))]
-
-    benchmark.group = f"norm_linear {encoder} {layer}, {dtype}, B = {BATCH}"
-    if name == "plain":
-        benchmark(run, plain)
-        return
-    if not (usable := backends.can_run("norm_linear", name))[0]:
-        pytest.skip(usable[1])
-    with backends.use(name):
-        assert_agree(run(fused), run(plain), run(plain, torch.float32))
-        benchmark(run, fused)
+    run = forward_backward(DTYPES[dtype], leaves, cotangent)
+    group = f"{encoder} {layer}, {dtype}"
+    compare(benchmark, "norm_linear", name, group, run, fused, plain=plain)

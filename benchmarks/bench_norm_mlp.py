@@ -5,21 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from timm.layers import Mlp
-from tools.agree import assert_agree
+from tools.op_bench import BACKENDS, BATCH, DTYPES, compare, forward_backward
 from tools.shapes import SHAPES
 from torch import nn
 
-from sgmim_fast import backends
 from sgmim_fast.ops import norm_mlp
-
-BATCH = 16
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @pytest.mark.parametrize("encoder", ["swin_base", "vit_base"])
 @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["plain", "torch", "cpu"])
+@pytest.mark.parametrize("name", ["plain", *BACKENDS])
 def test_norm_mlp(benchmark, name, dtype, residual, encoder):
     """Forward and backward, in the encoder's deepest stage."""
     torch.manual_seed(0)
@@ -36,18 +32,6 @@ def test_norm_mlp(benchmark, name, dtype, residual, encoder):
     def fused():
         return norm_mlp(x, *layers, **vectors, residual=residual)
 
-    def run(function, dtype=DTYPES[dtype]):
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            y = function()
-        grads = torch.autograd.grad(y, [x, *layers, *vectors.values()], cotangent.to(y.dtype))
-        return [y.detach().float(), *grads]
-
-    benchmark.group = f"norm_mlp {encoder}{', residual' if residual else ''}, {dtype}, B = {BATCH}"
-    if name == "plain":
-        benchmark(run, plain)
-        return
-    if not (usable := backends.can_run("norm_mlp", name))[0]:
-        pytest.skip(usable[1])
-    with backends.use(name):
-        assert_agree(run(fused), run(plain), run(plain, torch.float32))
-        benchmark(run, fused)
+    run = forward_backward(DTYPES[dtype], [x, *layers, *vectors.values()], cotangent)
+    group = f"{encoder}{', residual' if residual else ''}, {dtype}"
+    compare(benchmark, "norm_mlp", name, group, run, fused, plain=plain)

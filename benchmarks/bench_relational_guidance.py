@@ -6,21 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tools.agree import assert_agree
+from tools.op_bench import BACKENDS, BATCH, DTYPES, compare, forward_backward
 from tools.shapes import SHAPES
 from tools.visible import guide
 
-from sgmim_fast import backends, selective_mask
+from sgmim_fast import selective_mask
 from sgmim_fast.guidance import RelationalGuidance
 from sgmim_fast.masking import resize
-
-BATCH = 16
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @pytest.mark.parametrize("encoder", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["dense", "visible", "torch", "cpu"])
+@pytest.mark.parametrize("name", ["dense", "visible", *BACKENDS])
 def test_relational_guidance(benchmark, name, dtype, encoder):
     """Forward and backward, to features, structure tokens and parameters."""
     torch.manual_seed(0)
@@ -49,18 +46,6 @@ def test_relational_guidance(benchmark, name, dtype, encoder):
     def fused():
         return module.visible(features, structure, cells.visible, cells.shown)
 
-    def run(function, dtype=DTYPES[dtype]):
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            guided = function()
-        leaves = [features, structure, *module.parameters()]
-        return [guided.detach().float(), *torch.autograd.grad(guided, leaves, cotangent.to(guided.dtype))]
-
-    benchmark.group = f"relational_guidance {encoder}, {dtype}, B = {BATCH}"
-    if name in ("dense", "visible"):
-        benchmark(run, dense if name == "dense" else visible)
-        return
-    if not (usable := backends.can_run("relational_guidance", name))[0]:
-        pytest.skip(usable[1])
-    with backends.use(name):
-        assert_agree(run(fused), run(dense), run(dense, torch.float32))
-        benchmark(run, fused)
+    run = forward_backward(DTYPES[dtype], [features, structure, *module.parameters()], cotangent)
+    group = f"{encoder}, {dtype}"
+    compare(benchmark, "relational_guidance", name, group, run, fused, dense=dense, visible=visible)

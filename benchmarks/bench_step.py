@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -33,8 +34,8 @@ from typing import Any
 import torch
 from tools.agree import relative_errors
 from tools.floor import branch_products, encoder_products, products_floor
-from tools.measure import interleaved, machine, peak_mib, summary
-from tools.shapes import SHAPES, Shape
+from tools.measure import autocast, interleaved, machine, peak_mib, summary
+from tools.shapes import ENCODERS, SHAPES, Shape
 from tools.written import write_json
 from torch import Tensor, nn
 
@@ -46,12 +47,6 @@ NAMES = (
     *("accelerated", "accelerated-compiled", "accelerated-captured"),
     *("simmim-accelerated", "simmim-captured", "gemm-floor"),
 )
-BEIT = {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False, "use_abs_pos_emb": False, "init_values": 0.1}
-ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "swin_base": ("swin_base_patch4_window7_224", {"img_size": 192, "window_size": 6}),
-    "swinv2_base": ("swinv2_base_window12_192", {}),
-    "vit_base": ("beit_base_patch16_224", BEIT),
-}
 
 
 @dataclass
@@ -101,13 +96,7 @@ def build(shape: Shape, dtype: torch.dtype, batch: int, device: str, update: boo
     structure = away_from_zero(structure)
     drawn = selective_mask(batch, shape.grid, shape.ratio, device=device)
 
-    def in_dtype(losses: Callable[..., Any], *args: Any) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                return losses(*args)
-
-        return run
-
+    in_dtype = functools.partial(autocast, device, dtype)
     dense = in_dtype(lambda: reference.sgmim_losses(plain, images, structure, drawn).total)
     autotuned = torch.compile(dense, mode="max-autotune")
 

@@ -6,16 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import window_partition, window_reverse
-from tools.agree import assert_agree
+from tools.op_bench import BACKENDS, BATCH, DTYPES, compare
 from tools.shapes import SHAPES
 
-from sgmim_fast import backends
 from sgmim_fast.ops.window_attention import MAX_LOGIT_SCALE, window_attention
 
-BATCH = 16
 WINDOWS = {"swin_base": 6, "swinv2_base": 12}  # tokens along a window; a ViT has one window
 CASES = [("swin_base", False), ("swin_base", True), ("swinv2_base", False), ("vit_base", False)]  # encoder, shifted
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def shift_mask(side: int, window: int, shift: int) -> torch.Tensor:
@@ -27,7 +24,7 @@ def shift_mask(side: int, window: int, shift: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("encoder", "shifted"), CASES, ids=[f"{e}{', shifted' if s else ''}" for e, s in CASES])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["plain", "torch", "cpu"])
+@pytest.mark.parametrize("name", ["plain", *BACKENDS])
 def test_window_attention(benchmark, name, dtype, encoder, shifted):
     """Forward and backward, in the encoder's deepest stage; a Swin's bias from its table, a ViT without."""
     torch.manual_seed(0)
@@ -75,12 +72,5 @@ def test_window_attention(benchmark, name, dtype, encoder, shifted):
         y = function(qkv.to(dtype), *leaves[1:])  # as the projection leaves it under autocast
         return [y.detach().float(), *torch.autograd.grad(y, leaves, cotangent.to(y.dtype))]
 
-    benchmark.group = f"window_attention {encoder}{', shifted' if shifted else ''}, {dtype}, B = {BATCH}"
-    if name == "plain":
-        benchmark(run, plain)
-        return
-    if not (usable := backends.can_run("window_attention", name))[0]:
-        pytest.skip(usable[1])
-    with backends.use(name):
-        assert_agree(run(fused), run(plain), run(plain, torch.float32))
-        benchmark(run, fused)
+    group = f"{encoder}{', shifted' if shifted else ''}, {dtype}"
+    compare(benchmark, "window_attention", name, group, run, fused, plain=plain)

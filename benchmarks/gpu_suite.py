@@ -103,7 +103,7 @@ def sorting(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def count_launches(encoder: str, dtype: str, batch: int) -> int:
     """Kernels, fills and copies that the device runs in a forward and backward, from the encoder's features on."""
-    from bench_guidance import build
+    from tools.branch import build
     from tools.shapes import SHAPES
     from torch.profiler import ProfilerActivity, profile, record_function
 

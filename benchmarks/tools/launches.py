@@ -12,9 +12,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from bench_guidance import build
-from bench_step import ENCODERS
-from tools.shapes import Shape
+from tools.branch import build
+from tools.shapes import ENCODERS, Shape
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F

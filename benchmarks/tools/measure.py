@@ -73,6 +73,16 @@ def machine(device: str) -> dict[str, Any]:
     return facts
 
 
+def autocast(device: str, dtype: torch.dtype, function: Callable[..., Tensor], *args: Any) -> Callable[[], Tensor]:
+    """A call of the function under autocast, unless the dtype is float32."""
+
+    def run() -> Tensor:
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            return function(*args)
+
+    return run
+
+
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -53,4 +54,11 @@ SHAPES = {
         Shape("swinv2_base", width=1024, stride=32, patch=4, image=192),
         Shape("vit_base", width=768, stride=16, patch=16, image=224, stem=768, depths=(12,), prefix=1),
     )
+}
+# and timm's names and arguments for their encoders
+BEIT = {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False, "use_abs_pos_emb": False, "init_values": 0.1}
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "swin_base": ("swin_base_patch4_window7_224", {"img_size": 192, "window_size": 6}),
+    "swinv2_base": ("swinv2_base_window12_192", {}),
+    "vit_base": ("beit_base_patch16_224", BEIT),
 }

@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import bench_guidance
-from tools import measure
+from tools import branch, measure
 from tools.shapes import Shape
 
 pytest.importorskip("matplotlib")
@@ -49,13 +49,13 @@ def test_by_default(small, tmp_path, capfd):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_columns_that_disagree_get_no_speed(small, monkeypatch, capfd, dtype):
     """A visible-only column whose gradients are too large by a tenth, in either dtype."""
-    losses = bench_guidance.visible_losses
+    losses = branch.visible_losses
 
     def wrong(*args):
         found = losses(*args)
         return found._replace(total=found.total + 0.1 * (found.total - found.total.detach()))
 
-    monkeypatch.setattr(bench_guidance, "visible_losses", wrong)
+    monkeypatch.setattr(branch, "visible_losses", wrong)
     assert bench_guidance.main(["--seconds", "0.01", "--dtype", dtype]) == 1
     out = capfd.readouterr().out
     assert "The columns disagree; no speed is given." in out and "visible: " in out and "fused-cpu: " not in out

@@ -1,7 +1,7 @@
-"""Checkpoints: what they hold, and folders `step-00001000` on the disk, that are there whole or not at all.
+"""Reading and writing checkpoints, folders `step-00001000` of safetensors files and metadata.
 
-A checkpoint is written aside, flushed to the disk, and renamed. Its `checkpoint.json` holds the digest of every other
-file in it, so that damage is found before anything is loaded.
+Writing is atomic: a checkpoint is written to a temporary folder, flushed to the disk, and renamed. `checkpoint.json`
+holds the SHA-256 digest of every other file, so that damage is found before anything is loaded.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ class CheckpointError(UserError):
 
 
 def write(folder: Path, step: int, parts: Mapping[str, dict[str, Tensor]], facts: dict[str, Any]) -> Path:
-    """Writes the checkpoint of a step, in place of one of the same step.
+    """Writes the checkpoint of a step. Replaces an earlier one of the same step.
 
     Args:
-        folder: of all checkpoints of the run.
-        parts: file name without ending -> tensors, each to one safetensors file.
-        facts: JSON beside them.
+        folder: the folder that holds all checkpoints of the run.
+        parts: maps file names without suffix to state dicts; each becomes one safetensors file.
+        facts: metadata, which must be serialisable as JSON.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        CheckpointError: the disk is full, or it cannot be written for another reason. What was there is untouched.
+        CheckpointError: the disk is full, or writing fails for another reason. Earlier checkpoints are untouched.
     """
     final, aside, old = folder / f"step-{step:08d}", folder / f".writing-{step:08d}", folder / f".old-{step:08d}"
     try:
@@ -83,9 +83,9 @@ def steps(folder: Path) -> list[Path]:
 
 
 def tidy(folder: Path, keep: int, newest: Path) -> None:
-    """Removes all but the last `keep` checkpoints up to `newest` and the one with the best score.
+    """Removes all checkpoints but the last `keep` up to `newest` and the one with the best score.
 
-    Later ones than `newest` are what a run had done before it went back to an earlier one; damaged ones, perhaps.
+    Checkpoints later than `newest` are leftovers of a run that was resumed from an earlier one.
     """
     found = steps(folder)
     done = found[: found.index(newest) + 1]
@@ -96,7 +96,7 @@ def tidy(folder: Path, keep: int, newest: Path) -> None:
 
 
 def score(path: Path) -> float:
-    """The score a checkpoint was saved with, the lower the better; infinite where it is not known."""
+    """The score that a checkpoint was saved with, lower is better; infinite if it is unknown."""
     try:
         known = facts(path)
     except CheckpointError:
@@ -106,7 +106,7 @@ def score(path: Path) -> float:
 
 
 def facts(path: Path) -> dict[str, Any]:
-    """What `write` was given beside the tensors, with "step" and "files".
+    """The metadata of a checkpoint: `facts` as given to `write`, with "step" and "files" added.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -118,7 +118,7 @@ def facts(path: Path) -> dict[str, Any]:
 
 
 def damage(path: Path) -> str:
-    """What is wrong with a checkpoint's files, or ""."""
+    """Describes the first damaged file of a checkpoint; "" if there is none."""
     try:
         files = facts(path)["files"]
     except CheckpointError as error:
@@ -132,14 +132,14 @@ def damage(path: Path) -> str:
 
 
 def choose(run: Path, name: str | None = None) -> Path:
-    """A sound checkpoint of a run.
+    """Chooses a checkpoint of a run and verifies its files.
 
     Args:
         run: the run's folder.
         name: "best", "step-00000100", or "100"; None: the newest.
 
     Raises:
-        CheckpointError: there is none, or it is damaged; the newest sound one is offered.
+        CheckpointError: there is none, or it is damaged; the message names the newest undamaged one.
     """
     found = steps(run / "checkpoints")
     if not found:
@@ -162,12 +162,12 @@ def choose(run: Path, name: str | None = None) -> Path:
 
 
 def read(path: Path, part: str) -> dict[str, Tensor]:
-    """The tensors of one part, on the CPU."""
+    """The state dict of one part, on the CPU."""
     return load_file(path / f"{part}.safetensors")
 
 
 class Saved(NamedTuple):
-    """A sound checkpoint of a run."""
+    """A verified checkpoint of a run: its folder, metadata and configuration."""
 
     path: Path
     facts: dict[str, Any]
@@ -175,11 +175,11 @@ class Saved(NamedTuple):
 
 
 def find(run: Path, name: str | None, kind: type, command: str) -> Saved:
-    """The checkpoint of that name, "best" or the newest, and the configuration it was trained with.
+    """Finds a checkpoint (see `choose`) and reads the configuration of its training.
 
     Args:
-        kind: of the configuration.
-        command: that made the run.
+        kind: class of the configuration.
+        command: the command that must have made the run.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -196,9 +196,9 @@ def find(run: Path, name: str | None, kind: type, command: str) -> Saved:
 
 
 def gather(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """All tensors of a training, on the CPU of the first process (the others get less): {"model", "optimizer"}.
+    """State dicts of model and optimizer, {"model", "optimizer"}, on the CPU; complete on the first process only.
 
-    Every process has to call it. The optimizer's are named KIND/PARAMETER, as in exp_avg/encoder.mask_token.
+    Every process has to call it. The optimizer's entries are named STATE/PARAMETER, as in exp_avg/encoder.mask_token.
     """
     weights = whole.get_model_state_dict(model, options=_OPTIONS)
     states = whole.get_optimizer_state_dict(model, optimizer, options=_OPTIONS).get("state", {})
@@ -209,7 +209,7 @@ def gather(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict
 def restore(
     model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Tensor], named: dict[str, Tensor]
 ) -> None:
-    """Puts back what `gather` gave. Every process has to call it, with all tensors."""
+    """Loads the state dicts that `gather` returned. Every process has to call it, with all tensors."""
     options = whole.StateDictOptions(full_state_dict=True)
     groups: Any = whole.get_optimizer_state_dict(model, optimizer)["param_groups"]
     states: dict[str, dict[str, Tensor]] = {}

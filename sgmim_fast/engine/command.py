@@ -1,4 +1,4 @@
-"""What `sgmim-fast pretrain` and `sgmim-fast finetune` share: options, resuming, and a run from beginning to end."""
+"""The command-line interface that `sgmim-fast pretrain` and `finetune` share: options, resuming, and running."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sgmim_fast.engine.task import Task
 from sgmim_fast.engine.trainer import Trainer
 from sgmim_fast.errors import UserError
 
-# option -> the setting it stands for
+# option -> the setting that it sets
 SHORT = {
     "epochs": "optim.epochs",
     "batch": "optim.batch",
@@ -36,15 +36,16 @@ AUTO = "auto"  # of --resume
 
 @dataclass(frozen=True)
 class Command:
-    """One of the commands that train.
+    """A subcommand that trains.
 
     Attributes:
-        name: of the subcommand, and of the runs it makes.
+        name: of the subcommand, stored in its checkpoints.
         default: the configuration before any preset.
-        presets: name -> nested settings.
-        short: option -> the setting it stands for, beside `SHORT`.
-        instead: setting -> what other settings become where it is given over a preset, see `settings.resolve`.
-        task: makes the task of a configuration and a checkpoint's facts.
+        presets: maps names to nested settings.
+        short: maps options to the settings that they set, in addition to `SHORT`.
+        instead: maps a setting to the values that other settings take when it overrides a preset, see
+            `settings.resolve`.
+        task: constructs the task from a configuration and a checkpoint's metadata.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Command:
     instead: Mapping[str, Mapping[str, Any]]
 
     def add_arguments(self, parser: argparse.ArgumentParser, hint: str) -> None:
-        """The options that both commands have. `hint`: what to say of the presets."""
+        """Adds the options that both commands have. `hint` is appended to the help of --preset."""
         parser.add_argument("--preset", help=f"a recipe: {', '.join(self.presets)} ({hint})")
         parser.add_argument("--config", type=Path, metavar="FILE", help="YAML with settings over the preset's")
         parser.add_argument(
@@ -80,13 +81,13 @@ class Command:
         )
 
     def execute(self, args: argparse.Namespace) -> int:
-        """The exit code: 0 at the run's end, `launch.UNFINISHED` where a signal came before.
+        """Runs the command and returns the exit code: 0, or `launch.UNFINISHED` if a signal stopped the run early.
 
         Raises:
-            UserError, DataError: for what the user can put right.
+            UserError, DataError: errors that the user can correct.
         """
         try:
-            # of several processes the launcher tells the others, which may be waiting where Python sees no signal
+            # with several processes the launcher signals the others, which may be waiting in a collective
             with stopping_at_once() if launch.size() == 1 else contextlib.nullcontext():
                 return self._execute(args)
         except Stopped as stopped:
@@ -95,9 +96,9 @@ class Command:
 
     def _execute(self, args: argparse.Namespace) -> int:
         goes_on, folder = _place(args)
-        if folder is None:  # which one the configuration says
+        if folder is None:  # the configuration says which one
             folder = Path("runs", self.task(self._configuration(args, None)).name)
-        # taken before anything is read that another process might be writing
+        # locked before anything is read that another process might be writing
         with RunLock(folder) if launch.rank() == 0 else contextlib.nullcontext() as lock:
             found = bool(checkpoint.steps(folder / "checkpoints"))
             if found and not goes_on:
@@ -164,7 +165,7 @@ class Command:
 
 
 def _place(args: argparse.Namespace) -> tuple[bool, Path | None]:
-    """Whether to go on with a run where there is one, and its folder, or None where only the configuration says."""
+    """Whether to resume a run if there is one, and the run's folder; None if the configuration decides."""
     if args.resume is None:
         for name in ("checkpoint", "accept_changes"):
             if getattr(args, name):
@@ -211,16 +212,16 @@ def _summary(trainer: Trainer, folder: Path) -> str:
 
 
 def _some(trainer: Trainer) -> range:
-    """Steps from all over the run, among them those at which epochs begin, where it is short."""
+    """At most about 1000 evenly spaced steps of the run."""
     return range(0, trainer.steps, max(1, trainer.steps // 1000))
 
 
 def _dry_run(trainer: Trainer, folder: Path | None) -> None:
-    """What is known before the first step, after every file was read. Draws into the folder that the user named, or a
+    """Reads every file, reports what is known before the first step, and draws some items into the folder, or into a
     temporary one.
 
     Raises:
-        UserError, DataError: what can be used does not fill a step.
+        UserError, DataError: the usable items do not fill a step.
     """
     task, dataset = trainer.task, trainer.dataset
     for name, some in (("", dataset), ("to test on: ", task.tested_on)):

@@ -1,5 +1,4 @@
-"""A run on its machine: the processes that the launcher asked for, the lock of the run's folder, and the signals that
-ask to stop."""
+"""How a run starts and stops on its machine: distributed processes, the lock of the run's folder, and signals."""
 
 from __future__ import annotations
 
@@ -24,17 +23,17 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, par
 from sgmim_fast.errors import UserError
 
 PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
-# Of torchrun, of MPI, and of srun, which says how many it started, but not where they find each other
+# World size and rank as set by torchrun, by MPI launchers, and by srun (which sets no rendezvous address)
 SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE")
 GPUS_ASKED_FOR = ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
-NO_GPU = ("", "-1", "NoDevFiles")  # in these variables
+NO_GPU = ("", "-1", "NoDevFiles")  # values of these variables that mean no GPU
 DEVICES, PCI = Path("/dev"), Path("/sys/bus/pci/devices")
-NVIDIA, DISPLAY = "0x10de", "0x03"  # of a PCI device: vendor, and the class of display and 3D controllers
-# EX_TEMPFAIL of sysexits.h: not done, to be started again
+NVIDIA, DISPLAY = "0x10de", "0x03"  # PCI vendor ID, and class of display and 3D controllers
+# Exit code EX_TEMPFAIL of sysexits.h: the run is not finished and can be started again
 UNFINISHED = 75
-# Of clusters and terminals, and those that SLURM is told to send some time before the end (--signal)
+# Sent by terminals and by clusters, among them those that SLURM sends ahead of a time limit (--signal)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 LOCK = "run.lock"
 TOUCH, STALE = 20.0, 180.0  # seconds; network file systems show a touch up to a minute later
@@ -44,20 +43,20 @@ TORCHRUN = "torchrun --nproc-per-node=N -m sgmim_fast.cli"
 
 
 def rank() -> int:
-    """Of this process, 0 where there is one."""
+    """Rank of this process; 0 in a run of a single process."""
     return _first(RANKS, 0)[1]
 
 
 def size() -> int:
-    """How many processes were asked for."""
+    """World size: the number of processes that the launcher was asked for."""
     return _first(SIZES, 1)[1]
 
 
 def create_accelerator(precision: str, fsdp: bool = False) -> Accelerator:
-    """Connects the processes: NCCL on GPUs, gloo where there are none.
+    """Creates the Accelerator and connects the processes: by NCCL on GPUs, by gloo on CPUs.
 
     Raises:
-        UserError: what the launcher asked for is not what would run, or the machine cannot do it.
+        UserError: the processes would not run as the launcher asked, or the machine does not support the precision.
     """
     if precision == "float16":
         if fsdp:
@@ -97,7 +96,7 @@ def create_accelerator(precision: str, fsdp: bool = False) -> Accelerator:
 
 
 def _check(name: str, asked: int, on_cpus: bool, forced: bool) -> None:
-    """That so many processes can find each other, on devices of their own."""
+    """Raises UserError unless the processes can connect and each has a device of its own."""
     if name == "SLURM_STEP_NUM_TASKS":
         raise UserError(
             f"srun started {asked} tasks ({name}) that do not know of each other: WORLD_SIZE is missing "
@@ -130,7 +129,7 @@ def _check(name: str, asked: int, on_cpus: bool, forced: bool) -> None:
 
 
 def _first(names: tuple[str, ...], otherwise: int) -> tuple[str | None, int]:
-    """The first of these variables that is set, and its number."""
+    """Name and value of the first of these environment variables that is set."""
     for name in names:
         if text := os.environ.get(name, ""):
             try:
@@ -141,7 +140,7 @@ def _first(names: tuple[str, ...], otherwise: int) -> tuple[str | None, int]:
 
 
 def _devices() -> str:
-    """What torch sees."""
+    """The devices that torch sees, for messages."""
     if torch.cuda.is_available():
         return f"torch sees {torch.cuda.device_count()} GPUs"
     built = "" if torch.version.cuda or torch.version.hip else ", and is built without CUDA"
@@ -149,12 +148,12 @@ def _devices() -> str:
 
 
 def _signs_of_gpus() -> str:
-    """Why there should be GPUs, though torch finds none; "" where nothing says so."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in NO_GPU
+    """Evidence of GPUs on this machine although torch finds none; "" without evidence."""
+    switched_off = os.environ.get("CUDA_VISIBLE_DEVICES") in NO_GPU
     signs = [f"{name} is {os.environ[name]}" for name in GPUS_ASKED_FOR if os.environ.get(name, "") not in NO_GPU]
     if "ACCELERATE_DYNAMO_BACKEND" in os.environ and "ACCELERATE_USE_CPU" not in os.environ:
         signs.append("accelerate launch was told to use GPUs")  # it always sets the second one otherwise
-    if not hidden:
+    if not switched_off:
         files = sorted(path.name for path in DEVICES.glob("nvidia[0-9]*"))
         cards = [path for path in PCI.glob("*") if _is_gpu(path)]
         signs += [f"{DEVICES} has {', '.join(files)}"] if files else []
@@ -170,13 +169,13 @@ def _is_gpu(device: Path) -> bool:
 
 
 class RunLock:
-    """Holds a run's folder while entered: one training at a time. Makes it, and removes it again where nothing else was
-    put into it.
+    """Context manager that locks a run's folder, so that one training at a time writes to it.
 
-    The file `run.lock` says who holds it: host, process, when that process started, and when the run did. It is held by
-    the file system's own lock, which ends with the process; where there is none, or it does not reach other machines,
-    by what the file says: a process of this machine is looked up, one of another machine has to touch the file now and
-    then.
+    Creates the folder on entering, and removes it on leaving if it is still empty. The file `run.lock` names the
+    holder: host, process, and when the process and the run started. The lock is the file system's own (`fcntl.lockf`),
+    which ends with the process. On file systems without locks, or whose locks do not reach other machines, the file's
+    content decides: a process of this machine is looked up in /proc, one of another machine must touch the file
+    regularly.
 
     Raises:
         UserError: another process holds it, or it cannot be written to.
@@ -184,8 +183,8 @@ class RunLock:
 
     def __init__(self, run: Path) -> None:
         self.run, self.path = run, run / LOCK
-        self.taken_over = ""  # from whom, where that process is gone
-        self._made: list[Path] = []  # folders, innermost first
+        self.taken_over = ""  # description of an earlier holder that is gone
+        self._made: list[Path] = []  # folders that were created, innermost first
         self._ended = threading.Event()
 
     def __enter__(self) -> RunLock:
@@ -218,7 +217,7 @@ class RunLock:
         for folder in self._made:
             try:
                 folder.rmdir()
-            except OSError:  # has something in it
+            except OSError:  # it is not empty
                 return
 
     def _open(self) -> int:
@@ -229,7 +228,7 @@ class RunLock:
                 holder = _read(file)
                 if alone is False or (holder and self._lives(holder, os.fstat(file).st_mtime)):
                     raise UserError(self._refusal(holder))
-                # whoever held it may have removed the file between our opening and locking it
+                # the former holder may have removed the file between our open and our lock
                 if not self._still_there(file):
                     os.close(file)
                     continue
@@ -255,17 +254,17 @@ class RunLock:
             return False
 
     def _lives(self, holder: dict[str, Any], touched: float) -> bool:
-        """Whether the process that wrote the file may still be there."""
+        """Whether the process that wrote the file may still be running."""
         own = _own()
         if (holder["host"], holder.get("boot")) == (own["host"], own["boot"]):
             return _started(holder["process"]) == holder.get("started") is not None
         job, restart = holder.get("job") or (None, None)
         if own["job"] and job == own["job"][0] and restart != own["job"][1]:
-            return False  # the same job of SLURM, which has put it into the queue again
+            return False  # the same SLURM job, requeued
         return self._now() - touched < STALE
 
     def _now(self) -> float:
-        """The time of the file system, whose clock may be another one."""
+        """The current time by the file system's clock, which may differ from this machine's."""
         probe = self.run / f".{LOCK}.{os.getpid()}"
         probe.touch()
         now = probe.stat().st_mtime
@@ -282,14 +281,14 @@ class RunLock:
         while not self._ended.wait(TOUCH):
             try:
                 os.utime(self._file)
-            except OSError:  # the file system is away for a moment
+            except OSError:  # the file system is temporarily unavailable
                 continue
 
 
 def _lock(file: int) -> bool | None:
-    """Whether the file system's lock is ours; None where it has none.
+    """Takes the file system's lock: True if it is ours, False if another process holds it, None if there are no locks.
 
-    A POSIX lock: loading processes do not inherit it, so that it ends with the training however that ends.
+    A POSIX lock is not inherited by data loader workers, so it always ends with the training process.
     """
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -303,7 +302,7 @@ def _lock(file: int) -> bool | None:
 
 
 def _read(file: int) -> dict[str, Any]:
-    """What a holder wrote; {} where that was cut off."""
+    """The holder's description of itself; {} if it is incomplete."""
     try:
         holder = json.loads(os.pread(file, 4096, 0))
     except ValueError:
@@ -327,9 +326,9 @@ def _describe(holder: dict[str, Any]) -> str:
 
 
 def _started(process: Any) -> str | None:
-    """When a process of this machine started, in ticks since it booted; None where there is no such process."""
+    """Start time of a process of this machine, in clock ticks since boot; None if there is no such process."""
     try:
-        # the name, in brackets, may have any character
+        # the process name, in parentheses, may contain any character
         fields = Path(f"/proc/{int(process)}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
         return None
@@ -337,7 +336,7 @@ def _started(process: Any) -> str | None:
 
 
 def _boot() -> str:
-    """A name of this machine since it booted: machines may share a host name."""
+    """The boot ID, which tells machines with the same host name apart."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -345,17 +344,17 @@ def _boot() -> str:
 
 
 def _job() -> list[str] | None:
-    """SLURM's number of this job, and how often it was put into the queue again."""
+    """SLURM's job ID and how often the job was requeued; None outside of SLURM."""
     job = os.environ.get("SLURM_JOB_ID")
     return None if job is None else [job, os.environ.get("SLURM_RESTART_COUNT", "0")]
 
 
 class Stopped(KeyboardInterrupt):
-    """One of `SIGNALS` where nothing is to be saved; `str` is the signal's name."""
+    """One of `SIGNALS` arrived when there was nothing to save; `str` is the signal's name."""
 
 
 class StopSignals:
-    """While entered, the first of `SIGNALS` only sets `asked` to its name; a second one ends the process."""
+    """Context manager in which the first of `SIGNALS` sets `asked` to its name, and a second one ends the process."""
 
     def __init__(self) -> None:
         self.asked = ""
@@ -371,12 +370,12 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number).name
         for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)  # also where Python waits for a device or another process
+            signal.signal(each, signal.SIG_DFL)  # which also work while Python waits for a device or another process
 
 
 @contextlib.contextmanager
 def stopping_at_once() -> Iterator[None]:
-    """While entered, `SIGNALS` raise `Stopped`."""
+    """Context manager in which `SIGNALS` raise `Stopped`."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(signal.Signals(number).name)

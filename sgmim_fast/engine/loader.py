@@ -1,4 +1,4 @@
-"""Which images a step has, from the seed alone: the same for any number of processes; and their batches."""
+"""Batches of a training: the order of images depends on the seed alone, for any number of processes."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from sgmim_fast.errors import UserError
 
 @dataclass(frozen=True)
 class Layout:
-    """How the images of a step are dealt out: first to the backwards, then to the processes."""
+    """How the images of an optimizer step are split: over accumulated backward passes, then over processes."""
 
-    batch: int  # per process and backward
-    accumulate: int = 1  # backwards per step
+    batch: int  # images per process and backward pass
+    accumulate: int = 1  # gradient accumulation: backward passes per optimizer step
     processes: int = 1
     rank: int = 0
 
     @property
     def total(self) -> int:
-        """Images of a step."""
+        """Images of an optimizer step."""
         return self.batch * self.accumulate * self.processes
 
     def first(self, backward: int) -> int:
-        """Place in the step's images of this process's first one of that backward."""
+        """Index, among the step's images, of this process's first image in that backward pass."""
         return (backward * self.processes + self.rank) * self.batch
 
 
 class Order:
-    """Batches of indices of this process in one epoch, from a step of it on; a `batch_sampler`.
+    """A `batch_sampler` with this process's batches of one epoch, starting at a given step.
 
-    An epoch is a permutation of the data set drawn from (seed, epoch), cut into steps; what is left over is dropped.
+    An epoch is a permutation of the data set drawn from (seed, epoch) and cut into steps; the remainder is dropped.
     """
 
     def __init__(self, length: int, layout: Layout, seed: int, epoch: int, step: int = 0):
@@ -61,19 +61,19 @@ class Order:
 def batches(
     dataset: Dataset, layout: Layout, seed: int, step: int, steps_per_epoch: int, workers: int, pin: bool
 ) -> Iterator[dict[str, Any]]:
-    """This process's batches from a step on, without end: items of `sgmim_fast.data`, collated.
+    """Infinite iterator over this process's batches from a step on: collated items of `sgmim_fast.data`.
 
-    A data set of known length goes on exactly where another call would be by then. One that only iterates (shards)
-    starts a new pass, in an order of its own, so resuming it repeats nothing but is not exact either.
+    For a map-style data set, resuming at a step gives exactly the batches of an uninterrupted run. For an iterable one
+    (shards), a new pass in a new order starts.
     """
     options = {
         "workers": workers,
         "pin_memory": pin,
         "generator": torch.Generator().manual_seed(mix(seed, "loader", step)),  # the default generator is left alone
     }
-    # a loader for each epoch: workers are copies of the data set and would not see a later set_epoch
+    # a DataLoader per epoch: workers hold copies of the data set and would not see a later set_epoch
     if isinstance(dataset, IterableDataset):
-        for each in count(step):  # a number that no earlier pass had
+        for each in count(step):  # an epoch that no earlier pass had
             if hasattr(dataset, "set_epoch"):
                 dataset.set_epoch(each)
             yield from read(dataset, batch_size=layout.batch, drop_last=True, **options)
@@ -85,7 +85,7 @@ def batches(
 
 
 def read(dataset: Dataset, workers: int, **options: Any) -> Iterator[dict[str, Any]]:
-    """One pass of a DataLoader, whose workers leave signals to the parent and end with this, whatever ends it."""
+    """One pass of a DataLoader. Workers ignore signals, and are shut down when the iterator ends for any reason."""
     batches = iter(DataLoader(dataset, num_workers=workers, worker_init_fn=_leave_signals_to_the_parent, **options))
     try:
         yield from batches
@@ -96,13 +96,13 @@ def read(dataset: Dataset, workers: int, **options: Any) -> Iterator[dict[str, A
 
 
 def steps_per_epoch(settings: Any, dataset: Dataset, layout: Layout) -> int:
-    """Optimizer steps of an epoch; what does not fill a step is left out.
+    """Optimizer steps per epoch; an incomplete last step is dropped.
 
     Args:
-        settings: the section "data"; its `epoch_images` counts for a data set that only iterates.
+        settings: the section "data", whose `epoch_images` is the length of an iterable data set.
 
     Raises:
-        UserError: the data set does not fill one.
+        UserError: the data set does not fill one step.
     """
     items = settings.epoch_images if isinstance(dataset, IterableDataset) else len(dataset)
     if items < layout.total:
@@ -114,7 +114,7 @@ def steps_per_epoch(settings: Any, dataset: Dataset, layout: Layout) -> int:
 
 
 def workers(settings: Any) -> int:
-    """Loading processes for each training process: what the cores allow, at most 8, unless the section "data" says."""
+    """Data loader workers per training process: as set in the section "data", or as the cores allow, at most 8."""
     if settings.workers is not None:
         return settings.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -122,7 +122,7 @@ def workers(settings: Any) -> int:
 
 
 def examples(dataset: Dataset, number: int) -> dict[str, Any]:
-    """A batch to look at, the same at every call: items from all over the data set, or the first ones of shards."""
+    """A batch to draw, the same at every call: evenly spaced items of the data set, or the first ones of shards."""
     if hasattr(dataset, "set_epoch"):
         dataset.set_epoch(0)
     if isinstance(dataset, IterableDataset):
@@ -131,12 +131,12 @@ def examples(dataset: Dataset, number: int) -> dict[str, Any]:
 
 
 def spread(length: int, number: int) -> list[int]:
-    """So many of the indices below `length`, or all, from all over it."""
+    """At most `number` evenly spaced indices below `length`."""
     number = min(number, length)
     return [i * length // number for i in range(number)]
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """A cluster and a terminal send signals to every process: workers go when the training has saved."""
+    """Clusters and terminals signal every process; workers must live until the parent has saved a checkpoint."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""What a run says: JSON lines for steps and evaluations, a progress bar or plain lines, TensorBoard, curves."""
+"""Logging of a run: JSON lines, a progress bar or plain lines, TensorBoard, and plots of the losses."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ STEPS, METRICS, SKIPPED = "log.jsonl", "metrics.jsonl", "skipped-files.txt"
 
 
 class Log:
-    """The log of a run, `log.jsonl` in its folder. Used by the first process only.
+    """Writes `log.jsonl` and `metrics.jsonl` in a run's folder. For the first process only.
 
     Args:
         run: the run's folder.
-        steps: of the whole run.
-        done: steps that are done; later lines, of a run that was cut off, are taken out.
-        tensorboard: write `tensorboard/` as well.
+        steps: total number of steps of the run.
+        done: number of completed steps; later lines, of an interrupted run, are removed.
+        tensorboard: also write `tensorboard/`.
         losses: names of the losses, the total first.
         wandb: a project of Weights & Biases, whose run goes on where this one does.
 
@@ -57,11 +57,11 @@ class Log:
         self.bar = tqdm(total=steps, initial=done, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
     def steps_done(self, step: int) -> None:
-        """Moves the bar."""
+        """Updates the progress bar."""
         self.bar.update(step - self.bar.n)
 
     def window(self, line: dict[str, Any]) -> None:
-        """One line about the last steps; "step" is the number of steps done."""
+        """Logs one line about the last steps; "step" is the number of completed steps."""
         self._write(STEPS, line)
         text = describe(line, self.losses)
         if self.bar.disable:
@@ -71,7 +71,7 @@ class Log:
             self.bar.set_postfix_str(text)
 
     def metrics(self, step: int, found: dict[str, float]) -> None:
-        """What an evaluation after so many steps found."""
+        """Logs the metrics of an evaluation after `step` steps."""
         self._write(METRICS, {"step": step, **found})
         self.say(f"evaluation after step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
 
@@ -86,7 +86,7 @@ class Log:
             self.wandb.log({key: value for key, value in line.items() if value is not None}, step=line["step"])
 
     def say(self, text: str) -> None:
-        """A line of text, above the bar."""
+        """Prints a line above the progress bar."""
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
@@ -99,7 +99,7 @@ class Log:
 
 
 def read(run: Path, name: str = STEPS) -> list[dict[str, Any]]:
-    """The lines of a run's log of steps, or of metrics. One that was cut off in the middle ends it."""
+    """The lines of a run's log of steps, or of metrics, up to the first incomplete one."""
     path, lines = run / name, []
     for text in path.read_text().splitlines() if path.is_file() else ():
         try:
@@ -110,7 +110,7 @@ def read(run: Path, name: str = STEPS) -> list[dict[str, Any]]:
 
 
 def read_skipped(run: Path) -> dict[str, str]:
-    """The files that a run could not read: name -> reason."""
+    """The files that a run skipped, with reasons."""
     path = run / SKIPPED
     lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if path.is_file() else ()
     return {name: reason for name, _, reason in (line.partition("\t") for line in lines)}
@@ -122,7 +122,7 @@ def write_skipped(run: Path, broken: dict[str, str]) -> None:
 
 
 def describe(line: dict[str, Any], losses: Sequence[str]) -> str:
-    """The numbers of a window in words."""
+    """A log line as text."""
     total, *parts_of_it = losses
 
     def number(name: str, form: str) -> str:
@@ -146,7 +146,7 @@ def describe(line: dict[str, Any], losses: Sequence[str]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """As in 3 d 4 h, 2 h 5 min, 7 min 12 s."""
+    """Formats seconds as 3 d 4 h, 2 h 5 min or 7 min 12 s."""
     seconds = round(seconds)
     for size, name, smaller, below in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if seconds >= size:
@@ -155,14 +155,14 @@ def duration(seconds: float) -> str:
 
 
 def memory(device: torch.device) -> float:
-    """Peak memory in GiB: of the GPU, or resident of this process."""
+    """Peak memory in GiB: allocated on the GPU, or resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
 def board_writer() -> Any:
-    """TensorBoard's writer. Raises UserError where it is not installed."""
+    """TensorBoard's SummaryWriter. Raises UserError if it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -188,10 +188,10 @@ def _wandb_run(project: str, run: Path) -> Any:
 
 
 def curves(lines: list[dict[str, Any]], path: Path, names: Sequence[str], tests: Sequence[dict[str, Any]] = ()) -> None:
-    """What has these names, and the learning rate, over the steps of a log: smoothed, and faintly as it is.
+    """Plots the named losses, raw and smoothed, and the learning rate over the steps of a log.
 
     Args:
-        tests: lines with the same on held-out data, as "val_" and the name.
+        tests: lines of metrics with the same losses on held-out data, named "val_" + name.
     """
     names = (*names, "lr")
     figure = Figure((3.4 * len(names), 2.8), layout="constrained")
@@ -215,7 +215,7 @@ def curves(lines: list[dict[str, Any]], path: Path, names: Sequence[str], tests:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Means over an eighth of the values around each, fewer towards the ends, where they stay in the middle."""
+    """Centred moving average over an eighth of the values; the window shrinks towards both ends."""
     reach = len(values) // 16
     near = [min(reach, i, len(values) - 1 - i) for i in range(len(values))]
     return [sum(values[i - n : i + n + 1]) / (2 * n + 1) for i, n in enumerate(near)]

@@ -1,6 +1,6 @@
-"""Typed settings: how a preset, a YAML file and `--set` become the dataclass of a run's configuration, and back.
+"""Typed settings: merges a preset, a YAML file and `--set` options into the dataclass of a run's configuration.
 
-A configuration is a frozen dataclass with a text `preset` and sections, which are frozen dataclasses themselves.
+A configuration is a frozen dataclass with the field `preset` (str) and sections, which are frozen dataclasses, too.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from sgmim_fast.errors import UserError, nearest
 
 C = TypeVar("C")
 
-# Sections that say how to run, what to leave behind and how to evaluate, and what of them changes the training
+# Sections about running and evaluating, and those of their settings that change the training
 _ASIDE = ("run", "evaluation")
 _OF_RUN = ("seed", "precision", "fsdp")
-# Changing these on resuming leaves every step what it would have been; images a step are compared by themselves.
+# Settings that may change when a run is resumed; the number of images per step is compared separately.
 _FREE = ("data.workers", "data.val_images", "data.val_structure", "optim.batch", "optim.accumulate")
-# What every configuration has, and is at least 1, or 0
+# Settings of every configuration whose minimum is 1, or 0
 OF_EVERY_RUN_1 = (
     *("optim.batch", "optim.accumulate", "run.log_every", "run.checkpoint_every"),
     *("run.keep", "run.pictures", "run.nonfinite"),
@@ -37,15 +37,15 @@ OF_EVERY_RUN_0 = (
 
 @dataclass(frozen=True)
 class Run:
-    """How it runs and what it leaves behind. None of it but seed, precision and fsdp changes what is computed."""
+    """How to run, and what to write. Only seed, precision and fsdp change what is computed."""
 
     seed: int = 0
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     fsdp: bool = False  # parameters, gradients and optimizer state in shards over the processes
-    capture: bool = True  # forward and backward as a CUDA graph, where that can be; the same numbers without
+    capture: bool = True  # forward and backward as a CUDA graph where possible; results are the same without
     log_every: int = 50  # steps
     checkpoint_every: int = 1000  # steps
-    keep: int = 2  # newest checkpoints kept, besides the one with the lowest loss, on held-out data where there are
+    keep: int = 2  # number of newest checkpoints kept, besides the best one (by held-out loss if there is one)
     pictures_every: int = 5000  # steps; 0: only at the end
     pictures: int = 4  # rows of the grid
     tensorboard: bool = False
@@ -54,15 +54,15 @@ class Run:
 
 
 def with_changes(config: C, changes: Mapping[str, Any], where: str) -> C:
-    """The configuration with some fields replaced.
+    """Returns the configuration with some fields replaced.
 
     Args:
-        changes: "section.field" -> value of the field's type, or text to be read as one. Keys below
+        changes: maps "section.field" to a value of the field's type, or to text that is parsed as one. Keys below
             "model.arguments." are arguments of timm.
-        where: what the changes come from, for the message.
+        where: source of the changes, for messages.
 
     Raises:
-        UserError: a key that does not exist (the nearest ones are named), or a value of another type.
+        UserError: unknown key (the message names similar ones), or a value of the wrong type.
     """
     sections: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():
@@ -85,7 +85,7 @@ def with_changes(config: C, changes: Mapping[str, Any], where: str) -> C:
 
 
 def flat(config: Any) -> dict[str, Any]:
-    """ "section.field" -> value, in order."""
+    """All settings as a flat dict with keys "section.field", in order."""
     return {
         f"{section.name}.{f.name}": getattr(getattr(config, section.name), f.name)
         for section in dataclasses.fields(config)
@@ -95,7 +95,7 @@ def flat(config: Any) -> dict[str, Any]:
 
 
 def differences(old: C, new: C) -> list[str]:
-    """ "key: old -> new" for every field that changes what a run computes."""
+    """Lists, as "key: old -> new", the changed settings that change what a run computes."""
     before, after = flat(old), flat(new)
     changed = [key for key in before if before[key] != after[key] and not _is_free(key)]
     return [f"{key}: {before[key]} -> {after[key]}" for key in changed]
@@ -107,7 +107,7 @@ def _is_free(key: str) -> bool:
 
 
 def at_least(config: Any, least: int, names: Iterable[str]) -> None:
-    """Raises UserError for the first of these settings that is a number below `least` (0 or 1)."""
+    """Raises UserError if one of these settings is a number below `least` (0 or 1)."""
     values = flat(config)
     for name in names:
         if values[name] is not None and values[name] < least:
@@ -119,10 +119,10 @@ def to_yaml(config: Any) -> str:
 
 
 def from_mapping(tree: Any, where: str) -> dict[str, Any]:
-    """Nested sections, as in a YAML file, to the flat keys of `with_changes` ("preset" stays).
+    """Flattens nested sections, as in a YAML file, to the keys of `with_changes` ("preset" stays).
 
     Raises:
-        UserError: it is no mapping of sections.
+        UserError: `tree` is not a mapping of sections.
     """
     if tree is None:
         return {}
@@ -140,10 +140,10 @@ def from_mapping(tree: Any, where: str) -> dict[str, Any]:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The flat keys of a YAML file.
+    """Reads a YAML file into the flat keys of `with_changes`.
 
     Raises:
-        UserError: the file cannot be read, or is no YAML, or no configuration.
+        UserError: the file cannot be read, or is not YAML, or not a configuration.
     """
     try:
         return from_mapping(yaml.safe_load(Path(path).read_text()), str(path))
@@ -154,10 +154,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def read_assignments(assignments: Iterable[str]) -> dict[str, str]:
-    """`--set` "a.b=value" texts to flat keys.
+    """Parses `--set` options "section.setting=value" into flat keys.
 
     Raises:
-        UserError: one has no "=".
+        UserError: an option without "=".
     """
     changes = {}
     for assignment in assignments:
@@ -176,19 +176,19 @@ def resolve(
     changes: dict[str, Any],
     instead: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> C:
-    """Preset, then a YAML file over it, then single changes over both.
+    """Merges a preset, a YAML file and single changes; later ones override earlier ones.
 
     Args:
-        default: the configuration before them.
-        presets: name -> nested sections.
-        name: of the preset; None: the file's own `preset:`, if it has one.
+        default: the configuration that they change.
+        presets: maps names to nested sections.
+        name: of the preset; None: `preset:` of the file, if any.
         file: YAML, or None.
         changes: "section.field" -> value.
         instead: setting, or "setting=value", -> other settings, and what they become where it is given over a preset
             and they are not.
 
     Raises:
-        UserError: naming what does not fit.
+        UserError: invalid settings.
     """
     from_file = read_yaml(file) if file is not None else {}
     name = name or from_file.get("preset")
@@ -204,10 +204,10 @@ def resolve(
 
 
 def preset(default: C, presets: Mapping[str, Any], name: str) -> C:
-    """One of the presets.
+    """The configuration of a preset.
 
     Raises:
-        UserError: there is none of that name; the nearest ones are named.
+        UserError: unknown name; the message names similar ones.
     """
     if name not in presets:
         raise UserError(f"there is no preset {name!r}, only {', '.join(presets)}{nearest(name, presets)}")
@@ -215,7 +215,7 @@ def preset(default: C, presets: Mapping[str, Any], name: str) -> C:
 
 
 def _read(value: Any) -> Any:
-    """Text as YAML reads it, but 1e-4 is a number."""
+    """Parses text as YAML, except that 1e-4 is a number."""
     if not isinstance(value, str):
         return value
     try:
@@ -228,7 +228,7 @@ def _read(value: Any) -> Any:
 
 
 def _as(kind: Any, value: Any, where: str) -> Any:
-    """`value` as a `kind` of a field above."""
+    """Converts `value` to the type `kind` of a field."""
     origin, options = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         given = _read(value)

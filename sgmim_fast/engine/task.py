@@ -16,10 +16,10 @@ from sgmim_fast.engine import loader
 
 
 class Task(ABC):
-    """A configuration, and what follows from it.
+    """What one kind of training defines: model, data, optimizer, losses and evaluation, all made from a configuration.
 
     Args:
-        facts: of the checkpoint to go on from, {} at the start.
+        facts: metadata of the checkpoint that is resumed; {} at the start.
 
     Attributes:
         config: with the sections optim (epochs, batch, accumulate, clip), data (workers) and run
@@ -42,7 +42,7 @@ class Task(ABC):
 
     @property
     def name(self) -> str:
-        """Of a run's folder, where the user gives none."""
+        """Default name of the run's folder."""
         return self.config.preset or "run"
 
     @property
@@ -52,81 +52,80 @@ class Task(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Raises UserError where settings are impossible, before anything is built."""
+        """Raises UserError for invalid settings, before anything is built."""
 
     @abstractmethod
     def create_model(self) -> nn.Module:
-        """The model, what is random of it drawn from torch's default generator. Raises UserError."""
+        """Creates the model; initialisation uses torch's default generator. Raises UserError."""
 
     @abstractmethod
     def create_dataset(self) -> Dataset:
-        """What is trained on: items with "name" and "skipped". Raises UserError or DataError."""
+        """Creates the training data set, whose items have "name" and "skipped". Raises UserError or DataError."""
 
     @abstractmethod
     def create_optimizer(self, model: nn.Module) -> torch.optim.AdamW:
-        """Fused AdamW. A group's "lr_scale", if it has one, multiplies its learning rate."""
+        """Creates a fused AdamW. A parameter group's optional "lr_scale" multiplies its learning rate."""
 
     @abstractmethod
     def learning_rate(self, step: int, steps_per_epoch: int, steps: int, total_batch: int) -> float:
-        """Of a step, counted from 0 over the whole run of `steps`."""
+        """The learning rate of a step, counted from 0, in a run of `steps`."""
 
     def draw(self, step: int, images: int, device: torch.device) -> Any:
-        """What is random about a step with so many images, the same in all processes; nothing waits for it."""
+        """Draws what is random about a step of `images` images, identically in all processes, without synchronising."""
         return None
 
     def part(self, drawn: Any, first: int, count: int) -> Any:
-        """Of what `draw` returned for a step, that of `count` images from the `first` on."""
+        """The part of `draw`'s result that belongs to `count` images from `first` on."""
         return drawn
 
     @abstractmethod
     def loss(
         self, model: nn.Module, batch: dict[str, Any], drawn: Any, first: int, accelerator: Accelerator
     ) -> Sequence[Tensor]:
-        """The losses named by `losses`, scalars on the device. The model is called under `accelerator.autocast()`.
+        """Computes the losses named by `losses`, scalars on the device. Calls the model under `accelerator.autocast()`.
 
         Args:
             batch: collated items, on the CPU.
-            drawn: what `draw` returned for the step.
-            first: place of the batch's first image among those of the step.
+            drawn: the result of `draw` for the step.
+            first: index of the batch's first image among those of the step.
         """
 
     def shards(self, model: nn.Module) -> Iterable[nn.Module]:
-        """The parts that FSDP gathers by themselves, with run.fsdp."""
+        """The modules that FSDP shards as units of their own, with run.fsdp."""
         raise NotImplementedError
 
     def evaluate(self, model: nn.Module, accelerator: Accelerator) -> tuple[float, dict[str, float]]:
-        """The score and metrics by name, before every checkpoint that is due, where the task is `tested`. All
-        processes call it."""
+        """Returns score and metrics. Called by all processes before each checkpoint if the task is `tested`."""
         raise NotImplementedError
 
     def examples(self, dataset: Dataset, number: int) -> Any:
-        """Something to draw, the same at every call."""
+        """Items to draw, the same at every call."""
         return loader.examples(dataset, number)
 
     def facts_of(self, model: nn.Module) -> dict[str, Any]:
-        """What checkpoints say about the model besides the configuration; JSON."""
+        """Metadata of the model for checkpoints, beside the configuration; serialisable as JSON."""
         return {}
 
     @abstractmethod
     def draw_picture(self, model: nn.Module, examples: Any, accelerator: Accelerator) -> Any:
-        """What there is to see of `examples`; `save_picture` takes it. All processes call it with run.fsdp."""
+        """Predictions for `examples`, for `save_picture`. With run.fsdp, all processes call it."""
 
     @abstractmethod
     def save_picture(self, found: Any, path: Path, title: str) -> None: ...
 
     @abstractmethod
     def describe(self, model: nn.Module) -> str:
-        """The model in a few words."""
+        """A short description of the model."""
 
     @property
     def tested_on(self) -> Dataset | None:
-        """What `evaluate` takes."""
+        """The data set that `evaluate` uses."""
         return None
 
     def dry_run(self, dataset: Dataset, folder: Path) -> str:
-        """Draws some of the data set; says what it wrote."""
+        """Draws some items of the data set; returns a message that names the file."""
         return ""
 
     @abstractmethod
     def finish(self, folder: Path, lines: list[dict[str, Any]]) -> str:
-        """What is written after the last step; says so. `lines`: of the log."""
+        """Writes the run's results after the last step; returns a message. `lines`: the log."""

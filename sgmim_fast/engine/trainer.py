@@ -1,5 +1,5 @@
-"""The training loop: one optimizer step after another (`Stepper`), the steps of a log line (`Window`), and between
-them what is logged, drawn and saved (`Trainer`)."""
+"""The training loop: `Stepper` takes optimizer steps, `Window` gathers the values of steps for a log line, and
+`Trainer` runs both and logs, draws and saves in between."""
 
 from __future__ import annotations
 
@@ -36,30 +36,31 @@ from sgmim_fast.memory import keep_freed_memory
 
 
 class Done(NamedTuple):
-    """A step that was taken, without waiting for the device."""
+    """Results of an optimizer step; its tensors may still be being computed."""
 
-    values: Tensor  # (n + 1,) float32 on the device: the task's n losses of this process, gradient norm of all
+    values: Tensor  # (n + 1,) float32 on the device: the task's n losses of this process, global gradient norm
     lr: float
     names: list[str]  # of the images
-    skipped: list[str]  # name, tab and reason of broken files that other images stand in for
-    waited: float  # seconds, for batches
+    skipped: list[str]  # name, tab and reason of broken files, which other images replaced
+    waited: float  # seconds spent waiting for batches
 
 
 class Stepper:
-    """Model and optimizer, placed by accelerate, and the step that trains them.
+    """Owns the model and the optimizer, prepared by accelerate, and takes optimizer steps.
 
-    A step draws what it draws (masks, drop path) from the seed and its own number alone, so it does the same after any
-    interruption. Where the loss is not finite, every gradient becomes NaN, in all processes, and AdamW is told on the
-    device to leave parameters and moments alone, and running statistics of batch norms are put back: nothing waits.
+    All randomness of a step (masks, drop path) is seeded from the run's seed and the step's number, so a resumed run
+    repeats an uninterrupted one exactly. If a loss is not finite, all gradients become NaN on all processes; AdamW then
+    leaves parameters and moments unchanged (`found_inf`), and running statistics of batch norms are restored. None of
+    this synchronises with the device.
 
     Raises:
-        UserError: the model's settings do not fit together.
+        UserError: the model cannot be created from its settings.
     """
 
     def __init__(self, task: Task, accelerator: Accelerator, layout: Layout, steps_per_epoch: int):
         self.task, self.accelerator, self.layout = task, accelerator, layout
         self.config, self.steps_per_epoch = task.config, steps_per_epoch
-        self.steps = max(1, round(task.config.optim.epochs * steps_per_epoch))  # of the whole run
+        self.steps = max(1, round(task.config.optim.epochs * steps_per_epoch))  # total of the run
         torch.manual_seed(mix(self.config.run.seed, "model"))
         self.plain: nn.Module = task.create_model()
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
@@ -74,13 +75,13 @@ class Stepper:
             self.model, self.optimizer = accelerator.prepare(self.plain, task.create_optimizer(self.plain))
         self.average = Average(self.plain, task.average)
         self.model.train()
-        self.captured: CapturedStep | None = None  # several processes talk to each other in the backward
+        self.captured: CapturedStep | None = None  # not with several processes: their backward communicates
         here = accelerator.device.type == Graph.device_type and accelerator.num_processes == 1
         if self.config.run.capture and task.capturable and here and not self.config.run.fsdp:
             self.captured = capture(self.model, loss=self._losses, scaler=accelerator.scaler)
 
     def __call__(self, step: int, batches: Iterator[dict[str, Any]]) -> Done:
-        """Takes the step of that number, from 0, with the next batches."""
+        """Takes the step of this number, counted from 0, with the next batches."""
         settings, device, accumulate = self.config.optim, self.accelerator.device, self.layout.accumulate
         seed = self.config.run.seed
         lr = self.task.learning_rate(step, self.steps_per_epoch, self.steps, self.layout.total)
@@ -101,7 +102,7 @@ class Stepper:
                 losses += self._backward(batch, drawn, self.layout.first(backward)) / accumulate
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), settings.clip or torch.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        if self.accelerator.scaler is None:  # a gradient scaler does the same by itself
+        if self.accelerator.scaler is None:  # a GradScaler does so itself
             self.optimizer.optimizer.found_inf = (~norm.isfinite()).float()
         for buffer, old in zip(self.statistics(), before, strict=True):
             buffer.copy_(torch.where(norm.isfinite(), buffer, old))
@@ -114,16 +115,16 @@ class Stepper:
         if self.captured is None:
             total, *losses = self._losses(self.model, batch, drawn, first)
             self.accelerator.backward(total)
-        else:  # the same masks at another place of the step are none of another shape
+        else:  # a part of the step's masks, whose shape does not depend on its place
             tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
             _, *losses = self.captured(tensors, self.task.part(drawn, first, len(batch["name"])), 0)
         return torch.stack([loss.detach().float() for loss in losses])
 
     def _losses(self, model: nn.Module, batch: dict[str, Any], drawn: Any, first: int) -> list[Tensor]:
-        """What is minimised, and the task's losses."""
+        """The tensor that is minimised, then the task's losses."""
         losses = self.task.loss(model, batch, drawn, first, self.accelerator)
         finite = losses[0].detach().isfinite()
-        # L1's gradient is a sign, which does not pass an infinite loss on
+        # the gradient of L1 is a sign, which is finite even where the loss is not
         poison = torch.where(finite, 1 / self.layout.accumulate, torch.nan)
         return [losses[0] * poison, *losses]
 
@@ -133,7 +134,7 @@ class Stepper:
 
     @contextlib.contextmanager
     def _sync(self, last: bool) -> Iterator[None]:
-        """Gradients are averaged over the processes in the last backward of a step."""
+        """Synchronises gradients in the last backward of a step only (gradient accumulation)."""
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(last)
             yield
@@ -142,7 +143,7 @@ class Stepper:
                 yield
 
     def _shard(self) -> None:
-        """FSDP over all processes: each part that the task names is gathered by itself, the rest together."""
+        """FSDP over all processes: the modules of `Task.shards` are units of their own, the rest is one more."""
         mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
         for part in self.task.shards(self.plain):
             fully_shard(part, mesh=mesh)
@@ -153,35 +154,35 @@ class Stepper:
 
 
 class Window:
-    """The steps since the last log line: their values stay on the device until the line is due, then come at once.
+    """The steps since the last log line. Their values stay on the device until `close` copies all of them at once.
 
     Attributes:
-        in_row: steps without a finite loss up to the last one.
-        skipped_steps: of the run, all processes together.
-        broken: the files of the run that could not be read, all processes together: name -> reason.
+        in_row: number of consecutive steps without a finite loss, up to the last step.
+        skipped_steps: number of steps of the run without a finite loss.
+        broken: maps files that could not be read, on any process, to reasons.
     """
 
     def __init__(self, accelerator: Accelerator, skipped_steps: int = 0, broken: dict[str, str] | None = None):
         self.accelerator = accelerator
         self.skipped_steps, self.broken, self.in_row = skipped_steps, dict(broken or {}), 0
         self.steps: list[Done] = []
-        self.worst: list[str] = []  # images of this process in the last step without a finite loss
+        self.worst: list[str] = []  # names of this process's images in the last step without a finite loss
         self.pause()
 
     def pause(self) -> None:
-        """What happened since the last window closed does not count as time of the next one."""
+        """Restarts the clock: time since the last window was closed does not count for the next one."""
         self.begun = time.perf_counter()
 
     def close(self, stop: bool, limit: int) -> tuple[list[list[float]], float, float, bool, bool]:
-        """Averages over the processes, which all have to call it; waits for the device.
+        """Averages over processes, which all have to call it; synchronises with the device.
 
         Args:
-            stop: this process was asked to stop.
-            limit: so many steps in a row without a finite loss are too many.
+            stop: whether this process was asked to stop.
+            limit: largest permitted number of consecutive steps without a finite loss, plus one.
 
         Returns:
-            the losses and the gradient norm of every step that counted; seconds that a step took; the share of them in
-            which the processes waited for data; whether any process was asked to stop; whether the limit was reached.
+            losses and gradient norm of every step with finite ones; seconds per step; the share of this time spent
+            waiting for data; whether any process was asked to stop; whether `limit` was reached.
         """
         values = torch.stack([done.values for done in self.steps])
         new = {name: reason for name, reason in self._skipped().items() if name not in self.broken}
@@ -192,11 +193,11 @@ class Window:
         seconds = (time.perf_counter() - self.begun) / len(self.steps)
         *rows, (stop_share, file_share, *_), (waited, *_) = mean
         waiting = waited / (seconds * len(self.steps))
-        if file_share > 0:  # in any process
+        if file_share > 0:  # on any process
             for name, reason in gather_object(list(new.items())):
                 self.broken.setdefault(name, reason)
         counted, too_many = [], False
-        scaled = self.accelerator.scaler is not None  # an overflow is then part of finding the scale
+        scaled = self.accelerator.scaler is not None  # GradScaler expects overflows while it searches for a scale
         for done, row in zip(self.steps, rows, strict=True):
             if all(map(math.isfinite, row)):
                 counted.append(row)
@@ -213,26 +214,26 @@ class Window:
         return counted, seconds, waiting, stop_share > 0, too_many
 
     def _skipped(self) -> dict[str, str]:
-        """Name -> reason of the broken files of the steps, in this process."""
+        """Broken files of the steps on this process, with reasons."""
         lines = (line.partition("\t") for done in self.steps for line in done.skipped)
         return {name: reason for name, _, reason in lines}
 
 
 def mean(rows: Sequence[Sequence[float]], columns: int) -> list[float | None]:
-    """Of each column; None without rows."""
+    """Mean of each column; None without rows."""
     return [sum(column) / len(rows) for column in zip(*rows, strict=True)] if rows else [None] * columns
 
 
 class Trainer:
-    """One run, from its first step or from a checkpoint.
+    """Trains one run, from its first step or from a checkpoint.
 
     Args:
-        task: what is trained.
+        task: defines the training.
         run: the run's folder, which exists.
-        saved: the checkpoint to go on from, or None.
+        saved: the checkpoint to resume from, or None.
 
     Raises:
-        UserError: something in the configuration does not fit the data or the machine.
+        UserError: the configuration does not fit the data or the machine.
     """
 
     def __init__(self, task: Task, run: Path, accelerator: Accelerator, dataset: Dataset, saved: Saved | None):
@@ -243,7 +244,7 @@ class Trainer:
         if task.config.run.wandb is not None:
             log.wandb_module()
         self.layout = Layout(optim.batch, optim.accumulate, count, accelerator.process_index)
-        if hasattr(dataset, "check_parts"):  # of shards
+        if hasattr(dataset, "check_parts"):  # shards
             dataset.check_parts(count, max(1, loader.workers(task.config.data)))
         self.steps_per_epoch = loader.steps_per_epoch(task.config.data, dataset, self.layout)
         self.stepper = Stepper(task, accelerator, self.layout, self.steps_per_epoch)
@@ -251,7 +252,9 @@ class Trainer:
         facts = saved.facts if saved else {}
         self.done = facts.get("step", 0)
         self.window = Window(accelerator, facts.get("skipped_steps", 0), log.read_skipped(run) if saved else None)
-        self.since_checkpoint: list[list[float]] = []  # values of its steps
+        self.since_checkpoint: list[
+            list[float]
+        ] = []  # losses and gradient norms of the steps since the last checkpoint
         if saved:
             raw = self.stepper.optimizer.optimizer
             parts = checkpoint.read(saved.path, "model"), checkpoint.read(saved.path, "optimizer")
@@ -260,17 +263,17 @@ class Trainer:
             if accelerator.scaler is not None and facts.get("scaler"):
                 accelerator.scaler.load_state_dict(facts["scaler"])
         self.log: log.Log | None = None
-        self.graphs = 0  # CUDA graphs of the step, at the last log line
+        self.graphs = 0  # number of captured CUDA graphs at the last log line
 
     @property
     def finished(self) -> bool:
         return self.done >= self.steps
 
     def train(self) -> str:
-        """Trains to the end, or to the signal that stops it, whose name is returned ("" at the end).
+        """Trains to the end, and returns ""; or until a signal arrives, and returns the signal's name.
 
         Raises:
-            UserError: a checkpoint cannot be written, or too many steps in a row have no finite loss.
+            UserError: a checkpoint cannot be written, or too many consecutive steps have no finite loss.
         """
         config, main = self.config.run, self.accelerator.is_main_process
         if main:
@@ -295,7 +298,7 @@ class Trainer:
                     test_due = self.task.tested and (
                         save_due or (self.task.tested_each_epoch and self.done % self.steps_per_epoch == 0)
                     )
-                    # several processes can only agree on stopping where they talk to each other
+                    # several processes agree on stopping only when they communicate, at the next log line
                     asked = bool(signals.asked) and alone
                     if not (log_due or save_due or draw_due or test_due or asked):
                         continue
@@ -309,7 +312,7 @@ class Trainer:
                         return signals.asked or "a signal to another process"
                     self.window.pause()
         finally:
-            del batches  # ends its workers
+            del batches  # shuts down its workers
             if self.log is not None:
                 self.log.close()
         return ""
@@ -322,7 +325,7 @@ class Trainer:
             self.log.steps_done(self.done)
 
     def _close_window(self, stop: bool) -> bool:
-        """Writes the log line; returns whether any process was asked to stop."""
+        """Writes a log line; returns whether any process was asked to stop."""
         lr = self.window.steps[-1].lr
         known = len(self.window.broken)
         rows, seconds, waiting, stop, too_many = self.window.close(stop, self.config.run.nonfinite)
@@ -340,8 +343,8 @@ class Trainer:
                     "lr": lr,
                     **self._means(rows),
                     "images_per_second": round(self.layout.total / seconds, 2),
-                    "waiting": round(waiting, 4),  # share of the time, for data
-                    "graphs": graphs,  # captured so far, one more for another shape
+                    "waiting": round(waiting, 4),  # share of the time spent waiting for data
+                    "graphs": graphs,  # captured so far, one per shape
                     "memory_gib": round(log.memory(self.accelerator.device), 3),
                     "skipped_steps": self.window.skipped_steps,
                     "skipped_files": len(self.window.broken),
@@ -369,8 +372,10 @@ class Trainer:
         return dict(zip(names, mean(rows, len(names)), strict=True))
 
     def _evaluate(self) -> float:
-        """The score of the model as it is, which is logged."""
-        for statistics in self.stepper.statistics():  # of batch norms: what the first process saves is what is tested
+        """Evaluates the current model and logs the metrics; returns the score."""
+        for (
+            statistics
+        ) in self.stepper.statistics():  # batch norm: evaluate with the statistics that the first process saves
             statistics.copy_(broadcast(statistics))
         with self.stepper.average.in_place():
             score, metrics = self.task.evaluate(self.stepper.plain, self.accelerator)
@@ -392,9 +397,9 @@ class Trainer:
                     "version": sgmim_fast.__version__,
                     "torch": torch.__version__,
                     "command": self.task.command,
-                    **{name: means[name] for name in self.task.losses},  # since the checkpoint before
+                    **{name: means[name] for name in self.task.losses},  # means since the last checkpoint
                     **self.task.facts_of(self.stepper.plain),
-                    "score": score if self.task.tested else means["loss"],  # not known where a signal asked to save
+                    "score": score if self.task.tested else means["loss"],  # unknown if a signal caused the save
                     "steps": self.steps,
                     "epoch": self.done / self.steps_per_epoch,
                     "total_batch": self.layout.total,
@@ -410,7 +415,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _draw(self, examples: Any) -> None:
-        if not (self.accelerator.is_main_process or self.config.run.fsdp):  # sharded, all processes compute it
+        if not (self.accelerator.is_main_process or self.config.run.fsdp):  # a sharded model needs all processes
             return
         with self.stepper.average.in_place():
             found = self.task.draw_picture(self.stepper.plain, examples, self.accelerator)

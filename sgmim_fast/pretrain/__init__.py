@@ -1,5 +1,5 @@
 """Pre-training, `sgmim-fast pretrain`.
 
-`config`: what a run is, and the published recipes · `build`: model, optimizer, masks and data of a configuration ·
-`task`: them as an `engine.task.Task`, and the command · `pictures`, `export`: what a run leaves, and commands for it.
+`config`: the configuration, and the published recipes · `build`: creates model, optimizer, masks and data ·
+`task`: pre-training as an `engine.task.Task`, and the command · `pictures`: `sgmim-fast reconstruct` · `export`.
 """

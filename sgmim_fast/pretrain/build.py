@@ -1,4 +1,4 @@
-"""Model, optimizer, masks and data sets of a configuration, and what can be wrong with it, each in one sentence."""
+"""Creates model, optimizer, masks and data sets from a configuration, and validates its settings."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from sgmim_fast.pretrain.config import Config, Mask, Optim
 
 
 def create_model(config: Config) -> SGMIM:
-    """The model, its parameters drawn from torch's default generator.
+    """Creates the model; initialisation uses torch's default generator.
 
     Raises:
-        UserError: an unknown timm name (the nearest ones are named), or sizes that do not fit together.
+        UserError: unknown timm name (the message names similar ones), or sizes that do not fit together.
     """
     settings, size = config.model, config.data.size
     base = settings.encoder.split(".")[0]
@@ -61,15 +61,15 @@ def create_model(config: Config) -> SGMIM:
         )
     except UserError:
         raise
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # timm's own words
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # raised by timm
         raise UserError(f"model.encoder {settings.encoder} with {settings.arguments}: {error}") from error
 
 
 def check(config: Config) -> None:
-    """That images divide into tokens and mask units, that there is something to mask, and that numbers are possible.
+    """Validates settings: ranges, and that images divide into tokens and mask units.
 
     Raises:
-        UserError: naming the setting, what came and what is expected.
+        UserError: names the setting, its value and what is expected.
     """
     size, stride, unit = config.data.size, config.model.stride, config.mask.unit
     at_least(config, 1, (*OF_EVERY_RUN_1, "model.stride", "data.size", "data.epoch_images", "mask.unit"))
@@ -125,10 +125,10 @@ def _check_salience(settings: Mask) -> None:
 
 
 def structure_kind(config: Config) -> data.StructureKind:
-    """What the structure maps hold.
+    """The kind of structure maps that `config.data` describes.
 
     Raises:
-        UserError: a number that it needs is missing, or one is given that it does not have.
+        UserError: a setting that the kind needs is missing, or one is given that it does not have.
     """
     settings = config.data
     given = {"channels": settings.channels, "classes": settings.classes, "ignore": settings.ignore}
@@ -171,10 +171,10 @@ def _check_channels(config: Config) -> None:
 
 
 def check_windows(model: object, size: int) -> None:
-    """That every stage of a Swin divides into its windows: timm would pad it, and the published models do not.
+    """Validates that every stage of a Swin divides into windows: timm would pad, which the published models never do.
 
     Raises:
-        UserError: naming the stage.
+        UserError: names the stage.
     """
     for stage, layer in enumerate(getattr(model, "layers", ())):
         block = layer.blocks[0]
@@ -187,11 +187,11 @@ def check_windows(model: object, size: int) -> None:
 
 
 def create_dataset(config: Config) -> Dataset:
-    """The data set of the configuration: items as described in `sgmim_fast.data`.
+    """Creates the data set of the configuration, whose items are `sgmim_fast.data.Item`.
 
     Raises:
         UserError: none or several sources are given.
-        DataError: there is something wrong with the source.
+        DataError: the source is unusable.
     """
     settings, seed = config.data, config.run.seed
     folders = settings.images is not None or settings.structure is not None
@@ -231,11 +231,11 @@ def create_dataset(config: Config) -> Dataset:
 
 
 def hold_out(config: Config, dataset: Dataset) -> tuple[Dataset, Dataset | None]:
-    """What is trained on of a data set, and what is held out, cut and resized without chance; None: nothing is.
+    """Splits a data set for training and evaluation. The second is None if nothing is held out; its crops are central.
 
     Raises:
         UserError: nothing would be left to train on.
-        DataError: there is something wrong with the folders of held-out data.
+        DataError: the folders of held-out data are unusable.
     """
     settings = config.data
     if settings.val_images is not None:
@@ -278,12 +278,13 @@ Drawn = SelectiveMask | Scores
 def draw_masks(
     settings: Mask, size: int, images: int, seed: int, step: int, device: torch.device, stride: int | None = None
 ) -> SelectiveMask:
-    """Masks of all images of a step, on the device; nothing waits for it.
+    """Draws the masks of all images of a step on the device, without synchronising.
 
     Args:
         size: pixels along an image, a multiple of the mask unit.
-        images: number of images of the step, over all processes.
-        stride: pixels along the encoder's cells, on which the masks are drawn where they make up the units.
+        images: number of images of the step, on all processes together.
+        stride: the encoder's stride. If it divides the unit, masks are drawn on the grid of cells, which saves the
+            model that step.
     """
     generator = torch.Generator(device).manual_seed(mix(seed, "masks", step))
     options = {"shown": read_shown(settings.shown), "scale": _scale(settings.unit, stride)}
@@ -319,7 +320,7 @@ def _scale(unit: int, stride: int | None) -> int:
 
 
 def read_shown(text: str) -> str | float:
-    """The setting `mask.shown` as `selective_mask` takes it."""
+    """Parses the setting `mask.shown` for `selective_mask`."""
     try:
         return float(text)
     except ValueError:
@@ -348,12 +349,12 @@ def create_optimizer(model: SGMIM, settings: Optim) -> torch.optim.AdamW:
 def learning_rate(settings: Optim, step: int, steps_per_epoch: int, total_batch: int) -> float:
     """The learning rate of a step, counted from 0 over the whole run.
 
-    Rates are those of `settings` times total_batch / 512, the warm-up's and the last one too. Warm-up is linear in the
-    step; behind it cosine is where it would be without warm-up, as in timm's `CosineLRScheduler` and SimMIM.
+    All rates of `settings` are multiplied by total_batch / 512. Warm-up is linear and replaces the start of the
+    schedule without shifting it, as in timm's `CosineLRScheduler` (warmup_prefix=False) and SimMIM.
 
     Args:
-        steps_per_epoch: optimizer steps of an epoch.
-        total_batch: images of a step, over all processes and accumulated backwards.
+        steps_per_epoch: optimizer steps per epoch.
+        total_batch: images per optimizer step, over all processes and accumulated backward passes.
     """
     scale = total_batch / 512
     high, low, start = scale * settings.lr, scale * settings.min_lr, scale * settings.warmup_lr
@@ -367,12 +368,12 @@ def learning_rate(settings: Optim, step: int, steps_per_epoch: int, total_batch:
 
 
 def find(run: Path, name: str | None = None) -> Saved:
-    """The checkpoint of a run of pre-training, see `engine.checkpoint.find`."""
+    """Finds a checkpoint of a pre-training run, see `engine.checkpoint.find`."""
     return checkpoint.find(run, name, Config, "pretrain")
 
 
 def trained(config: Config) -> Config:
-    """The same without weights to start from, which a checkpoint replaces: nothing is downloaded or read for them."""
+    """The configuration without initial weights, which a checkpoint replaces: nothing is downloaded or read."""
     arguments = without_sources(config.model.arguments)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, arguments=arguments))
 

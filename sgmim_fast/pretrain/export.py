@@ -1,4 +1,4 @@
-"""`sgmim-fast export`: the encoder of a run as a file for timm, with a model card beside it."""
+"""`sgmim-fast export`: writes the encoder of a run to a file that timm loads, and a model card."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from sgmim_fast.checkpoints import export_timm
 from sgmim_fast.engine.checkpoint import Saved
 from sgmim_fast.engine.settings import to_yaml
 from sgmim_fast.errors import UserError
+from sgmim_fast.exported import tuples
 from sgmim_fast.pretrain.build import find, load
 from sgmim_fast.pretrain.config import Config, Data
 
@@ -26,16 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Raises UserError for what the user can put right."""
+    """Raises UserError for errors that the user can correct."""
     card = export(find(args.run, args.checkpoint), args.out, args.num_classes)
     print(f"wrote {args.out} and {card}")
 
 
 def export(saved: Saved, out: Path, num_classes: int | None = None) -> Path:
-    """Writes the encoder by `sgmim_fast.checkpoints.export_timm` and its card; returns the card's path.
+    """Writes the encoder (see `sgmim_fast.checkpoints.export_timm`) and its model card; returns the card's path.
 
     Raises:
-        UserError: the file has another ending than .safetensors or cannot be written.
+        UserError: the suffix is not .safetensors, or the file cannot be written.
     """
     if out.suffix != ".safetensors":
         raise UserError(f"{out} has the ending {out.suffix!r}; expected .safetensors, by which timm knows the format")
@@ -54,8 +55,7 @@ def _card(saved: Saved, out: Path) -> str:
     config, facts = saved.config, saved.facts
     with safe_open(out, "pt") as file:
         given = json.loads(file.metadata()["timm_arguments"])
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    call = "".join(f", {name}={value!r}" for name, value in given.items())
+    call = "".join(f", {name}={value!r}" for name, value in tuples(given).items())
     losses = ", ".join(
         f"{name} {'not known' if facts[key] is None else format(facts[key], '.4f')}"
         for name, key in (("total", "loss"), ("image", "image_loss"), ("structure", "structure_loss"))

@@ -1,4 +1,4 @@
-"""`sgmim-fast reconstruct`: what a model makes of some pairs, as a picture."""
+"""`sgmim-fast reconstruct`: draws the predictions of a pre-trained model for some pairs."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from sgmim_fast.reference import pixel_mask
 
 
 class Panels(NamedTuple):
-    """What is drawn, on the CPU: (B, 3, H, W) normalised, (B, C, H, W) standardised, bool."""
+    """Images (normalised), structure maps (standardised), masks and predictions for a picture, on the CPU."""
 
-    images: Tensor
-    hidden: Tensor  # (B, 1, H, W), True where the image was masked
-    image: Tensor  # predicted
-    structure: Tensor | None  # of images alone
-    valid: Tensor | None
-    shown: Tensor  # True where the structure branch could read the map
-    guess: Tensor | None  # of the structure; None without guidance
+    images: Tensor  # (B, 3, H, W)
+    masked: Tensor  # (B, 1, H, W) bool, True where the image was masked
+    image: Tensor  # (B, 3, H, W), predicted
+    structure: Tensor | None  # (B, S, H, W); None without maps
+    valid: Tensor | None  # (B, S, H, W) bool
+    shown: Tensor  # (B, 1, H, W) bool, True where the structure branch could read the map
+    guess: Tensor | None  # (B, S, H, W), predicted structure; None without guidance
 
 
 @torch.no_grad()
 def panels(model: SGMIM, batch: dict[str, Any], config: Config, device: torch.device) -> Panels:
-    """Predictions for a batch of `sgmim_fast.data`, with masks that depend on the seed alone."""
+    """Predicts a batch of `sgmim_fast.data`, with masks that depend on the seed alone."""
     training = model.training
     model.eval()
     images = batch["image"].to(device)
@@ -47,8 +47,8 @@ def panels(model: SGMIM, batch: dict[str, Any], config: Config, device: torch.de
     mask = build.masks_of(drawn, config, model, images)
     image, guess = model.predict(images, structure, mask, structure_valid=valid)
     model.train(training)
-    hidden, shown = (pixel_mask(m, images).bool() for m in (mask.mask, mask.structure))
-    found = Panels(images, hidden, image.float(), structure, valid, shown, None if guess is None else guess.float())
+    masked, shown = (pixel_mask(m, images).bool() for m in (mask.mask, mask.structure))
+    found = Panels(images, masked, image.float(), structure, valid, shown, None if guess is None else guess.float())
     return Panels(*(None if t is None else t.cpu() for t in found))
 
 
@@ -71,14 +71,14 @@ def grid(
     grey, white = torch.full((3, 1, 1), 0.6), torch.ones(3, 1, 1)
     columns = {
         "image": colours(found.images),
-        "masked image": colours(found.images).where(~found.hidden, grey),
-        "reconstruction": colours(found.image).where(found.hidden, colours(found.images)),
+        "masked image": colours(found.images).where(~found.masked, grey),
+        "reconstruction": colours(found.image).where(found.masked, colours(found.images)),
     }
     if found.guess is not None:
         truth = kind.colours(found.structure).where(found.valid.all(1, keepdim=True), white)
         columns |= {
             "structure shown": truth.where(found.shown, grey),
-            "structure predicted": kind.colours(found.guess).where(~found.hidden, truth),
+            "structure predicted": kind.colours(found.guess).where(~found.masked, truth),
             "structure truth": truth,
         }
     rows = len(found.images)
@@ -104,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Raises UserError, or DataError, for what the user can put right."""
+    """Raises UserError or DataError for errors that the user can correct."""
     if args.count < 1:
         raise UserError(f"--count is {args.count}; expected at least 1")
     saved = build.find(args.run, args.checkpoint)

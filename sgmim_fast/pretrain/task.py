@@ -1,4 +1,4 @@
-"""`sgmim-fast pretrain`: pre-training as a `Task`: SGMIM, masks and pairs, and the losses on held-out pairs."""
+"""`sgmim-fast pretrain`: pre-training as a `Task`, evaluated by the losses on held-out pairs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sgmim_fast.salience import RATIO
 
 
 class Pretraining(Task):
-    """SG-MIM, or SimMIM without its guidance."""
+    """SG-MIM, or SimMIM with `model.guidance=false`."""
 
     config: Config
     command = "pretrain"
@@ -120,7 +120,7 @@ class Pretraining(Task):
         return score, metrics
 
     def examples(self, dataset: Dataset, number: int) -> dict[str, Any]:
-        """Held-out pairs, where there are some."""
+        """Held-out pairs if there are any, else training pairs."""
         return super().examples(self.held_out or dataset, number)
 
     def draw_picture(self, model: SGMIM, examples: dict[str, Any], accelerator: Accelerator) -> pictures.Panels:
@@ -154,15 +154,15 @@ class Pretraining(Task):
             for name in self.losses[1:]
             if tests
         )
-        told = f"on held-out data: {fell}\n" if tests else ""
-        return f"{told}wrote {encoder} and {card.name}; look at {folder / 'losses.png'} and {last}"
+        report = f"on held-out data: {fell}\n" if tests else ""
+        return f"{report}wrote {encoder} and {card.name}; look at {folder / 'losses.png'} and {last}"
 
 
 @torch.no_grad()
 def held_out_losses(model: SGMIM, dataset: Dataset, config: Config, accelerator: Accelerator) -> Sequence[float]:
-    """Total, image and structure loss, means over the images. Every process takes its share, and has to call it.
+    """Total, image and structure loss, averaged over the images. All processes have to call it.
 
-    Each image has one mask, which depends on the seed alone, and the model is not in training mode meanwhile.
+    Each image has one mask, which depends on the seed alone. The model is in evaluation mode meanwhile.
     """
     batch, device, count = config.optim.batch, accelerator.device, len(dataset)
     rank, processes = accelerator.process_index, accelerator.num_processes
@@ -175,7 +175,7 @@ def held_out_losses(model: SGMIM, dataset: Dataset, config: Config, accelerator:
         dataset,
         min(loader.workers(config.data), len(firsts)),
         batch_sampler=[range(first, min(first + batch, count)) for first in firsts],
-        generator=torch.Generator().manual_seed(0),  # the default generator is left alone
+        generator=torch.Generator().manual_seed(0),  # leaves the default generator alone
     )
     total = torch.zeros(4, device=device)
     training = model.training
@@ -228,5 +228,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises UserError, or DataError, for what the user can put right."""
+    """Raises UserError or DataError for errors that the user can correct."""
     return COMMAND.execute(args)

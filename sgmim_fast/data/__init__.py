@@ -1,4 +1,4 @@
-"""Pairs of images and structure maps for pre-training: from folders, from WebDataset shards, and made up."""
+"""Data sets of images and structure maps for pre-training: folders, WebDataset shards, and procedural scenes."""
 
 try:
     import matplotlib  # noqa: F401

@@ -1,4 +1,4 @@
-"""Structure maps that are not one channel of depth: several channels, surface normals, class ids."""
+"""Reading structure maps of several channels, surface normals, and class ids."""
 
 from __future__ import annotations
 
@@ -16,24 +16,28 @@ from sgmim_fast.data.pair import Normals, Structure
 from sgmim_fast.data.report import BrokenFile
 from sgmim_fast.data.structure_file import SPARSE, StructureFile
 
-# of a PNG: where the number of bits is, and modes of Pillow that are several channels
+# offset of the bit depth in a PNG, and Pillow's modes of several channels
 BITS_OF_PNG, BANDS = 24, ("LA", "RGB", "RGBA", "RGBX")
 BITS = 258  # tag of TIFF
-SHORTEST, UNIT = 0.1, (0.9, 1.1)  # lengths: shorter ones are no normals, and the median of a map's is in that range
+SHORTEST, UNIT = (
+    0.1,
+    (0.9, 1.1),
+)  # lengths of vectors: shorter ones are missing values; the median must lie in this range
 
 
 class ChannelsFile(StructureFile):
     """A structure map of several channels.
 
-    .npy of (C, H, W) or (H, W, C); PNG in grey and alpha, RGB or RGBA, of 8 or 16 bits, whose alpha is a channel as
-    others are; TIFF of so many grey pages, or of RGB(A) of 8 bits; EXR. Integers are divided as `StructureFile` says.
+    Formats: .npy of (C, H, W) or (H, W, C); PNG with grey and alpha, RGB or RGBA, of 8 or 16 bits, where alpha is a
+    channel like the others; TIFF with a grey page per channel, or RGB(A) of 8 bits; EXR. Integers are divided as in
+    `StructureFile`.
 
     Args:
-        channels: their number.
-        name, content, missing: see `StructureFile`; a channel may miss a value where another has one.
+        channels: number of channels.
+        name, content, missing: see `StructureFile`; values may be missing in some channels only.
 
     Raises:
-        BrokenFile: whatever is wrong with the file, such as another number of channels.
+        BrokenFile: the file cannot be decoded, or has another number of channels.
     """
 
     def __init__(
@@ -74,9 +78,9 @@ class ChannelsFile(StructureFile):
 
 
 def _read_deep_png(content: bytes) -> np.ndarray:
-    """(C, H, W) of a PNG in colour of 16 bits, of which Pillow would give the upper 8."""
+    """(C, H, W) of a 16-bit colour PNG, which Pillow would reduce to 8 bits."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torchvision means to drop it
+        warnings.simplefilter("ignore", DeprecationWarning)  # torchvision has deprecated it
         try:
             from torchvision.io import ImageReadMode, decode_image
         except ImportError:
@@ -106,13 +110,13 @@ def _read_pages(image: Image.Image, kind: str) -> np.ndarray:
 
 
 class NormalsFile(ChannelsFile):
-    """Surface normals: x to the right, whatever the directions of y and z.
+    """Surface normals, x to the right; y and z may have any direction.
 
-    Integers of 8 or 16 bits hold (n + 1) / 2 of their range; pixels that are `missing` in all channels, vectors near 0,
-    NaN and infinities have no value. What is read has unit length.
+    8- and 16-bit integers encode (n + 1) / 2, scaled to their range. Pixels that are `missing` in all channels, vectors
+    near 0, NaN and infinities are missing values. Vectors are normalised to unit length.
 
     Raises:
-        BrokenFile: whatever is wrong with the file, such as vectors that are no unit vectors.
+        BrokenFile: the file cannot be decoded, or does not hold unit vectors.
     """
 
     kind = "map of normals"
@@ -144,7 +148,7 @@ class NormalsFile(ChannelsFile):
             raise TypeError(f"{self.kind} has dtype {pixels.dtype}; expected uint8, uint16 or floating-point numbers")
 
     def _vectors(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(h, w, 3) float32, and their lengths, 0 where there is no value."""
+        """Vectors (h, w, 3) float32, and their lengths, 0 where a value is missing."""
         vectors = pixels.astype(np.float32)
         known = np.isfinite(vectors).all(2)
         if pixels.dtype.kind != "f":
@@ -164,11 +168,11 @@ class SemanticFile(StructureFile):
     """Class ids from 0 to classes - 1: grey of 8 or 16 bits, the indices of a palette image, .npy of integers.
 
     Args:
-        classes: their number.
-        ignore: the id that means that no class is known; None: none does.
+        classes: number of classes.
+        ignore: id of unlabelled pixels; None: none.
 
     Raises:
-        BrokenFile: whatever is wrong with the file, such as an id out of range.
+        BrokenFile: the file cannot be decoded, or an id is out of range.
     """
 
     kind = "label map"

@@ -21,12 +21,12 @@ from sgmim_fast.data.structure_file import StructureFile
 from sgmim_fast.data.structure_kind import DEPTH, NAMES, StructureKind, structure_kind
 from sgmim_fast.errors import UserError
 
-BATCH = 8  # entries that a process hands over at a time
+BATCH = 8  # reports per message from a worker
 TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 
 
 class Reader:
-    """Reads an image, a map or a pair, and forgets it."""
+    """Reads an image, a map or a pair, and returns a report on it."""
 
     def __init__(self, kind: StructureKind, missing: float | None) -> None:
         self.kind, self.missing = kind, missing
@@ -34,7 +34,7 @@ class Reader:
     def read(self, image: tuple[str, ...] | None, structure: tuple[str, ...] | None) -> Report:
         """
         Args:
-            image, structure: name, and content where it is no file; None: there is none.
+            image, structure: (name,) of a file, or (name, content); None: absent.
         """
         report = Report()
         files: list[ImageFile | StructureFile] = []
@@ -57,7 +57,7 @@ class Reader:
 
 
 class Entries(Dataset):
-    """What was found of each (image, map), one of which may be None."""
+    """Map-style data set of reports on (image, map) files, one of which may be None."""
 
     def __init__(self, entries: list[tuple[str | None, str | None]], reader: Reader) -> None:
         self.entries, self.reader = entries, reader
@@ -71,7 +71,7 @@ class Entries(Dataset):
 
 
 class Samples(IterableDataset):
-    """What was found of each sample of some shards, which workers deal out between them."""
+    """Iterable data set of reports on the samples of shards, which are split over workers."""
 
     def __init__(self, urls: list[str], reader: Reader) -> None:
         self.urls, self.reader = urls, reader
@@ -117,15 +117,15 @@ def check(
     workers: int = 0,
     progress: bool = False,
 ) -> Report:
-    """Reads all files of a folder of images, or of a mirrored folder of maps too, paired or not.
+    """Reads all files of a folder of images and of an optional mirrored folder of maps, paired or not.
 
     Args:
         images, structure, missing, kind: see `FolderPairs`.
-        workers: processes that read; 0: this one.
-        progress: shows a bar.
+        workers: worker processes; 0: read in this process.
+        progress: show a progress bar.
 
     Raises:
-        DataError: there are none, or none of them pair.
+        DataError: no files, or no pairs.
     """
     report = Report()
     found = find_files(images, "images", IMAGE_SUFFIXES, report)
@@ -148,10 +148,10 @@ def check_shards(
     workers: int = 0,
     progress: bool = False,
 ) -> Report:
-    """Reads all samples of some shards, complete or not; see `ShardPairs` and `check`.
+    """Reads all samples of shards, complete or not; see `ShardPairs` and `check`.
 
     Raises:
-        DataError: a local shard is not there.
+        DataError: a local shard does not exist.
     """
     found = shards.expand(urls)
     report = Report(broken=shards.truncated(found))
@@ -214,7 +214,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _shards(folder: str) -> list[str]:
-    """The shards that are meant, none where it is a folder of images or maps."""
+    """The shards that an argument names; empty for a folder of images or maps."""
     if not os.path.isdir(folder):
         return [folder] if folder.endswith(TARS) or "{" in folder or ":" in folder else []
     found = sorted(str(path) for path in Path(folder).rglob("*") if path.name.endswith(TARS) and path.is_file())

@@ -1,4 +1,4 @@
-"""What is in a folder tree, and what two of them have in common."""
+"""Finding the files of folder trees, and matching those of two mirrored trees."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import numpy as np
 from sgmim_fast.data.report import DataError, Report
 
 Found = dict[str, list[str]]  # relative path without suffix -> suffixes
-# In which a map's values are not those that were stored
+# Lossy formats, which change the values of a map
 LOSSY = (".jpg", ".jpeg", ".jfif", ".webp", ".avif")
 
 
 def find_files(root: Path, argument: str, suffixes: tuple[str, ...], report: Report | None = None) -> Found:
-    """The files of a tree with these suffixes, sorted; hidden ones do not count.
+    """Finds the files of a tree with these suffixes, sorted, without dotfiles.
 
-    Links to folders are followed, each real folder once, so that a loop of them adds nothing. What is left out for that
-    goes into `report`, and so do files that would be maps in a format that does not keep their values.
+    Symbolic links to folders are followed, but each real folder is visited once. `report` gets the links that are left
+    out, and maps in lossy formats.
 
     Raises:
-        DataError: there is no such folder, or no such file in it.
+        DataError: the folder does not exist, or has no such file.
     """
     if not root.is_dir():
         raise DataError(f"{argument} is {root}; expected a folder, found {'a file' if root.exists() else 'nothing'}")
@@ -51,8 +51,8 @@ def find_files(root: Path, argument: str, suffixes: tuple[str, ...], report: Rep
 
 
 def _walk(root: Path, report: Report) -> Iterator[tuple[str, list[str]]]:
-    """The folders of a tree, relative to it, with their files. Links to folders come last, so that a folder is found by
-    its own path first."""
+    """Yields the folders of a tree, relative to it, with their files. Links to folders come last, so that each folder
+    is found by its own path first."""
     seen: set[tuple[int, int]] = set()
     waiting = deque([""])
     while waiting:
@@ -73,13 +73,13 @@ def _walk(root: Path, report: Report) -> Iterator[tuple[str, list[str]]]:
 def match(
     images: Found, maps: Found, images_root: Path, maps_root: Path, kind: str, report: Report, suffix: str = ".png"
 ) -> np.ndarray:
-    """Images and maps of the same relative path, but for the suffix: (pairs, 2) of their paths as bytes.
+    """Matches images and maps by relative path without suffix. Returns (pairs, 2) paths as bytes.
 
-    What has no partner goes into `report`. The second of two maps for one image is not used either.
+    Files without a partner go into `report`, as does the second of two maps for one image.
 
     Args:
-        kind: what messages call a map.
-        suffix: of an example that they give.
+        kind: the word for a map in messages.
+        suffix: of the example in messages.
 
     Raises:
         DataError: no image has a map.

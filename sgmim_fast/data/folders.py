@@ -21,26 +21,26 @@ from sgmim_fast.data.structure_kind import DEPTH, StructureKind
 
 
 class FolderPairs(Pairs):
-    """Images and structure maps of the same relative path, but for the suffix, in two folder trees of any depth.
+    """Pairs of images and structure maps with the same relative path, except for the suffix, in two folder trees.
 
-    What has no partner, or cannot be read, is left out, counted and named in `report`. A broken file that is met only
-    while training is replaced by the next good pair, and named in the item's "skipped"; a fault of the whole data set
-    is raised at construction. An image and its map may differ in resolution, but not in shape.
+    Files without a partner and unreadable files are left out and named in `report`. A pair that turns out to be broken
+    while training is replaced by the next good one, and named in the item's "skipped". An image and its map may differ
+    in resolution, but not in aspect ratio.
 
     Args:
-        images: folder of images, in any format of `IMAGE_SUFFIXES`. They are read as RGB and turned as EXIF says.
+        images: folder of images, in any format of `IMAGE_SUFFIXES`. They are read as RGB and rotated as EXIF says.
         structure: folder of maps, in any format of `MAP_SUFFIXES`; see `StructureFile` for units and missing values.
-            None: images alone, for SimMIM; transforms take and return no map then, and items have none.
+            None: images alone, for SimMIM; transforms then take and return no map.
         transform: takes (image, structure) and returns both, the image normalised, such as `PairTransform`. Its random
-            numbers come from torch's CPU generator, seeded for every item from (seed, epoch, index). None: normalises.
+            numbers come from torch's CPU generator, seeded per item from (seed, epoch, index). None: `Normalize`.
         report: file to write `Report.write`'s list to.
         seed: of the transform.
-        missing: integer that means "no value" in maps; None: none does.
+        missing: integer that marks missing values in maps; None: none.
         kind: what the maps hold.
         channels: of the images, which are then `ChannelImage`s; None: photographs, RGB.
 
     Raises:
-        DataError: nothing is there, nothing pairs, or none of the pairs tried can be read.
+        DataError: no files, no pairs, or none of the pairs tried can be read.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class FolderPairs(Pairs):
             self.report.write(report)
 
     def name(self, index: int) -> str:
-        """Path of an image inside the tree."""
+        """Path of the image relative to the tree."""
         return os.fsdecode(self._entries[index, 0])
 
     def _read(self, index: int) -> tuple[ImageFile] | tuple[ImageFile, StructureFile]:

@@ -1,4 +1,4 @@
-"""An image file whose decoding waits until it is known how much of it is needed."""
+"""Image files with lazy decoding, at the resolution that is needed."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from sgmim_fast.data.report import BrokenFile
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".avif", ".jfif")
 ORIENTATION = 0x0112  # tag of EXIF
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF, and a value
-DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # Pillow's modes of grey with more than 8 bits
-OF_16_BITS = ("PNG", "PPM")  # formats whose integers Pillow may give as 32 bits
+DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # Pillow's grey modes of more than 8 bits
+OF_16_BITS = ("PNG", "PPM")  # formats whose 16-bit integers Pillow may return as 32 bits
 FOUR_INKS = ("CMYK", "YCCK")
 SMALLEST_SHRINK = 2.0  # libjpeg-turbo takes longer for 5/8 to 7/8 of the size than for all of it
 
 
 class ImageFile:
-    """An image in any format of `IMAGE_SUFFIXES`. Of an upright JPEG only the header is looked at until `decode`.
+    """An image in any format of `IMAGE_SUFFIXES`. JPEGs that EXIF does not rotate are decoded in `decode` only.
 
     Args:
-        name: path, or what to call it.
-        content: what is in the file; None: it is read from `name`.
+        name: path, or a name for messages.
+        content: the file's bytes; None: read from `name`.
 
     Raises:
-        BrokenFile: here or in `decode`, whatever is wrong with the file.
+        BrokenFile: the file cannot be decoded; raised here or by `decode`.
     """
 
     def __init__(self, name: str | os.PathLike[str], content: bytes | None = None):
@@ -48,17 +48,17 @@ class ImageFile:
                 limits.check_pixels(*self.size)
             else:
                 self.size = self._pixels.shape[:2]
-        except Exception as error:  # decoders raise all kinds
+        except Exception as error:  # decoders raise exceptions of any type
             raise BrokenFile(self.name, error) from error
 
     @property
     def kind(self) -> str:
-        """How its values were stored."""
+        """The stored bit depth, for reports."""
         return "8 bits" if self._pixels is None or self._pixels.dtype == np.uint8 else "16 bits or float, grey"
 
     def decode(self, shrink: float = 1.0) -> Tensor:
-        """(3, h, w) RGB, upright as EXIF says; h and w are at least `shrink` times the full height and width. uint8, or
-        float32 from 0 to 1 of an image of more than 8 bits."""
+        """Decodes to (3, h, w) RGB, rotated as EXIF says, with h and w at least `shrink` times the full size. uint8, or
+        float32 in [0, 1] for images of more than 8 bits."""
         pixels = self._pixels
         try:
             if pixels is None:
@@ -69,7 +69,7 @@ class ImageFile:
 
 
 def _is_upright_jpeg(content: bytes) -> bool:
-    """Whether it is a JPEG in colour or grey that EXIF does not turn."""
+    """Whether it is an RGB or grey JPEG that EXIF does not rotate."""
     if not content.startswith(b"\xff\xd8") or simplejpeg.decode_jpeg_header(content, strict=False)[2] in FOUR_INKS:
         return False
     if b"Exif\0" not in content[:4096]:
@@ -83,12 +83,12 @@ def _decode_jpeg(content: bytes, height: int, width: int) -> np.ndarray:
     try:
         return simplejpeg.decode_jpeg(
             content,
-            fastupsample=True,  # of colour differences, which resizing smooths again
+            fastupsample=True,  # fast chroma upsampling, as resizing smooths the result
             min_height=height,
             min_width=width,
             min_factor=SMALLEST_SHRINK,
         )
-    except ValueError:  # Pillow forgives some faults, such as stray bytes between segments
+    except ValueError:  # Pillow tolerates some faults, such as stray bytes between segments
         return _decode_all(content)
 
 
@@ -106,7 +106,7 @@ def _to_unit(image: Image.Image) -> np.ndarray:
     """(H, W) float32 from 0 to 1 of a grey image of more than 8 bits, which Pillow would clip to them."""
     values = np.array(image, dtype=np.float32)
     if image.mode == "F":
-        if not (values.min() >= 0 and values.max() <= 1):  # nor with NaN
+        if not (values.min() >= 0 and values.max() <= 1):  # also False for NaN
             raise ValueError(f"has floating-point values from {values.min():g} to {values.max():g}; expected 0 to 1")
         return values
     if image.mode == "I" and image.format not in OF_16_BITS:

@@ -1,7 +1,8 @@
-"""What a file may cost: a small one can ask for any amount of memory.
+"""Limits on the memory that decoding a file may take: small files can expand to any size.
 
-`SGMIM_FAST_MAX_PIXELS` of an image or map (by default what Pillow warns of, 89 million), `SGMIM_FAST_MAX_FILE_MIB` of a
-file, also of one in a shard (512), `SGMIM_FAST_MAX_EXPANSION` of a compressed shard, in times its size (100).
+Set by environment variables: `SGMIM_FAST_MAX_PIXELS` of an image or map (default: Pillow's limit, 89 million),
+`SGMIM_FAST_MAX_FILE_MIB` of a file or a member of a shard (512), `SGMIM_FAST_MAX_EXPANSION` of a compressed shard, as a
+multiple of its size (100).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _DEFAULTS = {PIXELS: 89_478_485, FILE_MIB: 512, EXPANSION: 100}
 
 
 def limit(name: str) -> int:
-    """A setting, from the environment. Raises ValueError where it is no positive number."""
+    """A limit, from the environment or the default. Raises ValueError unless it is a positive number."""
     text = os.environ.get(name, "")
     if text and not (text.isdecimal() and int(text)):
         raise ValueError(f"{name} is {text!r}; expected a positive number")
@@ -25,22 +26,22 @@ def limit(name: str) -> int:
 
 
 def check_pixels(height: int, width: int) -> None:
-    """Raises ValueError where there are too many."""
+    """Raises ValueError for an image of too many pixels."""
     if height * width > limit(PIXELS):
         raise ValueError(f"has {height}×{width} pixels, more than {limit(PIXELS)} ({PIXELS})")
 
 
 def check_bytes(size: int) -> None:
-    """Raises ValueError where a file has too many."""
+    """Raises ValueError for a file of too many bytes."""
     if size > limit(FILE_MIB) * 2**20:
         raise ValueError(f"has {size / 2**20:.0f} MiB, more than {limit(FILE_MIB)} ({FILE_MIB})")
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
-    """The content of an ordinary file: pipes and devices may have no end.
+    """Reads a regular file; pipes and devices, which may be endless, are refused.
 
     Raises:
-        OSError, ValueError: it cannot be read, or should not be.
+        OSError, ValueError: the file cannot be read, or exceeds the limit.
     """
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
@@ -54,11 +55,11 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
 
 
 def open_image(file: object) -> Image.Image:
-    """Pillow's image, not yet decoded; by our limit, where one was set above Pillow's own."""
+    """Opens an image with Pillow without decoding it, under our limit on pixels in place of Pillow's."""
     if PIXELS in os.environ:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, limit(PIXELS))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # about what is refused here
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # check_pixels refuses them
         image = Image.open(file)
     check_pixels(image.height, image.width)
     return image

@@ -1,4 +1,4 @@
-"""Numbers for every pixel of an image: read from PNG, TIFF, NumPy, PFM and EXR, written as PNG that loads fast."""
+"""Maps with a number per pixel: reading PNG, TIFF, NumPy, PFM and EXR, and writing PNG that loads fast."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from PIL import Image
 from sgmim_fast.data import limits
 from sgmim_fast.data.report import BrokenFile
 
-SUBFILE, REDUCED = 254, 1  # a tag of TIFF, and its flag of a page that is another one, smaller
-UP = 2  # the row filter of PNG that subtracts the row above
-NAMED = 3  # ids of classes that a message names
+SUBFILE, REDUCED = 254, 1  # TIFF tag NewSubfileType, and its flag for reduced versions of another page
+UP = 2  # PNG's filter type Up: differences from the row above
+NAMED = 3  # number of class ids that a message names
 MAP_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".exr", ".pfm")
 
 
 class MapFile:
-    """A map as it was stored: `pixels` (H, W) of integers or floating-point numbers, and `size`, its height and width.
+    """A map as stored: `pixels` (H, W), integers or floating point, and `size` (height, width).
 
-    Classes of several channels have them last: (H, W, C).
+    Subclasses for several channels have `pixels` (H, W, C).
 
     Args:
-        name: path, or what to call it; its suffix tells the format.
-        content: what is in the file; None: it is read from `name`.
+        name: path, or a name for messages; the suffix gives the format.
+        content: the file's bytes; None: read from `name`.
 
     Raises:
-        BrokenFile: whatever is wrong with the file, such as three channels or another dtype.
+        BrokenFile: the file cannot be decoded, or has an unsupported dtype or number of channels.
     """
 
-    kind: ClassVar[str] = "map"  # what messages call it
-    palette: ClassVar[bool] = False  # whether the pixels of a palette image are the map: its colours never are
+    kind: ClassVar[str] = "map"  # the word for it in messages
+    palette: ClassVar[bool] = False  # whether the indices of a palette image are valid map values
 
     def __init__(self, name: str | os.PathLike[str], content: bytes | None = None) -> None:
         self.name = os.fspath(name)
@@ -48,12 +48,12 @@ class MapFile:
                 file = io.BytesIO(limits.read_file(name) if content is None else content)
                 pixels = _read_numpy(file) if suffix == ".npy" else self._read_pillow(file)
             self.pixels = self._arranged(pixels)
-        except Exception as error:  # decoders raise all kinds
+        except Exception as error:  # decoders raise exceptions of any type
             raise BrokenFile(self.name, error) from error
         self.size: tuple[int, int] = self.pixels.shape[:2]  # height, width
 
     def _arranged(self, pixels: np.ndarray) -> np.ndarray:
-        """(H, W) of what was stored as (H, W), (1, H, W) or (H, W, 1)."""
+        """(H, W), (1, H, W) or (H, W, 1) -> (H, W)."""
         self._check_dtype(pixels)
         if pixels.ndim == 3 and 1 in (pixels.shape[0], pixels.shape[2]):
             pixels = pixels.squeeze(0 if pixels.shape[0] == 1 else 2)
@@ -81,7 +81,7 @@ class MapFile:
 
 
 def full_pages(image: Image.Image) -> list[int]:
-    """The pages of a TIFF that are no smaller versions of another one; the first one of other formats."""
+    """Indices of the pages of a TIFF that are not reduced versions of another page; [0] for other formats."""
     if image.format != "TIFF":
         return [0]
     pages = []
@@ -94,10 +94,10 @@ def full_pages(image: Image.Image) -> list[int]:
 
 
 def class_ids(pixels: np.ndarray) -> np.ndarray:
-    """The integers of a label map; what has two values are 0 and 1.
+    """Class ids of a label map; booleans become 0 and 1.
 
     Raises:
-        TypeError: they are no integers.
+        TypeError: the dtype is not an integer or bool.
     """
     if pixels.dtype.kind == "b":
         pixels = pixels.astype(np.uint8)
@@ -107,7 +107,7 @@ def class_ids(pixels: np.ndarray) -> np.ndarray:
 
 
 def out_of_range(pixels: np.ndarray) -> str:
-    """What a message says of the ids of these pixels."""
+    """A message that names the ids of these pixels."""
     ids, counts = np.unique(pixels, return_counts=True)
     named = [f"{id} ({count} pixels)" for id, count in zip(ids[:NAMED], counts[:NAMED], strict=True)]
     return f"class ids out of range: {', '.join(named)}{', ...' if len(ids) > NAMED else ''}"
@@ -145,23 +145,25 @@ def _read_exr(name: str, content: bytes | None) -> np.ndarray:
 
 
 def encode_png(pixels: np.ndarray, *, compression: int = 0, text: dict[str, str] | None = None) -> bytes:
-    """A grey PNG of (H, W) uint16.
+    """Encodes (H, W) uint16 as a grey PNG.
 
-    Libraries filter the rows of every PNG and make readers undo that, also where nothing is compressed. Here such a
-    file holds plain rows, which load several times as fast (benchmarks/NOTES.md, "Loading").
+    Other encoders filter rows, which decoders have to undo, even without compression. Uncompressed files written here
+    have unfiltered rows and load several times as fast (benchmarks/NOTES.md, "Loading").
 
     Args:
         pixels: (H, W) uint16.
-        compression: zlib's, 0 to 9; above 0 rows are stored as differences from the row above.
-        text: chunks of text, keyword -> Latin-1 text.
+        compression: zlib level, 0 to 9; above 0, rows are filtered with Up.
+        text: tEXt chunks, keyword -> Latin-1 text.
     """
     height, width = pixels.shape
-    rows = np.zeros((height, 1 + 2 * width), np.uint8)  # a filter's number, and the row
+    rows = np.zeros((height, 1 + 2 * width), np.uint8)  # filter type, then the row
     rows[:, 1:] = pixels.astype(">u2").view(np.uint8)
     if compression:
         rows[1:, 1:] -= rows[:-1, 1:].copy()
         rows[:, 0] = UP
-    header = struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, 0)  # bits; grey, and the only choices there are
+    header = struct.pack(
+        ">IIBBBBB", width, height, 16, 0, 0, 0, 0
+    )  # bit depth 16, grey, and the only permitted methods
     notes = [_chunk(b"tEXt", f"{key}\0{value}".encode("latin-1")) for key, value in (text or {}).items()]
     image = _chunk(b"IDAT", zlib.compress(rows.tobytes(), compression))
     return b"".join([b"\x89PNG\r\n\x1a\n", _chunk(b"IHDR", header), *notes, image, _chunk(b"IEND", b"")])

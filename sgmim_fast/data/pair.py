@@ -1,4 +1,4 @@
-"""The pair of an image and its structure map, as tensors that torchvision's transforms know."""
+"""Images and structure maps as torchvision tv_tensors, and the items of data sets."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from torchvision.transforms.v2 import functional as F
 class Structure(tv_tensors.Mask):
     """A structure map (C, H, W), float32, NaN where it has no value.
 
-    torchvision's v2 transforms crop, mirror and resize it with its image. It is never interpolated, so a missing value
-    spoils no neighbour: each new pixel is the old one that lies under its centre.
+    torchvision's v2 transforms crop, flip and resize it with its image. Resizing is nearest-neighbour, so that missing
+    values do not spread.
     """
 
 
 class Normals(Structure):
-    """Surface normals (3, H, W): x points along the rows, and changes its sign where the map is mirrored."""
+    """Surface normals (3, H, W). A horizontal flip changes the sign of x, which points along the rows."""
 
 
 def resample(pixels: Tensor, box: Sequence[float], size: int | Sequence[int]) -> Tensor:
-    """The box (top, left, height, width), in pixels and fractions of them, of (..., H, W) as (..., size, size) or
-    (..., height, width): each new pixel is the old one under its centre. Keeps the type."""
+    """Nearest-neighbour resampling of the box (top, left, height, width), in fractional pixels, of (..., H, W) to
+    `size`, a side or (height, width). Keeps the tensor subclass."""
     shape = (size, size) if isinstance(size, int) else (size[0], size[-1])
     rows, columns = map(torch.from_numpy, under_centres(box, shape, pixels.shape[-2:]))
     return tv_tensors.wrap(pixels.as_subclass(Tensor)[..., rows[:, None], columns], like=pixels)
 
 
 def under_centres(box: Sequence[float], size: Sequence[int], limits: Sequence[int]) -> list[np.ndarray]:
-    """Rows and columns, of an image of height and width `limits`, under the centres of the box's new pixels."""
+    """Rows and columns of an image of size `limits` that are nearest to the pixel centres of the resampled box."""
     return [
         np.clip((start + (np.arange(count) + 0.5) * (length / count)).astype(np.int64), 0, limit - 1)
         for start, length, count, limit in zip(box[:2], box[2:], size, limits, strict=True)
@@ -64,13 +64,13 @@ def _flip(normals: Normals, *_: Any, **__: Any) -> Normals:
 
 
 class Item(TypedDict, total=False):
-    """What every data set here gives; default_collate makes a batch of plain tensors of it."""
+    """An item of the data sets, for default_collate."""
 
     image: tv_tensors.Image  # (3, H, W), or as many channels as the files have, float32, normalised
     structure: Structure  # (C, H, W) float32, not standardised, NaN = missing; not of images alone
     name: str
-    skipped: str  # broken files in whose place this item stands, separated by newlines
-    labels: tv_tensors.Mask  # (H, W) int64; of `Scenes`, where asked for
+    skipped: str  # broken files that this item replaces, separated by newlines
+    labels: tv_tensors.Mask  # (H, W) int64; `Scenes(labels=True)` only
 
 
 def make_item(
@@ -79,7 +79,7 @@ def make_item(
     """The item of what a transform returned: image, and perhaps structure of so many channels, and perhaps labels.
 
     Raises:
-        TypeError: the transform returned something else.
+        TypeError: an output has another type, dtype or shape.
     """
     image, *maps = tensors
     check_tensor("image", image, torch.float32, (image_channels,))

@@ -1,4 +1,4 @@
-"""What every map-style data set of images and maps does about broken files and random numbers."""
+"""Base class of map-style data sets of pairs: skips broken files, and seeds random transforms."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from sgmim_fast.data.seeds import Epoch, Seeded, seeded
 from sgmim_fast.data.structure_file import StructureFile
 from sgmim_fast.data.transform import Normalize, decode, transformed
 
-SAMPLED = 8  # pairs that are read at construction
-GIVE_UP = 100  # broken pairs in a row
+SAMPLED = 8  # number of pairs that are read at construction
+GIVE_UP = 100  # consecutive broken pairs
 
 Pair = tuple[ImageFile | Tensor] | tuple[ImageFile | Tensor, StructureFile | Tensor]
 
 
 class Pairs(Seeded, Dataset, ABC):
-    """Pairs of an image and a map, of which the broken ones are left out.
+    """Pairs of an image and a map, without broken ones.
 
-    Some are read at construction: what is wrong with all of them is a fault of the whole data set. A broken one that is
-    met only later is replaced by the next good one, and named in the item's "skipped".
+    Some pairs are read at construction, which raises if all of them are broken. A pair that turns out to be broken
+    later is replaced by the next good one, and named in the item's "skipped".
 
     Args:
         transform: takes (image, map) and returns both. None: normalises the image.
-        seed: of the transform, whose numbers depend on (seed, epoch, index).
+        seed: the transform's random numbers depend on (seed, epoch, index).
     """
 
     def __init__(self, transform: Callable[..., Sequence[Tensor]] | None, seed: int) -> None:
         super().__init__(seed)
         self.transform = Normalize() if transform is None else transform
         self.report = Report()
-        # numbers or bytes in an array: worker processes share it, as they would not share Python objects
+        # an array of numbers or bytes, whose memory worker processes share, unlike that of Python objects
         self._entries = np.empty(0, dtype=np.int64)
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What items call this pair."""
+        """The "name" of the item."""
 
     @abstractmethod
     def _read(self, index: int) -> Pair:
@@ -51,13 +51,13 @@ class Pairs(Seeded, Dataset, ABC):
 
     @abstractmethod
     def _item(self, tensors: Sequence[Tensor], name: str, skipped: Sequence[str]) -> Any:
-        """The item of what the transform returned."""
+        """Makes the item of the transform's outputs."""
 
     def _use(self, entries: np.ndarray) -> None:
-        """Makes the data set of these, after reading a few.
+        """Sets the entries of the data set, and reads a few of them.
 
         Raises:
-            DataError: none of those can be used.
+            DataError: none of these can be used.
         """
         self._entries = entries
         self.report.used = len(self)
@@ -74,7 +74,7 @@ class Pairs(Seeded, Dataset, ABC):
             raise DataError(f"none of {len(tried)} pairs tried can be used; the last: {faults[-1]}")
 
     def _fault(self, index: int) -> BrokenFile | None:
-        """What is wrong with a pair; counts its kinds in `report`."""
+        """Reads a pair and returns its error or None; counts its kinds in `report`."""
         try:
             pair = self._read(index)
             decode(*pair)
@@ -84,8 +84,8 @@ class Pairs(Seeded, Dataset, ABC):
         return None
 
     def verify(self) -> Iterator[int]:
-        """Reads every pair, leaves out what is broken from now on, and says so in `report`. Yields the number of pairs
-        read so far, for a progress bar: `for done in dataset.verify(): ...`. Call it before workers start."""
+        """Reads every pair, removes the broken ones, and updates `report`. Yields the number of pairs read so far, for
+        a progress bar: `for done in dataset.verify(): ...`. To be called before workers start."""
         good = np.ones(len(self), dtype=bool)
         self.report.kinds.clear()
         for index in range(len(self)):
@@ -99,7 +99,7 @@ class Pairs(Seeded, Dataset, ABC):
             raise DataError(f"none of {len(good)} pairs can be used; {self.report.summary()}")
 
     def part(self, indices: Sequence[int]) -> Pairs:
-        """A data set of these pairs alone, of which no other one stands in for a broken one."""
+        """A data set of these pairs only; broken ones are replaced by others of this part."""
         some = copy.copy(self)
         some._entries, some._epoch = self._entries[list(indices)], Epoch()
         some.report = copy.deepcopy(self.report)
@@ -127,7 +127,7 @@ class Pairs(Seeded, Dataset, ABC):
 
 
 def kinds(*files: ImageFile | StructureFile | Tensor) -> list[str]:
-    """How the files of a pair store their values."""
+    """The storage formats of a pair's files, for reports."""
     return [
         f"images of {file.kind}" if isinstance(file, ImageFile) else f"{file.kind}s of {file.pixels.dtype}"
         for file in files

@@ -1,4 +1,4 @@
-"""Pictures of pairs: the quickest way to see whether images and maps belong together. And what all pictures share."""
+"""Drawing items of a data set, to check by eye that images and maps match; and helpers of all figures."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from sgmim_fast.data.pair import Item
 from sgmim_fast.data.report import DataError
 from sgmim_fast.data.structure_kind import DEPTH, Depth, StructureKind
 
-# by which images are normalised
+# normalisation of images
 MEAN, STD = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])[:, :, None, None]
 MISSING = "magenta"  # not in the colour map
 MISSING_RGB = torch.tensor(matplotlib.colors.to_rgb(MISSING))[:, None, None]
-ACROSS = 4  # pairs
+ACROSS = 4  # pairs in a row
 
 
 def sheet(
@@ -36,14 +36,14 @@ def sheet(
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
     kind: StructureKind = DEPTH,
 ) -> None:
-    """Draws pairs as a picture: each image beside its structure map, whose missing values are magenta.
+    """Draws images beside their structure maps, missing values in magenta.
 
     Args:
-        dataset: any of this package; one with a length gives `count` pairs evenly spread over it, another its first.
-        path: of the picture; the suffix tells the format.
-        count: how many pairs.
-        mean, std: what the images were normalised with.
-        kind: what the maps hold.
+        dataset: map-style (draws `count` evenly spaced items) or iterable (draws the first ones).
+        path: of the figure; the suffix gives the format.
+        count: number of pairs.
+        mean, std: normalisation of the images.
+        kind: kind of the structure maps.
 
     Raises:
         DataError: there are no pairs.
@@ -88,6 +88,6 @@ def visible(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tenso
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Writes a figure, into a folder that is made if need be."""
+    """Saves a figure; creates its folder."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)

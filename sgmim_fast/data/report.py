@@ -1,4 +1,4 @@
-"""What a data set is made of, what was left out of it, and why."""
+"""Reports on data sets: what is used, what is left out, and why."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-NAMED = 3  # files of each kind that a summary names
-_OBJECT = re.compile(r"\s*<[\w.]+ object at 0x[0-9a-f]+>")  # in messages of decoders: they got the content, no file
+NAMED = 3  # number of files of each kind that a summary names
+_OBJECT = re.compile(
+    r"\s*<[\w.]+ object at 0x[0-9a-f]+>"
+)  # objects in messages of decoders, which got a file's content instead of its name
 
 
 class DataError(ValueError):
-    """A data set that nothing can be trained on: says what was looked for and what was found."""
+    """A data set is unusable. The message says what was expected and what was found."""
 
 
 class BrokenFile(Exception):
-    """One file that cannot be used, and why. Data sets catch it, report it and go on."""
+    """A file cannot be used. Data sets catch this error, report it and continue."""
 
     def __init__(self, name: str | os.PathLike[str], reason: object):
         self.name = os.fspath(name)
         self.reason = " ".join(_OBJECT.sub("", str(reason)).split())
-        if not any(map(str.isalpha, self.reason)):  # a number, or nothing
+        if not any(map(str.isalpha, self.reason)):  # a bare number, or empty
             self.reason = f"{type(reason).__name__} {self.reason}".strip()
         super().__init__(self.name, self.reason)
 
@@ -32,27 +34,29 @@ class BrokenFile(Exception):
 
     @property
     def line(self) -> str:
-        """As an item's "skipped" and reports have it: name, tab, reason; a name's own tabs and newlines are escaped."""
+        """Name, tab and reason, as in an item's "skipped" and in reports; tabs and newlines in the name are escaped."""
         return f"{escaped(self.name)}\t{self.reason}"
 
 
 @dataclass
 class Report:
-    """The pairs of a data set and what was left out.
+    """Counts the pairs of a data set, and names what was left out.
 
-    `broken` holds what has been met so far: `FolderPairs.verify` looks at every file, and a training loop adds what its
-    items say under "skipped", by `add_skipped`.
+    `broken` has the files found so far: `FolderPairs.verify` reads every file, and a training loop adds the "skipped"
+    of its items by `add_skipped`.
     """
 
     used: int = 0  # pairs
     images_without_map: list[str] = field(default_factory=list)
     maps_without_image: list[str] = field(default_factory=list)
-    broken: dict[str, str] = field(default_factory=dict)  # name of the file -> what is wrong with it
+    broken: dict[str, str] = field(default_factory=dict)  # file -> reason
     again: list[str] = field(default_factory=list)  # links to folders that are in the tree by another path
-    kinds: Counter[str] = field(default_factory=Counter)  # of what has been read so far: "images, 8 bits" -> files
+    kinds: Counter[str] = field(
+        default_factory=Counter
+    )  # storage format, such as "images of 8 bits" -> number of files read so far
 
     def add(self, other: Report) -> None:
-        """Adds what another one has."""
+        """Adds the contents of another report."""
         self.used += other.used
         self.images_without_map += other.images_without_map
         self.maps_without_image += other.maps_without_image
@@ -61,13 +65,13 @@ class Report:
         self.kinds.update(other.kinds)
 
     def add_skipped(self, skipped: str | Iterable[str]) -> None:
-        """Adds the broken files named by an item's "skipped", or by those of a batch."""
+        """Adds the broken files of an item's "skipped", or of those of a batch."""
         for line in skipped_lines([skipped] if isinstance(skipped, str) else skipped):
             name, _, reason = line.partition("\t")
             self.broken.setdefault(name, reason)
 
     def summary(self) -> str:
-        """One line: what is used, how much of what is left out, and the first names."""
+        """One line: number of pairs, what is left out with the first names, and storage formats."""
         left_out = [
             f"{len(names)} {kind} ({some(names)})"
             for kind, names in (
@@ -84,7 +88,7 @@ class Report:
         )
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes the summary and every name that was left out, one a line after its kind, separated by a tab."""
+        """Writes the summary, and a line per file that was left out: kind, tab, name."""
         lines = [self.summary()]
         lines += [f"image without a map\t{escaped(name)}" for name in self.images_without_map]
         lines += [f"map without an image\t{escaped(name)}" for name in self.maps_without_image]
@@ -104,10 +108,10 @@ def skipped_names(batch: Iterable[str]) -> list[str]:
 
 
 def escaped(name: str) -> str:
-    """A file's name in one line."""
+    """A file name with tabs and newlines escaped."""
     return name.replace("\\", r"\\").replace("\t", r"\t").replace("\n", r"\n") if set("\t\n") & set(name) else name
 
 
 def some(names: list[str]) -> str:
-    """The first names, and whether there are more."""
+    """The first names, with "..." if there are more."""
     return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")

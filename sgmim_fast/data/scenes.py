@@ -1,4 +1,4 @@
-"""Procedural scenes as a data set: nothing to download, and the depth is exact."""
+"""Procedural scenes with exact depth as a data set: nothing to download."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from sgmim_fast.data.transform import Normalize
 class Scenes(Seeded, Dataset):
     """Textured spheres, boxes and cards in a room, under random light, hiding one another, with exact depth.
 
-    Scene number i is the same for every length of the data set; the depth z, in units in which objects measure about 1,
-    grows with the distance, and nothing about a colour depends on it.
+    Scene i does not depend on the length of the data set. Depth is in units in which objects measure about 1, and does
+    not influence colours.
 
     Args:
         count: number of scenes.
         size: pixels along each side.
-        seed: two data sets of other seeds share no scene; of the transform too.
-        transform: takes (image, structure), and labels if there are any, and returns as many, the image normalised.
-            Seeded for every item from (seed, epoch, index). None: normalises.
+        seed: of the scenes and of the transform.
+        transform: takes and returns image (normalised), structure, and labels if any. Seeded per item from (seed,
+            epoch, index). None: `Normalize`.
         labels: items also have "labels", (size, size) int64: 0 room, 1 sphere, 2 box, 3 plane (card).
     """
 
@@ -51,7 +51,7 @@ class Scenes(Seeded, Dataset):
         return self.count
 
     def scene(self, index: int) -> Scene:
-        """What scene number `index` consists of."""
+        """The objects of scene `index`."""
         return draw_scene(np.random.default_rng((self.seed, index)))
 
     def __getitem__(self, index: int) -> Item:

@@ -1,4 +1,4 @@
-"""Randomness that depends on the run's seed and on what it is for alone: not on processes, nor on what ran before."""
+"""Seeding: random numbers depend on the run's seed and their purpose only, not on processes or earlier calls."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 
 
 def mix(*parts: int | str) -> int:
-    """One seed of several parts, as in `mix(seed, "masks", step)`, each change of which changes it altogether."""
+    """Hashes several parts into one seed, as in `mix(seed, "masks", step)`."""
     known = repr([part if isinstance(part, str) else int(part) for part in parts])
     return int.from_bytes(hashlib.blake2b(known.encode(), digest_size=7).digest(), "big")
 
 
 @contextlib.contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Inside, torch's CPU generator starts from `mix(*numbers)`; afterwards it is as before."""
+    """Context manager that seeds torch's CPU generator with `mix(*numbers)`, and restores its state afterwards."""
     generator = torch.default_generator  # torch.manual_seed would seed the devices too
     before = generator.get_state()
     generator.manual_seed(mix(*numbers))
@@ -29,7 +29,7 @@ def seeded(*numbers: int) -> Iterator[None]:
 
 
 class Epoch:
-    """The number of an epoch in shared memory, so that running workers of a DataLoader see it change."""
+    """The epoch, in shared memory, so that running DataLoader workers see it change."""
 
     def __init__(self) -> None:
         self._number = torch.zeros(1, dtype=torch.int64).share_memory_()
@@ -44,7 +44,7 @@ class Epoch:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._number.share_memory_()  # a copy is not shared by itself; one sent to a worker is already
+        self._number.share_memory_()  # for copies; a pickle sent to a worker refers to the shared memory already
 
 
 class Seeded:
@@ -57,5 +57,5 @@ class Seeded:
         self._epoch = Epoch()
 
     def set_epoch(self, epoch: int) -> None:
-        """Call it between epochs: items of another epoch get other crops. Reaches workers that are already running."""
+        """Sets the epoch, on which random crops depend. Running workers see the change, too."""
         self._epoch.set(epoch)

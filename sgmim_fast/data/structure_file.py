@@ -1,4 +1,4 @@
-"""Structure maps from files."""
+"""Reading structure maps from files."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from sgmim_fast.data.map_file import MapFile
 from sgmim_fast.data.pair import Structure, under_centres
 from sgmim_fast.data.report import BrokenFile
 
-SPARSE = 16  # every so many rows and columns are looked at first
-SHAPE_TOLERANCE = 0.02  # in width / height: maps of another resolution are rounded to whole pixels
+SPARSE = 16  # stride of the rows and columns that are checked first
+SHAPE_TOLERANCE = 0.02  # relative, of width / height: maps of other resolutions are rounded to whole pixels
 
 
 class StructureFile(MapFile):
-    """A structure map as it was stored: (H, W) of integers or floating-point numbers.
+    """A structure map as stored: (H, W), integers or floating point.
 
     Integers are divided by 2^16 (docs/SPEC.md, "Standardising the structure map"), those of 8 bits by 2^8.
 
     Args:
-        name: path, or what to call it; its suffix tells the format.
-        content: what is in the file; None: it is read from `name`.
-        missing: the integer that means "no value"; None: none does. In floating maps NaN and infinities do.
+        name: path, or a name for messages; the suffix gives the format.
+        content: the file's bytes; None: read from `name`.
+        missing: integer that marks missing values; None: none. In floating-point maps NaN and infinities mark them.
 
     Raises:
         BrokenFile: whatever is wrong with the file, such as three channels or another dtype.
@@ -40,7 +40,7 @@ class StructureFile(MapFile):
         self._check_values()
 
     def _check_values(self) -> None:
-        """Raises BrokenFile where the map has one value everywhere, or none: there is nothing to learn from it."""
+        """Raises BrokenFile if the map is constant or has no value: there is nothing to learn from it."""
         found = [self._varies(plane) for plane in np.moveaxis(np.atleast_3d(self.pixels), 2, 0)]
         if None in found:
             return
@@ -51,24 +51,24 @@ class StructureFile(MapFile):
         raise BrokenFile(self.name, f"{self.kind} {value} everywhere")
 
     def _varies(self, plane: np.ndarray) -> float | None:
-        """The one value of a plane that has one, NaN of one that has none, None of others."""
-        for pixels in (plane[::SPARSE, ::SPARSE], plane):  # nearly always some of them differ
+        """The value of a constant plane, NaN for one without values, None for others."""
+        for pixels in (plane[::SPARSE, ::SPARSE], plane):  # in most maps, some of the first differ
             valid = pixels[np.isfinite(pixels) if pixels.dtype.kind == "f" else pixels != self.missing]
             if valid.size and (valid != valid[0]).any():
                 return None
         return float(valid[0]) if valid.size else np.nan
 
     def decode(self) -> Structure:
-        """The whole map, (C, H, W), C = 1."""
+        """The whole map, (C, H, W)."""
         return self._to_structure(self.pixels)
 
     def resample(self, box: Sequence[float], size: int) -> Structure:
-        """The box (top, left, height, width) as (C, size, size); only those pixels are converted."""
+        """Nearest-neighbour resampling of the box (top, left, height, width) to (C, size, size)."""
         rows, columns = under_centres(box, (size, size), self.size)
         return self._to_structure(self.pixels[rows].take(columns, 1))
 
     def check_shape(self, image: tuple[int, int]) -> None:
-        """Raises BrokenFile unless an image of this height and width has the map's shape, whatever the resolution."""
+        """Raises BrokenFile unless the aspect ratio of an image (height, width) is that of the map."""
         (height, width), (map_height, map_width) = image, self.size
         slack = max(SHAPE_TOLERANCE, 1 / min(map_height, map_width))
         if abs(height * map_width / (width * map_height) - 1) > slack:
@@ -81,7 +81,7 @@ class StructureFile(MapFile):
         return Structure(torch.from_numpy(self._values(pixels)[None]))
 
     def _values(self, pixels: np.ndarray) -> np.ndarray:
-        """float32, NaN where there is no value."""
+        """Converts to float32, NaN where a value is missing."""
         values = pixels.astype(np.float32)
         if pixels.dtype.kind == "f":
             values[~np.isfinite(values)] = np.nan

@@ -1,4 +1,4 @@
-"""The files of a shard, one after the other, and no more of them than a machine can hold."""
+"""Streaming the members of tar shards, with limits on their size."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from typing import Any, BinaryIO
 from sgmim_fast.data import limits
 from sgmim_fast.data.report import BrokenFile
 
-OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # by how a file begins
-ALWAYS = 64 * 2**20  # so many bytes may any shard grow to
-META = re.compile(r"__[^/]*__($|/)")  # webdataset's names for what is no sample
+OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # by magic bytes
+ALWAYS = 64 * 2**20  # bytes that any shard may expand to
+META = re.compile(r"__[^/]*__($|/)")  # webdataset's names of metadata
 
 
 def files(
     stream: BinaryIO, url: str, wanted: Callable[[str], bool], skip: Callable[[BrokenFile], None]
 ) -> Iterator[dict]:
-    """What webdataset groups to samples: {"fname", "data", "__url__"}.
+    """Yields the members that webdataset groups to samples: {"fname", "data", "__url__"}.
 
     Args:
         stream: of a tar file, plain or compressed by gzip, bzip2 or xz.
-        wanted: whether the content of a file of this name is needed; otherwise it is b"".
-        skip: is told of what is left out.
+        wanted: whether the content of a member of this name is needed; otherwise it is b"".
+        skip: called for each member that is left out.
 
     Raises:
         OSError, EOFError, ValueError, tarfile.TarError, lzma.LZMAError, zlib.error: the rest cannot be read.
     """
     with tarfile.open(fileobj=_Expanded(stream), mode="r|") as tar:
         for member in tar:
-            tar.members = []  # it would keep them all
+            tar.members = []  # tarfile would keep all of them
             if not member.isreg() or META.match(member.name):
                 continue
             content = b""
@@ -49,7 +49,7 @@ def files(
 
 
 class _Counted(io.RawIOBase):
-    """Counts what is read of a stream."""
+    """Counts the bytes read from a stream."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream, self.count = stream, 0
@@ -65,7 +65,7 @@ class _Counted(io.RawIOBase):
 
 
 class _Expanded:
-    """A stream as it was before it was compressed, up to a number of times its size."""
+    """Decompresses a stream, up to a multiple of its size."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.raw = _Counted(stream)

@@ -1,4 +1,4 @@
-"""Model, optimizer groups, data sets and metrics of a fine-tuning's configuration, and what can be wrong with it."""
+"""Creates model, parameter groups, data sets and metrics from a configuration, and validates its settings."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from sgmim_fast.finetune.heads import DenseModel
 from sgmim_fast.finetune.heads import create_model as with_head
 from sgmim_fast.finetune.metrics import DepthMetrics, SegmentationMetrics
 
-LEAST_PADDING = 0.02  # share of a crop that is worth a line
-_TASKS = {"nyu": "depth", "kitti": "depth", "ade20k": "segmentation"}  # of the data sets that have one
+LEAST_PADDING = 0.02  # share of a crop from which on padding is reported
+_TASKS = {"nyu": "depth", "kitti": "depth", "ade20k": "segmentation"}  # of data sets for a single task
 
 
 def check(config: Config) -> None:
-    """Raises UserError, naming the setting, what came and what is expected."""
+    """Validates settings. Raises UserError that names the setting, its value and what is expected."""
     settings, optim = config.data, config.optim
     at_least(config, 1, (*OF_EVERY_RUN_1, "model.head_channels", "evaluation.images"))
     at_least(config, 0, (*OF_EVERY_RUN_0, "data.classes", "optim.min_lr", "optim.warmup_epochs"))
@@ -50,13 +50,13 @@ def check(config: Config) -> None:
 
 
 def create_features_of(config: Config, encoder: dict[str, Any] | None = None) -> Features:
-    """The encoder, with weights from where the configuration says, or bare: what a checkpoint says it was.
+    """Creates the encoder, with initial weights as configured, or without them for a checkpoint to be loaded.
 
     Args:
-        encoder: "name" and "arguments", as `describe_encoder` gives them; None: read `model.encoder`.
+        encoder: the checkpoint's description, see `describe_encoder`; None: load what `model.encoder` names.
 
     Raises:
-        UserError: there is no such encoder, or it does not fit.
+        UserError: the encoder does not exist, or it does not fit the settings.
     """
     settings = config.model
     given: dict[str, Any] = {
@@ -91,15 +91,15 @@ def create_features_of(config: Config, encoder: dict[str, Any] | None = None) ->
 
 
 def describe_encoder(features: Features) -> dict[str, Any]:
-    """What `create_features_of` makes the same encoder of; JSON."""
+    """Name and arguments from which `create_features_of` recreates the encoder; serialisable as JSON."""
     return {"name": features.name, "arguments": features.arguments}
 
 
 def create_model(config: Config, outputs: int, encoder: dict[str, Any] | None = None) -> DenseModel:
-    """Encoder and head with so many outputs.
+    """Creates encoder and head with `outputs` channels.
 
     Raises:
-        UserError: see `create_features_of`; or the head cannot use the encoder.
+        UserError: see `create_features_of`; or the head does not support the encoder.
     """
     model = with_head(
         create_features_of(config, encoder), config.model.head, outputs, channels=config.model.head_channels
@@ -112,17 +112,17 @@ def create_model(config: Config, outputs: int, encoder: dict[str, Any] | None = 
 
 
 def param_groups(model: DenseModel, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """Groups for an optimizer, each with "params", "weight_decay" and "lr_scale"; the caller multiplies rates by that.
+    """Parameter groups with "params", "weight_decay" and "lr_scale", a factor for the caller to apply to the rate.
 
-    The encoder's layers are those of timm's `param_groups_layer_decay`: stem first, then block by block, a Swin's
-    downsampling with the block behind it. Layer i of n has the scale layer_decay ** (n - i), and the head, layer n, has
-    1; the last block so has layer_decay, as in BEiT's and the MIM protocols. (The published MIM depth code counts a
-    Swin's three downsamplings as layers of their own, so its first layers learn still more slowly.)
+    Layers are those of timm's `param_groups_layer_decay`: the stem, then each block; a Swin's downsampling belongs to
+    the following block. Layer i of n has the scale layer_decay ** (n - i); the head is layer n and has 1, so the last
+    block has layer_decay, as in the protocols of BEiT and MIM. (The published MIM depth code counts a Swin's three
+    downsamplings as layers of their own, which lowers the rates of the first layers further.)
 
     No weight decay on vectors, biases, and what timm's `no_weight_decay` names.
 
     Args:
-        layer_decay: above 0 to 1, where all learn alike; 0 freezes the encoder (`DenseModel.freeze`) and leaves it out.
+        layer_decay: decay per layer, at most 1 (none); 0 freezes the encoder (`DenseModel.freeze`) and leaves it out.
 
     Raises:
         UserError: layer_decay is outside 0 to 1.
@@ -137,17 +137,17 @@ def param_groups(model: DenseModel, weight_decay: float, layer_decay: float = 1.
     encoder = model.features.model
     names = getattr(encoder, "no_weight_decay", set)()
     layers = param_groups_layer_decay(encoder, weight_decay, no_weight_decay_list=names, layer_decay=layer_decay)
-    # timm counts the encoder alone, its last block with scale 1; here the head is one layer further
+    # timm's last block has scale 1; here the head follows as one more layer
     return [{**group, "lr_scale": group["lr_scale"] * layer_decay} for group in layers] + groups
 
 
 def learning_rate(settings: Optim, step: int, steps: int, steps_per_epoch: int) -> float:
-    """Of a step, counted from 0, of a run of `steps`.
+    """The learning rate of a step, counted from 0, in a run of `steps`.
 
-    "triangle" rises from `min_lr` to `lr` over half of the run and falls back, as (share of that half)**power: what
-    "Revealing the Dark Secrets of Masked Image Modeling" (arXiv 2205.13543) fine-tunes depth with. "poly" falls from
-    `lr` as (1 - share of the run)**power, as mmsegmentation has it, "cosine" as half a cosine; both end at `min_lr` and
-    may have a linear warm-up from 0 in front, which they count from the first step of the run on.
+    "triangle" rises from `min_lr` to `lr` over the first half of the run and falls back over the second, as
+    progress**power: the schedule for depth of "Revealing the Dark Secrets of Masked Image Modeling" (arXiv 2205.13543).
+    "poly" decays from `lr` as (1 - progress)**power, as in mmsegmentation, "cosine" as half a cosine; both end at
+    `min_lr`. A linear warm-up from 0 replaces their start without shifting the schedule.
     """
     low, high = settings.min_lr, settings.lr
     if settings.schedule == "triangle":
@@ -165,11 +165,11 @@ def learning_rate(settings: Optim, step: int, steps: int, steps_per_epoch: int) 
 
 
 def create_dataset(config: Config, train: bool) -> Dataset:
-    """What is trained on, or tested on: items of `sgmim_fast.finetune.data`.
+    """Creates the data set for training or for testing, from `sgmim_fast.finetune.data`.
 
     Raises:
         UserError: settings of the source are missing.
-        DataError: there is something wrong with the source.
+        DataError: the source is unusable.
     """
     settings, seed = config.data, config.run.seed
     if settings.source == "scenes":
@@ -228,7 +228,7 @@ def _transform(config: Config, dataset: Any, train: bool) -> Any:
 
 
 def padding(config: Config, dataset: Any) -> str:
-    """A line where images do not fill the crops that are trained on; "" where they do. Looks at some of them."""
+    """A message if training crops are padded, from the sizes of some images; "" if images fill the crops."""
     transform = getattr(dataset, "transform", None)
     if not isinstance(transform, data.DenseTransform):
         return ""
@@ -247,7 +247,7 @@ def padding(config: Config, dataset: Any) -> str:
 
 
 def depth_range(config: Config, dataset: Any) -> tuple[float, float]:
-    """Metres; the data set's own unless the configuration says."""
+    """Smallest and largest depth in metres, from the configuration or else from the data set."""
     low = dataset.min_depth if config.data.min_depth is None else config.data.min_depth
     high = dataset.max_depth if config.data.max_depth is None else config.data.max_depth
     if not 0 < low < high:
@@ -265,7 +265,7 @@ def create_metrics(config: Config, dataset: Any) -> DepthMetrics | SegmentationM
 
 
 def plain(found: dict[str, Tensor]) -> dict[str, float]:
-    """The scalars of what metrics computed."""
+    """The scalar metrics as floats."""
     return {name: value.item() for name, value in found.items() if value.ndim == 0}
 
 

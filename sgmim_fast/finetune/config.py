@@ -22,12 +22,12 @@ class Model:
     head_channels: int | None = None  # its width; None: the published one
     freeze: bool = False  # train the head alone
     accelerate: bool = True  # timm's blocks through fused ops
-    checkpointing: bool = False  # compute activations again in the backward, to save memory
+    checkpointing: bool = False  # gradient checkpointing: recompute activations in the backward to save memory
 
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained and evaluated on. Which of these count depends on the source."""
+    """Data for training and evaluation. Which of these settings apply depends on the source."""
 
     task: Literal["depth", "segmentation"] = "depth"
     source: Literal["folders", "nyu", "kitti", "ade20k", "scenes"] = "folders"
@@ -50,22 +50,22 @@ class Data:
     crop: Literal["eigen", "garg", "none"] | None = None  # part of an image that is evaluated; None: the data set's
     size: tuple[int, int] = (480, 480)  # height and width of training crops, pixels
     augment: dict[str, Any] = field(default_factory=dict)  # further arguments of DenseTransform, such as {flip: 0}
-    workers: int | None = None  # loading processes of each training process; None: what the cores allow, at most 8
+    workers: int | None = None  # data loader workers per training process; None: as the cores allow, at most 8
 
 
 @dataclass(frozen=True)
 class Optim:
-    """Learning rates are those of the run, whatever its batch."""
+    """Learning rates are not scaled by the batch size."""
 
     epochs: float = 25
-    batch: int = 16  # images per process and backward
-    accumulate: int = 1  # backwards per step
-    lr: float = 5e-4  # highest, of the head; the encoder's layers have less
+    batch: int = 16  # images per process and backward pass
+    accumulate: int = 1  # gradient accumulation: backward passes per step
+    lr: float = 5e-4  # peak rate of the head; layer_decay lowers it for the encoder
     min_lr: float = 3e-5  # at the beginning and the end of "triangle", at the end of the others
     schedule: Literal["triangle", "poly", "cosine"] = "triangle"
     power: float = 0.9  # of triangle and poly
     warmup_epochs: float = 0.0  # of poly and cosine: linear from 0
-    layer_decay: float = 0.9  # of the rate from one layer of the encoder to the one before it
+    layer_decay: float = 0.9  # factor of the learning rate from each layer to the one before it
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -76,10 +76,10 @@ class Optim:
 class Evaluation:
     """How the model is evaluated, before every checkpoint and by `sgmim-fast evaluate`."""
 
-    flip: bool = True  # mean with the prediction for the mirrored image
+    flip: bool = True  # average with the prediction for the mirrored image
     slide: bool = True  # in windows of data.size, whose predictions are averaged; False: the whole image at once
     stride: tuple[int, int] | None = None  # pixels from window to window, down and across; None: two thirds
-    images: int | None = None  # evaluate that many at checkpoints, from all over the test set; None: all
+    images: int | None = None  # number of evenly spaced test images to evaluate at checkpoints; None: all
 
 
 @dataclass(frozen=True)

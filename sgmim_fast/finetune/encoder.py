@@ -1,4 +1,4 @@
-"""A timm encoder as a list of feature maps, for the heads of dense prediction."""
+"""Feature maps of timm encoders for dense prediction."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from sgmim_fast.fused import blocks
 
 _logger = logging.getLogger("sgmim_fast")
 
-Size = int | tuple[int, int]  # a side, or height and width
-_MAPS = 4  # what the heads are made for
+Size = int | tuple[int, int]  # side, or (height, width)
+_MAPS = 4  # number of feature maps that the heads expect
 
 
 class Features(nn.Module):
-    """The maps of a timm model that a head reads. Made by `create_features`.
+    """A timm model that returns the feature maps for a head. Created by `create_features`.
 
     Attributes:
-        model: the timm module, cut behind the last map that is read; no classifier and no final norm, which would never
-            get a gradient (heads that want normalised maps bring a norm of their own, as mmsegmentation's Swin does).
-        name, arguments: timm's name, and arguments that make `create_features` build the same again, without weights.
-        channels, strides: of each map, finest first; strides are pixels per position.
-        img_size: (height, width) it was made for.
-        fixed_size: `img_size` where images of another size do not fit (BEiT, whose position tables belong to one grid),
-            None where any size does.
-        notes: what was resized or could not be known, one line each, for people.
+        model: the timm module, without the layers after the last map. It has no classifier and no final norm, which
+            would get no gradient; heads that need normalised maps have a norm of their own, as mmsegmentation's Swin.
+        name, arguments: timm's name, and the arguments with which `create_features` recreates the model.
+        channels, strides: channels and stride in pixels of each map, finest first.
+        img_size: (height, width) that the model was created for.
+        fixed_size: `img_size` if the model takes no other size (BEiT, whose position tables belong to one grid), else
+            None.
+        notes: messages about resized weights and about assumptions, one line each.
     """
 
     def __init__(
@@ -64,22 +64,22 @@ class Features(nn.Module):
 
     @property
     def uniform(self) -> bool:
-        """Whether all maps have one stride, as those of a ViT or BEiT."""
+        """Whether all maps have the same stride, as those of ViT and BEiT."""
         return len(set(self.strides)) == 1
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Maps (B, C_i, H / s_i, W / s_i) of images (B, 3, H, W), whose sides are multiples of the largest stride."""
+        """(B, 3, H, W), sides multiples of the largest stride -> list of maps (B, C_i, H / s_i, W / s_i)."""
         return self.model.forward_intermediates(
             x, indices=self.indices, norm=False, output_fmt="NCHW", intermediates_only=True
         )
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keeps only the inputs of blocks and computes them again in the backward, as timm does it."""
+        """Enables timm's gradient checkpointing: activations of blocks are recomputed in the backward."""
         self.model.set_grad_checkpointing(enable)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """timm's names of parameters without weight decay: class token, positions, position tables."""
+        """Names of parameters without weight decay, as timm gives them: class token, positions, position tables."""
         names = getattr(self.model, "no_weight_decay", set)()
         return {f"model.{name}" for name in names}
 
@@ -96,38 +96,38 @@ def create_features(
     accelerate: bool = True,
     **timm_arguments: Any,
 ) -> Features:
-    """Feature maps of any timm model with `forward_intermediates`, from a file, from timm's weights or at random.
+    """Creates a feature extractor from any timm model with `forward_intermediates`.
 
-    Swin, SwinV2 and others with stages give the last four of their stages (this project's small SwinV2 has three); ViT
-    and BEiT four evenly spaced blocks, 2, 5, 8 and 11 of 12, without class and register tokens.
+    Models with stages, such as Swin and SwinV2, return the maps of their last four stages (this project's small SwinV2
+    has three); ViT and BEiT those of four evenly spaced blocks, 2, 5, 8 and 11 of 12, without class and register
+    tokens.
 
-    What belongs to an image or window size is fitted: relative position tables (Swin, BEiT) by timm's
-    `resize_rel_pos_bias_table` (BEiT's way: near distances keep their values, far ones are spread, and beyond what a
-    very small window can reach the last value holds), absolute positions by its `resample_abs_pos_embed`. SwinV2's
-    bias is a function of distances in units of the window it was trained with; that unit stays the window of
-    pre-training when the window changes (`pretrained_window_sizes`), as in timm's own window12to16 models and the
-    published fine-tuning of SimMIM (arXiv 2205.13543, `--pretrain_window_size`). The window of pre-training is read
-    from an exported file; for other files it is that of timm's default for `name`, which a note says.
+    Weights are resized for other image and window sizes: relative position tables (Swin, BEiT) by timm's
+    `resize_rel_pos_bias_table` (interpolation on a geometric grid, as in BEiT), absolute positions by timm's
+    `resample_abs_pos_embed`. SwinV2's bias is a function of distances relative to the window of pre-training, which is
+    kept when the window changes (`pretrained_window_sizes`), as in timm's window12to16 models and the published
+    fine-tuning of SimMIM (arXiv 2205.13543, `--pretrain_window_size`). That window is read from an exported file; for
+    other files, timm's default for `name` is assumed, and a note says so.
 
-    Swin, SwinV2 and ViT then take images of any size that is a multiple of the largest stride: Swin in windows of the
-    size chosen here (and unshifted where a window covered the whole map of `img_size`), ViT with positions resampled
-    on the way. BEiT takes `img_size` alone (`Features.fixed_size`): larger images go through windows.
+    Swin, SwinV2 and ViT then accept images of any size that is a multiple of the largest stride: Swin with the window
+    size given here (unshifted where one window covered the whole map of `img_size`), ViT with resampled positions.
+    BEiT accepts `img_size` only (`Features.fixed_size`); larger images need sliding windows, see `inference.predict`.
 
     Args:
-        name: timm's; may be left out for a file of `export_timm`, which knows it.
+        name: timm's name; optional for a file of `export_timm`, which contains it.
         checkpoint: a file of `sgmim_fast.checkpoints.export_timm`, or any state dict of a timm model
             (.safetensors, .pth, with or without "model" or "state_dict" around it).
-        img_size: of fine-tuning, side or (height, width) in pixels.
-        window_size: of Swin and SwinV2, in tokens: side, (height, width), or one for each stage; larger than a map
-            means the whole map. None: as the file or timm's name has it.
+        img_size: image size for fine-tuning, side or (height, width) in pixels.
+        window_size: window of Swin and SwinV2 in tokens: side, (height, width), or one per stage; windows are clipped
+            to the map. None: as in the file, or timm's default.
         pretrained: start from timm's own weights for the name, instead of a file.
-        indices: which stages or blocks to read, instead of the above.
-        accelerate: fused blocks, by `sgmim_fast.accelerate`.
-        timm_arguments: further ones for `timm.create_model`, over those of an exported file.
+        indices: stages or blocks to return instead of the default.
+        accelerate: compute the blocks through fused ops, see `sgmim_fast.accelerate`.
+        timm_arguments: further arguments of `timm.create_model`; they override those of an exported file.
 
     Raises:
-        UserError: an unknown name, a file that cannot be read or has too few or too many parameters (the first are
-            named), or arguments timm does not accept.
+        UserError: unknown name, unreadable file, missing or unexpected parameters (the first ones are named), or
+            arguments that timm does not accept.
     """
     state, written, shaping = (None, None, {}) if checkpoint is None else weights.read(checkpoint)
     if pretrained and checkpoint is not None:
@@ -183,14 +183,14 @@ def _checked_name(name: str | None, written: str | None, checkpoint: str | os.Pa
 def _create(name: str, arguments: dict[str, Any], **more: Any) -> nn.Module:
     try:
         return timm.create_model(name, **{**arguments, **more})
-    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:  # timm's own words, or no network
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:  # raised by timm, or no network
         raise UserError(f"timm cannot create {name} with {arguments}: {_one_line(error)}") from error
 
 
 def _create_for_size(
     name: str, size: tuple[int, int], drop_path_rate: float, arguments: dict[str, Any]
 ) -> tuple[nn.Module, bool]:
-    """The model for that image size, and whether it takes others: each family has its own argument for that."""
+    """Creates the model for an image size, and says whether it takes other sizes. The arguments differ by family."""
     attempts: list[dict[str, Any]] = [
         {"img_size": size, "strict_img_size": False},  # Swin
         {"img_size": size, "dynamic_img_size": True},  # ViT
@@ -219,13 +219,13 @@ def _feature_info(model: nn.Module) -> list[dict[str, Any]]:
     return info if isinstance(info, list) else list(info.info)
 
 
-def _indices(model: nn.Module, name: str, wanted: Sequence[int] | None) -> list[int]:
+def _indices(model: nn.Module, name: str, given: Sequence[int] | None) -> list[int]:
     info = _feature_info(model)
     count = len(info)
-    if wanted is not None:
-        chosen = sorted(index % count for index in wanted if -count <= index < count)
-        if len(chosen) != len(wanted) or len(set(chosen)) != len(chosen) or not chosen:
-            raise UserError(f"indices are {list(wanted)}; {name} has stages or blocks 0 to {count - 1}")
+    if given is not None:
+        chosen = sorted(index % count for index in given if -count <= index < count)
+        if len(chosen) != len(given) or len(set(chosen)) != len(chosen) or not chosen:
+            raise UserError(f"indices are {list(given)}; {name} has stages or blocks 0 to {count - 1}")
         return chosen
     if len({level["reduction"] for level in info}) > 1:
         return list(range(max(0, count - _MAPS), count))
@@ -234,7 +234,7 @@ def _indices(model: nn.Module, name: str, wanted: Sequence[int] | None) -> list[
 
 
 def _trained_windows(source: SwinTransformerV2) -> tuple[tuple[int, int], ...]:
-    """The window each stage's distances were measured in while it was trained."""
+    """The window size of each stage in pre-training."""
     attention = [stage.blocks[0].attn for stage in source.layers]
     return tuple(
         tuple(one.pretrained_window_size if one.pretrained_window_size[0] > 0 else one.window_size) for one in attention

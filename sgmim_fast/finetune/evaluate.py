@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Raises UserError, or DataError, for what the user can put right."""
+    """Raises UserError or DataError for errors that the user can correct."""
     saved = checkpoint.find(args.run, args.checkpoint, Config, Finetuning.command)
     changes = {SHORT[name][0]: getattr(args, name) for name in SHORT if getattr(args, name) is not None}
     config = with_changes(saved.config, changes | read_assignments(args.set), "--set")
@@ -54,5 +54,5 @@ def run(args: argparse.Namespace) -> None:
         if args.picture is not None:
             panels = task.draw_picture(model, task.examples(task.test_set, config.run.pictures), accelerator)
             task.save_picture(panels, args.picture, f"{args.run}, step {step}")
-    except (OSError, ValueError) as error:  # matplotlib says with ValueError which endings it knows
+    except (OSError, ValueError) as error:  # matplotlib raises ValueError for unknown suffixes
         raise UserError(f"cannot write {args.json} or {args.picture}: {error}") from error

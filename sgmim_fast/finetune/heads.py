@@ -22,14 +22,14 @@ from sgmim_fast.finetune.encoder import Features
 
 
 class DenseModel(nn.Module):
-    """Encoder and head: images in, a map of numbers for each pixel out. Made by `create_model`.
+    """Encoder and head for dense prediction. Created by `create_model`.
 
     Attributes:
         features: `encoder.Features`.
-        head: from its maps to (B, outputs, h, w).
-        multiple: the sides of images must be multiples of this; `inference.predict` pads.
-        fixed_size: (height, width), the only size the encoder takes, or None.
-        frozen: whether the encoder stays as it is (`freeze`).
+        head: module from the feature maps to (B, outputs, h, w).
+        multiple: image sides must be multiples of this; `inference.predict` pads.
+        fixed_size: (height, width) if the encoder takes no other size, else None.
+        frozen: whether the encoder is frozen, see `freeze`.
     """
 
     def __init__(self, features: Features, head: nn.Module, multiple: int) -> None:
@@ -41,7 +41,7 @@ class DenseModel(nn.Module):
         self.frozen = False
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised images -> (B, outputs, H, W) raw numbers: logits, or what `to_depth` takes.
+        """(B, 3, H, W) normalised images -> (B, outputs, H, W) logits, or input of `to_depth`.
 
         Raises:
             ValueError: H or W is no multiple of `multiple`, or not those of `fixed_size`.
@@ -57,7 +57,7 @@ class DenseModel(nn.Module):
         return out
 
     def freeze(self) -> None:
-        """Keeps the encoder as it is: no gradients, and no stochastic depth either."""
+        """Freezes the encoder: no gradients, and evaluation mode (no stochastic depth)."""
         self.frozen = True
         self.features.requires_grad_(False).eval()
 
@@ -76,26 +76,26 @@ class DenseModel(nn.Module):
 
 
 def create_model(features: Features, head: str = "dpt", outputs: int = 1, *, channels: int | None = None) -> DenseModel:
-    """A model for `outputs` numbers per pixel: 1 for depth, the number of classes for segmentation.
+    """Creates a model with `outputs` channels: 1 for depth, the number of classes for segmentation.
 
-    Heads, all of which read maps of stages (strides doubling from one to the next) and of a ViT (one stride):
+    All heads take maps of stages (each stride twice the one before) and maps of a ViT (equal strides):
 
     - "deconv": the head of the MIM depth protocol (arXiv 2205.13543) on the last map alone, see `Deconvolutions`.
-    - "upernet": UPerNet with mmsegmentation's width of 512 and its dropout of 0.1 before the classifier. The maps of
-      a ViT first become a pyramid, as in BEiT's segmentation protocol, see `Pyramid`. The auxiliary head of
-      mmsegmentation's recipe is not there. A batch of one cannot be trained: it pools to 1x1 in front of a batch norm.
+    - "upernet": UPerNet with mmsegmentation's width of 512 and its dropout of 0.1 before the classifier, without the
+      auxiliary head. The maps of a ViT first become a pyramid, as in BEiT's segmentation protocol, see `Pyramid`.
+      Training needs batches of at least 2, because of a batch norm after pooling to 1x1.
     - "dpt": DPT with 256 fusion channels and, as segmentation_models_pytorch has it, one kind of head for depth and
-      segmentation. Class tokens, for which masked image modelling has no loss, are left out: DPT's readout "ignore".
+      segmentation. Class tokens, which masked image modelling does not train, are ignored (readout "ignore").
 
-    All have batch norms. With few images in each process let `torch.nn.SyncBatchNorm.convert_sync_batchnorm` join them,
-    as mmsegmentation does.
+    All have batch norms. With few images per process use `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, as
+    mmsegmentation does.
 
     Args:
-        channels: width of the head, instead of the above; for "deconv" an eighth of the last map's.
+        channels: width of the head; None: the default above, for "deconv" an eighth of the last map's.
 
     Raises:
-        UserError: there is no such head, it cannot use the encoder's strides, or the encoder's image size does not
-            divide into what the two need.
+        UserError: unknown head, the head does not support the encoder's strides, or the encoder's image size is not a
+            multiple of what both need.
     """
     heads = {"dpt": _dpt, "upernet": _upernet, "deconv": _deconv}
     if head not in heads:
@@ -110,10 +110,10 @@ def create_model(features: Features, head: str = "dpt", outputs: int = 1, *, cha
 
 
 def to_depth(raw: Tensor, min_depth: float, max_depth: float) -> Tensor:
-    """Metres, float32, strictly inside the range: min_depth + (max_depth - min_depth) * sigmoid(raw).
+    """Depth in metres, float32: min_depth + (max_depth - min_depth) * sigmoid(raw).
 
-    With min_depth 0 that is the MIM depth protocol's sigmoid(raw) * max_depth; with its 1 mm of evaluation it differs
-    by at most 1 mm, and the logarithm in the loss is finite with a gradient everywhere.
+    With min_depth = 0 this is the MIM depth protocol's sigmoid(raw) * max_depth; with min_depth = 1 mm the two differ
+    by at most 1 mm, and the logarithm in the loss has a finite value and gradient everywhere.
     """
     return min_depth + (max_depth - min_depth) * torch.sigmoid(raw.float())
 
@@ -122,10 +122,11 @@ class Deconvolutions(nn.Module):
     """The head of the MIM depth protocol, on the last map (B, C, h, w).
 
     Three deconvolutions of 32 filters (kernel and stride 2, batch norm, ReLU), a 3x3 convolution to C / 8 channels
-    (batch norm, ReLU), bilinear doubling to the resolution of the images, and there 3x3, ReLU, 3x3 to the outputs.
-    Convolutions start at a deviation of 0.001. For SwinV2 of stride 32 that is the published head (SwinTransformer/
-    MIM-Depth-Estimation, models/model.py, `--num_deconv 3 --num_filters 32 32 32 --deconv_kernels 2 2 2`; C / 8 is its
-    `embed_dim`), with the fresh LayerNorm its encoder puts on the map. Other strides take fewer doublings.
+    (batch norm, ReLU), bilinear upsampling to the resolution of the images, and 3x3, ReLU, 3x3 to the outputs.
+    Convolutions are initialised with a standard deviation of 0.001. For SwinV2 of stride 32 this is the published head
+    (SwinTransformer/MIM-Depth-Estimation, models/model.py, `--num_deconv 3 --num_filters 32 32 32 --deconv_kernels 2 2
+    2`; C / 8 is its `embed_dim`), with a new LayerNorm in front, which the published encoder applies to the map. Other
+    strides need fewer upsamplings.
     """
 
     def __init__(self, in_channels: int, stride: int, outputs: int, channels: int, filters: int = 32) -> None:
@@ -243,7 +244,7 @@ def _deconv(features: Features, outputs: int, channels: int | None) -> tuple[nn.
 
 
 def _half_of_uniform(features: Features) -> int:
-    """Pixels that sides must be multiples of: of the coarsest map, which a ViT's pyramid halves once more."""
+    """The stride of the coarsest map, which a ViT's pyramid doubles; image sides must be multiples of it."""
     return features.strides[-1] * (2 if features.uniform else 1)
 
 

@@ -24,13 +24,13 @@ def predict(
     stride: Size | None = None,
     transform: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """What the model says of images of any size, without gradients; the caller puts it into evaluation mode.
+    """Predicts images of any size, without gradients. The caller puts the model into evaluation mode.
 
-    Images, or windows of them, are padded with 0, the mean colour, at the bottom and the right to a multiple of
-    `model.multiple`, and the prediction is cut to size again. An encoder of one size (`model.fixed_size`, BEiT) sees
-    windows of that size if the image is larger, and a padded image if it is smaller.
+    Images, or windows of them, are padded with zeros (the mean colour) at the bottom and the right to a multiple of
+    `model.multiple`, and the prediction is cropped. An encoder of fixed size (`model.fixed_size`, BEiT) gets windows of
+    that size from larger images, and smaller images padded.
 
-    The published protocols, by way of example:
+    Settings of the published protocols:
 
     - ADE20K at 512: `window=512, stride=341`, mmsegmentation's two thirds.
     - NYU-v2, 480x640 by a model for 480: `flip=True, window=480, stride=160, transform=...`, the two windows of the
@@ -40,7 +40,7 @@ def predict(
 
     Args:
         images: (B, 3, H, W), normalised.
-        flip: also mirrors each window and averages with its prediction mirrored back.
+        flip: average the prediction of each window with that of the mirrored window.
         window: side or (height, width) of the windows. None: the whole image.
         stride: between windows, or (vertical, horizontal); None: two thirds of the window. Windows start at multiples
             of it, the last one ends with the image (mmsegmentation's `slide_inference`), and where they overlap
@@ -49,7 +49,7 @@ def predict(
             metres: `lambda raw: to_depth(raw, min_depth, max_depth)`.
 
     Returns:
-        (B, outputs, H, W), float32: raw numbers, or what `transform` makes of them.
+        (B, outputs, H, W), float32: outputs of the model, or of `transform`.
 
     Raises:
         UserError: the window is not `model.fixed_size`, or the stride leaves gaps between windows.

@@ -1,4 +1,4 @@
-"""Losses of fine-tuning. Both compute in float32, are finite without a single valid pixel, and never wait for a GPU."""
+"""Losses of fine-tuning. They compute in float32, are finite without valid pixels, and do not synchronise."""
 
 from __future__ import annotations
 
@@ -6,47 +6,47 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_LEAST = 1e-6  # metres; below it a prediction counts as this
+_LEAST = 1e-6  # metres; smaller predictions are clamped to it
 
 
 def silog(prediction: Tensor, target: Tensor, *, lam: float = 0.5, min_depth: float, max_depth: float) -> Tensor:
     """Scale-invariant logarithmic error, sqrt(mean(d^2) - lam * mean(d)^2) with d = log(prediction) - log(target).
 
-    Means are over all valid pixels of the batch together, and nothing is scaled: as GLPDepth's `SiLogLoss` (lam 0.5,
+    Means are over all valid pixels of the batch, without a scale: as in GLPDepth's `SiLogLoss` (lam 0.5,
     utils/criterion.py), which the MIM depth protocol trains with. (BTS and AdaBins use lam 0.85 and ten times that.)
 
     Args:
-        prediction: (B, 1, H, W) metres, above 0; less than 1e-6 counts as that, so that the logarithm is finite.
-        target: the same shape, metres; NaN and what is not strictly between min_depth and max_depth has no value.
-        lam: 0 is the root mean square of d, 1 its deviation.
+        prediction: (B, 1, H, W) metres, clamped to at least 1e-6.
+        target: the same shape, metres; invalid where NaN or not strictly between min_depth and max_depth.
+        lam: 0 gives the root mean square of d, 1 its standard deviation.
 
     Returns:
-        float32 scalar; 0 with zero gradients where no pixel is valid or all are met exactly.
+        float32 scalar; 0 with zero gradients if no pixel is valid, or if all predictions are exact.
     """
     prediction, target = prediction.float(), target.float()
     valid = valid_depth(target, min_depth, max_depth)
     difference = torch.log(prediction.clamp(min=_LEAST)) - torch.log(torch.where(valid, target, 1.0))
     count = valid.sum().clamp(min=1)
     mean = torch.where(valid, difference, 0.0).sum() / count
-    # the same as variance and mean, which does not cancel
+    # by the variance, which avoids cancellation
     variance = torch.where(valid, difference - mean, 0.0).square().sum() / count
     square = variance + (1 - lam) * mean.square()
-    positive = square > 0  # not so without error: the root has no gradient there
+    positive = square > 0  # the square root has no gradient at 0
     return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
 
 
 def valid_depth(target: Tensor, min_depth: float, max_depth: float) -> Tensor:
-    """Where a map has a value that counts: strictly between the two, as GLPDepth, BTS and the MIM protocol have it."""
-    return (target > min_depth) & (target < max_depth)  # never so for NaN
+    """Mask of valid depth: strictly between min_depth and max_depth, as in GLPDepth, BTS and the MIM protocol."""
+    return (target > min_depth) & (target < max_depth)  # False for NaN
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, ignore: int = 255) -> Tensor:
-    """Mean over the pixels that have a class; 0 with zero gradients where none has.
+    """Cross-entropy, averaged over the labelled pixels; 0 with zero gradients if there are none.
 
     Args:
         logits: (B, classes, H, W).
-        labels: (B, H, W) int64, `ignore` where there is none. mmsegmentation divides by all pixels, ignored ones
-            too, unless it is told `avg_non_ignore`.
+        labels: (B, H, W) int64, `ignore` at unlabelled pixels. (mmsegmentation divides by all pixels, unless
+            `avg_non_ignore` is set.)
     """
     total = F.cross_entropy(logits.float(), labels, ignore_index=ignore, reduction="sum")
     return total / (labels != ignore).sum().clamp(min=1)

@@ -20,12 +20,12 @@ CROPS = ("eigen", *_BOXES)
 
 
 def crop_box(crop: str | None, height: int, width: int) -> tuple[int, int, int, int]:
-    """Rows top to bottom and columns left to right, ends left out, that a benchmark evaluates of a map.
+    """The box (top, bottom, left, right), ends exclusive, that a benchmark evaluates.
 
     - "nyu_eigen": [45:471, 41:601] of 480x640, and in proportion of other sizes.
     - "kitti_eigen", "garg": the boxes of Eigen et al. (2014) and Garg et al. (2016) on KITTI, fractions of any size.
-    - "eigen": both benchmarks call theirs so. Maps more than twice as wide as high are taken for KITTI's (375x1242,
-      or 352x1216 of its benchmark crop), others for NYU's (480x640).
+    - "eigen": the name that both benchmarks use. The box is KITTI's for maps more than twice as wide as high
+      (375x1242, or 352x1216 of its benchmark crop), else NYU's (480x640).
     - None: everything.
     """
     if crop is None:
@@ -40,7 +40,7 @@ def crop_box(crop: str | None, height: int, width: int) -> tuple[int, int, int, 
 
 
 class DepthMetrics(Metric):
-    """The usual errors of depth: each of an image's valid pixels, then the mean over images, as BTS and GLPDepth do.
+    """Depth errors: computed over the valid pixels of each image, then averaged over images, as BTS and GLPDepth do.
 
     With p the prediction, t the target, d = log p - log t, means over the valid pixels of one image:
 

@@ -1,4 +1,4 @@
-"""What a fine-tuned model says of some images, beside the truth."""
+"""Draws predictions of a fine-tuned model beside the ground truth."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _WHITE = 1.0
 
 
 class Panel(NamedTuple):
-    """One image; on the CPU."""
+    """An image with prediction and ground truth, on the CPU."""
 
     image: Tensor  # (3, H, W) normalised
     guess: Tensor | None  # (1, h, w) metres, or (classes, h, w) logits
-    truth: Tensor  # (1, h, w) metres, NaN where not known; or (h, w) labels, 255 where not known
+    truth: Tensor  # (1, h, w) metres, NaN where unknown; or (h, w) labels, 255 where unknown
 
 
 def grid(panels: list[Panel], path: Path, title: str, classes: int | None = None) -> None:
-    """A row for each image: it, what is predicted, and the truth, white where that is not known.
+    """Draws a row per image: the image, the prediction, and the ground truth, white where unknown.
 
     Args:
-        classes: of labels; None: depth, near is bright, on the scale of the truth in its row.
+        classes: number of classes; None: depth, near is bright, on the scale of the row's ground truth.
     """
     columns = ["image", "truth"] if panels[0].guess is None else ["image", "predicted", "truth"]
     figure = Figure((2.4 * len(columns), 1.9 * len(panels) + 0.4), layout="constrained")
@@ -61,6 +61,6 @@ def _depth(panel: Panel) -> list[np.ndarray]:
 
 
 def _labels(labels: np.ndarray, classes: int) -> np.ndarray:
-    # neighbouring classes get colours far from each other
+    # neighbouring classes get distant colours
     colours = matplotlib.colormaps["turbo"]((np.arange(classes) * 0.381966) % 1)[:, :3]
     return np.where((labels < classes)[..., None], colours[np.minimum(labels, classes - 1)], _WHITE)

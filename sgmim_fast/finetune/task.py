@@ -1,4 +1,4 @@
-"""`sgmim-fast finetune`: fine-tuning as a `Task`: an encoder with a head, and depth or labels."""
+"""`sgmim-fast finetune`: fine-tuning on depth or segmentation as a `Task`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from sgmim_fast.finetune.losses import cross_entropy, silog
 
 
 class Finetuning(Task):
-    """Depth, by the SiLog loss, or segmentation, by cross-entropy; tested before every checkpoint.
+    """Trains depth with the SiLog loss, or segmentation with cross-entropy. Evaluates before every checkpoint.
 
-    A checkpoint's score is the RMSE, or one minus the mIoU: "best" is the lowest.
+    The score of a checkpoint is the RMSE, or 1 - mIoU.
     """
 
     config: Config
@@ -43,7 +43,7 @@ class Finetuning(Task):
 
     @cached_property
     def test_set(self) -> Dataset:
-        """What is tested on."""
+        """The data set for evaluation."""
         return build.create_dataset(self.config, train=False)
 
     @property
@@ -55,7 +55,7 @@ class Finetuning(Task):
         return build.create_dataset(self.config, train=True)
 
     def create_dataset(self) -> Dataset:
-        """Also opens what is tested on, to say at once what is wrong with it."""
+        """Also opens the test set, so that its errors are raised before training."""
         _ = self.test_set
         return self.train_set
 
@@ -118,8 +118,8 @@ class Finetuning(Task):
     def evaluate(
         self, model: DenseModel, accelerator: Accelerator, images: int | None = None, progress: bool = False
     ) -> tuple[float, dict[str, float]]:
-        """The score and the metrics, over `images` of the test set, from all over it; None: what the configuration says
-        for checkpoints. Every process takes its share."""
+        """Returns score and metrics over `images` evenly spaced images of the test set; None: as configured for
+        checkpoints. All processes have to call it."""
         dataset, metrics = self.test_set, build.create_metrics(self.config, self.test_set).to(accelerator.device)
         chosen = loader.spread(len(dataset), images or self.config.evaluation.images or len(dataset))
         own = Subset(dataset, chosen[accelerator.process_index :: accelerator.num_processes])
@@ -186,7 +186,7 @@ class Finetuning(Task):
         return f"tested after the last step: {values}; look at {folder / 'losses.png'} and {drawn}"
 
 
-# option -> the setting it stands for, and its help
+# option -> the setting that it sets, metavar and help
 OPTIONS = {
     "encoder": ("model.encoder", "RUN|FILE|NAME", "a finished run of pretrain, an exported file, or a timm name"),
     "head": ("model.head", "HEAD", "deconv, dpt or upernet"),
@@ -211,5 +211,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises UserError, or DataError, for what the user can put right."""
+    """Raises UserError or DataError for errors that the user can correct."""
     return COMMAND.execute(args)

@@ -10,7 +10,7 @@ visible           visible cells only, plain PyTorch as a careful user would writ
 visible-compiled  the same through torch.compile
 fused-BACKEND     sgmim_fast.SGMIM on one of its backends
 ...-captured      on a GPU: the same as a CUDA graph, where the host's time does not count
-gemm-floor        only the matrix products of `visible`, each through the best library call
+gemm-floor        only the gemms of `visible`, each through the best library call
 
 All columns are first checked against each other; on a disagreement no speed is printed, or with `--anyway` only flagged
 ones, and the exit code is 1. They take turns in one
@@ -225,7 +225,7 @@ def conclusion(rows: list[dict[str, Any]]) -> str:
     others = ", ".join(f"{ms[name] / ms[best]:.1f} times as fast as {TITLES[name]}" for name in TITLES if name in ms)
     return (
         f"{case}: forward and backward of the branch take {ms[best]:.0f} ms with sgmim_fast ({FUSED[best]}), {others}. "
-        f"The matrix products of the visible cells alone take {floor:.0f} ms in the best library calls: they bound "
+        f"The gemms of the visible cells alone take {floor:.0f} ms in the best library calls: they bound "
         "what is left to gain."
     )
 
@@ -248,7 +248,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         colours = ["tab:blue" if name in FUSED else "0.72" for name in names]
         bars = axis.bar(names, medians, yerr=[[max(0, v) for v in s] for s in spread], color=colours, capsize=2)
         axis.bar_label(bars, [f"{mine['dense']['median_ms'] / m:.1f}x" for m in medians], fontsize=7, padding=2)
-        axis.axhline(mine["gemm-floor"]["median_ms"], color="tab:red", linewidth=1, linestyle="--", label="GEMM floor")
+        axis.axhline(mine["gemm-floor"]["median_ms"], color="tab:red", linewidth=1, linestyle="--", label="gemm floor")
         axis.set_title(f"{case[0]}, {case[1]}, batch {case[2]}, {case[3]}", fontsize=8)
         axis.tick_params(axis="x", labelrotation=35, labelsize=7)
         axis.tick_params(axis="y", labelsize=7)
@@ -331,7 +331,7 @@ def main(argv: list[str] | None = None) -> int:
         rate = 2 * 3 * multiply_accumulates(shape, batch) / floor / 1e6
         progress.clear()
         print(f"\n{title}, batch {batch}, {device}{note}", table(new), sep="\n")
-        print(f"the floor's products run at {rate:.0f} GFLOP/s", flush=True)
+        print(f"the floor's gemms run at {rate:.0f} GFLOP/s", flush=True)
         said.append(conclusion(new))
         if products.compute_dtype(kind, torch.device(device)) != kind:
             said[-1] += " This CPU has no instructions for bfloat16, so sgmim_fast computes it in float32."

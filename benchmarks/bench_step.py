@@ -11,7 +11,7 @@ accelerated-compiled  the same through torch.compile
 accelerated-captured  the same through sgmim_fast.capture: a CUDA graph, where the host's time does not count
 simmim-accelerated    the same without guidance: what the structure branch adds to it is its share
 simmim-captured       and that as a CUDA graph
-gemm-floor            only the products of all linear layers, each through the best library call
+gemm-floor            only the gemms of all linear layers, each through the best library call
 
 All columns but the simmim ones compute the same loss: they are first checked against each other. A column that
 disagrees is flagged, and the exit code is 1. They take turns in one process, so their ratios hold even where the
@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from tools.agree import relative_errors
-from tools.floor import branch_products, encoder_products, products_floor
+from tools.floor import branch_gemms, encoder_gemms, gemms_floor
 from tools.measure import autocast, interleaved, machine, peak_mib, summary
 from tools.shapes import ENCODERS, SHAPES, Shape
 from tools.written import write_json
@@ -200,8 +200,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row for each column; `keep` gets what is known of them after each round."""
     steps: dict[str, Callable[[], Any]] = {name: case.step(name) for name in case.columns}
-    layers = branch_products(case.shape, case.batch) + encoder_products(case.shape, case.batch)
-    steps["gemm-floor"] = products_floor(layers, case.dtype, case.device)
+    layers = branch_gemms(case.shape, case.batch) + encoder_gemms(case.shape, case.batch)
+    steps["gemm-floor"] = gemms_floor(layers, case.dtype, case.device)
     host: dict[str, list[float]] = {}
 
     def rows(times: dict[str, list[float]]) -> list[dict[str, Any]]:
@@ -237,8 +237,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 KINDS = {  # of profiled events, by what their names contain; the first that fits
-    "small products": ("bmm", "baddbmm", "scaled_dot_product", "flash_attention"),
-    "products": ("mm", "_linear_pointwise", "mkldnn", "convolution"),
+    "small gemms": ("bmm", "baddbmm", "scaled_dot_product", "flash_attention"),
+    "gemms": ("mm", "_linear_pointwise", "mkldnn", "convolution"),
     "window attention": ("window_attention",),
     "GELU": ("gelu",),
     "norms": ("layer_norm",),

@@ -128,9 +128,8 @@ def count_launches(encoder: str, dtype: str, batch: int) -> int:
 
 def tune(encoder: str, batch: int, path: Path) -> None:
     """Prints and writes what is the fastest for each op of an encoder's step."""
-    from bench_step import ENCODERS
     from tools.measure import machine
-    from tools.shapes import SHAPES
+    from tools.shapes import ENCODERS, SHAPES
 
     import sgmim_fast
 

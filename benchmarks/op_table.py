@@ -45,8 +45,8 @@ def cases(shape: Shape, batch: int, device: torch.device) -> dict[str, Callable[
     features = torch.randn(batch * shape.cells, width, device=device, requires_grad=True)
     structure = torch.randn(cells.shown.index.shape[0] + 1, width, device=device, requires_grad=True)
     head, embed = nn.Linear(width, 3 * stride**2).to(device), nn.Conv2d(3, shape.stem, shape.patch).to(device)
-    token, gain, shift = (torch.randn(shape.stem, device=device, requires_grad=True) for _ in range(3))
-    norm = {} if shape.prefix else {"norm_weight": gain, "norm_bias": shift}
+    token, norm_weight, norm_bias = (torch.randn(shape.stem, device=device, requires_grad=True) for _ in range(3))
+    norm = {} if shape.prefix else {"norm_weight": norm_weight, "norm_bias": norm_bias}
     guidance, encoder = RelationalGuidance(width, shape.heads).to(device), StructureEncoder(1, width, stride).to(device)
     depth.requires_grad_()
 

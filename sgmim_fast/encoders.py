@@ -39,7 +39,7 @@ MODULES = {"swin_transformer", "swin_transformer_v2", "beit", "vision_transforme
 
 
 class MaskedEncoder(nn.Module):
-    """A timm encoder that sees a mask token wherever the mask is 1. Made by `create_encoder`.
+    """A timm encoder whose masked tokens are replaced by a mask token. Created by `create_encoder`.
 
     Attributes:
         model: the timm module, without classifier and pooling; `model.forward_features` ends with the final norm.
@@ -49,7 +49,7 @@ class MaskedEncoder(nn.Module):
         patch_size: patch size p of the stem in pixels; an int, or (height, width) where the two differ.
         stride: pixels per output token; an int, or (height, width) where the two differ.
         timm_name, timm_arguments: what `create_encoder` was called with.
-        visible_stem: whether the stem embeds visible patches only where it is told which; `accelerate` sets it.
+        visible_stem: whether the stem embeds visible patches only, given their row list; set by `accelerate`.
     """
 
     visible_stem = False
@@ -71,13 +71,13 @@ class MaskedEncoder(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, x: Tensor, mask: Tensor | SelectiveMask | None = None, visible: Tensor | None = None) -> Tensor:
-        """Encodes the images, reading nothing under the mask.
+        """Encodes the images without reading masked patches.
 
         Args:
             x: (B, in_chans, H, W) images, floating point.
-            mask: (B, H/p, W/p), bool or 0/1 numbers, 1 = masked (hidden from the encoder), or a `SelectiveMask` on a
-                grid that divides this one, of which an accelerated stem embeds the visible patches only. None: nothing
-                is masked, and the result is that of `model.forward_features`, to the bit.
+            mask: (B, H/p, W/p), bool or 0/1 numbers, 1 = masked, or a `SelectiveMask` on a coarser grid that divides
+                this one, of which an accelerated stem embeds visible patches only. None: nothing is masked, and the
+                result is bitwise that of `model.forward_features`.
             visible: (n,) int64, with a mask tensor: the patches that are not masked among the B * (H/p) * (W/p),
                 ascending. What the mask says, for an accelerated stem. None: every patch is embedded.
 
@@ -98,8 +98,8 @@ class MaskedEncoder(nn.Module):
             return self._after_stem(blocks.masked_stem(stem, x, self.mask_token, visible))
         tokens = stem(x)  # (B, L, D), or (B, H/p, W/p, D)
         if mask is not None:
-            hidden = resize(mask.mask, *patches) if drawn else mask.bool()
-            tokens = torch.where(hidden.reshape(*tokens.shape[:-1], 1), self.mask_token, tokens)
+            masked = resize(mask.mask, *patches) if drawn else mask.bool()
+            tokens = torch.where(masked.reshape(*tokens.shape[:-1], 1), self.mask_token, tokens)
         return self._after_stem(tokens)
 
     def accelerate_stem(self) -> None:
@@ -247,7 +247,7 @@ _FAMILIES = (
     (Eva, _MaskedEva),
 )
 
-# an encoder that may be told which patches are visible: nobody listens to its call, or makes it differently
+# whether `forward` may be given the visible patches: it has no hooks and is not overridden
 VISIBLE = Check(encoder=Own(*{masked for _, masked in _FAMILIES}, tensors=("mask_token",), model=None))
 
 

@@ -1,7 +1,7 @@
-"""Modules of the guidance branch: parameters under the names of the field.
+"""Modules of the guidance branch.
 
-Their `forward` is the dense arithmetic in plain PyTorch; their `visible`, which bypasses it, that of `sgmim_fast.ops`
-on packed rows of visible cells.
+`forward` is the dense reference implementation in plain PyTorch; `visible` bypasses it and computes visible cells only,
+as packed rows, through `sgmim_fast.ops`.
 """
 
 from __future__ import annotations
@@ -136,10 +136,10 @@ class CrossAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, hidden_features: int):
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = nn.Linear(width, hidden_features)
+        self.fc2 = nn.Linear(hidden_features, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))

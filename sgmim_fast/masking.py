@@ -1,6 +1,6 @@
-"""Masks: drawing them (`selective_mask`), and putting them on the grids they are wanted on. SPEC "Selective masking".
+"""Selective masks: drawing them (`selective_mask`), and resampling them to the grids of the model.
 
-Everywhere 1 / True means masked: hidden from the encoder.
+1 or True means masked, that is, not visible to the encoder. See docs/SPEC.md, "Selective masking".
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ MASKING = ("random", "salience")
 
 
 class SelectiveMask(NamedTuple):
-    """A mask with its row lists. Pass it to the model in place of a mask tensor.
+    """A mask with its row lists, which the model takes in place of a mask tensor.
 
-    The row lists save the model the search for them, which on a GPU would have to wait for the device.
+    Without the row lists, the model has to search the tensor, which on a GPU synchronises with the device.
     """
 
-    mask: Tensor  # (B, h, w) bool, True = masked (hidden from the encoder)
-    structure: Tensor  # (B, h, w) bool, True = the structure branch may read the map here; as `mask` by default
+    mask: Tensor  # (B, h, w) bool, True = masked
+    structure: Tensor  # (B, h, w) bool, True = shown: the structure branch may read the map; equal to `mask` by default
     visible: Rows  # cells that are not masked
     masked: Rows  # cells that are masked
-    shown: Rows  # cells where the structure is shown
+    shown: Rows  # cells that are shown to the structure branch
 
     def on(self, grid: tuple[int, int]) -> SelectiveMask:
-        """The same mask on a grid (rows, columns) of cells, from the lists that are there: nothing is searched, and
-        nothing waits for the device.
+        """The same mask on a grid (rows, columns) of cells. Row lists are computed from those of this mask, without a
+        search and without synchronising.
 
         Raises:
-            ValueError: a grid that does not divide the mask's units.
+            ValueError: `grid` is not a multiple of the mask's own grid.
         """
         own = tuple(self.mask.shape[1:])
         if own == tuple(grid):
@@ -54,14 +54,13 @@ class SelectiveMask(NamedTuple):
         return SelectiveMask(mask, resize(self.structure, *grid), visible, masked, shown)
 
     def part(self, first: int, count: int) -> SelectiveMask:
-        """The masks of `count` images from the `first` on, which share memory with these. Nothing waits for the device.
+        """The masks of `count` images from `first` on, sharing memory with this one. Does not synchronise.
 
-        All images must have as many masked cells, and as many where the structure is shown: where an image's rows begin
-        is not known on the host otherwise.
+        All images must have equal numbers of masked cells and of shown cells, so that the host knows their offsets.
 
         Raises:
-            ValueError: images that are not there.
-            RuntimeError: images with other numbers of rows; on a GPU an assertion on the device.
+            ValueError: the range exceeds the batch.
+            RuntimeError: images have different numbers of rows; on a GPU, a device-side assertion.
         """
         images, cells = self.mask.shape[0], self.mask.shape[1] * self.mask.shape[2]
         if first < 0 or count < 0 or first + count > images:
@@ -85,7 +84,7 @@ class SelectiveMask(NamedTuple):
 
 
 class DenseMask(NamedTuple):
-    """A mask without row lists: it cuts through cells, or its values cannot be looked at."""
+    """A mask without row lists: some cells are partly masked, or its values cannot be read."""
 
     mask: Tensor  # (B, h, w) bool
     structure: Tensor  # (B, h, w) bool
@@ -108,9 +107,9 @@ def selective_mask(
     threshold: float = THRESHOLD,
     adaptive: str = "image",
 ) -> SelectiveMask:
-    """Draws the masks of a batch: in each image ceil(ratio * units) units, a uniformly random subset.
+    """Draws masks: a uniformly random subset of ceil(ratio * units) units in each image.
 
-    Exact counts, reproducible from `generator`, and nothing waits for the device. Plain PyTorch, per image:
+    Does not synchronise with the device. Equivalent per image, up to the random numbers, to
     `mask.view(-1)[torch.randperm(units)[:count]] = True`. SPEC "Selective masking", paper section 3.
 
     With masking="salience" the units are those of the highest score, salience + U(0, 1) / 2, and their number is the
@@ -145,7 +144,7 @@ def selective_mask(
             in the released code; "none": all have `ratio`.
 
     Returns:
-        SelectiveMask on the grid of cells; the model brings it to its own resolutions.
+        SelectiveMask on the grid of cells.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what is expected; NaN in `salience`, on a GPU with
@@ -236,18 +235,18 @@ def resize(mask: Tensor, height: int, width: int) -> Tensor:
 
 
 def aligned(grid: tuple[int, int], cells: tuple[int, int]) -> bool:
-    """Whether each unit of a grid is made of whole cells."""
+    """Whether each unit of `grid` consists of whole cells."""
     return cells[0] % grid[0] == 0 and cells[1] % grid[1] == 0
 
 
 def without_lists(mask: Tensor | SelectiveMask) -> DenseMask:
-    """The mask as it was given; its values are not looked at."""
+    """The mask without row lists; its values are not read."""
     return DenseMask(mask.bool(), mask.bool()) if isinstance(mask, Tensor) else DenseMask(mask.mask, mask.structure)
 
 
 @torch.compiler.disable
 def search(mask: Tensor, down: int, across: int) -> SelectiveMask | DenseMask:
-    """A mask tensor on down x across cells; dense where a cell is masked only in part.
+    """Row lists of a mask tensor on down x across cells; a `DenseMask` if a cell is partly masked.
 
     Args:
         mask: (B, h, w), bool or numbers, at least as fine as the cells.
@@ -255,7 +254,7 @@ def search(mask: Tensor, down: int, across: int) -> SelectiveMask | DenseMask:
     Raises:
         ValueError: values other than 0 and 1.
 
-    The counts depend on the values, so on a GPU this waits for the device once, and torch.compile breaks the graph.
+    The counts depend on the values, so on a GPU this synchronises once, and torch.compile breaks the graph.
     """
     batch = mask.shape[0]
     masked = mask.to(torch.bool)

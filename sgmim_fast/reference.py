@@ -1,9 +1,8 @@
-"""SG-MIM in plain PyTorch: every token, no shortcut. The executable specification that the rest is checked against.
+"""The reference implementation of SG-MIM in plain PyTorch, on all tokens, against which everything else is tested.
 
-Goes through the modules of a `sgmim_fast.SGMIM`, so that it has its weights, and calls each of them: hooks, adapters
-and forwards of their own are obeyed. The modules of the branch (`sgmim_fast.guidance`) have their dense arithmetic in
-their `forward`; masks, heads and losses are here. Nothing of the model is imported, and the model computes none of it.
-Follows docs/SPEC.md from top to bottom.
+It calls the modules of a `sgmim_fast.SGMIM`, and so uses its weights and respects hooks, adapters and replaced
+forwards. The modules of the branch (`sgmim_fast.guidance`) are dense in their `forward`; masks, heads and losses are
+here. This file imports nothing of the model, and follows docs/SPEC.md from top to bottom.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def sgmim_losses(
         model: the `SGMIM`; its encoder runs as it is.
         images: (B, in_chans, H, W).
         structure: (B, S, H, W); None without guidance.
-        mask: (B, H / p, W / p), 1 = masked, or what `selective_mask` returned.
+        mask: (B, H / p, W / p), 1 = masked, or a `SelectiveMask`.
         structure_valid: (B, S, H, W) bool, True where the map counts; None: everywhere.
     """
     masked, shown = stem_masks(mask, images, model.patch_size)

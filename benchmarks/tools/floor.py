@@ -1,4 +1,4 @@
-"""The GEMM floor: the matrix products the visible-only branch cannot avoid, each through the best library call."""
+"""The gemm floor: the gemms the visible-only branch cannot avoid, each through the best library call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sgmim_fast.guidance import embedding_patch
 from sgmim_fast.ops import products
 
 
-def branch_products(shape: Shape, batch: int, channels: int = 1) -> list[tuple[int, int, int, bool]]:
+def branch_gemms(shape: Shape, batch: int, channels: int = 1) -> list[tuple[int, int, int, bool]]:
     """(rows, in, out, whether the input needs a gradient) of every linear layer of the branch and the heads."""
     c, visible, masked = shape.width, batch * shape.visible, batch * shape.masked
     patch, mergings = embedding_patch(shape.stride)
@@ -36,11 +36,11 @@ def branch_products(shape: Shape, batch: int, channels: int = 1) -> list[tuple[i
 
 def multiply_accumulates(shape: Shape, batch: int) -> int:
     """Of the forward."""
-    return sum(rows * inner * outer for rows, inner, outer, _ in branch_products(shape, batch))
+    return sum(rows * inner * outer for rows, inner, outer, _ in branch_gemms(shape, batch))
 
 
-def encoder_products(shape: Shape, batch: int) -> list[tuple[int, int, int, bool]]:
-    """As `branch_products`, of a base-size encoder: its linear layers. The attention's small products are left out."""
+def encoder_gemms(shape: Shape, batch: int) -> list[tuple[int, int, int, bool]]:
+    """As `branch_gemms`, of a base-size encoder: its linear layers. The attention's small gemms are left out."""
     layers = [(batch * (shape.image // shape.patch) ** 2, 3 * shape.patch**2, shape.stem, False)]
     for stage, depth in enumerate(shape.depths):
         width, side = shape.stem << stage, shape.image // (shape.patch << stage)
@@ -53,11 +53,11 @@ def encoder_products(shape: Shape, batch: int) -> list[tuple[int, int, int, bool
 
 
 def gemm_floor(shape: Shape, batch: int, dtype: torch.dtype, device: str) -> Callable[[], None]:
-    """A callable that runs every product of the branch once, operands ready in the best call's dtype."""
-    return products_floor(branch_products(shape, batch), dtype, device)
+    """A callable that runs every gemm of the branch once, operands ready in the best call's dtype."""
+    return gemms_floor(branch_gemms(shape, batch), dtype, device)
 
 
-def products_floor(layers: list[tuple[int, int, int, bool]], dtype: torch.dtype, device: str) -> Callable[[], None]:
+def gemms_floor(layers: list[tuple[int, int, int, bool]], dtype: torch.dtype, device: str) -> Callable[[], None]:
     """As `gemm_floor`, of any layers; equal ones share their operands."""
     calls = []
     for (rows, inner, outer, needs), count in collections.Counter(layers).items():

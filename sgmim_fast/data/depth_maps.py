@@ -1,6 +1,6 @@
-"""Structure maps without annotation: a depth-estimation model over a folder of images.
+"""Generating structure maps for a folder of images with a depth-estimation model.
 
-`generate` writes what `data.FolderPairs` reads: a mirrored tree of 16-bit PNG, with a note of where they come from.
+`generate` writes a mirrored tree of 16-bit PNG for `data.FolderPairs`, and metadata about their origin.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from sgmim_fast.data.report import BrokenFile, DataError, some
 MODEL = "depth-anything/Depth-Anything-V2-Small-hf"
 PROVENANCE = "structure.json"
 LARGEST = 2**16 - 1
-WAITING = 4  # batches of images that wait for others of their size
+WAITING = 4  # batches of images that may wait for others of their size
 SCALING = (
     "each map on its own: its least value is stored as 1, its greatest as 65535, linearly between; both are in the "
     "file's text chunk 'range'. 0 is not used: it means 'no value'. sgmim_fast.data divides by 65536."
@@ -57,11 +57,11 @@ INVERSE, METRIC = "relative inverse depth, larger is nearer", "depth, larger is 
 
 @dataclass
 class Generated:
-    """What `generate` did."""
+    """Results of `generate`."""
 
     written: int = 0  # maps
-    kept: int = 0  # maps that were there before
-    broken: dict[str, str] = field(default_factory=dict)  # image without a map -> why
+    kept: int = 0  # maps that existed already
+    broken: dict[str, str] = field(default_factory=dict)  # image without a map -> reason
 
     def summary(self) -> str:
         """One line."""
@@ -84,26 +84,26 @@ def generate(
     compression: int = 0,
     progress: bool = False,
 ) -> Generated:
-    """Predicts a map for every image of a folder tree, and writes it as `out`/same path.png, 16 bits.
+    """Predicts a map for every image of a folder tree, and writes it to `out`, under the same relative path, as 16-bit
+    PNG.
 
-    A map that is there already is kept, and each is written under another name first: run it again where it was
-    interrupted. `out`/structure.json says which model made the maps and what their values mean. Broken images are left
-    out and named.
+    Existing maps are kept and files are written atomically, so an interrupted call can be repeated.
+    `out`/structure.json names the model and explains the values. Broken images are left out and named.
 
     Args:
         images: folder; images in any format of `data.IMAGE_SUFFIXES`, at any depth.
-        out: folder for the maps, made if need be; not the one of the images.
-        model: name of a depth-estimation model on huggingface.co, or a folder with one as `save_pretrained` writes it.
-        batch: images that go through the model together; those whose sizes differ after its preprocessing do not.
-        device: a torch device; "auto" takes a GPU if there is one.
+        out: folder for the maps, not inside `images`; created if it does not exist.
+        model: name of a depth-estimation model on huggingface.co, or a folder written by `save_pretrained`.
+        batch: batch size; images whose sizes differ after preprocessing are not batched.
+        device: a torch device; "auto": a GPU if available.
         revision: branch, tag or commit of the model's repository.
-        workers: processes that read and prepare images.
-        compression: of the PNG, 0 to 9. Maps that are not compressed are up to several times as large, and load far
+        workers: data loader workers.
+        compression: zlib level of the PNG, 0 to 9. Uncompressed maps are up to several times as large, and load far
             faster (benchmarks/NOTES.md, "Loading").
-        progress: shows a bar.
+        progress: show a progress bar.
 
     Raises:
-        DataError: no images; a model that cannot be had; or maps of another model in `out`.
+        DataError: no images, the model cannot be loaded, or `out` has maps of another model.
     """
     images, out = Path(images), Path(out)
     found = find_files(images, "images", IMAGE_SUFFIXES)
@@ -143,7 +143,7 @@ def generate(
 def _load(model: str, revision: str | None) -> tuple[BaseImageProcessor, PreTrainedModel]:
     try:
         given = {"revision": revision, "trust_remote_code": False}
-        AutoConfig.from_pretrained(model, **given)  # fails first, and says best why
+        AutoConfig.from_pretrained(model, **given)  # has the clearest error messages
         processor = AutoImageProcessor.from_pretrained(model, **given)
         return processor, AutoModelForDepthEstimation.from_pretrained(model, weights_only=True, **given)
     except (OSError, ValueError) as error:
@@ -180,7 +180,7 @@ def _provenance(model: str, network: PreTrainedModel, device: str) -> dict[str, 
 
 
 def _check_provenance(path: Path, note: dict[str, Any]) -> None:
-    """Raises DataError where another model made the maps that are there."""
+    """Raises DataError if existing maps were made by another model."""
     if not path.exists():
         return
     try:
@@ -196,7 +196,7 @@ def _check_provenance(path: Path, note: dict[str, Any]) -> None:
 
 
 class Prepared(Dataset):
-    """Images as the model wants them: (name, pixels or what is wrong, size)."""
+    """Preprocessed images: (name, pixel values or error message, size)."""
 
     def __init__(self, root: Path, names: list[str], processor: BaseImageProcessor):
         self.root, self.names, self.processor = root, names, processor
@@ -210,7 +210,7 @@ class Prepared(Dataset):
             image = ImageFile(self.root / name).decode()
         except BrokenFile as broken:
             return name, broken.reason, (0, 0)
-        image = F.to_dtype_image(image, torch.uint8, scale=True)  # which the processor divides by 255
+        image = F.to_dtype_image(image, torch.uint8, scale=True)  # the processor rescales by 1 / 255
         pixels = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
         return name, pixels, tuple(image.shape[-2:])
 
@@ -221,7 +221,7 @@ Group = list[tuple[str, Tensor, tuple[int, int]]]
 def _groups(
     prepared: Iterable[tuple[str, Tensor | str, tuple[int, int]]], batch: int, result: Generated
 ) -> Iterator[Group]:
-    """Lists of up to `batch` images whose prepared pixels have one shape."""
+    """Yields lists of up to `batch` images of equal shape."""
     waiting: dict[torch.Size, Group] = {}
     for name, pixels, size in prepared:
         if isinstance(pixels, str):
@@ -238,7 +238,7 @@ def _groups(
 
 @torch.inference_mode()
 def _predict(network: PreTrainedModel, processor: BaseImageProcessor, group: Group, device: str) -> list[Tensor]:
-    """A map for each image, as large as the image."""
+    """Predicts a map of each image, at the image's size."""
     outputs = network(pixel_values=torch.stack([pixels for _, pixels, _ in group]).to(device))
     sizes = [size for _, _, size in group]
     resize = processor.post_process_depth_estimation
@@ -254,7 +254,7 @@ def _png(prediction: np.ndarray, compression: int) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Under another name first, so that what has this name is whole."""
+    """Writes a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -285,6 +285,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def vars_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that `add_arguments` made, whatever else a parser holds."""
+    """The arguments of `add_arguments`, without others of the parser."""
     names = ("images", "out", "model", "revision", "batch", "device", "workers", "compression")
     return {name: getattr(args, name) for name in names}

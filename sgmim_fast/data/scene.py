@@ -61,8 +61,7 @@ class Solid:
 
 @dataclass
 class Scene:
-    """All that a picture shows. The light comes from one direction and is equally strong everywhere, so that neither
-    colour nor brightness tells a depth."""
+    """A scene. Its directional light is equally strong everywhere, so that colours do not depend on depth."""
 
     solids: list[Solid]  # the room first
     focal: float  # in widths of the picture

@@ -1,4 +1,4 @@
-"""Pairs from WebDataset shards: tar files read from one end to the other, from disks or over a network."""
+"""Pairs from WebDataset shards: tar files that are streamed from disks or over a network."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ from sgmim_fast.data.structure_kind import DEPTH, StructureKind
 from sgmim_fast.data.tar_files import files
 from sgmim_fast.data.transform import Normalize, transformed
 
-TRIED = 100  # samples of the first shard, at construction
-Sample = dict[str, Any]  # "__key__", "__url__", and the content of each file under its suffix
+TRIED = 100  # samples of the first shard that are tried at construction
+Sample = dict[str, Any]  # "__key__", "__url__", and suffix -> content
 
 
 class ShardPairs(Seeded, IterableDataset):
     """Pairs from tar files in which KEY.jpg (or another image) and KEY.depth.png (or .npy, ...) follow each other.
 
     Shards are split over processes and workers, so there must be at least as many; the order depends on (seed, epoch)
-    and on that number. Processes are told apart by torch.distributed or its environment variables: no sampler and no
-    other wrapper may split the data again. Broken and incomplete samples are left out, and named in the next item's
-    "skipped", from where `report.add_skipped` takes them.
+    and on their number. Rank and world size come from torch.distributed or its environment variables: no sampler and
+    no wrapper may split the data again. Broken and incomplete samples are left out, and named in the next item's
+    "skipped", for `report.add_skipped`.
 
     Args:
-        urls: as in webdataset: paths or URLs, one with braces such as "train-{0000..1023}.tar", or several in a list.
-        transform: see `FolderPairs`; seeded for every item from (seed, epoch, its name).
-        length: pairs of an epoch, of all processes together; shards are read again, in another order, where there are
-            fewer. None: an epoch is every pair once, which lets processes finish after different numbers of steps.
-        structure: what stands between the key of a map and its suffix. None: images alone, see `FolderPairs`.
-        shuffle: samples that a worker keeps to draw from; 0: shards are read in order.
+        urls: paths or URLs as in webdataset: one, with braces such as "train-{0000..1023}.tar", or a list.
+        transform: see `FolderPairs`; seeded per item from (seed, epoch, name).
+        length: pairs per epoch, on all processes together; shards with fewer pairs are read repeatedly, in different
+            orders. None: an epoch is one pass, after which processes may have taken different numbers of steps.
+        structure: the part of a map's name between key and suffix. None: images alone, see `FolderPairs`.
+        shuffle: size of each worker's shuffle buffer; 0: no shuffling.
         seed: of order and transform.
-        missing: integer that means "no value" in maps; None: none does.
-        kind: what the maps hold.
+        missing: integer that marks missing values in maps; None: none.
+        kind: kind of the structure maps.
 
     Raises:
-        DataError: a local shard is not there, or the first shard has no pair; on iterating: fewer shards than workers,
-            or no pair in all shards of a worker.
+        DataError: a local shard does not exist, or the first shard has no pair; in iteration: fewer shards than
+            workers, or no pair in all shards of a worker.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class ShardPairs(Seeded, IterableDataset):
         )
 
     def __len__(self) -> int:
-        """Pairs that this process gets in an epoch."""
+        """Pairs per epoch on this process."""
         if self.length is None:
             raise TypeError("shards have no length: give one, length=")
         return self.length // _webdataset().utils.pytorch_worker_info()[1]
@@ -119,7 +119,7 @@ class ShardPairs(Seeded, IterableDataset):
                 raise DataError(f"no pair that can be used in {len(self.urls[part::parts])} shards of one worker")
 
     def _one_pass(self, number: int, part: int, parts: int) -> Iterator[Item]:
-        """The items of one of `parts` parts of the shards; `number` counts the passes of an epoch."""
+        """The items of part `part` of `parts` of the shards; `number` counts passes within an epoch."""
         epoch, urls = self._epoch.get(), list(self.urls)
         rng = random.Random(f"{self.seed} {epoch} {number}")
         if self.shuffle:
@@ -140,7 +140,7 @@ class ShardPairs(Seeded, IterableDataset):
                 skipped.append(broken.line)
 
     def check_parts(self, processes: int, workers: int) -> None:
-        """Raises DataError where there are fewer shards than workers of all processes."""
+        """Raises DataError for fewer shards than workers of all processes."""
         if len(self.urls) < processes * workers:
             raise DataError(
                 f"{len(self.urls)} shards cannot be split over {processes} processes with {workers} workers each; "
@@ -163,10 +163,10 @@ class ShardPairs(Seeded, IterableDataset):
 
 
 def expand(urls: Sequence[str]) -> list[str]:
-    """Shards by name, of URLs with braces.
+    """Expands braces in URLs.
 
     Raises:
-        DataError: there are none, or a local one is not there.
+        DataError: there are no shards, or a local one does not exist.
     """
     found = [url for given in urls for url in _webdataset().shardlists.expand_urls(given)]
     absent = [url for url in _local(found) if not os.path.isfile(url)]
@@ -176,7 +176,7 @@ def expand(urls: Sequence[str]) -> list[str]:
 
 
 def truncated(urls: Sequence[str]) -> dict[str, str]:
-    """The local ones that end too early, with the reason; tarfile may not say so."""
+    """Local shards that are truncated, with reasons; tarfile may not raise for them."""
     ends = "truncated: the size of a tar file is a multiple of 512 bytes"
     return {url: ends for url in _local(urls) if url.endswith(".tar") and os.path.getsize(url) % tarfile.BLOCKSIZE}
 
@@ -186,7 +186,7 @@ def _local(urls: Sequence[str]) -> list[str]:
 
 
 def samples(urls: Sequence[str], skip: Callable[[BrokenFile], None]) -> Iterator[Sample]:
-    """The samples of some shards, one shard after the other. `skip` is told of what cannot be read."""
+    """Yields the samples of shards in order. `skip` is called for what cannot be read."""
     webdataset = _webdataset()
     for url in urls:
 
@@ -205,10 +205,10 @@ def samples(urls: Sequence[str], skip: Callable[[BrokenFile], None]) -> Iterator
 
 
 def members(sample: Sample, structure: str | None) -> tuple[str, tuple[str, bytes] | None, tuple[str, bytes] | None]:
-    """The name of a sample, and name and content of its image and its map; None: it has none.
+    """The name of a sample, and (name, content) of its image and of its map, or None.
 
     Raises:
-        BrokenFile: the map was saved in a format that changes its values.
+        BrokenFile: the map has a lossy format.
     """
     name = f"{sample['__url__']}::{sample['__key__']}"
     image = next(((name + suffix, sample[suffix[1:]]) for suffix in IMAGE_SUFFIXES if suffix[1:] in sample), None)

@@ -1,4 +1,4 @@
-"""What structure maps hold, and what follows from it: how they are read, standardised and drawn."""
+"""Kinds of structure maps: how depth, channels, normals and labels are read, standardised and drawn."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from sgmim_fast.data.structure_file import StructureFile
 from sgmim_fast.errors import UserError
 from sgmim_fast.ops import standardize_structure
 
-GOLDEN = 0.618034  # of a circle: hues of neighbouring classes lie far apart
+GOLDEN = 0.618034  # golden ratio: hues of consecutive classes are far apart
 
 
 def standardize_valid(structure: Tensor, limit: float | None = None) -> tuple[Tensor, Tensor]:
-    """What the model takes, of maps as they come from a data set; on any device, without waiting for it.
+    """Standardises maps of a data set for the model, on any device, without synchronising.
 
     Args:
-        structure: (B, S, H, W), NaN where a map has no value.
-        limit: standardised values are cut off at ± this; None: nowhere. Of a map that is flat but for a few pixels,
-            those lie tens of deviations away, and one such map outweighs a batch in the loss.
+        structure: (B, S, H, W), NaN = missing.
+        limit: clamp standardised values to ± this; None: no clamping. In a map that is flat except for a few pixels,
+            these lie tens of deviations away, and one such map dominates the loss of a batch.
 
     Returns:
-        The maps standardised over the values they have, and 0 where they have none, see
-        `sgmim_fast.standardize_structure`; and `structure_valid` of the model, (B, S, H, W) bool, True = has a value.
+        The maps, standardised over their valid values (see `sgmim_fast.standardize_structure`) and 0 elsewhere; and the
+        model's `structure_valid`, (B, S, H, W) bool, True = valid.
     """
     standardized = standardize_structure(structure, nonfinite="ignore")
     if limit is not None:
@@ -42,13 +42,13 @@ def standardize_valid(structure: Tensor, limit: float | None = None) -> tuple[Te
 
 
 class StructureKind(ABC):
-    """What structure maps hold.
+    """A kind of structure maps.
 
     Attributes:
-        name: in settings.
-        channels: of what the model gets, its `structure_channels`.
-        stored: channels of items.
-        word: what messages call a map.
+        name: its name in settings.
+        channels: channels of the model's input, `structure_channels`.
+        stored: channels of the items of data sets.
+        word: the word for a map in messages.
     """
 
     name: ClassVar[str]
@@ -63,22 +63,21 @@ class StructureKind(ABC):
     def read(
         self, name: str | os.PathLike[str], content: bytes | None = None, *, missing: float | None = 0
     ) -> StructureFile:
-        """A file; see there. Raises BrokenFile."""
+        """Reads a file. Raises BrokenFile."""
 
     @abstractmethod
     def standardize(self, structure: Tensor) -> tuple[Tensor, Tensor]:
-        """What the model takes, of maps (B, stored, H, W) with NaN where they have no value; on any device, without
-        waiting for it: (B, channels, H, W) float32, 0 where there is no value, and where there is one, bool."""
+        """Maps (B, stored, H, W), NaN = missing -> the model's input (B, channels, H, W) float32, 0 where missing, and
+        its validity, bool. On any device, without synchronising."""
 
     @abstractmethod
     def colours(self, structure: Tensor) -> Tensor:
-        """A picture of maps as the model takes or predicts them, on the CPU: (B, 3, H, W) from 0 to 1."""
+        """Colours (B, 3, H, W) in [0, 1] of the model's inputs or predictions, on the CPU."""
 
 
 @dataclass(frozen=True)
 class Channels(StructureKind):
-    """Maps of several channels, each standardised on its own as depth is. Mirrored images have mirrored maps, whose
-    values stay."""
+    """Maps of several channels, each standardised like depth. Flips do not change their values."""
 
     channels: int
     limit: float | None = None  # see `standardize_valid`
@@ -93,7 +92,7 @@ class Channels(StructureKind):
         return standardize_valid(structure, self.limit)
 
     def colours(self, structure: Tensor) -> Tensor:
-        """Of one channel by a map of colours; of more, the first three as red, green and blue."""
+        """One channel by a colour map; the first three of several channels as red, green and blue."""
         shown = Normalize(-2, 2, clip=True)(structure[:, :3].numpy())  # the same scale in all pictures
         if shown.shape[1] == 1:
             rgba = matplotlib.colormaps["inferno"](shown[:, 0])
@@ -105,7 +104,7 @@ class Channels(StructureKind):
 
 @dataclass(frozen=True)
 class Depth(Channels):
-    """Depth, disparity, or whatever else is one number for every pixel."""
+    """Depth, disparity, or any other map of one channel."""
 
     channels: int = 1
     name = "depth"
@@ -121,8 +120,8 @@ DEPTH = Depth()  # as published
 
 @dataclass(frozen=True)
 class Surface(StructureKind):
-    """Surface normals. Unit vectors times sqrt(3): the mean square over the channels of a pixel is 1. A deviation taken
-    between deciles would blow up the noise of a wall, which has one normal."""
+    """Surface normals, unit vectors times sqrt(3), so that their mean square over channels is 1. (Standardising between
+    deciles would amplify the noise of a wall, whose normals are equal.)"""
 
     channels: int = 3
     name = "normals"
@@ -144,14 +143,14 @@ class Surface(StructureKind):
 @dataclass(frozen=True)
 class Semantic(StructureKind):
     """Classes, one-hot: (1 - m) / d in the channel of the class, -m / d in the others, m = 1 / classes and
-    d = sqrt(m (1 - m)), so that mean and variance over the channels of a pixel are 0 and 1. A class on less than a
-    tenth of an image has no deviation between deciles at all.
+    d = sqrt(m (1 - m)), so that mean and variance over the channels of a pixel are 0 and 1. (Between deciles, a class
+    on less than a tenth of an image has no variance.)
 
-    Items hold ids, (1, H, W); the channels are made on the device.
+    Items have ids, (1, H, W); the one-hot channels are computed on the device.
     """
 
     channels: int  # classes
-    ignore: int | None = 255  # the id that means that none is known
+    ignore: int | None = 255  # id of unlabelled pixels
     name = "semantic"
     word = SemanticFile.kind
 
@@ -162,7 +161,7 @@ class Semantic(StructureKind):
     def read(
         self, name: str | os.PathLike[str], content: bytes | None = None, *, missing: float | None = 0
     ) -> StructureFile:
-        """`missing` is not used: 0 is a class."""
+        """`missing` is ignored, since 0 is a class."""
         return SemanticFile(name, content, classes=self.channels, ignore=self.ignore)
 
     def standardize(self, structure: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +172,7 @@ class Semantic(StructureKind):
         return torch.where(valid, one_hot, 0), valid.repeat(1, self.channels, 1, 1)
 
     def colours(self, structure: Tensor) -> Tensor:
-        """A colour for the likeliest class."""
+        """A colour per most likely class."""
         palette = torch.tensor([colorsys.hsv_to_rgb(i * GOLDEN % 1, 0.75, 0.9) for i in range(self.channels)])
         return palette[structure.argmax(1)].permute(0, 3, 1, 2)
 
@@ -190,14 +189,14 @@ def structure_kind(
     limit: float | None = None,
     prefix: str = "",
 ) -> StructureKind:
-    """The kind of that name, one of `NAMES`.
+    """Creates a kind by its name, one of `NAMES`.
 
     Args:
-        channels, classes, ignore, limit: of those kinds that have them.
-        prefix: of the settings, in messages.
+        channels, classes, ignore, limit: arguments of the kinds that have them.
+        prefix: prefix of the settings in messages.
 
     Raises:
-        UserError: a number that it needs is missing, or one is given that it does not have.
+        UserError: an argument that the kind needs is missing, or one is given that it does not have.
     """
     for what, of, least, value in (("channels", "channels", 1, channels), ("classes", "semantic", 2, classes)):
         if name == of and (value is None or value < least):
@@ -217,7 +216,7 @@ def structure_kind(
 def structure_of(
     batch: Mapping[str, Any], device: torch.device, kind: StructureKind
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """`standardize` of a batch's maps, on the device; (None, None) where it has none, as SimMIM's may."""
+    """`standardize` of a batch's maps, on the device; (None, None) for a batch without maps."""
     if "structure" not in batch:
         return None, None
     return kind.standardize(batch["structure"].to(device, non_blocking=True))

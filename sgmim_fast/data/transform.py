@@ -1,4 +1,4 @@
-"""The joint crop, flip and resize of pre-training. SPEC "Published recipes"."""
+"""Joint transforms of images and structure maps for pre-training. SPEC "Published recipes"."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from sgmim_fast.data.image_file import ImageFile
 from sgmim_fast.data.pair import resample
 from sgmim_fast.data.structure_file import StructureFile
 
-TRIES = 10  # of a crop that fits, as torchvision
+TRIES = 10  # attempts to draw a crop that fits, as in torchvision
 
 
 class Normalize:
-    """Image to float32, 0 to 1, less the mean, over the standard deviation; the rest stays as it is.
+    """Converts the image to float32 in [0, 1], subtracts the mean and divides by the standard deviation. Maps are
+    unchanged.
 
-    What a data set does when it is given no transform.
+    The default transform of data sets.
     """
 
     def __init__(
@@ -35,22 +36,22 @@ class Normalize:
         return self.normalize(image.as_subclass(Tensor)), *maps
 
     def normalize(self, image: Tensor) -> tv_tensors.Image:
-        """(3, H, W), uint8 or floating from 0 to 1 -> float32, contiguous."""
+        """(3, H, W), uint8 or floating point in [0, 1] -> contiguous float32."""
         most = 1 if image.is_floating_point() else 255
         image = image.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         return tv_tensors.Image(image.sub_(self.mean * most).div_(self.std * most))
 
 
 def decode(*files: Tensor | ImageFile | StructureFile) -> list[Tensor]:
-    """Those that are still files as tensors."""
+    """Decodes those that are files."""
     return [file if isinstance(file, Tensor) else file.decode() for file in files]
 
 
 def transformed(
     transform: Callable[..., Sequence[Tensor]], image: ImageFile | Tensor, *maps: StructureFile | Tensor
 ) -> Sequence[Tensor]:
-    """What a transform makes of a pair, or of an image. Ours decode no more of a file than they need; others get
-    tensors."""
+    """Applies a transform to an image and its maps. Subclasses of `Normalize` get files and decode them as needed;
+    other transforms get tensors."""
     if isinstance(transform, Normalize):
         return transform(image, *maps)
     image, *maps = decode(image, *maps)
@@ -59,17 +60,16 @@ def transformed(
 
 
 class PairTransform(Normalize):
-    """The same random crop and flip for an image and its maps, resized to size × size; the image is normalised.
+    """Crops, flips and resizes an image and its maps jointly, at random, to size × size; normalises the image.
 
-    The image is resized bilinearly with antialiasing, maps to the pixel under each centre (see `Structure`). A map may
-    have another resolution than its image. Random numbers come from torch's CPU generator. Of an image that is still
-    encoded, the crop is drawn first, and it is decoded at the smallest scale at which the crop is not smaller than the
-    result.
+    The image is resized bilinearly with antialiasing, maps by nearest neighbour (see `Structure`). A map may have
+    another resolution than its image. Random numbers come from torch's CPU generator. Encoded images are decoded after
+    the crop is drawn, at the smallest scale at which the crop is not smaller than the result.
 
     Args:
         size: pixels along each side of the result.
-        scale: smallest and largest area of the crop, as a share of the image's.
-        ratio: smallest and largest width / height of the crop.
+        scale: range of the crop's area, relative to the image's.
+        ratio: range of the crop's aspect ratio, width / height.
         flip: probability of a horizontal flip.
         mean, std: of the image's channels, ImageNet's by default.
     """
@@ -155,7 +155,7 @@ class PairTransform(Normalize):
             crop_height, crop_width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
             if 0 < crop_height <= height and 0 < crop_width <= width:
                 break
-        else:  # the largest crop of a permitted shape, from the middle
+        else:  # the largest central crop of a permitted aspect ratio
             ratio = min(max(width / height, self.ratio[0]), self.ratio[1])
             crop_height, crop_width = min(height, round(width / ratio)), min(width, round(height * ratio))
             down = across = 0.5

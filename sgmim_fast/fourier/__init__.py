@@ -1,7 +1,7 @@
 """Fourier analysis of an encoder's feature maps, as the paper's Figure 3. `sgmim-fast fourier` is its command.
 
-`spectrum`: relative log amplitudes of maps · `blocks`: of every block of a timm encoder · `encoders`: what a command
-line names as one · `figure`: figure and CSV · `command`: the command.
+`spectrum`: relative log amplitudes of feature maps · `blocks`: spectra of the blocks of a timm encoder · `encoders`:
+loading encoders by name or file · `figure`: figure and CSV · `command`: the command.
 """
 
 from sgmim_fast.fourier.blocks import block_spectra

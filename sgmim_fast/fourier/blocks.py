@@ -1,4 +1,4 @@
-"""The spectrum behind every block of a timm encoder."""
+"""Spectra of the outputs of every block of a timm encoder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def to_maps(tokens: Tensor, prefix: int) -> Tensor:
-    """What a block returns as maps (B, C, h, w): (B, h, w, C) of a Swin, or (B, prefix + h * h, C) of the others."""
+    """Tokens of a block, (B, h, w, C) of a Swin or (B, prefix + h * h, C) of a ViT -> maps (B, C, h, w)."""
     if tokens.ndim == 3:
         tokens = tokens[:, prefix:]
         side = math.isqrt(tokens.shape[1])

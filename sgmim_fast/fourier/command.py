@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Raises UserError, or DataError, for what the user can put right."""
+    """Raises UserError or DataError for errors that the user can correct."""
     labels = args.label or [None] * len(args.encoders)
     if len(labels) != len(args.encoders):
         raise UserError(f"--label is there {len(labels)} times; expected once for each of {len(args.encoders)} CKPT")
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         figure.draw(spectra, args.out)
         figure.write_csv(spectra, table)
-    except (OSError, ValueError) as error:  # matplotlib says with ValueError which endings it knows
+    except (OSError, ValueError) as error:  # matplotlib raises ValueError for unknown suffixes
         raise UserError(f"cannot write {args.out}: {error}") from error
     print(f"wrote {args.out} and {table}")
 
@@ -100,7 +100,7 @@ def _scenes(encoder: Encoder, count: int) -> Iterator[Tensor]:
 
 
 def _images(encoder: Encoder, files: list[str], broken: list[str]) -> Iterator[Tensor]:
-    """The middle square of each, resized."""
+    """Central squares of the files, resized."""
     transform = PairTransform.evaluation(encoder.size, mean=encoder.mean, std=encoder.std)
     for name in files:
         try:

@@ -1,4 +1,4 @@
-"""What `sgmim-fast fourier` takes as an encoder: a run's folder, an exported file, or a timm name."""
+"""Loading the encoders of `sgmim-fast fourier`: a run's folder, an exported file, or a timm name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Triple = tuple[float, float, float]
 
 
 class Encoder(NamedTuple):
-    """A timm module, and the images it takes."""
+    """A timm module, with the size and normalisation of its images."""
 
     label: str
     model: nn.Module
@@ -68,7 +68,7 @@ def _from_run(folder: Path, label: str, size: int | None) -> Encoder:
 
 
 def _from_file(path: Path, label: str, size: int | None) -> Encoder:
-    if path.suffix != ".safetensors":  # by which timm tells it from a pickle
+    if path.suffix != ".safetensors":  # by which timm distinguishes it from a pickle
         raise UserError(f"{path} has the ending {path.suffix!r}; expected .safetensors, a file of sgmim-fast export")
     name, arguments = describe(path)
     if name is None:
@@ -84,9 +84,9 @@ def _create(name: str, arguments: dict[str, object], size: int | None) -> Encode
     given = arguments if size is None else {**arguments, "img_size": size}
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # random weights, of which two calls have the same
+            torch.manual_seed(0)  # the same random weights in every call
             encoder = create_encoder(name, **given)
-    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:  # timm's own words
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:  # raised by timm
         raise UserError(f"{name}{'' if size is None else f' with --size {size}'}: {error}") from error
     height, width = encoder.model.patch_embed.img_size
     if height != width:

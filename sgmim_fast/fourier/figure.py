@@ -1,4 +1,4 @@
-"""The figure of several encoders' spectra, and the same as CSV."""
+"""Draws the spectra of several encoders, and writes them to CSV."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ def high_frequency(spectra: list[Spectrum]) -> list[float]:
 
 
 def draw(spectra: Spectra, path: Path) -> None:
-    """Curves over the frequency, a panel per encoder, a colour per block; and last their ends over the depth.
+    """Draws a panel of curves per encoder, a colour per block; the last panel has their values at the highest
+    frequency.
 
     Raises:
-        OSError, ValueError: it cannot be written; ValueError says which endings matplotlib knows.
+        OSError, ValueError: it cannot be written; ValueError for a suffix that matplotlib does not know.
     """
     colours = matplotlib.colormaps["plasma_r"]
     figure = Figure((2.6 * len(spectra) + 4.2, 3.2), layout="constrained")

@@ -13,11 +13,11 @@ from sgmim_fast.fused.unmodified import DROPOUT, say
 def accelerate(encoder: nn.Module) -> nn.Module:
     """Makes the blocks of a timm Swin, SwinV2, BEiT, ViT or EVA compute the same function through fused ops.
 
-    The window attention runs without rolled or partitioned copies and without a mask in memory, LayerNorm and GELU are
-    computed again in the backward instead of kept, and float32 products go through the fastest library of the CPU.
-    Parameters, buffers, names and the state dict stay; so do drop path, gradient checkpointing, autocast, training and
-    evaluation, torch.compile, deepcopy and pickle (which needs this package where it is read). What differs: a second
-    derivative raises, and results agree to rounding, not to the bit.
+    Window attention needs no rolled or partitioned copies and no mask in memory, LayerNorm and GELU are recomputed in
+    the backward instead of saved, and float32 gemms on CPUs use the fastest library. Parameters, buffers, names and the
+    state dict do not change, and drop path, gradient checkpointing, autocast, training and evaluation mode,
+    torch.compile, deepcopy and pickle (which needs this package when it is loaded) keep working. Differences: double
+    backward raises, and results agree up to rounding, not bitwise.
 
     Of the published SG-MIM, SimMIM, Swin-Transformer and BEiT code it recognises the blocks by what they hold, tries
     once whether each kind of them computes what ours do, to 1e-10 in float64, and leaves what does not.
@@ -32,12 +32,12 @@ def accelerate(encoder: nn.Module) -> nn.Module:
     the one change that is not seen.
 
     Args:
-        encoder: any module with such blocks: what `create_encoder` made, a timm model, or a model around one. It is
-            changed in place. Fine-tuning without masks works too.
+        encoder: any module with such blocks: of `create_encoder`, a timm model, or a model that contains one. It is
+            modified in place. Fine-tuning without masks works, too.
 
     Returns:
-        `encoder`. What it does not recognise it leaves as it is; that, what runs as timm has it later on and why, and
-        where the C++ library is missing, is logged once (logger "sgmim_fast", a warning).
+        `encoder`. Blocks that are not supported are left unchanged. These, later fallbacks with their reasons, and a
+        missing C++ library are logged once, as warnings of the logger "sgmim_fast".
     """
     (usable, reason), (on_gpu, _) = (backends.can_run("window_attention", name) for name in ("cpu", "triton"))
     if not usable and not on_gpu and backends.forced() is None:

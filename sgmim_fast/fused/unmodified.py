@@ -1,4 +1,4 @@
-"""Whether a module's own forward may be bypassed, now: it would do what its class did at import, and nobody listens."""
+"""Checks whether the forward of a module may be bypassed: it is that of its class at import, and there are no hooks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules import module as hooks_of_all
 
-PLAIN = (nn.Parameter, Tensor, FakeTensor)  # what the ops read; not DTensor, quantised weights and the like
+PLAIN = (nn.Parameter, Tensor, FakeTensor)  # tensor types that the ops read; not DTensor, quantised weights etc.
 DROPOUT = "dropout at work"
 
 _logger = logging.getLogger("sgmim_fast")
@@ -25,22 +25,22 @@ _said: set[str] = set()
 
 @torch.compiler.assume_constant_result
 def say(message: str) -> None:
-    """Logs a warning, each one once; while torch.compile traces, too."""
+    """Logs a warning once per message, also while torch.compile traces."""
     if message not in _said:
         _said.add(message)
         _logger.warning(message)
 
 
 class Own:
-    """What a module must be for its forward to be bypassed.
+    """Conditions under which the forward of a module may be bypassed.
 
     Args:
-        types: exactly one of these.
+        types: its type must be one of these exactly, not a subclass.
         tensors: names of the parameters and buffers that it may have.
         required: those of them that must be parameters.
-        methods: what its forward calls, of its own.
-        also: a further check: why not, or "".
-        children: what its children must be, all of them; None: called in any case.
+        methods: names of the methods that its forward calls.
+        also: a further check, which returns the reason against bypassing or "".
+        children: the conditions of all its children; None: a child that is called as usual.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Own:
     ):
         self.types, self.also, self.children = types, also, children
         self.tensors, self.required, self.methods = tensors, required, methods
-        # in a module's own dictionary they come before those of the class, the parameters and the children
+        # in a module's own __dict__ they would shadow those of the class, parameters and children
         self.attributes = ("forward", "_call_impl", "_compiled_call_impl", *methods, *tensors, *children)
 
     def steps(self, path: str, parent: int, into: list[tuple[str, int, str, Own]]) -> None:
@@ -67,10 +67,10 @@ class Own:
 
 
 class Check:
-    """Whether the forwards of these children of a module, and of all that is in them, may be bypassed.
+    """Checks whether the forwards of these children of a module, and of their children, may be bypassed.
 
-    They may while they are exactly of the classes that are expected, with the methods that these had at import, without
-    a method of their own and without hooks; while their parameters are plain, of one dtype, and their settings known.
+    They may if they have exactly the expected classes, with the methods these had at import, no methods of their own
+    and no hooks, if their parameters are plain tensors of one dtype, and if their settings are supported.
     """
 
     def __init__(self, **children: Own):
@@ -83,7 +83,7 @@ class Check:
         self.methods = [(kind, name, getattr(kind, name)) for kind, names in methods.items() for name in names]
 
     def why(self, module: nn.Module) -> str:
-        """Why they may not be, now; "" if they may."""
+        """The reason against bypassing them now; "" if there is none."""
         for kind, forward, call, call_impl in self.calls:
             if kind.forward is not forward or kind.__call__ is not call or kind._call_impl is not call_impl:
                 return f"{kind.__name__}.forward or __call__ is not what it was at import"
@@ -131,14 +131,14 @@ class Check:
                 return f"{path}: children {', '.join(found['_modules'])} in place of {', '.join(own.children)}"
             if own.also is not None:
                 settings.append((path, own.also, child))
-        for path, also, child in settings:  # which look at children of theirs
+        for path, also, child in settings:  # which read children
             if why := also(child):
                 return f"{path}: {why}"
         return ""
 
 
 def changed_call(x: Tensor) -> str:
-    """Why nothing may be bypassed in a call with `x`, whatever the modules are; "" if it may."""
+    """The reason against bypassing any module in a call with `x`; "" if there is none."""
     if type(x) not in PLAIN:
         return f"the input is a {type(x).__name__}"
     if (
@@ -154,7 +154,7 @@ def changed_call(x: Tensor) -> str:
 
 
 def transformed() -> str:
-    """What records or transforms the call, so that it must consist of PyTorch's own operators; "" if nothing does."""
+    """The tracer or transform that requires the call to consist of PyTorch's own operators; "" if there is none."""
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace"
     if _in_functorch():
@@ -168,7 +168,7 @@ def _in_functorch() -> bool:
 
 
 def _functions() -> tuple[Callable, ...]:
-    """What timm's forwards call, and some replace."""
+    """Functions that timm's forwards call, and that users may have replaced."""
     return (
         F.linear,
         F.layer_norm,

@@ -38,7 +38,7 @@ def test_by_default(small, tmp_path, capfd):
         if "fused-cpu" in ms:
             ratio = ms["dense"] / ms["fused-cpu"]
             assert f"{ms['fused-cpu']:.0f} ms with sgmim_fast (cpu), {ratio:.1f} times as fast as the dense" in sentence
-            assert f"products of the visible cells alone take {ms['gemm-floor']:.0f} ms" in sentence
+            assert f"gemms of the visible cells alone take {ms['gemm-floor']:.0f} ms" in sentence
         else:
             assert "python -m sgmim_fast.env says why" in sentence
     assert (tmp_path / "guidance.png").stat().st_size > 1000

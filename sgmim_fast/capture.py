@@ -1,9 +1,8 @@
-"""`capture`: a training step as a CUDA graph, which the host starts by one call.
+"""`capture`: runs a training step as a CUDA graph.
 
-A step of many short kernels is bound by the Python that launches them. Captured, it is one launch: the inputs are
-copied to where the graph reads them, and the gradients are where it leaves them. The first two calls with the same
-shapes, model and settings run eagerly and are steps like any other, the second one watched for what no graph can hold;
-the third is recorded.
+A step of many short kernels is bound by launch overhead in Python. As a graph it is one launch, with static input and
+gradient buffers. The first two calls with the same shapes, model and settings are eager training steps, the second
+one under a dispatch mode that detects operations that cannot be captured; the third call is captured.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from sgmim_fast import backends
 from sgmim_fast.graph import Graph, watch
 from sgmim_fast.masking import SelectiveMask
 
-MOST = 8  # graphs kept, of other shapes or settings; the one not used for longest goes first
+MOST = 8  # largest number of graphs kept, for different shapes or settings; the least recently used is dropped
 
 _logger = logging.getLogger("sgmim_fast")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -45,9 +44,9 @@ def capture(
     clip: float | None = None,
     accumulate: int = 1,
 ) -> CapturedStep:
-    """A training step of `model` that runs as a CUDA graph where it can, and as it is where it cannot.
+    """Wraps a training step of `model`, which runs as a CUDA graph if possible, and eagerly otherwise.
 
-    Plain PyTorch, with the same results::
+    Equivalent plain PyTorch::
 
         with torch.autocast(device, autocast):
             loss = model(images, structure, mask=mask(images))
@@ -55,7 +54,7 @@ def capture(
 
     Example::
 
-        seed = torch.tensor([0, 0], device="cuda")  # on the device: the graph itself counts it up
+        seed = torch.tensor([0, 0], device="cuda")  # on the device: the graph increments it
 
         def masks(images):
             seed[1] += 1
@@ -66,34 +65,34 @@ def capture(
         for images, structure in loader:
             loss = step(images, structure)
 
-    Changes between calls count: parameters and buffers changed in place, by an optimizer, `load_state_dict` or `.data`;
-    tensors that the optimizer holds, as a learning rate; generators. Others make a new graph: shapes, training mode,
-    `requires_grad`, modules and their attributes, numbers in the optimizer's groups. Not seen is what changes inside a
-    list or dict of a module, and what functions read from elsewhere.
+    Replays see in-place changes of parameters and buffers (by an optimizer, `load_state_dict` or `.data`), tensors of
+    the optimizer, such as a tensor learning rate, and the state of generators. Changed shapes, training mode,
+    `requires_grad`, modules, their attributes, and numbers in the optimizer's groups lead to a new graph. Changes
+    inside a list or dict of a module, and of other objects that functions read, are not detected.
 
-    Steps run eagerly, which is logged once with the reason (logger "sgmim_fast", a warning): off a GPU, with
-    DistributedDataParallel or FSDP, with hooks, where something waits for the device (a mask tensor, whose rows must be
-    searched) or is drawn or made on the host (masks with other ratios per image).
+    Steps run eagerly, with one warning that gives the reason (logger "sgmim_fast"): on CPUs, with
+    DistributedDataParallel or FSDP, with hooks, and if an operation synchronises (a mask tensor, whose rows must be
+    searched) or creates tensors on the host (masks with different ratios per image).
 
     Args:
-        model: all that is trained; its parameters are on one device.
-        optimizer: steps after every `accumulate` calls, and gradients are dropped when the next call begins. Part of
-            the graph where it is `capturable`, else eager. None: gradients are added up call by call, as by `backward`,
-            and both optimizer and `zero_grad` are the caller's. Gradients last until the next call.
-        loss: `loss(model, *args, **kwargs)` -> what to minimise, a scalar, or a tuple (or `Losses`) that begins with
-            it. None: what the model returns.
-        mask: draws the masks of the batch, from the first argument, inside the graph: from a seed on the device or from
-            CUDA generators. Passed on as `mask`. None: they are an argument, if the model takes any.
-        autocast: dtype of autocast around the forward; None: as it is where the step is called.
+        model: contains all trained parameters, on one device.
+        optimizer: steps after every `accumulate` calls; gradients are zeroed at the start of the next call. Captured if
+            it is `capturable`, else eager. None: gradients accumulate over calls, as with `backward`, and the caller
+            runs optimizer and `zero_grad`. Gradients are valid until the next call.
+        loss: `loss(model, *args, **kwargs)` -> the scalar to minimise, or a tuple (or `Losses`) that begins with it.
+            None: the output of the model.
+        mask: draws the masks of a batch, given the first argument, inside the graph: from a seed on the device or with
+            CUDA generators. Passed to the model as `mask`. None: masks are an argument of the step, if any.
+        autocast: dtype of autocast around the forward; None: the caller's autocast state.
         scaler: scales the loss; with an optimizer it also unscales, steps and updates.
-        clip: largest norm of all gradients, for the optimizer.
-        accumulate: calls per step; the loss is divided by it.
+        clip: largest gradient norm, requires an optimizer.
+        accumulate: gradient accumulation: calls per optimizer step; the loss is divided by it.
 
     Returns:
-        `step(*args, **kwargs)` -> what `loss` returned, detached. Tensors on the host are copied to the device.
+        `step(*args, **kwargs)` -> the result of `loss`, detached. Host tensors are copied to the device.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is expected.
+        TypeError, ValueError: names the argument, its value and what is expected.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected an nn.Module")
@@ -109,21 +108,21 @@ def capture(
 
 
 class _Seen(NamedTuple):
-    """Ran eagerly, once."""
+    """Ran eagerly once."""
 
     alive: list[Any]  # objects whose identity is part of the key
 
 
 class _Watched(NamedTuple):
-    """Ran eagerly, watched."""
+    """Ran eagerly under the mode that detects what cannot be captured."""
 
     alive: list[Any]
-    reason: str  # why it cannot be captured, or ""
+    reason: str  # reason why it cannot be captured, or ""
     generators: list[torch.Generator]
 
 
 class _Recorded(NamedTuple):
-    """A graph, and where it reads and writes."""
+    """A captured graph with its static inputs and outputs."""
 
     alive: list[Any]
     graph: Graph
@@ -133,11 +132,11 @@ class _Recorded(NamedTuple):
 
 
 class CapturedStep:
-    """A step, made by `capture`.
+    """A training step. Created by `capture`.
 
     Attributes:
-        captures: number of graphs recorded so far.
-        reasons: why calls ran eagerly, apart from those before a recording.
+        captures: number of graphs captured so far.
+        reasons: why calls ran eagerly, except for the two before each capture.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 """Labelled data sets for fine-tuning and evaluation: NYU-v2, KITTI and folders for depth, ADE20K and folders for
 segmentation. docs/DOWNSTREAM_DATA.md has their layouts.
 
-`dense`: what they have in common · `depth`, `segmentation`: maps, their checks, and folders of pairs · `lists`: files
-of a split, found in a tree · `nyu`, `nyu_mat`, `kitti`, `ade20k`: one layout each · `scenes`: made up · `transform`,
-`colors`: crops and colours of the published recipes.
+`dense`: base class · `depth`, `segmentation`: maps, their checks, and folders of pairs · `lists`: split files · `nyu`,
+`nyu_mat`, `kitti`, `ade20k`: one layout each · `scenes`: procedural scenes · `transform`, `colors`: augmentations of
+the published recipes.
 """
 
 from sgmim_fast.finetune.data.ade20k import ADE20K

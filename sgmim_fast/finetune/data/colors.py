@@ -1,6 +1,6 @@
-"""Random colours, as the published recipes for depth and segmentation change them.
+"""Colour augmentations of the published recipes for depth and segmentation.
 
-They take and return (3, H, W) float32 from 0 to 1; their random numbers come from torch's CPU generator.
+They map (3, H, W) float32 in [0, 1] to the same; random numbers come from torch's CPU generator.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-GREY = 1e-6  # channels that differ less do so by rounding, which must not become a colour
+GREY = 1e-6  # smaller differences between channels are rounding errors, not a hue
 
 Range = tuple[float, float]
 
@@ -17,16 +17,16 @@ Range = tuple[float, float]
 class DepthColors:
     """Contrast and brightness together, gamma, and hue, saturation and value together, each with probability `p`.
 
-    What GLPDepth and MIM-Depth-Estimation do, by the defaults of albumentations' RandomBrightnessContrast, RandomGamma
-    and HueSaturationValue. Grey pixels stay grey here; OpenCV's conversion tints them red where saturation is added.
+    As in GLPDepth and MIM-Depth-Estimation, with the defaults of albumentations' RandomBrightnessContrast, RandomGamma
+    and HueSaturationValue, except that grey pixels stay grey (OpenCV tints them red when saturation is added).
 
     Args:
         p: probability of each of the three.
-        brightness: most that is added, of 1.
+        brightness: largest absolute value that is added.
         contrast: pixels are multiplied by 1 - contrast to 1 + contrast.
         gamma: range of the exponent.
-        hue: most that the hue turns, as a share of the circle, at most 0.5.
-        saturation, value: most that is added to them, of 1.
+        hue: largest rotation of the hue, as a fraction of the circle, at most 0.5.
+        saturation, value: largest absolute value that is added to each.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class DepthColors:
 
     def __call__(self, image: Tensor) -> Tensor:
         *chosen, a, b, c, d, e, f = torch.rand(9).tolist()
-        exposure, gamma, shift = (number < self.p for number in chosen)
+        exposure, gamma, colour = (number < self.p for number in chosen)
         if exposure:
             image = (image * (1 + _within(a, self.contrast)) + _within(b, self.brightness)).clamp_(0, 1)
         if gamma:
             image = F.adjust_gamma_image(image, self.gamma[0] + c * (self.gamma[1] - self.gamma[0]))
-        if shift:
+        if colour:
             image = F.adjust_hue_image(image, _within(d, self.hue))
             image = saturate(image, add=_within(e, self.saturation))
             image = add_value(image, _within(f, self.value))
@@ -60,14 +60,14 @@ class DepthColors:
 class SegmentationColors:
     """Brightness, contrast, saturation and hue, each with probability `p`; contrast before or after the latter two.
 
-    What mmsegmentation's PhotoMetricDistortion does, but for rounding to 8 bits between the steps.
+    As mmsegmentation's PhotoMetricDistortion, without rounding to 8 bits between the steps.
 
     Args:
         p: probability of each of the four.
-        brightness: most that is added, of 1.
-        contrast: range of what pixels are multiplied by.
-        saturation: range of what the saturation is multiplied by.
-        hue: most that the hue turns, as a share of the circle, at most 0.5.
+        brightness: largest absolute value that is added.
+        contrast: range of the factor of pixels.
+        saturation: range of the factor of the saturation.
+        hue: largest rotation of the hue, as a fraction of the circle, at most 0.5.
     """
 
     def __init__(
@@ -99,24 +99,24 @@ class SegmentationColors:
 
 
 def saturate(image: Tensor, factor: float = 1.0, add: float = 0.0) -> Tensor:
-    """Multiplies the saturation of HSV, and adds to it, at the same hue and value. Grey stays grey.
+    """Scales the HSV saturation and adds to it; hue and value are unchanged. Grey stays grey.
 
-    torchvision's adjust_saturation is another operation: it blends with grey, and changes the value.
+    (torchvision's adjust_saturation differs: it blends with grey, which changes the value.)
     """
     value = image.amax(-3, keepdim=True)
     span = value - image.amin(-3, keepdim=True)
-    wanted = (span / value * factor + add).clamp_(0, 1) * value
-    ratio = torch.where(span > GREY, wanted / span, 0.0)
-    return (value - (value - image) * ratio).clamp_(min=0)  # rounding may end below
+    new_span = (span / value * factor + add).clamp_(0, 1) * value
+    ratio = torch.where(span > GREY, new_span / span, 0.0)
+    return (value - (value - image) * ratio).clamp_(min=0)  # rounding errors may be negative
 
 
 def add_value(image: Tensor, add: float) -> Tensor:
-    """Adds to the value of HSV, the largest channel, at the same hue and saturation."""
+    """Adds to the HSV value, the largest channel; hue and saturation are unchanged."""
     value = image.amax(-3, keepdim=True)
-    wanted = (value + add).clamp_(0, 1)
-    return torch.where(value > 0, image * (wanted / value), wanted)
+    new_value = (value + add).clamp_(0, 1)
+    return torch.where(value > 0, image * (new_value / value), new_value)
 
 
 def _within(number: float, most: float) -> float:
-    """A number from 0 to 1 as one from -most to most."""
+    """Maps [0, 1] to [-most, most]."""
     return (2 * number - 1) * most

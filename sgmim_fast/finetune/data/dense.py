@@ -1,4 +1,4 @@
-"""What data sets for depth and segmentation have in common."""
+"""Base class of the data sets for depth and segmentation."""
 
 from __future__ import annotations
 
@@ -23,21 +23,19 @@ SPLITS = ("train", "test")
 
 
 class DensePairs(Pairs):
-    """Images with a map that has a value for every pixel. Image and map have the same height and width.
+    """Pairs of an image and a map of the same height and width.
 
-    Subclasses set `images` and `maps`, the folders that their entries, (pairs, 2) paths as bytes, are relative to.
+    Entries are (pairs, 2) paths as bytes, relative to the folders `images` and `maps`, which subclasses set.
     """
 
     task: ClassVar[str]
-    kind: ClassVar[str]  # what messages call a map
-    target: ClassVar[
-        tuple[str, torch.dtype, tuple[int, ...]]
-    ]  # a map's key in items, its dtype, and what is before H, W
+    kind: ClassVar[str]  # the word for a map in messages
+    target: ClassVar[tuple[str, torch.dtype, tuple[int, ...]]]  # a map's key in items, dtype, and leading dimensions
     images: Path
     maps: Path
 
     def name(self, index: int) -> str:
-        """Path of an image inside the tree."""
+        """Path of the image relative to the tree."""
         return os.fsdecode(self._entries[index, 0])
 
     def _map_name(self, index: int) -> str:
@@ -63,14 +61,14 @@ class DensePairs(Pairs):
                 self._map_name(index),
                 f"{self.kind} is {map_height}×{map_width}, its image {height}×{width}; expected the same size",
             )
-        # slicing forgets the class, by which torchvision's transforms know what to do with a map
+        # slicing loses the tensor subclass, which torchvision's transforms dispatch on
         return self._part(image, index), tv_tensors.wrap(self._part(pixels, index), like=pixels)
 
     def sizes(self) -> list[tuple[int, int]]:
-        """Height and width of some of the images, from all over the data set."""
+        """Heights and widths of some evenly spaced images."""
         found = []
         for index in self._sampled():
-            with contextlib.suppress(BrokenFile):  # is in the report already
+            with contextlib.suppress(BrokenFile):  # in the report already
                 height, width = self._read(index)[0].shape[-2:]
                 found.append((height, width))
         return found

@@ -1,4 +1,4 @@
-"""Depth in metres: from files, with a check of its unit."""
+"""Depth in metres from files, with a check of the unit."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from sgmim_fast.finetune.data.dense import DensePairs
 from sgmim_fast.finetune.data.lists import only_listed
 
 CROPS = (None, "eigen", "garg")
-LEAST_MEDIAN, MOST_MEDIAN = 0.01, 1.5  # of `max_depth`; beyond these a median depth is taken for one in another unit
+LEAST_MEDIAN, MOST_MEDIAN = 0.01, 1.5  # relative to `max_depth`; a median outside this range means a wrong unit
 
 
 class DepthFile(MapFile):
-    """A depth map as it was stored: `pixels` (H, W) of integers or floating-point numbers."""
+    """A depth map as stored: `pixels` (H, W), integers or floating point."""
 
     kind = "depth map"
 
@@ -33,7 +33,7 @@ class DepthFile(MapFile):
         """(1, H, W) in metres; see `to_metres`.
 
         Raises:
-            DataError: the map holds integers, and no scale says what they mean.
+            DataError: the map holds integers, and `scale` is None.
         """
         if scale is None and self.pixels.dtype.kind != "f":
             raise DataError(
@@ -44,9 +44,9 @@ class DepthFile(MapFile):
 
 
 def to_metres(pixels: np.ndarray, scale: float) -> Structure:
-    """(H, W) of stored values, `scale` to the metre -> (1, H, W) float32 metres.
+    """Stored values (H, W) -> metres (1, H, W) float32, divided by `scale`.
 
-    NaN where there is no value: at 0 and below, at NaN and at infinities.
+    Missing values (0 and below, NaN, infinities) become NaN.
     """
     metres = np.divide(pixels, scale, dtype=np.float32, casting="unsafe", order="C")
     metres[~(metres > 0) | np.isinf(metres)] = np.nan
@@ -56,19 +56,18 @@ def to_metres(pixels: np.ndarray, scale: float) -> Structure:
 class DepthPairs(DensePairs):
     """Images with depth in metres.
 
-    Some maps are looked at when the data set is made: where the median of their depths is outside of 0.01 to 1.5 times
-    `max_depth`, they are taken to be in another unit than `scale` says. That finds metres taken for millimetres, not
-    millimetres taken for 1/256 metres.
+    Some maps are read at construction. If the median of their depths is not within 0.01 to 1.5 times `max_depth`, the
+    unit is assumed to be wrong. This detects millimetres read as metres, but not millimetres read as 1/256 metres.
 
     Args:
         scale: stored value of one metre: 1000 for millimetres, 256 for KITTI's. None: floating-point maps are in
             metres, and maps of integers are an error.
-        min_depth, max_depth: range that is evaluated, in metres; items keep what is outside.
-        crop: what part of the image is evaluated: None, "eigen" or "garg".
-        check_units: False: depth of any size is taken as it is.
+        min_depth, max_depth: range of evaluation in metres; items keep values outside of it.
+        crop: part of the image for evaluation: None, "eigen" or "garg".
+        check_units: False: accept any depth.
 
     Raises:
-        DataError: none of the maps looked at has a value, or they are in another unit.
+        DataError: none of the maps read has a value, or their unit is wrong.
     """
 
     task = "depth"
@@ -110,7 +109,7 @@ class DepthPairs(DensePairs):
             try:
                 depth = self._map(index)
             except BrokenFile:
-                continue  # is in the report already
+                continue  # in the report already
             if not depth.isnan().all():
                 medians[index] = float(depth.nanmedian())
         if not medians:
@@ -127,23 +126,23 @@ class DepthPairs(DensePairs):
 
 
 class DepthFolders(DepthPairs):
-    """Images and depth maps of the same relative path, but for the suffix, in two folder trees of any depth.
+    """Pairs of images and depth maps with the same relative path, except for the suffix, in two folder trees.
 
     Items: {"image": (3, H, W) float32, normalised; "depth": (1, H, W) float32, metres, NaN = no value; "name": path of
-    the image in its tree; "skipped": broken files in whose place the item stands}. What has no partner, or cannot be
-    read, is left out and named in `report`; a broken pair that is met later is replaced by the next good one.
+    the image in its tree; "skipped": broken files that the item replaces}. Files without a partner and unreadable
+    files are left out and named in `report`; a pair that turns out to be broken later is replaced by the next good one.
 
     Args:
         images: folder of images, in any format of `sgmim_fast.data.IMAGE_SUFFIXES`.
-        depth: folder of maps of the images' sizes, in any format of `sgmim_fast.data.MAP_SUFFIXES`. No value: 0 and
-            below, NaN, infinities.
+        depth: folder of maps of the images' sizes, in any format of `sgmim_fast.data.MAP_SUFFIXES`. Missing values: 0
+            and below, NaN, infinities.
         transform: takes (image, depth) and returns both, such as `DenseTransform`. None: normalises.
         names: file with the image paths to use, one a line, relative to `images`, with or without suffix. None: all.
         scale, min_depth, max_depth, crop, check_units: see `DepthPairs`.
         seed: of the transform.
 
     Raises:
-        DataError: nothing is there, nothing pairs, none of the pairs tried can be read, or their unit is another one.
+        DataError: no files, no pairs, none of the pairs tried can be read, or their unit is wrong.
         UserError: an argument is out of range.
     """
 

@@ -26,8 +26,8 @@ DEPTH_FOLDERS = tuple(
 class KITTI(DepthPairs):
     """KITTI: images of the raw data, and the depth completion benchmark's depth, accumulated over 11 laser scans.
 
-    The layout is in docs/DOWNSTREAM_DATA.md. Which pairs are used a list file says; pairs without ground truth in it
-    (45 of the 697 of the test split) are left out and named in `report`. Image and depth are cut to the benchmark's
+    The layout is in docs/DOWNSTREAM_DATA.md. A split file lists the pairs; those without ground truth (45 of 697 in
+    the test split) are left out and named in `report`. Image and depth are cropped to the benchmark's
     352 × 1216 pixels, the lowest rows and the middle columns, as BTS and MIM-Depth-Estimation do in training and in
     evaluation. Depth is a 16-bit PNG, 256 to the metre, 0 = no value. Evaluated from 1e-3 to 80 m in the Garg crop.
 

@@ -1,4 +1,4 @@
-"""Checkpoints: the published code's names, both ways, and files that timm loads.
+"""Conversion of checkpoints from and to the published code, and export of encoders to timm.
 
 | here | published (SG-MIM, SimMIM) |
 |---|---|
@@ -54,23 +54,22 @@ _RUN_TIME_ARGUMENTS = re.compile(
 
 
 def load_published(model: nn.Module, state_dict: Mapping[str, Any] | str | os.PathLike[str]) -> None:
-    """Loads a checkpoint of the published SG-MIM or SimMIM code; nothing is changed unless everything fits.
+    """Loads a checkpoint of the published SG-MIM or SimMIM code. The model is unchanged if anything does not fit.
 
     Args:
         model: `SGMIM`, or an encoder of `create_encoder` alone. An `SGMIM` with `guidance=False` takes SimMIM's
             checkpoints. An encoder alone takes the `encoder.*` entries of either, or the same without the prefix.
-        state_dict: published name -> tensor, or `{"model": ...}` around it as the published code saves it. A
-            `module.` prefix of data-parallel training is taken off. Values are cast to the parameters' dtype. Or the
-            path of such a file (`.pth`; or `.safetensors`), of which nothing but data is read.
+        state_dict: maps published names to tensors, optionally inside `{"model": ...}` as the published code saves
+            it. The prefix `module.` of data-parallel training is removed. Values are cast to the parameters' dtype. Or
+            the path of such a file (`.pth`, loaded with `weights_only`, or `.safetensors`).
 
     Ignored, present or not: buffers that are computed from the sizes (`relative_position_index`,
     `relative_coords_table`, `attn_mask`), and `encoder.depth_patch_embed`, which the published Swin has but never uses.
 
     Raises:
         TypeError: `model` is neither.
-        ValueError: names are missing or unexpected or have another shape; all of them are listed. The file cannot be
-            read.
-        FileNotFoundError: there is none.
+        ValueError: missing or unexpected names, or other shapes, all of which are listed; or an unreadable file.
+        FileNotFoundError: the file does not exist.
     """
     if isinstance(state_dict, (str, os.PathLike)):
         state_dict = _read(state_dict)

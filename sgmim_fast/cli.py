@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one subcommand; returns its exit code, 2 for what the user can put right, said in one line."""
+    """Runs a subcommand; returns its exit code, 2 for errors that the user can correct, with a one-line message."""
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser("sgmim-fast", description="SG-MIM pre-training, from photographs to an encoder.")
     parser.add_argument("--version", action="version", version=f"sgmim_fast {sgmim_fast.__version__}")
@@ -86,7 +86,7 @@ def _line(message: str) -> str:
 
 
 def _rank() -> str:
-    """Which of several processes speaks; the first one says nothing about it."""
+    """Prefix with the rank of the process; "" on the first one."""
     rank = os.environ.get("RANK", "0")
     return "" if rank == "0" else f"process {rank}: "
 

@@ -1,4 +1,4 @@
-"""What an exported file says of its model: data from anywhere, of which nothing but sizes and switches is believed."""
+"""Reading the model description in an exported file. Files are untrusted: only sizes and switches are used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .errors import UserError, nearest
 
 _logger = logging.getLogger("sgmim_fast")
 
-# The arguments that the models' own classes take. Those of timm.create_model and its helpers name files and addresses.
+# Arguments of the models' classes, without those of timm.create_model and its helpers, which may name files and URLs.
 SHAPING = frozenset(name for family, _ in _FAMILIES for name in inspect.signature(family.__init__).parameters) - {
     "self",
     "device",
@@ -29,15 +29,15 @@ SHAPING = frozenset(name for family, _ in _FAMILIES for name in inspect.signatur
 _OF_TIMM = frozenset(
     name for function in (timm.create_model, build_model_with_cfg) for name in inspect.signature(function).parameters
 ) | {"use_naflex"}
-_LARGEST = 2**16  # of a number in it: sides, widths, classes
-_TIMES = 4  # so many times the file's parameters may its model have
+_LARGEST = 2**16  # largest number: side, width, classes
+_TIMES = 4  # largest ratio of the model's parameters to those of the file
 
 
 def describe(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """timm's name and arguments in a file of `export_timm`; None and {} for another safetensors file.
+    """timm's name and arguments in a file of `export_timm`; None and {} for other safetensors files.
 
     Raises:
-        UserError: it cannot be read, or describes no model that it can hold.
+        UserError: the file cannot be read, or its description does not match its content.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -56,12 +56,12 @@ def describe(path: Path) -> tuple[str | None, dict[str, Any]]:
 
 
 def without_sources(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a run's arguments those for the model itself: its weights come from the checkpoint."""
+    """Arguments of the model class only, without those of timm.create_model that name initial weights."""
     return {name: value for name, value in arguments.items() if name not in _OF_TIMM}
 
 
 def tuples(value: Any) -> Any:
-    """The same with tuples for lists, also inside, as timm takes sizes."""
+    """Converts lists to tuples, recursively, as timm expects for sizes."""
     if isinstance(value, dict):
         return {name: tuples(item) for name, item in value.items()}
     return tuple(map(tuples, value)) if isinstance(value, (list, tuple)) else value
@@ -81,7 +81,7 @@ def _shaping(path: Path, text: str) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a number of ordinary size, a switch, a name, or a list of such."""
+    """Whether it is a number within limits, a bool, a short text, or a list of these."""
     if isinstance(value, list):
         return len(value) <= 64 and all(map(_is_plain, value))
     if isinstance(value, str):
@@ -90,7 +90,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _check_size(path: Path, name: str, arguments: dict[str, Any], held: int) -> None:
-    """That a model of these arguments is not many times the file: making it could take all memory."""
+    """Raises UserError if the model is much larger than the file, since creating it could exhaust memory."""
     try:
         with torch.device("meta"):
             model = timm.create_model(name, **arguments)

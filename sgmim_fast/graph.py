@@ -1,4 +1,4 @@
-"""A CUDA graph, and the mode that finds out beforehand what in a step no graph can hold."""
+"""CUDA graphs, and dispatch modes that detect operations of a step that a graph cannot capture."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ _INTERNAL = (str(Path(torch.__file__).parent), __file__)
 
 
 class Graph:
-    """Records the work that a function gives to the device, and does it again."""
+    """Captures the device work of a function, and replays it."""
 
     device_type = "cuda"
 
     def __init__(self, device: torch.device, generators: list[torch.Generator]) -> None:
         self._device, self._generators, self._graph = device, generators, torch.cuda.CUDAGraph()
-        for generator in generators:  # the device's own is there by itself
+        for generator in generators:  # the default generator is registered already
             self._graph.register_generator_state(generator)
 
     @staticmethod
     def pool() -> Any:
-        """Memory that graphs can share which are not replayed at the same time."""
+        """A memory pool for graphs that are not replayed concurrently."""
         return torch.cuda.graph_pool_handle()
 
     def record(self, function: Callable[[], Any], pool: Any) -> Any:
-        """Calls `function` without doing its work; its result is where the work will leave it.
+        """Captures `function`, whose work is not executed. Returns its static outputs.
 
         Raises:
-            RuntimeError: the device refused; what comes after runs as if nothing had been tried.
+            RuntimeError: the capture failed; the device's state is as before.
         """
-        gc.collect()  # an earlier step in a cycle of references would bring its stream into this one
+        gc.collect()  # a reference cycle of an earlier step could be freed during the capture, on another stream
         with torch.cuda.device(self._device):
             default = torch.cuda.default_generators[torch.cuda.current_device()]
             try:
-                # this thread's calls alone: the one that pins a loader's memory goes on
+                # this thread only: the thread that pins a loader's memory continues
                 with (
                     torch.cuda.stream(torch.cuda.current_stream()),
                     torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"),
@@ -67,10 +67,10 @@ class Graph:
 
 @contextlib.contextmanager
 def watch(device: torch.device) -> Iterator[Watch]:
-    """Notes what a replay would not do again, while a step runs as always inside.
+    """Context manager that records what a replay would not repeat, while a step runs eagerly inside.
 
-    Everything that the device does is repeated; what the host reads, draws or sends is not. On a CPU, which can stand
-    for a device, a number sent to it looks like any other number and is not noted.
+    A replay repeats the work of the device, but not what the host reads, draws or copies. On a CPU, which may stand in
+    for a device in tests, copies from the host are not distinguishable and not recorded.
     """
     found, state = Watch(device), _host_random_state()
     with _HostReads(found), found:
@@ -80,11 +80,11 @@ def watch(device: torch.device) -> Iterator[Watch]:
 
 
 class Watch(TorchDispatchMode):
-    """Made by `watch`.
+    """The dispatch mode of `watch`.
 
     Attributes:
-        reasons: what was found, in order, each once.
-        generators: of the device, other than its default one, that were drawn from.
+        reasons: what was found, in order, without repetitions.
+        generators: generators of the device that were used, except for the default one.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -94,7 +94,7 @@ class Watch(TorchDispatchMode):
         self.generators: list[torch.Generator] = []
 
     def _note(self, what: str) -> None:
-        # PyTorch called by the step itself, as an optimizer, has no better place to name
+        # if the step calls PyTorch itself, as for an optimizer, there is no frame of the user
         where = next(f for f in reversed(traceback.extract_stack()) if not f.filename.startswith(_INTERNAL))
         reason = what if where.filename == _CALLER else f"{what} ({Path(where.filename).name}:{where.lineno})"
         if reason not in self.reasons:
@@ -102,7 +102,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "sgmim_fast":  # an op of ours: what it does inside
+        if func.namespace == "sgmim_fast":  # one of our ops: watch its implementation
             op, backward, _ = func._opname.partition("_backward")
             part = "backward" if backward else "forward"
             device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
@@ -139,13 +139,13 @@ class Watch(TorchDispatchMode):
 
     @staticmethod
     def _depends_on_values(name: str, args: tuple, kwargs: dict) -> bool:
-        if name in ("index", "_unsafe_index", "index_put", "index_put_"):  # by places, unless a mask chooses them
+        if name in ("index", "_unsafe_index", "index_put", "index_put_"):  # by indices, unless they are masks
             return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
         return not (name == "repeat_interleave" and kwargs.get("output_size") is not None)
 
 
 class _HostReads(TorchFunctionMode):
-    """Reads that no dispatched op shows."""
+    """Detects reads on the host that are not dispatched."""
 
     def __init__(self, watch: Watch) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Whether a structure map has been standardised, as far as its values tell."""
+"""Checks, by its values, that a structure map has been standardised."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from torch import Tensor
 
 from sgmim_fast.ops import _check
 
-# Of a standardised map at most 21 % lies beyond, however heavy its tails: a tenth at either end is cut off before mean
-# and deviation are taken, and Chebyshev's inequality leaves 1 % of what is between.
+# At most 21 % of a standardised map lies beyond: a tenth at either end is excluded from mean and deviation, and by
+# Chebyshev's inequality at most 1 % of the rest.
 BEYOND = 10
 EXPECTED = "expected a map that sgmim_fast.standardize_structure returned"
 
 
 def check_standardized(structure: Tensor, valid: Tensor | None) -> None:
-    """Refuses a batch with infinities or NaN where it is valid, and one of which most lies beyond ±BEYOND.
+    """Raises if valid values are infinite or NaN, or if most of a batch lies beyond ±BEYOND.
 
-    On a GPU, and where the call is recorded, by an assertion on the device, for which nothing waits.
+    On a GPU, and in traced calls, this is a device-side assertion, which does not synchronise.
 
     Args:
         structure: (B, S, H, W), detached.
-        valid: (B, S, H, W) bool; None: all of it.
+        valid: (B, S, H, W) bool; None: all values are valid.
 
     Raises:
-        ValueError: saying which.
+        ValueError: see above.
     """
     if structure.device.type == "meta" or torch._C._get_tracing_state() or torch._C._are_functorch_transforms_active():
-        return  # no values, or not those of a step
+        return  # there are no concrete values
     if valid is not None:
         structure = torch.where(valid, structure, 0)
-    low, high = structure.aminmax()  # NaN where there is one
+    low, high = structure.aminmax()  # NaN if any value is NaN
     finite = low.isfinite() & high.isfinite()
     if not _on_host(structure):
         message = f"structure has infinities, NaN or values that are not standardised; {EXPECTED}"
@@ -44,7 +44,7 @@ def check_standardized(structure: Tensor, valid: Tensor | None) -> None:
 
 
 def _on_host(structure: Tensor) -> bool:
-    """Whether its values can be read now, without waiting for a device: not where something records or fakes them."""
+    """Whether its values can be read without synchronising: not for traced or fake tensors."""
     plain = type(structure).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
     return not torch.compiler.is_compiling() and plain and _check.readable(structure)
 

@@ -194,17 +194,17 @@ class CapturedStep:
         return result
 
     def _possible(self) -> bool:
-        """Whether this is the place for a graph at all."""
+        """Whether the device and the current stream allow a capture."""
         if self.device.type != Graph.device_type:
             self._say(f"its parameters are on {self.device}, where there are no CUDA graphs")
             return False
         return self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()  # a graph of the caller's
 
     def _model_key(self) -> tuple[list[Any], list[Any]]:
-        """Objects that a recording holds on to, and what is to be the same for it: their identities, and more."""
+        """Objects that a graph keeps alive, and the key of a graph: their identities and properties."""
         objects = self._objects()
         identity = tuple(map(id, objects))
-        if identity != self._identity:  # some module may have another child
+        if identity != self._identity:  # a module may have been replaced
             roots = [x for x in (self.model, self.loss) if isinstance(x, nn.Module)]
             self._modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
             parameters = [p for root in roots for p in root.parameters()]
@@ -420,7 +420,7 @@ def _has_hooks(p: nn.Parameter) -> bool:
 
 
 def _scaling(scaler: torch.amp.GradScaler | None) -> list[Any]:
-    """What a scaler scales with."""
+    """Tensors and settings of a scaler."""
     if scaler is None or not scaler.is_enabled():
         return []
     numbers = scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval()

@@ -121,7 +121,7 @@ def export_timm(
 
         timm.create_model(encoder.timm_name, **encoder.timm_arguments, checkpoint_path=path)
 
-    `forward_features` of that model gives the encoder's tokens to the bit, (B, h, w, C) for Swin, after class and
+    `forward_features` of that model gives bitwise the encoder's tokens, (B, h, w, C) for Swin, after class and
     register tokens for the others. The arguments are those of `create_encoder`; only the ones that shape the parameters
     matter (`img_size`, `window_size`, `use_shared_rel_pos_bias`, ...). They are in the file as well::
 

@@ -1,6 +1,6 @@
 """The two losses of SG-MIM on every token, through the modules as they are. SPEC "Heads and losses".
 
-For masks that cut through cells, and where a head or a module of the branch is not what the ops stand in for.
+For partly masked cells, and for heads or modules of the branch that the ops cannot replace.
 `model` is an `SGMIM`, which imports this. `sgmim_fast.visible` has the same on visible tokens only.
 """
 

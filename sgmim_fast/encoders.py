@@ -79,7 +79,7 @@ class MaskedEncoder(nn.Module):
                 this one, of which an accelerated stem embeds visible patches only. None: nothing is masked, and the
                 result is bitwise that of `model.forward_features`.
             visible: (n,) int64, with a mask tensor: the patches that are not masked among the B * (H/p) * (W/p),
-                ascending. What the mask says, for an accelerated stem. None: every patch is embedded.
+                ascending; used by an accelerated stem. None: every patch is embedded.
 
         Returns:
             (B, N, C) tokens, row-major over the grid, without class, distillation and register tokens.

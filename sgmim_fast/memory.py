@@ -1,4 +1,4 @@
-"""What a process does with the memory that tensors on the CPU have freed."""
+"""Reusing freed memory of CPU tensors."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ MOST = 2**31 - 1  # bytes, its largest value
 
 
 def keep_freed_memory() -> bool:
-    """Lets the C library keep freed memory for later tensors, in place of returning it to the system.
+    """Makes glibc keep freed memory for later tensors instead of returning it to the system.
 
-    A training step on the CPU allocates and frees the same tensors over and over. glibc maps what is larger than 32 MiB
-    anew each time, and the system clears it page by page: 4 to 8 % of a step's time (`benchmarks/NOTES.md`). After this
-    call what a step has freed serves the next one, so that the process holds what its largest step needed. It is the
-    process's matter, not a library's: importing `sgmim_fast` does not do it; the commands that train on a CPU and the
-    benchmarks do.
+    Training steps allocate and free the same tensors repeatedly. For allocations above 32 MiB, glibc maps new pages
+    each time, which the kernel clears: 4 to 8 % of a step on a CPU (`benchmarks/NOTES.md`). After this call, the
+    process keeps the memory of its largest step. As this affects the whole process, importing `sgmim_fast` does not do
+    it; the commands that train on a CPU and the benchmarks do.
 
     Returns:
-        Whether there is glibc, which alone knows these settings; without it nothing happens.
+        True if it succeeded, False without glibc.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

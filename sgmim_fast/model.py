@@ -100,9 +100,9 @@ class SGMIM(nn.Module):
             images: (B, in_chans, H, W), floating point, normalised; H and W multiples of the encoder stride.
             structure: (B, S, H, W), floating point, standardised (`standardize_structure`); not used without guidance.
                 Raw and non-finite values are refused, on a GPU by an assertion on the device, for which nothing waits.
-            mask: 1 = masked (hidden from the encoder). What `selective_mask` returned, or a tensor (B, H / p, W / p) of
-                bool or 0/1 numbers, p the encoder's patch size. Of a tensor the rows have to be searched: on a GPU that
-                waits for the device once per call, and torch.compile breaks the graph once.
+            mask: 1 = masked. A `SelectiveMask`, or a tensor (B, H / p, W / p) of bool or 0/1 numbers, p the encoder's
+                patch size. A tensor has to be searched for its rows: on a GPU that synchronises once per call, and
+                torch.compile breaks the graph once.
             return_losses: return all three losses.
             structure_valid: (B, S, H, W) bool, True where the map is known; elsewhere it is read as 0, the standardised
                 mean, and does not count in the loss. None: known everywhere.
@@ -118,7 +118,7 @@ class SGMIM(nn.Module):
         self._check(images, structure, mask, structure_valid)
         cells = self._grid(images)
         if unmodified.transformed():
-            mask = without_lists(mask)  # row lists would be constants of what is recorded
+            mask = without_lists(mask)  # row lists would be constants of the traced graph
         elif isinstance(mask, Tensor):
             mask = search(mask, *cells)  # here and no deeper, so that it breaks a compiled graph once
         else:
@@ -152,9 +152,9 @@ class SGMIM(nn.Module):
         *,
         structure_valid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """What the heads predict, at every pixel: to look at. Computed densely and without gradients.
+        """Predictions of both heads at every pixel, for inspection. Dense, without gradients.
 
-        Trained are the image where the mask is 1 (hidden from the encoder) and the structure where it is 0.
+        The heads are trained on the image where it is masked, and on the structure where it is not.
 
         Args:
             images, structure, mask, structure_valid: as for `forward`.

@@ -1,4 +1,4 @@
-"""Packed rows: which rows of a batch take part, and where each image's begin."""
+"""Packed rows: indices of the rows of a batch, with the offsets of each image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """Rows of a (images * cells, ...) tensor, ascending, those of one image side by side.
+    """Ascending indices of rows of an (images * cells, ...) tensor.
 
     Images may have different numbers of rows; image b has `index[offsets[b]:offsets[b + 1]]`.
     """
@@ -18,13 +18,13 @@ class Rows(NamedTuple):
     offsets: Tensor  # (images + 1,) int64, from 0 to n
 
     def on(self, grid: tuple[int, int], finer: tuple[int, int]) -> Rows:
-        """The rows of a grid as those of a finer one, which divides each cell into down x across.
+        """The rows of the same area on a finer grid, which divides each cell into down x across.
 
-        Computed from the list, ascending again: no mask is read, and nothing waits for the device.
+        Computed from `index`, in ascending order, without a mask and without synchronising.
 
         Args:
             grid: cells (rows, columns) of an image that `index` counts.
-            finer: cells wanted, multiples of `grid`.
+            finer: cells (rows, columns) of the result, multiples of `grid`.
         """
         if grid == finer:
             return self

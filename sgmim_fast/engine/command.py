@@ -72,7 +72,7 @@ class Command:
             "--resume",
             type=Path,
             metavar="RUN|auto",
-            help="go on with this run; auto, or the same RUN as --out: with the one in --out, or start it",
+            help="resume this run; auto, or the same RUN as --out: resume the one in --out, or start it",
         )
         parser.add_argument("--checkpoint", metavar="NAME", help="resume from this one: best or step-00001000")
         parser.add_argument("--accept-changes", action="store_true", help="resume with other settings than before")

@@ -1,4 +1,4 @@
-"""What a run trains: all in which pre-training and fine-tuning differ, for the engine that is the same."""
+"""The interface between the training engine and a kind of training: pre-training or fine-tuning."""
 
 from __future__ import annotations
 

@@ -39,13 +39,13 @@ class Data:
     test_images: str | None = None
     test_maps: str | None = None
     scale: float | None = None  # of folders: what an integer map has for one metre, such as 1000
-    check_units: bool = True  # refuse depth whose median is far outside of what is evaluated
+    check_units: bool = True  # refuse depth whose median is far outside the range of evaluation
     classes: int = 0  # of folders of labels
     ignore: int = 255  # label that does not count
     reduce_zero: bool = False  # label 0 does not count, and 1 becomes 0
     scenes: int = 0  # of scenes: procedural ones to train on
     test_scenes: int = 100
-    min_depth: float | None = None  # metres; depth outside does not count. None: what the data set is known with
+    min_depth: float | None = None  # metres; depth outside is invalid. None: the data set's usual range
     max_depth: float | None = None
     crop: Literal["eigen", "garg", "none"] | None = None  # part of an image that is evaluated; None: the data set's
     size: tuple[int, int] = (480, 480)  # height and width of training crops, pixels

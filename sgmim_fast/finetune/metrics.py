@@ -35,7 +35,7 @@ def crop_box(crop: str | None, height: int, width: int) -> tuple[int, int, int, 
     if crop == "eigen":
         crop = "kitti_eigen" if width > 2 * height else "nyu_eigen"
     top, bottom, left, right = _BOXES[crop]
-    # a ten-thousandth, so that 45 / 480 * 480 is 45 whatever rounding does
+    # plus 1e-4, so that rounding errors do not turn 45 / 480 * 480 into 44
     return int(top * height + 1e-4), int(bottom * height + 1e-4), int(left * width + 1e-4), int(right * width + 1e-4)
 
 

@@ -34,7 +34,7 @@ class Data:
     shards: str | None = None  # WebDataset shards, as "train-{000..099}.tar"
     epoch_images: int | None = None  # of shards, whose number is not known: images that count as an epoch
     scenes: int = 0  # that many procedural scenes
-    val: float = 0.0  # share of the images that is held out to measure the losses on; of scenes, as many are added
+    val: float = 0.0  # share of the images to hold out for evaluation; scenes are added
     val_images: str | None = None  # or a folder of images of its own for that
     val_structure: str | None = None  # and the mirrored folder of maps
     missing: float | None = 0.0  # integer that means "no value" in maps; None: none does
@@ -53,7 +53,7 @@ class Data:
     scale: tuple[float, float] = (0.67, 1.0)  # area of a crop, share of the image's
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width by height of a crop
     flip: bool = True
-    workers: int | None = None  # loading processes of each training process; None: what the cores allow, at most 8
+    workers: int | None = None  # data loader workers per training process; None: as the cores allow, at most 8
 
 
 @dataclass(frozen=True)

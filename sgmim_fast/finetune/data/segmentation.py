@@ -1,4 +1,4 @@
-"""Class ids for every pixel: from files, with a check of their range."""
+"""Label maps from files, with a check of the range of ids."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from sgmim_fast.errors import UserError
 from sgmim_fast.finetune.data.dense import DensePairs
 from sgmim_fast.finetune.data.lists import only_listed
 
-LABEL_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".bmp", ".gif")  # a JPEG's values are not those that were stored
+LABEL_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".bmp", ".gif")  # without lossy JPEG
 IGNORED = 255  # in items
 
 
 class LabelFile(MapFile):
-    """A label map as it was stored: `pixels` (H, W) of integers. Of a palette image they are its indices."""
+    """A label map as stored: `pixels` (H, W) of integers; of a palette image, its indices."""
 
     kind = "label map"
     palette = True
@@ -59,27 +59,27 @@ def _expected(classes: int, ignore: int | None, reduce_zero: bool) -> str:
 
 
 class SegmentationFolders(DensePairs):
-    """Images and label maps of the same relative path, but for the suffix, in two folder trees of any depth.
+    """Pairs of images and label maps with the same relative path, except for the suffix, in two folder trees.
 
     Items: {"image": (3, H, W) float32, normalised; "labels": (H, W) int64, 0 to classes - 1, 255 = ignored; "name":
-    path of the image in its tree; "skipped": broken files in whose place the item stands}. What has no partner, or
-    cannot be read, is left out and named in `report`; a broken pair that is met later is replaced by the next good one.
-    A class id out of range is no broken file: it is raised whenever it is met, also by `verify`.
+    path of the image in its tree; "skipped": broken files that the item replaces}. Files without a partner and
+    unreadable files are left out and named in `report`; a pair that turns out to be broken later is replaced by the
+    next good one. A class id out of range always raises, also in `verify`.
 
     Args:
         images: folder of images, in any format of `sgmim_fast.data.IMAGE_SUFFIXES`.
-        labels: folder of maps of the images' sizes, in any format of `LABEL_SUFFIXES`, with one id for every pixel; of
-            a palette PNG the indices are read, not the colours.
+        labels: folder of maps of the images' sizes, in any format of `LABEL_SUFFIXES`, with an id per pixel: the
+            indices of a palette PNG, not its colours.
         transform: takes (image, labels) and returns both, such as `DenseTransform`. None: normalises.
         names: file with the image paths to use, one a line, relative to `images`, with or without suffix. None: all.
-        classes: their number, 1 to 255.
-        ignore: stored id that means "ignored"; None: none does.
-        reduce_zero: 0 means "ignored" too, and the ids of classes begin with 1, as ADE20K has them.
-        class_names: as many as there are classes, or None.
+        classes: number of classes, 1 to 255.
+        ignore: stored id of ignored pixels; None: none.
+        reduce_zero: stored id 0 is ignored, too, and ids of classes start from 1, as in ADE20K.
+        class_names: a name per class, or None.
         seed: of the transform.
 
     Raises:
-        DataError: nothing is there, nothing pairs, none of the pairs tried can be read, or an id is out of range.
+        DataError: no files, no pairs, none of the pairs tried can be read, or an id is out of range.
         UserError: an argument is out of range.
     """
 

@@ -1,4 +1,4 @@
-"""The joint crop, flip and scale of fine-tuning, and the colours of its images."""
+"""Joint transforms of images and maps for fine-tuning."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from sgmim_fast.finetune.data.colors import DepthColors, SegmentationColors
 from sgmim_fast.finetune.data.segmentation import IGNORED
 
 TASKS = ("depth", "segmentation")
-TRIES = 10  # of a crop that no class fills, as mmsegmentation
-LONGEST = 4  # sides of the crop: mmsegmentation fits ADE20K into (2048, 512) for crops of 512 × 512
+TRIES = 10  # attempts to draw a crop that no class dominates, as in mmsegmentation
+LONGEST = 4  # relative to the crop: mmsegmentation resizes ADE20K to fit (2048, 512) for crops of 512 × 512
 
 Fit = tuple[int, int] | Literal[False] | None
 Colors = Callable[[Tensor], Tensor] | bool | None
 
 
 class DenseTransform(Normalize):
-    """Scale, crop and flip of an image together with its depth or labels, and random colours; the image is normalised.
+    """Scales, crops and flips an image and its depth or labels jointly, changes colours, and normalises the image.
 
-    In this order: fit and scale; `cut_depth`; crop; flip; colours; normalise; what the crop lacks is added below and to
-    the right, as 0 in the normalised image, NaN in depth, 255 in labels. Images are resized bilinearly with
-    antialiasing, maps to the pixel under each centre. Depth is not divided by the scale. Random numbers come from
-    torch's CPU generator. What is None is as published for the task:
+    Order: fit and scale; `cut_depth`; crop; flip; colours; normalise; pad at the bottom and the right, with 0 in the
+    normalised image, NaN in depth, 255 in labels. Images are resized bilinearly with antialiasing, maps by nearest
+    neighbour. Depth is not divided by the scale. Random numbers come from torch's CPU generator. Defaults (None) are
+    those published for the task:
 
     | | depth | segmentation |
     |---|---|---|
@@ -50,17 +50,17 @@ class DenseTransform(Normalize):
     Args:
         size: height and width of the crop, or one number for both, in pixels.
         task: "depth" or "segmentation".
-        fit: the image is first scaled, keeping its shape, to be as large as fits into this (longest, shortest) side, in
-            pixels. False: it keeps its size.
-        scale: smallest and largest factor on top of that, drawn evenly.
-        max_share: a crop in which one class fills as large a share of what is not ignored is drawn again, up to 10
-            times. 1: never.
+        fit: first resize the image, with its aspect ratio, to the largest size that fits (longest, shortest) side in
+            pixels. False: do not.
+        scale: range of a further factor, drawn uniformly.
+        max_share: redraw a crop, up to 10 times, if one class covers at least this share of its labelled pixels. 1:
+            never.
         flip: probability of a horizontal flip.
         cut_depth: probability that a vertical strip of the image is replaced by its depth (vertical CutDepth, arXiv
             2201.07436). 0: never.
-        cut_width: largest share of what lies to the right of the strip's left edge that it may cover.
-        max_depth: depth in metres that is white in such a strip, such as 10 for NYU-v2; only `cut_depth` needs it.
-        colors: takes and returns (3, h, w) float32 from 0 to 1. False: colours stay. True: as published, like None.
+        cut_width: largest width of the strip, relative to the distance from its left to the image's right edge.
+        max_depth: depth in metres that is white in the strip, such as 10 for NYU-v2; required for `cut_depth`.
+        colors: function of (3, h, w) float32 in [0, 1]. False: none. True or None: as published.
         mean, std: of the image's channels, ImageNet's by default.
 
     Raises:

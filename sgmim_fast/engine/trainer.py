@@ -25,9 +25,9 @@ from sgmim_fast.capture import CapturedStep, capture
 from sgmim_fast.data import skipped_lines
 from sgmim_fast.data.seeds import mix
 from sgmim_fast.engine import checkpoint, loader, log
+from sgmim_fast.engine.average import Average
 from sgmim_fast.engine.checkpoint import Saved
 from sgmim_fast.engine.launch import StopSignals
-from sgmim_fast.engine.average import Average
 from sgmim_fast.engine.loader import Layout
 from sgmim_fast.engine.task import Task
 from sgmim_fast.errors import UserError

@@ -235,9 +235,10 @@ def branch(shape: Shape, mixed: bool, dtype: torch.dtype) -> None:
     for packed, target, valid in ((True, maps, maps > 0), (True, maps, None), (False, images, None)):
         x = tensor(visible.shape[0] if packed else batch * cells, width, dtype=dtype)
         weight, bias = tensor(target.shape[1] * stride**2, width), tensor(target.shape[1] * stride**2)
-        inputs = x, weight, bias, target, valid, visible, stride, packed, 0.5, cast
-        total, saved = forward("linear_l1", *inputs)
-        backward("linear_l1", total, inputs, saved, unwanted=(3,))
+        for squared in (False, True):
+            inputs = x, weight, bias, target, valid, visible, stride, packed, 0.5, squared, valid is None, cast
+            total, saved = forward("linear_l1", *inputs)
+            backward("linear_l1", total, inputs, saved, unwanted=(3,))
 
     vectors, weight = [tensor(first) for _ in range(4)], tensor(first, 3, 4, 4)
     for bias, token, *norm in (vectors, [*vectors[:2], None, None]):

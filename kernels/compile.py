@@ -217,7 +217,7 @@ def branch(shape: Shape, mixed: bool, dtype: torch.dtype) -> None:
     )  # fmt: skip
     features, structure = tensor(batch * cells, width), tensor(masked.shape[0] + 1, width)
     for keep in (True, False):
-        inputs = features, structure, list(w), rows, cells, heads, keep, 1e-5, cast
+        inputs = features, structure, list(w), rows, cells, heads, keep, False, 1e-5, cast
         out, saved = forward("relational_guidance", *inputs)
         backward("relational_guidance", out, inputs, saved)
 

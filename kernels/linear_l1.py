@@ -55,7 +55,8 @@ def _linear_l1_forward_kernel(
     x, x_rows, weight, bias, target, valid, rows, moments, kept, partials,
     count, width, outs, across, cells, all_cells,
     tb, tc, th, tw, vb, vc, vh, vw,  # strides of target and valid
-    SQUARED: tl.constexpr, CELL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    SQUARED: tl.constexpr, CELL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(outs, BLOCK_N)
     m = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)

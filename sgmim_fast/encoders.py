@@ -38,9 +38,11 @@ class MaskedEncoder(nn.Module):
         stride: pixels per output token; an int, or (height, width) where the two differ.
         timm_name, timm_arguments: what `create_encoder` was called with.
         visible_stem: whether the stem embeds visible patches only where it is told which; `accelerate` sets it.
+        visible_only: whether the blocks see visible patches only, see `visible_encoder`.
     """
 
     visible_stem = False
+    visible_only = False
 
     def __init__(self, model: nn.Module, timm_name: str, timm_arguments: dict[str, Any]) -> None:
         super().__init__()
@@ -54,6 +56,9 @@ class MaskedEncoder(nn.Module):
         # every Swin stage but the first halves the grid; a ViT has no stages
         halvings = len(model.layers) - 1 if hasattr(model, "layers") else 0
         self.stride = _int_or_pair([p * 2**halvings for p in stem.patch_size])
+        if self.visible_only:
+            self.register_parameter("mask_token", None)
+            return
         weight = stem.proj.weight
         self.mask_token = nn.Parameter(torch.empty(1, 1, weight.shape[0], device=weight.device, dtype=weight.dtype))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -131,7 +136,8 @@ class MaskedEncoder(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameter names that take no weight decay: timm's own (class token, positions, position tables) and ours."""
-        return {"mask_token"} | {f"model.{name}" for name in self.model.no_weight_decay()}
+        own = set() if self.mask_token is None else {"mask_token"}
+        return own | {f"model.{name}" for name in self.model.no_weight_decay()}
 
 
 class _MaskedSwin(MaskedEncoder):
@@ -150,24 +156,32 @@ class _MaskedBeit(MaskedEncoder):
         x = torch.cat((model.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
         if model.pos_embed is not None:
             x = x + model.pos_embed
-        x = model.pos_drop(x)
+        return self._blocks(model.pos_drop(x))[:, model.num_prefix_tokens :]
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        """Blocks and norm."""
+        model = self.model
         bias = None if model.rel_pos_bias is None else model.rel_pos_bias()
         for block in model.blocks:
             if model.grad_checkpointing:
                 x = checkpoint(block, x, shared_rel_pos_bias=bias, use_reentrant=False)
             else:
                 x = block(x, shared_rel_pos_bias=bias)
-        return model.norm(x)[:, model.num_prefix_tokens :]
+        return model.norm(x)
 
 
 class _MaskedViT(MaskedEncoder):
     """Plain ViT and DeiT: positions are added, and class and register tokens prepended, after the replacement."""
 
     def _after_stem(self, tokens: Tensor) -> Tensor:
+        return self._blocks(self.model._pos_embed(tokens))[:, self.model.num_prefix_tokens :]
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        """The norm before them, if there is one, blocks and norm."""
         model = self.model
-        x = model.norm_pre(model._pos_embed(tokens))
+        x = model.norm_pre(x)
         x = checkpoint_seq(model.blocks, x) if model.grad_checkpointing else model.blocks(x)
-        return model.norm(x)[:, model.num_prefix_tokens :]
+        return model.norm(x)
 
 
 _FAMILIES = (
@@ -181,7 +195,9 @@ _FAMILIES = (
 VISIBLE = Check(encoder=Own(*{masked for _, masked in _FAMILIES}, tensors=("mask_token",), model=None))
 
 
-def create_encoder(timm_name: str, **timm_arguments: Any) -> MaskedEncoder:
+def create_encoder(
+    timm_name: str, *, visible_only: bool = False, positions: str = "timm", **timm_arguments: Any
+) -> MaskedEncoder:
     """Creates a masked encoder around a timm model.
 
     Any image size that timm allows works, square or not. Stochastic depth is off unless `drop_path_rate` is given
@@ -198,11 +214,16 @@ def create_encoder(timm_name: str, **timm_arguments: Any) -> MaskedEncoder:
 
     Args:
         timm_name: name of a timm model of one of the families swin_*, swinv2_*, beit_*, beitv2_*, vit_* and deit_*.
+        visible_only: the encoder sees no mask tokens but the visible patches alone, as MAE's does, and needs a decoder
+            (`sgmim_fast.Decoder`); a third of the cost, and not what the paper does. Plain ViTs only.
+        positions: "timm", or "sincos": sines and cosines that are not trained, as MAE has them, in place of timm's
+            learned absolute positions.
         timm_arguments: further arguments of `timm.create_model`, for instance `img_size`, `window_size`, `pretrained`.
 
     Raises:
         ValueError: the model is of another family (hybrid stems, rotary or relative positions outside BEiT, NaFlex),
-            or an argument asks for a classifier, for feature pyramids or for dropped patches.
+            or an argument asks for a classifier, for feature pyramids or for dropped patches; or it cannot do without
+            masked tokens where visible_only is True.
     """
     if not is_model_in_modules(
         timm_name.split(".")[0], {"swin_transformer", "swin_transformer_v2", "beit", "vision_transformer", "deit"}
@@ -228,6 +249,14 @@ def create_encoder(timm_name: str, **timm_arguments: Any) -> MaskedEncoder:
             f"the stem of {timm_name!r} must be timm's PatchEmbed, whose patches do not overlap, "
             f"got {type(model.patch_embed).__name__}"
         )
+    if positions not in ("timm", "sincos"):
+        raise ValueError(f"positions must be 'timm' or 'sincos', got {positions!r}")
+    if visible_only or positions == "sincos":
+        from sgmim_fast import visible_encoder  # made of the classes here
+
+        masked_class = visible_encoder.visible_class(masked_class, model, timm_name) if visible_only else masked_class
+        if positions == "sincos":
+            visible_encoder.fix_positions(model)
     _drop_pooling(model)
     return masked_class(model, timm_name, timm_arguments)
 

@@ -1,4 +1,4 @@
-"""`linear_l1` and `linear_l2`: a linear head and the summed distance to the pixels it predicts. SPEC "Heads and losses".
+"""`linear_l1`, `linear_l2`: a linear head and the summed distance to the pixels it predicts. SPEC "Heads and losses".
 
 They are one op, which is told whether distances are squared.
 """

@@ -59,7 +59,7 @@ EXAMPLES: dict[str, Callable[[], list[Any]]] = {
         *(torch.randn(8, 6), torch.randn(4, 6)),
         [torch.randn(shape) / 2 for shape in [(6,)] * 4 + [(6, 6)] * 4 + [(6,)] * 3 + [(7, 6), (7,), (6, 7), (6,)]],
         [ints(0, 2, 5), ints(0, 2, 3), ints(1, 4, 7), ints(0, 1, 3)],
-        *(4, 2, True, 1e-5, None),
+        *(4, 2, True, False, 1e-5, None),
     ],
     "selective_mask": lambda: [ints(3, 4), [2, 3], 2, 3, 2],
     "standardize_structure": lambda: [torch.randn(2, 1, 4, 5), False],

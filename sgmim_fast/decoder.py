@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block
@@ -92,7 +90,7 @@ class Decoder(nn.Module):
         for block in others:
             x = block(x)
         rows = self._places(masked, grid)
-        halves = not _last(len(self.blocks)).why(self.blocks) and not last._as_timm(x)
+        halves = not _LAST[len(self.blocks) - 1].why(self.blocks) and not last._as_timm(x)
         x = (last.first_half(x) if halves else last(x)).flatten(0, 1).index_select(0, rows)
         return self.norm(last.second_half(x) if halves else x)
 
@@ -134,22 +132,26 @@ def init_linear(linear: nn.Linear) -> None:
     nn.init.zeros_(linear.bias)
 
 
-@functools.cache
+_CHILDREN = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
+# What `masked` bypasses of the last of so many blocks: the call of the block, not of its halves
+_LAST = tuple(
+    Check(**{str(i): Own(ViTBlock, methods=("first_half", "second_half"), **dict.fromkeys(_CHILDREN))})
+    for i in range(32)
+)
+
+
 def _own(depth: int) -> Check:
-    """What `masked` bypasses of a model's `decoder`; the blocks are called."""
-    blocks_of = Own(nn.Sequential, methods=("__iter__", "__len__"), **{str(i): None for i in range(depth)})
+    children = dict.fromkeys(map(str, range(depth)))
+    blocks = Own(nn.Sequential, methods=("__iter__", "__len__"), **children)
     methods = ("masked", "_place", "_positions", "_of", "_places")
-    own = Own(Decoder, tensors=("mask_token", "pos_embed"), methods=methods, embed=BIASED, blocks=blocks_of, norm=None)
+    own = Own(Decoder, tensors=("mask_token", "pos_embed"), methods=methods, embed=BIASED, blocks=blocks, norm=None)
     return Check(decoder=own)
 
 
-@functools.cache
-def _last(depth: int) -> Check:
-    """What `masked` bypasses of the last block: the call of the block, not of its halves."""
-    children = dict.fromkeys(Block(8, 1)._modules)
-    return Check(**{str(depth - 1): Own(ViTBlock, methods=("first_half", "second_half"), **children)})
+_OWN = tuple(_own(i + 1) for i in range(len(_LAST)))  # and of a model's decoder, whose blocks are called
 
 
 def changed(model: nn.Module) -> str:
     """Why the decoder of an `SGMIM` has to be called; "" if `masked` may stand in for it."""
-    return _own(len(model.decoder.blocks)).why(model)
+    depth = len(model.decoder.blocks)
+    return _OWN[depth - 1].why(model) if depth <= len(_OWN) else f"a decoder of {depth} blocks"

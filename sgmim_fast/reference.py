@@ -84,10 +84,11 @@ def mae(model: nn.Module, images: Tensor, masked: Tensor) -> tuple[Tensor, Tenso
         ids_shuffle = hidden.to(torch.uint8).argsort(stable=True)
         ids_restore, kept = ids_shuffle.argsort(), int((~hidden).sum())
         x = torch.cat([x[:, :first], x[:, first:][:, ids_shuffle[:kept]]], 1)
-        x = vit.norm_pre(x) if hasattr(vit, "norm_pre") else x
-        for block in vit.blocks:
-            x = block(x)
-        x = vit.norm(x)
+        if x.shape[1]:
+            x = vit.norm_pre(x) if hasattr(vit, "norm_pre") else x
+            for block in vit.blocks:
+                x = block(x)
+            x = vit.norm(x)
         seen.append(x.new_zeros(hidden.numel(), x.shape[2]).index_copy(0, ids_shuffle[:kept], x[0, first:]))
 
         y = decoder.embed(x)

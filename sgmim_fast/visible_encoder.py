@@ -74,7 +74,7 @@ class VisibleEncoder(MaskedEncoder):
         first = table[:prefix]
         counts = drawn.visible_counts()
         if len(set(counts)) == 1:
-            y = self._images(tokens.view(len(x), counts[0], -1), cells.view(len(x), -1), first)
+            y = self._images(tokens.unflatten(0, (len(x), counts[0])), cells.view(len(x), counts[0]), first)
             return VisibleTokens(y[:, prefix:].flatten(0, 1), y[:, :prefix])
         own, of, done = tokens.split(counts), cells.split(counts), [tokens] * len(x)
         for _, same in groupby(sorted(range(len(x)), key=counts.__getitem__), key=counts.__getitem__):

@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 from bench_guidance import build
-from bench_step import ENCODERS
+from bench_step import DECODER_DEPTH, ENCODERS
 from tools.shapes import Shape
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import sgmim_fast
-from sgmim_fast import backends
+from sgmim_fast import SGMIM, Rows, SelectiveMask, backends
 from sgmim_fast.fused import blocks
 from sgmim_fast.kernels import compile as ahead
 from sgmim_fast.kernels import products as kernel_products
@@ -282,4 +282,29 @@ def encoder(shape: Shape, dtype: torch.dtype, batch: int, accelerated: bool, tar
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             features = torch.func.functional_call(model, held, (images, mask, visible))
         features.backward(torch.empty_like(features))
+    return trace.launches
+
+
+def visible_only(shape: Shape, dtype: torch.dtype, batch: int, target: Target) -> list[Launch]:
+    """Every launch of forward and backward of the whole step on visible patches alone, accelerated."""
+    trace = Trace()
+    name, arguments = ENCODERS[shape.name]
+    encoder = sgmim_fast.create_encoder(name, visible_only=True, **arguments)
+    model = SGMIM(encoder, shape.stride, decoder=sgmim_fast.Decoder(encoder, depth=DECODER_DEPTH))
+    side = shape.image // shape.stride
+    with ExitStack() as stack:
+        fake = stack.enter_context(FakeTensorMode())
+        held = {key: fake.from_tensor(t) for key, t in (*model.named_parameters(), *model.named_buffers())}
+        images, structure = (torch.empty(batch, channels, shape.image, shape.image) for channels in (3, 1))
+        masked, visible = (
+            Rows(torch.empty(batch * each, dtype=torch.int64), torch.empty(batch + 1, dtype=torch.int64))
+            for each in (shape.masked, shape.visible)
+        )
+        cells = torch.empty(batch, side, side, dtype=torch.bool)
+        mask = SelectiveMask(cells, cells, visible, masked, masked, (shape.visible,) * batch)
+        stack.enter_context(CudaAutocast())
+        stack.enter_context(caught(trace, target))
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = torch.func.functional_call(model, held, (images, structure, mask))
+        loss.backward()
     return trace.launches

@@ -7,9 +7,9 @@ the masked ones, and the branch is that of `visible.py`.
 from __future__ import annotations
 
 import torch
+from tools.visible import cells_of, structure_loss, take
 from torch import Tensor
 from torch.nn import functional as F
-from tools.visible import cells_of, structure_loss, take
 
 from sgmim_fast import SGMIM
 from sgmim_fast.reference import Losses

@@ -112,6 +112,9 @@ class Trace(TorchDispatchMode):
         operands, results = list(tensors((args, kwargs))), list(tensors(result))
         count = flop_registry.get(func.overloadpacket)
         operations = count(*args, **kwargs, out_val=result) if count else 0
+        if name.startswith("_scaled_dot_product"):  # two gemms, of which the backward takes five
+            backward, (q, k) = "backward" in name, operands[1:3] if "backward" in name else operands[:2]
+            operations = (5 if backward else 2) * 2 * q.numel() * k.shape[-2]
         if name in ("linear", "matmul"):  # inside our ops these are not taken apart
             operations = 2 * result.numel() * operands[0].shape[-1]
         touched = [*operands, *results]

@@ -35,6 +35,7 @@ from sgmim_fast.fused.unmodified import (
     Check,
     Own,
 )
+from sgmim_fast.ops import target
 from sgmim_fast.ops.window_attention import most_tokens_on_a_gpu
 
 
@@ -384,7 +385,7 @@ def _one_window(
     residual: bool = False,
 ) -> Tensor:
     """The attention half of all tokens (B, N, C) over all of them, with the norm before, times `layer_scale`."""
-    if bias is None and x.device.type == "cuda":
+    if bias is None and target.on_gpu(x):
         attended = _flash(norm_linear(x, norm, attn.qkv.weight, qkv_bias), attn.num_heads)
         if layer_scale is None:
             return ops.norm_linear(attended, attn.proj.weight, attn.proj.bias, residual=x if residual else None)

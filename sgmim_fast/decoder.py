@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from sgmim_fast import ops
 from sgmim_fast.fused.blocks import ViTBlock
@@ -49,7 +53,7 @@ class Decoder(nn.Module):
         if positions not in ("sincos", "learned"):
             raise ValueError(f"positions is {positions!r}; expected 'sincos' or 'learned'")
         self.num_features, self.prefix_tokens = width, encoder.prefix_tokens
-        self.grid = tuple(encoder.model.patch_embed.grid_size)
+        self.grid, self.grad_checkpointing = tuple(encoder.model.patch_embed.grid_size), False
         self.learned = positions == "learned"
         self.embed = nn.Linear(encoder.num_features, width)
         self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(1, 1, width), std=0.02))
@@ -79,14 +83,32 @@ class Decoder(nn.Module):
             (B, N, width), normalised.
         """
         y = self.embed(encoded.tokens) + self._of(visible, grid)
-        return self.norm(self.blocks(self._place(y, encoded.prefix, visible, grid)))[:, self.prefix_tokens :]
+        return self._kept(self._everywhere, y, encoded.prefix, visible, grid)[:, self.prefix_tokens :]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether the blocks are computed again in the backward, as of timm's. The encoder has its own switch."""
+        self.grad_checkpointing = enable
+
+    def _kept(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        """`function(*args)`, whose activations are kept for the backward or not."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)
+
+    def _everywhere(self, y: Tensor, prefix: Tensor, visible: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.norm(self.blocks(self._place(y, prefix, visible, grid)))
 
     def masked(self, encoded: VisibleTokens, visible: Tensor, masked: Tensor, grid: tuple[int, int]) -> Tensor:
         """The masked cells' tokens alone, (masked cells, width), normalised: those the loss looks at, in the order of
         `masked`. The last block's MLP and the norm work on them only. `visible`, `grid`: as of `forward`."""
         y = ops.norm_linear(encoded.tokens, self.embed.weight, self.embed.bias, residual=self._of(visible, grid))
+        return self._kept(self._where_masked, y, encoded.prefix, visible, masked, grid)
+
+    def _where_masked(
+        self, y: Tensor, prefix: Tensor, visible: Tensor, masked: Tensor, grid: tuple[int, int]
+    ) -> Tensor:
         *others, last = self.blocks
-        x = self._place(y, encoded.prefix, visible, grid)
+        x = self._place(y, prefix, visible, grid)
         for block in others:
             x = block(x)
         rows = self._places(masked, grid)
@@ -143,7 +165,7 @@ _LAST = tuple(
 def _own(depth: int) -> Check:
     children = dict.fromkeys(map(str, range(depth)))
     blocks = Own(nn.Sequential, methods=("__iter__", "__len__"), **children)
-    methods = ("masked", "_place", "_positions", "_of", "_places")
+    methods = ("masked", "_kept", "_where_masked", "_place", "_positions", "_of", "_places")
     own = Own(Decoder, tensors=("mask_token", "pos_embed"), methods=methods, embed=BIASED, blocks=blocks, norm=None)
     return Check(decoder=own)
 

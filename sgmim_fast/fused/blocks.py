@@ -564,7 +564,7 @@ def masked_stem(stem: PatchEmbed, x: Tensor, mask_token: Tensor, visible: Tensor
 
 
 def visible_stem(stem: PatchEmbed, x: Tensor, visible: Tensor, positions: Tensor) -> Tensor:
-    """The stem's tokens (n, D) of the visible patches alone, with their positions (n, D); visible: see `masked_stem`."""
+    """The stem's tokens of the visible patches alone, with their positions, both (n, D). visible: see `masked_stem`."""
     patch = stem.patch_size[0]
     patches = ops.gather_patches(x, visible, cell=patch, patch=patch)
     weight, bias = stem.proj.weight.flatten(1), stem.proj.bias

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from sgmim_fast.fused import blocks
 from sgmim_fast.fused.unmodified import Check, Own
 from sgmim_fast.masking import SelectiveMask, aligned, resize
+from sgmim_fast.visible_encoder import VisibleEncoder, fix_positions
 
 SUPPORTED = "timm's Swin (swin_*), SwinV2 (swinv2_*), BEiT (beit_*, beitv2_*) and plain ViT (vit_*, deit_*)"
 
@@ -97,7 +98,7 @@ class MaskedEncoder(nn.Module):
 
     def accelerate_stem(self) -> None:
         """Lets the stem embed visible patches only, unless `forward` is a subclass's own. `accelerate` calls it."""
-        if type(self).forward is MaskedEncoder.forward:
+        if type(self).forward in (MaskedEncoder.forward, VisibleEncoder.forward):
             self.visible_stem = True
 
     def _after_stem(self, tokens: Tensor) -> Tensor:
@@ -184,6 +185,33 @@ class _MaskedViT(MaskedEncoder):
         return model.norm(x)
 
 
+class _VisibleViT(VisibleEncoder, _MaskedViT):
+    def _encode(self, x: Tensor, cells: Tensor) -> Tensor:
+        return self._blocks(x)
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        """What timm makes of tokens that are 0, which it adds positions to and puts prefix tokens before."""
+        model, weight = self.model, self.model.patch_embed.proj.weight
+        shape = grid if model.dynamic_img_size else (grid[0] * grid[1],)
+        drop, training = model.pos_drop, model.pos_drop.training
+        if training and getattr(drop, "p", 0):  # it is for the tokens
+            drop.eval()
+        table = model._pos_embed(weight.new_zeros(1, *shape, weight.shape[0]))[0]
+        if drop.training != training:
+            drop.train(training)
+        return table
+
+
+class _VisibleBeit(VisibleEncoder, _MaskedBeit):
+    def _encode(self, x: Tensor, cells: Tensor) -> Tensor:
+        return self._blocks(x)
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        model, count = self.model, grid[0] * grid[1]
+        table = torch.cat([model.cls_token[0], model.cls_token.new_zeros(count, model.cls_token.shape[2])])
+        return table if model.pos_embed is None else table + model.pos_embed[0]
+
+
 _FAMILIES = (
     (SwinTransformer, _MaskedSwin),
     (SwinTransformerV2, _MaskedSwin),
@@ -251,14 +279,35 @@ def create_encoder(
         )
     if positions not in ("timm", "sincos"):
         raise ValueError(f"positions must be 'timm' or 'sincos', got {positions!r}")
-    if visible_only or positions == "sincos":
-        from sgmim_fast import visible_encoder  # made of the classes here
-
-        masked_class = visible_encoder.visible_class(masked_class, model, timm_name) if visible_only else masked_class
-        if positions == "sincos":
-            visible_encoder.fix_positions(model)
+    if visible_only:
+        masked_class = _visible_class(masked_class, model, timm_name)
+    if positions == "sincos":
+        fix_positions(model)
     _drop_pooling(model)
     return masked_class(model, timm_name, timm_arguments)
+
+
+def _visible_class(masked: type[MaskedEncoder], model: nn.Module, timm_name: str) -> type[MaskedEncoder]:
+    """The class for a timm model that `masked` would be around.
+
+    Raises:
+        ValueError: its tokens do not all attend to each other, or by positions between all of them.
+    """
+    if masked is _MaskedViT:
+        return _VisibleViT
+    if masked is _MaskedBeit:
+        relative = model.rel_pos_bias is not None or any(
+            block.attn.relative_position_bias_table is not None for block in model.blocks
+        )
+        if not relative:
+            return _VisibleBeit
+        why = "relative positions (use_rel_pos_bias=False, use_abs_pos_emb=True leaves them out)"
+    else:
+        why = "windows and stages of whole images"
+    raise ValueError(
+        f"visible_only is True for {timm_name!r}, which has {why}; expected a plain ViT (vit_*, deit_*), "
+        "whose tokens can do without the masked ones"
+    )
 
 
 def _drop_pooling(model: nn.Module) -> None:

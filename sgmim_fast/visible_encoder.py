@@ -7,13 +7,12 @@ own, on class and register tokens and them. Beyond the paper, which builds on Si
 from __future__ import annotations
 
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sgmim_fast.encoders import MaskedEncoder, _MaskedBeit, _MaskedViT
 from sgmim_fast.fused import blocks
 from sgmim_fast.masking import SelectiveMask, search
 from sgmim_fast.positions import sincos_positions
@@ -26,8 +25,8 @@ class VisibleTokens(NamedTuple):
     prefix: Tensor  # (B, P, C): class, distillation and register tokens; P may be 0
 
 
-class VisibleEncoder(MaskedEncoder):
-    """A timm encoder of the visible patches alone. Made by `create_encoder`.
+class VisibleEncoder:
+    """What makes a `MaskedEncoder`, before which it stands among a class's bases, one of the visible patches alone.
 
     Attributes:
         as of `MaskedEncoder`; mask_token is None.
@@ -36,10 +35,12 @@ class VisibleEncoder(MaskedEncoder):
     """
 
     visible_only = True
+    model: nn.Module
+    visible_stem: bool
 
-    def __init__(self, model: nn.Module, timm_name: str, timm_arguments: dict[str, Any]) -> None:
-        super().__init__(model, timm_name, timm_arguments)
-        self.prefix_tokens: int = model.num_prefix_tokens
+    @property
+    def prefix_tokens(self) -> int:
+        return self.model.num_prefix_tokens
 
     def forward(self, x: Tensor, mask: Tensor | SelectiveMask | None = None) -> Tensor | VisibleTokens:
         """Encodes the visible patches.
@@ -98,56 +99,6 @@ class VisibleEncoder(MaskedEncoder):
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         """(P + N, D): prefix tokens with their positions, and the positions of all patches."""
         raise NotImplementedError
-
-
-class _VisibleViT(VisibleEncoder, _MaskedViT):
-    def _encode(self, x: Tensor, cells: Tensor) -> Tensor:
-        return self._blocks(x)
-
-    def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """What timm makes of tokens that are 0, which it adds positions to and puts prefix tokens before."""
-        model, weight = self.model, self.model.patch_embed.proj.weight
-        shape = grid if model.dynamic_img_size else (grid[0] * grid[1],)
-        drop, training = model.pos_drop, model.pos_drop.training
-        if training and getattr(drop, "p", 0):  # it is for the tokens
-            drop.eval()
-        table = model._pos_embed(weight.new_zeros(1, *shape, weight.shape[0]))[0]
-        if drop.training != training:
-            drop.train(training)
-        return table
-
-
-class _VisibleBeit(VisibleEncoder, _MaskedBeit):
-    def _encode(self, x: Tensor, cells: Tensor) -> Tensor:
-        return self._blocks(x)
-
-    def _positions(self, grid: tuple[int, int]) -> Tensor:
-        model, count = self.model, grid[0] * grid[1]
-        table = torch.cat([model.cls_token[0], model.cls_token.new_zeros(count, model.cls_token.shape[2])])
-        return table if model.pos_embed is None else table + model.pos_embed[0]
-
-
-def visible_class(masked: type[MaskedEncoder], model: nn.Module, timm_name: str) -> type[VisibleEncoder]:
-    """The class for a timm model that `masked` would be around.
-
-    Raises:
-        ValueError: its tokens do not all attend to each other, or by positions between all of them.
-    """
-    if masked is _MaskedViT:
-        return _VisibleViT
-    if masked is _MaskedBeit:
-        relative = model.rel_pos_bias is not None or any(
-            block.attn.relative_position_bias_table is not None for block in model.blocks
-        )
-        if not relative:
-            return _VisibleBeit
-        why = "relative positions (use_rel_pos_bias=False, use_abs_pos_emb=True leaves them out)"
-    else:
-        why = "windows and stages of whole images"
-    raise ValueError(
-        f"visible_only is True for {timm_name!r}, which has {why}; expected a plain ViT (vit_*, deit_*), "
-        "whose tokens can do without the masked ones"
-    )
 
 
 def fix_positions(model: nn.Module) -> None:

@@ -403,7 +403,8 @@ def main(argv: list[str] | None = None) -> int:
             if encoder not in ENCODERS or dtype not in ("float32", "bfloat16"):
                 parser.error(f"unknown encoder or dtype: {encoder}, {dtype}")
             case = build(STEP_SHAPES[encoder], getattr(torch, dtype), batch, device, args.update)
-            case.columns = {n: column for n, column in case.columns.items() if n in {"dense", *wanted}}
+            kept = {"dense", *wanted} | ({"mae-plain"} if set(wanted) & set(VISIBLE_ONLY) else set())
+            case.columns = {n: column for n, column in case.columns.items() if n in kept}
             title = f"{encoder}, {dtype}, batch {batch}, {device}"
             print(f"\n{title}", flush=True)
             wrong, peaks = check(case)

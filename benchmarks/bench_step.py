@@ -12,11 +12,17 @@ accelerated-captured  the same through sgmim_fast.capture: a CUDA graph, where t
 simmim-accelerated    the same without guidance: what the structure branch adds to it is its share
 simmim-captured       and that as a CUDA graph
 gemm-floor            only the gemms of all linear layers, each through the best library call
+and of vit_plain, timm's ViT-B with learned positions, encoders of visible patches alone with a decoder of depth 2:
+visible-only          sgmim_fast.SGMIM(..., decoder=...), at the published ratio of 0.6
+visible-only-75       the same at 0.75
+visible-only-captured visible-only as a CUDA graph
+mae-plain             MAE with guidance as a careful PyTorch user would write it (mae.py), at 0.6
 
-All columns but the simmim ones compute the same loss: they are first checked against each other. A column that
-disagrees is flagged, and the exit code is 1. They take turns in one process, so their ratios hold even where the
-machine is noisy. host: until a step's call returns, which on a GPU is before its work is done. MiB: peak memory without
-parameters and their gradients. --update adds clipping and AdamW to every column but the floor.
+All columns but the simmim ones compute the same loss, those of visible patches alone another one: they are first
+checked against each other. A column that disagrees is flagged, and the exit code is 1. They take turns in one process,
+so their ratios hold even where the machine is noisy. host: until a step's call returns, which on a GPU is before its
+work is done. MiB: peak memory without parameters and their gradients. --update adds clipping and AdamW to every column
+but the floor.
 """
 
 from __future__ import annotations
@@ -27,15 +33,16 @@ import functools
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tools.agree import relative_errors
 from tools.floor import branch_gemms, encoder_gemms, gemms_floor
+from tools.mae import mae_losses
 from tools.measure import autocast, interleaved, machine, peak_mib, summary
-from tools.shapes import ENCODERS, SHAPES, Shape
+from tools.shapes import DECODER_DEPTH, ENCODERS, SHAPES, Shape
 from tools.written import write_json
 from torch import Tensor, nn
 
@@ -46,7 +53,10 @@ NAMES = (
     *("dense", "dense-compiled", "dense-max-autotune", "sgmim"),
     *("accelerated", "accelerated-compiled", "accelerated-captured"),
     *("simmim-accelerated", "simmim-captured", "gemm-floor"),
+    *("mae-plain", "visible-only", "visible-only-75", "visible-only-captured"),
 )
+VISIBLE_ONLY = NAMES[-4:]
+STEP_SHAPES = SHAPES | {"vit_plain": replace(SHAPES["vit_base"], name="vit_plain")}
 
 
 @dataclass
@@ -120,8 +130,42 @@ def build(shape: Shape, dtype: torch.dtype, batch: int, device: str, update: boo
         columns["accelerated-captured"] = in_dtype(models["accelerated-captured"], images, structure, drawn)
         models["simmim-captured"] = copy.deepcopy(simmim)
         columns["simmim-captured"] = in_dtype(models["simmim-captured"], images, None, drawn)
+    if shape.name == "vit_plain":
+        add_visible_only(shape, device, (images, structure), plain, in_dtype, models, columns)
     optimizers = {n: torch.optim.AdamW(m.parameters(), 1e-5, fused=True) for n, m in models.items()} if update else {}
     return Case(shape, dtype, batch, device, models, columns, optimizers)
+
+
+def add_visible_only(
+    shape: Shape,
+    device: str,
+    inputs: tuple[Tensor, Tensor],
+    symmetric: SGMIM,
+    in_dtype: Callable[..., Callable[[], Tensor]],
+    models: dict[str, nn.Module],
+    columns: dict[str, Callable[[], Tensor]],
+) -> None:
+    """The columns of visible patches alone, with the encoder of `symmetric`."""
+    name, arguments = ENCODERS[shape.name]
+    encoder = sgmim_fast.create_encoder(name, visible_only=True, **arguments)
+    encoder.model.load_state_dict(symmetric.encoder.model.state_dict())
+    decoder = sgmim_fast.Decoder(encoder, depth=DECODER_DEPTH)
+    plain = SGMIM(encoder, shape.stride, decoder=decoder, accelerate=False).to(device)
+    fast = copy.deepcopy(plain)
+    sgmim_fast.accelerate(fast.encoder)
+    sgmim_fast.accelerate(fast.decoder)
+    batch, side = len(inputs[0]), shape.image // shape.stride
+    drawn, fewer = (
+        selective_mask(batch, shape.grid, ratio, device=device).on((side, side)) for ratio in (shape.ratio, 0.75)
+    )
+    models |= {"mae-plain": plain, "visible-only": fast, "visible-only-75": fast}
+    first = torch.arange(batch, device=device)[:, None] * shape.cells
+    rows = [part.index.view(batch, -1) - first for part in (drawn.visible, drawn.masked)]
+    columns["mae-plain"] = in_dtype(lambda: mae_losses(plain, *inputs, *rows).total)
+    columns |= {"visible-only": in_dtype(fast, *inputs, drawn), "visible-only-75": in_dtype(fast, *inputs, fewer)}
+    if device == "cuda":
+        models["visible-only-captured"] = copy.deepcopy(fast)
+        columns["visible-only-captured"] = in_dtype(models["visible-only-captured"], *inputs, drawn)
 
 
 def captured(model: nn.Module, losses: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -152,7 +196,9 @@ def check(case: Case) -> tuple[dict[str, list[str]], dict[str, float]]:
 
     Returns each column's disagreements, and its peak memory in the step that was checked.
     """
-    truth = gradients(case if case.dtype == torch.float32 else in_float32(case), "dense")[0]
+    exact = case if case.dtype == torch.float32 else in_float32(case)
+    truth = gradients(exact, "dense")[0]
+    truths = {"mae-plain": truth if "mae-plain" not in exact.columns else gradients(exact, "mae-plain")[0]}
     errors: dict[str, dict[str, float]] = {}
     wrong: dict[str, list[str]] = {}
     peaks = {}
@@ -164,13 +210,16 @@ def check(case: Case) -> tuple[dict[str, list[str]], dict[str, float]]:
             wrong[name] = [f"raised {type(error).__name__}: {str(error)[:300]}"]
             del case.columns[name]
             continue
-        if not name.startswith("simmim"):
+        if name in ("mae-plain", "visible-only"):
+            errors[name] = relative_errors(found, truths["mae-plain"])
+        elif not name.startswith("simmim") and name not in VISIBLE_ONLY:
             errors[name] = relative_errors(found, truth)
     for name, column in errors.items():
         worst = max(column, key=lambda key: column[key])
         print(f"{name}: worst gradient off by {column[worst]:.1e} of its norm ({worst})", flush=True)
         for key, error in column.items():
-            bound = 1e-4 if case.dtype == torch.float32 else 2 * errors["dense"][key] + 1e-3
+            plain = errors["mae-plain" if name in VISIBLE_ONLY else "dense"]
+            bound = 1e-4 if case.dtype == torch.float32 else 2 * plain[key] + 1e-3
             if not error <= bound:
                 wrong.setdefault(name, []).append(f"{key} is off by {error:.1e} of its norm, allowed {bound:.1e}")
     return wrong, peaks
@@ -178,7 +227,10 @@ def check(case: Case) -> tuple[dict[str, list[str]], dict[str, float]]:
 
 def in_float32(case: Case) -> Case:
     exact = build(case.shape, torch.float32, case.batch, case.device, False)
-    exact.models["dense"].load_state_dict(case.models["dense"].state_dict())
+    for name in ("dense", "mae-plain"):
+        if name in exact.models:
+            exact.models[name].load_state_dict(case.models[name].state_dict())
+    exact.columns = {name: column for name, column in exact.columns.items() if name in case.columns}
     return exact
 
 
@@ -233,6 +285,14 @@ def table(rows: list[dict[str, Any]]) -> str:
         if {name, plain} <= by_name.keys():
             share = by_name[name]["median_ms"] / by_name[plain]["median_ms"] - 1
             lines.append(f"the structure branch adds {100 * share:.1f} % to the SimMIM step ({name})")
+    for name in ("visible-only", "visible-only-75", "visible-only-captured"):
+        for other in ("accelerated", "mae-plain"):
+            if {name, other} <= by_name.keys():
+                first, second = by_name[other], by_name[name]
+                line = f"{other} / {name}: {first['median_ms'] / second['median_ms']:.2f}"
+                if first["peak_mib"] and second["peak_mib"]:
+                    line += f", with {100 * second['peak_mib'] / first['peak_mib']:.0f} % of its memory"
+                lines.append(line)
     return "\n".join(lines)
 
 
@@ -305,7 +365,7 @@ def plot(cases: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", default=",".join(ENCODERS), help=f"of {','.join(ENCODERS)}")
+    parser.add_argument("--encoder", default=",".join(SHAPES), help=f"of {','.join(ENCODERS)}")
     parser.add_argument("--dtype", default="float32", help="float32,bfloat16; bfloat16 is autocast")
     parser.add_argument("--batch", type=int, help="default: 16 on a CPU, 128 on a GPU")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
@@ -329,8 +389,9 @@ def main(argv: list[str] | None = None) -> int:
         for dtype in args.dtype.split(","):
             if encoder not in ENCODERS or dtype not in ("float32", "bfloat16"):
                 parser.error(f"unknown encoder or dtype: {encoder}, {dtype}")
-            case = build(SHAPES[encoder], getattr(torch, dtype), batch, device, args.update)
-            case.columns = {n: column for n, column in case.columns.items() if n in {"dense", *wanted}}
+            case = build(STEP_SHAPES[encoder], getattr(torch, dtype), batch, device, args.update)
+            kept = {"dense", *wanted} | ({"mae-plain"} if set(wanted) & set(VISIBLE_ONLY) else set())
+            case.columns = {n: column for n, column in case.columns.items() if n in kept}
             title = f"{encoder}, {dtype}, batch {batch}, {device}"
             print(f"\n{title}", flush=True)
             wrong, peaks = check(case)

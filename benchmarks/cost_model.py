@@ -4,8 +4,9 @@
     python benchmarks/cost_model.py --measured benchmarks/results/gpu-nvidia-h200-kernels.json
 
 --step: the encoder too, forward and backward, as timm has it and accelerated; with the branch that makes a training
-step without the optimizer, as `bench_step.py` times it. --host: what the host needs for it, measured on this machine as
-`bench_host.py` does. --measured: the model beside what the kernels took on a GPU.
+step without the optimizer, as `bench_step.py` times it; of vit_plain also the step on visible patches alone. --host:
+what the host needs for it, measured on this machine as `bench_host.py` does. --measured: the model beside what the
+kernels took on a GPU.
 
 Runs anywhere (`launches.py` finds the launches). One launch takes `Gpu.launch` seconds and the longest of
 
@@ -24,17 +25,18 @@ import argparse
 import json
 import sys
 from collections import OrderedDict, defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_step import STEP_SHAPES
 from tools import launches
 from tools.launches import Launch
 from tools.measure import machine
-from tools.shapes import SHAPES, Shape
+from tools.shapes import Shape
 from tools.written import write_json
 
 from sgmim_fast.kernels import compile as ahead
@@ -180,6 +182,13 @@ def step(shape: Shape, dtype: torch.dtype, batch: int, gpu: Gpu, branch: dict[st
         print(table(encoder))
         found |= {f"{name} encoder": encoder, f"{name} step": whole}
     print(f"eager / accelerated: {found['eager step']['us'] / found['accelerated step']['us']:.2f}")
+    if shape.name == "vit_plain":
+        for ratio in (shape.ratio, 0.75):
+            those = launches.visible_only(replace(shape, ratio=ratio), dtype, batch, gpu.target)
+            found[f"visible-only step at {ratio}"] = sums = total(those, gpu)
+            print(f"visible-only step at {ratio}: {sums['us']:.0f} us, {sums['launches']:.0f} launches")
+            print(table(sums))
+            print(f"accelerated / visible-only at {ratio}: {found['accelerated step']['us'] / sums['us']:.2f}")
     return found
 
 
@@ -206,7 +215,7 @@ def compare(path: Path, gpu: Gpu) -> float:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", default="h200", choices=GPUS)
-    parser.add_argument("--encoder", default="swin_base,vit_base", help=f"of {','.join(SHAPES)}")
+    parser.add_argument("--encoder", default="swin_base,vit_base", help=f"of {','.join(STEP_SHAPES)}")
     parser.add_argument("--dtype", default="bfloat16,float32", help="bfloat16 is autocast over float32 parameters")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--step", action="store_true", help="the encoder too")
@@ -223,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
         for dtype in args.dtype.split(","):
             print(f"\n{encoder}, {dtype}, batch {args.batch}, {gpu.name}: predicted, not measured", flush=True)
             lines = {
-                column: launches.branch(SHAPES[encoder], getattr(torch, dtype), args.batch, column, gpu.target)
+                column: launches.branch(STEP_SHAPES[encoder], getattr(torch, dtype), args.batch, column, gpu.target)
                 for column in ("dense", "visible", "fused")
             }
             sums = {column: total(those, gpu) for column, those in lines.items()}
@@ -234,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
                     print(table(those))
             row = {"encoder": encoder, "dtype": dtype, "batch": args.batch, "gpu": asdict(gpu), **sums}
             if args.step:
-                row |= step(SHAPES[encoder], getattr(torch, dtype), args.batch, gpu, lines)
+                row |= step(STEP_SHAPES[encoder], getattr(torch, dtype), args.batch, gpu, lines)
             found.append(row)
         if args.host:
             found[-1]["host"] = host(encoder)

@@ -217,7 +217,7 @@ def branch(shape: Shape, mixed: bool, dtype: torch.dtype) -> None:
     )  # fmt: skip
     features, structure = tensor(batch * cells, width), tensor(masked.shape[0] + 1, width)
     for keep in (True, False):
-        inputs = features, structure, list(w), rows, cells, heads, keep, 1e-5, cast
+        inputs = features, structure, list(w), rows, cells, heads, keep, False, 1e-5, cast
         out, saved = forward("relational_guidance", *inputs)
         backward("relational_guidance", out, inputs, saved)
 
@@ -235,9 +235,10 @@ def branch(shape: Shape, mixed: bool, dtype: torch.dtype) -> None:
     for packed, target, valid in ((True, maps, maps > 0), (True, maps, None), (False, images, None)):
         x = tensor(visible.shape[0] if packed else batch * cells, width, dtype=dtype)
         weight, bias = tensor(target.shape[1] * stride**2, width), tensor(target.shape[1] * stride**2)
-        inputs = x, weight, bias, target, valid, visible, stride, packed, 0.5, cast
-        total, saved = forward("linear_l1", *inputs)
-        backward("linear_l1", total, inputs, saved, unwanted=(3,))
+        for squared in (False, True):
+            inputs = x, weight, bias, target, valid, visible, stride, packed, 0.5, squared, valid is None, cast
+            total, saved = forward("linear_l1", *inputs)
+            backward("linear_l1", total, inputs, saved, unwanted=(3,))
 
     vectors, weight = [tensor(first) for _ in range(4)], tensor(first, 3, 4, 4)
     for bias, token, *norm in (vectors, [*vectors[:2], None, None]):

@@ -1,4 +1,5 @@
-"""`linear_l1` in Triton, primitives: the head's gemm, whose epilogue reads pixels where they are and keeps signs."""
+"""`linear_l1` in Triton, primitives: the head's gemm, whose epilogue reads pixels where they are and keeps signs, or of
+`linear_l2` differences."""
 
 from __future__ import annotations
 
@@ -17,10 +18,45 @@ from sgmim_fast.ops.primitives import Gradients
 
 
 @triton.jit
+def _cell_moments_kernel(
+    target,
+    rows,
+    moments,
+    count,
+    outs,
+    across,
+    cells,
+    all_cells,
+    tb,
+    tc,
+    th,
+    tw,
+    CELL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of each wanted cell's pixels: mean, and 1 / sqrt(unbiased variance + 1e-6), into (2, count)."""
+    program = tl.program_id(0)
+    row = inside_of(tl.load(rows + program), all_cells)
+    n = tl.arange(0, BLOCK)
+    image, cell = row // cells, row % cells
+    y = cell // across * CELL + n % (CELL * CELL) // CELL
+    z = cell % across * CELL + n % CELL
+    at = image * tb + n // (CELL * CELL) * tc + y * th + z * tw
+    pixels = tl.load(target + at, mask=n < outs, other=0.0).to(tl.float32)
+    mean = tl.sum(pixels, 0) / outs
+    centred = tl.where(n < outs, pixels - mean, 0.0)
+    variance = tl.sum(centred * centred, 0) / (outs - 1)
+    tl.store(moments + program, mean)
+    tl.store(moments + count + program, 1 / tl.sqrt(variance + 1e-6))
+
+
+@triton.jit
 def _linear_l1_forward_kernel(
-    x, x_rows, weight, bias, target, valid, rows, signs, partials, count, width, outs, across, cells, all_cells,
+    x, x_rows, weight, bias, target, valid, rows, moments, kept, partials,
+    count, width, outs, across, cells, all_cells,
     tb, tc, th, tw, vb, vc, vh, vw,  # strides of target and valid
-    CELL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    SQUARED: tl.constexpr, CELL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(outs, BLOCK_N)
     m = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -44,24 +80,43 @@ def _linear_l1_forward_kernel(
     z = (cell % across * CELL)[:, None] + (n % CELL)[None, :]
     channel = (n // (CELL * CELL))[None, :]
     pixel = tl.load(target + image * tb + channel * tc + y * th + z * tw, mask=inside, other=0.0).to(tl.float32)
+    if moments is not None:
+        mean = tl.load(moments + m, mask=m < count, other=0.0)
+        inverse = tl.load(moments + count + m, mask=m < count, other=0.0)
+        pixel = (pixel - mean[:, None]) * inverse[:, None]
     difference = tl.where(inside, total - pixel, 0.0)
     if valid is not None:
         counts = tl.load(valid + image * vb + channel * vc + y * vh + z * vw, mask=inside, other=0)
         difference = tl.where(counts != 0, difference, 0.0)
-    sign = (difference > 0).to(tl.int8) - (difference < 0).to(tl.int8)
-    tl.store(signs + m.to(tl.int64)[:, None] * outs + n[None, :], sign, mask=inside)
-    tl.store(partials + tl.program_id(0), tl.sum(tl.sum(tl.abs(difference), 1), 0))
+    place = kept + m.to(tl.int64)[:, None] * outs + n[None, :]
+    if SQUARED:
+        tl.store(place, cast(difference, kept.dtype.element_ty), mask=inside)
+        distance = difference * difference
+    else:
+        tl.store(place, (difference > 0).to(tl.int8) - (difference < 0).to(tl.int8), mask=inside)
+        distance = tl.abs(difference)
+    tl.store(partials + tl.program_id(0), tl.sum(tl.sum(distance, 1), 0))
 
 
 def linear_l1(a: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Cost: reads x and W for each tile, the wanted pixels once, writes a byte per pixel; 2 launches."""
+    """Cost: reads x and W for each tile, the wanted pixels once, writes a byte per pixel, or of squared distances a
+    number; 2 launches, and of normalised pixels 1 more that reads them."""
     x, rows, target = a.x.contiguous(), a.rows.contiguous(), a.target
     count, (outs, width) = rows.shape[0], weight.shape
-    signs = torch.empty(count, outs, dtype=torch.int8, device=x.device)
+    kept = torch.empty(count, outs, dtype=weight.dtype if a.squared else torch.int8, device=x.device)
     config = configs.product(count, outs, weight.dtype.itemsize)
     tiles = cdiv(count, config.block_m) * cdiv(outs, config.block_n)
     partials = torch.empty(tiles, 1, dtype=torch.float32, device=x.device)
     across = target.shape[3] // a.cell
+    cells = across * (target.shape[2] // a.cell)
+    moments = None
+    if a.normalized:
+        moments = torch.empty(2, count, dtype=torch.float32, device=x.device)
+        launch(
+            _cell_moments_kernel, (count,),
+            target, rows, moments, count, outs, across, cells, target.shape[0] * cells, *target.stride(),
+            CELL=a.cell, BLOCK=triton.next_power_of_2(outs),
+        )  # fmt: skip
     launch(
         _linear_l1_forward_kernel,
         (tiles,),
@@ -72,16 +127,18 @@ def linear_l1(a: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
         target,
         None if a.valid is None else a.valid.view(torch.uint8),
         rows,
-        signs,
+        moments,
+        kept,
         partials,
         count,
         width,
         outs,
         across,
-        across * (target.shape[2] // a.cell),
-        target.shape[0] * across * (target.shape[2] // a.cell),
+        cells,
+        target.shape[0] * cells,
         *target.stride(),
         *((0, 0, 0, 0) if a.valid is None else a.valid.stride()),
+        SQUARED=a.squared,
         CELL=a.cell,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -92,16 +149,16 @@ def linear_l1(a: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
     )
     total = torch.empty((), dtype=torch.float32, device=x.device)
     finish([Sum(partials, total.view(1))], factor=a.scale)
-    return total, signs
+    return total, kept
 
 
-def linear_l1_backward(grad: Tensor, a: Any, weight: Tensor, signs: Tensor, gradients: Gradients) -> None:
+def linear_l1_backward(grad: Tensor, a: Any, weight: Tensor, differences: Tensor, gradients: Gradients) -> None:
     """Cost: reads the signs twice, W and x once per tile; 2 launches, and where x is not packed a fill."""
     x, listed = a.x.contiguous(), None if a.packed else a.rows.contiguous()
     if "x" in gradients:
         gradients["x"] = dx = torch.empty_like(x) if a.packed else torch.zeros_like(x)
-        products.dgrad_of_signs(signs, weight, grad, a.scale, dx, listed)
+        products.dgrad_of_signs(differences, weight, grad, a.factor, dx, listed)
     if "weight" in gradients or "bias" in gradients:
         gradients["weight"] = dweight = torch.empty_like(a.weight, memory_format=torch.contiguous_format)
         gradients["bias"] = dbias = torch.empty(a.bias.shape, dtype=a.bias.dtype, device=x.device)
-        products.wgrad_of_signs(signs, x, weight.dtype, grad, a.scale, listed, dweight, dbias)
+        products.wgrad_of_signs(differences, x, weight.dtype, grad, a.factor, listed, dweight, dbias)

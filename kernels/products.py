@@ -350,7 +350,7 @@ def dgrad_gelu(dy: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tens
 def dgrad_of_signs(
     signs: Tensor, weight: Tensor, scale: Tensor, factor: float, dx: Tensor, rows: Tensor | None
 ) -> None:
-    """signs (n, out) int8 . W * scale * factor into the rows of dx, or all of it.
+    """signs (n, out), int8 or differences, . W * scale * factor into the rows of dx, or all of it.
 
     Cost: 1 launch; through the library 4.
     """
@@ -372,7 +372,8 @@ def wgrad_of_signs(
     dweight: Tensor,
     dbias: Tensor,
 ) -> None:
-    """signs (n, out) int8 ^T . x[rows], or . x, times scale * factor, and the signs' sum over their rows likewise.
+    """signs^T (n, out), int8 or differences, . x[rows], or . x, times scale * factor, and the sum over their rows
+    likewise.
 
     x is rounded to `dtype`, that of the products, as it is read. Cost: 1 launch; through the library 7.
     """

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sgmim_fast import model as model
     from sgmim_fast.capture import capture
     from sgmim_fast.checkpoints import export_timm, load_published, published_state_dict
+    from sgmim_fast.decoder import Decoder
     from sgmim_fast.encoders import create_encoder
     from sgmim_fast.fused.accelerate import accelerate
     from sgmim_fast.masking import SelectiveMask, selective_mask
@@ -35,6 +36,7 @@ __version__ = "0.1.0"  # the only place: pyproject.toml reads it here
 
 __all__ = [
     "SGMIM",
+    "Decoder",
     "Losses",
     "Rows",
     "SelectiveMask",
@@ -58,6 +60,7 @@ __all__ = [
 _MODULES = ("checkpoints", "encoders", "guidance", "masking", "model", "reference")
 _NAMES = {
     "SGMIM": "model",
+    "Decoder": "decoder",
     "Losses": "reference",
     "SelectiveMask": "masking",
     "accelerate": "fused.accelerate",

@@ -11,25 +11,65 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sgmim_fast.masking import DenseMask, SelectiveMask, resize
+from sgmim_fast.visible_encoder import VisibleTokens
 
 
-def image_loss(model: nn.Module, features: Tensor, images: Tensor, mask: SelectiveMask | DenseMask) -> Tensor:
-    """From encoder features (B, N, C)."""
-    prediction = predict(model.image_head, features, images, model.encoder_stride)
-    return _masked_l1(prediction, images, mask.mask, None)
+def image_loss(
+    model: nn.Module, features: Tensor | VisibleTokens, images: Tensor, mask: SelectiveMask | DenseMask
+) -> Tensor:
+    """From encoder features (B, N, C), or with a decoder those of the visible cells."""
+    prediction = predict(model.image_head, decoded(model, features, mask), images, model.encoder_stride)
+    target = images
+    if model.target == "normalized_patch":
+        mean, deviation = _moments(images, model.encoder_stride)
+        target = (images - mean) / deviation
+    difference = target - prediction
+    distance = difference.square() if model.loss == "l2" else difference.abs()
+    return _masked_mean(distance, mask.mask, None, model.decoder is not None)
+
+
+def decoded(model: nn.Module, features: Tensor | VisibleTokens, mask: SelectiveMask | DenseMask) -> Tensor:
+    """What the image head reads, at every cell: (B, N, width)."""
+    if model.decoder is None:
+        return features
+    return model.decoder(features, mask.visible.index, tuple(mask.mask.shape[1:]))
+
+
+def _moments(images: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each cell, over its channels, at each of its pixels, (B, 1, H, W)."""
+    batch, _, height, width = images.shape
+    cells = images.to(_wide(images)).reshape(batch, -1, height // stride, stride, width // stride, stride)
+    deviation = (cells.var((1, 3, 5)) + 1e-6).sqrt()
+    return resize(cells.mean((1, 3, 5)), height, width)[:, None], resize(deviation, height, width)[:, None]
+
+
+def denormalized(prediction: Tensor, images: Tensor, stride: int) -> Tensor:
+    """Predicted normalised patches (B, C, H, W) as pixels, by the moments of the images' own."""
+    mean, deviation = _moments(images, stride)
+    return (prediction * deviation + mean).to(prediction.dtype)
 
 
 def structure_loss(
-    model: nn.Module, features: Tensor, structure: Tensor, mask: SelectiveMask | DenseMask, valid: Tensor | None
+    model: nn.Module,
+    features: Tensor | VisibleTokens,
+    structure: Tensor,
+    mask: SelectiveMask | DenseMask,
+    valid: Tensor | None,
 ) -> Tensor:
-    """From encoder features (B, N, C) and a map (B, S, H, W) that is 0 where it is not valid."""
+    """From encoder features, as `image_loss`, and a map (B, S, H, W) that is 0 where it is not valid."""
     guided = guide(model, features, structure, mask)
     prediction = predict(model.structure_head, guided, structure, model.encoder_stride)
-    return _masked_l1(prediction, structure, ~mask.mask, valid)
+    return _masked_mean((structure - prediction).abs(), ~mask.mask, valid, False)
 
 
-def guide(model: nn.Module, features: Tensor, structure: Tensor, mask: SelectiveMask | DenseMask) -> Tensor:
-    """Guided features (B, N, C)."""
+def guide(
+    model: nn.Module, features: Tensor | VisibleTokens, structure: Tensor, mask: SelectiveMask | DenseMask
+) -> Tensor:
+    """Guided features (B, N, C); those of cells without features are of no use."""
+    if model.decoder is not None:  # each cell is guided by itself, and the loss looks at the visible ones
+        cells, width = mask.mask.numel(), features.tokens.shape[1]
+        everywhere = features.tokens.new_zeros(cells, width).index_copy(0, mask.visible.index, features.tokens)
+        features = everywhere.unflatten(0, (mask.mask.shape[0], -1))
     height, width = structure.shape[2:]
     shown = resize(mask.structure, height // model.patch_size, width // model.patch_size)
     side = model.encoder_stride // model.patch_size  # patches along a cell
@@ -43,12 +83,18 @@ def predict(head: nn.Module, tokens: Tensor, like: Tensor, stride: int) -> Tenso
     return F.pixel_shuffle(values.unflatten(2, (like.shape[2] // stride, like.shape[3] // stride)), stride)
 
 
-def _masked_l1(prediction: Tensor, target: Tensor, counted: Tensor, valid: Tensor | None) -> Tensor:
-    """Mean of |target - prediction| over the pixels that are `counted` (B, h, w) and `valid` (B, channels, H, W)."""
-    channels, dtype = target.shape[1], torch.float64 if target.dtype == torch.float64 else torch.float32
-    weight = resize(counted, *target.shape[2:])[:, None].to(dtype)
+def _masked_mean(distance: Tensor, counted: Tensor, valid: Tensor | None, exact: bool) -> Tensor:
+    """Mean of a distance (B, channels, H, W) over the pixels that are `counted` (B, h, w) and `valid`, like distance.
+
+    exact: MAE's mean, in place of the published one with 1e-5 pixels more."""
+    channels, dtype = distance.shape[1], _wide(distance)
+    weight = resize(counted, *distance.shape[2:])[:, None].to(dtype)
     pixels = weight.sum()
     if valid is not None:
         weight = weight * valid
         pixels = weight.sum() / channels
-    return (weight * (target - prediction).abs()).sum() / (pixels + 1e-5) / channels
+    return (weight * distance).sum() / (pixels.clamp(min=1) if exact else pixels + 1e-5) / channels
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

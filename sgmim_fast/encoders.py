@@ -25,6 +25,7 @@ from sgmim_fast.fused import blocks
 from sgmim_fast.fused.unmodified import Check, Own
 from sgmim_fast.masking import SelectiveMask, aligned, resize
 from sgmim_fast.ops import token_salience
+from sgmim_fast.visible_encoder import VisibleEncoder, fix_positions
 
 SUPPORTED = (
     "timm's Swin (swin_*), SwinV2 (swinv2_*), BEiT (beit_*, beitv2_*), plain ViT (vit_*, deit_*) and EVA, the ViTs "
@@ -50,9 +51,11 @@ class MaskedEncoder(nn.Module):
         stride: pixels per output token; an int, or (height, width) where the two differ.
         timm_name, timm_arguments: what `create_encoder` was called with.
         visible_stem: whether the stem embeds visible patches only, given their row list; set by `accelerate`.
+        visible_only: whether the blocks see visible patches only, see `visible_encoder`.
     """
 
     visible_stem = False
+    visible_only = False
 
     def __init__(self, model: nn.Module, timm_name: str, timm_arguments: dict[str, Any]) -> None:
         super().__init__()
@@ -66,6 +69,9 @@ class MaskedEncoder(nn.Module):
         # every Swin stage but the first halves the grid; a ViT has no stages
         halvings = len(model.layers) - 1 if hasattr(model, "layers") else 0
         self.stride = _int_or_pair([p * 2**halvings for p in stem.patch_size])
+        if self.visible_only:
+            self.register_parameter("mask_token", None)
+            return
         weight = stem.proj.weight
         self.mask_token = nn.Parameter(torch.empty(1, 1, weight.shape[0], device=weight.device, dtype=weight.dtype))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -104,7 +110,7 @@ class MaskedEncoder(nn.Module):
 
     def accelerate_stem(self) -> None:
         """Lets the stem embed visible patches only, unless `forward` is a subclass's own. `accelerate` calls it."""
-        if type(self).forward is MaskedEncoder.forward:
+        if type(self).forward in (MaskedEncoder.forward, VisibleEncoder.forward):
             self.visible_stem = True
 
     def _after_stem(self, tokens: Tensor) -> Tensor:
@@ -165,7 +171,8 @@ class MaskedEncoder(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameter names that take no weight decay: timm's own (class token, positions, position tables) and ours."""
-        return {"mask_token"} | {f"model.{name}" for name in self.model.no_weight_decay()}
+        own = set() if self.mask_token is None else {"mask_token"}
+        return own | {f"model.{name}" for name in self.model.no_weight_decay()}
 
 
 class _MaskedSwin(MaskedEncoder):
@@ -187,14 +194,18 @@ class _MaskedBeit(MaskedEncoder):
         x = torch.cat((model.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
         if model.pos_embed is not None:
             x = x + model.pos_embed
-        x = model.pos_drop(x)
+        return self._blocks(model.pos_drop(x))[:, model.num_prefix_tokens :]
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        """Blocks and norm."""
+        model = self.model
         bias = None if model.rel_pos_bias is None else model.rel_pos_bias()
         for block in model.blocks:
             if model.grad_checkpointing:
                 x = checkpoint(block, x, shared_rel_pos_bias=bias, use_reentrant=False)
             else:
                 x = block(x, shared_rel_pos_bias=bias)
-        return model.norm(x)[:, model.num_prefix_tokens :]
+        return model.norm(x)
 
     def _with_positions(self, tokens: Tensor) -> Tensor:
         positions = self.model.pos_embed
@@ -205,10 +216,41 @@ class _MaskedViT(MaskedEncoder):
     """Plain ViT and DeiT: positions are added, and class and register tokens prepended, after the replacement."""
 
     def _after_stem(self, tokens: Tensor) -> Tensor:
+        return self._blocks(self.model._pos_embed(tokens))[:, self.model.num_prefix_tokens :]
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        """The norm before them, if there is one, blocks and norm."""
         model = self.model
-        x = model.norm_pre(model._pos_embed(tokens))
+        x = model.norm_pre(x)
         x = checkpoint_seq(model.blocks, x) if model.grad_checkpointing else model.blocks(x)
-        return model.norm(x)[:, model.num_prefix_tokens :]
+        return model.norm(x)
+
+
+class _VisibleViT(VisibleEncoder, _MaskedViT):
+    def _encode(self, x: Tensor, cells: Tensor) -> Tensor:
+        return self._blocks(x)
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        """What timm makes of tokens that are 0, which it adds positions to and puts prefix tokens before."""
+        model, weight = self.model, self.model.patch_embed.proj.weight
+        shape = grid if model.dynamic_img_size else (grid[0] * grid[1],)
+        drop, training = model.pos_drop, model.pos_drop.training
+        if training and getattr(drop, "p", 0):  # it is for the tokens
+            drop.eval()
+        table = model._pos_embed(weight.new_zeros(1, *shape, weight.shape[0]))[0]
+        if drop.training != training:
+            drop.train(training)
+        return table
+
+
+class _VisibleBeit(VisibleEncoder, _MaskedBeit):
+    def _encode(self, x: Tensor, cells: Tensor) -> Tensor:
+        return self._blocks(x)
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        model, count = self.model, grid[0] * grid[1]
+        table = torch.cat([model.cls_token[0], model.cls_token.new_zeros(count, model.cls_token.shape[2])])
+        return table if model.pos_embed is None else table + model.pos_embed[0]
 
     def _with_positions(self, tokens: Tensor) -> Tensor:
         return self.model._pos_embed(tokens)[:, self.model.num_prefix_tokens :]
@@ -251,7 +293,9 @@ _FAMILIES = (
 VISIBLE = Check(encoder=Own(*{masked for _, masked in _FAMILIES}, tensors=("mask_token",), model=None))
 
 
-def create_encoder(timm_name: str, **timm_arguments: Any) -> MaskedEncoder:
+def create_encoder(
+    timm_name: str, *, visible_only: bool = False, positions: str = "timm", **timm_arguments: Any
+) -> MaskedEncoder:
     """Creates a masked encoder around a timm model.
 
     Any image size that timm allows works, square or not. Stochastic depth is off unless `drop_path_rate` is given
@@ -269,13 +313,17 @@ def create_encoder(timm_name: str, **timm_arguments: Any) -> MaskedEncoder:
     Args:
         timm_name: name of a timm model of one of the families swin_*, swinv2_*, beit_*, beitv2_*, vit_*, deit_* and
             eva*, with rotary positions or not, DINOv3's (vit_*_dinov3) among them.
+        visible_only: the encoder sees no mask tokens but the visible patches alone, as MAE's does, and needs a decoder
+            (`sgmim_fast.Decoder`); a third of the cost, and not what the paper does. Plain ViTs only.
+        positions: "timm", or "sincos": sines and cosines that are not trained, as MAE has them, in place of timm's
+            learned absolute positions.
         timm_arguments: further arguments of `timm.create_model`, for instance `img_size`, `window_size`, `pretrained`.
 
     Raises:
         ValueError: timm has no such model (the nearest names are said); it is of another family (hybrid stems, relative
             positions outside BEiT, NaFlex, and convolutional stages such as Hiera's and ConvNeXt-V2's, in which masked
             places would have to be kept out of every convolution); or an argument asks for a classifier, for feature
-            pyramids or for dropped patches.
+            pyramids or for dropped patches; or it cannot do without masked tokens where visible_only is True.
     """
     base = timm_name.split(".")[0]
     if not is_model_in_modules(base, MODULES):
@@ -300,6 +348,12 @@ def create_encoder(timm_name: str, **timm_arguments: Any) -> MaskedEncoder:
             f"the stem of {timm_name!r} must be timm's PatchEmbed, whose patches do not overlap, "
             f"got {type(model.patch_embed).__name__}"
         )
+    if positions not in ("timm", "sincos"):
+        raise ValueError(f"positions must be 'timm' or 'sincos', got {positions!r}")
+    if visible_only:
+        masked_class = _visible_class(masked_class, model, timm_name)
+    if positions == "sincos":
+        fix_positions(model)
     _drop_pooling(model)
     return masked_class(model, timm_name, timm_arguments)
 
@@ -310,6 +364,29 @@ def _why_not(base: str) -> str:
         return next((f": {why}" for module, why in _APART.items() if is_model_in_modules(base, {module})), "")
     known = [name for name in timm.list_models() if is_model_in_modules(name, MODULES)]
     return f"; timm has no model of that name{nearest(base, known)}"
+
+
+def _visible_class(masked: type[MaskedEncoder], model: nn.Module, timm_name: str) -> type[MaskedEncoder]:
+    """The class for a timm model that `masked` would be around.
+
+    Raises:
+        ValueError: its tokens do not all attend to each other, or by positions between all of them.
+    """
+    if masked is _MaskedViT:
+        return _VisibleViT
+    if masked is _MaskedBeit:
+        relative = model.rel_pos_bias is not None or any(
+            block.attn.relative_position_bias_table is not None for block in model.blocks
+        )
+        if not relative:
+            return _VisibleBeit
+        why = "relative positions (use_rel_pos_bias=False, use_abs_pos_emb=True leaves them out)"
+    else:
+        why = "windows and stages of whole images"
+    raise ValueError(
+        f"visible_only is True for {timm_name!r}, which has {why}; expected a plain ViT (vit_*, deit_*), "
+        "whose tokens can do without the masked ones"
+    )
 
 
 def _drop_pooling(model: nn.Module) -> None:

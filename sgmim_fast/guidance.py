@@ -202,8 +202,11 @@ class RelationalGuidance(nn.Module):
         t = features + self.attn(query + position, context + position, context, self.heads, keys)
         return t + self.mlp(self.out_norm(t))
 
-    def visible(self, features: Tensor, structure: Tensor, visible: Rows, shown: Rows) -> Tensor:
-        """features (B * N, C), structure (shown cells + 1, C) -> (visible cells, C), see `ops.relational_guidance`."""
+    def visible(
+        self, features: Tensor, structure: Tensor, visible: Rows, shown: Rows, cells: int | None = None
+    ) -> Tensor:
+        """features (B * N, C), or with cells = N (visible cells, C), and structure (shown cells + 1, C) -> (visible
+        cells, C), see `ops.relational_guidance`."""
         return ops.relational_guidance(
             features,
             structure,
@@ -212,6 +215,7 @@ class RelationalGuidance(nn.Module):
             self.parameters_for_op(),
             heads=self.heads,
             hidden_context=self.hidden_context,
+            cells=cells,
         )
 
 

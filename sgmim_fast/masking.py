@@ -32,7 +32,12 @@ class SelectiveMask(NamedTuple):
     structure: Tensor  # (B, h, w) bool, True = shown: the structure branch may read the map; equal to `mask` by default
     visible: Rows  # cells that are not masked
     masked: Rows  # cells that are masked
-    shown: Rows  # cells that are shown to the structure branch
+    shown: Rows  # cells where the structure is shown
+    counts: tuple[int, ...] | None = None  # cells of each image that are not masked, where the host knows them
+
+    def visible_counts(self) -> list[int]:
+        """Cells of each image that are not masked. A GPU is waited for where the host was not told."""
+        return self.visible.offsets.diff().tolist() if self.counts is None else list(self.counts)
 
     def on(self, grid: tuple[int, int]) -> SelectiveMask:
         """The same mask on a grid (rows, columns) of cells. Row lists are computed from those of this mask, without a
@@ -48,10 +53,12 @@ class SelectiveMask(NamedTuple):
             raise ValueError(f"grid is {tuple(grid)}; expected multiples of the mask's own {own}")
         mask, masked = resize(self.mask, *grid), self.masked.on(own, grid)
         visible = self.visible.on(own, grid)
+        each = grid[0] // own[0] * (grid[1] // own[1])
+        counts = None if self.counts is None else tuple(each * count for count in self.counts)
         if self.shown.index is self.masked.index:
-            return SelectiveMask(mask, mask, visible, masked, masked)
+            return SelectiveMask(mask, mask, visible, masked, masked, counts)
         shown = visible if self.shown.index is self.visible.index else self.shown.on(own, grid)
-        return SelectiveMask(mask, resize(self.structure, *grid), visible, masked, shown)
+        return SelectiveMask(mask, resize(self.structure, *grid), visible, masked, shown, counts)
 
     def part(self, first: int, count: int) -> SelectiveMask:
         """The masks of `count` images from `first` on, sharing memory with this one. Does not synchronise.
@@ -77,10 +84,11 @@ class SelectiveMask(NamedTuple):
 
         own = slice(first, first + count)
         mask, masked, visible = self.mask[own], rows(self.masked), rows(self.visible)
+        counts = None if self.counts is None else self.counts[own]
         if self.shown.index is self.masked.index:
-            return SelectiveMask(mask, mask, visible, masked, masked)
+            return SelectiveMask(mask, mask, visible, masked, masked, counts)
         shown = visible if self.shown.index is self.visible.index else rows(self.shown)
-        return SelectiveMask(mask, self.structure[own], visible, masked, shown)
+        return SelectiveMask(mask, self.structure[own], visible, masked, shown, counts)
 
 
 class DenseMask(NamedTuple):
@@ -185,7 +193,8 @@ def selective_mask(
         device = generator.device if generator is not None else torch.device("cpu")
     counts = _counts(ratios, rows * columns, "ratio")
     drawn = draw(_seed(seed, generator, device), counts, (rows, columns), scale)
-    return _with_shown(drawn, batch, (rows, columns), scale, shown, generator, device, seed)
+    left = tuple(scale**2 * (rows * columns - count) for count in counts)
+    return _with_shown(drawn, batch, (rows, columns), scale, shown, generator, device, seed, left)
 
 
 def _seed(seed: Tensor | None, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
@@ -203,22 +212,23 @@ def _with_shown(
     generator: torch.Generator | None,
     device: torch.device | str,
     seed: Tensor | None,
+    left: tuple[int, ...] | None = None,
 ) -> SelectiveMask:
-    """The mask with the cells where the structure is shown; arguments as of `selective_mask`."""
+    """The mask with the cells where the structure is shown; arguments as of `selective_mask`. left: `counts`."""
     (mask, visible, masked), units = drawn, grid[0] * grid[1]
     if shown == "masked":
-        return SelectiveMask(mask, mask, visible, masked, masked)
+        return SelectiveMask(mask, mask, visible, masked, masked, left)
     if shown == "visible":
-        return SelectiveMask(mask, ~mask, visible, masked, visible)
+        return SelectiveMask(mask, ~mask, visible, masked, visible, left)
     if shown == "all":
         every, _, rows_shown = draw(_seed(seed, generator, device), [units] * batch, grid, scale)
-        return SelectiveMask(mask, every, visible, masked, rows_shown)
+        return SelectiveMask(mask, every, visible, masked, rows_shown, left)
     if isinstance(shown, str):
         raise ValueError(f"shown is {shown!r}; expected 'masked', 'visible', 'all' or a number between 0 and 1")
     counts = _counts([float(shown)] * batch, units, "shown")
     other = _seed(None, generator, device) if seed is None else seed ^ 0x80000000
     hidden, rows_shown, _ = draw(other, counts, grid, scale)
-    return SelectiveMask(mask, ~hidden, visible, masked, rows_shown)
+    return SelectiveMask(mask, ~hidden, visible, masked, rows_shown, left)
 
 
 def _counts(ratios: list[float], units: int, name: str) -> list[int]:
@@ -276,7 +286,8 @@ def search(mask: Tensor, down: int, across: int) -> SelectiveMask | DenseMask:
     flat = cells.flatten()
     rows_masked = Rows(torch.nonzero_static(flat, size=total).squeeze(1), offsets[0])
     rows_visible = Rows(torch.nonzero_static(~flat, size=flat.numel() - total).squeeze(1), offsets[1])
-    return SelectiveMask(cells, cells, rows_visible, rows_masked, rows_masked)
+    left = tuple(down * across - int(count) for count in per_image)
+    return SelectiveMask(cells, cells, rows_visible, rows_masked, rows_masked, left)
 
 
 def cells_of(mask: SelectiveMask, down: int, across: int) -> SelectiveMask:

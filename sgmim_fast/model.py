@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgmim_fast import dense, visible
+from sgmim_fast import decoder, dense, visible
 from sgmim_fast import guidance as branch
+from sgmim_fast.decoder import Decoder, init_linear
 from sgmim_fast.encoders import VISIBLE
 from sgmim_fast.fused import blocks, unmodified
 from sgmim_fast.fused.accelerate import accelerate as make_faster
@@ -21,6 +22,10 @@ from sgmim_fast.ops.weights import cast_together
 from sgmim_fast.reference import Losses
 from sgmim_fast.salience import salience_of
 from sgmim_fast.standardized import check_standardized
+from sgmim_fast.visible_encoder import VisibleTokens
+
+TARGETS = ("pixels", "normalized_patch")
+DISTANCES = ("l1", "l2")
 
 
 class SGMIM(nn.Module):
@@ -36,7 +41,8 @@ class SGMIM(nn.Module):
     Args:
         encoder: masked encoder: `forward(x, mask)` -> (B, N, C) or (B, C, h, w), attributes `num_features`, `in_chans`
             and `patch_size`. `create_encoder` makes one from a timm name; the published classes work as they are.
-        encoder_stride: pixels along one output token, e.g. 32 for a Swin, the patch size for a ViT.
+        encoder_stride: pixels along one output token, e.g. 32 for a Swin, the patch size for a ViT; None: what an
+            encoder of `create_encoder` says, else 32.
         guidance: False is plain SimMIM, without the structure branch.
         structure_channels: channels S of the structure map.
         hidden_context: "keep" (published) or "drop" the hidden structure cells in the attention.
@@ -44,6 +50,11 @@ class SGMIM(nn.Module):
             branch takes the dense arithmetic. Needs an encoder of known image size.
         accelerate: compute the encoder's timm blocks through fused ops, parameters and state dict unchanged (see
             `sgmim_fast.accelerate`, which this calls on `encoder` in place). False leaves the encoder alone.
+        decoder: `Decoder(encoder)`, for an encoder of `create_encoder(..., visible_only=True)`: the image is predicted
+            from the visible patches' tokens, as in MAE, and the structure guides them as ever. A third of the cost; not
+            what the paper does. None: the encoder sees mask tokens, and the image head reads its tokens.
+        target: "pixels", as published, or "normalized_patch": of each cell less their mean, over their deviation.
+        loss: "l1", as published, or "l2", between prediction and target of the image; that of the structure stays L1.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is expected.
@@ -52,17 +63,27 @@ class SGMIM(nn.Module):
     def __init__(
         self,
         encoder: nn.Module,
-        encoder_stride: int = 32,
+        encoder_stride: int | None = None,
         *,
         guidance: bool = True,
         structure_channels: int = 1,
         hidden_context: str = "keep",
         position_embedding: bool = False,
         accelerate: bool = True,
+        decoder: Decoder | None = None,
+        target: str = "pixels",
+        loss: str = "l1",
     ):
         super().__init__()
         _check_encoder(encoder)
+        _check_decoder(encoder, decoder)
+        for name, value, options in (("target", target, TARGETS), ("loss", loss, DISTANCES)):
+            if value not in options:
+                raise ValueError(f"{name} is {value!r}; expected {' or '.join(map(repr, options))}")
+        self.target, self.loss = target, loss
         self.encoder = make_faster(encoder) if accelerate else encoder
+        if encoder_stride is None:
+            encoder_stride = _square(getattr(encoder, "stride", 32), "encoder.stride")
         self.encoder_stride = encoder_stride
         self.in_chans = encoder.in_chans
         self.patch_size = _square(encoder.patch_size, "encoder.patch_size")
@@ -78,7 +99,12 @@ class SGMIM(nn.Module):
         self.structure_channels = structure_channels
         width, pixels = encoder.num_features, encoder_stride**2
         self.structure_encoder = self.guidance = self.structure_head = None
-        self.image_head = nn.Linear(width, self.in_chans * pixels)
+        self.decoder = decoder
+        self.image_head = nn.Linear(width if decoder is None else decoder.num_features, self.in_chans * pixels)
+        if decoder is not None:
+            init_linear(self.image_head)
+            if accelerate:
+                make_faster(decoder)
         if guidance:
             self.structure_encoder = StructureEncoder(structure_channels, width, encoder_stride)
             cells = _cells(encoder, encoder_stride) if position_embedding else 0
@@ -117,7 +143,9 @@ class SGMIM(nn.Module):
             return_losses = _fourth(positional, return_losses)
         self._check(images, structure, mask, structure_valid)
         cells = self._grid(images)
-        if unmodified.transformed():
+        if self.decoder is not None:
+            mask = _lists(mask, cells)
+        elif unmodified.transformed():
             mask = without_lists(mask)  # row lists would be constants of the traced graph
         elif isinstance(mask, Tensor):
             mask = search(mask, *cells)  # here and no deeper, so that it breaks a compiled graph once
@@ -155,6 +183,8 @@ class SGMIM(nn.Module):
         """Predictions of both heads at every pixel, for inspection. Dense, without gradients.
 
         The heads are trained on the image where it is masked, and on the structure where it is not.
+        With a decoder there are no features at masked cells, and the structure predicted there means nothing.
+        Normalised patches come with the mean and deviation of the image's own.
 
         Args:
             images, structure, mask, structure_valid: as for `forward`.
@@ -167,12 +197,17 @@ class SGMIM(nn.Module):
             TypeError, ValueError: as `forward`.
         """
         self._check(images, structure, mask, structure_valid)
-        if isinstance(mask, Tensor):
-            search(mask, *self._grid(images))  # raises where values are neither 0 nor 1
-        mask = without_lists(mask)
+        if self.decoder is not None:
+            mask = _lists(mask, self._grid(images))
+        else:
+            if isinstance(mask, Tensor):
+                search(mask, *self._grid(images))  # raises where values are neither 0 nor 1
+            mask = without_lists(mask)
         structure = self._known(structure, structure_valid)
         features = self._encode(images, mask)
-        image = dense.predict(self.image_head, features, images, self.encoder_stride)
+        image = dense.predict(self.image_head, dense.decoded(self, features, mask), images, self.encoder_stride)
+        if self.target == "normalized_patch":
+            image = dense.denormalized(image, images, self.encoder_stride)
         if self.guidance is None:
             return image, None
         guided = dense.guide(self, features, structure, mask)
@@ -220,15 +255,20 @@ class SGMIM(nn.Module):
         check_standardized(structure.detach(), valid)
         return structure if valid is None else torch.where(valid, structure, 0)
 
-    def _branch_changed(self, features: Tensor) -> bool:
+    def _branch_changed(self, features: Tensor | VisibleTokens) -> bool:
         """Whether the ops may not stand in for heads and branch, so that they are called on all tokens; logs why."""
-        why = unmodified.changed_call(features) or branch.changed(self)
+        tokens = features if isinstance(features, Tensor) else features.tokens
+        why = unmodified.changed_call(tokens) or branch.changed(self)
+        if self.decoder is not None and not why:
+            why = decoder.changed(self)
         if why:
             unmodified.say(f"the heads and the branch of SGMIM compute every token, as PyTorch's own modules: {why}")
         return bool(why)
 
-    def _encode(self, images: Tensor, mask: SelectiveMask | DenseMask) -> Tensor:
-        """Features (B, N, C)."""
+    def _encode(self, images: Tensor, mask: SelectiveMask | DenseMask) -> Tensor | VisibleTokens:
+        """Features (B, N, C), or where there is a decoder those of the visible cells."""
+        if self.decoder is not None:
+            return self._encode_visible(images, mask)
         if isinstance(mask, DenseMask) or VISIBLE.why(self):
             mask = resize(mask.mask, images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
         features = self.encoder(images, mask)
@@ -241,6 +281,12 @@ class SGMIM(nn.Module):
                 f"encoder_stride = {self.encoder_stride}"
             )
         return tokens
+
+    def _encode_visible(self, images: Tensor, mask: SelectiveMask) -> VisibleTokens:
+        encoded, expected = self.encoder(images, mask), (mask.visible.index.shape[0], self.encoder.num_features)
+        if not isinstance(encoded, VisibleTokens) or tuple(encoded.tokens.shape) != expected:
+            raise ValueError(f"encoder returned no VisibleTokens with tokens (visible cells, C) = {expected}")
+        return encoded
 
     def _check(
         self,
@@ -300,7 +346,8 @@ class SGMIM(nn.Module):
         positions = (
             {"guidance.pos_embed"} if self.guidance is not None and self.guidance.pos_embed is not None else set()
         )
-        return {f"encoder.{name}" for name in names} | positions
+        decoded = set() if self.decoder is None else {"decoder.mask_token", "decoder.pos_embed"}
+        return {f"encoder.{name}" for name in names} | positions | decoded
 
 
 def _fourth(positional: tuple[bool, ...], return_losses: bool) -> bool:
@@ -326,6 +373,39 @@ def _check_encoder(encoder: nn.Module) -> None:
             f"encoder is a {kind.__name__} without {missing!r}; expected a masked encoder, of "
             "sgmim_fast.create_encoder(timm_name, ...) or your own with forward(x, mask)"
         )
+
+
+def _check_decoder(encoder: nn.Module, decoder: nn.Module | None) -> None:
+    if decoder is None:
+        if getattr(encoder, "visible_only", False):
+            raise ValueError(
+                "decoder is missing: the encoder sees the visible patches alone, and predicts no masked ones; expected "
+                "decoder=sgmim_fast.Decoder(encoder)"
+            )
+        return
+    if not isinstance(decoder, Decoder):
+        raise TypeError(f"decoder is a {type(decoder).__name__}; expected sgmim_fast.Decoder(encoder)")
+    if not getattr(encoder, "visible_only", False):
+        raise ValueError(
+            f"decoder is given with a {type(encoder).__name__} that sees masked cells; expected an encoder of "
+            "sgmim_fast.create_encoder(timm_name, visible_only=True)"
+        )
+    fits = decoder.embed.in_features, decoder.prefix_tokens
+    if fits != (encoder.num_features, encoder.prefix_tokens):
+        raise ValueError(
+            f"decoder reads tokens of width {fits[0]} with {fits[1]} prefix tokens; expected those of this encoder, "
+            f"{encoder.num_features} and {encoder.prefix_tokens}: sgmim_fast.Decoder(encoder)"
+        )
+
+
+def _lists(mask: Tensor | SelectiveMask, cells: tuple[int, int]) -> SelectiveMask:
+    """The mask's row lists, which an encoder of the visible patches cannot do without."""
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "torch.jit.trace would make the places of this mask's visible patches constants; expected an encoder that "
+            "sees mask tokens, or torch.compile"
+        )
+    return search(mask, *cells) if isinstance(mask, Tensor) else mask.on(cells)
 
 
 def _check_map(name: str, tensor: Tensor, channels: int) -> None:

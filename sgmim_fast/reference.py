@@ -41,10 +41,18 @@ def sgmim_losses(
         structure_valid: (B, S, H, W) bool, True where the map counts; None: everywhere.
     """
     masked, shown = stem_masks(mask, images, model.patch_size)
-    features = to_tokens(model.encoder(images, masked))
     stride = model.encoder_stride
     masked_pixels = pixel_mask(masked, images)
-    image = masked_l1(predict(features, model.image_head, images, stride), images, masked_pixels)
+    target = normalized_patches(images, stride) if model.target == "normalized_patch" else images
+    if model.decoder is None:
+        features = decoded = to_tokens(model.encoder(images, masked))
+        pixels = masked_pixels.sum() + 1e-5
+    else:
+        features, decoded = mae(model, images, masked)
+        pixels = masked_pixels.sum().clamp(min=1)
+    distance = target - predict(decoded, model.image_head, images, stride)
+    distance = distance**2 if model.loss == "l2" else distance.abs()
+    image = (masked_pixels * distance).sum() / pixels / images.shape[1]
     if model.guidance is None:
         return Losses(image, image, torch.zeros_like(image))
     counted = 1 - masked_pixels
@@ -55,6 +63,53 @@ def sgmim_losses(
     guided = model.guidance(features, model.structure_encoder(structure, shown), some_shown)
     structure_loss = masked_l1(predict(guided, model.structure_head, structure, stride), structure, counted)
     return Losses(image + structure_loss, image, structure_loss)
+
+
+def mae(model: nn.Module, images: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+    """MAE's forward (arXiv 2111.06377), image by image, since images may keep different numbers of patches.
+
+    Args:
+        masked: (B, H / p, W / p) bool.
+
+    Returns:
+        The encoder's tokens (B, N, C), 0 at masked cells, which it does not see; the decoder's, (B, N, width).
+    """
+    vit, decoder = model.encoder.model, model.decoder
+    first = model.encoder.prefix_tokens  # class, distillation and register tokens
+    seen, decoded = [], []
+    for image, hidden in zip(images.split(1), masked.flatten(1), strict=True):
+        x = vit_positions(vit, vit.patch_embed(image))
+        # shuffle: the visible patches first; ids_restore undoes it
+        ids_shuffle = hidden.to(torch.uint8).argsort(stable=True)
+        ids_restore, kept = ids_shuffle.argsort(), int((~hidden).sum())
+        x = torch.cat([x[:, :first], x[:, first:][:, ids_shuffle[:kept]]], 1)
+        if x.shape[1]:
+            x = vit.norm_pre(x) if hasattr(vit, "norm_pre") else x
+            for block in vit.blocks:
+                x = block(x)
+            x = vit.norm(x)
+        seen.append(x.new_zeros(hidden.numel(), x.shape[2]).index_copy(0, ids_shuffle[:kept], x[0, first:]))
+
+        y = decoder.embed(x)
+        tokens = torch.cat([y[:, first:], decoder.mask_token.expand(1, hidden.numel() - kept, -1)], 1)
+        y = torch.cat([y[:, :first], tokens[:, ids_restore]], 1) + decoder.pos_embed
+        decoded.append(decoder.norm(decoder.blocks(y))[:, first:])
+    return torch.stack(seen), torch.cat(decoded)
+
+
+def vit_positions(vit: nn.Module, tokens: Tensor) -> Tensor:
+    """Prefix tokens before the patches', and positions."""
+    if hasattr(vit, "_pos_embed"):
+        return vit._pos_embed(tokens)
+    x = torch.cat([vit.cls_token.expand(len(tokens), -1, -1), tokens], 1)  # BEiT
+    return x if vit.pos_embed is None else x + vit.pos_embed
+
+
+def normalized_patches(images: Tensor, stride: int) -> Tensor:
+    """Each cell's pixels less their mean, over their deviation, as MAE's target with `norm_pix_loss`."""
+    patches = F.pixel_unshuffle(images, stride)
+    mean, var = patches.mean(1, keepdim=True), patches.var(1, keepdim=True)
+    return F.pixel_shuffle((patches - mean) / (var + 1.0e-6) ** 0.5, stride)
 
 
 def predict(tokens: Tensor, head: nn.Module, like: Tensor, stride: int) -> Tensor:

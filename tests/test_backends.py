@@ -63,11 +63,11 @@ def test_a_missing_backend_gives_its_reason(op):
 def test_automatic_choice():
     assert chosen("gather_patches", *pixels(), 4, 4, False) == "sgmim_fast.ops.cpu.gather_patches"
     x, weight, bias, target, rows = torch.randn(3, 8), torch.randn(16, 8), torch.zeros(16), *pixels()
-    args = x, weight, bias, target, None, rows, 4, True
-    assert chosen("linear_l1", *args, 1.0, None) == "sgmim_fast.ops.cpu.primitives"
-    assert chosen("linear_l1", *args, 1.0, torch.bfloat16) == "sgmim_fast.ops.cpu.primitives"
-    assert chosen("linear_l1", *args, 1.0, torch.float16) == "sgmim_fast.ops._plain"
-    assert chosen("linear_l1", x.double(), *args[1:], 1.0, None) == "sgmim_fast.ops._plain"
+    args = x, weight, bias, target, None, rows, 4, True, 1.0, False, False
+    assert chosen("linear_l1", *args, None) == "sgmim_fast.ops.cpu.primitives"
+    assert chosen("linear_l1", *args, torch.bfloat16) == "sgmim_fast.ops.cpu.primitives"
+    assert chosen("linear_l1", *args, torch.float16) == "sgmim_fast.ops._plain"
+    assert chosen("linear_l1", x.double(), *args[1:], None) == "sgmim_fast.ops._plain"
 
 
 @needs_cpu_library

@@ -70,6 +70,25 @@ def test_float32(whole, device):
         assert (actual[name] - e).norm() <= 1e-5 * e.norm(), name
 
 
+@pytest.mark.parametrize("ratio", [0.6, [0.3, 0.9]], ids=["equal", "ragged"])
+def test_visible_patches_alone(whole, device, ratio):
+    """An encoder of visible patches and a decoder, with MAE's target, in float32 against MAE's forward in float64."""
+    arguments = {"img_size": SIZE, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    encoder = sgmim_fast.create_encoder("vit_tiny_patch16_224", visible_only=True, **arguments)
+    decoder = sgmim_fast.Decoder(encoder, 2, 32, 2)
+    model = SGMIM(encoder, decoder=decoder, target="normalized_patch", loss="l2", accelerate=False).to(device)
+    inputs = [t.float().to(device) for t in batch(model, SIZE)]
+    mask = selective_mask(2, (4, 6), ratio, torch.Generator(device).manual_seed(0), device)
+    expected = evaluate(copy.deepcopy(model).double(), [t.double() for t in inputs], mask, dense=True)
+    if whole != "cuda":  # which has no window attention
+        sgmim_fast.accelerate(encoder)
+        sgmim_fast.accelerate(decoder)
+    actual = evaluate(model, inputs, mask)
+    assert actual.keys() == expected.keys()
+    for name, e in expected.items():
+        assert (actual[name] - e).norm() <= 1e-5 * e.norm(), name
+
+
 @pytest.mark.parametrize(("name", "arguments"), ENCODERS.values(), ids=ENCODERS)
 def test_accelerated_encoder(backend, device, name, arguments):
     """The whole model through fused ops, against the dense arithmetic around timm's own blocks in float64."""

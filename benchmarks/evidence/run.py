@@ -4,8 +4,9 @@
 
 Encoders without pre-training, with SimMIM and with SG-MIM see the same scenes, masks, flips and number of steps. Then
 frozen features are probed, and encoders fine-tuned, for depth and shape class with few labelled scenes. Controls say
-what the guidance owes its effect to. `--real` does the same in miniature on a stereo photograph. EVIDENCE.md has
-results, and what they do not show. Prints Markdown.
+what the guidance owes its effect to. `--real` does the same in miniature on a stereo photograph.
+`--compare visible-only`: encoders of visible patches alone, at equal steps and at equal CPU time; `--compare reasons`:
+what the part of the structure depends on. EVIDENCE.md has results, and what they do not show. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from tools import measure
 
-from evidence.pretrain import CONTROLS, MAIN, METHODS, Settings, pretrain
+from evidence.pretrain import CONTROLS, EVERY, MAIN, METHODS, REASONS, VISIBLE_ONLY, Settings, pretrain, step_seconds
 from evidence.probe import finetune, probe
 from evidence.real import crops, probe_crops
 from evidence.report import differences, plot, table
@@ -45,8 +46,11 @@ class Plan(NamedTuple):
     control_seeds: int = 2
     finetune_steps: int = 80  # 0: none
     real: bool = False
+    finetuned: tuple[str, ...] = tuple(MAIN)
+    steps: tuple[tuple[str, int], ...] = ()  # of methods that do not take those of the settings
 
 
+COMPARISONS = {"published": CONTROLS, "visible-only": VISIBLE_ONLY, "reasons": REASONS}
 QUICK = Plan(
     Settings(size=32, width=32, depth=1, steps=3, batch=8),
     tuple(METHODS),
@@ -69,20 +73,29 @@ def jobs(plan: Plan) -> list[Job]:
     """The main comparison first, the longest of it before the others; then a seed of every control after the other."""
     seeds = {name: range(plan.control_seeds if name in CONTROLS else plan.seeds) for name in plan.methods}
     found = [Job(name, seed) for name in plan.methods for seed in seeds[name]]
-    return sorted(found, key=lambda job: (job.seed + 1 if job.method in CONTROLS else 0, not METHODS[job.method].steps))
+    return sorted(found, key=lambda job: (job.seed + 1 if job.method in CONTROLS else 0, not EVERY[job.method].steps))
+
+
+def equal_times(plan: Plan, unlabelled: Split) -> Plan:
+    """The plan with the steps of methods that are to take SG-MIM's time."""
+    wanted = [name for name in plan.methods if EVERY[name].equal_time]
+    data = plan.settings, unlabelled.images, unlabelled.depth
+    whole = plan.settings.steps * step_seconds(MAIN["SG-MIM"], *data) if wanted else 0
+    return plan._replace(steps=tuple((name, round(whole / step_seconds(EVERY[name], *data))) for name in wanted))
 
 
 def do(job: Job, plan: Plan, sets: dict[str, Split]) -> list[dict[str, Any]]:
     """Pre-trains one encoder and measures it: rows of the table."""
     start = time.process_time()
     unlabelled = sets["pretrain"]
-    encoder = pretrain(METHODS[job.method], plan.settings, unlabelled.images, unlabelled.depth, job.seed)
+    data = plan.settings, unlabelled.images, unlabelled.depth
+    encoder = pretrain(EVERY[job.method], *data, job.seed, dict(plan.steps).get(job.method))
     trained = time.process_time() - start
     if plan.real:
         found = {("frozen", len(sets["train"].images)): probe_crops(encoder, sets)}
     else:
         found = {("frozen", size): metrics for size, metrics in probe(encoder, sets, plan.labelled).items()}
-    if plan.finetune_steps and job.method in MAIN:
+    if plan.finetune_steps and job.method in plan.finetuned:
         for size in plan.labelled:
             tuned = finetune(encoder, sets, size, job.seed, plan.settings, plan.finetune_steps)
             found["fine-tuned", size] = tuned
@@ -113,6 +126,9 @@ def run(plan: Plan, workers: int, minutes: float = math.inf) -> list[dict[str, A
     start = time.perf_counter()
     sets = crops(plan.settings.size) if plan.real else make_scenes(plan.scenes, plan.settings.size, workers)
     print(f"{sum(len(s.images) for s in sets.values())} images in {time.perf_counter() - start:.0f} s", flush=True)
+    plan = equal_times(plan, sets["pretrain"])
+    for name, steps in plan.steps:
+        print(f"{name}: {steps} steps in the time of {plan.settings.steps}", flush=True)
     todo = jobs(plan)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "scenes.pt")
@@ -135,7 +151,7 @@ def run(plan: Plan, workers: int, minutes: float = math.inf) -> list[dict[str, A
     left = [f"{job.method} {job.seed}" for job in todo if job not in done]
     if left:
         print(f"left out after {minutes:g} minutes: {', '.join(left)}", flush=True)
-    order = {name: number for number, name in enumerate(METHODS)}
+    order = {name: number for number, name in enumerate(EVERY)}
     rows = [row for job in done for row in done[job]]
     return sorted(rows, key=lambda row: (row["how"] != "frozen", order[row["method"]], row["seed"], row["labelled"]))
 
@@ -143,6 +159,7 @@ def run(plan: Plan, workers: int, minutes: float = math.inf) -> list[dict[str, A
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--real", action="store_true", help="crops of a stereo photograph in place of scenes")
+    parser.add_argument("--compare", choices=COMPARISONS, default="published", help="methods (published)")
     parser.add_argument("--quick", action="store_true", help="a miniature, to see that everything runs")
     parser.add_argument("--seeds", type=int, metavar="N", help="of each method; 3, and 2 of each control, by default")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), metavar="N", help="processes")
@@ -156,8 +173,12 @@ def main(arguments: list[str] | None = None) -> None:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}; expected at least 1")
     plan = QUICK if args.quick else Plan()
+    if args.compare != "published":
+        methods = (*MAIN, *COMPARISONS[args.compare])
+        plan = plan._replace(methods=methods, finetuned=methods, control_seeds=plan.seeds)
     if args.real:
-        plan = plan._replace(real=True, methods=tuple(MAIN), scenes={}, labelled=(), finetune_steps=0)
+        methods = tuple(MAIN) if args.compare == "published" else plan.methods
+        plan = plan._replace(real=True, methods=methods, scenes={}, labelled=(), finetune_steps=0)
     if args.seeds:
         plan = plan._replace(seeds=args.seeds, control_seeds=args.seeds)
     torch.set_num_threads(1)  # as its processes

@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 from tools.branch import build
-from tools.shapes import ENCODERS, Shape
+from tools.shapes import DECODER_DEPTH, ENCODERS, Shape
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import sgmim_fast
-from sgmim_fast import backends
+from sgmim_fast import SGMIM, Rows, SelectiveMask, backends
 from sgmim_fast.fused import blocks
 from sgmim_fast.kernels import compile as ahead
 from sgmim_fast.kernels import products as kernel_products
@@ -111,6 +111,9 @@ class Trace(TorchDispatchMode):
         operands, results = list(tensors((args, kwargs))), list(tensors(result))
         count = flop_registry.get(func.overloadpacket)
         operations = count(*args, **kwargs, out_val=result) if count else 0
+        if name.startswith("_scaled_dot_product"):  # two gemms, of which the backward takes five
+            backward, (q, k) = "backward" in name, operands[1:3] if "backward" in name else operands[:2]
+            operations = (5 if backward else 2) * 2 * q.numel() * k.shape[-2]
         if name in ("linear", "matmul"):  # inside our ops these are not taken apart
             operations = 2 * result.numel() * operands[0].shape[-1]
         touched = [*operands, *results]
@@ -281,4 +284,29 @@ def encoder(shape: Shape, dtype: torch.dtype, batch: int, accelerated: bool, tar
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             features = torch.func.functional_call(model, held, (images, mask, visible))
         features.backward(torch.empty_like(features))
+    return trace.launches
+
+
+def visible_only(shape: Shape, dtype: torch.dtype, batch: int, target: Target) -> list[Launch]:
+    """Every launch of forward and backward of the whole step on visible patches alone, accelerated."""
+    trace = Trace()
+    name, arguments = ENCODERS[shape.name]
+    encoder = sgmim_fast.create_encoder(name, visible_only=True, **arguments)
+    model = SGMIM(encoder, shape.stride, decoder=sgmim_fast.Decoder(encoder, depth=DECODER_DEPTH))
+    side = shape.image // shape.stride
+    with ExitStack() as stack:
+        fake = stack.enter_context(FakeTensorMode())
+        held = {key: fake.from_tensor(t) for key, t in (*model.named_parameters(), *model.named_buffers())}
+        images, structure = (torch.empty(batch, channels, shape.image, shape.image) for channels in (3, 1))
+        masked, visible = (
+            Rows(torch.empty(batch * each, dtype=torch.int64), torch.empty(batch + 1, dtype=torch.int64))
+            for each in (shape.masked, shape.visible)
+        )
+        cells = torch.empty(batch, side, side, dtype=torch.bool)
+        mask = SelectiveMask(cells, cells, visible, masked, masked, (shape.visible,) * batch)
+        stack.enter_context(CudaAutocast())
+        stack.enter_context(caught(trace, target))
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = torch.func.functional_call(model, held, (images, structure, mask))
+        loss.backward()
     return trace.launches

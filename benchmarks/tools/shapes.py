@@ -61,4 +61,6 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "swin_base": ("swin_base_patch4_window7_224", {"img_size": 192, "window_size": 6}),
     "swinv2_base": ("swinv2_base_window12_192", {}),
     "vit_base": ("beit_base_patch16_224", BEIT),
+    "vit_plain": ("vit_base_patch16_224", {}),
 }
+DECODER_DEPTH = 2  # of encoders of visible patches alone

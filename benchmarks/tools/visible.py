@@ -35,12 +35,16 @@ def visible_losses(
     image = (prediction - take(cells_of(images, stride), masked)).abs().sum()
     image = image / (masked.numel() * pixels + 1e-5) / model.in_chans
 
-    context = structure_tokens(model, structure, masked)
-    guided = guide(model, take(features, visible), context, visible.shape[1])
-    prediction = model.structure_head(guided)
-    loss = (prediction - take(cells_of(structure, stride), visible)).abs().sum()
-    loss = loss / (visible.numel() * pixels + 1e-5) / model.structure_channels
+    loss = structure_loss(model, take(features, visible), structure, visible, masked)
     return Losses(image + loss, image, loss)
+
+
+def structure_loss(model: SGMIM, features: Tensor, structure: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
+    """From the features (B, V, C) of the visible cells."""
+    stride, context = model.encoder_stride, structure_tokens(model, structure, masked)
+    prediction = model.structure_head(guide(model, features, context, visible.shape[1]))
+    loss = (prediction - take(cells_of(structure, stride), visible)).abs().sum()
+    return loss / (visible.numel() * stride**2 + 1e-5) / model.structure_channels
 
 
 def structure_tokens(model: SGMIM, structure: Tensor, masked: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-// L1 between predicted cells and the pixels of a map read in place, and the sign of every difference.
+// L1 or L2 between predicted cells and the pixels of a map read in place, and what the backward needs of every
+// difference: its sign, or the difference itself in the prediction's place.
 //
 // One row is one cell: channel * cell^2 + i * cell + j (pixel-shuffle order). Reads the predictions and the pixels
-// once; writes one byte per prediction; the row sums go to float64, so the total does not depend on the threads.
+// once (normalised pixels stay in cache between the passes); writes one byte per prediction, or the prediction; the row
+// sums go to float64, so the total does not depend on the threads.
 #include "cpu/launch.h"
 #undef SGMIM_THIS_FILE
 #define SGMIM_THIS_FILE "cpu/linear_l1.cpp"
@@ -18,6 +20,7 @@ struct Pixels {
   const bool* valid;  // like values, contiguous, or null: everything counts
   int64_t channels, height, width, cell;
   int64_t strides[4];
+  bool normalized;  // less the mean of a cell's pixels, over their deviation
 };
 }  // namespace sgmim
 #endif
@@ -25,39 +28,90 @@ struct Pixels {
 namespace sgmim {
 namespace SGMIM_ISA {
 
+// row(c, i): the i-th row of a cell's pixels in channel c, in `scratch` where they do not stand side by side.
+struct Cell {
+  const Pixels* map;
+  int64_t image, y, x;
+  float* scratch;
+
+  static Cell of(const Pixels* map, int64_t cell, float* scratch) {
+    const int64_t across = map->width / map->cell, down = map->height / map->cell;
+    return {map, cell / (across * down), cell / across % down * map->cell, cell % across * map->cell, scratch};
+  }
+
+  const float* row(int64_t c, int64_t i) const {
+    const int64_t *strides = map->strides, step = strides[3];
+    const float* pixels = map->values + image * strides[0] + c * strides[1] + (y + i) * strides[2] + x * step;
+    if (step == 1) return pixels;
+    for (int64_t j = 0; j < map->cell; ++j) scratch[j] = pixels[j * step];
+    return scratch;
+  }
+
+  const bool* valid(int64_t c, int64_t i) const {
+    return map->valid ? map->valid + ((image * map->channels + c) * map->height + y + i) * map->width + x : nullptr;
+  }
+};
+
+// Of all pixels of a cell: their mean, and 1 / sqrt(unbiased variance + 1e-6). Two passes.
+SGMIM_INLINE void pixel_moments(const Cell& cell, float& mean, float& inverse) {
+  const int64_t s = cell.map->cell, channels = cell.map->channels;
+  const double count = channels * s * s;
+  double sum = 0, squares = 0;
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t i = 0; i < s; ++i) {
+      const float* pixels = cell.row(c, i);
+      vf part_sum = {};
+      for (int64_t j = 0; j < s; j += LANES) part_sum += load_part(pixels + j, part(j, s));
+      sum += hsum(part_sum);
+    }
+  mean = sum / count;
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t i = 0; i < s; ++i) {
+      const float* pixels = cell.row(c, i);
+      vf part_sum = {};
+      for (int64_t j = 0; j < s; j += LANES) {
+        const int64_t n = part(j, s);
+        const vf d = only(load_part(pixels + j, n) - mean, n);
+        part_sum += d * d;
+      }
+      squares += hsum(part_sum);
+    }
+  inverse = 1 / __builtin_sqrt(squares / (count - 1) + 1e-6);
+}
+
 template <class T>
-void l1_rows(
-    const T* prediction,   // (count, channels * cell^2)
+void distance_rows(
+    T* prediction,         // (count, channels * cell^2); without signs the differences replace it
     const int64_t* cells,  // (count,) indices into images x cell rows x cell columns
     const Pixels* map,
-    int8_t* signs,   // (count, channels * cell^2): sign of prediction - pixel, 0 where not valid
-    double* sums,    // (count,) sum of |prediction - pixel|
+    int8_t* signs,   // (count, channels * cell^2): sign of prediction - pixel, 0 where not valid; null: squares
+    double* sums,    // (count,) sum of |prediction - pixel|, or of its square
     int64_t begin, int64_t end) {
-  const int64_t s = map->cell, across = map->width / s, down = map->height / s;
+  const int64_t s = map->cell;
   std::vector<float> scratch(s + LANES);
   for (int64_t r = begin; r < end; ++r) {
-    const int64_t x = cells[r] % across, y = cells[r] / across % down, image = cells[r] / (across * down);
+    const Cell cell = Cell::of(map, cells[r], scratch.data());
+    float mean = 0, inverse = 1;
+    if (map->normalized) pixel_moments(cell, mean, inverse);
     double total = 0;
     for (int64_t c = 0; c < map->channels; ++c) {
       vf sum = {};
       for (int64_t i = 0; i < s; ++i) {
         const int64_t at = (r * map->channels + c) * s * s + i * s;
-        const int64_t row = y * s + i;
-        const float* pixels = map->values + image * map->strides[0] + c * map->strides[1] + row * map->strides[2] +
-                              x * s * map->strides[3];
-        if (map->strides[3] != 1) {
-          for (int64_t j = 0; j < s; ++j) scratch[j] = pixels[j * map->strides[3]];
-          pixels = scratch.data();
-        }
-        const bool* valid =
-            map->valid ? map->valid + ((image * map->channels + c) * map->height + row) * map->width + x * s : nullptr;
+        const float* pixels = cell.row(c, i);
+        const bool* valid = cell.valid(c, i);
         for (int64_t j = 0; j < s; j += LANES) {
           const int64_t n = part(j, s);
-          const vf target = load_part(pixels + j, n);
+          const vf target = only((load_part(pixels + j, n) - mean) * inverse, n);
           vf d = load_part(prediction + at + j, n) - target;
           if (valid) {
             for (int64_t l = 0; l < n; ++l)
               if (!valid[j + l]) d[l] = 0;
+          }
+          if (!signs) {
+            sum += d * d;
+            store_part(prediction + at + j, d, n);
+            continue;
           }
           sum += vabs(d);
           // comparisons give -1 where true
@@ -91,9 +145,9 @@ void expand_sign_rows(
 
 #ifdef SGMIM_ONCE
 
-static void l1(
+static void distance(
     const Tensor& prediction, const Tensor& cells, const Tensor& target, const std::optional<Tensor>& valid,
-    int64_t cell, const Tensor& signs, const Tensor& sum) {
+    int64_t cell, bool normalized, const std::optional<Tensor>& signs, const Tensor& sum) {
   check_matrix(prediction, "prediction");
   SGMIM_CHECK(
       target.dim() == 4 && target.scalar_type() == ScalarType::Float, "target must be float32 (B, S, H, W), got ",
@@ -109,13 +163,14 @@ static void l1(
   check_packed(signs, "signs", ScalarType::Char, prediction.numel());
   check_packed(sum, "sum", ScalarType::Double, 1);
   places(cells, target.size(0) * (target.size(2) / cell) * (target.size(3) / cell), "rows");
-  Pixels map{data<float>(target), data<bool>(valid), target.size(1), target.size(2), target.size(3), cell, {}};
+  Pixels map{
+      data<float>(target), data<bool>(valid), target.size(1), target.size(2), target.size(3), cell, {}, normalized};
   for (int64_t i = 0; i < 4; ++i) map.strides[i] = target.stride(i);
   const int64_t count = prediction.size(0);
   std::vector<double> sums(count);
   dispatch_float(prediction, "prediction", [&](auto type) {
     using T = decltype(type);
-    const auto kernel = SGMIM_SELECT((l1_rows<T>));
+    const auto kernel = SGMIM_SELECT((distance_rows<T>));
     parallel(count, 1, [&](int64_t begin, int64_t end) {
       kernel(data<T>(prediction), data<int64_t>(cells), &map, data<int8_t>(signs), sums.data(), begin, end);
     });
@@ -142,13 +197,13 @@ static void expand_signs(const Tensor& signs, double scale, const Tensor& out, c
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sgmim_fast_cpu, m) {
   m.def(
-      "l1(Tensor prediction, Tensor cells, Tensor target, Tensor? valid, int cell, Tensor(a!) signs, "
-      "Tensor(b!) sum) -> ()");
+      "distance(Tensor(a!) prediction, Tensor cells, Tensor target, Tensor? valid, int cell, bool normalized, "
+      "Tensor(b!)? signs, Tensor(c!) sum) -> ()");
   m.def("expand_signs(Tensor signs, float scale, Tensor(a!) out, Tensor(b!) sums) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sgmim_fast_cpu, CPU, m) {
-  m.impl("l1", TORCH_BOX(&l1));
+  m.impl("distance", TORCH_BOX(&distance));
   m.impl("expand_signs", TORCH_BOX(&expand_signs));
 }
 

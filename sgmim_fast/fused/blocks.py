@@ -35,6 +35,7 @@ from sgmim_fast.fused.unmodified import (
     Check,
     Own,
 )
+from sgmim_fast.ops import target
 from sgmim_fast.ops.window_attention import most_tokens_on_a_gpu
 
 
@@ -391,7 +392,7 @@ def _one_window(
     residual: bool = False,
 ) -> Tensor:
     """The attention half of all tokens (B, N, C) over all of them, with the norm before, times `layer_scale`."""
-    if bias is None and x.device.type == "cuda":
+    if bias is None and target.on_gpu(x):
         attended = _flash(norm_linear(x, norm, attn.qkv.weight, qkv_bias), attn.num_heads)
         if layer_scale is None:
             return ops.norm_linear(attended, attn.proj.weight, attn.proj.bias, residual=x if residual else None)
@@ -499,11 +500,17 @@ class ViTBlock(_Fused, vision_transformer.Block):
         if self._as_timm(x) or attn_mask is not None or is_causal:
             options = {"attn_mask": attn_mask, "is_causal": is_causal}
             return super().forward(x, **{name: options[name] for name in _NO_MASK})
+        return self.second_half(self.first_half(x))
+
+    def first_half(self, x: Tensor) -> Tensor:
+        """Attention of all tokens (B, N, C)."""
         attn = self.attn
         if self._left("attention", self.attention.why(self) or _windows_fit(x, x.shape[1])):
-            x = x + self.drop_path1(self.ls1(attn(self.norm1(x), **_NO_MASK)))
-        else:
-            x = self._add(x, self._fused, *self._after(SCALE1, PATH1, SCALE_AND_PATH1))
+            return x + self.drop_path1(self.ls1(attn(self.norm1(x), **_NO_MASK)))
+        return self._add(x, self._fused, *self._after(SCALE1, PATH1, SCALE_AND_PATH1))
+
+    def second_half(self, x: Tensor) -> Tensor:
+        """The MLP of every token by itself, (..., C)."""
         if self._left("mlp", self.mlp_half.why(self)):
             return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return self._add(x, self._mlp, *self._after(SCALE2, PATH2, SCALE_AND_PATH2))
@@ -541,7 +548,9 @@ def stem_fits(encoder: nn.Module, x: Tensor) -> bool:
     why = unmodified.changed_call(x)
     if not why:
         expected = STEMS[0] if type(stem._modules.get("norm")) is nn.Identity else STEMS[1]
-        why = expected.why(encoder.model) or _token(encoder._parameters.get("mask_token"), stem.proj.weight)
+        why = expected.why(encoder.model)
+        if not why and not encoder.visible_only:
+            why = _token(encoder._parameters.get("mask_token"), stem.proj.weight)
     if why:
         unmodified.say(f"the stem of a {type(encoder.model).__name__} runs as timm has it: {why}")
         return False
@@ -559,6 +568,16 @@ def masked_stem(stem: PatchEmbed, x: Tensor, mask_token: Tensor, visible: Tensor
         norm = {"norm_weight": stem.norm.weight, "norm_bias": stem.norm.bias, "eps": stem.norm.eps}
     tokens = ops.masked_patch_embed(x, stem.proj.weight, stem.proj.bias, mask_token.flatten(), visible, **norm)
     return tokens if stem.flatten else tokens.unflatten(1, stem.dynamic_feat_size(x.shape[2:]))
+
+
+def visible_stem(stem: PatchEmbed, x: Tensor, visible: Tensor, positions: Tensor) -> Tensor:
+    """The stem's tokens of the visible patches alone, with their positions, both (n, D). visible: see `masked_stem`."""
+    patch = stem.patch_size[0]
+    patches = ops.gather_patches(x, visible, cell=patch, patch=patch)
+    weight, bias = stem.proj.weight.flatten(1), stem.proj.bias
+    if isinstance(stem.norm, nn.Identity):
+        return ops.norm_linear(patches, weight, bias, residual=positions)
+    return stem.norm(ops.norm_linear(patches, weight, bias)) + positions
 
 
 def linear_weights(model: nn.Module, also: Iterable[nn.Module] = ()) -> Iterator[Tensor]:

@@ -1,7 +1,7 @@
 """The public kernel layer: one op, one file; each runs on the backend that `sgmim_fast.backends` chooses."""
 
 from sgmim_fast.ops.gather_patches import gather_patches
-from sgmim_fast.ops.linear_l1 import linear_l1
+from sgmim_fast.ops.linear_l1 import linear_l1, linear_l2
 from sgmim_fast.ops.masked_patch_embed import masked_patch_embed
 from sgmim_fast.ops.norm_attention import norm_attention
 from sgmim_fast.ops.norm_linear import norm_linear
@@ -18,6 +18,7 @@ __all__ = [
     "StructureParameters",
     "gather_patches",
     "linear_l1",
+    "linear_l2",
     "masked_patch_embed",
     "norm_attention",
     "norm_linear",

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from sgmim_fast.ops import _check, products
 from sgmim_fast.ops.gather_patches import gather_patches
+from sgmim_fast.ops.linear_l1 import normalized_pixels
 from sgmim_fast.ops.plain_attention import (  # noqa: F401 - primitives
     guidance_attention,
     guidance_attention_backward,
@@ -212,21 +213,24 @@ def linear_l1(a: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
     exact = sum_dtype(a.x.dtype)
     _check.rows("rows", a.rows, a.target.shape[0] * (a.target.shape[2] // a.cell) * (a.target.shape[3] // a.cell))
     prediction = linear(operand(a, weight.dtype), weight, a.bias).to(exact)
-    difference = prediction - gather_patches(a.target.detach().to(exact), a.rows, cell=a.cell, patch=a.cell)
+    pixels = a.pixels(exact)
+    difference = prediction - (normalized_pixels(pixels)[0] if a.normalized else pixels)
     if a.valid is not None:
         difference = torch.where(gather_patches(a.valid, a.rows, cell=a.cell, patch=a.cell), difference, 0)
+    if a.squared:
+        return difference.square().sum() * a.scale, difference.to(weight.dtype)
     return difference.abs().sum() * a.scale, difference.sign().to(torch.int8)
 
 
-def linear_l1_backward(grad: Tensor, a: Any, weight: Tensor, signs: Tensor, gradients: Gradients) -> None:
-    # The signs go through the gemms as they are, exact in every dtype; the scalar is applied to the results.
-    grad, s = grad * a.scale, signs.to(weight.dtype)
+def linear_l1_backward(grad: Tensor, a: Any, weight: Tensor, differences: Tensor, gradients: Gradients) -> None:
+    # Signs go through the gemms as they are, exact in every dtype; the scalar is applied to the results.
+    grad, s = grad * a.factor, differences.to(weight.dtype)
     if "x" in gradients:
         dx = products.dgrad(s, weight).to(grad.dtype) * grad
         gradients["x"] = dx if a.packed else scattered(dx, a.x, a.rows)
     if "weight" in gradients:
         gradients["weight"] = products.wgrad(s, operand(a, weight.dtype)).to(grad.dtype) * grad
-    gradients["bias"] = signs.sum(0, dtype=grad.dtype) * grad
+    gradients["bias"] = differences.sum(0, dtype=grad.dtype) * grad
 
 
 def operand(a: Any, dtype: torch.dtype) -> Tensor:

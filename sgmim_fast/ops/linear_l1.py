@@ -1,4 +1,7 @@
-"""`linear_l1`: a linear head and the summed L1 distance to the pixels it predicts. SPEC "Heads and losses"."""
+"""`linear_l1`, `linear_l2`: a linear head and the summed distance to the pixels it predicts. SPEC "Heads and losses".
+
+They are one op, which is told whether distances are squared.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,13 @@ from torch import Tensor
 
 from sgmim_fast.ops import _check
 from sgmim_fast.ops._op import Op
-from sgmim_fast.ops.gather_patches import gather_patches_backward
+from sgmim_fast.ops.gather_patches import gather_patches, gather_patches_backward
 from sgmim_fast.ops.primitives import Gradients, Primitives, Request, storage_dtype, sum_dtype
 from sgmim_fast.ops.weights import weights_in
 
 
 class Arguments(NamedTuple):
-    """Of the op, as of `linear_l1`."""
+    """Of the op, as of `linear_l1`, and whether its distances are squared."""
 
     x: Tensor
     weight: Tensor
@@ -26,7 +29,18 @@ class Arguments(NamedTuple):
     cell: int
     packed: bool
     scale: float
+    squared: bool
+    normalized: bool
     dtype: torch.dtype | None
+
+    @property
+    def factor(self) -> float:
+        """Of the gradient, beside the difference or its sign."""
+        return 2 * self.scale if self.squared else self.scale
+
+    def pixels(self, dtype: torch.dtype) -> Tensor:
+        """The wanted cells' (n, S * cell^2)."""
+        return gather_patches(self.target.detach().to(dtype), self.rows, cell=self.cell, patch=self.cell)
 
 
 def linear_l1(
@@ -39,6 +53,7 @@ def linear_l1(
     cell: int,
     packed: bool = True,
     valid: Tensor | None = None,
+    normalized: bool = False,
     scale: float = 1.0,
 ) -> Tensor:
     """Scaled sum of |x . weight^T + bias - pixels| over the wanted cells; no prediction is kept, only its signs.
@@ -56,6 +71,8 @@ def linear_l1(
         cell: side of a cell in pixels.
         packed: see `x`.
         valid: (B, S, H, W) bool, True where the target counts; None: everywhere.
+        normalized: compare with pixels less the mean of their cell (over all its channels), divided by
+            sqrt(variance + 1e-6), the variance unbiased, as MAE does (arXiv 2111.06377). Not together with `valid`.
         scale: what the sum is multiplied by, 1 / count for a mean.
 
     Returns:
@@ -65,7 +82,37 @@ def linear_l1(
     Raises:
         ValueError, TypeError: naming the argument, what came and what is expected.
     """
-    return _op(x, weight, bias, target, valid, rows, cell, packed, scale, None)[0]
+    return _op(x, weight, bias, target, valid, rows, cell, packed, scale, False, normalized, None)[0]
+
+
+def linear_l2(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    *,
+    cell: int,
+    packed: bool = True,
+    valid: Tensor | None = None,
+    normalized: bool = False,
+    scale: float = 1.0,
+) -> Tensor:
+    """`linear_l1` with the square of every distance; the differences are kept, in the dtype of the gemms.
+
+    Plain PyTorch:
+    `(F.linear(x, weight, bias) - gather_patches(target, rows, cell=cell, patch=cell)).square().sum() * scale`.
+
+    Args:
+        x, weight, bias, target, rows, cell, packed, valid, normalized, scale: as of `linear_l1`.
+
+    Returns:
+        The sum, a scalar, float32 (float64 with float64 tokens). Differentiable in `x`, `weight`, `bias` and `target`.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what is expected.
+    """
+    return _op(x, weight, bias, target, valid, rows, cell, packed, scale, True, normalized, None)[0]
 
 
 def _check_arguments(a: Arguments) -> None:
@@ -84,21 +131,46 @@ def _check_arguments(a: Arguments) -> None:
         _check.shape("valid", a.valid, target.shape, "the target's shape")
         if a.valid.dtype != torch.bool:
             raise TypeError(f"valid has dtype {a.valid.dtype}; expected torch.bool")
+    if a.normalized and a.valid is not None:
+        raise ValueError("normalized comes with valid; expected one of them: all pixels of a cell make up its mean")
+    if a.normalized and weight.shape[0] < 2:
+        raise ValueError("normalized cells have a single number; expected two at least, for a variance")
 
 
 def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
     (weight,) = weights_in(storage_dtype(a.x, a.dtype), a.weight)
-    total, signs = p.linear_l1(a, weight)
-    return total, [signs]
+    total, differences = p.linear_l1(a, weight)
+    return total, [differences]
 
 
 def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gradients: Gradients) -> None:
-    (signs,), (weight,) = saved, weights_in(storage_dtype(a.x, a.dtype), a.weight, last=True)
-    p.linear_l1_backward(grad, a, weight, signs, gradients)
-    if "target" in gradients:  # the signs back at the pixels they came from
-        grad = grad * -a.scale
-        pixels = (signs.to(grad.dtype) * grad).to(a.target.dtype)
+    (differences,), (weight,) = saved, weights_in(storage_dtype(a.x, a.dtype), a.weight, last=True)
+    p.linear_l1_backward(grad, a, weight, differences, gradients)
+    if "target" in gradients:
+        pixels = differences.to(grad.dtype) * (grad * -a.factor)
+        if a.normalized:
+            pixels = _normalized_backward(pixels, a.pixels(grad.dtype))
+        pixels = pixels.to(a.target.dtype)  # back where they came from
         gradients["target"] = gather_patches_backward(pixels, a.rows, a.target.shape, a.cell, a.cell, False)
+
+
+def normalized_pixels(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows less their mean, over their deviation, and 1 / deviation: the variance is the unbiased one plus 1e-6."""
+    centred = pixels - pixels.mean(1, keepdim=True)
+    inverse = (centred.square().sum(1, keepdim=True) / (pixels.shape[1] - 1) + 1e-6).rsqrt()
+    return centred * inverse, inverse
+
+
+def _normalized_backward(grad: Tensor, pixels: Tensor) -> Tensor:
+    normalized, inverse = normalized_pixels(pixels)
+    along = (grad * normalized).sum(1, keepdim=True) / (pixels.shape[1] - 1)
+    return inverse * (grad - grad.mean(1, keepdim=True) - normalized * along)
+
+
+def _fake(a: Arguments) -> tuple[Tensor, list[Tensor]]:
+    kept = storage_dtype(a.x, a.dtype) if a.squared else torch.int8
+    differences = a.x.new_empty(a.rows.shape[0], a.weight.shape[0], dtype=kept)
+    return a.x.new_empty((), dtype=sum_dtype(a.x.dtype)), [differences]
 
 
 _op = Op(
@@ -106,10 +178,7 @@ _op = Op(
     Arguments,
     _forward,
     backward=_backward,
-    fake=lambda a: (
-        a.x.new_empty((), dtype=sum_dtype(a.x.dtype)),
-        [a.x.new_empty(a.rows.shape[0], a.weight.shape[0], dtype=torch.int8)],
-    ),
+    fake=_fake,
     check=_check_arguments,
     request=lambda a: Request((a.dtype or a.x.dtype,)),
     saves=True,

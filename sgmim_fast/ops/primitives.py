@@ -208,9 +208,12 @@ class Primitives(Protocol):
         norm's "norm_weight" and "norm_bias"."""
 
     def linear_l1(self, a: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The scaled sum of `ops.linear_l1` of arguments `a`, and the signs of the differences, (n, O) int8."""
+        """The scaled sum of `ops.linear_l1` of arguments `a`, and the signs of the differences, (n, O) int8; of
+        `ops.linear_l2` the differences themselves, in the weight's dtype."""
 
-    def linear_l1_backward(self, grad: Tensor, a: Any, weight: Tensor, signs: Tensor, gradients: Gradients) -> None:
+    def linear_l1_backward(
+        self, grad: Tensor, a: Any, weight: Tensor, differences: Tensor, gradients: Gradients
+    ) -> None:
         """Gives the gradients of "x", "weight" and "bias" that are wanted."""
 
 

@@ -86,12 +86,18 @@ class Arguments(NamedTuple):
     cells: int
     heads: int
     keep_hidden: bool
+    visible_only: bool
     eps: float
     dtype: torch.dtype | None
 
     @property
     def packed(self) -> Packed:
         return Packed(*(r.contiguous() for r in self.rows), self.cells, self.heads, self.keep_hidden)
+
+    @property
+    def wanted(self) -> Tensor | None:
+        """Rows of the features; None: all."""
+        return None if self.visible_only else self.rows.visible.contiguous()
 
 
 def relational_guidance(
@@ -104,6 +110,7 @@ def relational_guidance(
     heads: int = 8,
     hidden_context: str = "keep",
     eps: float = 1e-5,
+    cells: int | None = None,
 ) -> Tensor:
     """Guidance of the visible cells by the shown structure cells and one collapsed key for all hidden ones.
 
@@ -121,6 +128,7 @@ def relational_guidance(
         hidden_context: "keep": the hidden cells take part in the attention, as h; "drop": they don't. An image that has
             no key at all then gets 0 from the attention.
         eps: of the three LayerNorms.
+        cells: None, or N where `features` are packed: (visible cells, C), the i-th row that of cell visible.index[i].
 
     Returns:
         (visible cells, C): one guided token per visible cell; the autocast dtype, or that of `features`. Differentiable
@@ -132,9 +140,10 @@ def relational_guidance(
     if hidden_context not in ("keep", "drop"):
         raise ValueError(f"hidden_context is {hidden_context!r}; expected 'keep' or 'drop'")
     rows = [visible.index, visible.offsets, shown.index, shown.offsets]
-    cells = features.shape[0] // max(visible.offsets.numel() - 1, 1) if features.ndim else 0
-    keep = hidden_context == "keep"
-    return _op(features, structure, list(parameters), rows, cells, heads, keep, eps, None)[0]
+    visible_only, keep = cells is not None, hidden_context == "keep"
+    if cells is None:
+        cells = features.shape[0] // max(visible.offsets.numel() - 1, 1) if features.ndim else 0
+    return _op(features, structure, list(parameters), rows, cells, heads, keep, visible_only, eps, None)[0]
 
 
 def _check_arguments(a: Arguments) -> None:
@@ -147,7 +156,11 @@ def _check_arguments(a: Arguments) -> None:
     _check.parameter("structure", a.structure, (a.rows.shown.shape[0] + 1, width), "(shown cells + 1, width)")
     images = a.rows.visible_offsets.shape[0] - 1
     _check.shape("shown.offsets", a.rows.shown_offsets, (images + 1,), "(images + 1,), as visible.offsets")
-    if images < 1 or count != images * a.cells:
+    if a.visible_only:
+        _check.shape("features", features, (a.rows.visible.shape[0], width), "(visible cells, width)")
+        if images < 1 or a.cells < 1:
+            raise ValueError(f"cells is {a.cells}, of {images} images; expected at least 1 of each")
+    elif images < 1 or count != images * a.cells:
         raise ValueError(f"features has {count} rows for {images} images; expected as many for each image")
     if a.heads < 1 or width % a.heads:
         raise ValueError(f"heads is {a.heads}; expected a divisor of the width {width}")
@@ -172,14 +185,15 @@ def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
         storage, *(getattr(w, name) for name in LINEAR), w.proj_bias, w.fc1_bias, w.fc2_bias
     )
     norms = [
-        Norm(a.features, w.query_norm_weight, w.query_norm_bias, packed.visible),
+        Norm(a.features, w.query_norm_weight, w.query_norm_bias, a.wanted),
         Norm(a.structure, w.context_norm_weight, w.context_norm_bias),
     ]
     (query, query_statistics), (context, context_statistics) = p.layer_norms(norms, a.eps, storage)
     q, k, v = p.linears([query, context, context], [wq, wk, wv])
     attended, lse = p.guidance_attention(q, k, v, packed)
     norm = w.out_norm_weight, w.out_norm_bias, a.eps
-    t, y, out_statistics = p.linear_norm(attended, wproj, bproj, a.features, packed.visible, norm)
+    rows = torch.arange(len(a.features), device=a.features.device) if a.wanted is None else a.wanted
+    t, y, out_statistics = p.linear_norm(attended, wproj, bproj, a.features, rows, norm)
     hidden, activated = p.linear_gelu(y, w1, b1)
     out = p.linear(activated, w2, b2, residual=t, dtype=a.dtype or a.features.dtype)
     saved = Saved(q, k, v, attended, lse, t, hidden, query_statistics, context_statistics, out_statistics)
@@ -209,7 +223,7 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     del dattended
     dquery, dkey, dvalue = p.dgrads([dq, dk, dv], [wq, wk, wv])
     vectors = w.query_norm_weight, w.query_norm_bias
-    of_query = NormGradient(dquery, a.features, s.query_statistics, *vectors, packed.visible, residual=dt)
+    of_query = NormGradient(dquery, a.features, s.query_statistics, *vectors, a.wanted, residual=dt)
     of_query = of_query._replace(wanted="features" in gradients)
     vectors = w.context_norm_weight, w.context_norm_bias
     of_context = NormGradient(dkey, a.structure, s.context_statistics, *vectors, more=dvalue)

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, Subset
 from sgmim_fast import data
 from sgmim_fast.data.pairs import Pairs
 from sgmim_fast.data.seeds import mix
+from sgmim_fast.decoder import Decoder
 from sgmim_fast.encoders import MODULES, create_encoder
 from sgmim_fast.engine import average, checkpoint
 from sgmim_fast.engine.checkpoint import Saved
@@ -27,7 +28,7 @@ from sgmim_fast.errors import UserError, nearest
 from sgmim_fast.exported import without_sources
 from sgmim_fast.masking import SHOWN, SelectiveMask, selective_mask
 from sgmim_fast.model import SGMIM
-from sgmim_fast.pretrain.config import Config, Mask, Optim
+from sgmim_fast.pretrain.config import Config, Mask, Model, Optim
 
 
 def create_model(config: Config) -> SGMIM:
@@ -46,10 +47,14 @@ def create_model(config: Config) -> SGMIM:
     if "img_size" in arguments:
         raise UserError("model.arguments has img_size; expected data.size to say it, for the images as well")
     try:
+        own = {"visible_only": settings.visible_only, "positions": settings.encoder_positions}
         if config.data.image_channels is not None:
             arguments["in_chans"] = config.data.image_channels
-        encoder = create_encoder(settings.encoder, img_size=size, **arguments)
+        encoder = create_encoder(settings.encoder, **own, img_size=size, **arguments)
         check_windows(encoder.model, size)
+        decoder = None
+        if settings.visible_only:
+            decoder = Decoder(encoder, settings.decoder_depth, settings.decoder_width, settings.decoder_heads)
         return SGMIM(
             encoder,
             settings.stride,
@@ -58,6 +63,9 @@ def create_model(config: Config) -> SGMIM:
             hidden_context=settings.hidden_context,
             position_embedding=settings.position_embedding,
             accelerate=settings.accelerate,
+            decoder=decoder,
+            target=settings.target,
+            loss=settings.loss,
         )
     except UserError:
         raise
@@ -81,6 +89,10 @@ def check(config: Config) -> None:
             raise UserError(
                 f"data.size is {size}, no multiple of {name} {step}; next that fit: {' or '.join(map(str, fitting))}"
             )
+    for name in ("decoder_depth", "decoder_width", "decoder_heads"):
+        value = getattr(config.model, name)
+        if not config.model.visible_only and value != getattr(Model, name):
+            raise UserError(f"model.{name} is {value} without a decoder; expected model.visible_only=true with it")
     structure_kind(config)
     if config.data.probe is not None and config.data.probe_kind == "semantic" and config.data.probe_classes is None:
         raise UserError("data.probe_classes is missing; with data.probe_kind=semantic it says how many there are")

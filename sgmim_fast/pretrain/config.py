@@ -12,7 +12,7 @@ from sgmim_fast.salience import SPREAD, THRESHOLD
 
 @dataclass(frozen=True)
 class Model:
-    """`create_encoder` and `SGMIM`."""
+    """`create_encoder`, `Decoder` and `SGMIM`."""
 
     encoder: str = "swin_base_patch4_window7_224"  # a timm name
     arguments: dict[str, Any] = field(default_factory=dict)  # further ones of timm.create_model; img_size is data.size
@@ -23,6 +23,13 @@ class Model:
     accelerate: bool = True  # timm's blocks through fused ops
     init: str | None = None  # weights to start from: a file, "timm:NAME", or the folder of a run
     init_partial: bool = False  # load what fits of them; otherwise what does not is listed and ends the run
+    target: Literal["pixels", "normalized_patch"] = "pixels"  # of the image
+    loss: Literal["l1", "l2"] = "l1"  # of the image
+    encoder_positions: Literal["timm", "sincos"] = "timm"  # sincos: fixed, as MAE's
+    visible_only: bool = False  # the encoder sees visible patches alone, as MAE's; not what the paper does
+    decoder_depth: int = 8  # with visible_only
+    decoder_width: int = 512
+    decoder_heads: int = 16
 
 
 @dataclass(frozen=True)
@@ -101,10 +108,26 @@ class Config:
     run: Run = field(default_factory=Run)
 
 
-# the recipes by name: docs/SPEC.md "Published recipes"
+# the recipes by name: docs/SPEC.md "Published recipes"; and MAE's, with guidance: "Visible tokens only"
 _SWIN_BASE = {"encoder": "swin_base_patch4_window7_224", "arguments": {"window_size": 6}}
 _800 = {"epochs": 800, "lr": 1e-4, "warmup_lr": 5e-7, "schedule": "multistep", "milestones": [700]}
 _BEIT = {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False, "use_abs_pos_emb": False, "init_values": 0.1}
+
+
+def _mae(encoder: str) -> dict[str, Any]:
+    return {
+        "model": {
+            **{"encoder": encoder, "stride": 16, "visible_only": True, "encoder_positions": "sincos"},
+            **{"target": "normalized_patch", "loss": "l2"},
+        },
+        "data": {"size": 224, "scale": [0.2, 1.0]},
+        "mask": {"unit": 16, "ratio": 0.75},
+        "optim": {
+            **{"epochs": 800, "lr": 3e-4, "warmup_lr": 0.0, "min_lr": 0.0, "warmup_epochs": 40, "schedule": "cosine"},
+            **{"betas": [0.9, 0.95], "clip": 0.0},
+        },
+    }
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     "swin_base_100ep": {
@@ -127,6 +150,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "data": {"size": 224},
         "optim": _800,
     },
+    "vit_small_mae": _mae("vit_small_patch16_224"),
+    "vit_base_mae": _mae("vit_base_patch16_224"),
+    "vit_large_mae": _mae("vit_large_patch16_224"),
     # for 1,000 to 100,000 images of one's own on one GPU, best from weights: docs/SMALL_DATA.md; not measured
     "small_data": {
         "model": {"encoder": "vit_small_patch16_224", "arguments": {"drop_path_rate": 0.1}, "stride": 16},

@@ -106,4 +106,8 @@ def _data(settings: Data) -> str:
 
 
 def _without(config: Config) -> str:
-    return "" if config.model.guidance else ", without its guidance: SimMIM"
+    if not config.model.visible_only:
+        return "" if config.model.guidance else ", without its guidance: SimMIM"
+    if not config.model.guidance:
+        return ", without its guidance and on visible patches alone: MAE (arXiv 2111.06377)"
+    return ", on visible patches alone with a decoder, as MAE (arXiv 2111.06377): not what the paper does"

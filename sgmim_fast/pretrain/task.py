@@ -27,7 +27,7 @@ from sgmim_fast.salience import RATIO
 
 
 class Pretraining(Task):
-    """SG-MIM, or SimMIM with `model.guidance=false`."""
+    """SG-MIM; without its guidance SimMIM, or MAE where the encoder sees visible patches alone."""
 
     config: Config
     command = "pretrain"
@@ -103,10 +103,12 @@ class Pretraining(Task):
             return model(images, structure, mask, return_losses=True, structure_valid=valid)
 
     def shards(self, model: SGMIM) -> Iterable[nn.Module]:
-        """The blocks of the encoder."""
+        """The blocks of the encoder and, where there is one, of the decoder."""
         encoder = model.encoder.model
         for stage in getattr(encoder, "layers", [encoder]):
             yield from stage.blocks
+        if model.decoder is not None:
+            yield from model.decoder.blocks
 
     def evaluate(self, model: SGMIM, accelerator: Accelerator) -> tuple[float, dict[str, float]]:
         """The losses on held-out data, and the probe of frozen features; the score is the loss, where there is one."""

@@ -93,6 +93,25 @@ def test_methods_start_from_the_same_encoder_and_part(sets):
         assert [other for other in ends if torch.equal(ends[other], end)] == [name]
 
 
+def test_every_other_method_starts_from_the_same_encoder_too(sets):
+    images, depth = sets["pretrain"].images, sets["pretrain"].depth
+    start = pretraining.create_encoder(TINY, 1).model.state_dict()
+    for name, method in {**pretraining.VISIBLE_ONLY, **pretraining.REASONS}.items():
+        still = pretrain(method, TINY._replace(steps=0), images, depth, 1)
+        assert still.visible_only == method.decoder
+        assert all(torch.equal(value, start[key]) for key, value in still.model.state_dict().items()), name
+        ended = pretrain(method, TINY, images, depth, 1, steps=2)
+        assert not torch.equal(ended.model.norm.weight, start["norm.weight"]), name
+
+
+def test_equal_time_is_so_many_steps(sets, monkeypatch):
+    seconds = {"SG-MIM": 6.0, "visible only, time": 2.0}
+    named = {method: name for name, method in evidence.EVERY.items()}
+    monkeypatch.setattr(evidence, "step_seconds", lambda method, *data: seconds[named[method]])
+    plan = evidence.QUICK._replace(methods=("SG-MIM", "visible only", "visible only, time"))
+    assert evidence.equal_times(plan, sets["pretrain"]).steps == (("visible only, time", 3 * plan.settings.steps),)
+
+
 def test_the_same_seed_gives_the_same_bits(sets):
     images, depth = sets["pretrain"].images, sets["pretrain"].depth
     first, again = (pretrain(METHODS["SG-MIM"], TINY, images, depth, 2).state_dict() for _ in range(2))

@@ -29,7 +29,7 @@ EXAMPLES: dict[str, Callable[[], list[Any]]] = {
     "gather_patches": lambda: [torch.randn(2, 3, 8, 8), ints(1, 5, 0), 4, 2, True],
     "linear_l1": lambda: [
         *(torch.randn(3, 6), torch.randn(8, 6), torch.randn(8), torch.randn(2, 2, 4, 4)),
-        *(torch.rand(2, 2, 4, 4) > 0.3, ints(6, 1, 4), 2, True, 0.5, None),
+        *(torch.rand(2, 2, 4, 4) > 0.3, ints(6, 1, 4), 2, True, 0.5, False, False, None),
     ],
     "masked_patch_embed": lambda: [
         *(torch.randn(2, 3, 4, 4), torch.randn(5, 3, 2, 2), torch.randn(5), torch.randn(5), ints(7, 0, 3)),
@@ -59,7 +59,7 @@ EXAMPLES: dict[str, Callable[[], list[Any]]] = {
         *(torch.randn(8, 6), torch.randn(4, 6)),
         [torch.randn(shape) / 2 for shape in [(6,)] * 4 + [(6, 6)] * 4 + [(6,)] * 3 + [(7, 6), (7,), (6, 7), (6,)]],
         [ints(0, 2, 5), ints(0, 2, 3), ints(1, 4, 7), ints(0, 1, 3)],
-        *(4, 2, True, 1e-5, None),
+        *(4, 2, True, False, 1e-5, None),
     ],
     "selective_mask": lambda: [ints(3, 4), [2, 3], 2, 3, 2],
     "standardize_structure": lambda: [torch.randn(2, 1, 4, 5), False],
@@ -313,7 +313,7 @@ def collapsing() -> list[Any]:
 # Tensors by whose dtype and size the launcher goes.
 LEADING = {
     *(("column_sum", "x"), ("embed_norm", "x"), ("embed_norm", "merge_statistics")),
-    *(("embed_statistics_backward", "x"), ("expand_signs", "out"), ("l1", "prediction")),
+    *(("embed_statistics_backward", "x"), ("expand_signs", "out"), ("distance", "prediction")),
     *(("layer_norm", "x"), ("layer_norm", "y"), ("layer_norm_backward", "x")),
     *(("place_tokens", "embedded"), ("place_tokens", "out"), ("place_tokens_backward", "dout")),
     *(("row_statistics", "x"), ("standardize_structure", "input")),

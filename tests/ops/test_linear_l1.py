@@ -1,4 +1,4 @@
-"""`linear_l1` against plain PyTorch on the unfolded map, on every backend."""
+"""`linear_l1` and `linear_l2` against plain PyTorch on the unfolded map, on every backend."""
 
 from __future__ import annotations
 
@@ -42,6 +42,8 @@ class Case(NamedTuple):
     packed: bool = True
     valid: bool = False
     scale: float = 1.0
+    squared: bool = False
+    normalized: bool = False
 
     def inputs(self) -> list[Tensor | None]:
         """x, weight, bias, target (float64), valid, rows."""
@@ -54,9 +56,18 @@ class Case(NamedTuple):
         valid = torch.rand(shape) < 0.7 if self.valid else None
         return [x, matrix(outputs, self.width) / 2, bias(outputs), target, valid, rows]
 
+    def decided(self) -> list[Tensor | None]:
+        """Inputs of which no sign hangs on a rounding error."""
+        inputs = self.inputs()
+        inputs[3] = away_from_zero(inputs[3])
+        if self.normalized:  # pixels of deviation 1: the prediction is what goes farther
+            inputs[1], inputs[2] = inputs[1] / 100, away_from_zero(inputs[2])
+        return inputs
+
     def op(self, x, weight, bias, target, valid, rows):
         options = {"cell": self.cell, "packed": self.packed, "valid": valid, "scale": self.scale}
-        return ops.linear_l1(x, weight, bias, target, rows, **options)
+        op = ops.linear_l2 if self.squared else ops.linear_l1
+        return op(x, weight, bias, target, rows, normalized=self.normalized, **options)
 
     def plain(self, x, weight, bias, target, valid, rows):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -64,8 +75,14 @@ class Case(NamedTuple):
         def cells(pixels: Tensor) -> Tensor:
             return F.unfold(pixels.to(wide), self.cell, stride=self.cell).transpose(1, 2).flatten(0, 1)[rows]
 
-        difference = F.linear(x if self.packed else x[rows], weight, bias).to(wide) - cells(target)
-        return (difference.abs() * (1 if valid is None else cells(valid))).sum() * self.scale
+        pixels = cells(target)
+        if self.normalized:  # as MAE does
+            mean = pixels.mean(dim=-1, keepdim=True)
+            var = pixels.var(dim=-1, keepdim=True) if len(rows) else 0  # which warns of nothing
+            pixels = (pixels - mean) / (var + 1.0e-6) ** 0.5
+        difference = F.linear(x if self.packed else x[rows], weight, bias).to(wide) - pixels
+        distance = difference**2 if self.squared else difference.abs()
+        return (distance * (1 if valid is None else cells(valid))).sum() * self.scale
 
 
 CASES = {
@@ -83,6 +100,15 @@ CASES = {
     "odd": Case((2, 3), grid=(3, 1), channels=2, cell=5, width=7, valid=True),
     "a-pixel": Case((2, 3), channels=3, cell=1, width=5),
     "stride-32": Case((9, 5), grid=(3, 3), cell=32, width=64),
+    "squares": Case((3, 1, 6), squared=True),
+    "squares-nothing-at-all": Case((0, 0), squared=True, normalized=True),
+    "squares-one-token-per-cell": Case((3, 0, 6), channels=3, packed=False, squared=True, scale=1 / 432),
+    "squares-valid": Case((3, 5), channels=2, cell=5, width=7, valid=True, squared=True),
+    "normalized": Case((3, 1, 6), channels=3, cell=8, normalized=True),
+    "normalized-squares": Case((3, 1, 6), channels=3, cell=16, width=40, squared=True, normalized=True, scale=1 / 768),
+    "normalized-odd": Case(
+        (2, 3), grid=(3, 1), channels=2, cell=5, width=7, packed=False, squared=True, normalized=True
+    ),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 every_precision = pytest.mark.parametrize("precision", [*PRECISIONS, HALF])
@@ -106,9 +132,7 @@ def test_value(backend, device, precision, case):
 @every_precision
 def test_gradients(backend, device, precision, case):
     def draw():
-        inputs = case.inputs()
-        inputs[3] = away_from_zero(inputs[3])
-        inputs = on(device, in_dtype(inputs, precision.dtype))
+        inputs = on(device, in_dtype(case.decided(), precision.dtype))
         with products.compute_bfloat16_in(precision.compute):
             _, actual = gradients(case.op, inputs, COTANGENT.to(device))
         assert [grad.dtype for grad in actual] == [precision.dtype] * 4
@@ -134,15 +158,16 @@ def test_float64(case):
     cell=st.integers(1, 19),
     width=st.integers(1, 70),
     packed=st.booleans(),
-    valid=st.booleans(),
+    pixels=st.sampled_from(["all", "valid", "normalized"]),
+    squared=st.booleans(),
 )
-def test_any_shape(backend, device, counts, channels, cell, width, packed, valid):
+def test_any_shape(backend, device, counts, channels, cell, width, packed, pixels, squared):
     """Right in every element; how exact, the fixed cases say."""
     torch.manual_seed(0)
-    case = Case(tuple(counts), (2, 2), channels, cell, width, packed, valid)
-    inputs = case.inputs()
-    inputs[3] = away_from_zero(inputs[3])
-    inputs = on(device, in_dtype(inputs, torch.float32))
+    normalized = pixels == "normalized" and channels * cell**2 > 1
+    options = {"valid": pixels == "valid", "squared": squared, "normalized": normalized}
+    case = Case(tuple(counts), (2, 2), channels, cell, width, packed, **options)
+    inputs = on(device, in_dtype(case.decided(), torch.float32))
     actual = gradients(case.op, inputs, COTANGENT.to(device))
     expected = gradients(case.plain, in_dtype(inputs, torch.float64), COTANGENT.to(device))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4, check_dtype=False)
@@ -286,10 +311,11 @@ def test_same_bits_again_and_on_any_number_of_threads(backend, device, threads, 
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("valid", [True, False])
-def test_opcheck(backend, device, packed, valid):
+@pytest.mark.parametrize("squared", [True, False])
+def test_opcheck(backend, device, packed, valid, squared):
     case = Case((2, 4), packed=packed, valid=valid)
     x, weight, bias, target, valid, rows = on(device, in_dtype(case.inputs(), torch.float32))
-    inputs, options = [t.detach() for t in (x, weight, bias, target)], [case.cell, packed, 0.5]
+    inputs, options = [t.detach() for t in (x, weight, bias, target)], [case.cell, packed, 0.5, squared, valid is None]
     for dtype, needs in ((None, [True] * 4), (torch.bfloat16, [False, True, False, True])):
         with products.compute_bfloat16_in(torch.bfloat16):
             opcheck(_op.overload, [*inputs, valid, rows, *options, dtype])
@@ -301,7 +327,12 @@ def test_opcheck(backend, device, packed, valid):
 
 
 @pytest.mark.parametrize(
-    "case", [Case((2, 0, 1), (1, 2), 2, 2, 3), Case((1, 2), (1, 2), 1, 3, 2, False, True)], ids=str
+    "case",
+    [
+        *(Case((2, 0, 1), (1, 2), 2, 2, 3), Case((1, 2), (1, 2), 1, 3, 2, False, True)),
+        *(Case((2, 1), (1, 2), 2, 2, 3, squared=squared, normalized=True) for squared in (False, True)),
+    ],
+    ids=str,
 )
 def test_gradcheck(case):
     *leaves, valid, rows = case.inputs()
@@ -346,8 +377,13 @@ def test_bad_arguments(changes, error, message):
         ops.linear_l1(**bad(**changes))
 
 
-def test_bad_valid():
+def test_bad_valid_and_normalized():
     target = bad()["target"]
+    with pytest.raises(ValueError, match="normalized comes with valid; expected one of them"):
+        ops.linear_l1(**bad(), valid=torch.ones_like(target) > 0, normalized=True)
+    head = {"x": torch.ones(1, 3), "weight": torch.ones(1, 3), "bias": torch.ones(1), "cell": 1}
+    with pytest.raises(ValueError, match="normalized cells have a single number; expected two at least"):
+        ops.linear_l2(**head, target=torch.ones(1, 1, 1, 1), rows=torch.tensor([0]), normalized=True)
     with pytest.raises(TypeError, match=r"valid has dtype torch\.float32; expected torch\.bool"):
         ops.linear_l1(**bad(), valid=torch.ones_like(target))
     with pytest.raises(ValueError, match=r"valid has shape \(2, 1, 8, 4\); expected the target's shape"):

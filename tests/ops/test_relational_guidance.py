@@ -52,6 +52,7 @@ class Case(NamedTuple):
     heads: int = 8
     hidden: int = 24
     context: str = "keep"
+    packed: bool = False  # features of the visible cells alone
 
     def rows(self) -> tuple[Rows, Rows]:
         visible = chosen(self.visible, self.cells)
@@ -59,7 +60,8 @@ class Case(NamedTuple):
 
     def leaves(self, shown: Rows) -> list[Tensor]:
         """features, structure and the parameters, float64."""
-        features = torch.randn(len(self.visible) * self.cells, self.width, dtype=torch.float64)
+        count = sum(self.visible) if self.packed else len(self.visible) * self.cells
+        features = torch.randn(count, self.width, dtype=torch.float64)
         structure = torch.randn(shown.index.shape[0] + 1, self.width, dtype=torch.float64)
         return [features, structure, *parameters(self.width, self.hidden)]
 
@@ -73,6 +75,7 @@ class Case(NamedTuple):
                 GuidanceParameters(*w),
                 heads=self.heads,
                 hidden_context=self.context,
+                cells=self.cells if self.packed else None,
             )
 
         return call
@@ -88,7 +91,8 @@ class Case(NamedTuple):
 
             guided = []
             for image in range(len(self.visible)):
-                x = features[visible.index[visible.offsets[image] : visible.offsets[image + 1]]]
+                own = slice(visible.offsets[image], visible.offsets[image + 1])
+                x = features[own if self.packed else visible.index[own]]
                 keys = structure[shown.offsets[image] : shown.offsets[image + 1]]
                 if self.context == "keep":
                     keys = torch.cat([keys, structure[-1:].expand(self.cells - keys.shape[0], -1)])
@@ -128,6 +132,9 @@ CASES = {
     "head-of-5-drop": Case((3, 4), width=40, hidden=100, context="drop"),
     "one-head": Case((3, 4), width=33, heads=1, hidden=7),
     "head-of-72": Case((0, 9), cells=12, width=144, heads=2, hidden=64),
+    "packed": Case((2, 0, 5), width=40, packed=True),
+    "packed-everything": Case((6, 6), packed=True, context="drop"),
+    "packed-nothing": Case((0, 0), packed=True),
     "many-cells": Case((19, 33), cells=49, width=64, hidden=256),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -350,7 +357,7 @@ def test_same_bits_again_and_on_any_number_of_threads(backend, device, threads, 
 def test_opcheck(backend, device, context):
     case = Case((2, 5), context=context)
     (visible, shown), (features, structure, *w), _ = single(case, device)
-    rows, options = [*visible, *shown], [case.cells, case.heads, context == "keep"]
+    rows, options = [*visible, *shown], [case.cells, case.heads, context == "keep", False]
     opcheck(_op.overload, [features, structure, w, rows, *options, 1e-5, None])
     leaves = [t.detach().requires_grad_() for t in (features, structure, *w)]
     opcheck(_op.overload, [*leaves[:2], leaves[2:], rows, *options, 1e-5, None])

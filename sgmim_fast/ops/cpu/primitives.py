@@ -167,18 +167,24 @@ def place_tokens_backward(
 
 def linear_l1(a: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
     prediction = linear(operand(a, weight.dtype), weight, a.bias)
-    signs, total = torch.empty(prediction.shape, dtype=torch.int8), torch.empty((), dtype=torch.float64)
-    valid = None if a.valid is None else a.valid.contiguous()
-    torch.ops.sgmim_fast_cpu.l1(prediction, a.rows.contiguous(), a.target.float(), valid, a.cell, signs, total)
-    return (total * a.scale).float(), signs
+    signs = None if a.squared else torch.empty(prediction.shape, dtype=torch.int8)
+    valid, total = None if a.valid is None else a.valid.contiguous(), torch.empty((), dtype=torch.float64)
+    target = a.target.float()
+    torch.ops.sgmim_fast_cpu.distance(
+        prediction, a.rows.contiguous(), target, valid, a.cell, a.normalized, signs, total
+    )
+    return (total * a.scale).float(), prediction if signs is None else signs
 
 
-def linear_l1_backward(grad: Tensor, a: Any, weight: Tensor, signs: Tensor, gradients: Gradients) -> None:
-    scale = float(grad * a.scale)
-    # In float32 the scalar goes into the operand for nothing; in bfloat16 it would be rounded there, so it waits.
-    early, late = (scale, None) if weight.dtype == torch.float32 else (1.0, scale)
-    s, sums = torch.empty(signs.shape, dtype=weight.dtype), torch.empty(signs.shape[1])
-    torch.ops.sgmim_fast_cpu.expand_signs(signs, early, s, sums)
+def linear_l1_backward(grad: Tensor, a: Any, weight: Tensor, differences: Tensor, gradients: Gradients) -> None:
+    scale = float(grad * a.factor)
+    if a.squared:
+        s, late, (sums,) = differences, scale, column_sums([differences])
+    else:
+        # In float32 the scalar goes into the operand for nothing; in bfloat16 it would be rounded there, so it waits.
+        early, late = (scale, None) if weight.dtype == torch.float32 else (1.0, scale)
+        s, sums = torch.empty(differences.shape, dtype=weight.dtype), torch.empty(differences.shape[1])
+        torch.ops.sgmim_fast_cpu.expand_signs(differences, early, s, sums)
     if "x" in gradients:
         dx = products.dgrad(s, weight)
         dx = dx if late is None else dx.float().mul_(late)

@@ -1,0 +1,117 @@
+"""Encoders that see the visible patches only, as MAE's does: `create_encoder(name, visible_only=True)`.
+
+The stem embeds the visible patches, which keep the positions they have in the whole image; blocks and norm are timm's
+own, on class and register tokens and them. Beyond the paper, which builds on SimMIM. SPEC "Visible tokens only".
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sgmim_fast.fused import blocks
+from sgmim_fast.masking import SelectiveMask, search
+from sgmim_fast.positions import sincos_positions
+
+
+class VisibleTokens(NamedTuple):
+    """What such an encoder makes of a batch."""
+
+    tokens: Tensor  # (n, C), packed: of each visible patch, in the order of the mask's `visible` rows
+    prefix: Tensor  # (B, P, C): class, distillation and register tokens; P may be 0
+
+
+class VisibleEncoder:
+    """What makes a `MaskedEncoder`, before which it stands among a class's bases, one of the visible patches alone.
+
+    Attributes:
+        as of `MaskedEncoder`; mask_token is None.
+        prefix_tokens: P, class, distillation and register tokens.
+        visible_only: True.
+    """
+
+    visible_only = True
+    model: nn.Module
+    visible_stem: bool
+
+    @property
+    def prefix_tokens(self) -> int:
+        return self.model.num_prefix_tokens
+
+    def forward(self, x: Tensor, mask: Tensor | SelectiveMask | None = None) -> Tensor | VisibleTokens:
+        """Encodes the visible patches.
+
+        Args:
+            x: (B, in_chans, H, W) images, floating point.
+            mask: (B, H/p, W/p), bool or 0/1 numbers, 1 = masked (hidden from the encoder), or a `SelectiveMask` on a
+                grid that divides this one. Images may have different numbers of visible patches; those with the same
+                number are encoded together. A mask tensor is searched for its rows, for which a GPU is waited for.
+                None: nothing is masked.
+
+        Returns:
+            VisibleTokens; without a mask (B, N, C), what `model.forward_features` gives, to the bit, less the prefix.
+
+        Raises:
+            TypeError: `x` is not floating point.
+            ValueError: a shape or device does not fit, or a mask tensor has other values.
+        """
+        if mask is None:
+            return super().forward(x)
+        self._check(x, mask)
+        stem = self.model.patch_embed
+        grid = stem.dynamic_feat_size(x.shape[2:])
+        drawn = mask.on(grid) if isinstance(mask, SelectiveMask) else search(mask, *grid)
+        prefix, cells = self.prefix_tokens, drawn.visible.index % (grid[0] * grid[1])
+        table = self._positions(grid)
+        positions = F.embedding(cells + prefix, table)
+        if self.visible_stem and blocks.stem_fits(self, x):
+            tokens = blocks.visible_stem(stem, x, drawn.visible.index, positions)
+        else:
+            tokens = stem(x).reshape(-1, table.shape[1]).index_select(0, drawn.visible.index) + positions
+        first = table[:prefix]
+        counts = drawn.visible_counts()
+        if len(set(counts)) == 1:
+            y = self._images(tokens.unflatten(0, (len(x), counts[0])), cells.view(len(x), counts[0]), first)
+            return VisibleTokens(y[:, prefix:].flatten(0, 1), y[:, :prefix])
+        own, of, done = tokens.split(counts), cells.split(counts), [tokens] * len(x)
+        for _, same in groupby(sorted(range(len(x)), key=counts.__getitem__), key=counts.__getitem__):
+            images = list(same)
+            y = self._images(torch.stack([own[i] for i in images]), torch.stack([of[i] for i in images]), first)
+            for i, image in zip(images, y, strict=True):
+                done[i] = image
+        return VisibleTokens(torch.cat([y[prefix:] for y in done]), torch.stack([y[:prefix] for y in done]))
+
+    def _images(self, tokens: Tensor, cells: Tensor, prefix: Tensor) -> Tensor:
+        """Blocks and norm of images with V visible patches each: tokens (b, V, D), with positions, of the patches
+        `cells` (b, V), behind the prefix tokens (P, D) -> (b, P + V, C)."""
+        x = torch.cat([prefix.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], 1) if len(prefix) else tokens
+        return self._encode(self.model.pos_drop(x), cells) if x.shape[1] else x
+
+    def _encode(self, x: Tensor, cells: Tensor) -> Tensor:
+        """Blocks and norm, (b, P + V, D) -> (b, P + V, C). Rotary positions of an image's patches are gathered by
+        `cells` (b, V); absolute ones are in x."""
+        raise NotImplementedError
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        """(P + N, D): prefix tokens with their positions, and the positions of all patches."""
+        raise NotImplementedError
+
+
+def fix_positions(model: nn.Module) -> None:
+    """Makes the positions of a timm model sines and cosines that are not trained, as MAE has them.
+
+    Raises:
+        ValueError: it has no absolute positions.
+    """
+    table = getattr(model, "pos_embed", None)
+    if table is None:
+        raise ValueError(f"positions is 'sincos', but {type(model).__name__} has no absolute positions here")
+    grid = model.patch_embed.grid_size
+    prefix = table.shape[1] - grid[0] * grid[1]
+    with torch.no_grad():
+        table.copy_(sincos_positions(grid, table.shape[2], prefix))
+    table.requires_grad_(False)

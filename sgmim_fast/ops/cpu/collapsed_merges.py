@@ -28,14 +28,15 @@ from sgmim_fast.ops.primitives import Gradients
 from sgmim_fast.ops.structure_embed import StructureParameters
 
 
-def levels(w: StructureParameters, cells: int) -> int:
-    """How many mergings to collapse, for so many shown cells."""
+def levels(w: StructureParameters, cells: int, cost: int = 1) -> int:
+    """How many mergings to collapse, for so many shown cells; `cost` of a multiplication here, in those of the plain
+    mergings."""
     inner, rows = w.embed_weight[0].numel() + 1, cells * 4 ** len(w.merge_weights)
     for level, weight in enumerate(w.merge_weights):
         rows //= 4
         wide = weight.shape[1]
         collapsed = 4 * inner + 1
-        if rows * (wide - collapsed) <= wide * inner:  # both times 3 x the merging's width
+        if rows * (wide - cost * collapsed) <= cost * wide * inner:  # both times 3 x the merging's width
             return level
         inner = collapsed
     return len(w.merge_weights)

@@ -22,6 +22,7 @@ from sgmim_fast.kernels.sums import column_sums
 from sgmim_fast.kernels.sums import finished as finish  # noqa: F401
 from sgmim_fast.ops import whole_attention
 from sgmim_fast.ops.primitives import Norm, NormGradient, Request, Windows
+from sgmim_fast.ops.weights import weights_in  # noqa: F401
 from sgmim_fast.ops.window_attention import most_tokens_on_a_gpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -18,6 +18,13 @@ typedef uint16_t vh __attribute__((vector_size(SGMIM_VECTOR_BYTES / 2)));
 
 SGMIM_INLINE vf set1(float x) { return x - vf{}; }
 
+// The four bytes of x in every lane, whatever number they are.
+SGMIM_INLINE vf set_bits(float x) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return (vf)(bits - vi{});
+}
+
 SGMIM_INLINE vf load(const float* p) {
   vf v;
   __builtin_memcpy(&v, p, sizeof v);

@@ -14,7 +14,6 @@ from sgmim_fast.ops import _check
 from sgmim_fast.ops._op import Op
 from sgmim_fast.ops.gather_patches import gather_patches, gather_patches_backward
 from sgmim_fast.ops.primitives import Gradients, Primitives, Request, storage_dtype, sum_dtype
-from sgmim_fast.ops.weights import weights_in
 
 
 class Arguments(NamedTuple):
@@ -138,13 +137,13 @@ def _check_arguments(a: Arguments) -> None:
 
 
 def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
-    (weight,) = weights_in(storage_dtype(a.x, a.dtype), a.weight)
+    (weight,) = p.weights_in(storage_dtype(a.x, a.dtype), a.weight)
     total, differences = p.linear_l1(a, weight)
     return total, [differences]
 
 
 def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gradients: Gradients) -> None:
-    (differences,), (weight,) = saved, weights_in(storage_dtype(a.x, a.dtype), a.weight, last=True)
+    (differences,), (weight,) = saved, p.weights_in(storage_dtype(a.x, a.dtype), a.weight, last=True)
     p.linear_l1_backward(grad, a, weight, differences, gradients)
     if "target" in gradients:
         pixels = differences.to(grad.dtype) * (grad * -a.factor)

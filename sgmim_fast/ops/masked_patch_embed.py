@@ -11,7 +11,6 @@ from sgmim_fast.ops import _check
 from sgmim_fast.ops._op import Op
 from sgmim_fast.ops.gather_patches import gather_patches, gather_patches_backward
 from sgmim_fast.ops.primitives import Gradients, Primitives, Request, storage_dtype, sum_dtype
-from sgmim_fast.ops.weights import weights_in
 
 
 class Arguments(NamedTuple):
@@ -103,7 +102,7 @@ def _check_arguments(a: Arguments) -> None:
 
 
 def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
-    weight, bias = weights_in(a.storage, a.weight, a.bias)
+    weight, bias = p.weights_in(a.storage, a.weight, a.bias)
     tokens = p.linear(a.patches(), weight.flatten(1), bias)
     batch, patches, _ = a.shape
     visible, dtype = a.visible.contiguous(), a.dtype or a.x.dtype
@@ -116,7 +115,7 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     dtokens, sums = p.place_tokens_backward(dout, tokens, statistics, a.visible.contiguous(), a.norm, a.storage)
     gradients.sums(sums)
     if "x" in gradients:
-        (weight,) = weights_in(a.storage, a.weight, last=True)
+        (weight,) = p.weights_in(a.storage, a.weight, last=True)
         patch, (pixels,) = a.weight.shape[2], p.dgrads([dtokens], [weight.flatten(1)])
         gradients["x"] = gather_patches_backward(pixels.to(a.x.dtype), a.visible, a.x.shape, patch, patch, False)
     if "weight" in gradients:

@@ -24,7 +24,6 @@ from sgmim_fast.ops.primitives import (
     scaled_weights,
     storage_dtype,
 )
-from sgmim_fast.ops.weights import weights_in
 from sgmim_fast.ops.window_attention import check_windows, look_at_indices
 
 
@@ -134,8 +133,8 @@ def _check_arguments(a: Arguments) -> None:
 def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
     storage = storage_dtype(a.x, a.dtype)
     y, statistics = before(p, a, a.rows, storage)
-    qkv_weight, qkv_bias = weights_in(storage, a.qkv_weight, a.qkv_bias)
-    weight, bias = scaled_weights(a.layer_scale, storage, a.proj_weight, a.proj_bias)
+    qkv_weight, qkv_bias = p.weights_in(storage, a.qkv_weight, a.qkv_bias)
+    weight, bias = scaled_weights(p, a.layer_scale, storage, a.proj_weight, a.proj_bias)
     qkv = p.linear(y, qkv_weight, qkv_bias).view(*a.x.shape[:3], 3 * a.x.shape[3])
     del y
     attended = p.window_attention(qkv, a.windows(qkv_bias))
@@ -149,11 +148,11 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     gradients.scaled(a.layer_scale, "proj_weight", a.proj_weight, "proj_bias", a.proj_bias)
     dout, added = behind_backward(p, a, norm, grad, storage, "proj_bias", gradients)
     gradients.weight("proj_weight", dout, attended.flatten(0, -2))
-    (qkv_weight,) = weights_in(storage, a.qkv_weight, last=True)
-    (weight,) = scaled_weights(a.layer_scale, storage, a.proj_weight, last=True)
+    (qkv_weight,) = p.weights_in(storage, a.qkv_weight, last=True)
+    (weight,) = scaled_weights(p, a.layer_scale, storage, a.proj_weight, last=True)
     (dattended,) = p.dgrads([dout], [weight])
     del dout
-    windows = a.windows(weights_in(storage, a.qkv_bias)[0] if a.padded else None)
+    windows = a.windows(p.weights_in(storage, a.qkv_bias)[0] if a.padded else None)
     wanted = {"qkv", *gradients.wanted} | ({"pad"} if a.padded and "qkv_bias" in gradients else set())
     dqkv, sums = p.window_attention_backward(dattended.view(attended.shape), qkv, windows, wanted)
     del dattended

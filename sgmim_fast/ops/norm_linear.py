@@ -20,7 +20,6 @@ from sgmim_fast.ops.primitives import (
     storage_dtype,
     sum_dtype,
 )
-from sgmim_fast.ops.weights import weights_in
 
 
 class Arguments(NamedTuple):
@@ -122,7 +121,7 @@ def request(a: Any) -> Request:
 def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
     storage = storage_dtype(a.x, a.dtype)
     y, statistics = normalized(p, a.x, a.norm_weight, a.norm_bias, a.eps, storage)
-    weight, bias = weights_in(storage, a.weight, a.bias)
+    weight, bias = p.weights_in(storage, a.weight, a.bias)
     return p.linear(y, weight, bias, residual=a.residual, dtype=result_dtype(a.x, a.residual, a.dtype)), statistics
 
 
@@ -132,7 +131,7 @@ def _backward(p: Primitives, a: Arguments, statistics: list[Tensor], grad: Tenso
     if "bias" in gradients:
         gradients.sums({"bias": p.column_sums([grad])[0]})
     if "x" in gradients or a.norm_weight is not None:
-        (weight,) = weights_in(storage, a.weight, last=True)
+        (weight,) = p.weights_in(storage, a.weight, last=True)
         (dy,) = p.dgrads([grad], [weight])
     y = normalized_backward(p, dy, a.x, statistics, a, gradients, storage, again="weight" in gradients)
     gradients.weight("weight", grad, y)

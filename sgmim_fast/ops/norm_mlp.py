@@ -21,7 +21,6 @@ from sgmim_fast.ops.primitives import (
     scaled_weights,
     storage_dtype,
 )
-from sgmim_fast.ops.weights import weights_in
 
 
 class Arguments(NamedTuple):
@@ -105,8 +104,8 @@ def _check_arguments(a: Arguments) -> None:
 def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
     storage = storage_dtype(a.x, a.dtype)
     y, statistics = before(p, a, a.x, storage)
-    w1, b1 = weights_in(storage, a.fc1_weight, a.fc1_bias)
-    w2, b2 = scaled_weights(a.layer_scale, storage, a.fc2_weight, a.fc2_bias)
+    w1, b1 = p.weights_in(storage, a.fc1_weight, a.fc1_bias)
+    w2, b2 = scaled_weights(p, a.layer_scale, storage, a.fc2_weight, a.fc2_bias)
     hidden, activated = p.linear_gelu(y, w1, b1)
     out, norm = behind(p, a, a.x, activated, w2, b2)
     return out, [hidden, *statistics, *norm]
@@ -116,8 +115,8 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     (hidden, *norm), dy = saved, None
     gradients.scaled(a.layer_scale, "fc2_weight", a.fc2_weight, "fc2_bias", a.fc2_bias)
     grad, added = behind_backward(p, a, norm, grad, hidden.dtype, "fc2_bias", gradients)
-    (w1,) = weights_in(hidden.dtype, a.fc1_weight, last=True)
-    (w2,) = scaled_weights(a.layer_scale, hidden.dtype, a.fc2_weight, last=True)
+    (w1,) = p.weights_in(hidden.dtype, a.fc1_weight, last=True)
+    (w2,) = scaled_weights(p, a.layer_scale, hidden.dtype, a.fc2_weight, last=True)
     dhidden, activated, fc1_bias = p.dgrad_gelu(grad, w2, hidden)
     gradients.sums({"fc1_bias": fc1_bias})
     gradients.weight("fc2_weight", grad, activated)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from sgmim_fast.ops import products
-from sgmim_fast.ops.weights import weights_in
 
 
 class Norm(NamedTuple):
@@ -101,6 +100,10 @@ class Primitives(Protocol):
 
     def takes(self, request: Request) -> tuple[bool, str]:
         """Whether the backend can, and the reason where it cannot."""
+
+    def weights_in(self, dtype: torch.dtype, *weights: Tensor | None, last: bool = False) -> list[Tensor | None]:
+        """Weights and biases as gemms of activations in `dtype` read them, see `ops.weights`; a backend whose gemms
+        read wider ones gives them as they are. last: nobody of this step reads them after this."""
 
     def batches_wgrads(self) -> bool:
         """Whether `wgrads` of several layers at once is faster than one after the other, which needs less memory."""
@@ -318,11 +321,11 @@ def result_dtype(
 
 
 def scaled_weights(
-    scale: Tensor | None, dtype: torch.dtype, weight: Tensor, *bias: Tensor | None, last: bool = False
+    p: Primitives, scale: Tensor | None, dtype: torch.dtype, weight: Tensor, *bias: Tensor | None, last: bool = False
 ) -> list[Tensor | None]:
     """`weights_in` of a layer whose result is multiplied by `scale` (O,), layer scale: of scale * weight and bias."""
     if scale is None:
-        return weights_in(dtype, weight, *bias, last=last)
+        return p.weights_in(dtype, weight, *bias, last=last)
     factors = (scale[:, None], scale)  # one launch each: cast as they are written
     return [
         None

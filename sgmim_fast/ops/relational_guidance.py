@@ -20,7 +20,6 @@ from sgmim_fast.ops.primitives import (
     storage_dtype,
     sum_dtype,
 )
-from sgmim_fast.ops.weights import weights_in
 from sgmim_fast.rows import Rows
 
 
@@ -181,7 +180,7 @@ def _check_arguments(a: Arguments) -> None:
 
 def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
     w, storage, packed = a.parameters, storage_dtype(a.features, a.dtype), a.packed
-    wq, wk, wv, wproj, w1, w2, bproj, b1, b2 = weights_in(
+    wq, wk, wv, wproj, w1, w2, bproj, b1, b2 = p.weights_in(
         storage, *(getattr(w, name) for name in LINEAR), w.proj_bias, w.fc1_bias, w.fc2_bias
     )
     norms = [
@@ -202,7 +201,7 @@ def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
 
 def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gradients: Gradients) -> None:
     w, s, packed = a.parameters, Saved(*saved), a.packed
-    wq, wk, wv, wproj, w1, w2 = weights_in(s.q.dtype, *(getattr(w, name) for name in LINEAR), last=True)
+    wq, wk, wv, wproj, w1, w2 = p.weights_in(s.q.dtype, *(getattr(w, name) for name in LINEAR), last=True)
     grad = grad.to(s.q.dtype).contiguous()
     # MLP
     dhidden, activated, fc1_bias = p.dgrad_gelu(grad, w2, s.hidden)

@@ -11,7 +11,6 @@ from sgmim_fast.ops import _check
 from sgmim_fast.ops._op import Op
 from sgmim_fast.ops.gather_patches import gather_patches, gather_patches_backward
 from sgmim_fast.ops.primitives import Gradients, Norm, NormGradient, Primitives, Request, storage_dtype, sum_dtype
-from sgmim_fast.ops.weights import weights_in
 
 
 class StructureParameters(NamedTuple):
@@ -140,7 +139,8 @@ def _check_arguments(a: Arguments) -> None:
 
 def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
     w, storage = a.parameters, storage_dtype(a.structure, a.dtype)
-    cells, weights = Cells(a.structure, a.rows.contiguous(), w, a.cell, storage), weights_in(storage, *w.merge_weights)
+    cells = Cells(a.structure, a.rows.contiguous(), w, a.cell, storage)
+    weights = p.weights_in(storage, *w.merge_weights)
     x, inputs, statistics = p.embed(cells, weights[0] if weights else None, a.eps)
     for i in range(p.embedded(cells), len(weights)):
         x = x.view(-1, weights[i].shape[1])
@@ -154,7 +154,7 @@ def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
 def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gradients: Gradients) -> None:
     w, storage = a.parameters, storage_dtype(a.structure, a.dtype)
     cells = Cells(a.structure, a.rows.contiguous(), w, a.cell, storage)
-    weights = weights_in(storage, *w.merge_weights, last=True)
+    weights = p.weights_in(storage, *w.merge_weights, last=True)
     inputs, statistics = saved[: len(weights) - 1], saved[len(weights) - 1 :]
     dx = grad.to(storage).contiguous()
     for i in reversed(range(p.embedded(cells), len(weights))):

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sgmim_fast.ops import products
+from sgmim_fast.ops.cpu import gemms
 from sgmim_fast.ops.cpu.embedding import Embedding
 from sgmim_fast.ops.primitives import Gradients
 from sgmim_fast.ops.structure_embed import StructureParameters
@@ -52,14 +52,14 @@ def forward(
         kernels.embed_norm(part.embed(), *embedding.norms, eps, None, *part.statistics)
     composed = compose(w, collapsed)
     z = first_coordinates(embedding, statistics)
-    x = products.linear(z, composed[1].matrix, composed[1].constant)
+    x = gemms.linear(z, composed[1].matrix, composed[1].constant)
     for i in range(1, collapsed):
         x = x.view(-1, w.merge_weights[i].shape[1])
         inputs.append(x)
         statistics.append(torch.empty(2, x.shape[0]))
         kernels.row_statistics(x, eps, statistics[-1])
         z = next_coordinates(z, statistics[-1][1])
-        x = products.linear(z, composed[i + 1].matrix, composed[i + 1].constant)
+        x = gemms.linear(z, composed[i + 1].matrix, composed[i + 1].constant)
     return x, inputs, statistics
 
 
@@ -83,9 +83,9 @@ def backward(
     dmatrices, dconstants = [torch.empty(0)] * collapsed, [torch.empty(x.constant.shape[0]) for x in composed[1:]]
     dz = None
     for i in reversed(range(collapsed)):
-        dmatrices[i] = products.wgrad(dx, z[i])
+        dmatrices[i] = gemms.wgrad(dx, z[i])
         torch.ops.sgmim_fast_cpu.column_sum(dx, dconstants[i])
-        from_x = products.dgrad(dx, composed[i + 1].matrix)
+        from_x = gemms.dgrad(dx, composed[i + 1].matrix)
         dz = from_x if dz is None else from_x.add_(dz)
         mean, rstd = statistics[i + 1]
         share = dz * z[i]
@@ -178,7 +178,7 @@ def compose(w: StructureParameters, count: int) -> list[Composed]:
         centred = weight.float().contiguous() * gain.float()
         centred -= centred.mean(1, keepdim=True)
         blocks = centred.view(-1, below.constant.shape[0])  # (4 d_i, d_(i-1))
-        matrix = products.dgrad(blocks, below.matrix).view(weight.shape[0], -1)
+        matrix = gemms.dgrad(blocks, below.matrix).view(weight.shape[0], -1)
         last = (blocks @ below.constant).view(-1, 4).sum(1, keepdim=True)
         composed.append(Composed(torch.cat([matrix, last], 1), weight.float() @ shift.float(), centred))
     return composed
@@ -195,13 +195,13 @@ def compose_backward(
         outer, width = weight.shape[0], below.constant.shape[0]
         blocks = centred.view(-1, width)
         dblocks, dlast = dmatrix[:, :-1].reshape(4 * outer, -1), dmatrix[:, -1]
-        dcentred = products.linear(dblocks, below.matrix).view(outer, 4, width)
+        dcentred = gemms.linear(dblocks, below.matrix).view(outer, 4, width)
         dcentred = (dcentred + dlast[:, None, None] * below.constant).view(outer, 4 * width)
         dscaled = dcentred - dcentred.mean(1, keepdim=True)
         dweights.append(dscaled * w.merge_norm_weights[i] + dconstant[:, None] * w.merge_norm_biases[i])
         dgains.append((dscaled * weight).sum(0))
         dshifts.append(weight.t() @ dconstant)
-        dmatrix = products.wgrad(blocks, dblocks)
+        dmatrix = gemms.wgrad(blocks, dblocks)
         dconstant = centred.view(outer, 4, width).sum(1).t() @ dlast
         if i > 0:
             dmatrix, dconstant = dmatrix + dmatrices[i - 1], dconstant + dconstants[i - 1]

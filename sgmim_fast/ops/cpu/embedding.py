@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sgmim_fast.ops import products
+from sgmim_fast.ops.cpu import gemms
 from sgmim_fast.ops.structure_embed import Cells
 from sgmim_fast.ops.weights import weights_in
 
@@ -56,11 +56,11 @@ class Part:
     statistics: tuple[Tensor, Tensor]  # of its embedded patches and of its merged rows
 
     def embed(self) -> Tensor:
-        return products.linear(self.embedding.cells.patches(self.rows), self.embedding.weight, self.embedding.bias)
+        return gemms.linear(self.embedding.cells.patches(self.rows), self.embedding.weight, self.embedding.bias)
 
     def weight_gradient(self, dembedded: Tensor) -> Tensor:
         """Share of the embedding's weight gradient, (D, S * e^2), float32."""
-        return products.wgrad(dembedded, self.embedding.cells.patches(self.rows)).float()
+        return gemms.wgrad(dembedded, self.embedding.cells.patches(self.rows)).float()
 
     def patches_gradient(self, dembedded: Tensor) -> Tensor:
-        return products.dgrad(dembedded, self.embedding.weight)
+        return gemms.dgrad(dembedded, self.embedding.weight)

@@ -1,4 +1,4 @@
-"""The primitives on the CPU: the library's gemms, and the C++ kernels of csrc/cpu between them.
+"""The primitives on the CPU: gemms (`gemms`), and the C++ kernels of csrc/cpu between them.
 
 The kernels write into buffers that are allocated here, so that tests can fill them with NaN, and gradients over what
 they are gradients of where that is possible.
@@ -12,11 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgmim_fast.ops import products
-from sgmim_fast.ops._plain import batches_wgrads, dgrads, finish, linears, operand, scattered, wgrads  # noqa: F401
+from sgmim_fast.ops._plain import batches_wgrads, finish, operand, scattered  # noqa: F401
+from sgmim_fast.ops.cpu import gemms
+from sgmim_fast.ops.cpu.gemms import dgrad_gelu, linear, linear_gelu, weights_in  # noqa: F401 - primitives
 from sgmim_fast.ops.cpu.structure_embed import embed, embed_backward, embedded  # noqa: F401 - primitives
-from sgmim_fast.ops.primitives import Gradients, Norm, NormGradient, NormGradients, Packed, Request, Windows
-from sgmim_fast.ops.products import linear
+from sgmim_fast.ops.primitives import (
+    Gradients,
+    Norm,
+    NormGradient,
+    NormGradients,
+    Packed,
+    Request,
+    Windows,
+    storage_dtype,
+)
 from sgmim_fast.ops.window_attention import factor, logit_scale_gradient
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -32,13 +41,6 @@ def takes(request: Request) -> tuple[bool, str]:
     return True, ""
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    hidden = linear(x, weight, bias)
-    activated = torch.empty_like(hidden)
-    torch.ops.sgmim_fast_cpu.gelu(hidden, activated)
-    return hidden, activated
-
-
 def linear_norm(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, rows: Tensor, norm: tuple[Tensor, Tensor, float]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,11 +48,16 @@ def linear_norm(
     return t, *_layer_norm(Norm(residual, gain, shift, rows), eps, x.dtype, add_to=t)
 
 
-def dgrad_gelu(dy: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dhidden = products.dgrad(dy, weight)  # turns in place from the gradient after GELU into the one before it
-    activated, total = torch.empty_like(hidden), torch.empty(hidden.shape[1])
-    torch.ops.sgmim_fast_cpu.gelu_backward(hidden, dhidden, activated, total)
-    return dhidden, activated, total
+def linears(xs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    return [linear(x, weight) for x, weight in zip(xs, weights, strict=True)]
+
+
+def dgrads(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    return [gemms.dgrad(dy, weight) for dy, weight in zip(dys, weights, strict=True)]
+
+
+def wgrads(dys: Sequence[Tensor], xs: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    return [gemms.wgrad(dy, x) for dy, x in zip(dys, xs, strict=True)]
 
 
 def layer_norms(norms: Sequence[Norm], eps: float, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
@@ -166,7 +173,7 @@ def place_tokens_backward(
 
 
 def linear_l1(a: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
-    prediction = linear(operand(a, weight.dtype), weight, a.bias)
+    prediction = linear(operand(a, storage_dtype(a.x, a.dtype)), weight, a.bias)
     signs = None if a.squared else torch.empty(prediction.shape, dtype=torch.int8)
     valid, total = None if a.valid is None else a.valid.contiguous(), torch.empty((), dtype=torch.float64)
     target = a.target.float()
@@ -177,19 +184,19 @@ def linear_l1(a: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear_l1_backward(grad: Tensor, a: Any, weight: Tensor, differences: Tensor, gradients: Gradients) -> None:
-    scale = float(grad * a.factor)
+    scale, storage = float(grad * a.factor), storage_dtype(a.x, a.dtype)
     if a.squared:
         s, late, (sums,) = differences, scale, column_sums([differences])
     else:
         # In float32 the scalar goes into the operand for nothing; in bfloat16 it would be rounded there, so it waits.
-        early, late = (scale, None) if weight.dtype == torch.float32 else (1.0, scale)
-        s, sums = torch.empty(differences.shape, dtype=weight.dtype), torch.empty(differences.shape[1])
+        early, late = (scale, None) if storage == torch.float32 else (1.0, scale)
+        s, sums = torch.empty(differences.shape, dtype=storage), torch.empty(differences.shape[1])
         torch.ops.sgmim_fast_cpu.expand_signs(differences, early, s, sums)
     if "x" in gradients:
-        dx = products.dgrad(s, weight)
+        dx = gemms.dgrad(s, weight)
         dx = dx if late is None else dx.float().mul_(late)
         gradients["x"] = dx if a.packed else scattered(dx, a.x, a.rows)
     if "weight" in gradients:
-        dweight = products.wgrad(s, operand(a, weight.dtype))
+        dweight = gemms.wgrad(s, operand(a, storage))
         gradients["weight"] = dweight if late is None else dweight.float().mul_(late)
     gradients["bias"] = sums.mul_(scale)

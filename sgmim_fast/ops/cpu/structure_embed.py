@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sgmim_fast.ops import products
-from sgmim_fast.ops.cpu import collapsed_merges
+from sgmim_fast.ops.cpu import collapsed_merges, gemms
 from sgmim_fast.ops.cpu.embedding import Embedding
 from sgmim_fast.ops.primitives import Gradients
 from sgmim_fast.ops.structure_embed import Cells
@@ -31,7 +30,7 @@ def embed(cells: Cells, weight: Tensor, eps: float) -> tuple[Tensor, list[Tensor
     for part in embedding.parts(statistics):
         y = torch.empty(part.merged.stop - part.merged.start, weight.shape[1], dtype=cells.dtype)
         torch.ops.sgmim_fast_cpu.embed_norm(part.embed(), *embedding.norms, eps, y, *part.statistics)
-        x[part.merged] = products.linear(y, weight)
+        x[part.merged] = gemms.linear(y, weight)
     return x, [], statistics
 
 
@@ -47,11 +46,11 @@ def embed_backward(
     dembed, dmerge = torch.zeros(width, cells.w.embed_weight[0].numel()), torch.zeros(weight.shape)
     for part in embedding.parts(statistics):
         tokens = part.embed()
-        dy = products.dgrad(dx[part.merged], weight)
+        dy = gemms.dgrad(dx[part.merged], weight)
         y, partial = torch.empty_like(dy), torch.empty_like(sums)
         torch.ops.sgmim_fast_cpu.embed_norm_backward(dy, tokens, *embedding.norms, *part.statistics, y, partial)
         sums += partial
-        dmerge += products.wgrad(dx[part.merged], y)
+        dmerge += gemms.wgrad(dx[part.merged], y)
         dembedded = dy.view(-1, width)[: tokens.shape[0]]
         dembed += part.weight_gradient(dembedded)
         if "structure" in gradients:

@@ -1,0 +1,105 @@
+// Packing of a gemm's operands into panels of units, see gemm_tile.h. Included once per instruction set, after it.
+namespace sgmim {
+namespace SGMIM_ISA {
+
+// The upper halves of floats, rounded to bfloat16, as whole integers.
+SGMIM_INLINE vu half_bits(const Bf16* p) {
+  vh h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return __builtin_convertvector(h, vu);
+}
+
+SGMIM_INLINE vu half_bits(const float* p) {
+  Bf16 rounded[LANES];
+  store(rounded, load(p));
+  return half_bits(rounded);
+}
+
+// Units of T for LANES columns, of one row (float) or of two rows under each other (bfloat16).
+template <class T, class S>
+SGMIM_INLINE vf unit_of_rows(const S* row, int64_t next) {
+  if (sizeof(T) == 4) return load(row);
+  return (vf)(half_bits(row) | half_bits(row + next) << 16);
+}
+
+// Rows of `row_stride` numbers, summed over: n <= PANEL columns of `rows` of them -> (units, WIDTH), zeros past n and
+// past the rows.
+template <class T, int64_t WIDTH, class S>
+SGMIM_INLINE void pack_rows(const S* from, int64_t row_stride, int64_t rows, int64_t n, float* to) {
+  S buffer[2][WIDTH + LANES] = {};
+  for (int64_t r = 0; r < rows; r += UNIT<T>, to += WIDTH) {
+    const S* row = from + r * row_stride;
+    int64_t next = row_stride;
+    for (int64_t u = 0; u < UNIT<T>; ++u)  // rows may be pages apart
+      for (int64_t i = 0; i < WIDTH; i += 64 / sizeof(S)) __builtin_prefetch(row + (8 + u) * row_stride + i);
+    if (n < WIDTH || r + UNIT<T> > rows) {  // what would be read past the matrix is zero in the buffer
+      for (int64_t u = 0; u < UNIT<T>; ++u) {
+        if (r + u < rows)
+          __builtin_memcpy(buffer[u], row + u * row_stride, n * sizeof(S));
+        else
+          __builtin_memset(buffer[u], 0, n * sizeof(S));
+      }
+      row = buffer[0];
+      next = WIDTH + LANES;
+    }
+    for (int64_t i = 0; i < WIDTH; i += LANES) store(to + i, unit_of_rows<T>(row + i, next));
+  }
+}
+
+#if defined(SGMIM_HAS_BF16)
+// Units of 32 numbers next to each other.
+SGMIM_INLINE __m512i units_of_row(const Bf16* p) { return _mm512_loadu_si512(p); }
+
+SGMIM_INLINE __m512i units_of_row(const float* p) {
+  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(p + 16), _mm512_loadu_ps(p));
+}
+
+// Masked forms, since GCC 12 warns about the unused operand of the others.
+SGMIM_INLINE void transpose16(__m512i* r) {
+  __m512i t[16];
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_maskz_unpacklo_epi32(0xffff, r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_maskz_unpackhi_epi32(0xffff, r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_maskz_unpacklo_epi64(0xff, t[i], t[i + 2]);
+    r[i + 1] = _mm512_maskz_unpackhi_epi64(0xff, t[i], t[i + 2]);
+    r[i + 2] = _mm512_maskz_unpacklo_epi64(0xff, t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_maskz_unpackhi_epi64(0xff, t[i + 1], t[i + 3]);
+  }
+  // r[4 i + j]: of rows 4 i to 4 i + 3 the columns j, 4 + j, 8 + j and 12 + j, in blocks of four
+  for (int j = 0; j < 4; ++j) {
+    const __m512i even = _mm512_maskz_shuffle_i32x4(0xffff, r[j], r[4 + j], 0x88), odd = _mm512_maskz_shuffle_i32x4(0xffff, r[j], r[4 + j], 0xdd);
+    const __m512i even2 = _mm512_maskz_shuffle_i32x4(0xffff, r[8 + j], r[12 + j], 0x88);
+    const __m512i odd2 = _mm512_maskz_shuffle_i32x4(0xffff, r[8 + j], r[12 + j], 0xdd);
+    t[j] = _mm512_maskz_shuffle_i32x4(0xffff, even, even2, 0x88);
+    t[4 + j] = _mm512_maskz_shuffle_i32x4(0xffff, odd, odd2, 0x88);
+    t[8 + j] = _mm512_maskz_shuffle_i32x4(0xffff, even, even2, 0xdd);
+    t[12 + j] = _mm512_maskz_shuffle_i32x4(0xffff, odd, odd2, 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) r[i] = t[i];
+}
+
+// Of rows that are columns of the panel: n <= PANEL of them, summed over `depth` numbers, an even count, that lie next
+// to each other -> (depth / 2, PANEL), zeros past n.
+template <class S>
+SGMIM_INLINE void pack_columns(const S* from, int64_t row_stride, int64_t depth, int64_t n, float* to) {
+  for (int64_t first = 0; first < PANEL; first += 16)
+    for (int64_t k = 0; k < depth; k += 32) {
+      __m512i r[16];
+      const int64_t count = std::min<int64_t>(depth - k, 32);
+      for (int64_t i = 0; i < 16; ++i) {
+        const S* row = from + (first + i) * row_stride + k;
+        S buffer[32] = {};
+        for (int64_t l = 0; l < 32; l += 64 / sizeof(S)) __builtin_prefetch(row + 128 + l);
+        if (first + i < n && count < 32) __builtin_memcpy(buffer, row, count * sizeof(S));
+        r[i] = units_of_row(first + i < n && count == 32 ? row : buffer);
+      }
+      transpose16(r);
+      for (int64_t i = 0; i < count / 2; ++i) _mm512_storeu_si512(to + (k / 2 + i) * PANEL + first, r[i]);
+    }
+}
+#endif
+
+}  // namespace SGMIM_ISA
+}  // namespace sgmim

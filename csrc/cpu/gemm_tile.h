@@ -1,0 +1,76 @@
+// A register tile of a gemm, over packed operands. Included once per instruction set, after vec.h.
+//
+// An operand's unit has four bytes, whatever its type: a float or, with AVX512-BF16, two bfloat16 that are neighbours
+// along the summed dimension, which one instruction multiplies and adds up. Without that instruction there are units of
+// float only. A panel of the right operand has PANEL columns: (depth, PANEL) units.
+namespace sgmim {
+namespace SGMIM_ISA {
+
+constexpr int64_t TILE_ROWS = 6, TILE_VECTORS = LANES == 16 ? 4 : 2, PANEL = TILE_VECTORS * LANES;
+constexpr int64_t DEPTH = 512;  // units of the summed dimension at a time: a panel of so many stays in L2
+
+// How many numbers of the summed dimension a unit has.
+template <class T>
+constexpr int64_t UNIT = 4 / sizeof(T);
+
+template <class T>
+SGMIM_INLINE vf multiply_add(vf sum, float left, vf right) {
+#if defined(SGMIM_HAS_BF16)
+  if (sizeof(T) == 2) return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)set_bits(left), (__m512bh)right);
+#endif
+  return sum + set1(left) * right;
+}
+
+// c (ROWS, VECTORS * LANES) (+)= a . b. Row m of a is at a + m * a_row, its unit k at k * a_unit of it, in bytes.
+template <class T, int ROWS, int VECTORS>
+SGMIM_INLINE void gemm_tile_of(
+    const char* a, int64_t a_row, int64_t a_unit, const float* b, int64_t depth, float* c, int64_t c_row, bool add) {
+  vf sum[ROWS][VECTORS] = {};
+  if (add)
+    for (int m = 0; m < ROWS; ++m)
+      for (int n = 0; n < VECTORS; ++n) sum[m][n] = load(c + m * c_row + n * LANES);
+  const char* row[ROWS];
+  for (int m = 0; m < ROWS; ++m) row[m] = a + m * a_row;
+  const auto add_unit = [&](int64_t k) SGMIM_INLINE_LAMBDA {
+    vf right[VECTORS];
+    for (int n = 0; n < VECTORS; ++n) right[n] = load(b + k * PANEL + n * LANES);
+    for (int m = 0; m < ROWS; ++m) {
+      float left;
+      __builtin_memcpy(&left, row[m] + k * a_unit, 4);
+      for (int n = 0; n < VECTORS; ++n) sum[m][n] = multiply_add<T>(sum[m][n], left, right[n]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + 16 <= depth; k += 16) {
+    // the rows below these, whose tile is next: where rows are not packed, their lines of 16 units are far apart
+    for (int m = 0; m < ROWS; ++m) __builtin_prefetch(row[m] + TILE_ROWS * a_row + k * a_unit);
+    for (int u = 0; u < 16; ++u) add_unit(k + u);
+  }
+  for (; k < depth; ++k) add_unit(k);
+  for (int m = 0; m < ROWS; ++m)
+    for (int n = 0; n < VECTORS; ++n) store(c + m * c_row + n * LANES, sum[m][n]);
+}
+
+// The same for 1 to TILE_ROWS rows and 1 to PANEL columns; what c has behind those, up to PANEL, is undefined.
+template <class T>
+void gemm_tile(
+    int64_t rows, int64_t columns, const char* a, int64_t a_row, int64_t a_unit, const float* b, int64_t depth,
+    float* c, int64_t c_row, bool add) {
+  if (rows == TILE_ROWS && columns <= PANEL - LANES) {
+    if (columns <= LANES) return gemm_tile_of<T, TILE_ROWS, 1>(a, a_row, a_unit, b, depth, c, c_row, add);
+    if (TILE_VECTORS == 4 && columns <= 2 * LANES)
+      return gemm_tile_of<T, TILE_ROWS, 2>(a, a_row, a_unit, b, depth, c, c_row, add);
+    if (TILE_VECTORS == 4) return gemm_tile_of<T, TILE_ROWS, 3>(a, a_row, a_unit, b, depth, c, c_row, add);
+  }
+  switch (rows) {
+    case 6: return gemm_tile_of<T, 6, TILE_VECTORS>(a, a_row, a_unit, b, depth, c, c_row, add);
+    case 5: return gemm_tile_of<T, 5, TILE_VECTORS>(a, a_row, a_unit, b, depth, c, c_row, add);
+    case 4: return gemm_tile_of<T, 4, TILE_VECTORS>(a, a_row, a_unit, b, depth, c, c_row, add);
+    case 3: return gemm_tile_of<T, 3, TILE_VECTORS>(a, a_row, a_unit, b, depth, c, c_row, add);
+    case 2: return gemm_tile_of<T, 2, TILE_VECTORS>(a, a_row, a_unit, b, depth, c, c_row, add);
+    default: return gemm_tile_of<T, 1, TILE_VECTORS>(a, a_row, a_unit, b, depth, c, c_row, add);
+  }
+}
+
+}  // namespace SGMIM_ISA
+}  // namespace sgmim

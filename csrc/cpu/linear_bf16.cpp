@@ -1,0 +1,220 @@
+// fprop and dgrad of a linear layer in bfloat16 with AVX512-BF16, from weights as they lie: y (n, outs) = x . weight.
+//
+// The weights may be float32: they are rounded while a panel of them is packed, so that no copy in bfloat16 is written
+// and read again. The sums leave the registers as float32 and go through an epilogue while they are in L1: bias and
+// residual; GELU; or GELU's derivative with the gradient of the bias before it.
+//
+// A unit of work is a block of y, CHUNK rows by the PANEL columns of a panel, whatever the number of threads.
+#include <memory>
+
+#include "cpu/launch.h"
+
+#ifndef SGMIM_LINEAR_BF16
+#define SGMIM_LINEAR_BF16
+namespace sgmim {
+constexpr int64_t CHUNK = 240;       // rows of y: 40 tiles
+constexpr int64_t PACKED = 1 << 17;  // units of packed weights at a time: half of a megabyte, for which L2 has room
+
+enum class Epilogue { none, gelu, gelu_backward };
+
+// What is done with the sums, in float32, before they are rounded.
+struct EpilogueOf {
+  Epilogue kind = Epilogue::none;
+  const float* bias = nullptr;     // (outs,), or null
+  const void* residual = nullptr;  // (n, outs) like y, or null
+  void* y = nullptr;               // (n, outs): the result; of gelu the pre-activation; of gelu_backward its gradient
+  const Bf16* hidden = nullptr;    // (n, outs), of gelu_backward: the pre-activation
+  Bf16* activated = nullptr;       // (n, outs), of both: GELU of the pre-activation
+  float* partial = nullptr;        // (chunks, outs), of gelu_backward: column sums
+};
+
+struct LinearBf16 {
+  const Bf16* x;  // (n, ins)
+  const void* weight;
+  int64_t n, ins, outs;
+  EpilogueOf epilogue;
+};
+}  // namespace sgmim
+#endif
+
+#undef SGMIM_THIS_FILE
+#define SGMIM_THIS_FILE "cpu/linear_bf16.cpp"
+#include "cpu/foreach_isa.h"
+
+#if defined(SGMIM_HAS_BF16)
+#include "cpu/vec.h"
+#include "cpu/norm_row.h"
+#include "cpu/gelu_at.h"
+#include "cpu/gemm_tile.h"
+#include "cpu/gemm_pack.h"
+
+namespace sgmim {
+namespace SGMIM_ISA {
+
+// Of `rows` rows from `first` and `width` columns from `column`; sums (rows, PANEL).
+template <class Y>
+SGMIM_INLINE void epilogue(
+    const EpilogueOf& e, int64_t outs, int64_t first, int64_t rows, int64_t column, int64_t width, const float* sums) {
+  float* partial = e.partial ? e.partial + first / CHUNK * outs + column : nullptr;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < width; i += LANES) {
+      const int64_t n = part(i, width), at = (first + r) * outs + column + i;
+      vf sum = load(sums + r * PANEL + i);
+      Y* y = static_cast<Y*>(e.y) + at;
+      if (e.kind == Epilogue::gelu_backward) {
+        const Gelu here = gelu_at<Bf16>(load_part(e.hidden + at, n));
+        sum *= here.derivative;
+        store_part(partial + i, load_part(partial + i, n) + sum, n);
+        store_part(e.activated + at, here.value, n);
+        store_part(y, sum, n);
+        continue;
+      }
+      if (e.bias) sum += load_part(e.bias + column + i, n);
+      if (e.residual) sum += load_part(static_cast<const Y*>(e.residual) + at, n);
+      store_part(y, sum, n);
+      if (e.kind == Epilogue::gelu)  // of what the backward will read
+        store_part(e.activated + at, gelu_at<Bf16>(load_part(y, n)).value, n);
+    }
+}
+
+// The units of work [begin, end), which are blocks of y: those of the first panels first, as many as L2 holds packed,
+// of those each chunk, and of that each panel. weight: (outs, ins) or, TRANSPOSED, (ins, outs).
+template <class W, class Y, bool TRANSPOSED>
+void linear_units(const LinearBf16* g, int64_t begin, int64_t end) {
+  const int64_t units = g->ins / 2, chunks = (g->n + CHUNK - 1) / CHUNK, panels = (g->outs + PANEL - 1) / PANEL;
+  const int64_t fit = units > DEPTH ? 1 : PACKED / std::max<int64_t>(units * PANEL, 1);  // `sums` are of one panel
+  const int64_t together = std::clamp<int64_t>(fit, 1, panels);
+  const std::unique_ptr<float[]> packed(new float[together * units * PANEL]), sums(new float[CHUNK * PANEL]);
+  const W* weight = static_cast<const W*>(g->weight);
+  int64_t ready[2] = {0, 0};  // which panels are packed
+  for (int64_t at = begin; at < end;) {
+    const int64_t base = at / (together * chunks) * together, count = std::min(together, panels - base);
+    const int64_t inside = at - base * chunks, chunk = inside / count;
+    const int64_t from = base + inside % count, to = std::min(base + count, from + end - at);
+    for (int64_t p = from; p < to; ++p) {
+      if (ready[0] <= p && p < ready[1]) continue;
+      const int64_t column = p * PANEL, width = std::min(PANEL, g->outs - column);
+      float* panel = packed.get() + (p - base) * units * PANEL;
+      if (TRANSPOSED)
+        pack_rows<Bf16, PANEL>(weight + column, g->outs, g->ins, width, panel);
+      else
+        pack_columns(weight + column * g->ins, g->ins, g->ins, width, panel);
+      if (p != ready[1] || ready[0] < base) ready[0] = p;
+      ready[1] = p + 1;
+    }
+    const int64_t first = chunk * CHUNK, last = std::min(first + CHUNK, g->n);
+    for (int64_t k = 0; k < units; k += DEPTH) {
+      const int64_t depth = std::min(DEPTH, units - k);
+      for (int64_t r = first; r < last; r += TILE_ROWS)
+        for (int64_t p = from; p < to; ++p) {
+          const int64_t column = p * PANEL, width = std::min(PANEL, g->outs - column);
+          const int64_t rows = std::min(TILE_ROWS, last - r);
+          float* tile = sums.get() + (units > DEPTH ? (r - first) * PANEL : 0);
+          gemm_tile<Bf16>(
+              rows, width, reinterpret_cast<const char*>(g->x + r * g->ins) + 4 * k, 2 * g->ins, 4,
+              packed.get() + ((p - base) * units + k) * PANEL, depth, tile, PANEL, k > 0);
+          if (k + depth == units) epilogue<Y>(g->epilogue, g->outs, r, rows, column, width, tile);
+        }
+    }
+    at += to - from;
+  }
+}
+
+}  // namespace SGMIM_ISA
+}  // namespace sgmim
+#endif
+
+#ifdef SGMIM_ONCE
+namespace sgmim {
+
+// Runs the gemm; `transposed`: weight is (ins, outs), as in a dgrad.
+static void launch(const Tensor& x, const Tensor& weight, bool transposed, const Tensor& y, EpilogueOf epilogue) {
+  SGMIM_CHECK(isa() == Isa::avx512bf16, "needs AVX512-BF16, which this machine lacks or SGMIM_FAST_CPU_ISA leaves out");
+#if defined(__x86_64__)
+  check_matrix(x, "x");
+  check_matrix(weight, "weight");
+  const int64_t n = x.size(0), ins = x.size(1), outs = weight.size(transposed ? 1 : 0);
+  check_packed(x, "x", ScalarType::BFloat16, n * ins);
+  SGMIM_CHECK(weight.size(transposed ? 0 : 1) == ins, "weight does not fit x, which has ", ins, " columns");
+  SGMIM_CHECK(ins % 2 == 0, "x must have an even number of columns, got ", ins);
+  check_matrix(y, "y");
+  SGMIM_CHECK(y.size(0) == n && y.size(1) == outs, "y must be ", n, " x ", outs, ", got ", y.size(0), " x ", y.size(1));
+  epilogue.y = y.data_ptr();
+  const int64_t chunks = (n + CHUNK - 1) / CHUNK;
+  dispatch_float(weight, "weight", [&](auto weight_type) {
+    dispatch_float(y, "y", [&](auto type) {
+      using W = decltype(weight_type);
+      using Y = decltype(type);
+      const LinearBf16 g{data<Bf16>(x), weight.data_ptr(), n, ins, outs, epilogue};
+      const auto kernel = transposed ? &avx512bf16::linear_units<W, Y, true> : &avx512bf16::linear_units<W, Y, false>;
+      const int64_t panels = (outs + avx512bf16::PANEL - 1) / avx512bf16::PANEL;
+      parallel(panels * chunks, 1, [&](int64_t begin, int64_t end) { kernel(&g, begin, end); });
+    });
+  });
+#endif
+}
+
+static void linear_bf16(
+    const Tensor& x, const Tensor& weight, bool transposed, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& residual, const Tensor& y) {
+  check_matrix(y, "y");
+  check_packed(bias, "bias", ScalarType::Float, y.size(1));
+  check_packed(residual, "residual", y.scalar_type(), y.numel());
+  EpilogueOf e;
+  e.bias = data<float>(bias);
+  e.residual = residual.has_value() ? residual->data_ptr() : nullptr;
+  launch(x, weight, transposed, y, e);
+}
+
+static void linear_gelu_bf16(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& hidden, const Tensor& activated) {
+  check_matrix(hidden, "hidden");
+  check_packed(hidden, "hidden", ScalarType::BFloat16, hidden.numel());
+  check_packed(bias, "bias", ScalarType::Float, hidden.size(1));
+  check_packed(activated, "activated", ScalarType::BFloat16, hidden.numel());
+  EpilogueOf e;
+  e.kind = Epilogue::gelu;
+  e.bias = data<float>(bias);
+  e.activated = data<Bf16>(activated);
+  launch(x, weight, false, hidden, e);
+}
+
+static void dgrad_gelu_bf16(
+    const Tensor& dy, const Tensor& weight, const Tensor& hidden, const Tensor& dhidden, const Tensor& activated,
+    const Tensor& sums) {
+  check_matrix(hidden, "hidden");
+  const int64_t outs = hidden.size(1), chunks = (hidden.size(0) + CHUNK - 1) / CHUNK;
+  check_packed(hidden, "hidden", ScalarType::BFloat16, hidden.numel());
+  check_packed(dhidden, "dhidden", ScalarType::BFloat16, hidden.numel());
+  check_packed(activated, "activated", ScalarType::BFloat16, hidden.numel());
+  check_packed(sums, "sums", ScalarType::Float, outs);
+  std::vector<float> partial(chunks * outs, 0.0f);
+  EpilogueOf e;
+  e.kind = Epilogue::gelu_backward;
+  e.hidden = data<Bf16>(hidden);
+  e.activated = data<Bf16>(activated);
+  e.partial = partial.data();
+  launch(dy, weight, true, dhidden, e);
+  for (int64_t i = 0; i < outs; ++i) {
+    double total = 0;
+    for (int64_t c = 0; c < chunks; ++c) total += partial[c * outs + i];
+    data<float>(sums)[i] = static_cast<float>(total);
+  }
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sgmim_fast_cpu, m) {
+  m.def("linear_bf16(Tensor x, Tensor weight, bool transposed, Tensor? bias, Tensor? residual, Tensor(a!) y) -> ()");
+  m.def("linear_gelu_bf16(Tensor x, Tensor weight, Tensor bias, Tensor(a!) hidden, Tensor(b!) activated) -> ()");
+  m.def(
+      "dgrad_gelu_bf16(Tensor dy, Tensor weight, Tensor hidden, Tensor(a!) dhidden, Tensor(b!) activated, "
+      "Tensor(c!) sums) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sgmim_fast_cpu, CPU, m) {
+  m.impl("linear_bf16", TORCH_BOX(&linear_bf16));
+  m.impl("linear_gelu_bf16", TORCH_BOX(&linear_gelu_bf16));
+  m.impl("dgrad_gelu_bf16", TORCH_BOX(&dgrad_gelu_bf16));
+}
+
+}  // namespace sgmim
+#endif

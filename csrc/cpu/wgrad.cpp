@@ -1,0 +1,145 @@
+// wgrad of a linear layer: dw (o, i) = dy (n, o)^T . x (n, i), in float32 from float32 or bfloat16.
+//
+// The sum is over the rows, which the library's gemms do from transposed copies of both operands; here a panel of rows
+// is packed as it lies. From bfloat16 the result is float32, as the parameter's gradient is, and never rounded.
+//
+// DEPTH units of rows at a time are packed, dy in tiles of TILE_ROWS columns and x in panels of PANEL columns, and then
+// added to dw, block by block: every number is summed in the same order, whatever the number of threads.
+#include <memory>
+
+#include "cpu/launch.h"
+
+#ifndef SGMIM_WGRAD
+#define SGMIM_WGRAD
+namespace sgmim {
+// One stretch of rows. The packed operands are (tiles, units, TILE_ROWS) and (panels, units, PANEL).
+struct Wgrad {
+  const void *dy, *x;
+  int64_t rows, outs, ins;
+  float *packed_dy, *packed_x;
+  float* dw;  // (outs, ins)
+  bool add;
+};
+// How a kernel cuts the columns of dy and x: the launcher shares out such blocks.
+struct WgradShape {
+  int64_t depth, units, block, panel;  // numbers summed at a time, their units, columns of dy and of x in a block
+};
+constexpr int64_t WGRAD_BLOCK = 96;  // columns of dy: 16 tiles of 6
+}  // namespace sgmim
+#endif
+
+#undef SGMIM_THIS_FILE
+#define SGMIM_THIS_FILE "cpu/wgrad.cpp"
+#include "cpu/foreach_isa.h"
+#include "cpu/vec.h"
+#include "cpu/norm_row.h"
+#include "cpu/gemm_tile.h"
+#include "cpu/gemm_pack.h"
+
+namespace sgmim {
+namespace SGMIM_ISA {
+
+template <class T>
+void wgrad_shape(WgradShape* shape) {
+  *shape = {DEPTH * UNIT<T>, DEPTH, WGRAD_BLOCK, PANEL};
+}
+
+// Blocks of dy's columns: in each the tiles one after the other. A few units at a time, which stay in L1.
+template <class T>
+void wgrad_pack_dy(const Wgrad* g, int64_t begin, int64_t end) {
+  constexpr int64_t FEW = 32;
+  const int64_t units = (g->rows + UNIT<T> - 1) / UNIT<T>;
+  float line[FEW * WGRAD_BLOCK + LANES];
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * WGRAD_BLOCK, count = std::min(WGRAD_BLOCK, g->outs - first);
+    for (int64_t from = 0; from < units; from += FEW) {
+      const int64_t row = from * UNIT<T>, rows = std::min(FEW * UNIT<T>, g->rows - row);
+      const int64_t few = std::min(FEW, units - from);
+      pack_rows<T, WGRAD_BLOCK>(static_cast<const T*>(g->dy) + row * g->outs + first, g->outs, rows, count, line);
+      for (int64_t t = 0; t < count; t += TILE_ROWS) {
+        float* to = g->packed_dy + (first + t) * units + from * TILE_ROWS;
+        int64_t k = 0;
+        for (; k < few - 1; ++k)  // eight numbers are one copy, of which the next one overwrites two
+          __builtin_memcpy(to + k * TILE_ROWS, line + k * WGRAD_BLOCK + t, 8 * sizeof(float));
+        __builtin_memcpy(to + k * TILE_ROWS, line + k * WGRAD_BLOCK + t, TILE_ROWS * sizeof(float));
+      }
+    }
+  }
+}
+
+template <class T>
+void wgrad_pack_x(const Wgrad* g, int64_t begin, int64_t end) {
+  const int64_t units = (g->rows + UNIT<T> - 1) / UNIT<T>;
+  for (int64_t p = begin; p < end; ++p)
+    pack_rows<T, PANEL>(
+        static_cast<const T*>(g->x) + p * PANEL, g->ins, g->rows, std::min(PANEL, g->ins - p * PANEL),
+        g->packed_x + p * PANEL * units);
+}
+
+// Blocks of dw: those of dy's columns first, then the panels.
+template <class T>
+void wgrad_multiply(const Wgrad* g, int64_t begin, int64_t end) {
+  const int64_t units = (g->rows + UNIT<T> - 1) / UNIT<T>, blocks = (g->outs + WGRAD_BLOCK - 1) / WGRAD_BLOCK;
+  float part[TILE_ROWS * PANEL];
+  for (int64_t at = begin; at < end; ++at) {
+    const int64_t first = at % blocks * WGRAD_BLOCK, column = at / blocks * PANEL;
+    const int64_t last = std::min(first + WGRAD_BLOCK, g->outs), width = std::min(PANEL, g->ins - column);
+    for (int64_t o = first; o < last; o += TILE_ROWS) {
+      const int64_t rows = std::min(TILE_ROWS, last - o);
+      const char* a = reinterpret_cast<const char*>(g->packed_dy + o * units);
+      float* c = g->dw + o * g->ins + column;
+      const bool whole = width == PANEL;
+      gemm_tile<T>(
+          rows, width, a, 4, 4 * TILE_ROWS, g->packed_x + column * units, units, whole ? c : part,
+          whole ? g->ins : PANEL, whole && g->add);
+      for (int64_t m = 0; !whole && m < rows; ++m)
+        for (int64_t i = 0; i < width; i += LANES) {
+          const int64_t n = sgmim::SGMIM_ISA::part(i, width);
+          vf sum = load_part(part + m * PANEL + i, n);
+          if (g->add) sum += load_part(c + m * g->ins + i, n);
+          store_part(c + m * g->ins + i, sum, n);
+        }
+    }
+  }
+}
+
+}  // namespace SGMIM_ISA
+
+#ifdef SGMIM_ONCE
+
+static void wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw) {
+  check_matrix(dy, "dy");
+  check_matrix(x, "x");
+  check_matrix(dw, "dw");
+  const int64_t n = dy.size(0), outs = dy.size(1), ins = x.size(1);
+  check_packed(x, "x", dy.scalar_type(), n * ins);
+  check_packed(dw, "dw", ScalarType::Float, outs * ins);
+  dispatch_float(dy, "dy", [&](auto type) {
+    using T = decltype(type);
+    SGMIM_CHECK(sizeof(T) == 4 || isa() == Isa::avx512bf16, "bfloat16 needs AVX512-BF16");
+    WgradShape shape;
+    SGMIM_SELECT((wgrad_shape<T>))(&shape);
+    const auto pack_dy = SGMIM_SELECT((wgrad_pack_dy<T>)), pack_x = SGMIM_SELECT((wgrad_pack_x<T>));
+    const auto multiply = SGMIM_SELECT((wgrad_multiply<T>));
+    const int64_t blocks = (outs + shape.block - 1) / shape.block, panels = (ins + shape.panel - 1) / shape.panel;
+    const int64_t units = std::min(shape.units, (n * shape.units + shape.depth - 1) / shape.depth);
+    const std::unique_ptr<float[]> packed_dy(new float[blocks * shape.block * units]);
+    const std::unique_ptr<float[]> packed_x(new float[panels * shape.panel * units]);
+    if (n == 0) std::fill_n(data<float>(dw), dw.numel(), 0.0f);
+    for (int64_t first = 0; first < n; first += shape.depth) {
+      const Wgrad g{
+          data<T>(dy) + first * outs, data<T>(x) + first * ins, std::min(shape.depth, n - first), outs, ins,
+          packed_dy.get(), packed_x.get(), data<float>(dw), first > 0};
+      parallel(blocks, 1, [&](int64_t begin, int64_t end) { pack_dy(&g, begin, end); });
+      parallel(panels, 1, [&](int64_t begin, int64_t end) { pack_x(&g, begin, end); });
+      parallel(blocks * panels, 1, [&](int64_t begin, int64_t end) { multiply(&g, begin, end); });
+    }
+  });
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sgmim_fast_cpu, m) { m.def("wgrad(Tensor dy, Tensor x, Tensor(a!) dw) -> ()"); }
+
+STABLE_TORCH_LIBRARY_IMPL(sgmim_fast_cpu, CPU, m) { m.impl("wgrad", TORCH_BOX(&wgrad)); }
+
+#endif
+}  // namespace sgmim

@@ -1,0 +1,75 @@
+"""The wgrad of csrc/cpu/wgrad.cpp, in every instruction set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from checks import assert_close_to_truth
+from torch import Tensor
+
+from sgmim_fast import backends
+
+NATIVE = backends.available()["cpu"]
+pytestmark = pytest.mark.skipif(not NATIVE[0], reason=NATIVE[1])
+ISA = torch.ops.sgmim_fast_cpu.isa() if NATIVE[0] else ""
+
+# rows, columns of dy and of x: single ones, parts of tiles and panels, and more rows than are packed at a time
+SHAPES = [(0, 3, 5), (1, 1, 1), (7, 5, 3), (16, 6, 64), (33, 97, 130), (353, 100, 70), (513, 12, 33), (2100, 7, 17)]
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def dtype(request):
+    if request.param == torch.bfloat16 and ISA != "avx512bf16":
+        pytest.skip("needs AVX512-BF16")
+    return request.param
+
+
+def wgrad(dy: Tensor, x: Tensor) -> Tensor:
+    dw = torch.full((dy.shape[1], x.shape[1]), torch.nan)
+    torch.ops.sgmim_fast_cpu.wgrad(dy, x, dw)
+    return dw
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values(dtype, shape):
+    rows, outs, ins = shape
+    dy, x = torch.randn(rows, outs).to(dtype), torch.randn(rows, ins).to(dtype)
+    plain = dy.float().t() @ x.float()
+    assert_close_to_truth(wgrad(dy, x), plain, dy.double().t() @ x.double(), "dw")
+
+
+def test_any_number_of_threads_gives_the_same_bits(dtype):
+    dy, x = torch.randn(1500, 200).to(dtype), torch.randn(1500, 90).to(dtype)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(wgrad(dy, x))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_not_a_number_stays_in_its_row_and_column(dtype):
+    dy, x = torch.randn(40, 9).to(dtype), torch.randn(40, 70).to(dtype)
+    expected = wgrad(dy, x)
+    dy[3, 4] = torch.nan
+    actual = wgrad(dy, x)
+    assert actual[4].isnan().all()
+    others = [i for i in range(9) if i != 4]
+    assert torch.equal(actual[others], expected[others])
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_lower_instruction_sets(isa):
+    if os.environ.get("SGMIM_FAST_CPU_ISA"):
+        pytest.skip("one is asked for")
+    command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", __file__]
+    environment = os.environ | {"SGMIM_FAST_CPU_ISA": isa}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -15,6 +15,7 @@ gemm-floor        only the gemms of `visible`, each through the best library cal
 All columns are first checked against each other; on a disagreement no speed is printed, or with `--anyway` only flagged
 ones, and the exit code is 1. They take turns in one
 process, so their ratios hold even where the machine is noisy. MiB: peak memory without parameters and their gradients.
+On a CPU a line says what the fused column takes more than the floor, by class of kernel, from a profiled step.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import torch
 from tools.agree import relative_errors
 from tools.branch import CAPTURED, FUSED, Case, build
 from tools.floor import gemm_floor, multiply_accumulates
+from tools.kernel_classes import above_gemms, class_times, sentence
 from tools.measure import (
     Progress,
     can_plot,
@@ -176,6 +178,10 @@ def measure(
         name = row["name"]
         if name in case.columns and name not in CAPTURED and row["median_ms"] < 1e3 * SLOW:
             row |= split(case, name, max(1, min(5, int(seconds / 10 / row["median_ms"] * 1e3))))
+    for row in found if case.device == "cpu" else []:
+        if row["name"] in FUSED:
+            times = class_times(steps[row["name"]])
+            row["above_gemms"] = above_gemms(times, row["median_ms"], found[-1]["median_ms"])
     return found
 
 
@@ -211,6 +217,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         ratios = [by_name[base]["median_ms"] / ms for base in ("dense", "visible")]
         line = f"{name:18}" + "".join(f"{'' if c is None else f'{c:.1f}':>9}" for c in cells)
         lines.append(line + f"{ratios[0]:8.2f}x{ratios[1]:10.2f}x{ms / by_name['gemm-floor']['median_ms']:8.2f}x")
+    lines += [sentence(name, row["above_gemms"]) for name, row in by_name.items() if "above_gemms" in row]
     return "\n".join(lines)
 
 

@@ -21,7 +21,8 @@ mae-plain             MAE with guidance as a careful PyTorch user would write it
 All columns but the simmim ones compute the same loss, those of visible patches alone another one: they are first
 checked against each other. A column that disagrees is flagged, and the exit code is 1. They take turns in one process,
 so their ratios hold even where the machine is noisy. host: until a step's call returns, which on a GPU is before its
-work is done. MiB: peak memory without parameters and their gradients. --update adds clipping and AdamW to every column
+work is done. MiB: peak memory without parameters and their gradients. On a CPU a line says what the accelerated column
+takes more than the floor, by class of kernel, from a profiled step. --update adds clipping and AdamW to every column
 but the floor.
 """
 
@@ -40,6 +41,7 @@ from typing import Any
 import torch
 from tools.agree import relative_errors
 from tools.floor import branch_gemms, encoder_gemms, gemms_floor
+from tools.kernel_classes import CLASSES, REST, above_gemms, class_times, sentence
 from tools.mae import mae_losses
 from tools.measure import autocast, interleaved, machine, peak_mib, summary
 from tools.shapes import DECODER_DEPTH, ENCODERS, SHAPES, Shape
@@ -265,7 +267,13 @@ def measure(
             found.append(row | {"host_ms": summary(host[name][-len(values) :])["median_ms"]})
         return found
 
-    return rows(interleaved(steps, case.device, seconds=seconds, host=host, known=lambda times: keep(rows(times))))
+    known = {"host": host, "known": lambda times: keep(rows(times))}
+    measured = rows(interleaved(steps, case.device, seconds=seconds, **known))
+    for row in measured if case.device == "cpu" else []:
+        if row["name"] == "accelerated":
+            times = class_times(steps["accelerated"])
+            row["above_gemms"] = above_gemms(times, row["median_ms"], measured[-1]["median_ms"])
+    return measured
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -293,30 +301,8 @@ def table(rows: list[dict[str, Any]]) -> str:
                 if first["peak_mib"] and second["peak_mib"]:
                     line += f", with {100 * second['peak_mib'] / first['peak_mib']:.0f} % of its memory"
                 lines.append(line)
+    lines += [sentence(name, row["above_gemms"]) for name, row in by_name.items() if "above_gemms" in row]
     return "\n".join(lines)
-
-
-KINDS = {  # of profiled events, by what their names contain; the first that fits
-    "small gemms": ("bmm", "baddbmm", "scaled_dot_product", "flash_attention"),
-    "gemms": ("mm", "_linear_pointwise", "mkldnn", "convolution"),
-    "window attention": ("window_attention",),
-    "GELU": ("gelu",),
-    "norms": ("layer_norm",),
-    "softmax": ("softmax",),
-    "copies": ("copy", "cat", "roll", "constant_pad", "clone", "index"),
-}
-
-
-def where(step: Callable[[], Any]) -> dict[str, float]:
-    """Milliseconds of one step by kind of work, on a CPU."""
-    step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        step()
-    times = dict.fromkeys([*KINDS, "everything else"], 0.0)
-    for event in profile.key_averages():
-        kind = next((k for k, parts in KINDS.items() if any(p in event.key for p in parts)), "everything else")
-        times[kind] += event.self_cpu_time_total / 1e3
-    return times
 
 
 def kernels(step: Callable[[], Any]) -> list[dict[str, Any]]:
@@ -352,7 +338,7 @@ def plot(cases: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
     figure, axes = plt.subplots(1, len(cases), figsize=size, squeeze=False, layout="constrained")
     for axis, (title, columns) in zip(axes[0], cases.items(), strict=True):
         bottom = dict.fromkeys(columns, 0.0)
-        for kind in [*KINDS, "everything else"]:
+        for kind in [*CLASSES, REST]:
             heights = [columns[name][kind] for name in columns]
             axis.bar(list(columns), heights, bottom=list(bottom.values()), label=kind)
             bottom = {name: bottom[name] + columns[name][kind] for name in columns}
@@ -421,7 +407,7 @@ def main(argv: list[str] | None = None) -> int:
                         print(f"\n{row['name']}:\n{kernel_table(row['kernels'])}", flush=True)
                 write(new)
             if args.plot and device == "cpu":
-                profiles[title] = {name: where(case.step(name)) for name in ("dense", "accelerated")}
+                profiles[title] = {name: class_times(case.step(name)) for name in ("dense", "accelerated")}
             torch.compiler.reset()
     if args.plot and profiles:
         plot(profiles, args.plot)

@@ -3,8 +3,9 @@
 // The sum is over the rows, which the library's gemms do from transposed copies of both operands; here a panel of rows
 // is packed as it lies. From bfloat16 the result is float32, as the parameter's gradient is, and never rounded.
 //
-// DEPTH units of rows at a time are packed, dy in tiles of TILE_ROWS columns and x in panels of PANEL columns, and then
-// added to dw, block by block: every number is summed in the same order, whatever the number of threads.
+// A stretch of rows at a time is packed, dy in tiles of TILE_ROWS columns and x in panels of PANEL columns, and then
+// added to dw, block by block: every number is summed in the same order, whatever the number of threads. As few
+// stretches as L2 allows, all about as long: each reads and writes dw once.
 #include <memory>
 
 #include "cpu/launch.h"
@@ -22,8 +23,9 @@ struct Wgrad {
 };
 // How a kernel cuts the columns of dy and x: the launcher shares out such blocks.
 struct WgradShape {
-  int64_t depth, units, block, panel;  // numbers summed at a time, their units, columns of dy and of x in a block
+  int64_t unit, block, panel;  // numbers in a unit, columns of dy and of x in a block
 };
+constexpr int64_t WGRAD_UNITS = 1024;  // of a stretch at most: a tile of dy stays in L1, a panel of x in L2
 constexpr int64_t WGRAD_BLOCK = 96;  // columns of dy: 16 tiles of 6
 }  // namespace sgmim
 #endif
@@ -41,7 +43,7 @@ namespace SGMIM_ISA {
 
 template <class T>
 void wgrad_shape(WgradShape* shape) {
-  *shape = {DEPTH * UNIT<T>, DEPTH, WGRAD_BLOCK, PANEL};
+  *shape = {UNIT<T>, WGRAD_BLOCK, PANEL};
 }
 
 // Blocks of dy's columns: in each the tiles one after the other. A few units at a time, which stay in L1.
@@ -122,13 +124,14 @@ static void wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw) {
     const auto pack_dy = SGMIM_SELECT((wgrad_pack_dy<T>)), pack_x = SGMIM_SELECT((wgrad_pack_x<T>));
     const auto multiply = SGMIM_SELECT((wgrad_multiply<T>));
     const int64_t blocks = (outs + shape.block - 1) / shape.block, panels = (ins + shape.panel - 1) / shape.panel;
-    const int64_t units = std::min(shape.units, (n * shape.units + shape.depth - 1) / shape.depth);
+    const int64_t all = (n + shape.unit - 1) / shape.unit, stretches = (all + WGRAD_UNITS - 1) / WGRAD_UNITS;
+    const int64_t units = stretches ? (all + stretches - 1) / stretches : 0, depth = units * shape.unit;
     const std::unique_ptr<float[]> packed_dy(new float[blocks * shape.block * units]);
     const std::unique_ptr<float[]> packed_x(new float[panels * shape.panel * units]);
     if (n == 0) std::fill_n(data<float>(dw), dw.numel(), 0.0f);
-    for (int64_t first = 0; first < n; first += shape.depth) {
+    for (int64_t first = 0; first < n; first += depth) {
       const Wgrad g{
-          data<T>(dy) + first * outs, data<T>(x) + first * ins, std::min(shape.depth, n - first), outs, ins,
+          data<T>(dy) + first * outs, data<T>(x) + first * ins, std::min(depth, n - first), outs, ins,
           packed_dy.get(), packed_x.get(), data<float>(dw), first > 0};
       parallel(blocks, 1, [&](int64_t begin, int64_t end) { pack_dy(&g, begin, end); });
       parallel(panels, 1, [&](int64_t begin, int64_t end) { pack_x(&g, begin, end); });

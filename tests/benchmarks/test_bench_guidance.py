@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import bench_guidance
 from tools import branch, measure
+from tools.kernel_classes import sentence as sentence_of
 from tools.shapes import Shape
 
 pytest.importorskip("matplotlib")
@@ -38,6 +39,9 @@ def test_by_default(small, tmp_path, capfd):
         if "fused-cpu" in ms:
             ratio = ms["dense"] / ms["fused-cpu"]
             assert f"{ms['fused-cpu']:.0f} ms with sgmim_fast (cpu), {ratio:.1f} times as fast as the dense" in sentence
+            (row,) = (row for row in rows if row["name"] == "fused-cpu" and row["dtype"] == dtype)
+            assert sum(row["above_gemms"].values()) == pytest.approx(ms["fused-cpu"] / ms["gemm-floor"] - 1)
+            assert sentence_of("fused-cpu", row["above_gemms"]) in out
             assert f"gemms of the visible cells alone take {ms['gemm-floor']:.0f} ms" in sentence
         else:
             assert "python -m sgmim_fast.env says why" in sentence

@@ -1,18 +1,8 @@
 """Patch mergings of `structure_embed` in the coordinates of the pixels: the same numbers from fewer multiplications.
 
-Up to a scale per token, everything in the structure encoder is linear. An embedded patch of 4x4 pixels has 17
-coordinates (its pixels and the bias), whatever the width D of its token; LayerNorm divides them by one number and adds
-a constant; a merging puts four of them side by side. With z the coordinates, r = 1 / sqrt(variance + eps), and C the
-matrix that subtracts the mean,
-
-    x_i = A_i z_i + a_i,   z_i = r_i [z_(i-1) of the four neighbours, 1],   a_i = W_i b_i,
-    A_i = W_i diag(g_i) C [blockdiag(A_(i-1)), a_(i-1)],   A_0 = diag(g_0) C [W_0, b_0],   a_0 = b_0.
-
-A_i depends on the weights alone and is made once per batch. Swin-B, first merging: 69 inputs in place of 512, second:
-277 in place of 1024. What the variances need is in x_(i-1), which is there anyway. A level is collapsed where that
+Numbers in parentheses are equations of docs/SPEC.md, "Mergings in the coordinates of the pixels", whose names are used
+here. Swin-B, first merging: 69 inputs in place of 512, second: 277 in place of 1024. A level is collapsed where that
 saves more multiplications in the rows than making A_i costs (`levels`).
-
-Hidden cells: their embedded patches are zero, so z_0 is and, in the first merging, so is the coordinate of the 1.
 """
 
 from __future__ import annotations
@@ -52,14 +42,14 @@ def forward(
         kernels.embed_norm(part.embed(), *embedding.norms, eps, None, *part.statistics)
     composed = compose(w, collapsed)
     z = first_coordinates(embedding, statistics)
-    x = gemms.linear(z, composed[1].matrix, composed[1].constant)
+    x = gemms.linear(z, composed[1].matrix, composed[1].constant)  # (3)
     for i in range(1, collapsed):
         x = x.view(-1, w.merge_weights[i].shape[1])
         inputs.append(x)
         statistics.append(torch.empty(2, x.shape[0]))
         kernels.row_statistics(x, eps, statistics[-1])
         z = next_coordinates(z, statistics[-1][1])
-        x = gemms.linear(z, composed[i + 1].matrix, composed[i + 1].constant)
+        x = gemms.linear(z, composed[i + 1].matrix, composed[i + 1].constant)  # (3)
     return x, inputs, statistics
 
 
@@ -73,7 +63,7 @@ def backward(
 ) -> Tensor | None:
     """Gives the parameters' gradients and returns that of the patches, if it is wanted.
 
-    With c = sum(dz * z) of a row, what was normalised gets, through the statistics alone, -(r c / width) xhat.
+    What a row that was normalised gets through its statistics alone is a factor times xhat, (8).
     """
     w = embedding.w
     composed = compose(w, collapsed)
@@ -83,14 +73,14 @@ def backward(
     dmatrices, dconstants = [torch.empty(0)] * collapsed, [torch.empty(x.constant.shape[0]) for x in composed[1:]]
     dz = None
     for i in reversed(range(collapsed)):
-        dmatrices[i] = gemms.wgrad(dx, z[i])
+        dmatrices[i] = gemms.wgrad(dx, z[i])  # (6), three lines
         torch.ops.sgmim_fast_cpu.column_sum(dx, dconstants[i])
         from_x = gemms.dgrad(dx, composed[i + 1].matrix)
         dz = from_x if dz is None else from_x.add_(dz)
         mean, rstd = statistics[i + 1]
         share = dz * z[i]
-        scale = share.sum(1) * rstd / -w.merge_weights[i].shape[1]  # of xhat
-        dz_below = dz[:, :-1] * rstd[:, None]
+        scale = share.sum(1) * rstd / -w.merge_weights[i].shape[1]  # of xhat, (8)
+        dz_below = dz[:, :-1] * rstd[:, None]  # (7)
         if i > 0:
             slope = (scale * rstd)[:, None]
             dx = torch.addcmul(-mean[:, None] * slope, inputs[i - 1], slope).view(-1, w.merge_weights[i - 1].shape[0])
@@ -138,7 +128,7 @@ def _embedding_backward(
 
 
 def first_coordinates(embedding: Embedding, statistics: list[Tensor]) -> Tensor:
-    """z_1, (merged rows, q_1); zero for the hidden cell."""
+    """z_1 by (1) and (2), (merged rows, q_1); zero for the hidden cell."""
     pixels = embedding.cells.patches()
     z = torch.zeros(pixels.shape[0] + embedding.cells.per_cell, pixels.shape[1] + 1)
     append_scaled(pixels, statistics[0][1], z[: pixels.shape[0]])
@@ -148,7 +138,7 @@ def first_coordinates(embedding: Embedding, statistics: list[Tensor]) -> Tensor:
 
 
 def next_coordinates(z: Tensor, rstd: Tensor) -> Tensor:
-    """z_i = r [four neighbours' z_(i-1), 1], (n, q_i)."""
+    """z_i from z_(i-1) by (2), (n, q_i)."""
     z = z.view(rstd.shape[0], -1)
     return append_scaled(z, rstd, torch.empty(z.shape[0], z.shape[1] + 1))
 
@@ -169,7 +159,7 @@ class Composed(NamedTuple):
 
 
 def compose(w: StructureParameters, count: int) -> list[Composed]:
-    """Levels 0 to `count`, float32."""
+    """Levels 0 to `count` by (4) and (5), float32."""
     embed = torch.cat([w.embed_weight.flatten(1), w.embed_bias[:, None]], 1).float()
     embed = embed - embed.mean(0)
     composed = [Composed(w.norm_weight.float()[:, None] * embed, w.norm_bias.float(), embed)]
@@ -187,7 +177,7 @@ def compose(w: StructureParameters, count: int) -> list[Composed]:
 def compose_backward(
     w: StructureParameters, composed: list[Composed], dmatrices: list[Tensor], dconstants: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """Gradients of A_1.. and a_1.. -> of the merge weights, gains and shifts, and of the embedding and its norm."""
+    """(9): gradients of A_1.. and a_1.. -> of merge weights, gains and shifts, and of the embedding and its norm."""
     dweights, dgains, dshifts = [], [], []
     dmatrix, dconstant = dmatrices[-1], dconstants[-1]
     for i in reversed(range(len(dmatrices))):

@@ -26,6 +26,7 @@ struct WgradShape {
   int64_t unit, block, panel;  // numbers in a unit, columns of dy and of x in a block
 };
 constexpr int64_t WGRAD_UNITS = 1024;  // of a stretch at most: a tile of dy stays in L1, a panel of x in L2
+constexpr int64_t WGRAD_CHAIN = 256;  // units that are added up one by one: the error grows with the root of their count
 constexpr int64_t WGRAD_BLOCK = 96;  // columns of dy: 16 tiles of 6
 }  // namespace sgmim
 #endif
@@ -82,25 +83,24 @@ void wgrad_pack_x(const Wgrad* g, int64_t begin, int64_t end) {
 template <class T>
 void wgrad_multiply(const Wgrad* g, int64_t begin, int64_t end) {
   const int64_t units = (g->rows + UNIT<T> - 1) / UNIT<T>, blocks = (g->outs + WGRAD_BLOCK - 1) / WGRAD_BLOCK;
-  float part[TILE_ROWS * PANEL];
+  float chain[TILE_ROWS * PANEL];
   for (int64_t at = begin; at < end; ++at) {
     const int64_t first = at % blocks * WGRAD_BLOCK, column = at / blocks * PANEL;
     const int64_t last = std::min(first + WGRAD_BLOCK, g->outs), width = std::min(PANEL, g->ins - column);
     for (int64_t o = first; o < last; o += TILE_ROWS) {
       const int64_t rows = std::min(TILE_ROWS, last - o);
-      const char* a = reinterpret_cast<const char*>(g->packed_dy + o * units);
-      float* c = g->dw + o * g->ins + column;
-      const bool whole = width == PANEL;
-      gemm_tile<T>(
-          rows, width, a, 4, 4 * TILE_ROWS, g->packed_x + column * units, units, whole ? c : part,
-          whole ? g->ins : PANEL, whole && g->add);
-      for (int64_t m = 0; !whole && m < rows; ++m)
-        for (int64_t i = 0; i < width; i += LANES) {
-          const int64_t n = sgmim::SGMIM_ISA::part(i, width);
-          vf sum = load_part(part + m * PANEL + i, n);
-          if (g->add) sum += load_part(c + m * g->ins + i, n);
-          store_part(c + m * g->ins + i, sum, n);
-        }
+      for (int64_t k = 0; k < units; k += WGRAD_CHAIN) {
+        gemm_tile<T>(
+            rows, width, reinterpret_cast<const char*>(g->packed_dy + o * units + k * TILE_ROWS), 4, 4 * TILE_ROWS,
+            g->packed_x + column * units + k * PANEL, std::min(WGRAD_CHAIN, units - k), chain, PANEL, false);
+        for (int64_t m = 0; m < rows; ++m)
+          for (int64_t i = 0; i < width; i += LANES) {
+            const int64_t n = part(i, width);
+            float* c = g->dw + (o + m) * g->ins + column + i;
+            const vf sum = load(chain + m * PANEL + i);
+            store_part(c, g->add || k > 0 ? load_part(c, n) + sum : sum, n);
+          }
+      }
     }
   }
 }

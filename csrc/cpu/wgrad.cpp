@@ -83,7 +83,7 @@ void wgrad_pack_x(const Wgrad* g, int64_t begin, int64_t end) {
 template <class T>
 void wgrad_multiply(const Wgrad* g, int64_t begin, int64_t end) {
   const int64_t units = (g->rows + UNIT<T> - 1) / UNIT<T>, blocks = (g->outs + WGRAD_BLOCK - 1) / WGRAD_BLOCK;
-  float chain[TILE_ROWS * PANEL];
+  float total[TILE_ROWS * PANEL] = {}, chain[TILE_ROWS * PANEL] = {};
   for (int64_t at = begin; at < end; ++at) {
     const int64_t first = at % blocks * WGRAD_BLOCK, column = at / blocks * PANEL;
     const int64_t last = std::min(first + WGRAD_BLOCK, g->outs), width = std::min(PANEL, g->ins - column);
@@ -92,15 +92,16 @@ void wgrad_multiply(const Wgrad* g, int64_t begin, int64_t end) {
       for (int64_t k = 0; k < units; k += WGRAD_CHAIN) {
         gemm_tile<T>(
             rows, width, reinterpret_cast<const char*>(g->packed_dy + o * units + k * TILE_ROWS), 4, 4 * TILE_ROWS,
-            g->packed_x + column * units + k * PANEL, std::min(WGRAD_CHAIN, units - k), chain, PANEL, false);
-        for (int64_t m = 0; m < rows; ++m)
-          for (int64_t i = 0; i < width; i += LANES) {
-            const int64_t n = part(i, width);
-            float* c = g->dw + (o + m) * g->ins + column + i;
-            const vf sum = load(chain + m * PANEL + i);
-            store_part(c, g->add || k > 0 ? load_part(c, n) + sum : sum, n);
-          }
+            g->packed_x + column * units + k * PANEL, std::min(WGRAD_CHAIN, units - k), k ? chain : total, PANEL, false);
+        for (int64_t i = 0; k > 0 && i < rows * PANEL; i += LANES) store(total + i, load(total + i) + load(chain + i));
       }
+      for (int64_t m = 0; m < rows; ++m)
+        for (int64_t i = 0; i < width; i += LANES) {
+          const int64_t n = part(i, width);
+          float* c = g->dw + (o + m) * g->ins + column + i;
+          const vf sum = load(total + m * PANEL + i);
+          store_part(c, g->add ? load_part(c, n) + sum : sum, n);
+        }
     }
   }
 }

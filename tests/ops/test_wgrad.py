@@ -12,6 +12,7 @@ from checks import assert_close_to_truth
 from torch import Tensor
 
 from sgmim_fast import backends
+from sgmim_fast.ops.cpu import gemms
 
 NATIVE = backends.available()["cpu"]
 pytestmark = pytest.mark.skipif(not NATIVE[0], reason=NATIVE[1])
@@ -63,6 +64,15 @@ def test_not_a_number_stays_in_its_row_and_column(dtype):
     assert actual[4].isnan().all()
     others = [i for i in range(9) if i != 4]
     assert torch.equal(actual[others], expected[others])
+
+
+@pytest.mark.parametrize("rows", [gemms.MANY_ROWS - 1, gemms.MANY_ROWS])
+def test_chosen_for_many_rows(monkeypatch, rows):
+    calls = []
+    monkeypatch.setattr(gemms, "_sums_float32", lambda: True)
+    monkeypatch.setattr(torch.ops.sgmim_fast_cpu, "wgrad", lambda *args: calls.append(args))
+    gemms.wgrad(torch.randn(rows, 3), torch.randn(rows, 2))
+    assert len(calls) == (rows >= gemms.MANY_ROWS)
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])

@@ -90,18 +90,23 @@ def dgrad_gelu(dy: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tens
     return dhidden, activated, total
 
 
+MANY_ROWS = 1024  # from which our float32 wgrad is used
+
+
 @functools.cache
-def sums_rows(dtype: torch.dtype) -> bool:
-    """Whether wgrads of this dtype are our own. In float32 they are up to 1.7 times as fast as the library's on AMD
-    with AVX-512, whose transposed copies they do without; elsewhere MKL's are as good."""
-    if dtype == torch.float32:
-        return torch.ops.sgmim_fast_cpu.isa().startswith("avx512") and products._mkl_is_slow()
-    return dtype == torch.bfloat16 and reads_float32_weights()
+def _sums_float32() -> bool:
+    """AMD with AVX-512, where wgrads went to oneDNN, whose transposed copies of both operands take up to half of the
+    time if there are many rows; elsewhere MKL's are as good."""
+    return torch.ops.sgmim_fast_cpu.isa().startswith("avx512") and products._mkl_is_slow()
 
 
 def wgrad(dy: Tensor, x: Tensor) -> Tensor:
     """As `products.wgrad`; ours are in float32."""
-    if not sums_rows(dy.dtype):
+    if dy.dtype == torch.float32:
+        own = dy.shape[0] >= MANY_ROWS and _sums_float32()
+    else:
+        own = dy.dtype == torch.bfloat16 and reads_float32_weights()
+    if not own:
         return products.wgrad(dy, x)
     dw = torch.empty(dy.shape[1], x.shape[1])
     torch.ops.sgmim_fast_cpu.wgrad(dy.contiguous(), x.contiguous(), dw)

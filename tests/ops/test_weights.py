@@ -13,6 +13,7 @@ from torch import nn
 
 from sgmim_fast import SGMIM, create_encoder, selective_mask
 from sgmim_fast.ops import products, target, weights
+from sgmim_fast.ops.cpu import gemms
 from sgmim_fast.ops.weights import cast_together, weights_in
 
 LOW = torch.bfloat16
@@ -22,6 +23,7 @@ LOW = torch.bfloat16
 def on_a_gpu(monkeypatch):
     """Where alone copies are kept."""
     monkeypatch.setattr(target, "on_gpu", lambda weight: True)
+    monkeypatch.setattr(gemms, "reads_float32_weights", lambda: False)  # or a CPU casts nothing
 
 
 def data(weight: nn.Parameter) -> None:

@@ -130,7 +130,7 @@ namespace sgmim {
 // Runs the gemm; `transposed`: weight is (ins, outs), as in a dgrad.
 static void launch(const Tensor& x, const Tensor& weight, bool transposed, const Tensor& y, EpilogueOf epilogue) {
   SGMIM_CHECK(isa() == Isa::avx512bf16, "needs AVX512-BF16, which this machine lacks or SGMIM_FAST_CPU_ISA leaves out");
-#if defined(__x86_64__)
+#if defined(SGMIM_MANY_ISAS)
   check_matrix(x, "x");
   check_matrix(weight, "weight");
   const int64_t n = x.size(0), ins = x.size(1), outs = weight.size(transposed ? 1 : 0);

@@ -16,7 +16,7 @@ from sgmim_fast import backends, ops
 
 NATIVE = backends.available()["cpu"]
 # Our operators that are none of the classes: the losses, masks, and what only sums or standardizes.
-OTHERS = {"column_sum", "expand_signs", "isa", "l1", "place_tokens", "place_tokens_backward", "selective_mask"}
+OTHERS = {"column_sum", "expand_signs", "distance", "isa", "place_tokens", "place_tokens_backward", "selective_mask"}
 OTHERS |= {"standardize_structure", "token_salience"}
 
 

@@ -225,6 +225,9 @@ class _MaskedViT(MaskedEncoder):
         x = checkpoint_seq(model.blocks, x) if model.grad_checkpointing else model.blocks(x)
         return model.norm(x)
 
+    def _with_positions(self, tokens: Tensor) -> Tensor:
+        return self.model._pos_embed(tokens)[:, self.model.num_prefix_tokens :]
+
 
 class _VisibleViT(VisibleEncoder, _MaskedViT):
     def _encode(self, x: Tensor, cells: Tensor) -> Tensor:
@@ -251,9 +254,6 @@ class _VisibleBeit(VisibleEncoder, _MaskedBeit):
         model, count = self.model, grid[0] * grid[1]
         table = torch.cat([model.cls_token[0], model.cls_token.new_zeros(count, model.cls_token.shape[2])])
         return table if model.pos_embed is None else table + model.pos_embed[0]
-
-    def _with_positions(self, tokens: Tensor) -> Tensor:
-        return self.model._pos_embed(tokens)[:, self.model.num_prefix_tokens :]
 
 
 class _MaskedEva(MaskedEncoder):

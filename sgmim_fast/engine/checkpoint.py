@@ -25,7 +25,7 @@ from torch.distributed.checkpoint import state_dict as whole
 from sgmim_fast.engine.settings import from_mapping, with_changes
 from sgmim_fast.errors import UserError
 
-FACTS = "checkpoint.json"
+FACTS, AVERAGE = "checkpoint.json", "average"
 _OPTIONS = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -164,6 +164,11 @@ def choose(run: Path, name: str | None = None) -> Path:
 def read(path: Path, part: str) -> dict[str, Tensor]:
     """The state dict of one part, on the CPU."""
     return load_file(path / f"{part}.safetensors")
+
+
+def averages(path: Path) -> dict[str, Tensor]:
+    """The moving averages of the parameters (`engine.average`); {} where there are none."""
+    return read(path, AVERAGE) if (path / f"{AVERAGE}.safetensors").is_file() else {}
 
 
 class Saved(NamedTuple):

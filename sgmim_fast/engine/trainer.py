@@ -73,7 +73,7 @@ class Stepper:
             self.optimizer = accelerator.prepare(task.create_optimizer(self.plain))
         else:
             self.model, self.optimizer = accelerator.prepare(self.plain, task.create_optimizer(self.plain))
-        self.average = Average(self.plain, task.average)
+        self.average = Average(self.plain, task.average) if task.average else None
         self.model.train()
         self.captured: CapturedStep | None = None  # not with several processes: their backward communicates
         here = accelerator.device.type == Graph.device_type and accelerator.num_processes == 1
@@ -107,7 +107,8 @@ class Stepper:
         for buffer, old in zip(self.statistics(), before, strict=True):
             buffer.copy_(torch.where(norm.isfinite(), buffer, old))
         self.optimizer.step()
-        self.average.update(step)
+        if self.average is not None:
+            self.average.update(step)
         self.optimizer.zero_grad(set_to_none=True)
         return Done(torch.cat([losses, norm.float().view(1)]), lr, names, skipped, waited)
 
@@ -127,6 +128,10 @@ class Stepper:
         # the gradient of L1 is a sign, which is finite even where the loss is not
         poison = torch.where(finite, 1 / self.layout.accumulate, torch.nan)
         return [losses[0] * poison, *losses]
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the model has the moving averages of its parameters, if there are any."""
+        return contextlib.nullcontext() if self.average is None else self.average.in_place()
 
     def statistics(self) -> list[Tensor]:
         """The running statistics of batch norms."""
@@ -252,14 +257,13 @@ class Trainer:
         facts = saved.facts if saved else {}
         self.done = facts.get("step", 0)
         self.window = Window(accelerator, facts.get("skipped_steps", 0), log.read_skipped(run) if saved else None)
-        self.since_checkpoint: list[
-            list[float]
-        ] = []  # losses and gradient norms of the steps since the last checkpoint
+        self.since_checkpoint: list[list[float]] = []  # losses and gradient norms of each step since
         if saved:
             raw = self.stepper.optimizer.optimizer
             parts = checkpoint.read(saved.path, "model"), checkpoint.read(saved.path, "optimizer")
             checkpoint.restore(self.stepper.model, raw, *parts)
-            self.stepper.average.restore(saved.path)
+            if self.stepper.average is not None:
+                self.stepper.average.restore(saved.path)
             if accelerator.scaler is not None and facts.get("scaler"):
                 accelerator.scaler.load_state_dict(facts["scaler"])
         self.log: log.Log | None = None
@@ -373,18 +377,18 @@ class Trainer:
 
     def _evaluate(self) -> float:
         """Evaluates the current model and logs the metrics; returns the score."""
-        for (
-            statistics
-        ) in self.stepper.statistics():  # batch norm: evaluate with the statistics that the first process saves
+        for statistics in self.stepper.statistics():  # of batch norms: those that the first process saves
             statistics.copy_(broadcast(statistics))
-        with self.stepper.average.in_place():
+        with self.stepper.averaged():
             score, metrics = self.task.evaluate(self.stepper.plain, self.accelerator)
         if self.log is not None:
             self.log.metrics(self.done, metrics)
         return score
 
     def _save(self, score: float | None) -> None:
-        tensors = checkpoint.gather(self.stepper.model, self.stepper.optimizer.optimizer) | self.stepper.average.parts()
+        tensors = checkpoint.gather(self.stepper.model, self.stepper.optimizer.optimizer)
+        if self.stepper.average is not None:
+            tensors |= self.stepper.average.parts()
         if self.accelerator.is_main_process:
             means = self._means(self.since_checkpoint)
             scaler = self.accelerator.scaler
@@ -417,7 +421,7 @@ class Trainer:
     def _draw(self, examples: Any) -> None:
         if not (self.accelerator.is_main_process or self.config.run.fsdp):  # a sharded model needs all processes
             return
-        with self.stepper.average.in_place():
+        with self.stepper.averaged():
             found = self.task.draw_picture(self.stepper.plain, examples, self.accelerator)
         if self.accelerator.is_main_process:
             name = f"step-{self.done:08d}.png"

@@ -21,7 +21,7 @@ from sgmim_fast.data.pairs import Pairs
 from sgmim_fast.data.seeds import mix
 from sgmim_fast.decoder import Decoder
 from sgmim_fast.encoders import MODULES, create_encoder
-from sgmim_fast.engine import average, checkpoint
+from sgmim_fast.engine import checkpoint
 from sgmim_fast.engine.checkpoint import Saved
 from sgmim_fast.engine.settings import OF_EVERY_RUN_0, OF_EVERY_RUN_1, at_least
 from sgmim_fast.errors import UserError, nearest
@@ -394,5 +394,5 @@ def load(saved: Saved) -> SGMIM:
     """The model of a checkpoint, on the CPU, in evaluation mode; with the averages of its weights where there are."""
     with torch.random.fork_rng(devices=[]):
         model = create_model(trained(saved.config))
-    model.load_state_dict(checkpoint.read(saved.path, "model") | average.read(saved.path))
+    model.load_state_dict(checkpoint.read(saved.path, "model") | checkpoint.averages(saved.path))
     return model.eval()

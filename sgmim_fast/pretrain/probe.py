@@ -35,15 +35,13 @@ def kind_of(config: Config) -> StructureKind:
     return data.structure_kind(settings.probe_kind, **{"channels": None, "classes": None, "ignore": 255, **classes})
 
 
-def create(config: Config) -> Dataset | None:
-    """The labelled pairs, cut and resized without chance; None: there are none.
+def create(config: Config) -> Dataset:
+    """The labelled pairs of `data.probe`, cut and resized without chance.
 
     Raises:
         UserError, DataError: there is something wrong with them.
     """
     settings = config.data
-    if settings.probe is None:
-        return None
     folders = [Path(settings.probe, name) for name in ("images", "labels")]
     for folder in folders:
         if not folder.is_dir():

@@ -66,7 +66,7 @@ class Pretraining(Task):
 
     def create_dataset(self) -> Dataset:
         dataset, self.held_out = build.hold_out(self.config, build.create_dataset(self.config))
-        self.probed = probe.create(self.config)
+        self.probed = None if self.config.data.probe is None else probe.create(self.config)
         return dataset
 
     def create_optimizer(self, model: SGMIM) -> torch.optim.AdamW:

@@ -49,6 +49,12 @@ def model_of(seed=0, **changes):
     return model
 
 
+def of_channels(channels):
+    """Settings of images with so many."""
+    numbers = {"data__mean": [0.5] * channels, "data__std": [0.25] * channels}
+    return numbers | {"data__image_channels": channels, "data__images": "i", "data__structure": "s", "data__scenes": 0}
+
+
 def start(path, seed=1, **changes):
     """A model that starts from there, and what is said of it."""
     config = tiny(**changes, model__init=str(path))
@@ -153,8 +159,7 @@ def test_weights_of_timm_from_the_cache(cache):
     source = timm.create_model(name, pretrained=False)
     in_the_cache(cache, name, source.state_dict())
     for channels in (3, 1, 5):
-        arguments = {} if channels == 3 else {"in_chans": channels}
-        changes = {**TINY_VIT, "model__arguments": arguments}
+        changes = {**TINY_VIT, **({} if channels == 3 else of_channels(channels))}
         new, lines = start(f"timm:{name}", **changes)
         assert any("absolute positions resized for a grid of tokens: 14x14 -> 4x4" in line for line in lines)
         assert torch.equal(new.encoder.model.blocks[3].attn.qkv.weight, source.blocks[3].attn.qkv.weight)
@@ -197,10 +202,10 @@ def test_what_does_not_fit_is_listed_and_stops_unless_accepted(tmp_path):
 
 
 def test_other_channels_than_the_weights(tmp_path):
-    old, path = model_of(model__arguments={"depth": 1, "in_chans": 5}), tmp_path / "encoder.safetensors"
+    old, path = model_of(model__arguments={"depth": 1}, **of_channels(5)), tmp_path / "encoder.safetensors"
     save_file(old.encoder.model.state_dict(), path)
     with pytest.raises(UserError, match="a stem of 5 channels, images have 4; expected weights of 4 or of 3"):
-        start(path, model__arguments={"depth": 1, "in_chans": 4})
+        start(path, model__arguments={"depth": 1}, **of_channels(4))
 
 
 def test_weights_of_something_else(tmp_path):

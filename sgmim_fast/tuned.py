@@ -34,17 +34,18 @@ FORMAT = 1
 SETTINGS = ("SGMIM_FAST_PRODUCTS", "SGMIM_FAST_TRITON_PRODUCTS", "SGMIM_FAST_LIBRARY")  # that change what is fast
 
 # What the time of an op depends on: two tensors, whose shapes count (of a list its length), and the dtype of the first;
-# then arguments that count by value. The backward of a composition has the same key as its forward.
+# then arguments, if there are any, that count by value. The backward of a composition has the same key as its forward.
 SHAPED_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("gather_patches", "backward"): ("grad", "rows", "cell", "patch", "zorder"),
     ("gather_patches", "forward"): ("pixels", "rows", "cell", "patch", "zorder"),
     ("selective_mask", "forward"): ("seed", "masked", "gh", "gw", "scale"),
     ("standardize_structure", "forward"): ("structure", "structure", "ignore"),
+    ("token_salience", "forward"): ("x", "x"),
     **{
         (op, part): names
         for part in ("forward", "backward")
         for op, names in {
-            "linear_l1": ("x", "weight", "packed", "dtype"),
+            "linear_l1": ("x", "weight", "packed", "squared", "normalized", "dtype"),
             "masked_patch_embed": ("x", "visible", "dtype"),
             "norm_attention": ("x", "bias", "heads", "post_norm", "dtype"),
             "norm_linear": ("x", "weight", "dtype"),
@@ -68,7 +69,7 @@ def _places(op: str, part: str) -> tuple[int, int, Callable[[Sequence[Any]], Any
     overload = getattr(torch.ops.sgmim_fast, op if part == "forward" else f"{op}_backward").default
     names = [argument.name for argument in overload._schema.arguments]
     first, second, *rest = (names.index(name) for name in SHAPED_BY[op, part])
-    return first, second, operator.itemgetter(*rest)
+    return first, second, operator.itemgetter(*rest) if rest else lambda args: ()
 
 
 def key(op: str, part: str, args: Sequence[Any]) -> Key:

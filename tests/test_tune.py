@@ -235,22 +235,17 @@ def _tensors(args):
 
 
 def test_a_lookup_takes_less_than_a_microsecond():
-    """More than without a table; the least of many rounds, in time of the thread."""
+    """More than without a table; the least of many rounds in turns, in time of the thread."""
     args = EXAMPLES["norm_mlp"]()
-
-    def least() -> float:
-        best = float("inf")
-        for _ in range(30):
-            start = time.thread_time()
-            for _ in range(300):
-                backends.choose("norm_mlp", "forward", "cpu", args)
-            best = min(best, time.thread_time() - start)
-        return best / 300
-
-    tuned.use("cpu", {})
-    without = least()
-    tuned.use("cpu", {("norm_mlp", "forward", tuned.key("norm_mlp", "forward", args)): "cpu"})
-    assert least() - without < 1e-6
+    tables = {}, {("norm_mlp", "forward", tuned.key("norm_mlp", "forward", args)): "cpu"}
+    least = [float("inf")] * 2
+    for i in [0, 1] * 100:
+        tuned._tables["cpu"] = tables[i]
+        start = time.thread_time()
+        for _ in range(300):
+            backends.choose("norm_mlp", "forward", "cpu", args)
+        least[i] = min(least[i], (time.thread_time() - start) / 300)
+    assert least[1] - least[0] < 1e-6
 
 
 # Files
@@ -313,10 +308,14 @@ def test_a_broken_file_is_made_anew(cache):
 def test_measurements_of_several_models_are_kept_beside_each_other(cache, slow):
     tune_mlp()
     tune_mlp(torch.randn(30, 8))
-    assert len(tuned.read("cpu")) == 4 and len(list(cache.rglob("*.json"))) == 2
+    before = tuned.read("cpu")
+    assert len(before) == 4 and len(list(cache.rglob("*.json"))) == 2
     slow("cpu")
     tune_mlp()
-    assert set(tuned.read("cpu").values()) >= {"cpu"} and len(tuned.read("cpu")) == 4
+    after = tuned.read("cpu")
+    others = [found for found in before if 30 in found[2][0]]
+    assert after.keys() == before.keys() and len(others) == 2
+    assert all(after[found] == before[found] for found in others)
     tuned.forget()
     assert chosen().startswith("torch")
 

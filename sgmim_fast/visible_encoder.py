@@ -28,8 +28,9 @@ class VisibleTokens(NamedTuple):
 class VisibleEncoder:
     """What makes a `MaskedEncoder`, before which it stands among a class's bases, one of the visible patches alone.
 
+    It has the attributes of `MaskedEncoder`, of which mask_token is None, and further ones.
+
     Attributes:
-        as of `MaskedEncoder`; mask_token is None.
         prefix_tokens: P, class, distillation and register tokens.
         visible_only: True.
     """

@@ -128,7 +128,9 @@ void linear_units(const LinearBf16* g, int64_t begin, int64_t end) {
 namespace sgmim {
 
 // Runs the gemm; `transposed`: weight is (ins, outs), as in a dgrad.
-static void launch(const Tensor& x, const Tensor& weight, bool transposed, const Tensor& y, EpilogueOf epilogue) {
+static void launch(
+    [[maybe_unused]] const Tensor& x, [[maybe_unused]] const Tensor& weight, [[maybe_unused]] bool transposed,
+    [[maybe_unused]] const Tensor& y, [[maybe_unused]] EpilogueOf epilogue) {
   SGMIM_CHECK(isa() == Isa::avx512bf16, "needs AVX512-BF16, which this machine lacks or SGMIM_FAST_CPU_ISA leaves out");
 #if defined(SGMIM_MANY_ISAS)
   check_matrix(x, "x");

@@ -257,7 +257,7 @@ def branch(shape: Shape, mixed: bool, dtype: torch.dtype) -> None:
 
 
 def launches(dtypes: list[str], architecture: int, everything: bool = True) -> list[Launch]:
-    """Every launch of the ops, through both paths of products, each once.
+    """Every launch of the ops, through both paths of gemms, each once.
 
     everything: also those of smaller batches, and of parameters in the dtype itself.
     """

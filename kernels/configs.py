@@ -76,7 +76,7 @@ def tiles(element_size: int) -> list[Config]:
 
 @contextlib.contextmanager
 def use(tile: Config) -> Iterator[None]:
-    """Within the block products go through our kernel, in this configuration."""
+    """Within the block gemms go through our kernel, in this configuration."""
     token = _CHOSEN.set(tile)
     try:
         yield

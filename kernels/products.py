@@ -185,7 +185,7 @@ def fused() -> bool:
 
 
 def may_vary() -> bool:
-    """Whether it is left to measurement which path products go."""
+    """Whether it is left to measurement which path gemms take."""
     return _wanted() == "auto"
 
 

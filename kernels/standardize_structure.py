@@ -128,7 +128,7 @@ def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
 
 @on_device
 def forward(structure: Tensor, ignore: bool) -> Tensor:
-    """Cost: reads the map seven times (through the second-level cache), writes it once; 1 launch."""
+    """Cost: reads the map seven times (through the L2), writes it once; 1 launch."""
     planes = structure.reshape(structure.shape[0] * structure.shape[1], -1).contiguous()
     y = torch.empty(planes.shape, dtype=torch.float32, device=structure.device)
     nonfinite = torch.empty(planes.shape[0], dtype=torch.int64, device=structure.device)

@@ -113,7 +113,7 @@ def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
 
 @on_device
 def forward(x: Tensor) -> Tensor:
-    """Cost: N^2 D multiply-adds twice; reads x N / 64 times through the second-level cache, writes 5 N; 3 launches."""
+    """Cost: N^2 D multiply-adds twice; reads x N / 64 times through the L2, writes 5 N; 3 launches."""
     x = x.contiguous()
     images, tokens, depth = x.shape
     row_max, inverse, out = (torch.empty(images, tokens, dtype=torch.float32, device=x.device) for _ in range(3))

@@ -20,7 +20,7 @@ A program's tile, of a window of 2 x 3 tokens in blocks of QUERIES = 4 and KEYS 
     block 1      4 ...                              another program's, or none: 64 tokens are one block
 
 Cost, n tokens a window, rows of C channels: forward reads 3 rows and writes 1, keys and values once more per further
-block of queries (out of the second-level cache); 4 n C operations a token in 1 launch. Backward reads 4 rows and writes
+block of queries (out of the L2); 4 n C operations a token in 1 launch. Backward reads 4 rows and writes
 3; 10 n C operations, 14 n C in two kernels; 1 or 2 launches, 1 for all sums over groups of windows, and 2 that
 gather a table's gradient from the dense one. Groups' sums of the bias: 4 n^2 bytes per program.
 """

@@ -3,9 +3,9 @@
 // The sum is over the rows, which the library's gemms do from transposed copies of both operands; here a panel of rows
 // is packed as it lies. From bfloat16 the result is float32, as the parameter's gradient is, and never rounded.
 //
-// A stretch of rows at a time is packed, dy in tiles of TILE_ROWS columns and x in panels of PANEL columns, and then
+// A chunk of rows at a time is packed, dy in tiles of TILE_ROWS columns and x in panels of PANEL columns, and then
 // added to dw, block by block: every number is summed in the same order, whatever the number of threads. As few
-// stretches as L2 allows, all about as long: each reads and writes dw once.
+// chunks as L2 allows, all about as long: each reads and writes dw once.
 #include <memory>
 
 #include "cpu/launch.h"
@@ -13,7 +13,7 @@
 #ifndef SGMIM_WGRAD
 #define SGMIM_WGRAD
 namespace sgmim {
-// One stretch of rows. The packed operands are (tiles, units, TILE_ROWS) and (panels, units, PANEL).
+// One chunk of rows. The packed operands are (tiles, units, TILE_ROWS) and (panels, units, PANEL).
 struct Wgrad {
   const void *dy, *x;
   int64_t rows, outs, ins;
@@ -25,7 +25,7 @@ struct Wgrad {
 struct WgradShape {
   int64_t unit, block, panel;  // numbers in a unit, columns of dy and of x in a block
 };
-constexpr int64_t WGRAD_UNITS = 1024;  // of a stretch at most: a tile of dy stays in L1, a panel of x in L2
+constexpr int64_t WGRAD_UNITS = 1024;  // of a chunk at most: a tile of dy stays in L1, a panel of x in L2
 constexpr int64_t WGRAD_CHAIN = 256;  // units that are added up one by one: the error grows with the root of their count
 constexpr int64_t WGRAD_BLOCK = 96;  // columns of dy: 16 tiles of 6
 }  // namespace sgmim
@@ -125,8 +125,8 @@ static void wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw) {
     const auto pack_dy = SGMIM_SELECT((wgrad_pack_dy<T>)), pack_x = SGMIM_SELECT((wgrad_pack_x<T>));
     const auto multiply = SGMIM_SELECT((wgrad_multiply<T>));
     const int64_t blocks = (outs + shape.block - 1) / shape.block, panels = (ins + shape.panel - 1) / shape.panel;
-    const int64_t all = (n + shape.unit - 1) / shape.unit, stretches = (all + WGRAD_UNITS - 1) / WGRAD_UNITS;
-    const int64_t units = stretches ? (all + stretches - 1) / stretches : 0, depth = units * shape.unit;
+    const int64_t all = (n + shape.unit - 1) / shape.unit, chunks = (all + WGRAD_UNITS - 1) / WGRAD_UNITS;
+    const int64_t units = chunks ? (all + chunks - 1) / chunks : 0, depth = units * shape.unit;
     const std::unique_ptr<float[]> packed_dy(new float[blocks * shape.block * units]);
     const std::unique_ptr<float[]> packed_x(new float[panels * shape.panel * units]);
     if (n == 0) std::fill_n(data<float>(dw), dw.numel(), 0.0f);

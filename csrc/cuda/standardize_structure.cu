@@ -1,5 +1,5 @@
 // The trimmed standardisation of structure maps, a block per map, in one launch. A map that fits is read once into
-// shared memory; of a larger one the six passes read the second-level cache.
+// shared memory; of a larger one the six passes read the L2.
 // standardize_plane.h holds the body; the tests run it on the host.
 #include "cuda/groups.h"
 #include "cuda/launch.h"

@@ -358,12 +358,23 @@ def create_encoder(
     return masked_class(model, timm_name, timm_arguments)
 
 
+def image_size(encoder: object) -> tuple[int, int] | None:
+    """(height, width) of the images that an encoder, or its timm model, was made for; None where neither says."""
+    stem = getattr(getattr(encoder, "model", encoder), "patch_embed", None)
+    size = getattr(encoder, "img_size", None) or getattr(stem, "img_size", None)
+    return (size, size) if isinstance(size, int) else None if size is None else tuple(size)
+
+
 def _why_not(base: str) -> str:
     """What is wrong with the name of a model that is of no family here."""
     if timm.is_model(base):
         return next((f": {why}" for module, why in _APART.items() if is_model_in_modules(base, {module})), "")
-    known = [name for name in timm.list_models() if is_model_in_modules(name, MODULES)]
-    return f"; timm has no model of that name{nearest(base, known)}"
+    return f"; timm has no model of that name{nearest_name(base)}"
+
+
+def nearest_name(base: str) -> str:
+    """`errors.nearest` among the names of timm's models that `create_encoder` takes; base: without a tag."""
+    return nearest(base, (name for name in timm.list_models() if is_model_in_modules(name, MODULES)))
 
 
 def _visible_class(masked: type[MaskedEncoder], model: nn.Module, timm_name: str) -> type[MaskedEncoder]:

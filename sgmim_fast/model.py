@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sgmim_fast import decoder, dense, visible
 from sgmim_fast import guidance as branch
 from sgmim_fast.decoder import Decoder, init_linear
-from sgmim_fast.encoders import VISIBLE
+from sgmim_fast.encoders import VISIBLE, image_size
 from sgmim_fast.fused import blocks, unmodified
 from sgmim_fast.fused.accelerate import accelerate as make_faster
 from sgmim_fast.guidance import RelationalGuidance, StructureEncoder
@@ -429,9 +429,7 @@ def _square(size: int | tuple[int, ...], name: str) -> int:
 
 def _cells(encoder: nn.Module, stride: int) -> int:
     """Cells of an image, for positions."""
-    stem = getattr(getattr(encoder, "model", encoder), "patch_embed", None)
-    size = getattr(encoder, "img_size", None) or getattr(stem, "img_size", None)
+    size = image_size(encoder)
     if size is None:
         raise ValueError("position_embedding is True; expected an encoder with `img_size`, and this one has none")
-    height, width = (size, size) if isinstance(size, int) else size
-    return (height // stride) * (width // stride)
+    return (size[0] // stride) * (size[1] // stride)

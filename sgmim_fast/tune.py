@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from sgmim_fast import backends, tuned
+from sgmim_fast.encoders import image_size
 from sgmim_fast.masking import SelectiveMask, selective_mask
 from sgmim_fast.ops import standardize_structure
+from sgmim_fast.ops._op import AUTOCAST_KEYS
 
 # What a result may be off, by Euclidean norm and by its worst number: twice plain PyTorch's error, 4 units in the last
 # place, and what sums over rows in PyTorch's own kernels are off by in float32.
@@ -175,15 +177,13 @@ def _inputs_known(model: nn.Module) -> tuple[int, int]:
     Raises:
         TypeError: it is none, or nobody says.
     """
-    encoder = getattr(model, "encoder", None)
-    stem = getattr(getattr(encoder, "model", encoder), "patch_embed", None)
-    size = getattr(encoder, "img_size", None) or getattr(stem, "img_size", None)
+    size = image_size(getattr(model, "encoder", None))
     if size is None or not hasattr(model, "encoder_stride"):
         raise TypeError(
             f"batch is a number and model a {type(model).__name__}; expected an SGMIM around an encoder with `img_size`"
             ", or as batch the arguments of the model"
         )
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return size
 
 
 def _inputs(model: Any, batch: int, device: str) -> tuple[Tensor, Tensor | None, SelectiveMask]:
@@ -252,7 +252,7 @@ class _Meter:
         found.seconds[part] = {}
         backends.WATCHED.remove(self)  # what is called inside is none of the step's
         try:
-            with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS):
                 calls = self._right(op, part, args, ways, composed, found)
                 found.seconds[part] = self._time(calls)
         finally:
@@ -291,11 +291,6 @@ class _Meter:
             if time.perf_counter() > end or (number and len(calls) == 1):
                 break
         return best
-
-
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.AutocastCUDA
-)
 
 
 def _bound(op: str, part: str, way: str, args: Sequence[Any], composed: bool) -> Callable[[], Any]:
@@ -347,7 +342,7 @@ def _on_cpu(call: Callable[[], Any]) -> float:
 
 
 def _on_gpu(call: Callable[[], Any]) -> float:
-    """What the device needs, behind a pause in which the host gets ahead; the second-level cache does not hold it."""
+    """What the device needs, behind a pause in which the host gets ahead; the L2 does not hold it."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.empty(1 << 25, device="cuda").zero_()
     torch.cuda._sleep(2_000_000)

@@ -137,6 +137,11 @@ class _Fused:
         y = half(x, **options)
         return x + self._through(after, scale * y if outside else y)
 
+    @staticmethod
+    def _added(x: Tensor, y: Tensor, scale: Tensor | None, path: nn.Module) -> Tensor:
+        """x + path(scale * y), what comes behind a half, one by one."""
+        return x + path(y if scale is None else scale * y)
+
     def _mlp(self, x: Tensor, **options: Any) -> Tensor:
         return norm_mlp(x, self.norm2, self.mlp, **options)
 
@@ -445,12 +450,12 @@ class BeitBlock(_Fused, beit.Block):
             return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
         if self._left("attention", self._attention_reason() or _windows_fit(x, x.shape[1])):
             y = self.attn(self.norm1(x), shared_rel_pos_bias=shared_rel_pos_bias)
-            x = x + self.drop_path1(y if scales[0] is None else scales[0] * y)
+            x = self._added(x, y, scales[0], self.drop_path1)
         else:
             x = self._add(x, partial(self._fused, shared=shared_rel_pos_bias), PATH1, scales[0])
         if self._left("mlp", self.mlp_half.why(self)):
             y = self.mlp(self.norm2(x))
-            return x + self.drop_path2(y if scales[1] is None else scales[1] * y)
+            return self._added(x, y, scales[1], self.drop_path2)
         return self._add(x, self._mlp, PATH2, scales[1])
 
     def _fused(self, x: Tensor, shared: Tensor | None, **options: Any) -> Tensor:

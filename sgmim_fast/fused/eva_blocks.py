@@ -112,10 +112,6 @@ class EvaBlock(_Fused, eva.EvaBlock):
         y = self._gated(x, added)
         return y if added else self._added(x, y, self.gamma_2, self.drop_path2)
 
-    @staticmethod
-    def _added(x: Tensor, y: Tensor, gamma: Tensor | None, path: nn.Module) -> Tensor:
-        return x + path(y if gamma is None else gamma * y)
-
     def _attend(self, x: Tensor, rope: Tensor | None, residual: bool) -> Tensor:
         """The attention half, with the norm before; with the residual if nothing is between."""
         attn = self.attn

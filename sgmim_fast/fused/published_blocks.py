@@ -248,14 +248,14 @@ class PublishedViTBlock(_Halves):
         if shared is not None:
             bias, index = shared if table is None else shared + table[index].movedim(2, 0), None
         y = _one_window(x, self.norm1, attn, _qkv_bias(attn), bias, index, residual=added)
-        x = y if added else x + self.drop_path(y if gamma_1 is None else gamma_1 * y)
+        x = y if added else self._added(x, y, gamma_1, self.drop_path)
         if self._left("mlp", self.mlp_half.why(self)):
             y = self.mlp(self.norm2(x))
         elif gamma_2 is None and not _INACTIVE.why(self):
             return norm_mlp(x, self.norm2, self.mlp, residual=True)
         else:
             y = norm_mlp(x, self.norm2, self.mlp)
-        return x + self.drop_path(y if gamma_2 is None else gamma_2 * y)
+        return self._added(x, y, gamma_2, self.drop_path)
 
     def _own_reason(self, x: Tensor, shared: Any) -> str:
         """Why the block as a whole is called as it is."""

@@ -35,7 +35,7 @@ from sgmim_fast.ops.primitives import Gradients, absent
 
 LIBRARY = torch.library.Library("sgmim_fast", "FRAGMENT")
 
-_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
 )
 
@@ -177,7 +177,7 @@ class Part:
 
     def _autocast_kernel(self, *args: Any) -> Any:
         # Below this point the op does its own casting: nothing it calls may be cast a second time.
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS):
             return self.overload(*self.in_autocast(args))
 
     def in_autocast(self, args: tuple) -> tuple:
@@ -254,7 +254,7 @@ class Op:
             device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
             if torch.is_autocast_enabled(device):
                 args = self._forward.in_autocast(args)
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS):
             if self._differentiate is None:
                 return self._forward.kernel(*args)
             return self._differentiate(self._forward.kernel, args)
@@ -381,7 +381,7 @@ class Op:
         """`NAME_backward`."""
         if not _unwatched(args):
             return self.backward_overload(*args)
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS), torch._C._AutoDispatchBelowAutograd():
+        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS), torch._C._AutoDispatchBelowAutograd():
             return self._backward.kernel(*args)
 
     def _with_gradient(self, run: Callable[..., Any], args: tuple) -> Any:

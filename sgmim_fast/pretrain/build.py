@@ -11,7 +11,6 @@ from typing import NamedTuple
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import is_model_in_modules
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
@@ -20,11 +19,11 @@ from sgmim_fast import data
 from sgmim_fast.data.pairs import Pairs
 from sgmim_fast.data.seeds import mix
 from sgmim_fast.decoder import Decoder
-from sgmim_fast.encoders import MODULES, create_encoder
+from sgmim_fast.encoders import create_encoder, nearest_name
 from sgmim_fast.engine import checkpoint
 from sgmim_fast.engine.checkpoint import Saved
 from sgmim_fast.engine.settings import OF_EVERY_RUN_0, OF_EVERY_RUN_1, at_least
-from sgmim_fast.errors import UserError, nearest
+from sgmim_fast.errors import UserError
 from sgmim_fast.exported import without_sources
 from sgmim_fast.masking import SHOWN, SelectiveMask, selective_mask
 from sgmim_fast.model import SGMIM
@@ -40,8 +39,7 @@ def create_model(config: Config) -> SGMIM:
     settings, size = config.model, config.data.size
     base = settings.encoder.split(".")[0]
     if not timm.is_model(base):
-        known = [name for name in timm.list_models() if is_model_in_modules(name, MODULES)]
-        raise UserError(f"timm has no model {settings.encoder!r}{nearest(base, known)}")
+        raise UserError(f"timm has no model {settings.encoder!r}{nearest_name(base)}")
     check(config)
     arguments = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.arguments.items()}
     if "img_size" in arguments:

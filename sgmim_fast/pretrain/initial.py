@@ -13,14 +13,14 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.models import adapt_input_conv, is_model_in_modules
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from sgmim_fast import weights
 from sgmim_fast.checkpoints import published_names
-from sgmim_fast.encoders import MODULES
+from sgmim_fast.encoders import nearest_name
 from sgmim_fast.engine import checkpoint
-from sgmim_fast.errors import UserError, nearest
+from sgmim_fast.errors import UserError
 from sgmim_fast.model import SGMIM
 from sgmim_fast.pretrain.config import Config
 
@@ -98,8 +98,7 @@ def _read(model: SGMIM, config: Config, what: str) -> tuple[dict[str, Tensor], n
 def _of_timm(name: str) -> tuple[dict[str, Tensor], nn.Module]:
     base = name.split(".")[0]
     if not timm.is_model(base):
-        known = [each for each in timm.list_models() if is_model_in_modules(each, MODULES)]
-        raise UserError(f"--init timm:{name}: timm has no model {name!r}{nearest(base, known)}")
+        raise UserError(f"--init timm:{name}: timm has no model {name!r}{nearest_name(base)}")
     tags = timm.list_pretrained(f"{base}.*") + timm.list_pretrained(base)
     if not tags or ("." in name and name not in tags):
         raise UserError(f"--init timm:{name}: timm has no weights of that name; it has {', '.join(tags) or 'none'}")

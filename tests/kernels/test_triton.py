@@ -25,7 +25,7 @@ PARTS = {
     "linear_l1": "and (value or (gradients and ragged))",
     "relational_guidance": "and (partial or not_contiguous)",
     "structure_embed": "and (partial or layouts or not_contiguous)",
-    "norm_attention": "and (float32 or (partial and wanted0))",
+    "norm_attention": "and (float32 or (partial and [0]))",
     "norm_linear": "",
     "norm_mlp": "",
     "window_attention": "and (strides or (vit and None and dtype2) or grid3-window3-shift3-dtype1)",

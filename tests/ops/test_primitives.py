@@ -5,14 +5,22 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import re
 
 import pytest
 
 from sgmim_fast import backends
-from sgmim_fast.ops.primitives import Primitives
+from sgmim_fast.ops.primitives import Gradients, Primitives
 
 DECLARED = {name: f for name, f in vars(Primitives).items() if inspect.isfunction(f) and not name.startswith("_")}
 MODULES = {"torch": "sgmim_fast.ops._plain"} | backends.MODULES["norm_linear"]
+# Compositions with a backend's module of their own, which has no more primitives than they ask for.
+OWN = [
+    (op, module)
+    for op in ("masked_patch_embed", "relational_guidance")
+    for module in backends.MODULES[op].values()
+    if module not in MODULES.values()
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -37,3 +45,14 @@ def test_constants(name):
     if name == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     assert isinstance(importlib.import_module(MODULES[name]).LOOKS_AT_INDICES, bool)
+
+
+@pytest.mark.parametrize(("op", "module"), OWN)
+def test_own_module_has_what_its_op_asks_for(op, module):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    sources = inspect.getsource(importlib.import_module(f"sgmim_fast.ops.{op}")), inspect.getsource(Gradients)
+    asked = {name for source in sources for name in re.findall(r"\b_?p\.(\w+)\(", source)}
+    assert {"weights_in", "wgrads", "finish"} <= asked <= set(DECLARED)
+    actual = importlib.import_module(module)
+    assert not [name for name in sorted(asked) if not hasattr(actual, name)]

@@ -1,6 +1,6 @@
 """`structure_embed` in Triton: gather, patch embedding, its norm and the first merging's norm in one pass over pixels.
 
-A merging's norm is not fused with its product: each tile of columns would normalise the same rows again (8 to 16 times
+A merging's norm is not fused with its gemm: each tile of columns would normalise the same rows again (8 to 16 times
 at these widths), between the loads and the tensor cores, and the backward needs the normalised rows for the weight
 gradient anyway. Cost with three mergings, half precision: forward 7 launches, backward 8; `benchmarks/cost_model.py`
 has bytes and predicted times, none is measured yet.
@@ -8,7 +8,7 @@ has bytes and predicted times, none is measured yet.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -22,13 +22,18 @@ from sgmim_fast.ops.primitives import Gradients
 from sgmim_fast.ops.structure_embed import Cells, StructureParameters
 from sgmim_fast.ops.weights import weights_in
 
+# Arguments travel in groups: `image` (structure, rows, cells, across, all_cells, its four strides) and `parameters`
+# (weight and bias of the embedding, of the patches' norm, of the merging's). Four patches that are neighbours are a row
+# of the merging: a tile is (4 * ROWS, BLOCK_D) and, reshaped, (ROWS, 4, BLOCK_D).
+
 
 @triton.jit
 def _pixels(
-    structure, rows, token, shown, cells, across, all_cells, sb, sc, sh, sw,
+    image, token, shown,
     CHANNELS: tl.constexpr, PATCH: tl.constexpr, MERGES: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Patches in Z-order inside their cell, (tokens, BLOCK_K)."""
+    structure, rows, cells, across, all_cells, sb, sc, sh, sw = image
     PER_CELL: tl.constexpr = 4**MERGES
     z = (token % PER_CELL).to(tl.int32)
     y, x = 0 * z, 0 * z
@@ -47,8 +52,10 @@ def _pixels(
 
 
 @triton.jit
-def _embed(pixels, weight, bias, width, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-           DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _embed(
+    pixels, weight, bias, width,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     d, k = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_K)
     w = tl.load(weight + d[None, :] * K + k[:, None], mask=(d < width)[None, :] & (k < K)[:, None], other=0.0)
     embedded = dot(cast(pixels, DTYPE), cast(w, DTYPE), tl.zeros([pixels.shape[0], BLOCK_D], tl.float32), PRECISION)
@@ -56,140 +63,170 @@ def _embed(pixels, weight, bias, width, K: tl.constexpr, BLOCK_K: tl.constexpr, 
 
 
 @triton.jit
-def _vector(x, n, BLOCK: tl.constexpr):
-    i = tl.arange(0, BLOCK)
-    return tl.load(x + i, mask=i < n, other=0.0).to(tl.float32)[None, :]
+def _vector(x, width, BLOCK_D: tl.constexpr):
+    """A parameter of the patches' norm, (1, BLOCK_D)."""
+    d = tl.arange(0, BLOCK_D)
+    return tl.load(x + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
 def _quarters(x, width, BLOCK_D: tl.constexpr):
-    """A merging norm's vector of 4 width numbers as (1, 4, BLOCK_D)."""
+    """A parameter of the merging's norm, (1, 4, BLOCK_D)."""
     d = tl.arange(0, BLOCK_D)
     at = tl.arange(0, 4)[:, None] * width + d[None, :]
     return tl.load(x + at, mask=(d < width)[None, :] & (at >= 0), other=0.0).to(tl.float32)[None, :, :]
 
 
 @triton.jit
+def _row_sum(x):
+    """Over all but the first axis of a patch's or a merging's rows."""
+    if len(x.shape) == 3:
+        x = tl.sum(x, 2)
+    return tl.sum(x, 1)
+
+
+@triton.jit
+def _of_rows(numbers, x):
+    """A number for each row, to be broadcast over x."""
+    numbers = numbers[:, None]
+    if len(x.shape) == 3:
+        numbers = numbers[:, :, None]
+    return numbers
+
+
+@triton.jit
+def _statistics(x, inside, width, eps):
+    """x - mean, mean and 1 / sqrt(var + eps) of rows of `width` numbers."""
+    mean = _row_sum(x) / width
+    centred = tl.where(inside, x - _of_rows(mean, x), 0.0)
+    return centred, mean, 1 / tl.sqrt_rn(_row_sum(centred * centred) / width + eps)
+
+
+@triton.jit
+def _normalised(x, inside, statistics, row, here, count):
+    """xhat and 1 / sqrt(var + eps) from the statistics that the forward has kept, (2, count)."""
+    mean = tl.load(statistics + row, mask=here, other=0.0)
+    rstd = _of_rows(tl.load(statistics + count + row, mask=here, other=0.0), x)
+    return tl.where(inside, (x - _of_rows(mean, x)) * rstd, 0.0), rstd
+
+
+@triton.jit
+def _norm_backward(dy, weight, xhat, rstd, width):
+    g = dy * weight
+    mean, slope = _row_sum(g) / width, _row_sum(g * xhat) / width
+    return (g - _of_rows(mean, g) - xhat * _of_rows(slope, g)) * rstd
+
+
+@triton.jit
 def _structure_embed_forward_kernel(
-    structure, rows, weight, bias, gain, shift, merge_gain, merge_shift, y, statistics, merge_statistics,
-    count, merged, eps, cells, across, all_cells, sb, sc, sh, sw, width,
+    image, parameters, y, statistics, merge_statistics, count, merged, width, eps,
     CHANNELS: tl.constexpr, PATCH: tl.constexpr, MERGES: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    K: tl.constexpr = CHANNELS * PATCH * PATCH
+    weight, bias, norm_weight, norm_bias, merge_weight, merge_bias = parameters
     program = tl.program_id(0).to(tl.int64)
-    token = program * ROWS * 4 + tl.arange(0, 4 * ROWS)
-    shown = token < count
-    d = tl.arange(0, BLOCK_D)
+    token, row = program * ROWS * 4 + tl.arange(0, 4 * ROWS), program * ROWS + tl.arange(0, ROWS)
+    d, quarter, shown = tl.arange(0, BLOCK_D), tl.arange(0, 4), token < count
     inside = shown[:, None] & (d < width)[None, :]
-    pixels = _pixels(
-        structure, rows, token, shown, cells, across, all_cells, sb, sc, sh, sw, CHANNELS, PATCH, MERGES, BLOCK_K
-    )
-    x = _embed(pixels, weight, bias, width, CHANNELS * PATCH * PATCH, BLOCK_K, BLOCK_D, DTYPE, PRECISION)
-    x = tl.where(inside, x, 0.0)
-    mean = tl.sum(x, 1) / width
-    centred = tl.where(inside, x - mean[:, None], 0.0)
-    rstd = 1 / tl.sqrt_rn(tl.sum(centred * centred, 1) / width + eps)
+    inside_merged = (row < merged)[:, None, None] & (quarter >= 0)[None, :, None] & (d < width)[None, None, :]
+    # the embedding and its norm
+    pixels = _pixels(image, token, shown, CHANNELS, PATCH, MERGES, BLOCK_K)
+    embedded = _embed(pixels, weight, bias, width, K, BLOCK_K, BLOCK_D, DTYPE, PRECISION)
+    centred, mean, rstd = _statistics(tl.where(inside, embedded, 0.0), inside, width, eps)
     tl.store(statistics + token, mean, mask=shown)
     tl.store(statistics + count + token, rstd, mask=shown)
-    # the patch norm's result, 0 in the hidden cell, four neighbours side by side
-    x = centred * rstd[:, None] * _vector(gain, width, BLOCK_D) + _vector(shift, width, BLOCK_D)
-    x = tl.reshape(tl.where(inside, x, 0.0), [ROWS, 4, BLOCK_D])
-    row = program * ROWS + tl.arange(0, ROWS)
-    mean = tl.sum(tl.sum(x, 2), 1) / (4 * width)
-    centred = tl.where((d < width)[None, None, :], x - mean[:, None, None], 0.0)
-    rstd = 1 / tl.sqrt_rn(tl.sum(tl.sum(centred * centred, 2), 1) / (4 * width) + eps)
+    patches = centred * rstd[:, None] * _vector(norm_weight, width, BLOCK_D) + _vector(norm_bias, width, BLOCK_D)
+    # the merging's norm; the hidden cell has zeros for patches
+    merge = tl.reshape(tl.where(inside, patches, 0.0), [ROWS, 4, BLOCK_D])
+    centred, mean, rstd = _statistics(merge, (d < width)[None, None, :], 4 * width, eps)
     tl.store(merge_statistics + row, mean, mask=row < merged)
     tl.store(merge_statistics + merged + row, rstd, mask=row < merged)
-    x = centred * rstd[:, None, None] * _quarters(merge_gain, width, BLOCK_D) + _quarters(merge_shift, width, BLOCK_D)
-    at = row[:, None, None] * 4 * width + tl.arange(0, 4)[None, :, None] * width + d[None, None, :]
-    inside = (row < merged)[:, None, None] & (d < width)[None, None, :]
-    tl.store(y + at, cast(x, y.dtype.element_ty), mask=inside & (at >= 0))
+    merge = centred * _of_rows(rstd, centred) * _quarters(merge_weight, width, BLOCK_D)
+    merge += _quarters(merge_bias, width, BLOCK_D)
+    at = row[:, None, None] * 4 * width + quarter[None, :, None] * width + d[None, None, :]
+    tl.store(y + at, cast(merge, y.dtype.element_ty), mask=inside_merged)
 
 
 @triton.jit
 def _structure_embed_backward_kernel(
-    dy, structure, rows, weight, bias, gain, shift, merge_gain, merge_shift, statistics, merge_statistics,
-    y, dembedded, dmerge_gain, dmerge_shift, dgain, dshift, dbias, dweight,
-    count, merged, cells, across, all_cells, sb, sc, sh, sw, width, per_program,
+    dy, image, parameters, statistics, merge_statistics, y, dembedded, sums, count, merged, width, per_program,
     CHANNELS: tl.constexpr, PATCH: tl.constexpr, MERGES: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    K: tl.constexpr = CHANNELS * PATCH * PATCH
+    weight, bias, norm_weight, norm_bias, merge_weight, merge_bias = parameters
     program = tl.program_id(0).to(tl.int64)
-    d, four = tl.arange(0, BLOCK_D), tl.arange(0, 4)
-    gains, shifts = _vector(gain, width, BLOCK_D), _vector(shift, width, BLOCK_D)
-    merge_gains, merge_shifts = _quarters(merge_gain, width, BLOCK_D), _quarters(merge_shift, width, BLOCK_D)
-    sum_merge_gain = tl.zeros([4, BLOCK_D], tl.float32)
-    sum_merge_shift = tl.zeros([4, BLOCK_D], tl.float32)
-    sum_gain = tl.zeros([BLOCK_D], tl.float32)
-    sum_shift = tl.zeros([BLOCK_D], tl.float32)
+    d, quarter = tl.arange(0, BLOCK_D), tl.arange(0, 4)
+    norm_weights, norm_biases = _vector(norm_weight, width, BLOCK_D), _vector(norm_bias, width, BLOCK_D)
+    merge_weights, merge_biases = _quarters(merge_weight, width, BLOCK_D), _quarters(merge_bias, width, BLOCK_D)
+    sum_merge_weight = tl.zeros([4, BLOCK_D], tl.float32)
+    sum_merge_bias = tl.zeros([4, BLOCK_D], tl.float32)
+    sum_norm_weight = tl.zeros([BLOCK_D], tl.float32)
+    sum_norm_bias = tl.zeros([BLOCK_D], tl.float32)
     sum_bias = tl.zeros([BLOCK_D], tl.float32)
     sum_weight = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     last = tl.minimum((program + 1) * per_program, merged)
     for first in range(program * per_program, last, ROWS):
-        row = first + tl.arange(0, ROWS)
-        token = first * 4 + tl.arange(0, 4 * ROWS)
+        row, token = first + tl.arange(0, ROWS), first * 4 + tl.arange(0, 4 * ROWS)
         shown = token < tl.minimum(count, 4 * last)
         inside = shown[:, None] & (d < width)[None, :]
-        inside_merged = (row < last)[:, None, None] & (d < width)[None, None, :] & (four >= 0)[None, :, None]
+        inside_merged = (row < last)[:, None, None] & (d < width)[None, None, :] & (quarter >= 0)[None, :, None]
         # the forward again
-        pixels = _pixels(
-            structure, rows, token, shown, cells, across, all_cells, sb, sc, sh, sw, CHANNELS, PATCH, MERGES, BLOCK_K
-        )
-        x = _embed(pixels, weight, bias, width, CHANNELS * PATCH * PATCH, BLOCK_K, BLOCK_D, DTYPE, PRECISION)
-        mean = tl.load(statistics + token, mask=shown, other=0.0)
-        rstd = tl.load(statistics + count + token, mask=shown, other=0.0)
-        xhat = tl.where(inside, (x - mean[:, None]) * rstd[:, None], 0.0)
-        x = tl.reshape(tl.where(inside, xhat * gains + shifts, 0.0), [ROWS, 4, BLOCK_D])
-        mean = tl.load(merge_statistics + row, mask=row < last, other=0.0)
-        merge_rstd = tl.load(merge_statistics + merged + row, mask=row < last, other=0.0)[:, None, None]
-        merge_xhat = tl.where(inside_merged, (x - mean[:, None, None]) * merge_rstd, 0.0)
-        at = row[:, None, None] * 4 * width + four[None, :, None] * width + d[None, None, :]
-        tl.store(y + at, cast(merge_xhat * merge_gains + merge_shifts, y.dtype.element_ty), mask=inside_merged)
+        pixels = _pixels(image, token, shown, CHANNELS, PATCH, MERGES, BLOCK_K)
+        embedded = _embed(pixels, weight, bias, width, K, BLOCK_K, BLOCK_D, DTYPE, PRECISION)
+        xhat, rstd = _normalised(embedded, inside, statistics, token, shown, count)
+        merge = tl.reshape(tl.where(inside, xhat * norm_weights + norm_biases, 0.0), [ROWS, 4, BLOCK_D])
+        merge_xhat, merge_rstd = _normalised(merge, inside_merged, merge_statistics, row, row < last, merged)
+        at = row[:, None, None] * 4 * width + quarter[None, :, None] * width + d[None, None, :]
+        tl.store(y + at, cast(merge_xhat * merge_weights + merge_biases, y.dtype.element_ty), mask=inside_merged)
         # the merging's norm
-        grad = tl.load(dy + at, mask=inside_merged, other=0.0).to(tl.float32)
-        sum_merge_gain += tl.sum(grad * merge_xhat, 0)
-        sum_merge_shift += tl.sum(grad, 0)
-        g = grad * merge_gains
-        mean = tl.sum(tl.sum(g, 2), 1) / (4 * width)
-        slope = tl.sum(tl.sum(g * merge_xhat, 2), 1) / (4 * width)
-        grad = (g - mean[:, None, None] - merge_xhat * slope[:, None, None]) * merge_rstd
+        dmerge = tl.load(dy + at, mask=inside_merged, other=0.0).to(tl.float32)
+        sum_merge_weight += tl.sum(dmerge * merge_xhat, 0)
+        sum_merge_bias += tl.sum(dmerge, 0)
+        dmerge = _norm_backward(dmerge, merge_weights, merge_xhat, merge_rstd, 4 * width)
         # the patches' norm
-        grad = tl.where(inside, tl.reshape(grad, [4 * ROWS, BLOCK_D]), 0.0)
-        sum_gain += tl.sum(grad * xhat, 0)
-        sum_shift += tl.sum(grad, 0)
-        g = grad * gains
-        grad = (g - (tl.sum(g, 1) / width)[:, None] - xhat * (tl.sum(g * xhat, 1) / width)[:, None]) * rstd[:, None]
-        grad = tl.where(inside, grad, 0.0)
+        dpatches = tl.where(inside, tl.reshape(dmerge, [4 * ROWS, BLOCK_D]), 0.0)
+        sum_norm_weight += tl.sum(dpatches * xhat, 0)
+        sum_norm_bias += tl.sum(dpatches, 0)
+        # the embedding
+        grad = tl.where(inside, _norm_backward(dpatches, norm_weights, xhat, rstd, width), 0.0)
         sum_bias += tl.sum(grad, 0)
         sum_weight = dot(tl.trans(cast(pixels, DTYPE)), cast(grad, DTYPE), sum_weight, PRECISION)
         if dembedded is not None:
             at = token[:, None] * width + d[None, :]
             tl.store(dembedded + at, cast(grad, dembedded.dtype.element_ty), mask=inside)
-    at = four[:, None] * width + d[None, :]
+    dmerge_weight, dmerge_bias, dnorm_weight, dnorm_bias, dbias, dweight = sums
+    at = quarter[:, None] * width + d[None, :]
     inside = (d < width)[None, :] & (at >= 0)
-    tl.store(dmerge_gain + program * 4 * width + at, sum_merge_gain, mask=inside)
-    tl.store(dmerge_shift + program * 4 * width + at, sum_merge_shift, mask=inside)
+    tl.store(dmerge_weight + program * 4 * width + at, sum_merge_weight, mask=inside)
+    tl.store(dmerge_bias + program * 4 * width + at, sum_merge_bias, mask=inside)
     at = program * width + d
-    tl.store(dgain + at, sum_gain, mask=d < width)
-    tl.store(dshift + at, sum_shift, mask=d < width)
+    tl.store(dnorm_weight + at, sum_norm_weight, mask=d < width)
+    tl.store(dnorm_bias + at, sum_norm_bias, mask=d < width)
     tl.store(dbias + at, sum_bias, mask=d < width)
     k = tl.arange(0, BLOCK_K)
-    K: tl.constexpr = CHANNELS * PATCH * PATCH
     at = program * width * K + d[None, :] * K + k[:, None]
     tl.store(dweight + at, sum_weight, mask=(d < width)[None, :] & (k < K)[:, None])
 
 
-class _Shape(NamedTuple):
-    """Sizes and options that forward and backward launch with."""
+def _image(cells: Cells) -> tuple[Any, ...]:
+    """The pixels, which cells of them, and how they lie."""
+    structure = cells.structure
+    across = structure.shape[3] // cells.cell
+    an_image = across * (structure.shape[2] // cells.cell)
+    return structure, cells.rows, an_image, across, structure.shape[0] * an_image, *structure.stride()
 
-    pixels: tuple[int, ...]  # cells of an image, cells across, all cells, strides of the map
-    options: dict[str, Any]
+
+def _parameters(w: StructureParameters) -> tuple[Tensor, ...]:
+    vectors = w.embed_weight, w.embed_bias, w.norm_weight, w.norm_bias, w.merge_norm_weights[0], w.merge_norm_biases[0]
+    return tuple(vector.contiguous() for vector in vectors)
 
 
-def _shape(cells: Cells) -> _Shape:
+def _options(cells: Cells) -> dict[str, Any]:
     width, channels, patch, _ = cells.w.embed_weight.shape
-    block_d, structure = max(next_power_of_2(width), 16), cells.structure
-    options = {
+    block_d = max(next_power_of_2(width), 16)
+    return {
         "CHANNELS": channels,
         "PATCH": patch,
         "MERGES": len(cells.w.merge_weights),
@@ -200,14 +237,6 @@ def _shape(cells: Cells) -> _Shape:
         "PRECISION": tf32(),
         "num_warps": 8 if block_d <= 256 else 16,
     }
-    across = structure.shape[3] // cells.cell
-    an_image = across * (structure.shape[2] // cells.cell)
-    return _Shape((an_image, across, structure.shape[0] * an_image, *structure.stride()), options)
-
-
-def _vectors(w: StructureParameters) -> list[Tensor]:
-    vectors = w.embed_weight, w.embed_bias, w.norm_weight, w.norm_bias, w.merge_norm_weights[0], w.merge_norm_biases[0]
-    return [vector.contiguous() for vector in vectors]
 
 
 def embedded(cells: Cells) -> int:
@@ -216,24 +245,12 @@ def embedded(cells: Cells) -> int:
 
 def embed(cells: Cells, weight: Tensor, eps: float) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Cost: reads the shown pixels, writes the normalised rows and their statistics; 1 launch and the gemm."""
-    shape, device = _shape(cells), cells.structure.device
+    options, device, width = _options(cells), cells.structure.device, cells.w.embed_weight.shape[0]
     statistics = [torch.empty(2, n, dtype=torch.float32, device=device) for n in (cells.count, cells.merged)]
     y = torch.empty(cells.merged, weight.shape[1], dtype=cells.dtype, device=device)
-    launch(
-        _structure_embed_forward_kernel,
-        (cdiv(cells.merged, shape.options["ROWS"]),),
-        cells.structure,
-        cells.rows,
-        *_vectors(cells.w),
-        y,
-        *statistics,
-        cells.count,
-        cells.merged,
-        eps,
-        *shape.pixels,
-        cells.w.embed_weight.shape[0],
-        **shape.options,
-    )
+    grid, sizes = (cdiv(cells.merged, options["ROWS"]),), (cells.count, cells.merged, width)
+    image, parameters = _image(cells), _parameters(cells.w)
+    launch(_structure_embed_forward_kernel, grid, image, parameters, y, *statistics, *sizes, eps, **options)
     return products.linear(y, weight), [], statistics
 
 
@@ -242,36 +259,22 @@ def embed_backward(
 ) -> Tensor | None:
     """Cost: reads dy and the shown pixels, writes the normalised rows, and the embedded patches' gradient if it is
     wanted; 1 launch and the gemms."""
-    (dy,), shape, device = products.dgrads([dx], [weight]), _shape(cells), dx.device
-    width, rows_of_a_tile = cells.w.embed_weight.shape[0], shape.options["ROWS"]
+    (dy,), options, device = products.dgrads([dx], [weight]), _options(cells), dx.device
+    width, rows_of_a_tile = cells.w.embed_weight.shape[0], options["ROWS"]
     per_program = cdiv(rows_per_program(cells.merged, device), rows_of_a_tile) * rows_of_a_tile
-    programs, vectors = cdiv(cells.merged, per_program), _vectors(cells.w)
+    programs, parameters = cdiv(cells.merged, per_program), _parameters(cells.w)
     names = "merge_norm_weights[0]", "merge_norm_biases[0]", "norm_weight", "norm_bias", "embed_bias", "embed_weight"
     sums = {
-        name: torch.empty(programs, vector.numel(), dtype=torch.float32, device=device)
-        for name, vector in zip(names, (*vectors[4:], *vectors[2:4], vectors[1], vectors[0]), strict=True)
+        name: torch.empty(programs, parameter.numel(), dtype=torch.float32, device=device)
+        for name, parameter in zip(names, (*parameters[4:], *parameters[2:4], *parameters[1::-1]), strict=True)
     }
     y, dembedded = torch.empty_like(dy), None
     if "structure" in gradients:
         dembedded = torch.empty(cells.count, width, dtype=dy.dtype, device=device)
-    launch(
-        _structure_embed_backward_kernel,
-        (programs,),
-        dy,
-        cells.structure,
-        cells.rows,
-        *vectors,
-        *statistics[:2],
-        y,
-        dembedded,
-        *sums.values(),
-        cells.count,
-        cells.merged,
-        *shape.pixels,
-        width,
-        per_program,
-        **shape.options,
-    )
+    results = y, dembedded, tuple(sums.values())
+    sizes = cells.count, cells.merged, width, per_program
+    arguments = dy, _image(cells), parameters, *statistics[:2], *results, *sizes
+    launch(_structure_embed_backward_kernel, (programs,), *arguments, **options)
     gradients.sums(sums)
     gradients.weight("merge_weights[0]", dx, y)
     if dembedded is None:

@@ -1,7 +1,7 @@
 // Attention of an image's visible rows over its shown keys and one key that stands for all hidden cells, forward and
 // backward, one block of QUERIES x KEYS at a time: the bodies of csrc/cuda/relational_guidance.cu.
 //
-// The group has product(), see group.h.
+// The group has gemm(), see group.h.
 #pragma once
 
 #include <cassert>
@@ -16,7 +16,8 @@ constexpr int32_t QUERIES = 32, KEYS = 32;
 constexpr int32_t MOST_LANES = 8;  // threads that share a row
 
 // q, out, dout, dq (visible, heads * depth); k, v, dk, dv (shown + 1, heads * depth), the last row being the hidden
-// cells'. lse (2, visible, heads): logsumexp of the logits, the largest one and the rest apart. Elements of type T; what a pass does not use may be null.
+// cells'. lse (2, visible, heads): logsumexp of the logits, the largest one and the rest apart. What a pass does not use
+// may be null.
 template <class T>
 struct Attention {
   const T *q, *k, *v, *dout;
@@ -28,7 +29,7 @@ struct Attention {
   int32_t cells, heads, depth;
   float scale;
   bool keep;  // whether hidden cells take part
-  bool wide;  // whether depth is a multiple of 16 and every matrix begins on 16 bytes
+  bool aligned;  // whether depth is a multiple of 16 and every matrix begins on 16 bytes
 };
 
 // The rows of one image, and the head that a block works on.
@@ -52,47 +53,84 @@ SGMIM_HOST_DEVICE Place place_of(const Attention<T>& a, int64_t image, int32_t h
   return p;
 }
 
-// Tiles in the group's memory. Rows are padded by 16 bytes, so that neighbouring rows begin in different banks.
+// Takes pieces of a group's memory, which must be on a boundary of 32 bytes, or counts their bytes if it is null.
+struct Memory {
+  char* first;
+  int64_t used = 0;
+
+  template <class E>
+  SGMIM_HOST_DEVICE void take(E*& pointer, int32_t elements) {
+    pointer = reinterpret_cast<E*>(first + used);
+    used += (elements * static_cast<int64_t>(sizeof(E)) + 31) / 32 * 32;
+  }
+};
+
+// Tiles in the group's memory that forward and backward have: a block of QUERIES x KEYS logits, and what it is made of.
+// Rows are padded by 16 bytes, so that neighbouring rows begin in different banks.
 template <class T>
 struct Tiles {
-  T *q, *k, *v, *dout, *p, *ds;        // (32, depth) and, the last two, (QUERIES, KEYS)
-  float *s, *dp, *sum, *more;          // (QUERIES, KEYS) and, the last two, (32, depth)
-  float *part, *other, *top, *norm;    // (QUERIES, MOST_LANES) and, the last two, (QUERIES,)
-  float* log_sum;                      // (QUERIES,)
-  int32_t depth, stride, wide_stride;  // depth rounded up to 16; of the rows in T and in float
+  T *q, *k, *v;    // (32, depth)
+  T* p;            // (QUERIES, KEYS): the softmax, before it is divided by its sum in the forward
+  float* s;        // (QUERIES, KEYS): logits
+  float* part;     // (QUERIES, MOST_LANES): of a reduction over a row, what each of its threads has
+  float* row_max;  // (QUERIES,): largest logit
+  int32_t depth, stride, sum_stride;  // depth rounded up to 16; from row to row of (32, depth) in T and in float
 
   static constexpr int32_t P_STRIDE = KEYS + 16 / sizeof(T), S_STRIDE = KEYS + 4;
 
-  // Bytes; assigns the pointers if `memory` is given, which must be on a boundary of 32 bytes.
-  SGMIM_HOST_DEVICE int64_t lay_out(char* memory, int32_t true_depth, bool backward) {
+ protected:
+  SGMIM_HOST_DEVICE void take_from(Memory& memory, int32_t true_depth) {
     depth = (true_depth + 15) / 16 * 16;
     stride = depth + 16 / static_cast<int32_t>(sizeof(T));
-    wide_stride = depth + 4;
-    int64_t used = 0;
-    const auto take = [&](auto*& pointer, int32_t elements) {
-      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(memory + used);
-      used += (elements * static_cast<int64_t>(sizeof *pointer) + 31) / 32 * 32;
-    };
-    take(q, QUERIES * stride);
-    take(k, KEYS * stride);
-    take(v, KEYS * stride);
-    take(p, QUERIES * P_STRIDE);
-    take(s, QUERIES * S_STRIDE);
-    take(sum, QUERIES * wide_stride);
-    take(part, QUERIES * MOST_LANES);
-    take(other, QUERIES * MOST_LANES);
-    take(top, QUERIES);
-    take(norm, QUERIES);
-    dout = ds = nullptr;
-    dp = more = log_sum = nullptr;
-    if (backward) {
-      take(dout, QUERIES * stride);
-      take(ds, QUERIES * P_STRIDE);
-      take(dp, QUERIES * S_STRIDE);
-      take(more, KEYS * wide_stride);
-      take(log_sum, QUERIES);
-    }
-    return used;
+    sum_stride = depth + 4;
+    memory.take(q, QUERIES * stride);
+    memory.take(k, KEYS * stride);
+    memory.take(v, KEYS * stride);
+    memory.take(p, QUERIES * P_STRIDE);
+    memory.take(s, QUERIES * S_STRIDE);
+    memory.take(part, QUERIES * MOST_LANES);
+    memory.take(row_max, QUERIES);
+  }
+};
+
+template <class T>
+struct ForwardTiles : Tiles<T> {
+  float* out;        // (QUERIES, depth): p . v
+  float* row_sum;    // (QUERIES,): of p, over the blocks of keys so far
+  float* block_sum;  // (QUERIES, MOST_LANES): over one block, as `part`
+
+  // Bytes; assigns the pointers.
+  SGMIM_HOST_DEVICE int64_t lay_out(char* first, int32_t true_depth) {
+    Memory memory{first};
+    this->take_from(memory, true_depth);
+    memory.take(out, QUERIES * this->sum_stride);
+    memory.take(row_sum, QUERIES);
+    memory.take(block_sum, QUERIES * MOST_LANES);
+    return memory.used;
+  }
+};
+
+template <class T>
+struct BackwardTiles : Tiles<T> {
+  T* dout;                 // (QUERIES, depth)
+  T* ds;                   // (QUERIES, KEYS): gradient of q . k
+  float* dp;               // (QUERIES, KEYS)
+  float *log_sum, *delta;  // (QUERIES,): with row_max both parts of lse; sums of dout * out
+  float *dq, *dk, *dv;     // (32, depth): dq of a block of queries, or dk, in its place, and dv of one of keys
+
+  // Bytes; assigns the pointers.
+  SGMIM_HOST_DEVICE int64_t lay_out(char* first, int32_t true_depth) {
+    Memory memory{first};
+    this->take_from(memory, true_depth);
+    memory.take(dout, QUERIES * this->stride);
+    memory.take(ds, QUERIES * this->P_STRIDE);
+    memory.take(dp, QUERIES * this->S_STRIDE);
+    memory.take(log_sum, QUERIES);
+    memory.take(delta, QUERIES);
+    memory.take(dk, KEYS * this->sum_stride);
+    memory.take(dv, KEYS * this->sum_stride);
+    dq = dk;
+    return memory.used;
   }
 };
 
@@ -105,7 +143,7 @@ SGMIM_HOST_DEVICE void load_rows(
   constexpr int32_t MANY = 16 / sizeof(T);
   const int64_t width = int64_t{a.heads} * a.depth;
   matrix += int64_t{head} * a.depth;
-  if (a.wide) {
+  if (a.aligned) {
     const int32_t per_row = a.depth / MANY;
     for (int32_t i = group.rank(); i < 32 * per_row; i += group.size()) {
       const int32_t r = i / per_row, d = i % per_row * MANY;
@@ -127,16 +165,16 @@ SGMIM_HOST_DEVICE void clear(const Group& group, float* tile, int32_t count) {
   for (int32_t i = group.rank(); i < count; i += group.size()) tile[i] = 0;
 }
 
-// The first `rows` rows of a float tile times 1 / norm[row] (norm may be null) to rows of a matrix.
+// The first `rows` rows of a float tile, over divisors[row] where they are given and not 0, to rows of a matrix.
 template <class Group, class T, class Row>
 SGMIM_HOST_DEVICE void store_rows(
-    const Group& group, const Attention<T>& a, int32_t head, const float* tile, const float* norm, int32_t rows,
+    const Group& group, const Attention<T>& a, int32_t head, const float* tile, const float* divisors, int32_t rows,
     const Row& row, const Tiles<T>& t, T* matrix) {
   for (int32_t i = group.rank(); i < rows * a.depth; i += group.size()) {
     const int32_t r = i / a.depth, d = i % a.depth;
-    const float divisor = norm && norm[r] > 0 ? norm[r] : 1.0f;
+    const float divisor = divisors && divisors[r] > 0 ? divisors[r] : 1.0f;
     matrix[row(r) * a.heads * a.depth + int64_t{head} * a.depth + d] =
-        static_cast<T>(tile[r * t.wide_stride + d] / divisor);
+        static_cast<T>(tile[r * t.sum_stride + d] / divisor);
   }
 }
 
@@ -148,10 +186,10 @@ SGMIM_HOST_DEVICE void each_row(const Group& group, const Body& body) {
   for (int32_t i = group.rank(); i < QUERIES * lanes; i += group.size()) body(i / lanes, i % lanes, lanes);
 }
 
-// A logit from the product q . k: -infinity where there is no such key; the last key's counts once per hidden cell.
-SGMIM_HOST_DEVICE float logit(float product, int32_t key, const Place& place, float scale, float log_hidden) {
-  if (key < place.shown) return product * scale;
-  return key == place.shown && place.hidden > 0 ? product * scale + log_hidden : -INFINITY;
+// A logit from q . k: -infinity where there is no such key; the last key's counts once per hidden cell.
+SGMIM_HOST_DEVICE float logit(float dot, int32_t key, const Place& place, float scale, float log_hidden) {
+  if (key < place.shown) return dot * scale;
+  return key == place.shown && place.hidden > 0 ? dot * scale + log_hidden : -INFINITY;
 }
 
 SGMIM_HOST_DEVICE float log_of(int32_t hidden) { return logf(static_cast<float>(hidden > 1 ? hidden : 1)); }
@@ -159,79 +197,79 @@ SGMIM_HOST_DEVICE float log_of(int32_t hidden) { return logf(static_cast<float>(
 // Attention of the queries [begin, begin + QUERIES) of an image; begin < queries.
 template <class Group, class T>
 SGMIM_HOST_DEVICE void attend(
-    const Group& group, const Attention<T>& a, const Place& place, int32_t begin, const Tiles<T>& t) {
+    const Group& group, const Attention<T>& a, const Place& place, int32_t begin, const ForwardTiles<T>& t) {
   const auto query_row = [&](int32_t i) { return place.first_query + i; };
   const auto key_row = [&](int32_t j) { return j < place.shown ? place.first_key + j : a.last; };
   const float log_hidden = log_of(place.hidden);
   const int32_t keys = place.shown + (place.hidden > 0);
   load_rows(group, a, place.head, a.q, begin, place.queries, query_row, t, t.q);
-  clear(group, t.sum, QUERIES * t.wide_stride);
+  clear(group, t.out, QUERIES * t.sum_stride);
   for (int32_t i = group.rank(); i < QUERIES; i += group.size()) {
-    t.top[i] = -INFINITY;
-    t.norm[i] = 0;
+    t.row_max[i] = -INFINITY;
+    t.row_sum[i] = 0;
   }
   for (int32_t first = 0; first < keys; first += KEYS) {
     load_rows(group, a, place.head, a.k, first, keys, key_row, t, t.k);
     load_rows(group, a, place.head, a.v, first, keys, key_row, t, t.v);
     clear(group, t.s, QUERIES * Tiles<T>::S_STRIDE);
     group.sync();
-    group.template product<false, true>(
+    group.template gemm<false, true>(
         t.q, t.stride, t.k, t.stride, t.s, Tiles<T>::S_STRIDE, QUERIES, KEYS, t.depth);
     group.sync();
     each_row(group, [&](int32_t row, int32_t lane, int32_t lanes) {
-      float highest = -INFINITY;
+      float block_max = -INFINITY;
       for (int32_t j = lane; j < KEYS; j += lanes) {
         float& s = t.s[row * Tiles<T>::S_STRIDE + j];
         s = logit(s, first + j, place, a.scale, log_hidden);
-        highest = s > highest ? s : highest;
+        block_max = s > block_max ? s : block_max;
       }
-      t.part[row * MOST_LANES + lane] = highest;
+      t.part[row * MOST_LANES + lane] = block_max;
     });
     group.sync();
     // The first key of every block is there, so the new maximum is finite.
     each_row(group, [&](int32_t row, int32_t lane, int32_t lanes) {
-      float top = t.top[row], total = 0;
-      for (int32_t l = 0; l < lanes; ++l) top = fmaxf(top, t.part[row * MOST_LANES + l]);
+      float row_max = t.row_max[row], total = 0;
+      for (int32_t l = 0; l < lanes; ++l) row_max = fmaxf(row_max, t.part[row * MOST_LANES + l]);
       for (int32_t j = lane; j < KEYS; j += lanes) {
-        const float p = expf(t.s[row * Tiles<T>::S_STRIDE + j] - top);
+        const float p = expf(t.s[row * Tiles<T>::S_STRIDE + j] - row_max);
         t.p[row * Tiles<T>::P_STRIDE + j] = static_cast<T>(p);
         total += p;
       }
-      t.other[row * MOST_LANES + lane] = total;
-      const float shrink = expf(t.top[row] - top);
-      for (int32_t d = lane; d < t.depth; d += lanes) t.sum[row * t.wide_stride + d] *= shrink;
+      t.block_sum[row * MOST_LANES + lane] = total;
+      const float shrink = expf(t.row_max[row] - row_max);
+      for (int32_t d = lane; d < t.depth; d += lanes) t.out[row * t.sum_stride + d] *= shrink;
     });
     group.sync();
-    group.template product<false, false>(
-        t.p, Tiles<T>::P_STRIDE, t.v, t.stride, t.sum, t.wide_stride, QUERIES, t.depth, KEYS);
+    group.template gemm<false, false>(
+        t.p, Tiles<T>::P_STRIDE, t.v, t.stride, t.out, t.sum_stride, QUERIES, t.depth, KEYS);
     each_row(group, [&](int32_t row, int32_t lane, int32_t lanes) {
       if (lane > 0) return;
-      float top = t.top[row], total = 0;
+      float row_max = t.row_max[row], total = 0;
       for (int32_t l = 0; l < lanes; ++l) {
-        top = fmaxf(top, t.part[row * MOST_LANES + l]);
-        total += t.other[row * MOST_LANES + l];
+        row_max = fmaxf(row_max, t.part[row * MOST_LANES + l]);
+        total += t.block_sum[row * MOST_LANES + l];
       }
-      t.norm[row] = t.norm[row] * expf(t.top[row] - top) + total;
-      t.top[row] = top;
+      t.row_sum[row] = t.row_sum[row] * expf(t.row_max[row] - row_max) + total;
+      t.row_max[row] = row_max;
     });
     group.sync();
   }
   if (keys == 0) group.sync();
   const int32_t rows = place.queries - begin < QUERIES ? place.queries - begin : QUERIES;
   const auto out_row = [&](int32_t i) { return place.first_query + begin + i; };
-  store_rows(group, a, place.head, t.sum, t.norm, rows, out_row, t, a.out);
+  store_rows(group, a, place.head, t.out, t.row_sum, rows, out_row, t, a.out);
   for (int32_t i = group.rank(); i < rows; i += group.size()) {
     float* const lse = a.lse + out_row(i) * a.heads + place.head;
-    lse[0] = t.norm[i] > 0 ? t.top[i] : 0.0f;
-    lse[a.queries * a.heads] = t.norm[i] > 0 ? logf(t.norm[i]) : 0.0f;
+    lse[0] = t.row_sum[i] > 0 ? t.row_max[i] : 0.0f;
+    lse[a.queries * a.heads] = t.row_sum[i] > 0 ? logf(t.row_sum[i]) : 0.0f;
   }
 }
 
-// Loads queries [begin, begin + QUERIES) with what the backward needs of them: q, dout, top and log_sum = both parts of
-// lse, and norm = sums of dout * out. Ends with a barrier.
+// Loads what the backward needs of queries [begin, begin + QUERIES): q, dout, both parts of lse, and delta. Ends with a
+// barrier.
 template <class Group, class T>
 SGMIM_HOST_DEVICE void load_queries(
-    const Group& group, const Attention<T>& a, const Place& place, int32_t begin, const Tiles<T>& t) {
+    const Group& group, const Attention<T>& a, const Place& place, int32_t begin, const BackwardTiles<T>& t) {
   const auto row_of = [&](int32_t i) { return place.first_query + i; };
   load_rows(group, a, place.head, a.q, begin, place.queries, row_of, t, t.q);
   load_rows(group, a, place.head, a.dout, begin, place.queries, row_of, t, t.dout);
@@ -243,7 +281,7 @@ SGMIM_HOST_DEVICE void load_queries(
         total += static_cast<float>(a.dout[at + d]) * static_cast<float>(a.out[at + d]);
       if (lane == 0) {
         const float* const lse = a.lse + row_of(begin + row) * a.heads + place.head;
-        t.top[row] = lse[0];
+        t.row_max[row] = lse[0];
         t.log_sum[row] = lse[a.queries * a.heads];
       }
     }
@@ -254,22 +292,22 @@ SGMIM_HOST_DEVICE void load_queries(
     if (lane > 0) return;
     float total = 0;
     for (int32_t l = 0; l < lanes; ++l) total += t.part[row * MOST_LANES + l];
-    t.norm[row] = total;
+    t.delta[row] = total;
   });
   group.sync();
 }
 
-// From q, k, v and dout: p, the attention's weights, and ds, the gradient of the products q . k, for the queries from
+// From q, k, v and dout: p, the attention's weights, and ds, the gradient of q . k, for the queries from
 // `begin` and the keys from `first` on. The tiles are in place, behind a barrier. Ends with a barrier.
 template <class Group, class T>
 SGMIM_HOST_DEVICE void weights_and_gradients(
     const Group& group, const Attention<T>& a, const Place& place, int32_t begin, int32_t first, float log_hidden,
-    const Tiles<T>& t) {
+    const BackwardTiles<T>& t) {
   clear(group, t.s, QUERIES * Tiles<T>::S_STRIDE);
   clear(group, t.dp, QUERIES * Tiles<T>::S_STRIDE);
   group.sync();
-  group.template product<false, true>(t.q, t.stride, t.k, t.stride, t.s, Tiles<T>::S_STRIDE, QUERIES, KEYS, t.depth);
-  group.template product<false, true>(
+  group.template gemm<false, true>(t.q, t.stride, t.k, t.stride, t.s, Tiles<T>::S_STRIDE, QUERIES, KEYS, t.depth);
+  group.template gemm<false, true>(
       t.dout, t.stride, t.v, t.stride, t.dp, Tiles<T>::S_STRIDE, QUERIES, KEYS, t.depth);
   group.sync();
   // of a single key, whose weight is 1 whatever the logit, exactly 0
@@ -277,8 +315,8 @@ SGMIM_HOST_DEVICE void weights_and_gradients(
   each_row(group, [&](int32_t row, int32_t lane, int32_t lanes) {
     for (int32_t j = lane; j < KEYS; j += lanes) {
       const float s = logit(t.s[row * Tiles<T>::S_STRIDE + j], first + j, place, a.scale, log_hidden);
-      const float p = begin + row < place.queries ? expf(s - t.top[row] - t.log_sum[row]) : 0.0f;
-      const float ds = p != 0 ? p * (t.dp[row * Tiles<T>::S_STRIDE + j] - t.norm[row]) * scale : 0.0f;
+      const float p = begin + row < place.queries ? expf(s - t.row_max[row] - t.log_sum[row]) : 0.0f;
+      const float ds = p != 0 ? p * (t.dp[row * Tiles<T>::S_STRIDE + j] - t.delta[row]) * scale : 0.0f;
       t.p[row * Tiles<T>::P_STRIDE + j] = static_cast<T>(p);
       t.ds[row * Tiles<T>::P_STRIDE + j] = static_cast<T>(ds);
     }
@@ -289,57 +327,57 @@ SGMIM_HOST_DEVICE void weights_and_gradients(
 // dq of the queries [begin, begin + QUERIES) of an image; begin < queries.
 template <class Group, class T>
 SGMIM_HOST_DEVICE void attend_backward_queries(
-    const Group& group, const Attention<T>& a, const Place& place, int32_t begin, const Tiles<T>& t) {
+    const Group& group, const Attention<T>& a, const Place& place, int32_t begin, const BackwardTiles<T>& t) {
   const auto key_row = [&](int32_t j) { return j < place.shown ? place.first_key + j : a.last; };
   const float log_hidden = log_of(place.hidden);
   const int32_t keys = place.shown + (place.hidden > 0);
-  clear(group, t.sum, QUERIES * t.wide_stride);
+  clear(group, t.dq, QUERIES * t.sum_stride);
   load_queries(group, a, place, begin, t);
   for (int32_t first = 0; first < keys; first += KEYS) {
     load_rows(group, a, place.head, a.k, first, keys, key_row, t, t.k);
     load_rows(group, a, place.head, a.v, first, keys, key_row, t, t.v);
     weights_and_gradients(group, a, place, begin, first, log_hidden, t);  // begins with a barrier
-    group.template product<false, false>(
-        t.ds, Tiles<T>::P_STRIDE, t.k, t.stride, t.sum, t.wide_stride, QUERIES, t.depth, KEYS);
+    group.template gemm<false, false>(
+        t.ds, Tiles<T>::P_STRIDE, t.k, t.stride, t.dq, t.sum_stride, QUERIES, t.depth, KEYS);
     group.sync();
   }
   const int32_t rows = place.queries - begin < QUERIES ? place.queries - begin : QUERIES;
   const auto out_row = [&](int32_t i) { return place.first_query + begin + i; };
-  store_rows(group, a, place.head, t.sum, static_cast<const float*>(nullptr), rows, out_row, t, a.dq);
+  store_rows(group, a, place.head, t.dq, static_cast<const float*>(nullptr), rows, out_row, t, a.dq);
 }
 
 // dk and dv of the keys [first, first + KEYS) of an image; first <= shown. The hidden cells' go to hidden_sums, which
 // has a part for every image, zeros where they take no part.
 template <class Group, class T>
 SGMIM_HOST_DEVICE void attend_backward_keys(
-    const Group& group, const Attention<T>& a, const Place& place, int32_t first, const Tiles<T>& t) {
+    const Group& group, const Attention<T>& a, const Place& place, int32_t first, const BackwardTiles<T>& t) {
   const auto key_row = [&](int32_t j) { return j < place.shown ? place.first_key + j : a.last; };
   const float log_hidden = log_of(place.hidden);
   const int32_t keys = place.shown + (place.hidden > 0);
   load_rows(group, a, place.head, a.k, first, keys, key_row, t, t.k);
   load_rows(group, a, place.head, a.v, first, keys, key_row, t, t.v);
-  clear(group, t.sum, KEYS * t.wide_stride);
-  clear(group, t.more, KEYS * t.wide_stride);
+  clear(group, t.dk, KEYS * t.sum_stride);
+  clear(group, t.dv, KEYS * t.sum_stride);
   for (int32_t begin = 0; begin < place.queries; begin += QUERIES) {
     load_queries(group, a, place, begin, t);
     weights_and_gradients(group, a, place, begin, first, log_hidden, t);
-    group.template product<true, false>(
-        t.ds, Tiles<T>::P_STRIDE, t.q, t.stride, t.sum, t.wide_stride, KEYS, t.depth, QUERIES);
-    group.template product<true, false>(
-        t.p, Tiles<T>::P_STRIDE, t.dout, t.stride, t.more, t.wide_stride, KEYS, t.depth, QUERIES);
+    group.template gemm<true, false>(
+        t.ds, Tiles<T>::P_STRIDE, t.q, t.stride, t.dk, t.sum_stride, KEYS, t.depth, QUERIES);
+    group.template gemm<true, false>(
+        t.p, Tiles<T>::P_STRIDE, t.dout, t.stride, t.dv, t.sum_stride, KEYS, t.depth, QUERIES);
     group.sync();
   }
   if (place.queries == 0) group.sync();
   const int32_t rows = place.shown - first < KEYS ? place.shown - first : KEYS;
   const auto row_of = [&](int32_t j) { return place.first_key + first + j; };
-  store_rows(group, a, place.head, t.sum, static_cast<const float*>(nullptr), rows, row_of, t, a.dk);
-  store_rows(group, a, place.head, t.more, static_cast<const float*>(nullptr), rows, row_of, t, a.dv);
+  store_rows(group, a, place.head, t.dk, static_cast<const float*>(nullptr), rows, row_of, t, a.dk);
+  store_rows(group, a, place.head, t.dv, static_cast<const float*>(nullptr), rows, row_of, t, a.dv);
   if (rows == KEYS) return;  // the hidden cells' key comes in a later block
   const int64_t width = int64_t{a.heads} * a.depth;
   for (int32_t d = group.rank(); d < a.depth; d += group.size()) {
     const int64_t at = place.image * width + int64_t{place.head} * a.depth + d;
-    a.hidden_sums[at] = t.sum[rows * t.wide_stride + d];
-    a.hidden_sums[a.images * width + at] = t.more[rows * t.wide_stride + d];
+    a.hidden_sums[at] = t.dk[rows * t.sum_stride + d];
+    a.hidden_sums[a.images * width + at] = t.dv[rows * t.sum_stride + d];
   }
 }
 
@@ -372,7 +410,8 @@ SGMIM_HOST_DEVICE Parts parts_of(const Attention<T>& a) {
 // dq, dk and dv by `blocks` groups, of which this is number `block`; `launch` is all of them together.
 template <class Group, class Launch, class T>
 SGMIM_HOST_DEVICE void attend_backward(
-    const Group& group, const Launch& launch, const Attention<T>& a, int64_t block, int64_t blocks, const Tiles<T>& t) {
+    const Group& group, const Launch& launch, const Attention<T>& a, int64_t block, int64_t blocks,
+    const BackwardTiles<T>& t) {
   const Parts parts = parts_of(a);
   const int32_t together = parts.of_keys + parts.of_queries;
   for (int64_t i = block; i < parts.all; i += blocks) {

@@ -10,14 +10,14 @@
 // group, so a body branches around them only on values that are the same in every thread.
 //
 // Some groups also multiply matrices in their memory:
-//   product<ta, tb>(a, la, b, lb, c, lc, m, n, k)   c (m, n) float += a (m, k) . b (k, n)
+//   gemm<ta, tb>(a, la, b, lb, c, lc, m, n, k)      c (m, n) float += a (m, k) . b (k, n)
 // a is stored (k, m) if ta, b (n, k) if tb; la, lb, lc: elements from row to row; m, n, k multiples of 16. It is no
 // barrier: one must lie before it, for the operands, and one behind it.
 //
 // A whole launch can be a group too, whose threads meet across blocks; such a group has rank(), size() and sync()
 // alone.
 //
-// cuda/groups.h has a warp, a block and a launch, cuda/products.h a block with products; the tests have a group of one
+// cuda/groups.h has a warp, a block and a launch, cuda/gemm.h a block with gemms; the tests have a group of one
 // and a group of host threads.
 #pragma once
 

@@ -214,18 +214,18 @@ sgmim::Attention<T> describe(
   a.depth = static_cast<int32_t>(q.shape(1)) / heads;
   a.scale = 1 / std::sqrt(static_cast<float>(a.depth));
   a.keep = keep;
-  a.wide = a.depth % 16 == 0;
+  a.aligned = a.depth % 16 == 0;
   return a;
 }
 
 // Tiles in memory of their own, with NaN in it.
-template <class T>
+template <class Tiles>
 struct OwnTiles {
-  sgmim::Tiles<T> tiles;
+  Tiles tiles;
   std::vector<float> memory;
 
-  OwnTiles(int32_t depth, bool backward) : memory(tiles.lay_out(nullptr, depth, backward) / sizeof(float), NAN) {
-    tiles.lay_out(reinterpret_cast<char*>(memory.data()), depth, backward);
+  explicit OwnTiles(int32_t depth) : memory(tiles.lay_out(nullptr, depth) / sizeof(float), NAN) {
+    tiles.lay_out(reinterpret_cast<char*>(memory.data()), depth);
   }
 };
 
@@ -238,7 +238,7 @@ void attend(
   a.lse = lse.mutable_data();
   for (int64_t image = 0; image < a.images; ++image)
     for (int32_t head = 0; head < a.heads; ++head) {
-      const OwnTiles<T> own(a.depth, false);
+      const OwnTiles<sgmim::ForwardTiles<T>> own(a.depth);
       const sgmim::Place place = sgmim::place_of(a, image, head);
       run_group(threads, [&](const HostGroup& group) {
         for (int32_t begin = 0; begin < place.queries; begin += sgmim::QUERIES) {
@@ -262,8 +262,9 @@ void attend_backward(
   a.dk = write<T>(dk);
   a.dv = write<T>(dv);
   a.hidden_sums = hidden_sums.mutable_data();
-  std::vector<std::unique_ptr<OwnTiles<T>>> tiles(blocks);
-  for (auto& each : tiles) each = std::make_unique<OwnTiles<T>>(a.depth, true);
+  using Tiles = OwnTiles<sgmim::BackwardTiles<T>>;
+  std::vector<std::unique_ptr<Tiles>> tiles(blocks);
+  for (auto& each : tiles) each = std::make_unique<Tiles>(a.depth);
   run_launch(blocks, 1, threads, [&](const HostThread& t) {
     sgmim::attend_backward(t.block, t.launch, a, t.block_number, blocks, tiles[t.block_number]->tiles);
   });

@@ -66,21 +66,24 @@ std::vector<float> attend(int32_t threads) {
   a.visible_offsets = visible, a.shown_offsets = shown;
   a.images = 1, a.queries = QUERIES, a.last = SHOWN, a.cells = 45, a.heads = 1, a.depth = DEPTH, a.scale = 0.2f, a.keep = true;
   constexpr int32_t BLOCKS = 2;
-  sgmim::Tiles<float> tiles[BLOCKS];
-  std::vector<float> memory[BLOCKS];
-  for (int32_t block = 0; block < BLOCKS; ++block) {
-    memory[block].resize(tiles[block].lay_out(nullptr, DEPTH, true) / sizeof(float));
-    tiles[block].lay_out(reinterpret_cast<char*>(memory[block].data()), DEPTH, true);
-  }
+  std::vector<float> memory[1 + BLOCKS];
+  const auto lay_out = [&](auto& tiles, std::vector<float>& own) {
+    own.resize(tiles.lay_out(nullptr, DEPTH) / sizeof(float));
+    tiles.lay_out(reinterpret_cast<char*>(own.data()), DEPTH);
+  };
+  sgmim::ForwardTiles<float> forward;
+  sgmim::BackwardTiles<float> backward[BLOCKS];
+  lay_out(forward, memory[BLOCKS]);
+  for (int32_t block = 0; block < BLOCKS; ++block) lay_out(backward[block], memory[block]);
   const sgmim::Place place = sgmim::place_of(a, 0, 0);
   run_group(threads, [&](const HostGroup& group) {
     for (int32_t begin : {0, 32}) {
-      sgmim::attend(group, a, place, begin, tiles[0]);
+      sgmim::attend(group, a, place, begin, forward);
       group.sync();
     }
   });
   run_launch(BLOCKS, 1, threads, [&](const HostThread& t) {
-    sgmim::attend_backward(t.block, t.launch, a, t.block_number, BLOCKS, tiles[t.block_number]);
+    sgmim::attend_backward(t.block, t.launch, a, t.block_number, BLOCKS, backward[t.block_number]);
   });
   return all;
 }

@@ -51,7 +51,7 @@ class HostGroup {
   }
   // As csrc/attend.h asks for.
   template <bool ta, bool tb, class T>
-  void product(
+  void gemm(
       const T* a, int32_t la, const T* b, int32_t lb, float* c, int32_t lc, int32_t m, int32_t n, int32_t k) const {
     for (int32_t i = rank_; i < m * n; i += shared_.size) {
       const int32_t row = i / n, column = i % n;

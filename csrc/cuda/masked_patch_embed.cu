@@ -2,7 +2,7 @@
 // launch each; a warp per row. place_tokens.h holds the bodies; the tests run them on the host.
 #include "cuda/groups.h"
 #include "cuda/launch.h"
-#include "cuda/products.h"
+#include "cuda/gemm.h"
 #include "place_tokens.h"
 
 namespace sgmim {

@@ -4,7 +4,7 @@
 
 #include "attend.h"
 #include "cuda/launch.h"
-#include "cuda/products.h"
+#include "cuda/gemm.h"
 
 namespace sgmim {
 
@@ -21,22 +21,22 @@ __global__ void __launch_bounds__(THREADS, 2) attention(Attention<T> a, int32_t 
   const int32_t begin = static_cast<int32_t>(blockIdx.x % parts) * QUERIES;
   const Place place = place_of(a, head / a.heads, static_cast<int32_t>(head % a.heads));
   if (begin >= place.queries) return;  // the whole block
-  Tiles<T> tiles;
-  tiles.lay_out(memory, a.depth, false);
-  attend(ProductGroup{}, a, place, begin, tiles);
+  ForwardTiles<T> tiles;
+  tiles.lay_out(memory, a.depth);
+  attend(GemmGroup{}, a, place, begin, tiles);
 }
 
 // As many blocks as the GPU holds at once. When all are done they meet, and sum the hidden cells' key and value over
 // the images, in an order that the number of blocks does not change.
-// Registers: 80 to 139. Shared memory at depth 128: 85,248 bytes in half precision, 122,112 in float32.
+// Registers: 80 to 139. Shared memory at depth 128: 84,224 bytes in half precision, 121,088 in float32.
 // Reads q, dout and out once per block of keys, k and v once per block of queries; writes dq, dk, dv, and of every
 // image two rows of float32, which it reads once.
 template <class T>
 __global__ void __launch_bounds__(THREADS, 1) attention_backward(Attention<T> a) {
   extern __shared__ __align__(32) char memory[];
-  Tiles<T> tiles;
-  tiles.lay_out(memory, a.depth, true);
-  attend_backward(ProductGroup{}, LaunchGroup{}, a, blockIdx.x, gridDim.x, tiles);
+  BackwardTiles<T> tiles;
+  tiles.lay_out(memory, a.depth);
+  attend_backward(GemmGroup{}, LaunchGroup{}, a, blockIdx.x, gridDim.x, tiles);
 }
 
 // Checks the tensors that both passes have, and describes them.
@@ -72,7 +72,7 @@ Attention<T> describe(
   a.depth = static_cast<int32_t>(width / heads);
   a.scale = 1 / std::sqrt(static_cast<float>(a.depth));
   a.keep = keep;
-  a.wide = a.depth % 16 == 0 && on_sixteen_bytes({a.q, a.k, a.v});
+  a.aligned = a.depth % 16 == 0 && on_sixteen_bytes({a.q, a.k, a.v});
   return a;
 }
 
@@ -86,7 +86,7 @@ void attention_forward(
     const DeviceGuard guard(q.get_device_index());
     const int32_t parts = (a.cells + QUERIES - 1) / QUERIES;
     launch(
-        attention<T>, a.images * heads * parts, THREADS, Tiles<T>{}.lay_out(nullptr, a.depth, false), q, a, parts);
+        attention<T>, a.images * heads * parts, THREADS, ForwardTiles<T>{}.lay_out(nullptr, a.depth), q, a, parts);
   });
 }
 
@@ -105,21 +105,21 @@ void attention_gradients(
     check_packed(hidden_sums, "hidden_sums", ScalarType::Float, q, 2 * a.images * q.size(1));
     if (a.images == 0) return;
     a.dout = pointer<const T>(dout);
-    a.wide = a.wide && on_sixteen_bytes({a.dout});
+    a.aligned = a.aligned && on_sixteen_bytes({a.dout});
     a.dq = pointer<T>(dq);
     a.dk = pointer<T>(dk);
     a.dv = pointer<T>(dv);
     a.hidden_sums = pointer<float>(hidden_sums);
     const DeviceGuard guard(q.get_device_index());
     launch_together(
-        attention_backward<T>, parts_of(a).all, THREADS, Tiles<T>{}.lay_out(nullptr, a.depth, true), q, a);
+        attention_backward<T>, parts_of(a).all, THREADS, BackwardTiles<T>{}.lay_out(nullptr, a.depth), q, a);
   });
 }
 
 int64_t attention_memory(int64_t element_size, int64_t depth, bool backward) {
-  const int32_t d = static_cast<int32_t>(depth);
-  return element_size == 2 ? Tiles<uint16_t>{}.lay_out(nullptr, d, backward)
-                           : Tiles<float>{}.lay_out(nullptr, d, backward);
+  const auto bytes = [&](auto tiles) { return tiles.lay_out(nullptr, static_cast<int32_t>(depth)); };
+  if (element_size == 2) return backward ? bytes(BackwardTiles<uint16_t>{}) : bytes(ForwardTiles<uint16_t>{});
+  return backward ? bytes(BackwardTiles<float>{}) : bytes(ForwardTiles<float>{});
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Products of matrices in shared memory, and what goes with them: dtypes and alignment.
+// Gemms of matrices in shared memory, and what goes with them: dtypes and alignment.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,10 +13,10 @@
 
 namespace sgmim {
 
-// A block whose products run on tensor cores, a 16 x 16 tile per warp, or for float32 in full precision beside them.
-struct ProductGroup : BlockGroup {
+// A block whose gemms run on tensor cores, a 16 x 16 tile per warp, or for float32 in full precision beside them.
+struct GemmGroup : BlockGroup {
   template <bool ta, bool tb, class T>
-  __device__ void product(
+  __device__ void gemm(
       const T* a, int32_t la, const T* b, int32_t lb, float* c, int32_t lc, int32_t m, int32_t n, int32_t k) const {
     if constexpr (sizeof(T) == 2) {
       using namespace nvcuda::wmma;

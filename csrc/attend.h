@@ -16,8 +16,8 @@ constexpr int32_t QUERIES = 32, KEYS = 32;
 constexpr int32_t MOST_LANES = 8;  // threads that share a row
 
 // q, out, dout, dq (visible, heads * depth); k, v, dk, dv (shown + 1, heads * depth), the last row being the hidden
-// cells'. lse (2, visible, heads): logsumexp of the logits, the largest one and the rest apart. What a pass does not use
-// may be null.
+// cells'. lse (2, visible, heads): logsumexp of the logits, the largest one and the rest apart. What a pass does not
+// use may be null.
 template <class T>
 struct Attention {
   const T *q, *k, *v, *dout;

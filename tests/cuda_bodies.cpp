@@ -11,7 +11,7 @@
 
 #include "attend.h"
 #include "draw_mask.h"
-#include "gather_index.h"
+#include "patch_copy.h"
 #include "host_group.h"
 #include "place_tokens.h"
 #include "standardize_plane.h"
@@ -53,9 +53,9 @@ struct Patches {
     if (const int32_t channels = channels_per_access(grid, SIZE, addresses)) {
       if constexpr (SIZE == 2 || SIZE == 4) {
         if (channels == 3)
-          run(Turned<Element, 3>{}, grid);
+          run(Transposed<Element, 3>{}, grid);
         else
-          run(Turned<Element, 16 / SIZE>{}, grid);
+          run(Transposed<Element, 16 / SIZE>{}, grid);
         return py::make_tuple(16 / SIZE, channels);
       }
       throw std::logic_error("turned elements of another size");
@@ -315,7 +315,7 @@ void place_tokens(
 }
 
 template <class T>
-void take_tokens(
+void place_tokens_backward(
     Matrix<T> dout, Matrix<T> embedded, Array<int64_t> visible, Array<int64_t> inverse, Array<float> weight,
     Array<float> statistics, Matrix<T> dembedded, Array<float> partials, Array<float> sums, LaunchShape shape) {
   const int32_t width = static_cast<int32_t>(dout.shape(1));
@@ -328,7 +328,7 @@ void take_tokens(
     const int64_t all = blocks, per_block = warps;
     std::vector<std::vector<float>> memory(blocks, std::vector<float>(sgmim::place_memory(width, warps), NAN));
     run_launch(blocks, warps, lanes, [&](const HostThread& t) {
-      sgmim::take_tokens<decltype(many)::value>(
+      sgmim::place_tokens_backward<decltype(many)::value>(
           t.warp, sgmim::Turn{t.warp_number, per_block}, t.block, sgmim::Turn{t.block_number, all}, t.launch, tokens,
           read<T>(dout), to, partials.mutable_data(), sums.mutable_data(), memory[t.block_number].data());
     });
@@ -362,8 +362,8 @@ PYBIND11_MODULE(cuda_bodies, m) {
         py::arg("visible_rows").noconvert(), py::arg("threads"));
   m.def("place_tokens", &place_tokens<float>);
   m.def("place_tokens_bfloat16", &place_tokens<Half>);
-  m.def("take_tokens", &take_tokens<float>);
-  m.def("take_tokens_bfloat16", &take_tokens<Half>);
+  m.def("place_tokens_backward", &place_tokens_backward<float>);
+  m.def("place_tokens_backward_bfloat16", &place_tokens_backward<Half>);
   m.def("attend", &attend<float>);
   m.def("attend_backward", &attend_backward<float>);
   m.def("attend_bfloat16", &attend<Half>);

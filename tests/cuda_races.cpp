@@ -7,7 +7,7 @@
 
 #include "attend.h"
 #include "draw_mask.h"
-#include "gather_index.h"
+#include "patch_copy.h"
 #include "host_group.h"
 #include "place_tokens.h"
 #include "standardize_plane.h"
@@ -122,7 +122,7 @@ std::vector<float> place(int32_t blocks) {
     sgmim::place_tokens<1>(t.warp, turn, t.launch, tokens, ones.data(), out.data());
   });
   run_launch(blocks, WARPS, LANES, [&](const HostThread& t) {
-    sgmim::take_tokens<1>(
+    sgmim::place_tokens_backward<1>(
         t.warp, sgmim::Turn{t.warp_number, WARPS}, t.block, sgmim::Turn{t.block_number, blocks}, t.launch, tokens,
         dout.data(), dembedded.data(), partials.data(), sums.data(), memory[t.block_number].data());
   });

@@ -3,7 +3,7 @@
 // A copy knows only the size of an element, so there is one body for each size. No vector code of our own: a
 // patch row is `patch` neighbours, which memcpy moves.
 #include "cpu/launch.h"
-#include "gather_index.h"
+#include "patch_copy.h"
 
 #include <cstring>
 

@@ -1,11 +1,11 @@
 // The GPU twin of csrc/cpu/gather_patches.cpp: wanted cells of an NCHW tensor to packed patch rows, and back.
-// gather_index.h holds the body of the kernel; the tests run the same body on the host.
+// patch_copy.h holds the body of the kernel; the tests run the same body on the host.
 #include <cassert>
 #include <type_traits>
 
 #include "cuda/groups.h"
 #include "cuda/launch.h"
-#include "gather_index.h"
+#include "patch_copy.h"
 
 namespace sgmim {
 
@@ -81,8 +81,8 @@ struct Copy {
     const auto address = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data_ptr()); };
     const uint64_t addresses = address(tensor) | address(packed);
     if (const int32_t channels = channels_per_access(grid, size, addresses)) {
-      if (size == 2) return channels == 3 ? run<Turned<uint16_t, 3>>(grid) : run<Turned<uint16_t, 8>>(grid);
-      return channels == 3 ? run<Turned<uint32_t, 3>>(grid) : run<Turned<uint32_t, 4>>(grid);
+      if (size == 2) return channels == 3 ? run<Transposed<uint16_t, 3>>(grid) : run<Transposed<uint16_t, 8>>(grid);
+      return channels == 3 ? run<Transposed<uint32_t, 3>>(grid) : run<Transposed<uint32_t, 4>>(grid);
     }
     const int32_t pixels = pixels_per_access(grid, size, addresses);
     const CellGrid wide = widen(grid, pixels);

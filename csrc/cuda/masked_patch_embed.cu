@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(WARPS * WARP, 2)
     take(Tokens<T> tokens, const T* dout, T* dembedded, float* partials, float* sums) {
   extern __shared__ __align__(16) float memory[];
   const Turn in_block{threadIdx.x / WARP, blockDim.x / WARP};
-  take_tokens<MANY>(
+  place_tokens_backward<MANY>(
       WarpGroup{}, in_block, BlockGroup{}, Turn{blockIdx.x, gridDim.x}, LaunchGroup{}, tokens, dout, dembedded,
       partials, sums, memory);
 }

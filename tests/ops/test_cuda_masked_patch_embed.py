@@ -39,7 +39,7 @@ def run(bodies, embedded, visible, token, norm, dout, shape, dtype=torch.float32
     out, dembedded = create(rows, width, dtype=dtype), create(len(visible), width, dtype=dtype)
     sums, parts = create(4, width), -(-rows // -(-rows // PARTS)) if rows else 0
     lists = visible.numpy(), np.full(rows, before)
-    place, take = getattr(bodies, f"place_tokens{name}"), getattr(bodies, f"take_tokens{name}")
+    place, take = getattr(bodies, f"place_tokens{name}"), getattr(bodies, f"place_tokens_backward{name}")
     place(raw(embedded), *lists, raw(token), weight, bias, EPS, raw(out), raw(statistics), shape)
     lists = visible.numpy(), np.full(rows, before)
     partials = raw(create(parts, 4, width))

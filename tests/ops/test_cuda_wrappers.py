@@ -64,7 +64,7 @@ def operators():
         body(*tensors[:6], eps, *tensors[6:], (1, 2, 1))
 
     def take(dout, embedded, visible, inverse, weight, statistics, dembedded, partials, sums):
-        body = bodies.take_tokens if dout.dtype == torch.float32 else bodies.take_tokens_bfloat16
+        body = bodies.place_tokens_backward if dout.dtype == torch.float32 else bodies.place_tokens_backward_bfloat16
         embedded = dout[:0] if embedded is None else embedded
         weight, statistics = (torch.zeros(0) if t is None else t for t in (weight, statistics))
         tensors = dout, embedded, visible, inverse, weight, statistics, dembedded, partials, sums

@@ -45,4 +45,4 @@ def test_linear_l1(benchmark, name, dtype, head, encoder):
 
     run = forward_backward(DTYPES[dtype], [x, linear.weight, linear.bias])
     group = f"{encoder} {head} head, {dtype}"
-    compare(benchmark, "linear_l1", name, group, run, fused, dense=dense, visible=visible)
+    compare(benchmark, "linear_l1", name, group, DTYPES[dtype], run, fused, dense=dense, visible=visible)

@@ -37,4 +37,4 @@ def test_norm_linear(benchmark, name, dtype, layer, encoder):
 
     run = forward_backward(DTYPES[dtype], leaves, cotangent)
     group = f"{encoder} {layer}, {dtype}"
-    compare(benchmark, "norm_linear", name, group, run, fused, plain=plain)
+    compare(benchmark, "norm_linear", name, group, DTYPES[dtype], run, fused, plain=plain)

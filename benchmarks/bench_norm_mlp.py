@@ -34,4 +34,4 @@ def test_norm_mlp(benchmark, name, dtype, residual, encoder):
 
     run = forward_backward(DTYPES[dtype], [x, *layers, *vectors.values()], cotangent)
     group = f"{encoder}{', residual' if residual else ''}, {dtype}"
-    compare(benchmark, "norm_mlp", name, group, run, fused, plain=plain)
+    compare(benchmark, "norm_mlp", name, group, DTYPES[dtype], run, fused, plain=plain)

@@ -48,4 +48,4 @@ def test_relational_guidance(benchmark, name, dtype, encoder):
 
     run = forward_backward(DTYPES[dtype], [features, structure, *module.parameters()], cotangent)
     group = f"{encoder}, {dtype}"
-    compare(benchmark, "relational_guidance", name, group, run, fused, dense=dense, visible=visible)
+    compare(benchmark, "relational_guidance", name, group, DTYPES[dtype], run, fused, dense=dense, visible=visible)

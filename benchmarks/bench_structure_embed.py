@@ -45,4 +45,4 @@ def test_structure_embed(benchmark, name, dtype, encoder):
 
     run = forward_backward(DTYPES[dtype], list(module.parameters()), cotangent)
     group = f"{encoder}, {dtype}"
-    compare(benchmark, "structure_embed", name, group, run, fused, dense=dense, visible=visible)
+    compare(benchmark, "structure_embed", name, group, DTYPES[dtype], run, fused, dense=dense, visible=visible)

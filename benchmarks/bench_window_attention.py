@@ -73,4 +73,4 @@ def test_window_attention(benchmark, name, dtype, encoder, shifted):
         return [y.detach().float(), *torch.autograd.grad(y, leaves, cotangent.to(y.dtype))]
 
     group = f"{encoder}{', shifted' if shifted else ''}, {dtype}"
-    compare(benchmark, "window_attention", name, group, run, fused, plain=plain)
+    compare(benchmark, "window_attention", name, group, DTYPES[dtype], run, fused, plain=plain)

@@ -145,7 +145,7 @@ def disagreement(op: str, run: Callable[..., list[Tensor]], backend: str, dtype:
     if op in EXACT:
         return "" if all(torch.equal(a, b) for a, b in zip(first, plain, strict=True)) else "not the same bits"
     try:
-        assert_agree(*([t.float() for t in r] for r in (first, plain, run("torch", torch.float32))))
+        assert_agree(*([t.float() for t in r] for r in (first, plain, run("torch", torch.float32))), dtype)
     except AssertionError as error:
         return str(error)
     return ""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
-def assert_agree(actual: Sequence[Tensor], dense: Sequence[Tensor], truth: Sequence[Tensor]) -> None:
-    """Each tensor is as near to the truth, in float32, as the dense arithmetic in the same dtype: twice its error and
-    1e-4 of the norm at most."""
+def assert_agree(
+    actual: Sequence[Tensor], dense: Sequence[Tensor], truth: Sequence[Tensor], dtype: torch.dtype
+) -> None:
+    """Each tensor is as near to the truth, in float32, as the dense arithmetic in `dtype`: twice its error and 1e-4 of
+    the norm at most. Dense results that autocast leaves in float32 are rounded to `dtype` first, as an op's are."""
     for i, (a, d, t) in enumerate(zip(actual, dense, truth, strict=True)):
-        error, reference, norm = (a - t).norm(), (d - t).norm(), t.norm()
+        error, reference, norm = (a - t).norm(), (d.to(dtype) - t).norm(), t.norm()
         assert error <= 2 * reference + 1e-4 * norm, (
             f"result {i} is off by {error / norm:.1e}, dense {reference / norm:.1e}"
         )

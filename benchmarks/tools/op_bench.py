@@ -22,6 +22,7 @@ def compare(
     op: str,
     name: str,
     group: str,
+    dtype: torch.dtype,
     run: Callable[..., list[Tensor]],
     fused: Callable[..., Tensor],
     **plain: Callable[..., Tensor],
@@ -31,6 +32,7 @@ def compare(
     Args:
         name: of the column: one of `plain`, or a backend.
         group: which columns stand together.
+        dtype: of the column.
         run: takes a function, and a dtype where it is another one than the column's; returns results and gradients.
     """
     benchmark.group = f"{op} {group}, B = {BATCH}"
@@ -41,7 +43,7 @@ def compare(
         pytest.skip(usable[1])
     truth = next(iter(plain.values()))
     with backends.use(name):
-        assert_agree(run(fused), run(truth), run(truth, torch.float32))
+        assert_agree(run(fused), run(truth), run(truth, torch.float32), dtype)
         benchmark(run, fused)
 
 

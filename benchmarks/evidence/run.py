@@ -160,6 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--real", action="store_true", help="crops of a stereo photograph in place of scenes")
     parser.add_argument("--compare", choices=COMPARISONS, default="published", help="methods (published)")
+    parser.add_argument("--methods", metavar="NAMES", help="only these of the comparison's, with commas between them")
     parser.add_argument("--quick", action="store_true", help="a miniature, to see that everything runs")
     parser.add_argument("--seeds", type=int, metavar="N", help="of each method; 3, and 2 of each control, by default")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), metavar="N", help="processes")
@@ -179,6 +180,11 @@ def main(arguments: list[str] | None = None) -> None:
     if args.real:
         methods = tuple(MAIN) if args.compare == "published" else plan.methods
         plan = plan._replace(real=True, methods=methods, scenes={}, labelled=(), finetune_steps=0)
+    if args.methods:
+        wanted = tuple(args.methods.split(","))
+        if unknown := [name for name in wanted if name not in plan.methods]:
+            parser.error(f"--methods has {', '.join(unknown)}; expected some of {', '.join(plan.methods)}")
+        plan = plan._replace(methods=wanted)
     if args.seeds:
         plan = plan._replace(seeds=args.seeds, control_seeds=args.seeds)
     torch.set_num_threads(1)  # as its processes

@@ -254,3 +254,9 @@ def test_guidance_helps():
     rmse = {row["method"]: row["rmse"] for row in rows}
     assert len(rows) == len(rmse) == 2
     assert rmse["SG-MIM"] < rmse["SimMIM"] - OBSERVED / 2
+
+
+def test_only_methods_that_there_are(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        evidence.main(["--quick", "--methods", "SG-MIM,salient"])
+    assert "--methods has salient; expected some of scratch, SimMIM, SG-MIM" in capsys.readouterr().err

@@ -195,12 +195,15 @@ class BuildExt(build_ext):
         if self.inplace:
             record(Path("sgmim_fast"))
 
+    def finalize_options(self) -> None:
+        # one place, whoever asks: what `pip install` has compiled is not compiled again by `build_ext --inplace`
+        self.build_temp = self.build_temp or str(Path("build", "objects"))
+        super().finalize_options()
+
     def build_extensions(self) -> None:
         torch, cxx, nvcc = find_torch(), find_compiler()[0], PLAN["cuda"].get("nvcc")
         if torch is None:
             raise CompileError("no torch to compile against; keep pip's build isolation, or install torch first")
-        if self.editable_mode:  # its own folder is removed afterwards
-            self.build_temp = str(Path("build", "objects"))
         self.torch = torch
         libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu"]
         include = [*FLAGS, "-isystem", str(torch / "include")]

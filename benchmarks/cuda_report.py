@@ -63,11 +63,11 @@ def table(kernels: list[Kernel]) -> str:
 
 
 def main() -> int:
-    logs = [Path(sys.argv[1])] if len(sys.argv) > 1 else sorted(ROOT.glob("build/temp.*/ptxas.log"))
-    if not logs:
+    log = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build" / "objects" / "ptxas.log"
+    if not log.exists():
         print("no CUDA kernels have been compiled in build/; python -m sgmim_fast.env says why", file=sys.stderr)
         return 1
-    kernels = parse(max(logs, key=lambda path: path.stat().st_mtime).read_text())
+    kernels = parse(log.read_text())
     print(table(kernels))
     spilling = [kernel for kernel in kernels if kernel.spilled]
     print(f"{len(kernels)} kernels, {len(spilling)} that spill registers")

@@ -4,6 +4,7 @@ is said of skipped tests."""
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 from collections import Counter
@@ -34,8 +35,23 @@ settings.load_profile("sgmim_fast")
 # others: it would then allocate for real what is on the meta device.
 torch.utils._device._device_constructors()
 
-if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores
-    torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores, and so do processes they start
+    threads_each = max(1, torch.get_num_threads() // int(workers))
+    torch.set_num_threads(threads_each)
+    os.environ["OMP_NUM_THREADS"] = str(threads_each)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """While modules and parameters pile up nothing is garbage, and what is there then stays until the end: no later
+    collection has to look at it."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_runtest_logreport(report):
@@ -78,8 +94,18 @@ class Place(NamedTuple):
         return self == ("triton", "cpu")
 
 
+def _marks(backend: str, device: str) -> list[pytest.MarkDecorator]:
+    """Those of a place; what no test could run on this machine is skipped before any fixture is set up."""
+    if device == "cuda":
+        return [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
+    if backend == "triton":
+        reason = "runs in Triton's interpreter, with TRITON_INTERPRET=1"
+        return [pytest.mark.skipif(not backends.triton_interpreted(), reason=reason)]
+    return []
+
+
 PLACES = [
-    pytest.param(Place(backend, device), id=f"{backend}-{device}", marks=[pytest.mark.gpu] if device == "cuda" else [])
+    pytest.param(Place(backend, device), id=f"{backend}-{device}", marks=_marks(backend, device))
     for backend, device in (
         *(("torch", "cpu"), ("cpu", "cpu"), ("triton", "cpu")),
         *(("torch", "cuda"), ("triton", "cuda"), ("cuda", "cuda")),
@@ -94,11 +120,7 @@ def place(request):
     In a file test_NAME.py of an op called NAME, a backend that does not have the op is skipped; so is one that cannot
     run on this machine. The reason is the one that `backends.can_run` gives.
     """
-    backend, device = request.param
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA device")
-    if backend == "triton" and device == "cpu" and not backends.triton_interpreted():
-        pytest.skip("runs in Triton's interpreter, with TRITON_INTERPRET=1")
+    backend = request.param.backend
     op = request.module.__name__.rpartition(".")[2].removeprefix("test_")
     usable, reason = backends.can_run(op, backend) if op in backends.MODULES else backends.available()[backend]
     if not usable:

@@ -29,6 +29,15 @@ marks.append(time.process_time())
 print(json.dumps([[b - a for a, b in zip(marks, marks[1:])], loaded, registered]))
 """
 
+FORKED = """
+import os, timm, torch
+for program in {programs!r}:
+    if os.fork() == 0:
+        exec(program)
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
+
 
 def run(program: str) -> str:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -37,11 +46,14 @@ def run(program: str) -> str:
 
 
 def test_costs_little_more_than_torch_and_timm():
-    """Process time, the lesser of two: 0.05 s over torch were seen, and 0.06 s over timm for all names."""
-    runs = [json.loads(run(TIMED)) for _ in range(2)]
-    assert all(loaded == [] and registered for _, loaded, registered in runs)
-    _, ours, _, names = (min(column) for column in zip(*(times for times, *_ in runs), strict=True))
-    assert ours < 0.3 and names < 0.3
+    """Process time, once more where the first is over: 0.05 s over torch were seen, and 0.06 s over timm for all
+    names."""
+    for _ in range(2):
+        (_, ours, _, names), loaded, registered = json.loads(run(TIMED))
+        assert loaded == [] and registered
+        if ours < 0.3 and names < 0.3:
+            return
+    pytest.fail(f"{ours:.2f} s over torch, {names:.2f} s over timm")
 
 
 def test_type_checkers_see_what_is_loaded_when_used():
@@ -62,13 +74,13 @@ def test_every_name_is_there_from_the_beginning(name):
 
 
 def test_a_function_is_not_hidden_by_its_module():
-    """Whichever is asked for first."""
+    """Whichever is asked for first, by processes that have torch and timm already."""
     names = [name for name, module in sgmim_fast._NAMES.items() if name == module]
     functions = [f"from sgmim_fast import {name} as f_{name}" for name in names]
     modules = [f"from sgmim_fast.{name} import {name} as m_{name}" for name in names]
     same = [f"assert sgmim_fast.{name} is f_{name} is m_{name} and callable(f_{name})" for name in names]
-    for order in ([*functions, *modules], [*modules, *functions]):
-        run("\n".join(["import sgmim_fast", *order, *same]))
+    orders = ["\n".join(["import sgmim_fast", *order]) for order in ([*functions, *modules], [*modules, *functions])]
+    run(FORKED.format(programs=["\n".join([order, *same]) for order in orders]))
 
 
 def test_an_unknown_name():

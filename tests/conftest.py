@@ -54,6 +54,16 @@ def pytest_collection():
         gc.enable()
 
 
+def pytest_configure(config):
+    """Each worker has one slow test and the next, and the longest begin first, so that none is alone in the end."""
+    if config.option.markexpr == "slow" and hasattr(config.option, "maxschedchunk"):
+        config.option.maxschedchunk = 1
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: -max((mark.kwargs.get("minutes", 0) for mark in item.iter_markers("slow")), default=0))
+
+
 def pytest_runtest_logreport(report):
     """With SGMIM_FAST_FAILURES=FILE each failure is written there at once, should a limit end the run."""
     if report.failed and (path := os.environ.get("SGMIM_FAST_FAILURES")):

@@ -76,7 +76,7 @@ assert Image.open(runs / "depth.png").size[0] > 200
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=1)
 def test_the_notebook_runs(tmp_path):
     """All of its code cells, one after the other, with a third of its photographs, in a third of the five minutes of
     CPU time that it promises."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(minutes=3)
 ROOT = Path(__file__).parents[1]
 TESTS = sorted(path for path in ROOT.glob("tests/ops/test_*.py") if (ROOT / f"csrc/cpu/{path.stem[5:]}.cpp").exists())
 

@@ -246,7 +246,7 @@ def test_the_script(tmp_path):
     assert "| fine-tuned | seeds |" in done.stdout and (tmp_path / "a.png").exists() and (tmp_path / "a.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=1)
 def test_guidance_helps():
     """Frozen features of SG-MIM predict depth better than SimMIM's, by half of what EVIDENCE.md has."""
     plan = evidence.Plan(methods=("SimMIM", "SG-MIM"), labelled=(256,), seeds=1, finetune_steps=0)

@@ -19,7 +19,7 @@ from sgmim_fast import backends
 ROOT = Path(__file__).parents[2]
 STEPS = ("swin_base", "vit_base", "swinv2_base", "compiled", "max-autotune")
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.slow(minutes=2),
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run it on"),
     pytest.mark.skipif(backends.triton_interpreted(), reason="its Triton kernels' launches are caught"),
     pytest.mark.skipif(not backends.available()["cpu"][0], reason=backends.available()["cpu"][1]),

@@ -164,7 +164,7 @@ def worse(table: dict, new: dict) -> list[str]:
 
 
 @not_interpreted
-@pytest.mark.slow
+@pytest.mark.slow(minutes=2)
 def test_kernels_compile_within_their_limits_and_lose_nothing(tmp_path):
     """Spills and shared memory as `configs` allows, and what `kernel_table.json` has, of one architecture: all three
     take six minutes of a core. Where a change is meant to be:

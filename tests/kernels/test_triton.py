@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton backend needs triton")
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.slow(minutes=1),
     pytest.mark.skipif(torch.cuda.is_available(), reason="the ops' tests run the kernels on the GPU"),
 ]
 TESTS = Path(__file__).parents[1]

@@ -348,18 +348,27 @@ def test_switched_off(monkeypatch, slow, cache):
 
 
 PROGRAM = """
-import logging, sys, torch, sgmim_fast
+import logging, os, sys, torch, sgmim_fast
 from test_tune import Mlp
 from sgmim_fast import tuned
 logging.basicConfig(level=logging.WARNING)
 torch.set_num_threads(1)
-who, rounds = sys.argv[1], int(sys.argv[2])
-for _ in range(rounds):
-    if who == "reads":
-        sizes = {len(tuned.read("cpu"))}
-        assert sizes <= {0, 2, 4}, sizes
-    else:
-        sgmim_fast.tune(Mlp(), [torch.randn(int(who), 8)], torch.float32, seconds=0.01, report=None)
+
+def work(who, rounds):
+    for _ in range(rounds):
+        if who == "reads":
+            sizes = {len(tuned.read("cpu"))}
+            assert sizes <= {0, 2, 4}, sizes
+        else:
+            sgmim_fast.tune(Mlp(), [torch.randn(int(who), 8)], torch.float32, seconds=0.01, report=None)
+
+children = []
+for call in (("20", 6), ("20", 6), ("30", 6), ("reads", 100)):
+    if not (child := os.fork()):
+        work(*call)
+        os._exit(0)
+    children.append(child)
+assert all([os.waitpid(child, 0)[1] == 0 for child in children])
 """
 
 
@@ -367,13 +376,9 @@ def test_processes_tune_and_read_at_once(cache):
     """Two measure the same model and one another; a fourth reads all the while, and never sees half a file."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    calls = [("20", "6"), ("20", "6"), ("30", "6"), ("reads", "100")]
-    running = [
-        subprocess.Popen([sys.executable, "-c", PROGRAM, *call], env=environment, stderr=subprocess.PIPE, text=True)
-        for call in calls
-    ]
-    for process in running:
-        assert (process.communicate(timeout=300)[1], process.returncode) == ("", 0)
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", PROGRAM]  # which warns of every fork
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert (done.stderr, done.returncode) == ("", 0)
     files = [path.name for path in cache.rglob("*") if path.is_file()]
     assert len(files) == 2 and all(name.endswith(".json") for name in files)
 

@@ -40,6 +40,8 @@ SGMIM_TARGET_END
 #undef SGMIM_HAS_BF16
 #undef SGMIM_VECTOR_BYTES
 
+#if !defined(SGMIM_WIDEST_ONLY)
+
 #define SGMIM_ISA avx512
 #define SGMIM_VECTOR_BYTES 64
 SGMIM_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
@@ -56,6 +58,7 @@ SGMIM_TARGET_END
 #undef SGMIM_ISA
 #undef SGMIM_VECTOR_BYTES
 
+#endif
 #endif  // other machines than x86-64 have the baseline only, 16-byte vectors
 
 #define SGMIM_ISA baseline

@@ -22,6 +22,9 @@ static Isa detect() {
     for (Isa lower : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512bf16})
       if (std::strcmp(wanted, isa_name(lower)) == 0 && lower < best) best = lower;
   }
+#if defined(SGMIM_WIDEST_ONLY)
+  if (best != Isa::avx512bf16) best = Isa::baseline;
+#endif
   return best;
 }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 // SGMIM_BASELINE_ONLY leaves the others out: for ThreadSanitizer, since threads share the same with each of them.
+// SGMIM_WIDEST_ONLY leaves out what is between it and the widest: for AddressSanitizer where a machine runs that one.
 #if defined(__x86_64__) && !defined(SGMIM_BASELINE_ONLY)
 #define SGMIM_MANY_ISAS
 #endif
@@ -26,7 +27,11 @@ const char* isa_name(Isa isa);
 
 // The kernel for this machine. Its name goes into parentheses of its own, for the commas of templates: SGMIM_SELECT((name<A, B>)).
 #define SGMIM_UNWRAP(...) __VA_ARGS__
-#if defined(SGMIM_MANY_ISAS)
+#if defined(SGMIM_WIDEST_ONLY)
+#define SGMIM_SELECT(kernel)                                                              \
+  (::sgmim::isa() == ::sgmim::Isa::avx512bf16 ? &::sgmim::avx512bf16::SGMIM_UNWRAP kernel \
+                                              : &::sgmim::baseline::SGMIM_UNWRAP kernel)
+#elif defined(SGMIM_MANY_ISAS)
 #define SGMIM_SELECT(kernel)                                                                     \
   (::sgmim::isa() == ::sgmim::Isa::avx512bf16 ? &::sgmim::avx512bf16::SGMIM_UNWRAP kernel        \
    : ::sgmim::isa() == ::sgmim::Isa::avx512   ? &::sgmim::avx512::SGMIM_UNWRAP kernel            \

@@ -21,7 +21,7 @@ CLASSES = {  # of profiled events, by what their names contain; the first that f
     ),
     "attention": ("attention", "bmm", "softmax"),
     "GELU": ("gelu",),
-    "norms": ("layer_norm", "embed_norm", "embed_statistics", "row_statistics"),
+    "norms": ("layer_norm", "embed_norm", "embed_statistics", "row_statistics", "coordinates", "centre"),
     "copies": ("copy", "cat", "roll", "constant_pad", "clone", "index", "gather", "scatter"),
 }
 REST = "rest"

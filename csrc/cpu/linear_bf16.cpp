@@ -51,6 +51,24 @@ struct LinearBf16 {
 namespace sgmim {
 namespace SGMIM_ISA {
 
+// Fetches what the epilogue of these rows and columns will read and write, while the gemm is at work: each row has a
+// few lines of it, pages apart.
+template <class Y>
+SGMIM_INLINE void fetch(
+    const EpilogueOf& e, int64_t outs, int64_t first, int64_t rows, int64_t column, int64_t width) {
+  const auto lines = [&](const void* matrix, int64_t at, int64_t size) SGMIM_INLINE_LAMBDA {
+    const char* from = static_cast<const char*>(matrix) + at * size;
+    for (int64_t i = 0; matrix && i < width * size; i += 64) __builtin_prefetch(from + i);
+  };
+  for (int64_t r = first; r < first + rows; ++r) {
+    const int64_t at = r * outs + column;
+    lines(e.y, at, sizeof(Y));
+    lines(e.residual, at, sizeof(Y));
+    lines(e.hidden, at, sizeof(Bf16));
+    lines(e.activated, at, sizeof(Bf16));
+  }
+}
+
 // Of `rows` rows from `first` and `width` columns from `column`; sums (rows, PANEL).
 template <class Y>
 SGMIM_INLINE void epilogue(
@@ -110,6 +128,7 @@ void linear_units(const LinearBf16* g, int64_t begin, int64_t end) {
           const int64_t column = p * PANEL, width = std::min(PANEL, g->outs - column);
           const int64_t rows = std::min(TILE_ROWS, last - r);
           float* tile = sums.get() + (units > DEPTH ? (r - first) * PANEL : 0);
+          if (k + depth == units) fetch<Y>(g->epilogue, g->outs, r, rows, column, width);
           gemm_tile<Bf16>(
               rows, width, reinterpret_cast<const char*>(g->x + r * g->ins) + 4 * k, 2 * g->ins, 4,
               packed.get() + ((p - base) * units + k) * PANEL, depth, tile, PANEL, k > 0);

@@ -315,6 +315,7 @@ def collapsing() -> list[Any]:
 
 # Tensors by whose dtype and size the launcher goes.
 LEADING = {
+    *(("centre", "centred"), ("coordinates_backward", "z")),
     *(("column_sum", "x"), ("embed_norm", "x"), ("embed_norm", "merge_statistics")),
     *(("embed_statistics_backward", "x"), ("expand_signs", "out"), ("distance", "prediction")),
     *(("layer_norm", "x"), ("layer_norm", "y"), ("layer_norm_backward", "x")),

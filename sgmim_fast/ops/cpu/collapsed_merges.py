@@ -3,6 +3,8 @@
 Numbers in parentheses are equations of docs/SPEC.md, "Mergings in the coordinates of the pixels", whose names are used
 here. Swin-B, first merging: 69 inputs in place of 512, second: 277 in place of 1024. A level is collapsed where that
 saves more multiplications in the rows than making A_i costs (`levels`).
+
+Coordinates have one more here, 1, and A_i a column more, a_i: a constant is then no case of its own, in any gemm.
 """
 
 from __future__ import annotations
@@ -40,16 +42,16 @@ def forward(
     w, kernels, inputs = embedding.w, torch.ops.sgmim_fast_cpu, []
     for part in embedding.parts(statistics):
         kernels.embed_norm(part.embed(), *embedding.norms, eps, None, *part.statistics)
-    composed = compose(w, collapsed)
+    composed = compose(embedding, collapsed)
     z = first_coordinates(embedding, statistics)
-    x = gemms.linear(z, composed[1].matrix, composed[1].constant)  # (3)
+    x = gemms.linear(z, composed[1].matrix)  # (3)
     for i in range(1, collapsed):
         x = x.view(-1, w.merge_weights[i].shape[1])
         inputs.append(x)
         statistics.append(torch.empty(2, x.shape[0]))
         kernels.row_statistics(x, eps, statistics[-1])
         z = next_coordinates(z, statistics[-1][1])
-        x = gemms.linear(z, composed[i + 1].matrix, composed[i + 1].constant)  # (3)
+        x = gemms.linear(z, composed[i + 1].matrix)  # (3)
     return x, inputs, statistics
 
 
@@ -65,31 +67,27 @@ def backward(
 
     What a row that was normalised gets through its statistics alone is a factor times xhat, (8).
     """
-    w = embedding.w
-    composed = compose(w, collapsed)
+    composed = compose(embedding, collapsed)
     z = [first_coordinates(embedding, statistics)]
     for i in range(1, collapsed):
         z.append(next_coordinates(z[-1], statistics[i + 1][1]))
-    dmatrices, dconstants = [torch.empty(0)] * collapsed, [torch.empty(x.constant.shape[0]) for x in composed[1:]]
+    dmatrices = [torch.empty(0)] * collapsed
     dz = None
     for i in reversed(range(collapsed)):
-        dmatrices[i] = gemms.wgrad(dx, z[i])  # (6), three lines
-        torch.ops.sgmim_fast_cpu.column_sum(dx, dconstants[i])
-        from_x = gemms.dgrad(dx, composed[i + 1].matrix)
-        dz = from_x if dz is None else from_x.add_(dz)
-        mean, rstd = statistics[i + 1]
-        share = dz * z[i]
-        scale = share.sum(1) * rstd / -w.merge_weights[i].shape[1]  # of xhat, (8)
-        dz_below = dz[:, :-1] * rstd[:, None]  # (7)
-        if i > 0:
-            slope = (scale * rstd)[:, None]
-            dx = torch.addcmul(-mean[:, None] * slope, inputs[i - 1], slope).view(-1, w.merge_weights[i - 1].shape[0])
-            dz = dz_below.view(z[i - 1].shape)
+        dmatrices[i] = gemms.wgrad(dx, z[i]).float()  # (6), three lines
+        above, dz = dz, gemms.dgrad(dx, composed[i + 1].matrix, torch.float32)
+        width, below = embedding.w.merge_weights[i].shape[1], inputs[i - 1] if i > 0 else None
+        scale, shares = torch.empty(dz.shape[0]), None if i > 0 else torch.empty(dz.shape[0], 4)
+        dx = None if below is None else torch.empty_like(below)
+        torch.ops.sgmim_fast_cpu.coordinates_backward(  # (7) and (8)
+            dz, z[i], above, *statistics[i + 1], below, width, scale, shares, dx
+        )
+        dx = None if dx is None else dx.view(-1, composed[i].matrix.shape[0])
     dembed, dbias, dgain, dshift, dpatches = _embedding_backward(
-        embedding, statistics, share, scale, dz_below, "structure" in gradients
+        embedding, statistics, shares, scale, dz, "structure" in gradients
     )
     dweights, dgains, dshifts, (dmatrix, dbias_0, dgain_0, dshift_0) = compose_backward(
-        w, composed, dmatrices, dconstants
+        embedding.w, composed, dmatrices
     )
     for i in range(collapsed):
         gradients[f"merge_weights[{i}]"] = dweights[i]
@@ -100,15 +98,16 @@ def backward(
 
 
 def _embedding_backward(
-    embedding: Embedding, statistics: list[Tensor], share: Tensor, scale: Tensor, dz: Tensor, needs_patches: bool
+    embedding: Embedding, statistics: list[Tensor], shares: Tensor, scale: Tensor, dz: Tensor, needs_patches: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """What reaches the embedding's parameters through the first two statistics, and the patches' whole gradient.
 
-    share: dz * z of the first merging, (merged rows, q_1); scale: of its rows; dz: of its neighbours' coordinates z_0.
+    shares: sums of dz * z of the first merging, (merged rows, 4); scale: of its rows; dz: after (7), (merged rows,
+    q_1 + 1).
     """
     w, count = embedding.w, embedding.cells.count
     width, rstd = w.embed_weight.shape[0], statistics[0][1]
-    patch_scale = share[: count // 4, :-1].reshape(count, -1).sum(1) * rstd / -width
+    patch_scale = shares.flatten()[:count] * rstd / -width
     sums, dembed, dpatches = torch.zeros(3 * width), torch.zeros(width, w.embed_weight[0].numel()), []
     for part in embedding.parts(statistics):
         dembedded, partial = part.embed(), torch.empty_like(sums)
@@ -123,79 +122,84 @@ def _embedding_backward(
     if not needs_patches:
         return dembed, dbias, dgain, dshift, None
     # The pixels are coordinates themselves, divided by the deviation of their patch.
-    direct = dz[: count // 4].reshape(count, -1)[:, :-1] * rstd[:, None]
-    return dembed, dbias, dgain, dshift, torch.cat(dpatches).add_(direct)
+    direct = dz[: count // 4, :-2].reshape(count, -1)[:, :-1] * rstd[:, None]
+    return dembed, dbias, dgain, dshift, torch.cat(dpatches) + direct
 
 
 def first_coordinates(embedding: Embedding, statistics: list[Tensor]) -> Tensor:
-    """z_1 by (1) and (2), (merged rows, q_1); zero for the hidden cell."""
-    pixels = embedding.cells.patches()
-    z = torch.zeros(pixels.shape[0] + embedding.cells.per_cell, pixels.shape[1] + 1)
-    append_scaled(pixels, statistics[0][1], z[: pixels.shape[0]])
-    z = next_coordinates(z, statistics[1][1])
-    z[pixels.shape[0] // 4 :, -1] = 0
-    return z
+    """z_1 by (1) and (2), (merged rows, q_1 + 1); zero for the hidden cell."""
+    return _coordinates(embedding.patches, statistics[0][1], statistics[1][1])
 
 
 def next_coordinates(z: Tensor, rstd: Tensor) -> Tensor:
-    """z_i from z_(i-1) by (2), (n, q_i)."""
-    z = z.view(rstd.shape[0], -1)
-    return append_scaled(z, rstd, torch.empty(z.shape[0], z.shape[1] + 1))
+    """z_i from z_(i-1) by (2), (n, q_i + 1)."""
+    return _coordinates(z, None, rstd)
 
 
-def append_scaled(z: Tensor, rstd: Tensor, out: Tensor) -> Tensor:
-    """out = r [z, 1], a row at a time."""
-    torch.mul(z, rstd[:, None], out=out[:, :-1])
-    out[:, -1] = rstd
-    return out
+def _coordinates(x: Tensor, patch_rstd: Tensor | None, rstd: Tensor) -> Tensor:
+    neighbour = x.shape[1] - 1 if patch_rstd is None else x.shape[1] + 1
+    z = torch.empty(rstd.shape[0], 4 * neighbour + 2, dtype=x.dtype)
+    torch.ops.sgmim_fast_cpu.coordinates(x, patch_rstd, rstd, z)
+    return z
 
 
 class Composed(NamedTuple):
-    """A_i and a_i of one level, and the centred weight W_i diag(g_i) C that made them (level 0: C [W_0, b_0])."""
+    """[A_i, a_i] of one level, and the centred weight W_i diag(g_i) C that made it (level 0: C [W_0, b_0])."""
 
-    matrix: Tensor  # (d_i, q_i)
-    constant: Tensor  # (d_i,)
-    centred: Tensor  # (d_i, 4 d_(i-1)); level 0: (D, q_0)
+    matrix: Tensor  # (d_i, q_i + 1), float32
+    centred: Tensor  # (d_i, 4 d_(i-1)), of the gemms' dtype; level 0: (D, q_0), float32
 
 
-def compose(w: StructureParameters, count: int) -> list[Composed]:
-    """Levels 0 to `count` by (4) and (5), float32."""
+def compose(embedding: Embedding, count: int) -> list[Composed]:
+    """Levels 0 to `count` by (4) and (5)."""
+    w = embedding.w
     embed = torch.cat([w.embed_weight.flatten(1), w.embed_bias[:, None]], 1).float()
     embed = embed - embed.mean(0)
-    composed = [Composed(w.norm_weight.float()[:, None] * embed, w.norm_bias.float(), embed)]
-    for weight, gain, shift in zip(w.merge_weights[:count], w.merge_norm_weights, w.merge_norm_biases, strict=False):
-        below = composed[-1]
-        centred = weight.float().contiguous() * gain.float()
-        centred -= centred.mean(1, keepdim=True)
-        blocks = centred.view(-1, below.constant.shape[0])  # (4 d_i, d_(i-1))
-        matrix = gemms.dgrad(blocks, below.matrix).view(weight.shape[0], -1)
-        last = (blocks @ below.constant).view(-1, 4).sum(1, keepdim=True)
-        composed.append(Composed(torch.cat([matrix, last], 1), weight.float() @ shift.float(), centred))
+    matrix = torch.cat([w.norm_weight.float()[:, None] * embed, w.norm_bias.float()[:, None]], 1)
+    composed = [Composed(matrix, embed)]
+    for weight, gain, shift in zip(*_float32(w, count), strict=True):
+        (outer, wide), (width, columns) = weight.shape, matrix.shape
+        centred, constant = torch.empty(outer, wide, dtype=embedding.cells.dtype), torch.empty(outer)
+        torch.ops.sgmim_fast_cpu.centre(weight, gain, shift, centred, constant)
+        blocks = gemms.dgrad(centred.view(-1, width), matrix, torch.float32).view(outer, 4, columns)
+        last = blocks[..., -1].sum(1, keepdim=True)
+        matrix = torch.cat([blocks[..., :-1].flatten(1), last, constant[:, None]], 1)
+        composed.append(Composed(matrix, centred))
     return composed
 
 
 def compose_backward(
-    w: StructureParameters, composed: list[Composed], dmatrices: list[Tensor], dconstants: list[Tensor]
+    w: StructureParameters, composed: list[Composed], dmatrices: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """(9): gradients of A_1.. and a_1.. -> of merge weights, gains and shifts, and of the embedding and its norm."""
     dweights, dgains, dshifts = [], [], []
-    dmatrix, dconstant = dmatrices[-1], dconstants[-1]
+    weights, gains, shifts = _float32(w, len(dmatrices))
+    dmatrix = dmatrices[-1]
     for i in reversed(range(len(dmatrices))):
-        weight, below, centred = w.merge_weights[i].float(), composed[i], composed[i + 1].centred
-        outer, width = weight.shape[0], below.constant.shape[0]
-        blocks = centred.view(-1, width)
-        dblocks, dlast = dmatrix[:, :-1].reshape(4 * outer, -1), dmatrix[:, -1]
-        dcentred = gemms.linear(dblocks, below.matrix).view(outer, 4, width)
-        dcentred = (dcentred + dlast[:, None, None] * below.constant).view(outer, 4 * width)
-        dscaled = dcentred - dcentred.mean(1, keepdim=True)
-        dweights.append(dscaled * w.merge_norm_weights[i] + dconstant[:, None] * w.merge_norm_biases[i])
-        dgains.append((dscaled * weight).sum(0))
-        dshifts.append(weight.t() @ dconstant)
-        dmatrix = gemms.wgrad(blocks, dblocks)
-        dconstant = centred.view(outer, 4, width).sum(1).t() @ dlast
+        below, centred, outer = composed[i].matrix, composed[i + 1].centred, weights[i].shape[0]
+        width, columns = below.shape
+        dblocks = torch.empty(outer, 4, columns, dtype=centred.dtype)
+        dblocks[..., :-1] = dmatrix[:, :-2].view(outer, 4, -1)
+        dblocks[..., -1] = dmatrix[:, -2, None]
+        dblocks = dblocks.view(-1, columns)
+        dweight = gemms.linear(dblocks, below, dtype=torch.float32).view_as(weights[i])
+        sums = torch.empty(2, weights[i].shape[1])
+        dconstant = dmatrix[:, -1].contiguous()
+        torch.ops.sgmim_fast_cpu.centre_backward(dweight, weights[i], gains[i], shifts[i], dconstant, sums)
+        dweights.append(dweight)
+        dgains.append(sums[0])
+        dshifts.append(sums[1])
+        dmatrix = gemms.wgrad(centred.view(-1, width), dblocks).float()
         if i > 0:
-            dmatrix, dconstant = dmatrix + dmatrices[i - 1], dconstant + dconstants[i - 1]
-    dgain = (dmatrix * composed[0].centred).sum(1)
-    dembed = w.norm_weight.float()[:, None] * dmatrix
+            dmatrix += dmatrices[i - 1]
+    dembed = dmatrix[:, :-1]
+    dgain = (dembed * composed[0].centred).sum(1)
+    dembed = w.norm_weight.float()[:, None] * dembed
     dembed -= dembed.mean(0)
-    return dweights[::-1], dgains[::-1], dshifts[::-1], [dembed[:, :-1], dembed[:, -1], dgain, dconstant]
+    return dweights[::-1], dgains[::-1], dshifts[::-1], [dembed[:, :-1], dembed[:, -1], dgain, dmatrix[:, -1]]
+
+
+def _float32(w: StructureParameters, count: int) -> list[list[Tensor]]:
+    """Weights, gains and shifts of the first `count` mergings, as the kernels read them."""
+    lists = w.merge_weights, w.merge_norm_weights, w.merge_norm_biases
+    return [[tensor.float().contiguous() for tensor in tensors[:count]] for tensors in lists]

@@ -24,7 +24,7 @@ class Embedding:
     def __init__(self, cells: Cells):
         self.cells, self.w = cells, cells.w
         weight, self.bias = weights_in(cells.dtype, cells.w.embed_weight, cells.w.embed_bias)
-        self.weight = weight.flatten(1)
+        self.weight, self.patches = weight.flatten(1), cells.patches()
 
     @property
     def norms(self) -> list[Tensor]:
@@ -42,7 +42,7 @@ class Embedding:
             embedded = slice(begin * tokens, end * tokens)
             merged = slice(begin * tokens // 4, (end + (end == count)) * tokens // 4)
             views = statistics[0][:, embedded], statistics[1][:, merged]
-            yield Part(self, cells.rows[begin:end], embedded, merged, views)
+            yield Part(self, embedded, merged, views)
 
 
 @dataclass
@@ -50,17 +50,16 @@ class Part:
     """A stretch of the shown cells; the last one has the hidden cell too."""
 
     embedding: Embedding
-    rows: Tensor
     embedded: slice  # its patches
     merged: slice  # its rows after the first merging
     statistics: tuple[Tensor, Tensor]  # of its embedded patches and of its merged rows
 
     def embed(self) -> Tensor:
-        return gemms.linear(self.embedding.cells.patches(self.rows), self.embedding.weight, self.embedding.bias)
+        return gemms.linear(self.embedding.patches[self.embedded], self.embedding.weight, self.embedding.bias)
 
     def weight_gradient(self, dembedded: Tensor) -> Tensor:
         """Share of the embedding's weight gradient, (D, S * e^2), float32."""
-        return gemms.wgrad(dembedded, self.embedding.cells.patches(self.rows)).float()
+        return gemms.wgrad(dembedded, self.embedding.patches[self.embedded]).float()
 
     def patches_gradient(self, dembedded: Tensor) -> Tensor:
         return gemms.dgrad(dembedded, self.embedding.weight)

@@ -68,11 +68,12 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     return hidden, activated
 
 
-def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
-    """As `products.dgrad`, of any weight."""
+def dgrad(dy: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """As `products.dgrad`, of any weight; in `dtype`, that of dy if None."""
+    dtype = dtype or dy.dtype
     if not ours(dy):
-        return products.dgrad(dy, weight.to(dy.dtype))
-    dx = torch.empty(dy.shape[0], weight.shape[1], dtype=dy.dtype)
+        return products.dgrad(dy, weight.to(dy.dtype)).to(dtype)
+    dx = torch.empty(dy.shape[0], weight.shape[1], dtype=dtype)
     torch.ops.sgmim_fast_cpu.linear_bf16(dy.contiguous(), weight.contiguous(), True, None, None, dx)
     return dx
 

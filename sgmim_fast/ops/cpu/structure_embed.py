@@ -1,8 +1,7 @@
 """The structure encoder's first mergings on the CPU, primitives: csrc/cpu/structure_embed.cpp, the library's gemms.
 
 Each norm's result exists only between the norm and its gemm, in the forward and again in the backward. The first
-mergings work in the coordinates of the pixels (`collapsed_merges`), which saves most of their gemms, always in float32:
-in bfloat16 the two factors of each would be rounded separately, and what is left costs less than the plain gemms did.
+mergings work in the coordinates of the pixels (`collapsed_merges`), which saves most of their gemms.
 """
 
 from __future__ import annotations
@@ -23,7 +22,10 @@ def embedded(cells: Cells) -> int:
 def embed(cells: Cells, weight: Tensor, eps: float) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     statistics = [torch.empty(2, cells.count), torch.empty(2, cells.merged)]
     if collapsed := _collapsed(cells):
-        x, inputs, statistics = collapsed_merges.forward(_in_float32(cells), statistics, eps, collapsed)
+        dtype = _dtype(cells)
+        x, inputs, statistics = collapsed_merges.forward(
+            Embedding(cells._replace(dtype=dtype)), statistics, eps, collapsed
+        )
         return x.to(cells.dtype), [t.to(cells.dtype) for t in inputs], statistics
     embedding = Embedding(cells)
     x = torch.empty(cells.merged, weight.shape[0], dtype=cells.dtype)
@@ -38,8 +40,9 @@ def embed_backward(
     dx: Tensor, cells: Cells, weight: Tensor, inputs: list[Tensor], statistics: list[Tensor], gradients: Gradients
 ) -> Tensor | None:
     if collapsed := _collapsed(cells):
-        inputs = [t.float() for t in inputs[: collapsed - 1]]
-        return collapsed_merges.backward(_in_float32(cells), inputs, statistics, dx.float(), collapsed, gradients)
+        dtype = _dtype(cells)
+        inputs, embedding = [t.to(dtype) for t in inputs[: collapsed - 1]], Embedding(cells._replace(dtype=dtype))
+        return collapsed_merges.backward(embedding, inputs, statistics, dx.to(dtype), collapsed, gradients)
     embedding = Embedding(cells)
     wide, width = weight.shape[1], cells.w.embed_weight.shape[0]
     sums, dpatches = torch.zeros(2 * wide + 3 * width), []
@@ -61,10 +64,11 @@ def embed_backward(
     return torch.cat(dpatches) if dpatches else None
 
 
-def _in_float32(cells: Cells) -> Embedding:
-    return Embedding(cells._replace(dtype=torch.float32))
+def _dtype(cells: Cells) -> torch.dtype:
+    """Of the collapsed mergings' gemms: bfloat16 where those read the composed weights unrounded."""
+    return cells.dtype if gemms.reads_float32_weights() else torch.float32
 
 
 def _collapsed(cells: Cells) -> int:
     """Mergings in the pixels' coordinates. A float32 gemm counts twice where the plain one would be in bfloat16."""
-    return collapsed_merges.levels(cells.w, cells.rows.shape[0], 1 if cells.dtype == torch.float32 else 2)
+    return collapsed_merges.levels(cells.w, cells.rows.shape[0], 1 if cells.dtype == _dtype(cells) else 2)

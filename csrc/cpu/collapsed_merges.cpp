@@ -1,0 +1,241 @@
+// Patch mergings in the coordinates of the pixels, between their gemms: docs/SPEC.md, "Mergings in the coordinates of the
+// pixels", whose numbers of equations stand here in parentheses. One pass over each row.
+//
+// Rows of coordinates have one more at their end, of the constant a_i: (n, q_i + 1), the last one 1.
+#include "cpu/launch.h"
+#undef SGMIM_THIS_FILE
+#define SGMIM_THIS_FILE "cpu/collapsed_merges.cpp"
+#include "cpu/foreach_isa.h"
+#include "cpu/vec.h"
+#include "cpu/norm_row.h"
+
+#ifndef SGMIM_COLLAPSED_MERGES
+#define SGMIM_COLLAPSED_MERGES
+namespace sgmim {
+struct Coordinates {
+  int64_t q, stride, rows;         // coordinates of a neighbour and their stride; merged rows with neighbours
+  const float *patch_rstd, *rstd;  // (4 * rows,), of the first merging, whose neighbours are pixels, or null; (merged,)
+  int64_t wide;                    // of the result: q_i + 1
+};
+struct CoordinatesBackward {
+  int64_t wide, width;                 // q_i + 1; numbers of a row that was normalised
+  const float* above;                  // (rows / 4, above_wide): the dz of the level above, scaled already; or null
+  int64_t above_wide;
+  const float *mean, *rstd;            // (rows,)
+  float *dz, *scale, *block_sums;      // (rows, wide), scaled in place by (7); (rows,) by (8); (rows, 4) or null
+};
+struct Composition {
+  const float *weight, *gain, *shift;  // W_i (outs, wide), g_i and b_i (wide,)
+  float* constant;                     // (outs,): a_i, or its gradient
+  int64_t wide;
+};
+}  // namespace sgmim
+#endif
+
+namespace sgmim {
+namespace SGMIM_ISA {
+
+// By (2), for the first merging from pixels by (1), too.
+template <class T>
+void coordinates_rows(const T* x, T* z, const Coordinates* c, int64_t begin, int64_t end) {
+  std::vector<float> row(c->wide + LANES);
+  for (int64_t r = begin; r < end; ++r) {
+    float* at = row.data();
+    if (r < c->rows) {
+      for (int64_t k = 4 * r; k < 4 * r + 4; ++k) {
+        const float scale = c->rstd[r] * (c->patch_rstd ? c->patch_rstd[k] : 1.0f);
+        for (int64_t i = 0; i < c->q; i += LANES)
+          store(at + i, load_part(x + k * c->stride + i, part(i, c->q)) * scale);
+        at += c->q;
+        if (c->patch_rstd) *at++ = scale;
+      }
+      *at++ = c->rstd[r];
+    } else {
+      std::fill(row.begin(), row.end(), 0.0f);
+    }
+    row[c->wide - 1] = 1;
+    store_row(row.data(), z + r * c->wide, c->wide);
+  }
+}
+
+template <class T>
+void coordinates_backward_rows(
+    const T* z, const T* x, T* dx, const CoordinatesBackward* c, int64_t begin, int64_t end) {
+  const int64_t inside = c->wide - 1, q = inside / 4;  // of a row, of a neighbour
+  std::vector<float> shares(c->wide + LANES);
+  for (int64_t r = begin; r < end; ++r) {
+    float* dz = c->dz + r * c->wide;
+    const float *above = c->above ? c->above + r / 4 * c->above_wide + r % 4 * inside : nullptr, rstd = c->rstd[r];
+    for (int64_t i = 0; i < inside; i += LANES) {
+      const int64_t n = part(i, inside);
+      vf d = load_part(dz + i, n);
+      if (above) d += load_part(above + i, n);
+      store(shares.data() + i, d * load_part(z + r * c->wide + i, n));
+      store_part(dz + i, d * rstd, n);
+    }
+    float total = shares[4 * q];
+    for (int64_t k = 0; k < 4; ++k) {
+      const float* block = shares.data() + k * q;
+      vf sums = {};
+      int64_t i = 0;
+      for (; i + LANES <= q; i += LANES) sums += load(block + i);
+      float sum = hsum(sums);
+      for (; i < q; ++i) sum += block[i];
+      if (c->block_sums) c->block_sums[4 * r + k] = sum;
+      total += sum;
+    }
+    c->scale[r] = total * rstd / -c->width;
+    const float slope = c->scale[r] * rstd;
+    for (int64_t i = 0; x && i < c->width; i += LANES) {
+      const int64_t at = r * c->width + i, n = part(i, c->width);
+      store_part(dx + at, (load_part(x + at, n) - c->mean[r]) * slope, n);
+    }
+  }
+}
+
+// Rows of W_i diag(g_i) C, and a_i, by (5).
+template <class T>
+void centre_rows(T* centred, const Composition* c, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    const float* weight = c->weight + r * c->wide;
+    vf sums[4] = {}, constants[4] = {};
+    for_row(c->wide, [&](int64_t i, int64_t n, int sum) SGMIM_INLINE_LAMBDA {
+      const vf w = load_part(weight + i, n);
+      sums[sum] += w * load_part(c->gain + i, n);
+      constants[sum] += w * load_part(c->shift + i, n);
+    });
+    c->constant[r] = total(constants);
+    const float mean = total(sums) / c->wide;
+    for (int64_t i = 0; i < c->wide; i += LANES) {
+      const int64_t n = part(i, c->wide);
+      store_part(centred + r * c->wide + i, load_part(weight + i, n) * load_part(c->gain + i, n) - mean, n);
+    }
+  }
+}
+
+// By (9): what was the gradient of `centre_rows` becomes that of W_i; sums: of g_i and b_i, wide each.
+static void centre_backward_rows(float* dcentred, float* sums, const Composition* c, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    const float *weight = c->weight + r * c->wide, constant = c->constant[r];
+    float* d = dcentred + r * c->wide;
+    vf parts[4] = {};
+    for_row(c->wide, [&](int64_t i, int64_t n, int sum) SGMIM_INLINE_LAMBDA { parts[sum] += load_part(d + i, n); });
+    const float mean = total(parts) / c->wide;
+    for (int64_t i = 0; i < c->wide; i += LANES) {
+      const int64_t n = part(i, c->wide);
+      const vf w = load_part(weight + i, n), dscaled = load_part(d + i, n) - mean;
+      float *dgain = sums + i, *dshift = sums + c->wide + i;
+      store_part(dgain, load_part(dgain, n) + dscaled * w, n);
+      store_part(dshift, load_part(dshift, n) + w * constant, n);
+      store_part(d + i, dscaled * load_part(c->gain + i, n) + load_part(c->shift + i, n) * constant, n);
+    }
+  }
+}
+
+}  // namespace SGMIM_ISA
+
+#ifdef SGMIM_ONCE
+
+static void coordinates(
+    const Tensor& x, const std::optional<Tensor>& patch_rstd, const Tensor& rstd, const Tensor& z) {
+  check_matrix(x, "x");
+  check_matrix(z, "z");
+  const int64_t rows = x.size(0) / 4, q = x.size(1) - !patch_rstd.has_value(), wide = z.size(1);
+  check_packed(patch_rstd, "patch_rstd", ScalarType::Float, 4 * rows);
+  check_packed(rstd, "rstd", ScalarType::Float, z.size(0));
+  check_packed(z, "z", x.scalar_type(), z.numel());
+  SGMIM_CHECK(
+      x.size(0) == 4 * rows && rows <= z.size(0) && wide == 4 * (q + patch_rstd.has_value()) + 2, "x is ", x.size(0),
+      " x ", x.size(1), ", which does not fit z, ", z.size(0), " x ", wide);
+  const Coordinates c{q, x.size(1), rows, data<float>(patch_rstd), data<float>(rstd), wide};
+  dispatch_float(x, "x", [&](auto type) {
+    using T = decltype(type);
+    const auto kernel = SGMIM_SELECT((coordinates_rows<T>));
+    parallel(z.size(0), 64, [&](int64_t begin, int64_t end) { kernel(data<T>(x), data<T>(z), &c, begin, end); });
+  });
+}
+
+// x and dx (rows, width), or missing.
+static void coordinates_backward(
+    const Tensor& dz, const Tensor& z, const std::optional<Tensor>& above, const Tensor& mean, const Tensor& rstd,
+    const std::optional<Tensor>& x, int64_t width, const Tensor& scale, const std::optional<Tensor>& block_sums,
+    const std::optional<Tensor>& dx) {
+  check_matrix(dz, "dz");
+  const int64_t rows = dz.size(0), wide = dz.size(1);
+  check_packed(dz, "dz", ScalarType::Float, rows * wide);
+  check_packed(z, "z", z.scalar_type(), rows * wide);
+  if (above.has_value()) {
+    check_matrix(*above, "above");
+    check_packed(above, "above", ScalarType::Float, rows / 4 * (4 * (wide - 1) + 2));
+    SGMIM_CHECK(rows % 4 == 0 && above->size(0) == rows / 4, "above has ", above->size(0), " rows, dz ", rows);
+  }
+  check_packed(mean, "mean", ScalarType::Float, rows);
+  check_packed(rstd, "rstd", ScalarType::Float, rows);
+  check_packed(scale, "scale", ScalarType::Float, rows);
+  check_packed(block_sums, "block_sums", ScalarType::Float, 4 * rows);
+  check_packed(x, "x", z.scalar_type(), rows * width);
+  check_packed(dx, "dx", z.scalar_type(), rows * width);
+  SGMIM_CHECK(wide % 4 == 2 && x.has_value() == dx.has_value(), "dz has ", wide, " columns, or one of x and dx is missing");
+  const CoordinatesBackward c{
+      wide, width, data<float>(above), 4 * (wide - 1) + 2, data<float>(mean), data<float>(rstd), data<float>(dz),
+      data<float>(scale), data<float>(block_sums)};
+  dispatch_float(z, "z", [&](auto type) {
+    using T = decltype(type);
+    const auto kernel = SGMIM_SELECT((coordinates_backward_rows<T>));
+    parallel(rows, 16, [&](int64_t begin, int64_t end) { kernel(data<T>(z), data<T>(x), data<T>(dx), &c, begin, end); });
+  });
+}
+
+static Composition composition(const Tensor& weight, const Tensor& gain, const Tensor& shift, const Tensor& constant) {
+  check_matrix(weight, "weight");
+  const int64_t outs = weight.size(0), wide = weight.size(1);
+  check_packed(weight, "weight", ScalarType::Float, outs * wide);
+  check_packed(gain, "gain", ScalarType::Float, wide);
+  check_packed(shift, "shift", ScalarType::Float, wide);
+  check_packed(constant, "constant", ScalarType::Float, outs);
+  return {data<float>(weight), data<float>(gain), data<float>(shift), data<float>(constant), wide};
+}
+
+static void centre(
+    const Tensor& weight, const Tensor& gain, const Tensor& shift, const Tensor& centred, const Tensor& constant) {
+  const Composition c = composition(weight, gain, shift, constant);
+  check_packed(centred, "centred", centred.scalar_type(), weight.numel());
+  dispatch_float(centred, "centred", [&](auto type) {
+    using T = decltype(type);
+    const auto kernel = SGMIM_SELECT((centre_rows<T>));
+    parallel(weight.size(0), 8, [&](int64_t begin, int64_t end) { kernel(data<T>(centred), &c, begin, end); });
+  });
+}
+
+static void centre_backward(
+    const Tensor& dcentred, const Tensor& weight, const Tensor& gain, const Tensor& shift, const Tensor& dconstant,
+    const Tensor& sums) {
+  const Composition c = composition(weight, gain, shift, dconstant);
+  check_packed(dcentred, "dcentred", ScalarType::Float, weight.numel());
+  check_packed(sums, "sums", ScalarType::Float, 2 * c.wide);
+  const auto kernel = SGMIM_SELECT((centre_backward_rows));
+  column_sums(weight.size(0), 2 * c.wide, data<float>(sums), [&](int64_t begin, int64_t end, float* partial) {
+    kernel(data<float>(dcentred), partial, &c, begin, end);
+  });
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sgmim_fast_cpu, m) {
+  m.def("coordinates(Tensor x, Tensor? patch_rstd, Tensor rstd, Tensor(a!) z) -> ()");
+  m.def(
+      "coordinates_backward(Tensor(a!) dz, Tensor z, Tensor? above, Tensor mean, Tensor rstd, Tensor? x, int width, "
+      "Tensor(b!) scale, Tensor(c!)? block_sums, Tensor(d!)? dx) -> ()");
+  m.def("centre(Tensor weight, Tensor gain, Tensor shift, Tensor(a!) centred, Tensor(b!) constant) -> ()");
+  m.def(
+      "centre_backward(Tensor(a!) dcentred, Tensor weight, Tensor gain, Tensor shift, Tensor dconstant, "
+      "Tensor(b!) sums) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sgmim_fast_cpu, CPU, m) {
+  m.impl("coordinates", TORCH_BOX(&coordinates));
+  m.impl("coordinates_backward", TORCH_BOX(&coordinates_backward));
+  m.impl("centre", TORCH_BOX(&centre));
+  m.impl("centre_backward", TORCH_BOX(&centre_backward));
+}
+
+#endif
+}  // namespace sgmim

@@ -57,8 +57,9 @@ template <class Y>
 SGMIM_INLINE void fetch(
     const EpilogueOf& e, int64_t outs, int64_t first, int64_t rows, int64_t column, int64_t width) {
   const auto lines = [&](const void* matrix, int64_t at, int64_t size) SGMIM_INLINE_LAMBDA {
+    if (!matrix) return;
     const char* from = static_cast<const char*>(matrix) + at * size;
-    for (int64_t i = 0; matrix && i < width * size; i += 64) __builtin_prefetch(from + i);
+    for (int64_t i = 0; i < width * size; i += 64) __builtin_prefetch(from + i);
   };
   for (int64_t r = first; r < first + rows; ++r) {
     const int64_t at = r * outs + column;

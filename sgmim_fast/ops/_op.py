@@ -40,6 +40,7 @@ AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torc
 )
 
 _PLAIN = {Tensor, torch.nn.Parameter}
+_MOST_SIGNATURES = 1024  # that are remembered of a part of an op: lists of rows may be of any length
 
 # What was chosen for the forward is chosen for its backward too, which may run later and in a thread of autograd's.
 _CARRIED = (backends.FORCED, products.BFLOAT16_IN)
@@ -80,10 +81,11 @@ class Declaration:
 
     def make(self, args: Sequence[Any]) -> Any:
         """The NamedTuple; what is missing at the end is None."""
-        args = [*args, *[None] * (len(self.fields) - len(args))]
-        for i, group in self.groups.items():
-            if args[i] is not None:
-                args[i] = self._nested(self.fields[i], group, args[i])
+        if self.groups or len(args) < len(self.fields):
+            args = [*args, *[None] * (len(self.fields) - len(args))]
+            for i, group in self.groups.items():
+                if args[i] is not None:
+                    args[i] = self._nested(self.fields[i], group, args[i])
         return self.kind._make(args)
 
     @staticmethod
@@ -153,6 +155,7 @@ class Part:
     ):
         self.name, self.part, self.declared, self.check = name, part, declared, check
         self.fake = fake
+        self._passed: dict[Any, str] = {}  # signatures of calls that passed the checks -> their device's type
         qualifier = name if part == "forward" else f"{name}_backward"
         LIBRARY.define(f"{qualifier}{schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
         self.overload = getattr(torch.ops.sgmim_fast, qualifier).default
@@ -161,12 +164,22 @@ class Part:
             LIBRARY.impl(qualifier, self._autocast_kernel, key)
         torch.library.register_fake(f"sgmim_fast::{qualifier}", self._checked_fake, lib=LIBRARY)
 
-    def _checked(self, args: tuple) -> tuple[torch.device, Any]:
+    def _checked(self, args: Sequence[Any]) -> tuple[torch.device, Any]:
         device = _check.together(self.declared.tensors(args))
         made = self.declared.make(args)
         if self.check is not None:
             self.check(made)
         return device, made
+
+    def chosen(self, args: Sequence[Any], signature: Any) -> Callable[..., Any]:
+        """What computes these arguments, which are checked unless others of their signature, see `_signature`, were."""
+        device = self._passed.get(signature)
+        if device is None:
+            device = self._checked(args)[0].type
+            if len(self._passed) >= _MOST_SIGNATURES:
+                self._passed.clear()
+            self._passed[signature] = device
+        return backends.choose(self.name, self.part, device, args)
 
     def kernel(self, *args: Any) -> Any:
         device, _ = self._checked(args)
@@ -248,16 +261,17 @@ class Op:
         self._differentiable(schema, self.declared, self._fake_backward, self._save, self._gradients)
 
     def __call__(self, *args: Any) -> Any:
-        if not _unwatched(args):
+        signature = None if _watched() else _signature(args)
+        if signature is None:
             return self.overload(*args)
         if self.declared.takes_dtype:
             device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
             if torch.is_autocast_enabled(device):
                 args = self._forward.in_autocast(args)
+                signature = signature, args[-1]
         with torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS):
-            if self._differentiate is None:
-                return self._forward.kernel(*args)
-            return self._differentiate(self._forward.kernel, args)
+            run = self._forward.chosen(args, signature)
+            return run(*args) if self._differentiate is None else self._differentiate(run, args)
 
     # A composition, bound to the primitives of a backend
 
@@ -284,10 +298,8 @@ class Op:
         def run(grad: Tensor, *args: Any) -> list[Tensor]:
             *args, saved, needs = args
             names, places = declared.layout(declared.lengths(args))
-            flat, wanted = declared.flat(args), dict[str, Tensor]()
-            for i, need in zip(places, needs, strict=True):
-                if need:
-                    wanted[names[i]] = flat[i]
+            flat = declared.flat(args)
+            wanted = {names[i]: flat[i] for i, need in zip(places, needs, strict=True) if need}
             gradients = Gradients(primitives, wanted)
             backward(primitives, declared.make(args), saved, grad, gradients)
             found = gradients.finished()
@@ -379,10 +391,11 @@ class Op:
 
     def backward(self, *args: Any) -> Any:
         """`NAME_backward`."""
-        if not _unwatched(args):
+        signature = None if _watched() else _signature(args)
+        if signature is None:
             return self.backward_overload(*args)
         with torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS), torch._C._AutoDispatchBelowAutograd():
-            return self._backward.kernel(*args)
+            return self._backward.chosen(args, signature)(*args)
 
     def _with_gradient(self, run: Callable[..., Any], args: tuple) -> Any:
         args += (None,) * (len(self.declared.fields) - len(args))
@@ -493,21 +506,33 @@ class _Once(torch.autograd.Function):
         raise RuntimeError(f"sgmim_fast.ops.{ctx.name} has no second derivative; its gradient cannot be differentiated")
 
 
-def _unwatched(args: tuple) -> bool:
-    """Whether a call in plain eager mode, with plain tensors, may do without the dispatcher."""
-    if (
+def _watched() -> bool:
+    """Whether somebody may be watching what operators are called, see above."""
+    return bool(
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
-    ):
-        return False
+    )
+
+
+def _signature(args: Sequence[Any]) -> tuple[Any, ...] | None:
+    """All that checks look at: of tensors shape, dtype, device and layout. None where some are no plain tensors, for
+    which the dispatcher knows what to do."""
+    found = []
     for arg in args:
-        if isinstance(arg, Tensor):
-            if type(arg) not in _PLAIN or arg.is_meta:
-                return False
-        elif isinstance(arg, list) and not all(type(entry) in _PLAIN for entry in arg if isinstance(entry, Tensor)):
-            return False
-    return True
+        kind = type(arg)
+        if kind in _PLAIN:
+            arg = arg.shape, arg.dtype, arg.device, arg.layout
+            if arg[2].type == "meta":
+                return None
+        elif kind is list:
+            arg = _signature(arg)
+            if arg is None:
+                return None
+        elif isinstance(arg, Tensor):
+            return None
+        found.append(arg)
+    return tuple(found)

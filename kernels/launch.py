@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -33,8 +32,10 @@ def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def guarded(*args: Any) -> Any:
-        device = next(arg for arg in args if isinstance(arg, Tensor)).device
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        first = next(arg for arg in args if isinstance(arg, Tensor))
+        if not first.is_cuda:
+            return function(*args)
+        with torch.cuda.device(first.device):
             return function(*args)
 
     return guarded

@@ -85,22 +85,23 @@ def normalise(
 ) -> list[Tensor]:
     """Writes the normalised rows into ys, or row by row into ys[y_rows], and returns the statistics."""
     width = norms[0].x.shape[1]
+    xs, weights, biases, rows, residuals = zip(*norms, strict=True)
     statistics = [torch.empty(2, n, dtype=torch.float32, device=ys[0].device) for n in counts]
     block = next_power_of_2(width)
     tile = max(1, 2048 // block)
     launch(
         _layer_norm_forward_kernel,
         (sum(cdiv(n, tile) for n in counts),),
-        tuple(norm.x.contiguous() for norm in norms),
-        tuple(norm.rows for norm in norms),
-        tuple(norm.weight.contiguous() for norm in norms),
-        tuple(norm.bias.contiguous() for norm in norms),
-        tuple(None if norm.residual is None else norm.residual.contiguous() for norm in norms),
+        _contiguous(xs),
+        rows,
+        _contiguous(weights),
+        _contiguous(biases),
+        _contiguous(residuals),
         tuple(ys),
-        tuple(y_rows for _ in norms),
+        (y_rows,) * len(norms),
         tuple(statistics),
         tuple(counts),
-        tuple((y if norm.rows is None else norm.x).shape[0] for norm, y in zip(norms, ys, strict=True)),
+        tuple([(y if norm.rows is None else norm.x).shape[0] for norm, y in zip(norms, ys, strict=True)]),
         width,
         eps,
         ROWS=tile,
@@ -186,6 +187,8 @@ def layer_norms_backward(gradients: Sequence[NormGradient]) -> list[NormGradient
     Cost: reads dy, x and the residual, writes dx and y, n rows each; 1 launch, and a fill where rows are scattered.
     """
     width, device = gradients[0].dy.shape[1], gradients[0].dy.device
+    operands = zip(*(g[:8] for g in gradients), strict=True)
+    grads, xs, statistics, weights, biases, rows, mores, residuals = operands
     dxs = [
         (torch.empty if g.rows is None else torch.zeros)(g.x.shape, dtype=g.x.dtype, device=device) for g in gradients
     ]
@@ -200,20 +203,20 @@ def layer_norms_backward(gradients: Sequence[NormGradient]) -> list[NormGradient
     launch(
         _layer_norm_backward_kernel,
         (sum(programs),),
-        tuple(g.dy for g in gradients),
-        tuple(g.more for g in gradients),
-        tuple(g.x.contiguous() for g in gradients),
-        tuple(g.rows for g in gradients),
-        tuple(g.statistics for g in gradients),
-        tuple(g.weight.contiguous() for g in gradients),
-        tuple(g.bias.contiguous() for g in gradients),
-        tuple(None if g.residual is None else g.residual.contiguous() for g in gradients),
+        grads,
+        mores,
+        _contiguous(xs),
+        rows,
+        statistics,
+        _contiguous(weights),
+        _contiguous(biases),
+        _contiguous(residuals),
         tuple(dxs),
         tuple(ys),
         tuple(partials),
         tuple(counts),
-        tuple(g.x.shape[0] for g in gradients),
-        tuple(n * width for n in programs),
+        tuple([x.shape[0] for x in xs]),
+        tuple([n * width for n in programs]),
         width,
         per_program,
         ROWS=tile,
@@ -222,6 +225,10 @@ def layer_norms_backward(gradients: Sequence[NormGradient]) -> list[NormGradient
         num_warps=_warps(block, least=2),
     )
     return [NormGradients(dx, y, *sums) for dx, y, sums in zip(dxs, ys, partials, strict=True)]
+
+
+def _contiguous(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    return tuple([None if t is None else t.contiguous() for t in tensors])
 
 
 def _warps(block: int, least: int = 4) -> int:

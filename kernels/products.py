@@ -323,7 +323,7 @@ def dgrads(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
     """dy . W for each pair of one dtype, (n, out) and (out, in). Cost: 1 launch; through the library one each."""
     dtype = dys[0].dtype
     if not fused():
-        return [dy @ weight for dy, weight in zip(dys, weights, strict=True)]
+        return [torch.mm(dy, weight) for dy, weight in zip(dys, weights, strict=True)]
     dxs = [
         torch.empty(dy.shape[0], w.shape[1], dtype=dtype, device=dy.device) for dy, w in zip(dys, weights, strict=True)
     ]
@@ -338,7 +338,7 @@ def dgrad_gelu(dy: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tens
     Cost: 1 launch; through the library 2.
     """
     if not fused():
-        return gelu_backward(dy @ weight, hidden)
+        return gelu_backward(torch.mm(dy, weight), hidden)
     dx, after = torch.empty_like(hidden), torch.empty_like(hidden)
     shape = dy.shape[0], weight.shape[1], weight.shape[0]
     tiles = cdiv(shape[0], _config(DGRAD, dy.dtype, [shape]).block_m)
@@ -409,4 +409,4 @@ def _wgrad(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """dy^T . x through the library, which on a GPU writes what it has summed in float32 as float32."""
     if dtype == torch.float32 and dy.dtype != dtype and dy.is_cuda:
         return torch.mm(dy.t(), x, out_dtype=dtype)
-    return (dy.t() @ x).to(dtype)
+    return torch.mm(dy.t(), x).to(dtype)

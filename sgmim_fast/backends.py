@@ -174,9 +174,9 @@ def can_run(op: str, backend: str, *args: Any, part: str = "forward") -> tuple[b
     if not usable:
         return False, reason
     device = "cpu" if backend == "cpu" or (backend == "triton" and triton_interpreted()) else "cuda"
-    for arg in args:
-        if isinstance(arg, torch.Tensor) and arg.device.type != device:
-            return False, f"the {backend} backend needs {device} tensors, got one on {arg.device}"
+    first = next((arg for arg in args if isinstance(arg, torch.Tensor)), None)  # all are on one device
+    if first is not None and first.device.type != device:
+        return False, f"the {backend} backend needs {device} tensors, got one on {first.device}"
     module = _module(op, backend)
     if not args:
         return True, ""

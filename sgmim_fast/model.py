@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -213,10 +212,10 @@ class SGMIM(nn.Module):
         guided = dense.guide(self, features, structure, mask)
         return image, dense.predict(self.structure_head, guided, structure, self.encoder_stride)
 
-    def _linear_weights(self) -> Iterator[Tensor]:
+    def _linear_weights(self) -> list[Tensor]:
         """Those that the ops read in a forward."""
-        branch = self.structure_encoder, self.guidance, self.structure_head
-        yield from blocks.linear_weights(self, also=(self.image_head, *(part for part in branch if part is not None)))
+        branch = self.image_head, self.structure_encoder, self.guidance, self.structure_head
+        return blocks.linear_weights(self, also=[part for part in branch if part is not None])
 
     def salience(self, images: Tensor) -> Tensor:
         """(B, H / p, W / p) from 0 to 1: `MaskedEncoder.salience`, or that of an encoder of one's own.

@@ -8,7 +8,7 @@ called as timm would, one half of the block at a time, and the log says so once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from inspect import Parameter, signature
 from types import SimpleNamespace
@@ -292,8 +292,11 @@ class SwinTransformerBlock(Swin, swin_transformer.SwinTransformerBlock):
             table, added = self.attn.relative_position_bias_table, not PATH1.why(self)
             y = self._attend(x, self.norm1, self.attn.qkv.bias, bias=table, residual=added)
             x = y if added else x + self.drop_path1(y)
+        why = self.mlp_half.why(self)
+        if not why and not PATH2.why(self):
+            return self._mlp(x, residual=True)
         flat = x.flatten(1, 2)
-        if self._left("mlp", self.mlp_half.why(self)):
+        if self._left("mlp", why):
             flat = flat + self.drop_path2(self.mlp(self.norm2(flat)))
         else:
             flat = self._add(flat, self._mlp, PATH2)
@@ -330,14 +333,12 @@ class SwinTransformerV2Block(Swin, swin_transformer_v2.SwinTransformerV2Block):
         why = self._attention_reason() or self._size_reason(x)
         fused = not self._left("attention", why)
         x = self._fused(x) if fused else x + self.drop_path1(self.norm1(self._attn(x)))
+        why = self.mlp_half.why(self)
+        if not why and not NORM_AND_PATH2.why(self):
+            return self._mlp(x, residual=True, post_norm=True)
         flat = x.flatten(1, 2)
-        if self._left("mlp", self.mlp_half.why(self)):
-            flat = flat + self.drop_path2(self.norm2(self.mlp(flat)))
-        elif NORM_AND_PATH2.why(self):
-            flat = flat + self.drop_path2(self.norm2(norm_mlp(flat, None, self.mlp)))
-        else:
-            flat = norm_mlp(flat, self.norm2, self.mlp, residual=True, post_norm=True)
-        return flat.view(x.shape)
+        y = self.mlp(flat) if self._left("mlp", why) else norm_mlp(flat, None, self.mlp)
+        return (flat + self.drop_path2(self.norm2(y))).view(x.shape)
 
     def _fused(self, x: Tensor) -> Tensor:
         """The attention half, with norm and residual as far as nothing is between them."""
@@ -585,16 +586,21 @@ def visible_stem(stem: PatchEmbed, x: Tensor, visible: Tensor, positions: Tensor
     return stem.norm(ops.norm_linear(patches, weight, bias)) + positions
 
 
-def linear_weights(model: nn.Module, also: Iterable[nn.Module] = ()) -> Iterator[Tensor]:
+def linear_weights(model: nn.Module, also: Iterable[nn.Module] = ()) -> list[Tensor]:
     """Weights and biases of the linear layers in a model's blocks of these classes, and in others of its modules. None
     where hooks are called in between, which may change them unseen."""
-    modules = list(model.modules())
-    if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
-        return
-    for part in (*also, *(module for module in modules if isinstance(module, _Fused))):
-        for layer in part.modules():
-            if type(layer) is nn.Linear:
-                yield from (t for t in layer._parameters.values() if type(t) in unmodified.PLAIN)
+    found, also = dict[int, Tensor](), set(also)
+    modules = [(model, False)]  # `nn.Module.modules` takes several times as long
+    while modules:
+        module, read = modules.pop()
+        own = module.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            return []
+        read = read or isinstance(module, _Fused) or module in also
+        if read and type(module) is nn.Linear:
+            found |= {id(t): t for t in own["_parameters"].values() if type(t) in unmodified.PLAIN}
+        modules += [(child, read) for child in own["_modules"].values() if child is not None]
+    return list(found.values())
 
 
 # timm's class -> ours

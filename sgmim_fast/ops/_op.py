@@ -21,6 +21,7 @@ There is no second derivative and no forward-mode derivative: both raise.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, get_type_hints
 
@@ -264,11 +265,9 @@ class Op:
         signature = None if _watched() else _signature(args)
         if signature is None:
             return self.overload(*args)
-        if self.declared.takes_dtype:
-            device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
-            if torch.is_autocast_enabled(device):
-                args = self._forward.in_autocast(args)
-                signature = signature, args[-1]
+        if self.declared.takes_dtype and torch.is_autocast_enabled(_first(args).device.type):
+            args = self._forward.in_autocast(args)
+            signature = signature, args[-1]
         with torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS):
             run = self._forward.chosen(args, signature)
             return run(*args) if self._differentiate is None else self._differentiate(run, args)
@@ -319,18 +318,11 @@ class Op:
     def _save(self, ctx: Any, args: Sequence[Any], saved: Sequence[Tensor]) -> None:
         if self._added is not None and args[self._added] is not None:
             ctx.added_dtype = args[self._added].dtype
-        (names, places), flat, tensors, ctx.places = (
-            self.declared.layout(ctx.lengths),
-            [*self.declared.flat(args)],
-            [],
-            [],
-        )
+        (names, places), flat = self.declared.layout(ctx.lengths), [*self.declared.flat(args)]
+        ctx.places = [i for i in places if flat[i] is not None and names[i] not in self._unsaved]
+        ctx.save_for_backward(*[flat[i] for i in ctx.places], *saved)
         for i in places:
-            if names[i] not in self._unsaved and flat[i] is not None:
-                ctx.places.append(i)
-                tensors.append(flat[i])
             flat[i] = None
-        ctx.save_for_backward(*tensors, *saved)
         ctx.flat = flat
 
     def _gradients(self, ctx: Any, needs: Sequence[bool], grad: Tensor) -> list[Any]:
@@ -405,7 +397,10 @@ class Op:
                 raise NotImplementedError(
                     f"sgmim_fast.ops.{self.name} has no derivative in torch.func; expected torch.autograd or backward()"
                 )
-            result, *saved = self._function.apply(run, self.declared.lengths(args), *flat)
+            if run is not self.overload:  # in plain eager mode nobody is given what is saved
+                result = self._function.apply(run, self.declared.lengths(args), False, *flat)
+                return (result, []) if self._saves else result
+            result, *saved = self._function.apply(run, self.declared.lengths(args), True, *flat)
             return (result, saved) if self._saves else result
         with torch._C._AutoDispatchBelowAutograd():
             return run(*args)
@@ -447,35 +442,40 @@ class _Gradient(torch.autograd.Function):
         return super().apply(cls, *args)
 
     @staticmethod
-    def forward(ctx: Any, cls: Any, run: Callable[..., Any], lengths: tuple[int, ...], *flat: Any) -> tuple:
+    def forward(
+        ctx: Any, cls: Any, run: Callable[..., Any], lengths: tuple[int, ...], give_saved: bool, *flat: Any
+    ) -> Any:
         args = cls.op.declared.unflat(flat, lengths)
         with torch._C._AutoDispatchBelowAutograd():
             results = run(*args)
         result, saved = results if cls.op._saves else (results, [])
         ctx.cls, ctx.lengths, ctx.chosen = cls, lengths, [variable.get() for variable in _CARRIED]
         cls.save(ctx, args, saved)
-        ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
+        if not give_saved:
+            return result
+        ctx.mark_non_differentiable(*saved)
         return (result, *saved)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
-        needs = ctx.needs_input_grad[3:]
+        needs = ctx.needs_input_grad[4:]
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         tokens = [variable.set(value) for variable, value in zip(_CARRIED, ctx.chosen, strict=True)]
+        create_graph = torch.is_grad_enabled()
         try:
-            with torch.no_grad():
+            with torch.no_grad() if create_graph else contextlib.nullcontext():
                 found = ctx.cls.gradients(ctx, needs, grad)
         finally:
             for variable, token in zip(_CARRIED, tokens, strict=True):
                 variable.reset(token)
         found = [*found, *[None] * (len(needs) - len(found))]
         found = [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
-        if torch.is_grad_enabled():  # create_graph=True
+        if create_graph:
             depends_on = [t for t in (*ctx.saved_tensors, grad) if t is not None and t.requires_grad]
             found = _Once.apply(ctx.cls.op.name, len(found), *found, *depends_on)
-        return (None, None, None, *found)
+        return (None, None, None, None, *found)
 
 
 def _refuse_tangents(name: str, leaves: Sequence[Any]) -> None:
@@ -518,6 +518,11 @@ def _watched() -> bool:
     )
 
 
+def _first(args: Sequence[Any]) -> Tensor:
+    """The first tensor, whose device is that of all."""
+    return next(arg for arg in args if isinstance(arg, Tensor))
+
+
 def _signature(args: Sequence[Any]) -> tuple[Any, ...] | None:
     """All that checks look at: of tensors shape, dtype, device and layout. None where some are no plain tensors, for
     which the dispatcher knows what to do."""
@@ -525,14 +530,16 @@ def _signature(args: Sequence[Any]) -> tuple[Any, ...] | None:
     for arg in args:
         kind = type(arg)
         if kind in _PLAIN:
-            arg = arg.shape, arg.dtype, arg.device, arg.layout
-            if arg[2].type == "meta":
+            if arg.is_meta:
                 return None
+            found.append((arg.shape, arg.dtype, arg.device, arg.layout))
         elif kind is list:
-            arg = _signature(arg)
-            if arg is None:
+            entries = _signature(arg)
+            if entries is None:
                 return None
+            found.append(entries)
         elif isinstance(arg, Tensor):
             return None
-        found.append(arg)
+        else:
+            found.append(arg)
     return tuple(found)

@@ -23,6 +23,7 @@ from sgmim_fast.ops.primitives import (
     result_dtype,
     scaled_weights,
     storage_dtype,
+    unflattened,
 )
 from sgmim_fast.ops.window_attention import check_windows, look_at_indices
 
@@ -112,8 +113,7 @@ def norm_attention(
     """
     vectors = norm_weight, norm_bias, layer_scale, bias, index, logit_scale
     options = heads, list(window), list(shift), residual, post_norm, eps, None
-    out = _op(x, qkv_weight, qkv_bias, proj_weight, proj_bias, *vectors, *options)[0]
-    return out.unflatten(0, x.shape[:-1])
+    return _op(x, qkv_weight, qkv_bias, proj_weight, proj_bias, *vectors, *options)[0]
 
 
 def _check_arguments(a: Arguments) -> None:
@@ -131,22 +131,22 @@ def _check_arguments(a: Arguments) -> None:
 
 
 def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
-    storage = storage_dtype(a.x, a.dtype)
-    y, statistics = before(p, a, a.rows, storage)
+    storage, rows = storage_dtype(a.x, a.dtype), a.rows
+    y, statistics = before(p, a, rows, storage)
     qkv_weight, qkv_bias = p.weights_in(storage, a.qkv_weight, a.qkv_bias)
     weight, bias = scaled_weights(p, a.layer_scale, storage, a.proj_weight, a.proj_bias)
     qkv = p.linear(y, qkv_weight, qkv_bias).view(*a.x.shape[:3], 3 * a.x.shape[3])
     del y
     attended = p.window_attention(qkv, a.windows(qkv_bias))
-    out, saved = behind(p, a, a.rows, attended.flatten(0, -2), weight, bias)
-    return out, [qkv, attended, *statistics, *saved]
+    out, saved = behind(p, a, rows, attended.flatten(0, -2), weight, bias)
+    return unflattened(out, a.x), [qkv, attended, *statistics, *saved]
 
 
 def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gradients: Gradients) -> None:
     qkv, attended, *norm = saved
     storage = qkv.dtype
     gradients.scaled(a.layer_scale, "proj_weight", a.proj_weight, "proj_bias", a.proj_bias)
-    dout, added = behind_backward(p, a, norm, grad, storage, "proj_bias", gradients)
+    dout, added = behind_backward(p, a, norm, grad.flatten(0, -2), storage, "proj_bias", gradients)
     gradients.weight("proj_weight", dout, attended.flatten(0, -2))
     (qkv_weight,) = p.weights_in(storage, a.qkv_weight, last=True)
     (weight,) = scaled_weights(p, a.layer_scale, storage, a.proj_weight, last=True)
@@ -176,8 +176,7 @@ def _fake(a: Arguments) -> tuple[Tensor, list[Tensor]]:
 
     storage, width = storage_dtype(a.x, a.dtype), a.x.shape[3]
     dtype = result_dtype(a.x, a.x if a.residual else None, a.dtype, a.layer_scale)
-    out = empty(width, dtype).flatten(0, -2)
-    return out, [empty(3 * width, storage), empty(width, storage), *fake_norm(a)]
+    return empty(width, dtype), [empty(3 * width, storage), empty(width, storage), *fake_norm(a)]
 
 
 def _request(a: Arguments) -> Request:

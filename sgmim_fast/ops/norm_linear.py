@@ -19,11 +19,12 @@ from sgmim_fast.ops.primitives import (
     result_dtype,
     storage_dtype,
     sum_dtype,
+    unflattened,
 )
 
 
 class Arguments(NamedTuple):
-    """Of the op, as of `norm_linear`, with x and residual flattened to rows."""
+    """Of the op, as of `norm_linear`."""
 
     x: Tensor
     weight: Tensor
@@ -61,26 +62,22 @@ def norm_linear(
     Raises:
         ValueError, TypeError: naming the argument, what came and what is expected.
     """
-    if x.ndim < 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., channels)")
-    if residual is not None and weight.ndim == 2:
-        _check.parameter("residual", residual, (*x.shape[:-1], weight.shape[0]), "(those of x, out)")
-        residual = residual.flatten(0, -2)
-    out, _ = _op(x.flatten(0, -2), weight, bias, norm_weight, norm_bias, residual, eps, None)
-    return out.unflatten(0, x.shape[:-1])
+    return _op(x, weight, bias, norm_weight, norm_bias, residual, eps, None)[0]
 
 
 def _check_arguments(a: Arguments) -> None:
-    _check.parameter("x", a.x, (None, None), "(rows, channels)")
     check_norm(a)
-    _check.parameter("weight", a.weight, (None, a.x.shape[1]), "(out, channels of x)")
+    _check.parameter("weight", a.weight, (None, a.x.shape[-1]), "(out, channels of x)")
     _check.parameter("bias", a.bias, (a.weight.shape[0],), "(out,)")
-    _check.parameter("residual", a.residual, (a.x.shape[0], a.weight.shape[0]), "(rows of x, out)")
+    _check.parameter("residual", a.residual, (*a.x.shape[:-1], a.weight.shape[0]), "(those of x, out)")
     _check.same_dtype("x", a.x, "weight", a.weight, a.dtype)
 
 
 def check_norm(a: Any) -> None:
-    """Of the norm, which may be none."""
+    """Of x and its norm, which may be none."""
+    _check.floating("x", a.x)
+    if a.x.ndim < 2:
+        raise ValueError(f"x has shape {tuple(a.x.shape)}; expected (..., channels)")
     if (a.norm_weight is None) != (a.norm_bias is None):
         raise ValueError("norm_weight and norm_bias: expected both or neither")
     for name in ("norm_weight", "norm_bias"):
@@ -120,25 +117,27 @@ def request(a: Any) -> Request:
 
 def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
     storage = storage_dtype(a.x, a.dtype)
-    y, statistics = normalized(p, a.x, a.norm_weight, a.norm_bias, a.eps, storage)
+    y, statistics = normalized(p, a.x.flatten(0, -2), a.norm_weight, a.norm_bias, a.eps, storage)
     weight, bias = p.weights_in(storage, a.weight, a.bias)
-    return p.linear(y, weight, bias, residual=a.residual, dtype=result_dtype(a.x, a.residual, a.dtype)), statistics
+    residual, dtype = a.residual, result_dtype(a.x, a.residual, a.dtype)
+    out = p.linear(y, weight, bias, residual=None if residual is None else residual.flatten(0, -2), dtype=dtype)
+    return unflattened(out, a.x), statistics
 
 
 def _backward(p: Primitives, a: Arguments, statistics: list[Tensor], grad: Tensor, gradients: Gradients) -> None:
     storage, dy = storage_dtype(a.x, a.dtype), None
-    grad = grad.to(storage).contiguous()
+    grad, x = grad.flatten(0, -2).to(storage).contiguous(), a.x.flatten(0, -2)
     if "bias" in gradients:
         gradients.sums({"bias": p.column_sums([grad])[0]})
     if "x" in gradients or a.norm_weight is not None:
         (weight,) = p.weights_in(storage, a.weight, last=True)
         (dy,) = p.dgrads([grad], [weight])
-    y = normalized_backward(p, dy, a.x, statistics, a, gradients, storage, again="weight" in gradients)
+    y = normalized_backward(p, dy, x, statistics, a, gradients, storage, again="weight" in gradients)
     gradients.weight("weight", grad, y)
 
 
 def _fake(a: Arguments) -> tuple[Tensor, list[Tensor]]:
-    out = a.x.new_empty(a.x.shape[0], a.weight.shape[0], dtype=result_dtype(a.x, a.residual, a.dtype))
+    out = a.x.new_empty(*a.x.shape[:-1], a.weight.shape[0], dtype=result_dtype(a.x, a.residual, a.dtype))
     return out, fake_norm(a)
 
 

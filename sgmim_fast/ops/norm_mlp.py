@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,11 +21,12 @@ from sgmim_fast.ops.primitives import (
     result_dtype,
     scaled_weights,
     storage_dtype,
+    unflattened,
 )
 
 
 class Arguments(NamedTuple):
-    """Of the op, as of `norm_mlp`, with x flattened to rows."""
+    """Of the op, as of `norm_mlp`."""
 
     x: Tensor
     fc1_weight: Tensor
@@ -74,15 +76,11 @@ def norm_mlp(
     Raises:
         ValueError, TypeError: naming the argument, what came and what is expected.
     """
-    if x.ndim < 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., channels)")
     layers, vectors = (fc1_weight, fc1_bias, fc2_weight, fc2_bias), (norm_weight, norm_bias, layer_scale)
-    out = _op(x.flatten(0, -2), *layers, *vectors, residual, post_norm, eps, None)[0]
-    return out.unflatten(0, x.shape[:-1])
+    return _op(x, *layers, *vectors, residual, post_norm, eps, None)[0]
 
 
 def _check_arguments(a: Arguments) -> None:
-    _check.parameter("x", a.x, (None, None), "(rows, channels)")
     check_norm(a)
     width = a.x.shape[-1]
     _check.parameter("fc1_weight", a.fc1_weight, (None, width), "(hidden, channels of x)")
@@ -102,19 +100,19 @@ def _check_arguments(a: Arguments) -> None:
 
 
 def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
-    storage = storage_dtype(a.x, a.dtype)
-    y, statistics = before(p, a, a.x, storage)
+    storage, rows = storage_dtype(a.x, a.dtype), a.x.flatten(0, -2)
+    y, statistics = before(p, a, rows, storage)
     w1, b1 = p.weights_in(storage, a.fc1_weight, a.fc1_bias)
     w2, b2 = scaled_weights(p, a.layer_scale, storage, a.fc2_weight, a.fc2_bias)
     hidden, activated = p.linear_gelu(y, w1, b1)
-    out, norm = behind(p, a, a.x, activated, w2, b2)
-    return out, [hidden, *statistics, *norm]
+    out, norm = behind(p, a, rows, activated, w2, b2)
+    return unflattened(out, a.x), [hidden, *statistics, *norm]
 
 
 def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gradients: Gradients) -> None:
     (hidden, *norm), dy = saved, None
     gradients.scaled(a.layer_scale, "fc2_weight", a.fc2_weight, "fc2_bias", a.fc2_bias)
-    grad, added = behind_backward(p, a, norm, grad, hidden.dtype, "fc2_bias", gradients)
+    grad, added = behind_backward(p, a, norm, grad.flatten(0, -2), hidden.dtype, "fc2_bias", gradients)
     (w1,) = p.weights_in(hidden.dtype, a.fc1_weight, last=True)
     (w2,) = scaled_weights(p, a.layer_scale, hidden.dtype, a.fc2_weight, last=True)
     dhidden, activated, fc1_bias = p.dgrad_gelu(grad, w2, hidden)
@@ -123,14 +121,14 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     del activated  # as wide as anything here
     if "x" in gradients or a.norm_weight is not None:
         (dy,) = p.dgrads([dhidden], [w1])
-    y = before_backward(p, a, norm, a.x, dy, added, "fc1_weight", "fc2_bias", gradients, hidden.dtype)
+    y = before_backward(p, a, norm, a.x.flatten(0, -2), dy, added, "fc1_weight", "fc2_bias", gradients, hidden.dtype)
     gradients.weight("fc1_weight", dhidden, y)
 
 
 def _fake(a: Arguments) -> tuple[Tensor, list[Tensor]]:
-    hidden = a.x.new_empty(a.x.shape[0], a.fc1_weight.shape[0], dtype=storage_dtype(a.x, a.dtype))
+    hidden = a.x.new_empty(math.prod(a.x.shape[:-1]), a.fc1_weight.shape[0], dtype=storage_dtype(a.x, a.dtype))
     dtype = result_dtype(a.x, a.x if a.residual else None, a.dtype, a.layer_scale)
-    return a.x.new_empty(a.x.shape[0], a.fc2_weight.shape[0], dtype=dtype), [hidden, *fake_norm(a)]
+    return a.x.new_empty(*a.x.shape[:-1], a.fc2_weight.shape[0], dtype=dtype), [hidden, *fake_norm(a)]
 
 
 _op = Op(

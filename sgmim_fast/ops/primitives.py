@@ -243,9 +243,10 @@ class Gradients:
     def weight(self, name: str, dy: Tensor, x: Tensor | None) -> None:
         """Of a linear layer's weight: dy (n, O)^T . x (n, I)."""
         if name in self.wanted:
-            self._waiting[name] = dy, x
-            if not self._p.batches_wgrads():
-                self._multiply()
+            if self._p.batches_wgrads():
+                self._waiting[name] = dy, x
+            else:
+                (self._found[name],) = self._p.wgrads([dy], [x], [self.wanted[name].dtype])
 
     def sums(self, sums: dict[str, Any]) -> None:
         """Partial sums over rows."""
@@ -333,6 +334,12 @@ def scaled_weights(
         else torch.mul(t, by, out=torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format))
         for t, by in zip((weight, *bias), factors, strict=False)
     ]
+
+
+def unflattened(rows: Tensor, like: Tensor) -> Tensor:
+    """Rows (n, O) in the shape of `like`, (..., C): (..., O). The result of an op must be no view to autograd, or
+    nobody could change it in place."""
+    return torch.ops.aten._unsafe_view.default(rows, (*like.shape[:-1], rows.shape[1]))
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from sgmim_fast.ops import target
 
-_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> its version, and the copy that its forward made
+# id of a weight -> the weight, its version, and the copy that its forward made
+_kept: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
 _model: contextvars.ContextVar[_Model | None] = contextvars.ContextVar("sgmim_fast.weights", default=None)
 
 
@@ -21,17 +22,16 @@ class _Model:
 
     def __init__(self, weights: Callable[[], Iterable[Tensor]]):
         self._weights = weights
-        self._copies: dict[torch.dtype, WeakIdKeyDictionary] = {}
+        self._copies: dict[torch.dtype, dict[int, tuple[Tensor, tuple[int, int], Tensor]]] = {}
 
     def copy(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
         """None for a weight that is not the model's, or has changed since."""
         if dtype not in self._copies:
-            weights = [w for w in self._weights() if (w.device, w.dtype) == (weight.device, weight.dtype)]
-            self._copies[dtype] = found = WeakIdKeyDictionary()
-            for w, copy in zip(weights, _copies([w.detach() for w in weights], dtype), strict=True):
-                found[w] = _state(w), copy
-        state, copy = self._copies[dtype].get(weight, (None, None))
-        return copy if state is not None and state == _state(weight) else None
+            weights = [w for w in self._weights() if w.dtype == weight.dtype and w.device == weight.device]
+            copies = zip(weights, _copies([w.detach() for w in weights], dtype), strict=True)
+            self._copies[dtype] = {id(w): (w, _state(w), copy) for w, copy in copies}
+        _, state, copy = self._copies[dtype].get(id(weight), (None, None, None))
+        return copy if copy is not None and state == _state(weight) else None
 
 
 def _state(weight: Tensor) -> tuple[int, int]:
@@ -62,30 +62,34 @@ def weights_in(dtype: torch.dtype, *weights: Tensor | None, last: bool = False) 
     """
     found = [None if weight is None else _as_it_is(weight, dtype, last) for weight in weights]
     missing = [i for i, weight in enumerate(weights) if weight is not None and found[i] is None]
-    for i, copy in zip(missing, _copies([weights[i].detach() for i in missing], dtype), strict=True):
-        found[i] = copy
-    if last:
-        for weight in weights:
-            if weight is not None:
-                _kept.pop(weight, None)
-        return found
-    for i, weight in enumerate(weights):
-        copied = weight is not None and weight.dtype != dtype
-        if copied and weight.ndim > 1 and weight.requires_grad and target.on_gpu(weight):
-            _kept[weight] = weight._version, found[i]
+    if missing:
+        for i, copy in zip(missing, _copies([weights[i].detach() for i in missing], dtype), strict=True):
+            found[i] = copy
+    if not last:
+        for weight, copy in zip(weights, found, strict=True):
+            if weight is not None and weight.dtype != dtype and weight.ndim > 1:
+                _keep(weight, copy)
     return found
+
+
+def _keep(weight: Tensor, copy: Tensor) -> None:
+    """For the backward, as long as the weight is there."""
+    if weight.requires_grad and target.on_gpu(weight):
+        key = id(weight)
+        _kept[key] = weakref.ref(weight, lambda _: _kept.pop(key, None)), weight._version, copy
 
 
 def _as_it_is(weight: Tensor, dtype: torch.dtype, last: bool) -> Tensor | None:
     """The weight, or a copy that is there: for the last reader the one that is kept, for others the model's; None where
     there has to be a new one."""
+    if last:
+        of, version, copy = _kept.pop(id(weight), (None, None, None))
+        if copy is not None and of() is weight and version == weight._version and copy.dtype == dtype:
+            return copy
     if weight.dtype == dtype:
         return weight.detach().contiguous()
-    if not last:
-        model = _model.get() if target.on_gpu(weight) else None
-        return None if model is None else model.copy(weight, dtype)
-    version, copy = _kept.get(weight, (None, None))
-    return copy if copy is not None and version == weight._version and copy.dtype == dtype else None
+    model = None if last or not target.on_gpu(weight) else _model.get()
+    return None if model is None else model.copy(weight, dtype)
 
 
 _BLOCK = 65536  # numbers, that a block of `torch._foreach_copy_` goes through: 15 us on an H200, six launches

@@ -230,30 +230,21 @@ class _MaskedViT(MaskedEncoder):
 
 
 class _VisibleViT(VisibleEncoder, _MaskedViT):
-    def _encode(self, x: Tensor, cells: Tensor) -> Tensor:
+    def _encode(self, x: Tensor, cells: Tensor, rotary: Tensor | None) -> Tensor:
         return self._blocks(x)
 
-    def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """What timm makes of tokens that are 0, which it adds positions to and puts prefix tokens before."""
-        model, weight = self.model, self.model.patch_embed.proj.weight
-        shape = grid if model.dynamic_img_size else (grid[0] * grid[1],)
-        drop, training = model.pos_drop, model.pos_drop.training
-        if training and getattr(drop, "p", 0):  # it is for the tokens
-            drop.eval()
-        table = model._pos_embed(weight.new_zeros(1, *shape, weight.shape[0]))[0]
-        if drop.training != training:
-            drop.train(training)
-        return table
+    def _positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+        return self._embedded_zeros(grid)[0], None
 
 
 class _VisibleBeit(VisibleEncoder, _MaskedBeit):
-    def _encode(self, x: Tensor, cells: Tensor) -> Tensor:
+    def _encode(self, x: Tensor, cells: Tensor, rotary: Tensor | None) -> Tensor:
         return self._blocks(x)
 
-    def _positions(self, grid: tuple[int, int]) -> Tensor:
+    def _positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         model, count = self.model, grid[0] * grid[1]
         table = torch.cat([model.cls_token[0], model.cls_token.new_zeros(count, model.cls_token.shape[2])])
-        return table if model.pos_embed is None else table + model.pos_embed[0]
+        return (table if model.pos_embed is None else table + model.pos_embed[0]), None
 
 
 class _MaskedEva(MaskedEncoder):
@@ -264,21 +255,40 @@ class _MaskedEva(MaskedEncoder):
     """
 
     def _after_stem(self, tokens: Tensor) -> Tensor:
+        return self._blocks(*self.model._pos_embed(tokens))[:, self.model.num_prefix_tokens :]
+
+    def _blocks(self, x: Tensor, rope: Tensor | None, cells: Tensor | None = None) -> Tensor:
+        """The norm before them, if there is one, blocks and norm. cells: (b, V), where each image's patches are; None:
+        it has all of them."""
         model = self.model
-        x, rope = model._pos_embed(tokens)
         x = model.norm_pre(x)
+        if not model.rope_mixed:
+            rope = _of_cells(rope, cells)
         for number, block in enumerate(model.blocks):
-            options = {"rope": rope[number] if model.rope_mixed else rope}  # mixed ones are each block's own
-            x = (
-                checkpoint(block, x, use_reentrant=False, **options)
-                if model.grad_checkpointing
-                else block(x, **options)
-            )
-        return model.norm(x)[:, model.num_prefix_tokens :]
+            own = _of_cells(rope[number], cells) if model.rope_mixed else rope  # mixed ones are each block's own
+            x = checkpoint(block, x, use_reentrant=False, rope=own) if model.grad_checkpointing else block(x, rope=own)
+        return model.norm(x)
 
     def _with_positions(self, tokens: Tensor) -> Tensor:
         """Those that are added; rotary ones are not."""
         return self.model._pos_embed(tokens)[0][:, self.model.num_prefix_tokens :]
+
+
+class _VisibleEva(VisibleEncoder, _MaskedEva):
+    def _encode(self, x: Tensor, cells: Tensor, rotary: Tensor | None) -> Tensor:
+        return self._blocks(x, rotary, cells)
+
+    def _positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+        table, rotary = self._embedded_zeros(grid)
+        return table[0], rotary
+
+
+def _of_cells(rope: Tensor | None, cells: Tensor | None) -> Tensor | None:
+    """Rotary positions (N, d) or (heads, N, d) of the patches `cells` (b, V): (b, 1 or heads, V, d)."""
+    if rope is None or cells is None:
+        return rope
+    found = rope.index_select(-2, cells.flatten()).unflatten(-2, cells.shape)
+    return found.unsqueeze(1) if rope.ndim == 2 else found.transpose(0, 1)
 
 
 _FAMILIES = (
@@ -314,7 +324,8 @@ def create_encoder(
         timm_name: name of a timm model of one of the families swin_*, swinv2_*, beit_*, beitv2_*, vit_*, deit_* and
             eva*, with rotary positions or not, DINOv3's (vit_*_dinov3) among them.
         visible_only: the encoder sees no mask tokens but the visible patches alone, as MAE's does, and needs a decoder
-            (`sgmim_fast.Decoder`); a third of the cost, and not what the paper does. Plain ViTs only.
+            (`sgmim_fast.Decoder`); a third of the cost, and not what the paper does. ViTs only, with absolute or rotary
+            positions.
         positions: "timm", or "sincos": sines and cosines that are not trained, as MAE has them, in place of timm's
             learned absolute positions.
         timm_arguments: further arguments of `timm.create_model`, for instance `img_size`, `window_size`, `pretrained`.
@@ -385,6 +396,8 @@ def _visible_class(masked: type[MaskedEncoder], model: nn.Module, timm_name: str
     """
     if masked is _MaskedViT:
         return _VisibleViT
+    if masked is _MaskedEva:
+        return _VisibleEva
     if masked is _MaskedBeit:
         relative = model.rel_pos_bias is not None or any(
             block.attn.relative_position_bias_table is not None for block in model.blocks
@@ -395,8 +408,8 @@ def _visible_class(masked: type[MaskedEncoder], model: nn.Module, timm_name: str
     else:
         why = "windows and stages of whole images"
     raise ValueError(
-        f"visible_only is True for {timm_name!r}, which has {why}; expected a plain ViT (vit_*, deit_*), "
-        "whose tokens can do without the masked ones"
+        f"visible_only is True for {timm_name!r}, which has {why}; expected a plain ViT (vit_*, deit_*) or one with "
+        "rotary positions (eva*, vit_*_dinov3), whose tokens can do without the masked ones"
     )
 
 

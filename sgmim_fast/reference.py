@@ -77,16 +77,16 @@ def mae(model: nn.Module, images: Tensor, masked: Tensor) -> tuple[Tensor, Tenso
     vit, decoder = model.encoder.model, model.decoder
     first = model.encoder.prefix_tokens  # class, distillation and register tokens
     seen, decoded = [], []
-    for image, hidden in zip(images.split(1), masked.flatten(1), strict=True):
-        x = vit_positions(vit, vit.patch_embed(image))
+    tokens, rope = vit_positions(vit, vit.patch_embed(images))
+    for x, hidden in zip(tokens.split(1), masked.flatten(1), strict=True):
         # shuffle: the visible patches first; ids_restore undoes it
         ids_shuffle = hidden.to(torch.uint8).argsort(stable=True)
         ids_restore, kept = ids_shuffle.argsort(), int((~hidden).sum())
         x = torch.cat([x[:, :first], x[:, first:][:, ids_shuffle[:kept]]], 1)
         if x.shape[1]:
             x = vit.norm_pre(x) if hasattr(vit, "norm_pre") else x
-            for block in vit.blocks:
-                x = block(x)
+            for number, block in enumerate(vit.blocks):
+                x = block(x, **rotary(rope, number, ids_shuffle[:kept]))
             x = vit.norm(x)
         seen.append(x.new_zeros(hidden.numel(), x.shape[2]).index_copy(0, ids_shuffle[:kept], x[0, first:]))
 
@@ -97,12 +97,20 @@ def mae(model: nn.Module, images: Tensor, masked: Tensor) -> tuple[Tensor, Tenso
     return torch.stack(seen), torch.cat(decoded)
 
 
-def vit_positions(vit: nn.Module, tokens: Tensor) -> Tensor:
-    """Prefix tokens before the patches', and positions."""
+def vit_positions(vit: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Prefix tokens before the patches', with positions; and the rotary positions of all patches, of EVA."""
     if hasattr(vit, "_pos_embed"):
-        return vit._pos_embed(tokens)
+        embedded = vit._pos_embed(tokens)
+        return embedded if isinstance(embedded, tuple) else (embedded, None)
     x = torch.cat([vit.cls_token.expand(len(tokens), -1, -1), tokens], 1)  # BEiT
-    return x if vit.pos_embed is None else x + vit.pos_embed
+    return (x if vit.pos_embed is None else x + vit.pos_embed), None
+
+
+def rotary(rope: Tensor | None, number: int, kept: Tensor) -> dict[str, Tensor]:
+    """An argument of block `number`: rotary positions (N, d), or (blocks, heads, N, d), of the patches it is given."""
+    if rope is None:
+        return {}
+    return {"rope": (rope if rope.ndim == 2 else rope[number])[..., kept, :]}
 
 
 def normalized_patches(images: Tensor, stride: int) -> Tensor:

@@ -7,7 +7,7 @@ own, on class and register tokens and them. Beyond the paper, which builds on Si
 from __future__ import annotations
 
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ class VisibleEncoder:
         grid = stem.dynamic_feat_size(x.shape[2:])
         drawn = mask.on(grid) if isinstance(mask, SelectiveMask) else search(mask, *grid)
         prefix, cells = self.prefix_tokens, drawn.visible.index % (grid[0] * grid[1])
-        table = self._positions(grid)
+        table, rotary = self._positions(grid)
         positions = F.embedding(cells + prefix, table)
         if self.visible_stem and blocks.stem_fits(self, x):
             tokens = blocks.visible_stem(stem, x, drawn.visible.index, positions)
@@ -76,30 +76,44 @@ class VisibleEncoder:
         first = table[:prefix]
         counts = drawn.visible_counts()
         if len(set(counts)) == 1:
-            y = self._images(tokens.unflatten(0, (len(x), counts[0])), cells.view(len(x), counts[0]), first)
+            y = self._images(tokens.unflatten(0, (len(x), counts[0])), cells.view(len(x), counts[0]), first, rotary)
             return VisibleTokens(y[:, prefix:].flatten(0, 1), y[:, :prefix])
         own, of, done = tokens.split(counts), cells.split(counts), [tokens] * len(x)
         for _, same in groupby(sorted(range(len(x)), key=counts.__getitem__), key=counts.__getitem__):
             images = list(same)
-            y = self._images(torch.stack([own[i] for i in images]), torch.stack([of[i] for i in images]), first)
+            same_cells = torch.stack([of[i] for i in images])
+            y = self._images(torch.stack([own[i] for i in images]), same_cells, first, rotary)
             for i, image in zip(images, y, strict=True):
                 done[i] = image
         return VisibleTokens(torch.cat([y[prefix:] for y in done]), torch.stack([y[:prefix] for y in done]))
 
-    def _images(self, tokens: Tensor, cells: Tensor, prefix: Tensor) -> Tensor:
+    def _images(self, tokens: Tensor, cells: Tensor, prefix: Tensor, rotary: Tensor | None) -> Tensor:
         """Blocks and norm of images with V visible patches each: tokens (b, V, D), with positions, of the patches
         `cells` (b, V), behind the prefix tokens (P, D) -> (b, P + V, C)."""
         x = torch.cat([prefix.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], 1) if len(prefix) else tokens
-        return self._encode(self.model.pos_drop(x), cells) if x.shape[1] else x
+        return self._encode(self.model.pos_drop(x), cells, rotary) if x.shape[1] else x
 
-    def _encode(self, x: Tensor, cells: Tensor) -> Tensor:
-        """Blocks and norm, (b, P + V, D) -> (b, P + V, C). Rotary positions of an image's patches are gathered by
-        `cells` (b, V); absolute ones are in x."""
+    def _encode(self, x: Tensor, cells: Tensor, rotary: Tensor | None) -> Tensor:
+        """Blocks and norm, (b, P + V, D) -> (b, P + V, C). `rotary` are all patches' rotary positions, of which an
+        image's patches `cells` (b, V) have theirs; absolute ones are in x."""
         raise NotImplementedError
 
-    def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """(P + N, D): prefix tokens with their positions, and the positions of all patches."""
+    def _positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+        """(P + N, D): prefix tokens with their positions, and the positions of all patches; and the patches' rotary
+        positions, as timm has them. Once a forward: what timm draws of them is the same for the whole batch."""
         raise NotImplementedError
+
+    def _embedded_zeros(self, grid: tuple[int, int]) -> Any:
+        """What timm makes of tokens that are 0, which it adds positions to and puts prefix tokens before."""
+        model, weight = self.model, self.model.patch_embed.proj.weight
+        shape = grid if model.dynamic_img_size else (grid[0] * grid[1],)
+        drop, training = model.pos_drop, model.pos_drop.training
+        if training and getattr(drop, "p", 0):  # it is for the tokens
+            drop.eval()
+        embedded = model._pos_embed(weight.new_zeros(1, *shape, weight.shape[0]))
+        if drop.training != training:
+            drop.train(training)
+        return embedded
 
 
 def fix_positions(model: nn.Module) -> None:

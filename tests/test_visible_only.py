@@ -46,6 +46,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "deit-distilled": ("deit_base_distilled_patch16_224", {"img_size": 64}),
     "deit3": ("deit3_base_patch16_224", {"img_size": 64}),
     "beit": ("beit_base_patch16_224", {"img_size": 64, **NO_RELATIVE}),
+    "dinov3": ("vit_small_patch16_dinov3", {"img_size": 64}),
+    "dinov3-swiglu-oblong": ("vit_huge_plus_patch16_dinov3_qkvb", {"img_size": (32, 80)}),
+    "dinov3-any-size": ("vit_small_patch16_dinov3", {"img_size": 64, "dynamic_img_size": True}),
+    "eva": ("eva_giant_patch14_224", {"img_size": 56}),
+    "eva02": ("eva02_base_patch14_224", {"img_size": 56, "qk_norm": True}),
+    "rope-mixed": ("vit_small_patch16_rope_mixed_ape_224", {"img_size": 64}),
 }
 BIT_EXACT = {"rtol": 0, "atol": 0}
 
@@ -269,7 +275,7 @@ def test_without_a_mask_it_is_timm(name):
     torch.testing.assert_close(encoder(images), expected, **BIT_EXACT)
 
 
-@pytest.mark.parametrize("name", ["vit", "gap", "deit-distilled", "beit"])
+@pytest.mark.parametrize("name", ["vit", "gap", "deit-distilled", "beit", "dinov3"])
 def test_exports_as_ever(name, tmp_path):
     """The file is that of the same encoder with mask tokens, whose timm model it is."""
     model, _ = make(name)

@@ -3,7 +3,6 @@ leaving tokens out (its patch dropout, told what to keep)."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,16 +47,17 @@ def kind(encoder: nn.Module) -> tuple[Any, ...]:
     return modules, parameters, model.no_embed_class, attn.rotate_half, model.rope_mixed, *sorted(settings.items())
 
 
-@pytest.fixture(scope="module")
 def kinds() -> list[nn.Module]:
     """One encoder of each kind among all of timm's names."""
     names = [name for name in timm.list_models() if is_model_in_modules(name, {"eva"})]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    found = {kind(encoder): encoder for encoder in map(tiny, names)}
-    torch.set_num_threads(threads)
-    assert len(found) > 10
-    return list(found.values())
+    return list({kind(encoder): encoder for encoder in map(tiny, names)}.values())
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    """Nothing here is large."""
+    with threads(1):
+        yield
 
 
 class Keep(nn.Module):
@@ -106,20 +106,16 @@ def assert_as_timm(encoder: nn.Module, ratio: float, seed: int = 0) -> None:
         assert (actual[name] - e).norm() <= 1e-10 * e.norm().clamp_min(1e-6), f"{encoder.timm_name}: {name}"
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.5])
-def test_every_kind_of_timms(kinds, ratio):
-    """Tokens and all gradients; ratio 0: all tokens are visible, as timm's own forward."""
-    for encoder in kinds:
-        assert_as_timm(encoder, ratio)
-
-
-def test_every_kind_of_timms_accelerated(kinds):
-    fused = 0
-    for encoder in kinds:
-        fast = accelerate(copy.deepcopy(encoder))
-        fused += all(type(m) is eva_blocks.EvaBlock and not any(m.reasons().values()) for m in fast.model.blocks)
-        assert_as_timm(fast, 0.5)
-    assert fused >= len(kinds) - 3  # norms behind the halves, fewer keys than queries
+def test_every_kind_of_timms():
+    """Tokens and all gradients: as timm's own forward where all is visible, and accelerated with half of it."""
+    encoders, fused = kinds(), 0
+    assert len(encoders) > 10
+    for encoder in encoders:
+        assert_as_timm(encoder, 0.0)
+        accelerate(encoder)
+        fused += all(type(m) is eva_blocks.EvaBlock and not any(m.reasons().values()) for m in encoder.model.blocks)
+        assert_as_timm(encoder, 0.5)
+    assert fused >= len(encoders) - 3  # norms behind the halves, fewer keys than queries
 
 
 @pytest.mark.parametrize("name", ["vit_base_patch16_dinov3", "vit_base_patch16_rope_mixed_224"])

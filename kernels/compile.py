@@ -184,9 +184,9 @@ def encoder(batch: int, mixed: bool, dtype: torch.dtype) -> None:
         for vectors, residual in itertools.product((norm, [None, None]), (False, True)):
             linear = parameter(wide, width), parameter(wide)
             added = torch.zeros(x.shape[0], wide, dtype=x.dtype) if residual else None
-            inputs = x, *linear, *vectors, added, 1e-5, cast
+            inputs = x, *linear, *vectors, None, added, 1e-5, cast
             out, saved = forward("norm_linear", *inputs)
-            backward("norm_linear", out, (*inputs[:5], None, *inputs[6:]), saved)
+            backward("norm_linear", out, (*inputs[:6], None, *inputs[7:]), saved)
             for post_norm in (False, True):
                 options = residual, post_norm, 1e-5, cast
                 inputs = x, *linear, parameter(width, wide), parameter(width), *vectors, None, *options

@@ -83,6 +83,13 @@ def _dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def _scales_weights(scale: Tensor, x: Tensor) -> bool:
+    """Whether the ops take a layer scale of tokens x: scale * weight in place of scale * result, for which float16 is
+    too narrow."""
+    fits = type(scale) in unmodified.PLAIN and scale.shape == x.shape[-1:] and _dtype(x) != torch.float16
+    return fits and (scale.dtype != torch.float64 or x.dtype == torch.float64)
+
+
 class _Fused:
     """What all classes here share: when to step aside, and saying so."""
 
@@ -130,7 +137,7 @@ class _Fused:
 
     def _add(self, x: Tensor, half: Callable[..., Tensor], after: Check, scale: Tensor | None = None) -> Tensor:
         """x + scale * half(x), going through the children in `after` before it is added, if they do anything."""
-        outside = scale is not None and _dtype(x) == torch.float16  # which is too narrow for scale * weight
+        outside = scale is not None and not _scales_weights(scale, x)
         options = {} if scale is None or outside else {"layer_scale": scale}
         if not outside and not after.why(self):
             return half(x, residual=True, **options)
@@ -400,10 +407,8 @@ def _one_window(
     """The attention half of all tokens (B, N, C) over all of them, with the norm before, times `layer_scale`."""
     if bias is None and target.on_gpu(x):
         attended = _flash(norm_linear(x, norm, attn.qkv.weight, qkv_bias), attn.num_heads)
-        if layer_scale is None:
-            return ops.norm_linear(attended, attn.proj.weight, attn.proj.bias, residual=x if residual else None)
-        y = ops.norm_linear(attended, attn.proj.weight, attn.proj.bias) * layer_scale
-        return x + y if residual else y
+        options = {"layer_scale": layer_scale, "residual": x if residual else None}
+        return ops.norm_linear(attended, attn.proj.weight, attn.proj.bias, **options)
     layers = {"qkv_weight": attn.qkv.weight, "proj_weight": attn.proj.weight, "proj_bias": attn.proj.bias}
     options = {"qkv_bias": qkv_bias, "bias": bias, "index": index, **_vectors(norm)}
     options |= {"layer_scale": layer_scale, "residual": residual}

@@ -7,6 +7,7 @@ norm of its result. Between those of a gated MLP are its activation and the prod
 
 from __future__ import annotations
 
+from functools import partial
 from inspect import Parameter, signature
 from typing import Any
 
@@ -103,17 +104,13 @@ class EvaBlock(_Fused, eva.EvaBlock):
         if self._left("attention", self._attention_reason()):
             x = self._added(x, self.attn(self.norm1(x), rope=rope, **_NO_MASK), self.gamma_1, self.drop_path1)
         else:
-            added = self.gamma_1 is None and not PATH1.why(self)
-            y = self._attend(x, rope, added)
-            x = y if added else self._added(x, y, self.gamma_1, self.drop_path1)
+            x = self._add(x, partial(self._attend, rope=rope), PATH1, self.gamma_1)
         if self._left("mlp", self._mlp_reason()):
             return self._added(x, self.mlp(self.norm2(x)), self.gamma_2, self.drop_path2)
-        added = self.gamma_2 is None and not PATH2.why(self)
-        y = self._gated(x, added)
-        return y if added else self._added(x, y, self.gamma_2, self.drop_path2)
+        return self._add(x, self._gated, PATH2, self.gamma_2)
 
-    def _attend(self, x: Tensor, rope: Tensor | None, residual: bool) -> Tensor:
-        """The attention half, with the norm before; with the residual if nothing is between."""
+    def _attend(self, x: Tensor, rope: Tensor | None, residual: bool = False, **options: Any) -> Tensor:
+        """The attention half, with the norm before."""
         attn = self.attn
         if "qkv" in attn._modules:
             q, k, v = self._qkv(x).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
@@ -126,7 +123,8 @@ class EvaBlock(_Fused, eva.EvaBlock):
         if rope is not None:
             q, k = (_rotated(t, rope, attn).type_as(v) for t in (q, k))
         attended = attn.norm(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return ops.norm_linear(attended, attn.proj.weight, attn.proj.bias, residual=x if residual else None)
+        added = x if residual else None
+        return ops.norm_linear(attended, attn.proj.weight, attn.proj.bias, residual=added, **options)
 
     def _qkv(self, x: Tensor) -> Tensor:
         attn = self.attn
@@ -135,11 +133,11 @@ class EvaBlock(_Fused, eva.EvaBlock):
             bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
         return norm_linear(x, self.norm1, attn.qkv.weight, bias)
 
-    def _gated(self, x: Tensor, residual: bool) -> Tensor:
+    def _gated(self, x: Tensor, residual: bool = False, **options: Any) -> Tensor:
         """The MLP half, likewise."""
         mlp: Any = self.mlp
         if type(mlp) is Mlp:
-            return norm_mlp(x, self.norm2, mlp, residual=residual)
+            return norm_mlp(x, self.norm2, mlp, residual=residual, **options)
         if type(mlp) is GluMlp:
             first, second = norm_linear(x, self.norm2, mlp.fc1.weight, mlp.fc1.bias).chunk(2, -1)
             hidden = first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
@@ -147,8 +145,11 @@ class EvaBlock(_Fused, eva.EvaBlock):
             gate, hidden = (norm_linear(x, self.norm2, layer.weight, layer.bias) for layer in (mlp.fc1_g, mlp.fc1_x))
             hidden = mlp.act(gate) * hidden
         hidden = mlp.drop1(hidden)
-        vectors = _vectors(None if type(mlp.norm) is nn.Identity else mlp.norm)
-        return ops.norm_linear(hidden, mlp.fc2.weight, mlp.fc2.bias, residual=x if residual else None, **vectors)
+        options |= {
+            "residual": x if residual else None,
+            **_vectors(None if type(mlp.norm) is nn.Identity else mlp.norm),
+        }
+        return ops.norm_linear(hidden, mlp.fc2.weight, mlp.fc2.bias, **options)
 
 
 def _rotated(x: Tensor, rope: Tensor, attn: nn.Module) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from inspect import isfunction
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from sgmim_fast import backends
 from sgmim_fast.fused import unmodified
-from sgmim_fast.fused.blocks import Swin, _Fused, _neighbours, _one_window, _windows_fit, norm_linear, norm_mlp
+from sgmim_fast.fused.blocks import Swin, _Fused, _neighbours, _one_window, _windows_fit, norm_linear
 from sgmim_fast.fused.unmodified import BIASED, INACTIVE_DROP_PATH, INACTIVE_DROPOUT, LINEAR, NORM, SOFTMAX, Check, Own
 from sgmim_fast.ops.window_attention import MAX_LOGIT_SCALE
 
@@ -155,9 +156,7 @@ class PublishedSwinBlock(_PublishedSwin):
         x = y if added else x + self.drop_path(y)
         if self._left("mlp", self.mlp_half.why(self)):
             return x + self.drop_path(self.mlp(self.norm2(x)))
-        if not _INACTIVE.why(self):
-            return norm_mlp(x, self.norm2, self.mlp, residual=True)
-        return x + self.drop_path(norm_mlp(x, self.norm2, self.mlp))
+        return self._add(x, self._mlp, _INACTIVE)
 
 
 class PublishedSwinV2Block(_PublishedSwin):
@@ -187,9 +186,7 @@ class PublishedSwinV2Block(_PublishedSwin):
         x = y if added else x + self.drop_path(y)
         if self._left("mlp", self.mlp_half.why(self)):
             return x + self.drop_path(self.norm2(self.mlp(x)))
-        if not _INACTIVE.why(self):
-            return norm_mlp(x, self.norm2, self.mlp, residual=True, post_norm=True)
-        return x + self.drop_path(norm_mlp(x, self.norm2, self.mlp, post_norm=True))
+        return self._add(x, partial(self._mlp, post_norm=True), _INACTIVE)
 
 
 class PublishedViTBlock(_Halves):
@@ -242,20 +239,18 @@ class PublishedViTBlock(_Halves):
         if self._left("attention", why):
             return super().forward(x, *args, **kwargs)
         gamma_1, gamma_2 = (getattr(self, name, None) for name in ("gamma_1", "gamma_2"))
-        attn, added = self.attn, gamma_1 is None and not _INACTIVE.why(self)
+        x = self._add(x, partial(self._fused, shared=shared), _INACTIVE, gamma_1)
+        if self._left("mlp", self.mlp_half.why(self)):
+            return self._added(x, self.mlp(self.norm2(x)), gamma_2, self.drop_path)
+        return self._add(x, self._mlp, _INACTIVE, gamma_2)
+
+    def _fused(self, x: Tensor, shared: Tensor | None, **options: Any) -> Tensor:
+        attn = self.attn
         table = getattr(attn, "relative_position_bias_table", None)
         bias, index = table, None if table is None else attn.relative_position_index
         if shared is not None:
             bias, index = shared if table is None else shared + table[index].movedim(2, 0), None
-        y = _one_window(x, self.norm1, attn, _qkv_bias(attn), bias, index, residual=added)
-        x = y if added else self._added(x, y, gamma_1, self.drop_path)
-        if self._left("mlp", self.mlp_half.why(self)):
-            y = self.mlp(self.norm2(x))
-        elif gamma_2 is None and not _INACTIVE.why(self):
-            return norm_mlp(x, self.norm2, self.mlp, residual=True)
-        else:
-            y = norm_mlp(x, self.norm2, self.mlp)
-        return self._added(x, y, gamma_2, self.drop_path)
+        return _one_window(x, self.norm1, attn, _qkv_bias(attn), bias, index, **options)
 
     def _own_reason(self, x: Tensor, shared: Any) -> str:
         """Why the block as a whole is called as it is."""

@@ -126,7 +126,7 @@ def _check_arguments(a: Arguments) -> None:
     _check.parameter("proj_bias", a.proj_bias, (width,), "(channels of x,)")
     _check.same_dtype("x", a.x, "qkv_weight", a.qkv_weight, a.dtype)
     _check.same_dtype("x", a.x, "proj_weight", a.proj_weight, a.dtype)
-    check_layer_scale(a)
+    check_layer_scale(a, width, "(channels of x,)")
     check_windows(3 * width, a.windows(None))
 
 

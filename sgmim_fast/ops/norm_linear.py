@@ -17,6 +17,7 @@ from sgmim_fast.ops.primitives import (
     normalized,
     normalized_backward,
     result_dtype,
+    scaled_weights,
     storage_dtype,
     sum_dtype,
     unflattened,
@@ -31,6 +32,7 @@ class Arguments(NamedTuple):
     bias: Tensor | None
     norm_weight: Tensor | None
     norm_bias: Tensor | None
+    layer_scale: Tensor | None
     residual: Tensor | None
     eps: float
     dtype: torch.dtype | None
@@ -44,9 +46,12 @@ def norm_linear(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
+    layer_scale: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`F.linear(F.layer_norm(x, ...), weight, bias) + residual`; the norm's result is not kept but computed again.
+    """`F.linear(F.layer_norm(x, ...), weight, bias) * layer_scale + residual`.
+
+    The norm's result is not kept but computed again.
 
     Args:
         x: (..., C), floating point.
@@ -54,15 +59,17 @@ def norm_linear(
         bias: (O,) or None.
         norm_weight, norm_bias: (C,) of the LayerNorm; both None: no LayerNorm.
         eps: of the LayerNorm.
+        layer_scale: (O,), what the result is multiplied by before the residual is added; not in float16.
         residual: (..., O), floating point, or None: nothing is added.
 
     Returns:
-        (..., O); the autocast dtype, or that of `x`, and at least that of `residual`. Differentiable in every tensor.
+        (..., O); the autocast dtype, or that of `x`, and at least those of `layer_scale` and `residual`. Differentiable
+        in every tensor.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what is expected.
     """
-    return _op(x, weight, bias, norm_weight, norm_bias, residual, eps, None)[0]
+    return _op(x, weight, bias, norm_weight, norm_bias, layer_scale, residual, eps, None)[0]
 
 
 def _check_arguments(a: Arguments) -> None:
@@ -70,6 +77,7 @@ def _check_arguments(a: Arguments) -> None:
     _check.parameter("weight", a.weight, (None, a.x.shape[-1]), "(out, channels of x)")
     _check.parameter("bias", a.bias, (a.weight.shape[0],), "(out,)")
     _check.parameter("residual", a.residual, (*a.x.shape[:-1], a.weight.shape[0]), "(those of x, out)")
+    check_layer_scale(a, a.weight.shape[0], "(out,)")
     _check.same_dtype("x", a.x, "weight", a.weight, a.dtype)
 
 
@@ -84,12 +92,12 @@ def check_norm(a: Any) -> None:
         _check.parameter(name, getattr(a, name), (a.x.shape[-1],), "(channels of x,)")
 
 
-def check_layer_scale(a: Any) -> None:
-    """Of a half of a block that may end in one."""
+def check_layer_scale(a: Any, width: int, meaning: str) -> None:
+    """Of what may end in one, of so many channels."""
     if a.layer_scale is None:
         return
-    _check.parameter("layer_scale", a.layer_scale, (a.x.shape[-1],), "(channels of x,)")
-    if a.post_norm:
+    _check.parameter("layer_scale", a.layer_scale, (width,), meaning)
+    if getattr(a, "post_norm", False):
         raise ValueError("layer_scale and post_norm: expected one of them; a norm undoes a scale before it")
     if a.layer_scale.dtype == torch.float64 != a.x.dtype:
         raise TypeError(f"layer_scale has dtype torch.float64; expected at most torch.float32, as x is {a.x.dtype}")
@@ -118,8 +126,8 @@ def request(a: Any) -> Request:
 def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
     storage = storage_dtype(a.x, a.dtype)
     y, statistics = normalized(p, a.x.flatten(0, -2), a.norm_weight, a.norm_bias, a.eps, storage)
-    weight, bias = p.weights_in(storage, a.weight, a.bias)
-    residual, dtype = a.residual, result_dtype(a.x, a.residual, a.dtype)
+    weight, bias = scaled_weights(p, a.layer_scale, storage, a.weight, a.bias)
+    residual, dtype = a.residual, result_dtype(a.x, a.residual, a.dtype, a.layer_scale)
     out = p.linear(y, weight, bias, residual=None if residual is None else residual.flatten(0, -2), dtype=dtype)
     return unflattened(out, a.x), statistics
 
@@ -127,18 +135,19 @@ def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
 def _backward(p: Primitives, a: Arguments, statistics: list[Tensor], grad: Tensor, gradients: Gradients) -> None:
     storage, dy = storage_dtype(a.x, a.dtype), None
     grad, x = grad.flatten(0, -2).to(storage).contiguous(), a.x.flatten(0, -2)
+    gradients.scaled(a.layer_scale, "weight", a.weight, "bias", a.bias)
     if "bias" in gradients:
         gradients.sums({"bias": p.column_sums([grad])[0]})
     if "x" in gradients or a.norm_weight is not None:
-        (weight,) = p.weights_in(storage, a.weight, last=True)
+        (weight,) = scaled_weights(p, a.layer_scale, storage, a.weight, last=True)
         (dy,) = p.dgrads([grad], [weight])
     y = normalized_backward(p, dy, x, statistics, a, gradients, storage, again="weight" in gradients)
     gradients.weight("weight", grad, y)
 
 
 def _fake(a: Arguments) -> tuple[Tensor, list[Tensor]]:
-    out = a.x.new_empty(*a.x.shape[:-1], a.weight.shape[0], dtype=result_dtype(a.x, a.residual, a.dtype))
-    return out, fake_norm(a)
+    dtype = result_dtype(a.x, a.residual, a.dtype, a.layer_scale)
+    return a.x.new_empty(*a.x.shape[:-1], a.weight.shape[0], dtype=dtype), fake_norm(a)
 
 
 _op = Op(

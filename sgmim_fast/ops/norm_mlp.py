@@ -90,7 +90,7 @@ def _check_arguments(a: Arguments) -> None:
     _check.parameter("fc2_bias", a.fc2_bias, a.fc2_weight.shape[:1], "(out,)")
     if a.residual:
         _check.shape("fc2_weight", a.fc2_weight, (width, hidden), "(channels of x, which is added, hidden)")
-    check_layer_scale(a)
+    check_layer_scale(a, width, "(channels of x,)")
     if a.layer_scale is not None:
         _check.shape("fc2_weight", a.fc2_weight, (width, hidden), "(channels of x, as layer_scale has, hidden)")
     if a.post_norm:

@@ -123,7 +123,7 @@ def test_tiles_that_are_tried(size):
 
 def test_a_variant_sends_gemms_through_its_tile():
     """And all others through the library, as before and behind it."""
-    args = torch.zeros(64, 32), torch.zeros(96, 32), torch.zeros(96), None, None, None, 1e-5, None
+    args = torch.zeros(64, 32), torch.zeros(96, 32), torch.zeros(96), None, None, None, None, 1e-5, None
     launched = []
 
     def tiles(way: str) -> list[tuple[int, ...]]:

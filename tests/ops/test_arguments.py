@@ -49,8 +49,8 @@ EXAMPLES: dict[str, Callable[[], list[Any]]] = {
         *(2, [2, 3], [1, 1], True, False, 1e-5, None),
     ],
     "norm_linear": lambda: [
-        *(torch.randn(4, 6), torch.randn(5, 6), torch.randn(5), torch.randn(6), torch.randn(6), torch.randn(4, 5)),
-        *(1e-5, None),
+        *(torch.randn(4, 6), torch.randn(5, 6), torch.randn(5), torch.randn(6), torch.randn(6), torch.randn(5)),
+        *(torch.randn(4, 5), 1e-5, None),
     ],
     "norm_mlp": lambda: [
         *(torch.randn(4, 6), torch.randn(7, 6), torch.randn(7), torch.randn(6, 7), torch.randn(6)),

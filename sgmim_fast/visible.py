@@ -5,25 +5,84 @@ For masks made of whole cells. `model` is an `SGMIM`, which imports this. `sgmim
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
 from sgmim_fast import ops
+from sgmim_fast.early_gradients import early_gradients, fits
+from sgmim_fast.fused.blocks import gemm_dtype
 from sgmim_fast.masking import SelectiveMask
 from sgmim_fast.visible_encoder import VisibleTokens
 
 
 def image_loss(model: nn.Module, features: Tensor | VisibleTokens, images: Tensor, mask: SelectiveMask) -> Tensor:
     """From encoder features (B, N, C), or with a decoder those of the visible cells, at masked cells."""
-    head, stride, rows = model.image_head, model.encoder_stride, mask.masked.index
-    count = rows.shape[0] * stride**2
+    rows = mask.masked.index
+    count = rows.shape[0] * model.encoder_stride**2
     if model.decoder is None:
-        tokens, packed, scale = features.flatten(0, 1), False, 1 / (count + 1e-5) / model.in_chans
-    else:
-        tokens, packed = model.decoder.masked(features, mask.visible.index, rows, tuple(mask.mask.shape[1:])), True
-        scale = 1 / max(count, 1) / model.in_chans  # MAE's mean
-    op = ops.linear_l2 if model.loss == "l2" else ops.linear_l1
-    options = {"cell": stride, "packed": packed, "normalized": model.target == "normalized_patch", "scale": scale}
-    return op(tokens, head.weight, head.bias, images, rows, **options)
+        scale = 1 / (count + 1e-5) / model.in_chans
+        return _distance(model, features.flatten(0, 1), images, rows, packed=False, scale=scale)
+    scale = 1 / max(count, 1) / model.in_chans  # MAE's mean
+    decoded = model.decoder, model.image_head
+    if model.decoder.grad_checkpointing or not fits(decoded, gemm_dtype(features.tokens)):
+        tokens = model.decoder.masked(features, mask.visible.index, rows, tuple(mask.mask.shape[1:]))
+        return _distance(model, tokens, images, rows, packed=True, scale=scale)
+    losses = [partial(_decoded, model, mask, piece, scale=scale) for piece in _pieces(images, mask)]
+    return early_gradients(losses, [features.tokens, features.prefix, images], decoded)
+
+
+def _distance(model: nn.Module, tokens: Tensor, images: Tensor, rows: Tensor, *, packed: bool, scale: float) -> Tensor:
+    head, op = model.image_head, ops.linear_l2 if model.loss == "l2" else ops.linear_l1
+    options = {"normalized": model.target == "normalized_patch", "packed": packed, "scale": scale}
+    return op(tokens, head.weight, head.bias, images, rows, cell=model.encoder_stride, **options)
+
+
+class _Piece(NamedTuple):
+    """Of a batch: its images, and their rows in the lists of visible and masked cells."""
+
+    images: slice
+    visible: slice
+    masked: slice
+
+
+LEAST = {"cpu": 1536, "cuda": 16384}  # tokens of a piece: with fewer, gemms or launches would cost more
+
+
+def _pieces(images: Tensor, mask: SelectiveMask) -> Iterator[_Piece]:
+    """Whose decoding needs memory one after the other."""
+    batch, cells = len(images), mask.mask.shape[1] * mask.mask.shape[2]
+    pieces = min(max(batch * cells // LEAST.get(images.device.type, LEAST["cuda"]), 1), batch)
+    if pieces == 1:  # for which no numbers are needed, that a GPU may have to be waited for
+        yield _Piece(slice(0, batch), slice(None), slice(None))
+        return
+    before, counts = 0, mask.visible_counts()
+    for piece in range(pieces):
+        first, last = (batch * i // pieces for i in (piece, piece + 1))
+        seen = before + sum(counts[first:last])
+        yield _Piece(slice(first, last), slice(before, seen), slice(first * cells - before, last * cells - seen))
+        before = seen
+
+
+def _decoded(
+    model: nn.Module,
+    mask: SelectiveMask,
+    piece: _Piece,
+    tokens: Tensor,
+    prefix: Tensor,
+    images: Tensor,
+    *,
+    scale: float,
+) -> Tensor:
+    """The image loss of a piece of the batch."""
+    grid = mask.mask.shape[1], mask.mask.shape[2]
+    before = piece.images.start * grid[0] * grid[1]
+    visible, masked = mask.visible.index[piece.visible] - before, mask.masked.index[piece.masked] - before
+    encoded = VisibleTokens(tokens[piece.visible], prefix[piece.images])
+    decoded = model.decoder.masked(encoded, visible, masked, grid)
+    return _distance(model, decoded, images[piece.images], masked, packed=True, scale=scale)
 
 
 def structure_loss(

@@ -77,7 +77,7 @@ class VisibleEncoder:
         counts = drawn.visible_counts()
         if len(set(counts)) == 1:
             y = self._images(tokens.unflatten(0, (len(x), counts[0])), cells.view(len(x), counts[0]), first, rotary)
-            return VisibleTokens(y[:, prefix:].flatten(0, 1), y[:, :prefix])
+            return VisibleTokens(y[:, prefix:].flatten(0, 1), y[:, :prefix].contiguous())  # copies: y can be freed
         own, of, done = tokens.split(counts), cells.split(counts), [tokens] * len(x)
         for _, same in groupby(sorted(range(len(x)), key=counts.__getitem__), key=counts.__getitem__):
             images = list(same)

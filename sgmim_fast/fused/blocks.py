@@ -74,10 +74,10 @@ def _has_kernels(device: str) -> bool:
 
 def _window_fits(x: Tensor, tokens: int) -> bool:
     """Whether a window of so many tokens is one for the kernels: on a GPU timm's own attention takes the large ones."""
-    return x.device.type == "cpu" or tokens <= most_tokens_on_a_gpu(_dtype(x))
+    return x.device.type == "cpu" or tokens <= most_tokens_on_a_gpu(gemm_dtype(x))
 
 
-def _dtype(x: Tensor) -> torch.dtype:
+def gemm_dtype(x: Tensor) -> torch.dtype:
     """That gemms are asked for in."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -86,7 +86,7 @@ def _dtype(x: Tensor) -> torch.dtype:
 def _scales_weights(scale: Tensor, x: Tensor) -> bool:
     """Whether the ops take a layer scale of tokens x: scale * weight in place of scale * result, for which float16 is
     too narrow."""
-    fits = type(scale) in unmodified.PLAIN and scale.shape == x.shape[-1:] and _dtype(x) != torch.float16
+    fits = type(scale) in unmodified.PLAIN and scale.shape == x.shape[-1:] and gemm_dtype(x) != torch.float16
     return fits and (scale.dtype != torch.float64 or x.dtype == torch.float64)
 
 

@@ -473,8 +473,7 @@ class _Gradient(torch.autograd.Function):
         found = [*found, *[None] * (len(needs) - len(found))]
         found = [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
         if create_graph:
-            depends_on = [t for t in (*ctx.saved_tensors, grad) if t is not None and t.requires_grad]
-            found = _Once.apply(ctx.cls.op.name, len(found), *found, *depends_on)
+            found = once(ctx.cls.op.name, found, ctx, grad)
         return (None, None, None, None, *found)
 
 
@@ -488,6 +487,13 @@ def _refuse_tangents(name: str, leaves: Sequence[Any]) -> None:
             raise NotImplementedError(
                 f"sgmim_fast.ops.{name} has no forward-mode derivative (make_dual, torch.func.jvp); expected backward()"
             )
+
+
+def once(name: str, found: Sequence[Tensor | None], ctx: Any, grad: Tensor) -> Sequence[Tensor | None]:
+    """What the backward of an op of that name has found: under create_graph it cannot be differentiated
+    in what `ctx` has saved."""
+    depends_on = [t for t in (*ctx.saved_tensors, grad) if t is not None and t.requires_grad]
+    return _Once.apply(name, len(found), *found, *depends_on)
 
 
 class _Once(torch.autograd.Function):

@@ -1,0 +1,97 @@
+"""A loss whose gradients are computed in its forward: nothing of it has to be kept until the backward.
+
+A loss is a scalar, so that its gradients are those of the loss itself times a number that the backward brings. Where
+its forward is the last thing to be done, computing them at once costs nothing, and frees its activations before other
+parts of the step need memory of their own; and a batch can go through it in pieces, of which only one is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgmim_fast.ops._op import once
+
+
+def fits(parts: Iterable[nn.Module], dtype: torch.dtype) -> bool:
+    """Whether nobody could tell: gradients are wanted, no graph is traced, no hook listens to modules or parameters,
+    and gemms are not done in float16, whose gradients a loss scale has to come before."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or dtype == torch.float16:
+        return False
+    for module in (module for part in parts for module in part.modules()):
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return False
+        if any(p is not None and p._backward_hooks for p in module._parameters.values()):
+            return False
+    return True
+
+
+def early_gradients(
+    losses: Sequence[Callable[..., Tensor]], inputs: Sequence[Tensor], parts: Iterable[nn.Module]
+) -> Tensor:
+    """The sum of losses, with gradients that are computed now, one loss after the other.
+
+    Args:
+        losses: each is called with `inputs` and gives a scalar.
+        inputs: tensors that they are computed from.
+        parts: modules whose parameters they are computed from; see `fits`.
+
+    Returns:
+        The sum; differentiable once in inputs and parameters.
+    """
+    parameters = list({id(p): p for part in parts for p in part.parameters()}.values())
+    return _Early.apply(losses, len(inputs), *inputs, *parameters)
+
+
+class _Early(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, losses: Sequence[Callable[..., Tensor]], count: int, *tensors: Tensor) -> Tensor:
+        needs = ctx.needs_input_grad[2:]
+        inputs = [t.detach().requires_grad_(n) for t, n in zip(tensors[:count], needs, strict=False)]
+        leaves = [t for t, n in zip((*inputs, *tensors[count:]), needs, strict=True) if n]
+        total, found = None, None
+        for function in losses:
+            with torch.enable_grad():
+                loss = function(*inputs)
+            grads = _apart(torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ())
+            loss = loss.detach()
+            total, found = (loss, grads) if total is None else (total + loss, _sums(found, grads))
+        ctx.save_for_backward(*tensors)
+        ctx.needs, ctx.found = needs, found
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        # saved_tensors raises where they have changed since, and where a graph that is not kept is used again
+        found = iter(ctx.found)
+        kept = [next(found) if need else None for _, need in zip(ctx.saved_tensors, ctx.needs, strict=True)]
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            scaled = [None if g is None else g * grad for g in kept]
+        else:
+            scaled = [None if g is None else g.mul_(grad) for g in kept]
+            ctx.found = ()
+        if torch.is_grad_enabled():  # create_graph=True
+            scaled = once("linear_l1", scaled, ctx, grad)
+        return None, None, *scaled
+
+
+def _apart(grads: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Gradients that may be written into: contiguous, and none has memory of another, as those of an addition have."""
+    found: list[Tensor | None] = []
+    seen = set()
+    for grad in grads:
+        if grad is not None:
+            place = grad.untyped_storage()._cdata
+            grad = grad if grad.is_contiguous() and place not in seen else grad.clone()
+            seen.add(place)
+        found.append(grad)
+    return found
+
+
+def _sums(first: Iterable[Tensor | None], second: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Written into the first."""
+    pairs = zip(first, second, strict=True)
+    return [b if a is None else a if b is None else a.add_(b) for a, b in pairs]

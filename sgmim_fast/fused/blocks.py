@@ -80,7 +80,8 @@ def _window_fits(x: Tensor, tokens: int) -> bool:
 def gemm_dtype(x: Tensor) -> torch.dtype:
     """That gemms are asked for in."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # which is never cast
+    return torch.get_autocast_dtype(device) if cast else x.dtype
 
 
 def _scales_weights(scale: Tensor, x: Tensor) -> bool:
@@ -585,6 +586,7 @@ def visible_stem(stem: PatchEmbed, x: Tensor, visible: Tensor, positions: Tensor
     """The stem's tokens of the visible patches alone, with their positions, both (n, D). visible: see `masked_stem`."""
     patch = stem.patch_size[0]
     patches = ops.gather_patches(x, visible, cell=patch, patch=patch)
+    patches = patches.to(gemm_dtype(patches))  # kept for the backward, as narrow as the gemm reads them
     weight, bias = stem.proj.weight.flatten(1), stem.proj.bias
     if isinstance(stem.norm, nn.Identity):
         return ops.norm_linear(patches, weight, bias, residual=positions)

@@ -65,7 +65,7 @@ def backward(
 ) -> Tensor | None:
     """Gives the parameters' gradients and returns that of the patches, if it is wanted.
 
-    What a row that was normalised gets through its statistics alone is a factor times xhat, (8).
+    What a row that was normalised gets through its statistics alone is a factor times xhat, (8). `inputs` are dropped.
     """
     composed = compose(embedding, collapsed)
     z = [first_coordinates(embedding, statistics)]
@@ -86,6 +86,8 @@ def backward(
     dembed, dbias, dgain, dshift, dpatches = _embedding_backward(
         embedding, statistics, shares, scale, dz, "structure" in gradients
     )
+    del z, dz, above, below, dx, shares  # of all rows, before the matrices
+    inputs.clear()
     dweights, dgains, dshifts, (dmatrix, dbias_0, dgain_0, dshift_0) = compose_backward(
         embedding.w, composed, dmatrices
     )

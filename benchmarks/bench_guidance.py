@@ -51,7 +51,7 @@ from tools.written import write_json
 from torch import Tensor
 
 from sgmim_fast import backends, keep_freed_memory
-from sgmim_fast.ops import products
+from sgmim_fast.ops import gemm
 
 NAMES = ("dense", "dense-compiled", "visible", "visible-compiled", *FUSED, *CAPTURED, "gemm-floor")
 AGAIN = 8  # evaluations of the dense column, where its error in one alone would not do
@@ -340,7 +340,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{title}, batch {batch}, {device}{note}", table(new), sep="\n")
         print(f"the floor's gemms run at {rate:.0f} GFLOP/s", flush=True)
         said.append(conclusion(new))
-        if products.compute_dtype(kind, torch.device(device)) != kind:
+        if gemm.compute_dtype(kind, torch.device(device)) != kind:
             said[-1] += " This CPU has no instructions for bfloat16, so sgmim_fast computes it in float32."
         torch.compiler.reset()
     print("", *said, sep="\n")

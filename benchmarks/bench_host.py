@@ -35,8 +35,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sgmim_fast
 from sgmim_fast import SGMIM, backends, reference, selective_mask
-from sgmim_fast.kernels import products as kernel_products
-from sgmim_fast.ops import products, target
+from sgmim_fast.kernels import gemm as kernel_gemm
+from sgmim_fast.ops import gemm, target
 
 SWIN = {"img_size": 96, "window_size": 3, "embed_dim": 16, "num_heads": (1, 2, 4, 8), "depths": (2, 2, 18, 2)}
 ENCODERS: dict[str, tuple[str, dict[str, Any], int]] = {  # depths of the published ones
@@ -72,8 +72,8 @@ def on_triton(listener: Callable[..., None]) -> Iterator[None]:
     usable = {name: (name in ("triton", "torch"), "") for name in backends.NAMES}
     with (
         target.caught(listener, target.Target("sm_90", 132)),
-        products.compute_bfloat16_in(torch.bfloat16),
-        mock.patch.object(kernel_products, "_wgrad", wgrad),
+        gemm.compute_bfloat16_in(torch.bfloat16),
+        mock.patch.object(kernel_gemm, "_wgrad", wgrad),
         mock.patch.object(backends, "available", lambda: usable),
         mock.patch.object(backends, "triton_interpreted", lambda: True),
         backends.use("triton"),

@@ -1,4 +1,4 @@
-"""Conversions, products and GELU as every kernel writes them.
+"""Conversions, gemms and GELU as every kernel writes them.
 
 `cast` and `dot` are Triton's own on a GPU. Its interpreter truncates float32 to bfloat16 where a GPU rounds to the
 nearest, takes integers for the bits of bfloat16 numbers, and multiplies those bits; there they are written out.

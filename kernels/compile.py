@@ -37,10 +37,10 @@ from triton.compiler import ASTSource
 
 from sgmim_fast import backends
 from sgmim_fast.guidance import embedding_patch
-from sgmim_fast.kernels import configs, products
+from sgmim_fast.kernels import configs, gemm
 from sgmim_fast.kernels import launch as launching
 from sgmim_fast.ops import GuidanceParameters, StructureParameters
-from sgmim_fast.ops.products import compute_bfloat16_in
+from sgmim_fast.ops.gemm import compute_bfloat16_in
 from sgmim_fast.ops.target import Target, caught
 from sgmim_fast.ops.window_attention import most_tokens_on_a_gpu
 
@@ -142,7 +142,7 @@ WINDOWS = [
     Windows((16, 16), shifted=True, cosine=True, padded=True),
     *(Windows((1, 197), heads=12, width=64, bias=bias) for bias in ("dense", "")),
 ]
-LAYERS = [(128, 384), (512, 2048), (768, 3072)]  # widths of norms and products in those models
+LAYERS = [(128, 384), (512, 2048), (768, 3072)]  # widths of norms and gemms in those models
 
 
 def forward(op: str, *args: Any) -> Any:
@@ -268,16 +268,16 @@ def launches(dtypes: list[str], architecture: int, everything: bool = True) -> l
 
     with ExitStack() as stack:
         stack.enter_context(caught(note, Target(f"sm_{architecture}", 132)))
-        # a CPU without bfloat16 products stands for a GPU that has them
+        # a CPU without bfloat16 gemms stands for a GPU that has them
         stack.enter_context(compute_bfloat16_in(torch.bfloat16))
         for name in dtypes:
             dtype, mixed = DTYPES[name], name != "float32"
-            with mock.patch.object(products, "_wanted", lambda: "triton"):
+            with mock.patch.object(gemm, "_wanted", lambda: "triton"):
                 for shape, parameters in itertools.product(SHAPES, {mixed, False} if everything else {mixed}):
                     if everything or shape.batch == 128:
                         branch(shape, parameters, dtype)
                 encoder(128, mixed, dtype)
-            with mock.patch.object(products, "_wanted", lambda: "library"):
+            with mock.patch.object(gemm, "_wanted", lambda: "library"):
                 branch(SHAPES[0] if everything else SHAPES[2], mixed and not everything, dtype)
                 encoder(1 if everything else 128, mixed and not everything, dtype)
     return list(found)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 
 class Config(NamedTuple):
-    """Of one launch of a product."""
+    """Of one launch of a gemm."""
 
     block_m: int
     block_n: int
@@ -35,12 +35,12 @@ PRODUCTS = {
 _CHOSEN: contextvars.ContextVar[Config | None] = contextvars.ContextVar("sgmim_fast.tile", default=None)
 
 # (kernel, bytes of an operand's element) -> bytes that a thread may spill to its stack; every other kernel spills none.
-# Seen with Triton 3.9. Older ones spill more (3.5: 720 bytes of a product), which is reported but is no failure.
+# Seen with Triton 3.9. Older ones spill more (3.5: 720 bytes of a gemm), which is reported but is no failure.
 STACK_SINCE = 3, 9
 STACK = {
     ("layer_norm._layer_norm_backward_kernel", 2): 8,
-    ("products._product_kernel", 2): 80,
-    ("products._product_kernel", 4): 16,
+    ("gemm._gemm_kernel", 2): 80,
+    ("gemm._gemm_kernel", 4): 16,
     ("relational_guidance._relational_guidance_backward_kernel", 4): 288,
     ("relational_guidance._relational_guidance_forward_kernel", 4): 8,
     ("structure_embed._structure_embed_backward_kernel", 2): 48,
@@ -58,7 +58,7 @@ SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 
 
 
 def shape_class(m: int, n: int) -> str:
-    """Of a product (m, k) . (k, n), all problems of a launch counted as one with their rows together."""
+    """Of a gemm (m, k) . (k, n), all problems of a launch counted as one with their rows together."""
     if -(-m // 128) * -(-n // 128) >= 96:
         return "large"
     return "medium" if m * n >= 1 << 15 else "small"
@@ -66,7 +66,7 @@ def shape_class(m: int, n: int) -> str:
 
 def tiles(element_size: int) -> list[Config]:
     """Those that `sgmim_fast.tune` tries for an op's gemms: large ones with long rows first, down to such as keep all
-    multiprocessors busy where a product is small. Each leaves a thread 16 to 128 sums, and fits compute capability 8.0.
+    multiprocessors busy where a gemm is small. Each leaves a thread 16 to 128 sums, and fits compute capability 8.0.
     """
     wide = [(128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (64, 256, 64, 4, 3), (64, 128, 64, 4, 4)]
     small = [(64, 64, 64, 4, 4), (32, 128, 64, 4, 4), (32, 64, 64, 4, 4)]
@@ -89,6 +89,6 @@ def chosen() -> Config | None:
     return _CHOSEN.get()
 
 
-def product(m: int, n: int, element_size: int) -> Config:
-    """The configuration of a product."""
+def gemm(m: int, n: int, element_size: int) -> Config:
+    """The configuration of a gemm."""
     return chosen() or PRODUCTS[element_size, shape_class(m, n)]

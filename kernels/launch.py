@@ -66,6 +66,6 @@ def programs_of_rows(rows: int, width: int, device: torch.device, most: int) -> 
 
 
 def tf32() -> str:
-    """How float32 operands are multiplied: exactly, unless the user allows tf32 as for PyTorch's own products."""
+    """How float32 operands are multiplied: exactly, unless the user allows tf32 as for PyTorch's own gemms."""
     # what the library itself looks at; `allow_tf32` raises once `fp32_precision` was set, which knows of both
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sgmim_fast.kernels import configs, products
+from sgmim_fast.kernels import configs, gemm
 from sgmim_fast.kernels.arithmetic import cast, dot, inside_of
 from sgmim_fast.kernels.launch import cdiv, launch, tf32
 from sgmim_fast.kernels.sums import Sum, finish
@@ -104,7 +104,7 @@ def linear_l1(a: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
     x, rows, target = a.x.contiguous(), a.rows.contiguous(), a.target
     count, (outs, width) = rows.shape[0], weight.shape
     kept = torch.empty(count, outs, dtype=weight.dtype if a.squared else torch.int8, device=x.device)
-    config = configs.product(count, outs, weight.dtype.itemsize)
+    config = configs.gemm(count, outs, weight.dtype.itemsize)
     tiles = cdiv(count, config.block_m) * cdiv(outs, config.block_n)
     partials = torch.empty(tiles, 1, dtype=torch.float32, device=x.device)
     across = target.shape[3] // a.cell
@@ -157,8 +157,8 @@ def linear_l1_backward(grad: Tensor, a: Any, weight: Tensor, differences: Tensor
     x, listed = a.x.contiguous(), None if a.packed else a.rows.contiguous()
     if "x" in gradients:
         gradients["x"] = dx = torch.empty_like(x) if a.packed else torch.zeros_like(x)
-        products.dgrad_of_signs(differences, weight, grad, a.factor, dx, listed)
+        gemm.dgrad_of_signs(differences, weight, grad, a.factor, dx, listed)
     if "weight" in gradients or "bias" in gradients:
         gradients["weight"] = dweight = torch.empty_like(a.weight, memory_format=torch.contiguous_format)
         gradients["bias"] = dbias = torch.empty(a.bias.shape, dtype=a.bias.dtype, device=x.device)
-        products.wgrad_of_signs(differences, x, weight.dtype, grad, a.factor, listed, dweight, dbias)
+        gemm.wgrad_of_signs(differences, x, weight.dtype, grad, a.factor, listed, dweight, dbias)

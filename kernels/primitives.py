@@ -1,4 +1,4 @@
-"""The primitives in Triton: the library's gemms, or our own with what follows in their epilogues (`products`), and
+"""The primitives in Triton: the library's gemms, or our own with what follows in their epilogues (`gemm`), and
 kernels between them."""
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgmim_fast.kernels import configs, products
+from sgmim_fast.kernels import configs, gemm
 from sgmim_fast.kernels import window_attention as windows
+from sgmim_fast.kernels.gemm import dgrad_gelu, dgrads, linear, linear_gelu, linears, wgrads  # noqa: F401
 from sgmim_fast.kernels.launch import MOST_COLUMNS, on_device
 from sgmim_fast.kernels.layer_norm import layer_norms, layer_norms_backward, normalise
 from sgmim_fast.kernels.linear_l1 import linear_l1, linear_l1_backward  # noqa: F401 - primitives, as the following
-from sgmim_fast.kernels.products import dgrad_gelu, dgrads, linear, linear_gelu, linears, wgrads  # noqa: F401
 from sgmim_fast.kernels.relational_guidance import guidance_attention, guidance_attention_backward  # noqa: F401
 from sgmim_fast.kernels.structure_embed import embed, embed_backward, embedded  # noqa: F401
 from sgmim_fast.kernels.sums import column_sums
@@ -29,7 +29,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOOKS_AT_INDICES = True  # a GPU would have to be waited for: the kernels clamp them
 MOST_WIDTH = 128  # of an attention's head
 
-batches_wgrads, guarded = products.fused, on_device
+batches_wgrads, guarded = gemm.fused, on_device
 
 
 def takes(request: Request) -> tuple[bool, str]:
@@ -57,7 +57,7 @@ def takes(request: Request) -> tuple[bool, str]:
 def variants(request: Request) -> list[str]:
     """Tiles of our gemms, in place of the library's; of as many bytes as a number has."""
     has_gemms = bool(request.widths) or request.window is None
-    tiles = configs.tiles(request.dtypes[-1].itemsize) if has_gemms and products.may_vary() else []
+    tiles = configs.tiles(request.dtypes[-1].itemsize) if has_gemms and gemm.may_vary() else []
     return ["x".join(map(str, tile)) for tile in tiles]
 
 

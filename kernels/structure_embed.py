@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sgmim_fast.kernels import products
+from sgmim_fast.kernels import gemm
 from sgmim_fast.kernels.arithmetic import TYPES, cast, dot, inside_of
 from sgmim_fast.kernels.launch import cdiv, launch, next_power_of_2, rows_per_program, tf32
 from sgmim_fast.ops.primitives import Gradients
@@ -251,7 +251,7 @@ def embed(cells: Cells, weight: Tensor, eps: float) -> tuple[Tensor, list[Tensor
     grid, sizes = (cdiv(cells.merged, options["ROWS"]),), (cells.count, cells.merged, width)
     image, parameters = _image(cells), _parameters(cells.w)
     launch(_structure_embed_forward_kernel, grid, image, parameters, y, *statistics, *sizes, eps, **options)
-    return products.linear(y, weight), [], statistics
+    return gemm.linear(y, weight), [], statistics
 
 
 def embed_backward(
@@ -259,7 +259,7 @@ def embed_backward(
 ) -> Tensor | None:
     """Cost: reads dy and the shown pixels, writes the normalised rows, and the embedded patches' gradient if it is
     wanted; 1 launch and the gemms."""
-    (dy,), options, device = products.dgrads([dx], [weight]), _options(cells), dx.device
+    (dy,), options, device = gemm.dgrads([dx], [weight]), _options(cells), dx.device
     width, rows_of_a_tile = cells.w.embed_weight.shape[0], options["ROWS"]
     per_program = cdiv(rows_per_program(cells.merged, device), rows_of_a_tile) * rows_of_a_tile
     programs, parameters = cdiv(cells.merged, per_program), _parameters(cells.w)
@@ -280,4 +280,4 @@ def embed_backward(
     if dembedded is None:
         return None
     (embed_weight,) = weights_in(cells.dtype, cells.w.embed_weight)
-    return products.dgrads([dembedded], [embed_weight.flatten(1)])[0]
+    return gemm.dgrads([dembedded], [embed_weight.flatten(1)])[0]

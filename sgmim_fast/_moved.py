@@ -30,6 +30,8 @@ MODULES = {
     "downstream.sizes": "finetune.encoder",
     "downstream.weights": "weights",
     "finetune.weights": "weights",
+    "kernels.products": "kernels.gemm",
+    "ops.products": "ops.gemm",
     "structure": "data.depth_maps",
     "train": "pretrain",
     **{f"train.{name}": f"engine.{name}" for name in ("checkpoint", "command", "launch", "loader", "log")},

@@ -16,7 +16,7 @@ import torch.utils._device
 from hypothesis import HealthCheck, register_random, settings
 
 from sgmim_fast import backends
-from sgmim_fast.ops import products
+from sgmim_fast.ops import gemm
 
 os.environ["SGMIM_FAST_TUNED"] = "0"  # what a user has tuned is no part of what is tested
 EXAMPLES = os.environ.get("SGMIM_FAST_EXAMPLES")  # hypothesis tries that many, others each time
@@ -141,8 +141,8 @@ def place(request):
         pytest.skip("the C++ kernels take float32 and bfloat16")
     with contextlib.ExitStack() as stack:
         stack.enter_context(backends.use(backend))
-        if request.param.interpreted:  # products as on a GPU, whatever this CPU is best at
-            stack.enter_context(products.compute_bfloat16_in(torch.bfloat16))
+        if request.param.interpreted:  # gemms as on a GPU, whatever this CPU is best at
+            stack.enter_context(gemm.compute_bfloat16_in(torch.bfloat16))
         yield request.param
 
 

@@ -13,12 +13,12 @@ from checks import assert_all_close_to_truth
 from torch import Tensor
 
 from sgmim_fast import Rows
-from sgmim_fast.ops import _plain, products
+from sgmim_fast.ops import _plain, gemm
 from sgmim_fast.ops.cpu import primitives
 
 
 class Precision(NamedTuple):
-    """What an op is asked for, and what a CPU multiplies a bfloat16 request in (`products.compute_bfloat16_in`)."""
+    """What an op is asked for, and what a CPU multiplies a bfloat16 request in (`gemm.compute_bfloat16_in`)."""
 
     dtype: torch.dtype
     compute: torch.dtype
@@ -48,7 +48,7 @@ def rows_of(wanted: Tensor) -> Rows:
 
 
 def matrix(*shape: int) -> Tensor:
-    """float64 weight, scaled so that a product keeps the size of its input."""
+    """float64 weight, scaled so that a gemm keeps the size of its input."""
     return torch.randn(shape, dtype=torch.float64) / math.sqrt(math.prod(shape[1:]))
 
 
@@ -86,7 +86,7 @@ def assert_same_bits(results: Sequence[Any]) -> None:
 
 @contextlib.contextmanager
 def library_products_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The library may sum a product's terms in another order on more threads; what we write may not."""
+    """The library may sum a gemm's terms in another order on more threads; what we write may not."""
 
     def on_one_thread(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*arguments: Tensor, **options: Any) -> Tensor:
@@ -99,7 +99,7 @@ def library_products_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[
         return call
 
     with monkeypatch.context() as patch:
-        for module in (products, _plain, primitives):
+        for module in (gemm, _plain, primitives):
             for name in ("linear", "dgrad", "wgrad"):
                 if hasattr(module, name):
                     patch.setattr(module, name, on_one_thread(getattr(module, name)))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sgmim_fast import backends, ops
-from sgmim_fast.ops import products
+from sgmim_fast.ops import gemm
 
 ROOT = Path(__file__).parents[1]
 needs_cpu_library = pytest.mark.skipif(not backends.available()["cpu"][0], reason=backends.available()["cpu"][1])
@@ -169,17 +169,17 @@ with backends.use("cpu"):
 def test_choice_of_the_dtype_of_bfloat16_products():
     x = torch.device("cpu")
     for dtype in (torch.float32, torch.bfloat16):
-        with products.compute_bfloat16_in(dtype):
-            assert products.compute_dtype(torch.bfloat16, x) == dtype
-            assert products.compute_dtype(torch.float32, x) == torch.float32
+        with gemm.compute_bfloat16_in(dtype):
+            assert gemm.compute_dtype(torch.bfloat16, x) == dtype
+            assert gemm.compute_dtype(torch.float32, x) == torch.float32
     with pytest.raises(ValueError, match=r"dtype is torch.float16; expected torch.float32 or torch.bfloat16"):
-        products.compute_bfloat16_in(torch.float16).__enter__()
+        gemm.compute_bfloat16_in(torch.float16).__enter__()
 
 
 @pytest.fixture
 def environment(monkeypatch):
     """Sets an environment variable and has it read again, now and after the test."""
-    caches = [backends._environment, products._bfloat16_on_cpu]
+    caches = [backends._environment, gemm._bfloat16_on_cpu]
 
     def change(name: str, value: str) -> None:
         monkeypatch.setenv(name, value)
@@ -193,15 +193,15 @@ def environment(monkeypatch):
 
 
 @pytest.mark.parametrize("value", ["float32", "bfloat16"])
-def test_products_variable(environment, value):
+def test_gemm_variable(environment, value):
     environment("SGMIM_FAST_PRODUCTS", value)
-    assert products.compute_dtype(torch.bfloat16, torch.device("cpu")) == getattr(torch, value)
+    assert gemm.compute_dtype(torch.bfloat16, torch.device("cpu")) == getattr(torch, value)
 
 
 def test_environment_variables_with_unknown_values(environment):
     environment("SGMIM_FAST_PRODUCTS", "half")
     with pytest.raises(ValueError, match="SGMIM_FAST_PRODUCTS is 'half'; expected auto, float32 or bfloat16"):
-        products.compute_dtype(torch.bfloat16, torch.device("cpu"))
+        gemm.compute_dtype(torch.bfloat16, torch.device("cpu"))
     environment("SGMIM_FAST_BACKEND", "numpy")
     with pytest.raises(ValueError, match="SGMIM_FAST_BACKEND is 'numpy'; expected one of cuda, triton, cpu, torch"):
         backends.forced()

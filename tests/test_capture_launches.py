@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 from sgmim_fast import backends, capture, graph, selective_mask
-from sgmim_fast.ops import products, target
+from sgmim_fast.ops import gemm, target
 
 NAMES = ["swin", "swinv2", "beit", "vit"]
 
@@ -60,7 +60,7 @@ def on_a_gpu(calls: Calls) -> Iterator[None]:
         stack.enter_context(mock.patch.object(backends, "can_run", lambda *args, **options: (True, "")))
         stack.enter_context(backends.use("triton"))
         stack.enter_context(values_unread())
-        stack.enter_context(products.compute_bfloat16_in(torch.bfloat16))
+        stack.enter_context(gemm.compute_bfloat16_in(torch.bfloat16))
         stack.enter_context(target.caught(calls.launched, target.Target("sm_90", 132)))
         yield
 

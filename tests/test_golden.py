@@ -13,7 +13,7 @@ import sgmim_fast
 from sgmim_fast import reference
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-# Of float32 with an accelerated encoder: oneDNN's products are off by 5.7e-7 of their norm with 2048 terms, MKL's by
+# Of float32 with an accelerated encoder: oneDNN's gemms are off by 5.7e-7 of their norm with 2048 terms, MKL's by
 # 2.5e-7. The worst seen is 1.1e-5 for a sum, with one thread and a single fused patch merging; norms are off by 8e-8.
 ACCELERATED = 2e-5
 

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sgmim_fast import SGMIM, Losses, SelectiveMask, backends, reference, selective_mask, standardize_structure
-from sgmim_fast.ops import products
+from sgmim_fast.ops import gemm
 
 Evaluation = dict[str, Tensor]
 
@@ -221,7 +221,7 @@ def test_autocast(precision):
     actual, plain, truth = [], [], []
     for seed in range(4):
         inputs = [t.float() for t in batch(model, size, seed=seed)]
-        with torch.autocast("cpu", torch.bfloat16), products.compute_bfloat16_in(precision.compute):
+        with torch.autocast("cpu", torch.bfloat16), gemm.compute_bfloat16_in(precision.compute):
             actual.append(evaluate(model, *inputs, mask))
             plain.append(evaluate(model, *inputs, mask, dense=True))
         truth.append(evaluate(copy.deepcopy(model).double(), *[t.double() for t in inputs], mask, dense=True))

@@ -15,7 +15,7 @@ from tools.shapes import Shape
 from torch import Tensor
 
 from sgmim_fast.guidance import embedding_patch
-from sgmim_fast.ops import products
+from sgmim_fast.ops import gemm
 
 
 def branch_gemms(shape: Shape, batch: int, channels: int = 1) -> list[tuple[int, int, int, bool]]:
@@ -78,7 +78,7 @@ def gemms_floor(layers: list[tuple[int, int, int, bool]], dtype: torch.dtype, de
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return products._onednn(x, weight, bias)
+    return gemm._onednn(x, weight, bias)
 
 
 def _plain_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def _plain_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _input(dy: Tensor, weight: Tensor) -> Tensor:
-    return products._onednn(dy, weight.t())
+    return gemm._onednn(dy, weight.t())
 
 
 def _plain_input(dy: Tensor, weight: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def _plain_input(dy: Tensor, weight: Tensor) -> Tensor:
 
 
 def _weight(dy: Tensor, x: Tensor) -> Tensor:
-    return products._onednn(dy.t(), x.t())
+    return gemm._onednn(dy.t(), x.t())
 
 
 def _plain_weight(dy: Tensor, x: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def _best(candidates: list[tuple[Any, ...]], dtype: torch.dtype, device: str) ->
     timed = []
     for function, *operands in candidates:
         for kind in dtypes:
-            if function.__name__[:6] != "_plain" and not (kind == torch.float32 and products._use_onednn(operands[0])):
+            if function.__name__[:6] != "_plain" and not (kind == torch.float32 and gemm._use_onednn(operands[0])):
                 continue
 
             call = functools.partial(function, *(t.to(kind) for t in operands))

@@ -25,8 +25,8 @@ import sgmim_fast
 from sgmim_fast import SGMIM, Rows, SelectiveMask, backends
 from sgmim_fast.fused import blocks
 from sgmim_fast.kernels import compile as ahead
-from sgmim_fast.kernels import products as kernel_products
-from sgmim_fast.ops import products
+from sgmim_fast.kernels import gemm as kernel_gemm
+from sgmim_fast.ops import gemm
 from sgmim_fast.ops.target import Target
 from sgmim_fast.ops.target import caught as launches_caught
 
@@ -92,7 +92,7 @@ class Trace(TorchDispatchMode):
             half = values["DTYPE"].primitive_bitwidth == 16
         dtype = torch.bfloat16 if half else torch.float32
         found = Launch(name, moved_by(name, values), operations_of(name, values), dtype)
-        if name == "products._product_kernel":
+        if name == "gemm._gemm_kernel":
             found.gemms = tuple(zip(values["rows"], values["outs"], values["ins"], strict=True))
         elif name.startswith("window_attention.") and found.operations:
             # no tensor is kept: a gradient that something else holds is copied by autograd
@@ -179,7 +179,7 @@ def moved_by(name: str, a: dict[str, Any]) -> dict[int, float]:
         pixels = a["count"] * a["outs"]
         for t, wanted in (("x", a["count"] * a["width"]), ("target", pixels), ("valid", pixels)):
             only(a[t], wanted)
-    elif name == "products._product_kernel" and a["index"] is not None:
+    elif name == "gemm._gemm_kernel" and a["index"] is not None:
         gathered = a["residual"]
         if gathered is None:
             gathered = a["b"][0] if a["KIND"].value == 2 else a["c"][0]
@@ -190,7 +190,7 @@ def moved_by(name: str, a: dict[str, Any]) -> dict[int, float]:
     ):
         only(a["dqkv"], a["dqkv"].numel() * (1 if "dbias" in a else 2) / 3)  # the other kernel writes the rest
     elif name.startswith("structure_embed."):
-        only(a["structure"], a["count"] * a["CHANNELS"] * a["PATCH"] ** 2)
+        only(a["image"][0], a["count"] * a["CHANNELS"] * a["PATCH"] ** 2)
     return found
 
 
@@ -205,7 +205,7 @@ def attention_tiles(name: str, a: dict[str, Any]) -> tuple[int, int]:
 
 def operations_of(name: str, a: dict[str, Any]) -> float:
     """Multiplications and additions of a launch's gemms."""
-    if name == "products._product_kernel":
+    if name == "gemm._gemm_kernel":
         return 2 * sum(r * i * o for r, i, o in zip(a["rows"], a["ins"], a["outs"], strict=True))
     if name == "linear_l1._linear_l1_forward_kernel":
         return 2 * a["count"] * a["width"] * a["outs"]
@@ -222,7 +222,7 @@ def operations_of(name: str, a: dict[str, Any]) -> float:
 
 
 def wgrad(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """In place of `kernels.products._wgrad`: one launch, as on a GPU, where the library's gemm writes any dtype."""
+    """In place of `kernels.gemm._wgrad`: one launch, as on a GPU, where the library's gemm writes any dtype."""
     product = dy.t() @ x
     return product if product.dtype == dtype else torch.empty_like(product, dtype=dtype)
 
@@ -232,9 +232,9 @@ def caught(trace: Trace, target: Target) -> Iterator[None]:
     """The Triton backend as on the target, its launches caught."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(backends, "can_run", lambda *args, **options: (True, "")))
-        stack.enter_context(products.compute_bfloat16_in(torch.bfloat16))
+        stack.enter_context(gemm.compute_bfloat16_in(torch.bfloat16))
         stack.enter_context(launches_caught(trace.launch, target))
-        stack.enter_context(mock.patch.object(kernel_products, "_wgrad", wgrad))
+        stack.enter_context(mock.patch.object(kernel_gemm, "_wgrad", wgrad))
         stack.enter_context(trace)
         yield
 

@@ -3,7 +3,7 @@
 //
 // Forward:  t = x[rows] + addend;  y = (t - mean) * rstd * weight + bias.       Reads t (+ addend), writes y (and t).
 // Backward: dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + residual, g = dy * weight, and column sums for the
-//           weight and bias; y is written again for the weight gradient of the product that read it.
+//           weight and bias; y is written again for the weight gradient of the gemm that read it.
 #include "cpu/launch.h"
 
 #ifndef SGMIM_NORM_BACKWARD

@@ -125,7 +125,7 @@ void distance_rows(
   }
 }
 
-// Signs times `scale` as the products' operand, and their column sums (exact in float up to 2^24 rows).
+// Signs times `scale` as the gemms' operand, and their column sums (exact in float up to 2^24 rows).
 template <class T>
 void expand_sign_rows(
     const int8_t* signs, float scale, T* out, float* sums, int64_t width, int64_t begin, int64_t end) {

@@ -32,7 +32,7 @@ struct AttentionShape {
 #include "cpu/foreach_isa.h"
 #include "cpu/vec.h"
 #include "cpu/norm_row.h"
-#include "cpu/small_product.h"
+#include "cpu/small_gemm.h"
 
 namespace sgmim {
 namespace SGMIM_ISA {
@@ -109,7 +109,7 @@ void attention_heads(
     load_matrix(q + first * shape->width + head * d, shape->width, queries, d, scale, qs, ds);
     load_keys(k, *shape, image, head, keys_rows, ds);
     transpose(keys_rows, ds, keys, d, kt, ks);
-    small_product(qs, ds, kt, ks, p, ks, queries, ks, d);
+    small_gemm(qs, ds, kt, ks, p, ks, queries, ks, d);
     for (int64_t r = 0; r < queries; ++r) {
       float* row = p + r * ks;
       if (hidden > 0) row[shown] += __builtin_logf(hidden);
@@ -131,7 +131,7 @@ void attention_heads(
       for (int64_t j = 0; j < ks; j += LANES) store(row + j, load(row + j) * inverse);
     }
     load_keys(v, *shape, image, head, keys_rows, ds);
-    small_product(p, ks, keys_rows, ds, o, ds, queries, ds, keys);
+    small_gemm(p, ks, keys_rows, ds, o, ds, queries, ds, keys);
     store_matrix(o, ds, queries, d, 1.0f, target, shape->width);
   }
 }
@@ -165,12 +165,12 @@ void attention_backward_heads(
     // dp = dout . v^T
     load_keys(v, *shape, image, head, key, ds);
     transpose(key, ds, keys, d, kt, ks);
-    small_product(grad, ds, kt, ks, dp, ks, queries, ks, d);
+    small_gemm(grad, ds, kt, ks, dp, ks, queries, ks, d);
 
     // p, from the logits and the saved logsumexp
     load_keys(k, *shape, image, head, key, ds);
     transpose(key, ds, keys, d, kt, ks);
-    small_product(query, ds, kt, ks, p, ks, queries, ks, d);
+    small_gemm(query, ds, kt, ks, p, ks, queries, ks, d);
     for (int64_t r = 0; r < queries; ++r) {
       float *row = p + r * ks, *drow = dp + r * ks;
       if (hidden > 0) row[shown] += __builtin_logf(hidden);
@@ -187,18 +187,18 @@ void attention_backward_heads(
 
     // dv = p^T . dout
     transpose(p, ks, queries, keys, pt, qs);
-    small_product(pt, qs, grad, ds, result, ds, keys, ds, queries);
+    small_gemm(pt, qs, grad, ds, result, ds, keys, ds, queries);
     store_matrix(result, ds, shown, d, 1.0f, dv + first_key * width + head * d, width);
     if (hidden > 0) store_matrix(result + shown * ds, ds, 1, d, 1.0f, hidden_dv + image * width + head * d, width);
 
     // dk = ds^T . q  (q is scaled already)
     transpose(dp, ks, queries, keys, pt, qs);
-    small_product(pt, qs, query, ds, result, ds, keys, ds, queries);
+    small_gemm(pt, qs, query, ds, result, ds, keys, ds, queries);
     store_matrix(result, ds, shown, d, 1.0f, dk + first_key * width + head * d, width);
     if (hidden > 0) store_matrix(result + shown * ds, ds, 1, d, 1.0f, hidden_dk + image * width + head * d, width);
 
     // dq = ds . k, scaled
-    small_product(dp, ks, key, ds, result, ds, queries, ds, keys);
+    small_gemm(dp, ks, key, ds, result, ds, queries, ds, keys);
     store_matrix(result, ds, queries, d, scale, dq + at, width);
   }
 }

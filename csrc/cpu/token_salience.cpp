@@ -16,7 +16,7 @@
 #include "cpu/foreach_isa.h"
 #include "cpu/vec.h"
 
-#include "cpu/small_product.h"
+#include "cpu/small_gemm.h"
 
 namespace sgmim {
 namespace SGMIM_ISA {

@@ -15,7 +15,7 @@
 #include "cpu/foreach_isa.h"
 #include "cpu/vec.h"
 #include "cpu/norm_row.h"
-#include "cpu/small_product.h"
+#include "cpu/small_gemm.h"
 #include "cpu/window_head.h"
 
 namespace sgmim {
@@ -39,7 +39,7 @@ void window_attention_range(
     for (int64_t first = 0; first < n; first += QUERIES) {
       const int64_t count = n - first < QUERIES ? n - first : QUERIES;
       w.exponentials(head, first, count, p.data(), inverse);
-      product<false>(p.data(), 1, QUERIES, w.v, ds, o.data(), ds, count, ds, n);
+      gemm<false>(p.data(), 1, QUERIES, w.v, ds, o.data(), ds, count, ds, n);
       for (int64_t r = 0; r < count; ++r) {
         if (w.rows[first + r] < 0) continue;
         T* to = out + w.rows[first + r] * grid->channels() + head * d;
@@ -77,7 +77,7 @@ void window_attention_backward_range(
       for (int64_t first = 0; first < n; first += QUERIES) {
         const int64_t count = n - first < QUERIES ? n - first : QUERIES;
         w.exponentials(head, first, count, p.data(), inverse);
-        product<false>(w.v, ds, 1, w.grad_t + first, ns, dp.data(), QUERIES, n, padded(count), d);
+        gemm<false>(w.v, ds, 1, w.grad_t + first, ns, dp.data(), QUERIES, n, padded(count), d);
         for (int64_t c = 0; c < count; c += LANES) {
           const vf normal = load(inverse + c);
           vf mean = {};
@@ -94,9 +94,9 @@ void window_attention_backward_range(
             if (dbias) store(dbias + j * ns, load(dbias + j * ns) + ds_j);
           }
         }
-        product<true>(p.data(), QUERIES, 1, w.grad + first * ds, ds, dv.data(), ds, n, ds, count);
-        product<true>(dp.data(), QUERIES, 1, w.q + first * ds, ds, dk.data(), ds, n, ds, count);
-        product<false>(dp.data(), 1, QUERIES, w.k, ds, dq.data() + first * ds, ds, count, ds, n);
+        gemm<true>(p.data(), QUERIES, 1, w.grad + first * ds, ds, dv.data(), ds, n, ds, count);
+        gemm<true>(dp.data(), QUERIES, 1, w.q + first * ds, ds, dk.data(), ds, n, ds, count);
+        gemm<false>(dp.data(), 1, QUERIES, w.k, ds, dq.data() + first * ds, ds, count, ds, n);
       }
       const float along = w.normalize_backward(w.q, w.norms(false), w.scale, dq.data(), n);
       if (sums->logit_scale) sums->logit_scale[head] += along;

@@ -1,6 +1,6 @@
 // One window and head of window_attention: where its tokens are in the grid, copies of its matrices, and the softmax.
 //
-// Included once per instruction set, after vec.h and small_product.h.
+// Included once per instruction set, after vec.h and small_gemm.h.
 namespace sgmim {
 namespace SGMIM_ISA {
 
@@ -57,7 +57,7 @@ class WindowHead {
   // Softmax over the keys for the queries [first, first + count): e^(logit - highest), (n, QUERIES), and the inverse of
   // the sums.
   void exponentials(int64_t head, int64_t first, int64_t count, float* p, float* inverse) {
-    product<false>(k, ds, 1, qt + first, ns, p, QUERIES, n, padded(count), d);
+    gemm<false>(k, ds, 1, qt + first, ns, p, QUERIES, n, padded(count), d);
     const float* bias = grid_.bias ? grid_.bias + head * n * ns + first : nullptr;
     const float* apart = apart_.data();
     for (int64_t c = 0; c < count; c += LANES) {

@@ -6,7 +6,7 @@
 // As in window_head.h the logits are kept transposed, (keys, queries), QUERIES at a time. Queries and keys are multiplied
 // as they come: scale and cosines' norms are factors of the logits, so unit vectors are never rounded.
 //
-// Included once, after vec.h, small_product.h and window_head.h, for the instruction set that has SGMIM_HAS_BF16.
+// Included once, after vec.h, small_gemm.h and window_head.h, for the instruction set that has SGMIM_HAS_BF16.
 namespace sgmim {
 namespace SGMIM_ISA {
 

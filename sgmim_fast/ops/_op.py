@@ -31,7 +31,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from sgmim_fast import backends
-from sgmim_fast.ops import _check, products
+from sgmim_fast.ops import _check, gemm
 from sgmim_fast.ops.primitives import Gradients, absent
 
 LIBRARY = torch.library.Library("sgmim_fast", "FRAGMENT")
@@ -44,7 +44,7 @@ _PLAIN = {Tensor, torch.nn.Parameter}
 _MOST_SIGNATURES = 1024  # that are remembered of a part of an op: lists of rows may be of any length
 
 # What was chosen for the forward is chosen for its backward too, which may run later and in a thread of autograd's.
-_CARRIED = (backends.FORCED, products.BFLOAT16_IN)
+_CARRIED = (backends.FORCED, gemm.BFLOAT16_IN)
 
 _SCHEMA = {
     **{Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", torch.dtype | None: "ScalarType?"},

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sgmim_fast.ops import _check, products
+from sgmim_fast.ops import _check, gemm
 from sgmim_fast.ops.gather_patches import gather_patches
+from sgmim_fast.ops.gemm import linear
 from sgmim_fast.ops.linear_l1 import normalized_pixels
 from sgmim_fast.ops.plain_attention import (  # noqa: F401 - primitives
     guidance_attention,
@@ -20,7 +21,6 @@ from sgmim_fast.ops.plain_attention import (  # noqa: F401 - primitives
     window_attention_backward,
 )
 from sgmim_fast.ops.primitives import Gradients, Norm, NormGradient, NormGradients, Request, sum_dtype
-from sgmim_fast.ops.products import linear
 from sgmim_fast.ops.weights import weights_in
 
 LOOKS_AT_INDICES = False
@@ -61,18 +61,18 @@ def linear_norm(
 
 
 def dgrads(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-    return [products.dgrad(dy, weight) for dy, weight in zip(dys, weights, strict=True)]
+    return [gemm.dgrad(dy, weight) for dy, weight in zip(dys, weights, strict=True)]
 
 
 def dgrad_gelu(dy: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     h = hidden.to(sum_dtype(hidden.dtype))
     density = (-0.5 * h * h).exp() * (2 * torch.pi) ** -0.5
-    dhidden = products.dgrad(dy, weight).to(h.dtype) * (torch.special.ndtr(h) + h * density)
+    dhidden = gemm.dgrad(dy, weight).to(h.dtype) * (torch.special.ndtr(h) + h * density)
     return dhidden.to(hidden.dtype), F.gelu(hidden), dhidden.sum(0)
 
 
 def wgrads(dys: Sequence[Tensor], xs: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    return [products.wgrad(dy, x) for dy, x in zip(dys, xs, strict=True)]
+    return [gemm.wgrad(dy, x) for dy, x in zip(dys, xs, strict=True)]
 
 
 def layer_norms(norms: Sequence[Norm], eps: float, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
@@ -173,7 +173,7 @@ def embed_backward(
     if weight is not None:
         normed = _with_hidden(cells, _apply_norm(tokens, statistics[0], w.norm_weight, w.norm_bias, tokens.dtype))
         vectors = w.merge_norm_weights[0], w.merge_norm_biases[0]
-        dy = products.dgrad(dx, weight)
+        dy = gemm.dgrad(dx, weight)
         merged = _layer_norm_backward(NormGradient(dy, normed.view(-1, weight.shape[1]), statistics[1], *vectors))
         gradients.weight("merge_weights[0]", dx, merged.y)
         gradients.norm("merge_norm_weights[0]", "merge_norm_biases[0]", merged)
@@ -183,7 +183,7 @@ def embed_backward(
     gradients.norm("norm_weight", "norm_bias", norm)
     gradients.sums({"embed_bias": norm.dx_sum})
     gradients.weight("embed_weight", norm.dx, pixels)
-    return products.dgrad(norm.dx, embed_weight) if "structure" in gradients else None
+    return gemm.dgrad(norm.dx, embed_weight) if "structure" in gradients else None
 
 
 def place_tokens(
@@ -226,10 +226,10 @@ def linear_l1_backward(grad: Tensor, a: Any, weight: Tensor, differences: Tensor
     # Signs go through the gemms as they are, exact in every dtype; the scalar is applied to the results.
     grad, s = grad * a.factor, differences.to(weight.dtype)
     if "x" in gradients:
-        dx = products.dgrad(s, weight).to(grad.dtype) * grad
+        dx = gemm.dgrad(s, weight).to(grad.dtype) * grad
         gradients["x"] = dx if a.packed else scattered(dx, a.x, a.rows)
     if "weight" in gradients:
-        gradients["weight"] = products.wgrad(s, operand(a, weight.dtype)).to(grad.dtype) * grad
+        gradients["weight"] = gemm.wgrad(s, operand(a, weight.dtype)).to(grad.dtype) * grad
     gradients["bias"] = differences.sum(0, dtype=grad.dtype) * grad
 
 

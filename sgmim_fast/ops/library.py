@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sgmim_fast.ops import _plain, products, whole_attention
+from sgmim_fast.ops import _plain, gemm, whole_attention
 from sgmim_fast.ops._plain import *  # noqa: F403 - all other primitives
 from sgmim_fast.ops._plain import scattered
 from sgmim_fast.ops.primitives import Norm, NormGradient, NormGradients, Windows, sum_dtype
@@ -19,13 +19,13 @@ from sgmim_fast.ops.primitives import Norm, NormGradient, NormGradients, Windows
 def linear_norm(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, rows: Tensor, norm: tuple[Tensor, Tensor, float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    t = products.linear(x, weight, bias, residual=residual[rows].to(x.dtype))
+    t = gemm.linear(x, weight, bias, residual=residual[rows].to(x.dtype))
     *vectors, eps = norm
     return t, *_normalised(t, *vectors, eps, t.dtype)
 
 
 def dgrad_gelu(dy: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dhidden = torch.ops.aten.gelu_backward(products.dgrad(dy, weight), hidden)
+    dhidden = torch.ops.aten.gelu_backward(gemm.dgrad(dy, weight), hidden)
     return dhidden, F.gelu(hidden), dhidden.sum(0, dtype=sum_dtype(dhidden.dtype))
 
 

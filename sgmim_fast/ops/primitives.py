@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sgmim_fast.ops import products
+from sgmim_fast.ops import gemm
 
 
 class Norm(NamedTuple):
@@ -308,7 +308,7 @@ def absent(like: Tensor) -> Tensor:
 
 def storage_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """What gemms are done and activations kept in, where `dtype` or else that of `x` is asked for."""
-    return products.compute_dtype(dtype or x.dtype, x.device)
+    return gemm.compute_dtype(dtype or x.dtype, x.device)
 
 
 def result_dtype(

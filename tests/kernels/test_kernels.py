@@ -89,7 +89,7 @@ TF32_SETTINGS = {
 
 def test_tf32_follows_the_last_setting_of_either_api():
     """Every order of two settings, each in a process of its own state; a setting for all backends yields to one for
-    products, as in PyTorch."""
+    gemms, as in PyTorch."""
     script = f"""
 import os, sys, torch
 from sgmim_fast.kernels.launch import tf32
@@ -199,7 +199,7 @@ def test_the_table_has_what_hopper_is_for():
     """The gemms of large tiles go through wgmma there, and through mma on an A100."""
     rows = json.loads(TABLE.read_text())["rows"]
     for architecture, kind in (("sm_80", "mma"), ("sm_90", "wgmma"), ("sm_100", "tcgen05")):
-        large = [row for name, row in rows.items() if name.startswith(f"{architecture} products._product_kernel 128x")]
+        large = [row for name, row in rows.items() if name.startswith(f"{architecture} gemm._gemm_kernel 128x")]
         assert large and all(row[kind] for row in large)
 
 
@@ -223,7 +223,7 @@ def test_limits_are_noticed(monkeypatch):
     from sgmim_fast.kernels import compile as ahead
 
     monkeypatch.setattr(ahead, "SHAPES", ahead.SHAPES[:1])
-    found = next(x for x in ahead.launches(["bfloat16"], 90) if x.kernel.fn.__name__ == "_product_kernel")
+    found = next(x for x in ahead.launches(["bfloat16"], 90) if x.kernel.fn.__name__ == "_gemm_kernel")
     for facts, since, good in (
         ({"registers": 255, "stack": 0, "shared": 1024}, (0, 0), True),
         ({"registers": 255, "stack": 4096, "shared": 1024}, (0, 0), False),

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sgmim_fast import backends
-from sgmim_fast.ops.cpu import gemms
+from sgmim_fast.ops.cpu import gemm
 from sgmim_fast.ops.relational_guidance import ROWS, GuidanceParameters
 from sgmim_fast.ops.structure_embed import StructureParameters
 
@@ -329,7 +329,7 @@ LEADING = {
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_launcher_raises_for_every_tensor_that_does_not_fit(recorded, launcher):
     """Nothing is read or written outside of what the tensors hold, whoever calls."""
-    if (launcher == "wgrad" or launcher.endswith("_bf16")) and not gemms.reads_float32_weights():
+    if (launcher == "wgrad" or launcher.endswith("_bf16")) and not gemm.reads_float32_weights():
         pytest.skip("runs with AVX512-BF16 and without AMX")
     assert launcher in recorded, f"no example runs {launcher}"
     operator = getattr(torch.ops.sgmim_fast_cpu, launcher)

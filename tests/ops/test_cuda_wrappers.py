@@ -12,7 +12,7 @@ from packed import chosen, rows_of
 from torch import Tensor
 
 from sgmim_fast import _native, backends
-from sgmim_fast.ops import products
+from sgmim_fast.ops import gemm
 from sgmim_fast.ops.cuda import (
     gather_patches,
     relational_guidance,
@@ -146,7 +146,7 @@ def test_masked_patch_embed(operators, norm, bias, dtype, width):
         forward, backward = (
             backends.implementation("masked_patch_embed", part, backend) for part in ("forward", "backward")
         )
-        with backends.use("torch"), products.compute_bfloat16_in(torch.bfloat16):  # of the gathers inside
+        with backends.use("torch"), gemm.compute_bfloat16_in(torch.bfloat16):  # of the gathers inside
             out, saved = forward(*args)
             grads = backward(grad, *args, saved, [True, True, bias, True, False, norm, norm])
         return [out, *(g for g in grads if g.numel())]

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from sgmim_fast import backends
-from sgmim_fast.ops import norm_linear, products
+from sgmim_fast.ops import gemm, norm_linear
 from sgmim_fast.ops._op import _CARRIED
 
 SPECS = {op: pytree.tree_flatten(example(op))[1] for op in OPS}
@@ -96,7 +96,7 @@ def seen(monkeypatch) -> list[tuple[str, str, str | None]]:
     calls, implementation = [], backends.implementation
 
     def record(op, part, backend):
-        calls.append((part, backend, products.BFLOAT16_IN.get()))
+        calls.append((part, backend, gemm.BFLOAT16_IN.get()))
         return implementation(op, part, backend)
 
     monkeypatch.setattr(backends, "implementation", record)
@@ -105,7 +105,7 @@ def seen(monkeypatch) -> list[tuple[str, str, str | None]]:
 
 def test_the_backward_runs_on_the_backend_of_its_forward(monkeypatch):
     calls, x = seen(monkeypatch), torch.randn(4, 6, requires_grad=True)
-    with backends.use("torch"), products.compute_bfloat16_in(torch.float32):
+    with backends.use("torch"), gemm.compute_bfloat16_in(torch.float32):
         inside = norm_linear(x, torch.randn(5, 6)).sum()
     outside = norm_linear(x, torch.randn(5, 6)).sum()
     thread = threading.Thread(target=inside.backward)  # as autograd's own on a GPU

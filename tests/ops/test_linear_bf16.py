@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sgmim_fast import backends
-from sgmim_fast.ops import products
-from sgmim_fast.ops.cpu import gemms
+from sgmim_fast.ops import gemm
+from sgmim_fast.ops.cpu import gemm as cpu_gemm
 
 NATIVE = backends.available()["cpu"]
 pytestmark = [
@@ -129,8 +129,8 @@ def test_float32_weights_are_rounded_as_a_copy_is():
 def test_linear_gives_the_dtypes_of_the_library_call(ins, residual, dtype):
     x, weight, bias = torch.randn(9, ins).to(LOW), torch.randn(5, ins), torch.randn(5)
     added = None if residual is None else torch.randn(9, 5).to(residual)
-    actual = gemms.linear(x, weight, bias, residual=added, dtype=dtype)
-    expected = products.linear(x, weight.to(LOW), bias, residual=added, dtype=dtype)
+    actual = cpu_gemm.linear(x, weight, bias, residual=added, dtype=dtype)
+    expected = gemm.linear(x, weight.to(LOW), bias, residual=added, dtype=dtype)
     truth = F.linear(x.double(), weight.double(), bias.double()) + (0 if added is None else added.double())
     assert actual.dtype == expected.dtype
     assert_close_to_truth(actual, expected, truth)
@@ -139,12 +139,12 @@ def test_linear_gives_the_dtypes_of_the_library_call(ins, residual, dtype):
 def test_weights_are_not_copied(monkeypatch):
     weight, bias = torch.randn(4, 6), torch.randn(4)
     for last in (False, True):
-        found = gemms.weights_in(LOW, weight, bias, None, last=last)
+        found = cpu_gemm.weights_in(LOW, weight, bias, None, last=last)
         assert found[0].data_ptr() == weight.data_ptr() and found[1].data_ptr() == bias.data_ptr() and found[2] is None
-    monkeypatch.setattr(gemms, "reads_float32_weights", lambda: False)
-    assert [t.dtype for t in gemms.weights_in(LOW, weight, bias)] == [LOW, LOW]
+    monkeypatch.setattr(cpu_gemm, "reads_float32_weights", lambda: False)
+    assert [t.dtype for t in cpu_gemm.weights_in(LOW, weight, bias)] == [LOW, LOW]
 
 
 def test_an_amx_machine_takes_the_library(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert not gemms.reads_float32_weights.__wrapped__()
+    assert not cpu_gemm.reads_float32_weights.__wrapped__()

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sgmim_fast import backends, ops
-from sgmim_fast.ops import products
+from sgmim_fast.ops import gemm
 from sgmim_fast.ops.linear_l1 import _op
 
 NAMES = ("x", "weight", "bias", "target")
@@ -120,7 +120,7 @@ COTANGENT = torch.tensor(0.37).double()  # a float32 number, so that every preci
 def test_value(backend, device, precision, case):
     def draw():
         inputs = on(device, in_dtype(case.inputs(), precision.dtype))
-        with products.compute_bfloat16_in(precision.compute):
+        with gemm.compute_bfloat16_in(precision.compute):
             result = case.op(*inputs)
         assert result.dtype == torch.float32 and result.shape == ()
         return [result], [case.plain(*inputs)], [case.plain(*in_dtype(inputs, torch.float64))]
@@ -133,7 +133,7 @@ def test_value(backend, device, precision, case):
 def test_gradients(backend, device, precision, case):
     def draw():
         inputs = on(device, in_dtype(case.decided(), precision.dtype))
-        with products.compute_bfloat16_in(precision.compute):
+        with gemm.compute_bfloat16_in(precision.compute):
             _, actual = gradients(case.op, inputs, COTANGENT.to(device))
         assert [grad.dtype for grad in actual] == [precision.dtype] * 4
         _, plain = gradients(case.plain, inputs, COTANGENT.to(device))
@@ -181,7 +181,7 @@ def test_exact_hits_have_no_gradient(backend, device, precision):
     weight, bias = weight.zero_(), bias.copy_(torch.arange(32) % 5)
     offset = torch.randint(-1, 2, target.shape)
     target = (F.fold(bias.expand(12, 32).unflatten(0, (2, 6)).mT, target.shape[2:], 4, stride=4) + offset).double()
-    with products.compute_bfloat16_in(precision.compute):
+    with gemm.compute_bfloat16_in(precision.compute):
         inputs = on(device, in_dtype([x, weight, bias, target], precision.dtype))
         result, actual = gradients(
             lambda *leaves: case.op(*leaves, None, rows.to(device)), inputs, torch.tensor(1.0, device=device)
@@ -223,7 +223,7 @@ def test_tokens_weight_and_rows_that_are_not_contiguous(backend, device, packed)
     rows = rows.repeat_interleave(2)[::2]
     assert not any(t.is_contiguous() for t in (x, weight, rows))
     actual = gradients(case.op, [x, weight, bias, target, None, rows], COTANGENT.to(device))
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)  # a product may take another path
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)  # a gemm may take another path
 
 
 @pytest.mark.parametrize("wanted", [c for n in (1, 2) for c in itertools.combinations(range(4), n)], ids=str)
@@ -256,7 +256,7 @@ def test_expanded_gradient(backend, device):
 @every_precision
 @pytest.mark.parametrize("packed", [True, False])
 def test_autocast(backend, device, precision, packed):
-    """float32 weights, products as asked for: as a call in that dtype, but gradients keep the weights' dtype."""
+    """float32 weights, gemms as asked for: as a call in that dtype, but gradients keep the weights' dtype."""
     case = Case((3, 6), channels=2, cell=8, width=40, packed=packed)
     autocast = torch.autocast(device.type, precision.dtype, enabled=precision.dtype != torch.float32)
 
@@ -264,7 +264,7 @@ def test_autocast(backend, device, precision, packed):
         inputs = case.inputs()
         inputs[3] = away_from_zero(inputs[3])
         inputs = on(device, in_dtype(inputs, torch.float32))
-        with products.compute_bfloat16_in(precision.compute), autocast:
+        with gemm.compute_bfloat16_in(precision.compute), autocast:
             result, actual = gradients(case.op, inputs, COTANGENT.to(device))
             value, plain = gradients(case.plain, inputs, COTANGENT.to(device))
         assert result.dtype == torch.float32 and {grad.dtype for grad in actual} == {torch.float32}
@@ -297,7 +297,7 @@ def test_same_bits_again_and_on_any_number_of_threads(backend, device, threads, 
     case = Case((9, 0, 7), grid=(3, 3), cell=32, channels=2, width=64)
     inputs = on(device, in_dtype(case.inputs(), precision.dtype))
     results = []
-    with products.compute_bfloat16_in(precision.compute):
+    with gemm.compute_bfloat16_in(precision.compute):
         for number in (1, 2):
             with threads(number):
                 assert_same_bits([gradients(case.op, inputs, COTANGENT.to(device)) for _ in range(3)])
@@ -305,7 +305,7 @@ def test_same_bits_again_and_on_any_number_of_threads(backend, device, threads, 
             for number in (1, 2, 3):
                 with threads(number):
                     results.append(gradients(case.op, inputs, COTANGENT.to(device)))
-    if backend == "cpu":  # elsewhere only the library's products know of these threads
+    if backend == "cpu":  # elsewhere only the library's gemms know of these threads
         assert_same_bits(results)
 
 
@@ -317,7 +317,7 @@ def test_opcheck(backend, device, packed, valid, squared):
     x, weight, bias, target, valid, rows = on(device, in_dtype(case.inputs(), torch.float32))
     inputs, options = [t.detach() for t in (x, weight, bias, target)], [case.cell, packed, 0.5, squared, valid is None]
     for dtype, needs in ((None, [True] * 4), (torch.bfloat16, [False, True, False, True])):
-        with products.compute_bfloat16_in(torch.bfloat16):
+        with gemm.compute_bfloat16_in(torch.bfloat16):
             opcheck(_op.overload, [*inputs, valid, rows, *options, dtype])
             opcheck(_op.overload, [*(t.clone().requires_grad_() for t in inputs), valid, rows, *options, dtype])
             _, saved = _op.overload(*inputs, valid, rows, *options, dtype)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sgmim_fast import backends
-from sgmim_fast.ops import products
+from sgmim_fast.ops import gemm
 from sgmim_fast.ops.masked_patch_embed import _op, masked_patch_embed
 
 NAMES = ("x", "weight", "bias", "mask_token", "norm_weight", "norm_bias")
@@ -94,7 +94,7 @@ def test_float32(place, batch, channels, patch, grid, width, norm, share):
 @pytest.mark.parametrize("computed_in", [torch.float32, torch.bfloat16])
 def test_bfloat16(place, norm, autocast, computed_in):
     tensors = inputs(width=48, norm=norm)
-    with products.compute_bfloat16_in(computed_in):
+    with gemm.compute_bfloat16_in(computed_in):
         check(tensors, some_of(patches_of(tensors)), place, torch.bfloat16, autocast)
 
 
@@ -175,7 +175,7 @@ def test_same_bits_each_time_and_with_any_number_of_threads(place, threads):
             result, grads = gradients(ours(visible), tensors, cotangent)
             results.append([result, *grads])
     assert all(torch.equal(a, b) for a, b in zip(results[0], results[1], strict=True))
-    if place.backend == "cpu":  # whose own sums are kept the same; torch's and the library's products promise less
+    if place.backend == "cpu":  # whose own sums are kept the same; torch's and the library's gemms promise less
         vectors = slice(3, None)  # gradients of bias, mask token and norm
         assert all(torch.equal(a, b) for a, b in zip(results[0][vectors], results[2][vectors], strict=True))
 

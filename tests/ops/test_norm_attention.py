@@ -10,7 +10,7 @@ from packed import matrix, norm_weight
 from test_window_attention import plain as plain_windows
 from torch.nn import functional as F
 
-from sgmim_fast.ops import norm_attention, products
+from sgmim_fast.ops import gemm, norm_attention
 from sgmim_fast.ops.norm_attention import _op
 
 NAMES = (
@@ -87,7 +87,7 @@ def test_without_what_is_optional(place, options):
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layer_scale(place, residual, dtype):
-    with products.compute_bfloat16_in(torch.bfloat16):
+    with gemm.compute_bfloat16_in(torch.bfloat16):
         tensors, index = inputs((4, 6), 32, scale=True)
         check(place, tensors, index, dtype, residual=residual)
 
@@ -97,7 +97,7 @@ def test_layer_scale(place, residual, dtype):
 @pytest.mark.parametrize("computed_in", [torch.float32, torch.bfloat16])
 def test_bfloat16(place, options, autocast, computed_in):
     residual = not autocast  # under autocast the result would be as wide as x
-    with products.compute_bfloat16_in(computed_in):
+    with gemm.compute_bfloat16_in(computed_in):
         # times a hundred, a rounding of qkv would move logits by 0.4
         tensors, index = inputs((4, 6), 32, cosine="post_norm" in options, hot=2.0)
         check(place, tensors, index, torch.bfloat16, autocast, residual=residual, **options)
@@ -116,7 +116,7 @@ def test_a_float32_residual_stays_one_under_autocast(place, options, computed_in
     zero = (3, 4, 6) if options is POST else (3, 4)  # the half gives 0, and to x no gradient
     tensors = [torch.zeros_like(t) if i in zero else t for i, t in enumerate(tensors)]
     ours, _ = functions((2, 3), (1, 1), index, **options)
-    with products.compute_bfloat16_in(computed_in), torch.autocast(place.device, torch.bfloat16):
+    with gemm.compute_bfloat16_in(computed_in), torch.autocast(place.device, torch.bfloat16):
         result, (dx, *_) = gradients(ours, tensors, cotangent := torch.randn_like(tensors[0]))
     assert torch.equal(result, tensors[0]) and torch.equal(dx, cotangent)
 

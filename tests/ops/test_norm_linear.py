@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from packed import bias, matrix, norm_weight
 from torch.nn import functional as F
 
-from sgmim_fast.ops import norm_linear, products
+from sgmim_fast.ops import gemm, norm_linear
 from sgmim_fast.ops.norm_linear import _op
 
 NAMES = ("x", "weight", "bias", "norm_weight", "norm_bias", "layer_scale", "residual")
@@ -65,7 +65,7 @@ def test_float32(place, rows, width, out, with_bias, norm, residual, scale):
 @pytest.mark.parametrize("scale", [False, True])
 @pytest.mark.parametrize("computed_in", [torch.float32, torch.bfloat16])
 def test_residual_in_bfloat16(place, norm, scale, computed_in):
-    with products.compute_bfloat16_in(computed_in):
+    with gemm.compute_bfloat16_in(computed_in):
         check(place, inputs((2, 3, 8), 48, norm=norm, residual=True, scale=scale), torch.bfloat16)
 
 
@@ -83,10 +83,10 @@ def test_a_float32_layer_scale_widens_the_result_under_autocast(place, residual)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("computed_in", [torch.float32, torch.bfloat16])
 def test_a_float32_residual_stays_one_under_autocast(place, dtype, computed_in):
-    """What is added is not rounded to the dtype of the products, nor is its gradient."""
+    """What is added is not rounded to the dtype of the gemms, nor is its gradient."""
     tensors = [None if t is None else t.to(place.device, torch.float32) for t in inputs(residual=True)]
     tensors[1:3] = [torch.zeros_like(t) for t in tensors[1:3]]
-    with products.compute_bfloat16_in(computed_in), torch.autocast(place.device, dtype):
+    with gemm.compute_bfloat16_in(computed_in), torch.autocast(place.device, dtype):
         result, (*_, gradient) = gradients(ours, tensors, cotangent := torch.randn_like(tensors[-1]))
     assert torch.equal(result, tensors[-1]) and torch.equal(gradient, cotangent)
 
@@ -95,7 +95,7 @@ def test_a_float32_residual_stays_one_under_autocast(place, dtype, computed_in):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("computed_in", [torch.float32, torch.bfloat16])
 def test_bfloat16(place, norm, autocast, computed_in):
-    with products.compute_bfloat16_in(computed_in):
+    with gemm.compute_bfloat16_in(computed_in):
         check(place, inputs((2, 3, 8), 48, norm=norm), torch.bfloat16, autocast)
 
 

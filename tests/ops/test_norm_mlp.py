@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from packed import bias, matrix, norm_weight
 from torch.nn import functional as F
 
-from sgmim_fast.ops import norm_mlp, products
+from sgmim_fast.ops import gemm, norm_mlp
 from sgmim_fast.ops.norm_mlp import _op
 
 NAMES = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "norm_weight", "norm_bias", "layer_scale")
@@ -82,7 +82,7 @@ def test_post_norm(place, rows, width, norm):
 def test_post_norm_in_bfloat16(place, autocast, computed_in):
     options = {"post_norm": True, "residual": not autocast}  # which would make the result as wide as x
     check = partial(check_op, partial(ours, **options), partial(plain, **options), NAMES)
-    with products.compute_bfloat16_in(computed_in):
+    with gemm.compute_bfloat16_in(computed_in):
         check(place, inputs((2, 3, 8), 48, out=48), torch.bfloat16, autocast)
 
 
@@ -101,7 +101,7 @@ def test_layer_scale(place, rows, width, norm, residual):
 @pytest.mark.parametrize("computed_in", [torch.float32, torch.bfloat16])
 def test_layer_scale_in_bfloat16(place, residual, computed_in):
     tensors = inputs((2, 3, 8), 48, out=48, scale=True)
-    with products.compute_bfloat16_in(computed_in):
+    with gemm.compute_bfloat16_in(computed_in):
         (check_residual if residual else check)(place, tensors, torch.bfloat16)
 
 
@@ -117,17 +117,17 @@ def test_a_float32_layer_scale_widens_the_result_under_autocast(place, residual)
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("computed_in", [torch.float32, torch.bfloat16])
 def test_residual_in_bfloat16(place, norm, computed_in):
-    with products.compute_bfloat16_in(computed_in):
+    with gemm.compute_bfloat16_in(computed_in):
         check_residual(place, inputs((2, 3, 8), 48, out=48, norm=norm), torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("computed_in", [torch.float32, torch.bfloat16])
 def test_a_float32_residual_stays_one_under_autocast(place, dtype, computed_in):
-    """What is added is not rounded to the dtype of the products, nor is its gradient."""
+    """What is added is not rounded to the dtype of the gemms, nor is its gradient."""
     tensors = [t.to(place.device, torch.float32) for t in inputs((2, 5), 48, out=48)[:7]] + [None]
     tensors[3:5] = [torch.zeros_like(t) for t in tensors[3:5]]  # the MLP gives 0, and to x no gradient
-    with products.compute_bfloat16_in(computed_in), torch.autocast(place.device, dtype):
+    with gemm.compute_bfloat16_in(computed_in), torch.autocast(place.device, dtype):
         result, (dx, *_) = gradients(partial(ours, residual=True), tensors, cotangent := torch.randn_like(tensors[0]))
     assert torch.equal(result, tensors[0]) and torch.equal(dx, cotangent)
 
@@ -136,7 +136,7 @@ def test_a_float32_residual_stays_one_under_autocast(place, dtype, computed_in):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("computed_in", [torch.float32, torch.bfloat16])
 def test_bfloat16(place, norm, autocast, computed_in):
-    with products.compute_bfloat16_in(computed_in):
+    with gemm.compute_bfloat16_in(computed_in):
         check(place, inputs((2, 3, 8), 48, norm=norm), torch.bfloat16, autocast)
 
 

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sgmim_fast import Rows, backends, ops
-from sgmim_fast.ops import GuidanceParameters, products
+from sgmim_fast.ops import GuidanceParameters, gemm
 from sgmim_fast.ops.relational_guidance import _op
 
 NAMES = ("features", "structure", *GuidanceParameters._fields)
@@ -156,7 +156,7 @@ def assert_right(case: Case, device: torch.device, precision: Precision) -> None
         rows = case.rows()
         leaves = on(device, in_dtype(case.leaves(rows[1]), precision.dtype))
         rows, cotangent = on_rows(device, rows), cotangent_of(case, leaves)
-        with products.compute_bfloat16_in(precision.compute):
+        with gemm.compute_bfloat16_in(precision.compute):
             result, actual = gradients(case.op(*rows), leaves, cotangent)
         assert {t.dtype for t in (result, *actual)} == {precision.dtype}
         value, plain = gradients(case.plain(*rows), leaves, cotangent)
@@ -306,14 +306,14 @@ def test_inputs_that_are_not_contiguous(backend, device):
 @every_precision
 @pytest.mark.parametrize("context", ["keep", "drop"])
 def test_autocast(backend, device, precision, context):
-    """float32 weights, products as asked for: the result in that dtype, the gradients in the weights' own."""
+    """float32 weights, gemms as asked for: the result in that dtype, the gradients in the weights' own."""
     case = Case((2, 5, 1), width=40, context=context)
     autocast = torch.autocast(device.type, precision.dtype, enabled=precision.dtype != torch.float32)
 
     def draw():
         rows, leaves, _ = single(case, device)
         cotangent = cotangent_of(case, in_dtype(leaves, precision.dtype))
-        with products.compute_bfloat16_in(precision.compute), autocast:
+        with gemm.compute_bfloat16_in(precision.compute), autocast:
             result, actual = gradients(case.op(*rows), leaves, cotangent)
             value, plain = gradients(case.plain(*rows), leaves, cotangent)
         assert result.dtype == precision.dtype and {grad.dtype for grad in actual} == {torch.float32}
@@ -341,7 +341,7 @@ def test_same_bits_again_and_on_any_number_of_threads(backend, device, threads, 
     case = Case((19, 0, 33), cells=49, width=64, hidden=256)
     rows, leaves, cotangent = single(case, device)
     leaves, results = in_dtype(leaves, precision.dtype), []
-    with products.compute_bfloat16_in(precision.compute):
+    with gemm.compute_bfloat16_in(precision.compute):
         for number in (1, 2):
             with threads(number):
                 assert_same_bits([gradients(case.op(*rows), leaves, cotangent) for _ in range(3)])
@@ -349,7 +349,7 @@ def test_same_bits_again_and_on_any_number_of_threads(backend, device, threads, 
             for number in (1, 2, 3):
                 with threads(number):
                     results.append(gradients(case.op(*rows), leaves, cotangent))
-    if backend == "cpu":  # elsewhere only the library's products know of these threads
+    if backend == "cpu":  # elsewhere only the library's gemms know of these threads
         assert_same_bits(results)
 
 
@@ -366,7 +366,7 @@ def test_opcheck(backend, device, context):
         needed = [*needs, *[False] * 4]  # nor rows
         inputs = [features, structure, w, rows, *options, 1e-5, None]
         opcheck(_op.backward_overload, [result, *inputs, saved, needed])
-    with products.compute_bfloat16_in(torch.bfloat16):
+    with gemm.compute_bfloat16_in(torch.bfloat16):
         opcheck(_op.overload, [features, structure, w, rows, *options, 1e-5, torch.bfloat16])
 
 

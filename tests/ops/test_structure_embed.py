@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from sgmim_fast import backends, ops
 from sgmim_fast.guidance import embedding_patch
-from sgmim_fast.ops import StructureParameters, products
+from sgmim_fast.ops import StructureParameters, gemm
 from sgmim_fast.ops.structure_embed import _op
 
 
@@ -136,7 +136,7 @@ def test_value_and_gradients(backend, device, precision, case):
         rows = case.rows().to(device)
         leaves = on(device, in_dtype(case.leaves(), precision.dtype))
         cotangent = cotangent_of(case, leaves)
-        with products.compute_bfloat16_in(precision.compute):
+        with gemm.compute_bfloat16_in(precision.compute):
             result, actual = gradients(case.op(rows), leaves, cotangent)
         assert {t.dtype for t in (result, *actual)} == {precision.dtype}
         value, plain = gradients(case.plain(rows), leaves, cotangent)
@@ -264,13 +264,13 @@ def test_no_gradient_is_asked_for(backend, device):
 @every_precision
 @pytest.mark.parametrize("case", [Case((3, 5), width=20), CASES["many-wide-cells"]], ids=["few", "many-wide-cells"])
 def test_autocast(backend, device, precision, case):
-    """float32 weights, products as asked for: the result in that dtype, the gradients in the weights' own."""
+    """float32 weights, gemms as asked for: the result in that dtype, the gradients in the weights' own."""
     autocast = torch.autocast(device.type, precision.dtype, enabled=precision.dtype != torch.float32)
 
     def draw():
         rows, leaves, _ = single(case, device)
         cotangent = cotangent_of(case, in_dtype(leaves, precision.dtype))
-        with products.compute_bfloat16_in(precision.compute), autocast:
+        with gemm.compute_bfloat16_in(precision.compute), autocast:
             result, actual = gradients(case.op(rows), leaves, cotangent)
             value, plain = gradients(case.plain(rows), leaves, cotangent)
         assert result.dtype == precision.dtype and {grad.dtype for grad in actual} == {torch.float32}
@@ -291,7 +291,7 @@ def test_autocast_leaves_float64_alone():
 def test_same_bits_again_and_on_any_number_of_threads(backend, device, threads, monkeypatch, precision, case):
     rows, leaves, cotangent = single(case, device)
     leaves, results = in_dtype(leaves, precision.dtype), []
-    with products.compute_bfloat16_in(precision.compute):
+    with gemm.compute_bfloat16_in(precision.compute):
         for number in (1, 2):
             with threads(number):
                 assert_same_bits([gradients(case.op(rows), leaves, cotangent) for _ in range(3)])
@@ -299,7 +299,7 @@ def test_same_bits_again_and_on_any_number_of_threads(backend, device, threads, 
             for number in (1, 2, 3):
                 with threads(number):
                     results.append(gradients(case.op(rows), leaves, cotangent))
-    if backend == "cpu":  # elsewhere only the library's products know of these threads
+    if backend == "cpu":  # elsewhere only the library's gemms know of these threads
         assert_same_bits(results)
 
 
@@ -313,7 +313,7 @@ def test_opcheck(backend, device, case):
     for needs in ([True] * (len(w) + 1), [False, True] + [False] * (len(w) - 1)):
         needed = [needs[0], False, *needs[1:]]  # not rows
         opcheck(_op.backward_overload, [result, structure, rows, w, case.cell, 1e-5, None, saved, needed])
-    with products.compute_bfloat16_in(torch.bfloat16):
+    with gemm.compute_bfloat16_in(torch.bfloat16):
         opcheck(_op.overload, [structure, rows, w, case.cell, 1e-5, torch.bfloat16])
 
 

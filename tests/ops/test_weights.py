@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from sgmim_fast import SGMIM, create_encoder, selective_mask
-from sgmim_fast.ops import products, target, weights
-from sgmim_fast.ops.cpu import gemms
+from sgmim_fast.ops import gemm, target, weights
+from sgmim_fast.ops.cpu import gemm as cpu_gemm
 from sgmim_fast.ops.weights import cast_together, weights_in
 
 LOW = torch.bfloat16
@@ -23,7 +23,7 @@ LOW = torch.bfloat16
 def on_a_gpu(monkeypatch):
     """Where alone copies are kept."""
     monkeypatch.setattr(target, "on_gpu", lambda weight: True)
-    monkeypatch.setattr(gemms, "reads_float32_weights", lambda: False)  # or a CPU casts nothing
+    monkeypatch.setattr(cpu_gemm, "reads_float32_weights", lambda: False)  # or a CPU casts nothing
 
 
 def data(weight: nn.Parameter) -> None:
@@ -183,7 +183,7 @@ def tiny() -> SGMIM:
 def trained(model: SGMIM) -> float:
     torch.manual_seed(1)
     batch = torch.randn(2, 3, 64, 64), torch.randn(2, 1, 64, 64), selective_mask(2, 2)
-    with torch.autocast("cpu", LOW), products.compute_bfloat16_in(LOW):
+    with torch.autocast("cpu", LOW), gemm.compute_bfloat16_in(LOW):
         loss = model(*batch)
     loss.backward()
     return loss.item()

@@ -12,7 +12,7 @@ from checks import assert_close_to_truth
 from torch import Tensor
 
 from sgmim_fast import backends
-from sgmim_fast.ops.cpu import gemms
+from sgmim_fast.ops.cpu import gemm
 
 NATIVE = backends.available()["cpu"]
 pytestmark = pytest.mark.skipif(not NATIVE[0], reason=NATIVE[1])
@@ -66,13 +66,13 @@ def test_not_a_number_stays_in_its_row_and_column(dtype):
     assert torch.equal(actual[others], expected[others])
 
 
-@pytest.mark.parametrize("rows", [gemms.MANY_ROWS - 1, gemms.MANY_ROWS])
+@pytest.mark.parametrize("rows", [gemm.MANY_ROWS - 1, gemm.MANY_ROWS])
 def test_chosen_for_many_rows(monkeypatch, rows):
     calls = []
-    monkeypatch.setattr(gemms, "_sums_float32", lambda: True)
+    monkeypatch.setattr(gemm, "_sums_float32", lambda: True)
     monkeypatch.setattr(torch.ops.sgmim_fast_cpu, "wgrad", lambda *args: calls.append(args))
-    gemms.wgrad(torch.randn(rows, 3), torch.randn(rows, 2))
-    assert len(calls) == (rows >= gemms.MANY_ROWS)
+    gemm.wgrad(torch.randn(rows, 3), torch.randn(rows, 2))
+    assert len(calls) == (rows >= gemm.MANY_ROWS)
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])

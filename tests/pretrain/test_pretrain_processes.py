@@ -52,7 +52,7 @@ for words in json.loads(sys.argv[1]):
 
 @pytest.fixture(autouse=True)
 def one_thread(threads):
-    """As in the processes: with another number of them the library's products round otherwise."""
+    """As in the processes: with another number of them the library's gemms round otherwise."""
     with threads(1), fresh_accelerate():
         yield
 

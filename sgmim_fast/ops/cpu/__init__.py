@@ -1,1 +1,1 @@
-"""The `cpu` backend: our C++ kernels (`torch.ops.sgmim_fast_cpu`) between the library's matrix products."""
+"""The `cpu` backend: our C++ kernels (`torch.ops.sgmim_fast_cpu`) between the library's gemms."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sgmim_fast.ops.cpu import gemms
+from sgmim_fast.ops.cpu import gemm
 from sgmim_fast.ops.cpu.embedding import Embedding
 from sgmim_fast.ops.primitives import Gradients
 from sgmim_fast.ops.structure_embed import StructureParameters
@@ -44,14 +44,14 @@ def forward(
         kernels.embed_norm(part.embed(), *embedding.norms, eps, None, *part.statistics)
     composed = compose(embedding, collapsed)
     z = first_coordinates(embedding, statistics)
-    x = gemms.linear(z, composed[1].matrix)  # (3)
+    x = gemm.linear(z, composed[1].matrix)  # (3)
     for i in range(1, collapsed):
         x = x.view(-1, w.merge_weights[i].shape[1])
         inputs.append(x)
         statistics.append(torch.empty(2, x.shape[0]))
         kernels.row_statistics(x, eps, statistics[-1])
         z = next_coordinates(z, statistics[-1][1])
-        x = gemms.linear(z, composed[i + 1].matrix)  # (3)
+        x = gemm.linear(z, composed[i + 1].matrix)  # (3)
     return x, inputs, statistics
 
 
@@ -74,8 +74,8 @@ def backward(
     dmatrices = [torch.empty(0)] * collapsed
     dz = None
     for i in reversed(range(collapsed)):
-        dmatrices[i] = gemms.wgrad(dx, z[i]).float()  # (6), three lines
-        above, dz = dz, gemms.dgrad(dx, composed[i + 1].matrix, torch.float32)
+        dmatrices[i] = gemm.wgrad(dx, z[i]).float()  # (6), three lines
+        above, dz = dz, gemm.dgrad(dx, composed[i + 1].matrix, torch.float32)
         width, below = embedding.w.merge_weights[i].shape[1], inputs[i - 1] if i > 0 else None
         scale, shares = torch.empty(dz.shape[0]), None if i > 0 else torch.empty(dz.shape[0], 4)
         dx = None if below is None else torch.empty_like(below)
@@ -163,7 +163,7 @@ def compose(embedding: Embedding, count: int) -> list[Composed]:
         (outer, wide), (width, columns) = weight.shape, matrix.shape
         centred, constant = torch.empty(outer, wide, dtype=embedding.cells.dtype), torch.empty(outer)
         torch.ops.sgmim_fast_cpu.centre(weight, gain, shift, centred, constant)
-        blocks = gemms.dgrad(centred.view(-1, width), matrix, torch.float32).view(outer, 4, columns)
+        blocks = gemm.dgrad(centred.view(-1, width), matrix, torch.float32).view(outer, 4, columns)
         last = blocks[..., -1].sum(1, keepdim=True)
         matrix = torch.cat([blocks[..., :-1].flatten(1), last, constant[:, None]], 1)
         composed.append(Composed(matrix, centred))
@@ -184,14 +184,14 @@ def compose_backward(
         dblocks[..., :-1] = dmatrix[:, :-2].view(outer, 4, -1)
         dblocks[..., -1] = dmatrix[:, -2, None]
         dblocks = dblocks.view(-1, columns)
-        dweight = gemms.linear(dblocks, below, dtype=torch.float32).view_as(weights[i])
+        dweight = gemm.linear(dblocks, below, dtype=torch.float32).view_as(weights[i])
         sums = torch.empty(2, weights[i].shape[1])
         dconstant = dmatrix[:, -1].contiguous()
         torch.ops.sgmim_fast_cpu.centre_backward(dweight, weights[i], gains[i], shifts[i], dconstant, sums)
         dweights.append(dweight)
         dgains.append(sums[0])
         dshifts.append(sums[1])
-        dmatrix = gemms.wgrad(centred.view(-1, width), dblocks).float()
+        dmatrix = gemm.wgrad(centred.view(-1, width), dblocks).float()
         if i > 0:
             dmatrix += dmatrices[i - 1]
     dembed = dmatrix[:, :-1]

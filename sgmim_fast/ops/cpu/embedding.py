@@ -1,7 +1,7 @@
 """The structure encoder's patch embedding, a stretch of the shown cells at a time.
 
 At this level the tokens are the most and the widest per cell. A stretch fits in the cache, and its embedded patches are
-computed again where they are needed: the product has 16 inputs and costs less than keeping them.
+computed again where they are needed: the gemm has 16 inputs and costs less than keeping them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sgmim_fast.ops.cpu import gemms
+from sgmim_fast.ops.cpu import gemm
 from sgmim_fast.ops.structure_embed import Cells
 from sgmim_fast.ops.weights import weights_in
 
@@ -55,11 +55,11 @@ class Part:
     statistics: tuple[Tensor, Tensor]  # of its embedded patches and of its merged rows
 
     def embed(self) -> Tensor:
-        return gemms.linear(self.embedding.patches[self.embedded], self.embedding.weight, self.embedding.bias)
+        return gemm.linear(self.embedding.patches[self.embedded], self.embedding.weight, self.embedding.bias)
 
     def weight_gradient(self, dembedded: Tensor) -> Tensor:
         """Share of the embedding's weight gradient, (D, S * e^2), float32."""
-        return gemms.wgrad(dembedded, self.embedding.patches[self.embedded]).float()
+        return gemm.wgrad(dembedded, self.embedding.patches[self.embedded]).float()
 
     def patches_gradient(self, dembedded: Tensor) -> Tensor:
-        return gemms.dgrad(dembedded, self.embedding.weight)
+        return gemm.dgrad(dembedded, self.embedding.weight)

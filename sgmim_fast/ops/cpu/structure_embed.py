@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sgmim_fast.ops.cpu import collapsed_merges, gemms
+from sgmim_fast.ops.cpu import collapsed_merges, gemm
 from sgmim_fast.ops.cpu.embedding import Embedding
 from sgmim_fast.ops.primitives import Gradients
 from sgmim_fast.ops.structure_embed import Cells
@@ -32,7 +32,7 @@ def embed(cells: Cells, weight: Tensor, eps: float) -> tuple[Tensor, list[Tensor
     for part in embedding.parts(statistics):
         y = torch.empty(part.merged.stop - part.merged.start, weight.shape[1], dtype=cells.dtype)
         torch.ops.sgmim_fast_cpu.embed_norm(part.embed(), *embedding.norms, eps, y, *part.statistics)
-        x[part.merged] = gemms.linear(y, weight)
+        x[part.merged] = gemm.linear(y, weight)
     return x, [], statistics
 
 
@@ -49,11 +49,11 @@ def embed_backward(
     dembed, dmerge = torch.zeros(width, cells.w.embed_weight[0].numel()), torch.zeros(weight.shape)
     for part in embedding.parts(statistics):
         tokens = part.embed()
-        dy = gemms.dgrad(dx[part.merged], weight)
+        dy = gemm.dgrad(dx[part.merged], weight)
         y, partial = torch.empty_like(dy), torch.empty_like(sums)
         torch.ops.sgmim_fast_cpu.embed_norm_backward(dy, tokens, *embedding.norms, *part.statistics, y, partial)
         sums += partial
-        dmerge += gemms.wgrad(dx[part.merged], y)
+        dmerge += gemm.wgrad(dx[part.merged], y)
         dembedded = dy.view(-1, width)[: tokens.shape[0]]
         dembed += part.weight_gradient(dembedded)
         if "structure" in gradients:
@@ -66,7 +66,7 @@ def embed_backward(
 
 def _dtype(cells: Cells) -> torch.dtype:
     """Of the collapsed mergings' gemms: bfloat16 where those read the composed weights unrounded."""
-    return cells.dtype if gemms.reads_float32_weights() else torch.float32
+    return cells.dtype if gemm.reads_float32_weights() else torch.float32
 
 
 def _collapsed(cells: Cells) -> int:

@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from sgmim_fast.ops import products
+from sgmim_fast.ops import gemm
 from sgmim_fast.ops.weights import weights_in as in_one_dtype
 
 
@@ -42,9 +42,9 @@ def linear(
     residual: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """As `products.linear`, of any weight."""
+    """As `gemm.linear`, of any weight."""
     if not ours(x):
-        return products.linear(x, weight.to(x.dtype), bias, residual=residual, dtype=dtype)
+        return gemm.linear(x, weight.to(x.dtype), bias, residual=residual, dtype=dtype)
     wide = dtype or x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     inside = wide in (torch.float32, torch.bfloat16)  # what the kernel adds in and writes
     y = torch.empty(x.shape[0], weight.shape[0], dtype=wide if inside else torch.float32)
@@ -69,10 +69,10 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
 
 
 def dgrad(dy: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """As `products.dgrad`, of any weight; in `dtype`, that of dy if None."""
+    """As `gemm.dgrad`, of any weight; in `dtype`, that of dy if None."""
     dtype = dtype or dy.dtype
     if not ours(dy):
-        return products.dgrad(dy, weight.to(dy.dtype)).to(dtype)
+        return gemm.dgrad(dy, weight.to(dy.dtype)).to(dtype)
     dx = torch.empty(dy.shape[0], weight.shape[1], dtype=dtype)
     torch.ops.sgmim_fast_cpu.linear_bf16(dy.contiguous(), weight.contiguous(), True, None, None, dx)
     return dx
@@ -98,17 +98,17 @@ MANY_ROWS = 1024  # from which our float32 wgrad is used
 def _sums_float32() -> bool:
     """AMD with AVX-512, where wgrads went to oneDNN, whose transposed copies of both operands take up to half of the
     time if there are many rows; elsewhere MKL's are as good."""
-    return torch.ops.sgmim_fast_cpu.isa().startswith("avx512") and products._mkl_is_slow()
+    return torch.ops.sgmim_fast_cpu.isa().startswith("avx512") and gemm._mkl_is_slow()
 
 
 def wgrad(dy: Tensor, x: Tensor) -> Tensor:
-    """As `products.wgrad`; ours are in float32."""
+    """As `gemm.wgrad`; ours are in float32."""
     if dy.dtype == torch.float32:
         own = dy.shape[0] >= MANY_ROWS and _sums_float32()
     else:
         own = dy.dtype == torch.bfloat16 and reads_float32_weights()
     if not own:
-        return products.wgrad(dy, x)
+        return gemm.wgrad(dy, x)
     dw = torch.empty(dy.shape[1], x.shape[1])
     torch.ops.sgmim_fast_cpu.wgrad(dy.contiguous(), x.contiguous(), dw)
     return dw

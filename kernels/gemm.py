@@ -89,7 +89,7 @@ def _load_b(b, k, n, K, N, index, limit, KIND: tl.constexpr, DTYPE: tl.constexpr
 
 
 @triton.jit
-def _product_kernel(
+def _gemm_kernel(
     a, b, c, bias, residual, before, after, index, limit, scale, sums, factor,  # see above; a, b, c of every problem
     rows, ins, outs,  # of every problem
     KIND: tl.constexpr, DTYPE: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
@@ -180,7 +180,7 @@ def _add_rows_kernel(x, residual, index, limit, y, rows, width, ROWS: tl.constex
 
 
 def fused() -> bool:
-    """Whether products go through the kernel here; else through torch."""
+    """Whether gemms go through the kernel here; else through torch."""
     return configs.chosen() is not None or _wanted() == "triton"
 
 
@@ -203,7 +203,7 @@ _SIDES = {0: (0, 2), 1: (0, 1), 2: (2, 1)}  # of a shape (rows, ins, outs), by k
 def _config(kind: tl.constexpr, dtype: torch.dtype, shapes: list[tuple[int, int, int]]) -> configs.Config:
     down, across = _SIDES[kind.value]
     m, n = sum(shape[down] for shape in shapes), max(shape[across] for shape in shapes)
-    return configs.product(m, n, dtype.itemsize)
+    return configs.gemm(m, n, dtype.itemsize)
 
 
 def _run(
@@ -229,7 +229,7 @@ def _run(
     tiles = sum(cdiv(shape[sides[0]], config.block_m) * cdiv(shape[sides[1]], config.block_n) for shape in shapes)
     rows, ins, outs = (tuple(sizes) for sizes in zip(*shapes, strict=True))
     launch(
-        _product_kernel,
+        _gemm_kernel,
         (tiles,),
         tuple(a),
         tuple(b),
@@ -260,7 +260,7 @@ def _run(
 
 
 def _add(product: Tensor, residual: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """product + residual[index], or + residual, in `dtype`, in place where that is the product's. Cost: 1 launch."""
+    """product + residual[index], or + residual, in `dtype`, in place where that is the gemm's. Cost: 1 launch."""
     y = product if product.dtype == dtype else torch.empty_like(product, dtype=dtype)
     if index is None:
         return torch.add(product, residual, out=y)
@@ -375,7 +375,7 @@ def wgrad_of_signs(
     """signs^T (n, out), int8 or differences, . x[rows], or . x, times scale * factor, and the sum over their rows
     likewise.
 
-    x is rounded to `dtype`, that of the products, as it is read. Cost: 1 launch; through the library 7.
+    x is rounded to `dtype`, that of the gemms, as it is read. Cost: 1 launch; through the library 7.
     """
     if fused():
         shape = signs.shape[0], x.shape[1], signs.shape[1]

@@ -56,7 +56,7 @@ SGMIM_INLINE void by_six_rows(int64_t rows, const F& tile) {
 }
 
 template <bool ADD>
-SGMIM_INLINE void product(
+SGMIM_INLINE void gemm(
     const float* a, int64_t a_stride, int64_t a_step, const float* b, int64_t b_stride, float* c, int64_t c_stride,
     int64_t rows, int64_t columns, int64_t depth) {
   by_six_rows(rows, [&](auto count, int64_t m) SGMIM_INLINE_LAMBDA {
@@ -66,10 +66,10 @@ SGMIM_INLINE void product(
 }
 
 // C = A . B, A row by row.
-SGMIM_INLINE void small_product(
+SGMIM_INLINE void small_gemm(
     const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t rows,
     int64_t columns, int64_t depth) {
-  product<false>(a, a_stride, 1, b, b_stride, c, c_stride, rows, columns, depth);
+  gemm<false>(a, a_stride, 1, b, b_stride, c, c_stride, rows, columns, depth);
 }
 
 }  // namespace SGMIM_ISA

@@ -1,6 +1,6 @@
-"""Matrix products through the fastest library call of the machine, and the dtype they are done in.
+"""Gemms through the fastest library call of the machine, and the dtype they are done in.
 
-On a CPU, PyTorch sends float32 products to MKL, which on AMD processors with AVX-512 reaches a third of what oneDNN
+On a CPU, PyTorch sends float32 gemms to MKL, which on AMD processors with AVX-512 reaches a third of what oneDNN
 does; oneDNN is reached through `mkldnn::_linear_pointwise`, which PyTorch ships for its own compiler. And a CPU without
 bfloat16 instructions multiplies bfloat16 matrices at a fifth of its float32 rate (33 against 160 GFLOP/s, 2 cores of
 AVX2), so bfloat16 is asked for there but computed in float32: faster, and more precise. `benchmarks/NOTES.md` has the
@@ -50,7 +50,7 @@ def _bfloat16_on_cpu() -> torch.dtype:
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that products asked for in `dtype` are done, and their operands kept, in."""
+    """The dtype that gemms asked for in `dtype` are done, and their operands kept, in."""
     if dtype == torch.bfloat16 and device.type == "cpu":
         return BFLOAT16_IN.get() or _bfloat16_on_cpu()
     return dtype
@@ -119,7 +119,7 @@ def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
 
 def wgrad(dy: Tensor, x: Tensor) -> Tensor:
     """dy (n, o)^T . x (n, i) -> (o, i)."""
-    # For a few columns (a patch of 16 pixels) the transposed copies cost more than the product.
+    # For a few columns (a patch of 16 pixels) the transposed copies cost more than the gemm.
     if _use_onednn(dy) and _mkl_is_slow() and x.shape[1] >= 64:
         return _onednn(dy.t(), x.t())
     return dy.t() @ x

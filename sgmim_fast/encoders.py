@@ -324,8 +324,8 @@ def create_encoder(
         timm_name: name of a timm model of one of the families swin_*, swinv2_*, beit_*, beitv2_*, vit_*, deit_* and
             eva*, with rotary positions or not, DINOv3's (vit_*_dinov3) among them.
         visible_only: the encoder sees no mask tokens but the visible patches alone, as MAE's does, and needs a decoder
-            (`sgmim_fast.Decoder`); a third of the cost, and not what the paper does. ViTs only, with absolute or rotary
-            positions.
+            (`sgmim_fast.Decoder`); half to a third of the cost, and not what the paper does. ViTs only, with
+            absolute or rotary positions.
         positions: "timm", or "sincos": sines and cosines that are not trained, as MAE has them, in place of timm's
             learned absolute positions.
         timm_arguments: further arguments of `timm.create_model`, for instance `img_size`, `window_size`, `pretrained`.

@@ -50,8 +50,8 @@ class SGMIM(nn.Module):
         accelerate: compute the encoder's timm blocks through fused ops, parameters and state dict unchanged (see
             `sgmim_fast.accelerate`, which this calls on `encoder` in place). False leaves the encoder alone.
         decoder: `Decoder(encoder)`, for an encoder of `create_encoder(..., visible_only=True)`: the image is predicted
-            from the visible patches' tokens, as in MAE, and the structure guides them as ever. A third of the cost; not
-            what the paper does. None: the encoder sees mask tokens, and the image head reads its tokens.
+            from the visible patches' tokens, as in MAE, and the structure guides them as ever. Half to a third of the
+            cost, and not what the paper does. None: the encoder sees mask tokens, and the image head reads its tokens.
         target: "pixels", as published, or "normalized_patch": of each cell less their mean, over their deviation.
         loss: "l1", as published, or "l2", between prediction and target of the image; that of the structure stays L1.
 

@@ -55,7 +55,7 @@ class Own:
         self.types, self.also, self.children = types, also, children
         self.tensors, self.required, self.methods = tensors, required, methods
         # in a module's own __dict__ they would shadow those of the class, parameters and children
-        self.attributes = frozenset(("forward", "_call_impl", "_compiled_call_impl", *methods, *tensors, *children))
+        self.attributes = ("forward", "_call_impl", "_compiled_call_impl", *methods, *tensors, *children)
 
     def steps(self, path: str, parent: int, into: list[tuple[str, int, str, Own]]) -> None:
         """Appends itself and then its children, each with its path, the number of its parent and its name."""
@@ -108,8 +108,8 @@ class Check:
                 or found["_backward_pre_hooks"]
             ):
                 return f"{path}: hooks"
-            for name in own.attributes & found.keys():
-                if found[name] is not None or name == "forward":
+            for name in own.attributes:  # torch.compile of torch 2.11 cannot trace `found.keys()`
+                if name in found and (found[name] is not None or name == "forward"):
                     return f"{path}: a {name} of its own"
             for name, tensor in found["_parameters"].items():
                 if tensor is None:

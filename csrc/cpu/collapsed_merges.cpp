@@ -161,12 +161,12 @@ static void coordinates_backward(
     const std::optional<Tensor>& x, int64_t width, const Tensor& scale, const std::optional<Tensor>& block_sums,
     const std::optional<Tensor>& dx) {
   check_matrix(dz, "dz");
-  const int64_t rows = dz.size(0), wide = dz.size(1);
+  const int64_t rows = dz.size(0), wide = dz.size(1), above_wide = 4 * (wide - 1) + 2;
   check_packed(dz, "dz", ScalarType::Float, rows * wide);
   check_packed(z, "z", z.scalar_type(), rows * wide);
   if (above.has_value()) {
     check_matrix(*above, "above");
-    check_packed(above, "above", ScalarType::Float, rows / 4 * (4 * (wide - 1) + 2));
+    check_packed(above, "above", ScalarType::Float, rows / 4 * above_wide);
     SGMIM_CHECK(rows % 4 == 0 && above->size(0) == rows / 4, "above has ", above->size(0), " rows, dz ", rows);
   }
   check_packed(mean, "mean", ScalarType::Float, rows);
@@ -177,7 +177,7 @@ static void coordinates_backward(
   check_packed(dx, "dx", z.scalar_type(), rows * width);
   SGMIM_CHECK(wide % 4 == 2 && x.has_value() == dx.has_value(), "dz has ", wide, " columns, or one of x and dx is missing");
   const CoordinatesBackward c{
-      wide, width, data<float>(above), 4 * (wide - 1) + 2, data<float>(mean), data<float>(rstd), data<float>(dz),
+      wide, width, data<float>(above), above_wide, data<float>(mean), data<float>(rstd), data<float>(dz),
       data<float>(scale), data<float>(block_sums)};
   dispatch_float(z, "z", [&](auto type) {
     using T = decltype(type);

@@ -304,11 +304,8 @@ class SwinTransformerBlock(Swin, swin_transformer.SwinTransformerBlock):
         if not why and not PATH2.why(self):
             return self._mlp(x, residual=True)
         flat = x.flatten(1, 2)
-        if self._left("mlp", why):
-            flat = flat + self.drop_path2(self.mlp(self.norm2(flat)))
-        else:
-            flat = self._add(flat, self._mlp, PATH2)
-        return flat.view(x.shape)
+        y = self.mlp(self.norm2(flat)) if self._left("mlp", why) else self._mlp(flat)
+        return (flat + self.drop_path2(y)).view(x.shape)
 
 
 SWINV2_ATTENTION = unmodified.attention(

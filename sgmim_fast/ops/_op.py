@@ -397,10 +397,9 @@ class Op:
                 raise NotImplementedError(
                     f"sgmim_fast.ops.{self.name} has no derivative in torch.func; expected torch.autograd or backward()"
                 )
-            if run is not self.overload:  # in plain eager mode nobody is given what is saved
-                result = self._function.apply(run, self.declared.lengths(args), False, *flat)
-                return (result, []) if self._saves else result
-            result, *saved = self._function.apply(run, self.declared.lengths(args), True, *flat)
+            give_saved = run is self.overload  # in plain eager mode nobody is given what is saved
+            found = self._function.apply(run, self.declared.lengths(args), give_saved, *flat)
+            result, *saved = found if give_saved else (found,)
             return (result, saved) if self._saves else result
         with torch._C._AutoDispatchBelowAutograd():
             return run(*args)

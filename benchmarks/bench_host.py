@@ -7,9 +7,10 @@ sgmim        sgmim_fast.SGMIM around timm's blocks, the branch through the Trito
 accelerated  sgmim_fast.SGMIM with its blocks through them, too
 compiled     the same through torch.compile (--compile: minutes), whose launches are Triton's and C++ loops of its own
 
-Runs anywhere, in bfloat16 autocast: the Triton kernels' launches are caught in place of being made, so what Triton
-itself takes for a launch (5 to 7 us on a device, more for many arguments) is missing. Milliseconds of the process, on
-one thread; launches: Triton's, and the ATen operators that would launch one. --ops lists the accelerated ops.
+Runs anywhere, in bfloat16 autocast. Launches go through Triton up to the driver's call, which is missing (5 us or so),
+as are those within ATen; the library's gemms run on the CPU instead. Milliseconds of the process, on one thread;
+launches: Triton's, and the ATen operators that would launch one. Below a table, by samples, what the milliseconds of an
+accelerated step are. --ops lists the accelerated ops.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from tools.host import shares, triton_without_device
 from tools.launches import launches_nothing, through_triton, wgrad
 from tools.measure import machine
 from tools.shapes import BEIT
@@ -36,6 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sgmim_fast
 from sgmim_fast import SGMIM, backends, reference, selective_mask
 from sgmim_fast.kernels import gemm as kernel_gemm
+from sgmim_fast.kernels import launch
 from sgmim_fast.ops import gemm, target
 
 SWIN = {"img_size": 96, "window_size": 3, "embed_dim": 16, "num_heads": (1, 2, 4, 8), "depths": (2, 2, 18, 2)}
@@ -68,7 +71,7 @@ class Launches(TorchDispatchMode):
 
 @contextlib.contextmanager
 def on_triton(listener: Callable[..., None]) -> Iterator[None]:
-    """Within the block the ops run their Triton implementations on the CPU's tensors, and launch nothing."""
+    """Within the block the ops run their Triton implementations on the CPU's tensors, and compute nothing."""
     usable = {name: (name in ("triton", "torch"), "") for name in backends.NAMES}
     with (
         target.caught(listener, target.Target("sm_90", 132)),
@@ -76,6 +79,7 @@ def on_triton(listener: Callable[..., None]) -> Iterator[None]:
         mock.patch.object(kernel_gemm, "_wgrad", wgrad),
         mock.patch.object(backends, "available", lambda: usable),
         mock.patch.object(backends, "triton_interpreted", lambda: True),
+        triton_without_device(),
         backends.use("triton"),
     ):
         yield
@@ -112,13 +116,9 @@ def columns(encoder: str, compiled: bool = False) -> dict[str, Callable[[], Tens
     return found
 
 
-def nothing(*_: Any) -> None:
-    """A launch that is not made."""
-
-
 def measure(encoder: str, rounds: int, compiled: bool = False) -> list[dict[str, Any]]:
     steps = columns(encoder, compiled)
-    places = {n: contextlib.nullcontext if n == "eager" else (lambda: on_triton(nothing)) for n in steps}
+    places = {n: contextlib.nullcontext if n == "eager" else (lambda: on_triton(launch.run)) for n in steps}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 2):
         for name, step in steps.items():  # in turns, so that a slow spell hits all alike
@@ -136,6 +136,9 @@ def measure(encoder: str, rounds: int, compiled: bool = False) -> list[dict[str,
             with contextlib.nullcontext() if name == "eager" else on_triton(counted.launch), counted:
                 step()
             row |= {"launches": sum(counted.counts.values()), "counts": dict(counted.counts)}
+        if name == "accelerated":
+            with places[name]():
+                row["ms_by_class"] = {k: v * row["median_ms"] for k, v in shares(step).items()}
         rows.append(row)
     return rows
 
@@ -147,6 +150,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"  {row['name']:12}{row['median_ms']:8.1f}{row['median_ms'] / eager:8.2f}x{row.get('launches', ''):>10}"
         for row in rows
     ]
+    parts = next(row["ms_by_class"] for row in rows if "ms_by_class" in row)
+    lines.append(f"  accelerated, ms: {', '.join(f'{name} {ms:.1f}' for name, ms in parts.items())}")
     return "\n".join(lines)
 
 
@@ -170,7 +175,7 @@ def ops(encoder: str) -> str:
 
             return run
 
-        with on_triton(nothing), mock.patch.object(backends, "choose", timed):
+        with on_triton(launch.run), mock.patch.object(backends, "choose", timed):
             step()
         for key, values in found.items():
             best[key] = min(best.get(key, (float("inf"), 0)), (sum(values), len(values)))

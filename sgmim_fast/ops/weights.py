@@ -28,7 +28,7 @@ class _Model:
         """None for a weight that is not the model's, or has changed since."""
         if dtype not in self._copies:
             weights = [w for w in self._weights() if w.dtype == weight.dtype and w.device == weight.device]
-            copies = zip(weights, _copies([w.detach() for w in weights], dtype), strict=True)
+            copies = zip(weights, _copies(weights, dtype), strict=True)
             self._copies[dtype] = {id(w): (w, _state(w), copy) for w, copy in copies}
         _, state, copy = self._copies[dtype].get(id(weight), (None, None, None))
         return copy if copy is not None and state == _state(weight) else None
@@ -63,7 +63,7 @@ def weights_in(dtype: torch.dtype, *weights: Tensor | None, last: bool = False) 
     found = [None if weight is None else _as_it_is(weight, dtype, last) for weight in weights]
     missing = [i for i, weight in enumerate(weights) if weight is not None and found[i] is None]
     if missing:
-        for i, copy in zip(missing, _copies([weights[i].detach() for i in missing], dtype), strict=True):
+        for i, copy in zip(missing, _copies([weights[i] for i in missing], dtype), strict=True):
             found[i] = copy
     if not last:
         for weight, copy in zip(weights, found, strict=True):
@@ -96,6 +96,7 @@ _BLOCK = 65536  # numbers, that a block of `torch._foreach_copy_` goes through: 
 _SMALL = _BLOCK // 8
 
 
+@torch.no_grad()
 def _copies(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Cost: reads the weights, writes the copies; 1 launch for all small ones, and for the others 1 or some if they
     are many, or enough for all multiprocessors, else 1 each: for the few of a layer it took ten times what the traffic

@@ -1,0 +1,112 @@
+"""The host's part of a step: Triton without a device, and what the host does when."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+from unittest import mock
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+# Where the innermost frame that is named here stands: in a file, or in one of its functions
+CLASSES: list[tuple[str, tuple[str, ...]]] = [
+    ("gemms, by the library", ("kernels/gemm.py", "tools/launches.py")),
+    ("copies of weights", ("ops/weights.py", "fused/accelerate.py")),
+    (
+        "checks, choice of a backend",
+        ("ops/_check.py", "sgmim_fast/backends.py", "_op.py:_signature", "_op.py:_watched", "_op.py:chosen"),
+    ),
+    ("launches through Triton", ("kernels/launch.py", "triton/compiler/compiler.py", "triton/runtime/jit.py")),
+    ("what is launched with what", ("kernels/",)),
+    ("autograd and its functions", ("ops/_op.py", "torch/autograd/")),
+    ("compositions", ("sgmim_fast/ops/",)),
+    ("blocks and what they bypass", ("sgmim_fast/fused/", "torch/nn/modules/", "timm/")),
+]
+REST = "the rest"
+
+
+class _NoDevice:
+    """As much of a Triton driver as a launch asks for."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+class Compiled(CompiledKernel):
+    """A kernel that was not compiled, for a device and arguments of `key`; `launched` sees what it is launched with."""
+
+    def __init__(self, kernel: JITFunction, key: tuple[int, Any], launched: Callable[..., None]):
+        self.key, self.launched, self.name = key, launched, kernel.fn.__name__
+        self.function, self.module, self.src, self.packed_metadata = key, None, None, None
+
+    def _init_handles(self) -> None:
+        pass
+
+    @property
+    def run(self) -> Callable[..., None]:
+        return self.launched
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+@contextlib.contextmanager
+def triton_without_device(launched: Callable[..., None] = _nothing) -> Iterator[None]:
+    """Within the block `kernel[grid](...)` does all that it does on the host, but for compiling and the driver's call.
+
+    launched: gets the arguments of the driver's call: grid, stream, `Compiled.key` in place of a function, ...
+    """
+
+    def do_compile(self: JITFunction, key: Any, signature: Any, device: int, *_: Any) -> Compiled:
+        self.device_caches[device][0][key] = compiled = Compiled(self, (device, key), launched)
+        return compiled
+
+    with mock.patch.object(driver, "_active", _NoDevice()), mock.patch.object(JITFunction, "_do_compile", do_compile):
+        yield
+
+
+def _class_of(frame: FrameType | None) -> str:
+    while frame is not None:
+        code = frame.f_code
+        at = f"{code.co_filename}:{code.co_name}"
+        for name, places in CLASSES:
+            if any(place in at for place in places):
+                return name
+        frame = frame.f_back
+    return REST
+
+
+def shares(step: Callable[[], Any], seconds: float = 3.0, interval: float = 5e-4) -> dict[str, float]:
+    """The share of each class in the time of `step`, by samples of the main thread's innermost frame. C++ that a line
+    calls counts for the line."""
+    found: Counter[str] = Counter()
+
+    def sample(_: int, frame: FrameType | None) -> None:
+        found[_class_of(frame)] += 1
+
+    before = signal.signal(signal.SIGALRM, sample)
+    signal.setitimer(signal.ITIMER_REAL, interval, interval)
+    try:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            step()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    total = found.total()
+    return {name: found[name] / total for name in [*(name for name, _ in CLASSES), REST]}

@@ -4,7 +4,8 @@
 // and read again. The sums leave the registers as float32 and go through an epilogue while they are in L1: bias and
 // residual; GELU; or GELU's derivative with the gradient of the bias before it.
 //
-// A unit of work is a block of y, CHUNK rows by the PANEL columns of a panel, whatever the number of threads.
+// A unit of work is a block of y, a chunk of rows by the PANEL columns of a panel, whatever the number of threads. Those of
+// a panel are next to each other, so that each thread packs about its share of the panels.
 #include <memory>
 
 #include "cpu/launch.h"
@@ -12,7 +13,7 @@
 #ifndef SGMIM_LINEAR_BF16
 #define SGMIM_LINEAR_BF16
 namespace sgmim {
-constexpr int64_t CHUNK = 240;       // rows of y: 40 tiles
+constexpr int64_t CHUNK = 240;       // rows of y in a unit at most: 40 tiles
 constexpr int64_t PACKED = 1 << 17;  // units of packed weights at a time: half of a megabyte, for which L2 has room
 
 enum class Epilogue { none, gelu, gelu_backward };
@@ -28,10 +29,24 @@ struct EpilogueOf {
   float* partial = nullptr;        // (chunks, outs), of gelu_backward: column sums
 };
 
+// Rows of y in chunks that are all about as long.
+struct Chunks {
+  int64_t rows, count;
+
+  static constexpr int64_t TILE = 6;  // TILE_ROWS
+
+  static Chunks of(int64_t n) {
+    const int64_t fewest = std::max<int64_t>((n + CHUNK - 1) / CHUNK, 1), each = (n + fewest - 1) / fewest;
+    const int64_t rows = std::max<int64_t>((each + TILE - 1) / TILE, 1) * TILE;
+    return {rows, (n + rows - 1) / rows};
+  }
+};
+
 struct LinearBf16 {
   const Bf16* x;  // (n, ins)
   const void* weight;
   int64_t n, ins, outs;
+  Chunks chunks;
   EpilogueOf epilogue;
 };
 }  // namespace sgmim
@@ -50,6 +65,8 @@ struct LinearBf16 {
 
 namespace sgmim {
 namespace SGMIM_ISA {
+
+static_assert(Chunks::TILE == TILE_ROWS);
 
 // Fetches what the epilogue of these rows and columns will read and write, while the gemm is at work: each row has a
 // few lines of it, pages apart.
@@ -70,11 +87,12 @@ SGMIM_INLINE void fetch(
   }
 }
 
-// Of `rows` rows from `first` and `width` columns from `column`; sums (rows, PANEL).
+// Of `rows` rows from `first`, all in one chunk, and `width` columns from `column`; sums (rows, PANEL).
 template <class Y>
 SGMIM_INLINE void epilogue(
-    const EpilogueOf& e, int64_t outs, int64_t first, int64_t rows, int64_t column, int64_t width, const float* sums) {
-  float* partial = e.partial ? e.partial + first / CHUNK * outs + column : nullptr;
+    const EpilogueOf& e, int64_t outs, int64_t chunk, int64_t first, int64_t rows, int64_t column, int64_t width,
+    const float* sums) {
+  float* partial = e.partial ? e.partial + chunk * outs + column : nullptr;
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t i = 0; i < width; i += LANES) {
       const int64_t n = part(i, width), at = (first + r) * outs + column + i;
@@ -96,47 +114,46 @@ SGMIM_INLINE void epilogue(
     }
 }
 
-// The units of work [begin, end), which are blocks of y: those of the first panels first, as many as L2 holds packed,
-// of those each chunk, and of that each panel. weight: (outs, ins) or, TRANSPOSED, (ins, outs).
+// The units of work [begin, end). Of whole panels as many at a time as L2 holds packed. weight: (outs, ins) or, TRANSPOSED,
+// (ins, outs).
 template <class W, class Y, bool TRANSPOSED>
 void linear_units(const LinearBf16* g, int64_t begin, int64_t end) {
-  const int64_t units = g->ins / 2, chunks = (g->n + CHUNK - 1) / CHUNK, panels = (g->outs + PANEL - 1) / PANEL;
+  const int64_t units = g->ins / 2, chunks = g->chunks.count;
   const int64_t fit = units > DEPTH ? 1 : PACKED / std::max<int64_t>(units * PANEL, 1);  // `sums` are of one panel
-  const int64_t together = std::clamp<int64_t>(fit, 1, panels);
-  const std::unique_ptr<float[]> packed(new float[together * units * PANEL]), sums(new float[CHUNK * PANEL]);
+  const int64_t most = std::clamp<int64_t>(fit, 1, (end - begin + chunks - 1) / chunks);
+  const std::unique_ptr<float[]> packed(new float[most * units * PANEL]), sums(new float[g->chunks.rows * PANEL]);
   const W* weight = static_cast<const W*>(g->weight);
-  int64_t ready[2] = {0, 0};  // which panels are packed
   for (int64_t at = begin; at < end;) {
-    const int64_t base = at / (together * chunks) * together, count = std::min(together, panels - base);
-    const int64_t inside = at - base * chunks, chunk = inside / count;
-    const int64_t from = base + inside % count, to = std::min(base + count, from + end - at);
-    for (int64_t p = from; p < to; ++p) {
-      if (ready[0] <= p && p < ready[1]) continue;
+    const int64_t panel = at / chunks, begin_chunk = at % chunks, whole = begin_chunk > 0 ? 0 : (end - at) / chunks;
+    const int64_t groups = (whole + most - 1) / most;  // about as long
+    const int64_t to = panel + (whole > 0 ? (whole + groups - 1) / groups : 1);
+    const int64_t end_chunk = whole > 0 ? chunks : std::min(chunks, begin_chunk + end - at);
+    for (int64_t p = panel; p < to; ++p) {
       const int64_t column = p * PANEL, width = std::min(PANEL, g->outs - column);
-      float* panel = packed.get() + (p - base) * units * PANEL;
+      float* into = packed.get() + (p - panel) * units * PANEL;
       if (TRANSPOSED)
-        pack_rows<Bf16, PANEL>(weight + column, g->outs, g->ins, width, panel);
+        pack_rows<Bf16, PANEL>(weight + column, g->outs, g->ins, width, into);
       else
-        pack_columns(weight + column * g->ins, g->ins, g->ins, width, panel);
-      if (p != ready[1] || ready[0] < base) ready[0] = p;
-      ready[1] = p + 1;
+        pack_columns(weight + column * g->ins, g->ins, g->ins, width, into);
     }
-    const int64_t first = chunk * CHUNK, last = std::min(first + CHUNK, g->n);
-    for (int64_t k = 0; k < units; k += DEPTH) {
-      const int64_t depth = std::min(DEPTH, units - k);
-      for (int64_t r = first; r < last; r += TILE_ROWS)
-        for (int64_t p = from; p < to; ++p) {
-          const int64_t column = p * PANEL, width = std::min(PANEL, g->outs - column);
-          const int64_t rows = std::min(TILE_ROWS, last - r);
-          float* tile = sums.get() + (units > DEPTH ? (r - first) * PANEL : 0);
-          if (k + depth == units) fetch<Y>(g->epilogue, g->outs, r, rows, column, width);
-          gemm_tile<Bf16>(
-              rows, width, reinterpret_cast<const char*>(g->x + r * g->ins) + 4 * k, 2 * g->ins, 4,
-              packed.get() + ((p - base) * units + k) * PANEL, depth, tile, PANEL, k > 0);
-          if (k + depth == units) epilogue<Y>(g->epilogue, g->outs, r, rows, column, width, tile);
-        }
+    for (int64_t chunk = begin_chunk; chunk < end_chunk; ++chunk) {
+      const int64_t first = chunk * g->chunks.rows, last = std::min(first + g->chunks.rows, g->n);
+      for (int64_t k = 0; k < units; k += DEPTH) {
+        const int64_t depth = std::min(DEPTH, units - k);
+        for (int64_t r = first; r < last; r += TILE_ROWS)
+          for (int64_t p = panel; p < to; ++p) {
+            const int64_t column = p * PANEL, width = std::min(PANEL, g->outs - column);
+            const int64_t rows = std::min(TILE_ROWS, last - r);
+            float* tile = sums.get() + (units > DEPTH ? (r - first) * PANEL : 0);
+            if (k + depth == units) fetch<Y>(g->epilogue, g->outs, r, rows, column, width);
+            gemm_tile<Bf16>(
+                rows, width, reinterpret_cast<const char*>(g->x + r * g->ins) + 4 * k, 2 * g->ins, 4,
+                packed.get() + ((p - panel) * units + k) * PANEL, depth, tile, PANEL, k > 0);
+            if (k + depth == units) epilogue<Y>(g->epilogue, g->outs, chunk, r, rows, column, width, tile);
+          }
+      }
     }
-    at += to - from;
+    at += (to - panel) * (end_chunk - begin_chunk);
   }
 }
 
@@ -162,15 +179,14 @@ static void launch(
   check_matrix(y, "y");
   SGMIM_CHECK(y.size(0) == n && y.size(1) == outs, "y must be ", n, " x ", outs, ", got ", y.size(0), " x ", y.size(1));
   epilogue.y = y.data_ptr();
-  const int64_t chunks = (n + CHUNK - 1) / CHUNK;
   dispatch_float(weight, "weight", [&](auto weight_type) {
     dispatch_float(y, "y", [&](auto type) {
       using W = decltype(weight_type);
       using Y = decltype(type);
-      const LinearBf16 g{data<Bf16>(x), weight.data_ptr(), n, ins, outs, epilogue};
+      const LinearBf16 g{data<Bf16>(x), weight.data_ptr(), n, ins, outs, Chunks::of(n), epilogue};
       const auto kernel = transposed ? &avx512bf16::linear_units<W, Y, true> : &avx512bf16::linear_units<W, Y, false>;
       const int64_t panels = (outs + avx512bf16::PANEL - 1) / avx512bf16::PANEL;
-      parallel(panels * chunks, 1, [&](int64_t begin, int64_t end) { kernel(&g, begin, end); });
+      parallel(panels * g.chunks.count, 1, [&](int64_t begin, int64_t end) { kernel(&g, begin, end); });
     });
   });
 #endif
@@ -205,7 +221,7 @@ static void dgrad_gelu_bf16(
     const Tensor& dy, const Tensor& weight, const Tensor& hidden, const Tensor& dhidden, const Tensor& activated,
     const Tensor& sums) {
   check_matrix(hidden, "hidden");
-  const int64_t outs = hidden.size(1), chunks = (hidden.size(0) + CHUNK - 1) / CHUNK;
+  const int64_t outs = hidden.size(1), chunks = Chunks::of(hidden.size(0)).count;
   check_packed(hidden, "hidden", ScalarType::BFloat16, hidden.numel());
   check_packed(dhidden, "dhidden", ScalarType::BFloat16, hidden.numel());
   check_packed(activated, "activated", ScalarType::BFloat16, hidden.numel());

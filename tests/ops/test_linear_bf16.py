@@ -25,7 +25,7 @@ kernels = torch.ops.sgmim_fast_cpu
 # rows, ins, outs: parts of tiles, panels and transposed blocks; several chunks of rows; panels that are packed one by
 # one and together; depths of several blocks
 SHAPES = [
-    *((1, 2, 1), (7, 6, 3), (6, 32, 64), (13, 34, 65), (241, 70, 130), (500, 128, 200)),
+    *((1, 2, 1), (7, 6, 3), (6, 32, 64), (13, 34, 65), (241, 70, 130), (500, 128, 200), (482, 768, 500)),
     *((30, 1026, 70), (250, 2100, 130), (0, 4, 3)),
 ]
 

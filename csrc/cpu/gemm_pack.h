@@ -46,12 +46,15 @@ SGMIM_INLINE void pack_rows(const S* from, int64_t row_stride, int64_t rows, int
   }
 }
 
+#if SGMIM_VECTOR_BYTES == 64
+// 16 units of numbers next to each other.
+template <class T, class S>
+SGMIM_INLINE __m512i units_of_row(const S* p) {
 #if defined(SGMIM_HAS_BF16)
-// Units of 32 numbers next to each other.
-SGMIM_INLINE __m512i units_of_row(const Bf16* p) { return _mm512_loadu_si512(p); }
-
-SGMIM_INLINE __m512i units_of_row(const float* p) {
-  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(p + 16), _mm512_loadu_ps(p));
+  if constexpr (sizeof(T) == 2 && sizeof(S) == 4)
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(p + 16), _mm512_loadu_ps(p));
+#endif
+  return _mm512_loadu_si512(p);
 }
 
 // Masked forms, since GCC 12 warns about the unused operand of the others.
@@ -80,23 +83,25 @@ SGMIM_INLINE void transpose16(__m512i* r) {
   for (int i = 0; i < 16; ++i) r[i] = t[i];
 }
 
-// Of rows that are columns of the panel: n <= PANEL of them, summed over `depth` numbers, an even count, that lie next
-// to each other -> (depth / 2, PANEL), zeros past n.
-template <class S>
+// Of rows that are columns of the panel: n <= PANEL of them, summed over `depth` numbers, whole units, that lie next to
+// each other -> (units, PANEL), zeros past n.
+template <class T, class S>
 SGMIM_INLINE void pack_columns(const S* from, int64_t row_stride, int64_t depth, int64_t n, float* to) {
+  constexpr int64_t NUMBERS = 16 * UNIT<T>;
   for (int64_t first = 0; first < PANEL; first += 16)
-    for (int64_t k = 0; k < depth; k += 32) {
+    for (int64_t k = 0; k < depth; k += NUMBERS) {
       __m512i r[16];
-      const int64_t count = std::min<int64_t>(depth - k, 32);
+      const int64_t count = std::min(depth - k, NUMBERS);
       for (int64_t i = 0; i < 16; ++i) {
         const S* row = from + (first + i) * row_stride + k;
-        S buffer[32] = {};
-        for (int64_t l = 0; l < 32; l += 64 / sizeof(S)) __builtin_prefetch(row + 128 + l);
-        if (first + i < n && count < 32) __builtin_memcpy(buffer, row, count * sizeof(S));
-        r[i] = units_of_row(first + i < n && count == 32 ? row : buffer);
+        S buffer[NUMBERS] = {};
+        for (int64_t l = 0; l < NUMBERS; l += 64 / sizeof(S)) __builtin_prefetch(row + 4 * NUMBERS + l);
+        if (first + i < n && count < NUMBERS) __builtin_memcpy(buffer, row, count * sizeof(S));
+        r[i] = units_of_row<T>(first + i < n && count == NUMBERS ? row : buffer);
       }
       transpose16(r);
-      for (int64_t i = 0; i < count / 2; ++i) _mm512_storeu_si512(to + (k / 2 + i) * PANEL + first, r[i]);
+      for (int64_t i = 0; i < count / UNIT<T>; ++i)
+        _mm512_storeu_si512(to + (k / UNIT<T> + i) * PANEL + first, r[i]);
     }
 }
 #endif

@@ -319,7 +319,8 @@ LEADING = {
     *(("column_sum", "x"), ("embed_norm", "x"), ("embed_norm", "merge_statistics")),
     *(("embed_statistics_backward", "x"), ("expand_signs", "out"), ("distance", "prediction")),
     *(("layer_norm", "x"), ("layer_norm", "y"), ("layer_norm_backward", "x")),
-    *(("linear_bf16", "weight"), ("linear_bf16", "y"), ("linear_gelu_bf16", "weight"), ("dgrad_gelu_bf16", "weight")),
+    *(("linear", "x"), ("linear", "weight"), ("linear", "y"), ("linear_gelu", "x"), ("linear_gelu", "weight")),
+    *(("dgrad_gelu", "dy"), ("dgrad_gelu", "weight")),
     *(("place_tokens", "embedded"), ("place_tokens", "out"), ("place_tokens_backward", "dout")),
     *(("row_statistics", "x"), ("standardize_structure", "input")),
 }
@@ -329,7 +330,7 @@ LEADING = {
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_launcher_raises_for_every_tensor_that_does_not_fit(recorded, launcher):
     """Nothing is read or written outside of what the tensors hold, whoever calls."""
-    if (launcher == "wgrad" or launcher.endswith("_bf16")) and not gemm.reads_float32_weights():
+    if (launcher in ("wgrad", "linear", "linear_gelu", "dgrad_gelu")) and not gemm.reads_float32_weights():
         pytest.skip("runs with AVX512-BF16 and without AMX")
     assert launcher in recorded, f"no example runs {launcher}"
     operator = getattr(torch.ops.sgmim_fast_cpu, launcher)

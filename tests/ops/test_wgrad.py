@@ -69,7 +69,7 @@ def test_not_a_number_stays_in_its_row_and_column(dtype):
 @pytest.mark.parametrize("rows", [gemm.MANY_ROWS - 1, gemm.MANY_ROWS])
 def test_chosen_for_many_rows(monkeypatch, rows):
     calls = []
-    monkeypatch.setattr(gemm, "_sums_float32", lambda: True)
+    monkeypatch.setattr(gemm, "_in_float32", lambda: True)
     monkeypatch.setattr(torch.ops.sgmim_fast_cpu, "wgrad", lambda *args: calls.append(args))
     gemm.wgrad(torch.randn(rows, 3), torch.randn(rows, 2))
     assert len(calls) == (rows >= gemm.MANY_ROWS)

@@ -1,7 +1,8 @@
-"""The gemms of a CPU: our own where they are faster than the library's, csrc/cpu/wgrad.cpp and linear_bf16.cpp.
+"""The gemms of a CPU: our own where they are faster than the library's, csrc/cpu/linear.cpp and wgrad.cpp.
 
-With AVX512-BF16 ours read float32 weights beside bfloat16 activations and write weights' gradients in float32: nothing
-is cast before or after. With AMX the library's are several times faster, so there it gets copies of the weights.
+They end in what follows them: bias, residual, GELU and its derivative. With AVX512-BF16 ours read float32 weights
+beside bfloat16 activations and write weights' gradients in float32: nothing is cast before or after. With AMX the
+library's are several times faster, so there it gets copies of the weights.
 """
 
 from __future__ import annotations
@@ -29,9 +30,23 @@ def weights_in(dtype: torch.dtype, *weights: Tensor | None, last: bool = False) 
     return in_one_dtype(dtype, *weights, last=last)
 
 
+@functools.cache
+def _in_float32() -> bool:
+    """AMD with AVX-512, where float32 gemms went to oneDNN; elsewhere MKL's are as good."""
+    return torch.ops.sgmim_fast_cpu.isa().startswith("avx512") and gemm._mkl_is_slow()
+
+
 def ours(x: Tensor) -> bool:
     """Whether fprop and dgrad of these rows are our own."""
-    return x.dtype == torch.bfloat16 and x.numel() > 0 and x.shape[1] % 2 == 0 and reads_float32_weights()
+    rows, columns = x.shape
+    if x.dtype == torch.float32:  # fewer rows do not pay for the packing of weights
+        return rows >= 192 and columns >= 32 and _in_float32()
+    return x.dtype == torch.bfloat16 and rows > 0 and columns > 0 and columns % 2 == 0 and reads_float32_weights()
+
+
+def _read(weight: Tensor, x: Tensor) -> Tensor:
+    """As our gemms of these rows read it."""
+    return (weight.float() if x.dtype == torch.float32 else weight).contiguous()
 
 
 def linear(
@@ -46,11 +61,11 @@ def linear(
     if not ours(x):
         return gemm.linear(x, weight.to(x.dtype), bias, residual=residual, dtype=dtype)
     wide = dtype or x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    inside = wide in (torch.float32, torch.bfloat16)  # what the kernel adds in and writes
+    inside = wide in (torch.float32, x.dtype)  # what the kernel adds in and writes
     y = torch.empty(x.shape[0], weight.shape[0], dtype=wide if inside else torch.float32)
     added = residual.to(wide).contiguous() if inside and residual is not None else None
-    shift = None if bias is None else bias.float().contiguous()
-    torch.ops.sgmim_fast_cpu.linear_bf16(x.contiguous(), weight.contiguous(), False, shift, added, y)
+    offset = None if bias is None else bias.float().contiguous()
+    torch.ops.sgmim_fast_cpu.linear(x.contiguous(), _read(weight, x), False, offset, added, y)
     y = y if inside or residual is None else y + residual
     return y if dtype is None else y.to(dtype)
 
@@ -63,8 +78,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
         torch.ops.sgmim_fast_cpu.gelu(hidden, activated)
         return hidden, activated
     hidden, activated = (torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype) for _ in range(2))
-    arguments = x.contiguous(), weight.contiguous(), bias.float().contiguous()
-    torch.ops.sgmim_fast_cpu.linear_gelu_bf16(*arguments, hidden, activated)
+    arguments = x.contiguous(), _read(weight, x), bias.float().contiguous()
+    torch.ops.sgmim_fast_cpu.linear_gelu(*arguments, hidden, activated)
     return hidden, activated
 
 
@@ -73,9 +88,10 @@ def dgrad(dy: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tenso
     dtype = dtype or dy.dtype
     if not ours(dy):
         return gemm.dgrad(dy, weight.to(dy.dtype)).to(dtype)
-    dx = torch.empty(dy.shape[0], weight.shape[1], dtype=dtype)
-    torch.ops.sgmim_fast_cpu.linear_bf16(dy.contiguous(), weight.contiguous(), True, None, None, dx)
-    return dx
+    written = dtype if dtype in (torch.float32, dy.dtype) else torch.float32
+    dx = torch.empty(dy.shape[0], weight.shape[1], dtype=written)
+    torch.ops.sgmim_fast_cpu.linear(dy.contiguous(), _read(weight, dy), True, None, None, dx)
+    return dx.to(dtype)
 
 
 def dgrad_gelu(dy: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,25 +102,20 @@ def dgrad_gelu(dy: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tens
         torch.ops.sgmim_fast_cpu.gelu_backward(hidden, dhidden, activated, total)
         return dhidden, activated, total
     dhidden = torch.empty_like(hidden)
-    arguments = dy.contiguous(), weight.contiguous(), hidden
-    torch.ops.sgmim_fast_cpu.dgrad_gelu_bf16(*arguments, dhidden, activated, total)
+    arguments = dy.contiguous(), _read(weight, dy), hidden
+    torch.ops.sgmim_fast_cpu.dgrad_gelu(*arguments, dhidden, activated, total)
     return dhidden, activated, total
 
 
-MANY_ROWS = 1024  # from which our float32 wgrad is used
-
-
-@functools.cache
-def _sums_float32() -> bool:
-    """AMD with AVX-512, where wgrads went to oneDNN, whose transposed copies of both operands take up to half of the
-    time if there are many rows; elsewhere MKL's are as good."""
-    return torch.ops.sgmim_fast_cpu.isa().startswith("avx512") and gemm._mkl_is_slow()
+MANY_ROWS = (
+    1024  # from which our float32 wgrad is used: oneDNN's copies both operands transposed, up to half of its time
+)
 
 
 def wgrad(dy: Tensor, x: Tensor) -> Tensor:
     """As `gemm.wgrad`; ours are in float32."""
     if dy.dtype == torch.float32:
-        own = dy.shape[0] >= MANY_ROWS and _sums_float32()
+        own = dy.shape[0] >= MANY_ROWS and _in_float32()
     else:
         own = dy.dtype == torch.bfloat16 and reads_float32_weights()
     if not own:

@@ -1,8 +1,9 @@
-// fprop and dgrad of a linear layer in bfloat16 with AVX512-BF16, from weights as they lie: y (n, outs) = x . weight.
+// fprop and dgrad of a linear layer from weights as they lie: y (n, outs) = x . weight. In float32 with AVX-512, in
+// bfloat16 with AVX512-BF16.
 //
-// The weights may be float32: they are rounded while a panel of them is packed, so that no copy in bfloat16 is written
-// and read again. The sums leave the registers as float32 and go through an epilogue while they are in L1: bias and
-// residual; GELU; or GELU's derivative with the gradient of the bias before it.
+// Weights of a bfloat16 gemm may be float32: they are rounded while a panel of them is packed, so that no copy in
+// bfloat16 is written and read again. The sums leave the registers as float32 and go through an epilogue while they are
+// in L1: bias and residual; GELU; or GELU's derivative with the gradient of the bias before it.
 //
 // A unit of work is a block of y, a chunk of rows by the PANEL columns of a panel, whatever the number of threads. Those of
 // a panel are next to each other, so that each thread packs about its share of the panels.
@@ -10,8 +11,8 @@
 
 #include "cpu/launch.h"
 
-#ifndef SGMIM_LINEAR_BF16
-#define SGMIM_LINEAR_BF16
+#ifndef SGMIM_LINEAR
+#define SGMIM_LINEAR
 namespace sgmim {
 constexpr int64_t CHUNK = 240;       // rows of y in a unit at most: 40 tiles
 constexpr int64_t PACKED = 1 << 17;  // units of packed weights at a time: half of a megabyte, for which L2 has room
@@ -24,16 +25,16 @@ struct EpilogueOf {
   const float* bias = nullptr;     // (outs,), or null
   const void* residual = nullptr;  // (n, outs) like y, or null
   void* y = nullptr;               // (n, outs): the result; of gelu the pre-activation; of gelu_backward its gradient
-  const Bf16* hidden = nullptr;    // (n, outs), of gelu_backward: the pre-activation
-  Bf16* activated = nullptr;       // (n, outs), of both: GELU of the pre-activation
+  const void* hidden = nullptr;    // (n, outs) like x, of gelu_backward: the pre-activation
+  void* activated = nullptr;       // (n, outs) like x, of both: GELU of the pre-activation
   float* partial = nullptr;        // (chunks, outs), of gelu_backward: column sums
 };
 
 // Rows of y in chunks that are all about as long.
 struct Chunks {
-  int64_t rows, count;
-
   static constexpr int64_t TILE = 6;  // TILE_ROWS
+
+  int64_t rows, count;
 
   static Chunks of(int64_t n) {
     const int64_t fewest = std::max<int64_t>((n + CHUNK - 1) / CHUNK, 1), each = (n + fewest - 1) / fewest;
@@ -42,8 +43,8 @@ struct Chunks {
   }
 };
 
-struct LinearBf16 {
-  const Bf16* x;  // (n, ins)
+struct Linear {
+  const void* x;  // (n, ins)
   const void* weight;
   int64_t n, ins, outs;
   Chunks chunks;
@@ -53,10 +54,10 @@ struct LinearBf16 {
 #endif
 
 #undef SGMIM_THIS_FILE
-#define SGMIM_THIS_FILE "cpu/linear_bf16.cpp"
+#define SGMIM_THIS_FILE "cpu/linear.cpp"
 #include "cpu/foreach_isa.h"
 
-#if defined(SGMIM_HAS_BF16)
+#if SGMIM_VECTOR_BYTES == 64
 #include "cpu/vec.h"
 #include "cpu/norm_row.h"
 #include "cpu/gelu_at.h"
@@ -70,7 +71,7 @@ static_assert(Chunks::TILE == TILE_ROWS);
 
 // Fetches what the epilogue of these rows and columns will read and write, while the gemm is at work: each row has a
 // few lines of it, pages apart.
-template <class Y>
+template <class X, class Y>
 SGMIM_INLINE void fetch(
     const EpilogueOf& e, int64_t outs, int64_t first, int64_t rows, int64_t column, int64_t width) {
   const auto lines = [&](const void* matrix, int64_t at, int64_t size) SGMIM_INLINE_LAMBDA {
@@ -82,46 +83,53 @@ SGMIM_INLINE void fetch(
     const int64_t at = r * outs + column;
     lines(e.y, at, sizeof(Y));
     lines(e.residual, at, sizeof(Y));
-    lines(e.hidden, at, sizeof(Bf16));
-    lines(e.activated, at, sizeof(Bf16));
+    lines(e.hidden, at, sizeof(X));
+    lines(e.activated, at, sizeof(X));
   }
 }
 
 // Of `rows` rows from `first`, all in one chunk, and `width` columns from `column`; sums (rows, PANEL).
-template <class Y>
+template <class X, class Y>
 SGMIM_INLINE void epilogue(
     const EpilogueOf& e, int64_t outs, int64_t chunk, int64_t first, int64_t rows, int64_t column, int64_t width,
     const float* sums) {
-  float* partial = e.partial ? e.partial + chunk * outs + column : nullptr;
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t i = 0; i < width; i += LANES) {
-      const int64_t n = part(i, width), at = (first + r) * outs + column + i;
+  for (int64_t i = 0; i < width; i += LANES) {
+    const int64_t n = part(i, width);
+    vf total = {};
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = (first + r) * outs + column + i;
       vf sum = load(sums + r * PANEL + i);
       Y* y = static_cast<Y*>(e.y) + at;
+      X* activated = static_cast<X*>(e.activated) + at;
       if (e.kind == Epilogue::gelu_backward) {
-        const Gelu here = gelu_at<Bf16>(load_part(e.hidden + at, n));
+        const Gelu here = gelu_at<X>(load_part(static_cast<const X*>(e.hidden) + at, n));
         sum *= here.derivative;
-        store_part(partial + i, load_part(partial + i, n) + sum, n);
-        store_part(e.activated + at, here.value, n);
+        total += sum;
+        store_part(activated, here.value, n);
         store_part(y, sum, n);
         continue;
       }
       if (e.bias) sum += load_part(e.bias + column + i, n);
       if (e.residual) sum += load_part(static_cast<const Y*>(e.residual) + at, n);
       store_part(y, sum, n);
-      if (e.kind == Epilogue::gelu)  // of what the backward will read
-        store_part(e.activated + at, gelu_at<Bf16>(load_part(y, n)).value, n);
+      if (e.kind == Epilogue::gelu) store_part(activated, gelu_at<X>(load_part(y, n)).value, n);  // of what is kept
     }
+    if (e.kind == Epilogue::gelu_backward) {
+      float* partial = e.partial + chunk * outs + column + i;
+      store_part(partial, load_part(partial, n) + total, n);
+    }
+  }
 }
 
 // The units of work [begin, end). Of whole panels as many at a time as L2 holds packed. weight: (outs, ins) or, TRANSPOSED,
 // (ins, outs).
-template <class W, class Y, bool TRANSPOSED>
-void linear_units(const LinearBf16* g, int64_t begin, int64_t end) {
-  const int64_t units = g->ins / 2, chunks = g->chunks.count;
+template <class X, class W, class Y, bool TRANSPOSED>
+void linear_units(const Linear* g, int64_t begin, int64_t end) {
+  const int64_t units = g->ins / UNIT<X>, chunks = g->chunks.count;
   const int64_t fit = units > DEPTH ? 1 : PACKED / std::max<int64_t>(units * PANEL, 1);  // `sums` are of one panel
   const int64_t most = std::clamp<int64_t>(fit, 1, (end - begin + chunks - 1) / chunks);
   const std::unique_ptr<float[]> packed(new float[most * units * PANEL]), sums(new float[g->chunks.rows * PANEL]);
+  const X* x = static_cast<const X*>(g->x);
   const W* weight = static_cast<const W*>(g->weight);
   for (int64_t at = begin; at < end;) {
     const int64_t panel = at / chunks, begin_chunk = at % chunks, whole = begin_chunk > 0 ? 0 : (end - at) / chunks;
@@ -132,9 +140,9 @@ void linear_units(const LinearBf16* g, int64_t begin, int64_t end) {
       const int64_t column = p * PANEL, width = std::min(PANEL, g->outs - column);
       float* into = packed.get() + (p - panel) * units * PANEL;
       if (TRANSPOSED)
-        pack_rows<Bf16, PANEL>(weight + column, g->outs, g->ins, width, into);
+        pack_rows<X, PANEL>(weight + column, g->outs, g->ins, width, into);
       else
-        pack_columns(weight + column * g->ins, g->ins, g->ins, width, into);
+        pack_columns<X>(weight + column * g->ins, g->ins, g->ins, width, into);
     }
     for (int64_t chunk = begin_chunk; chunk < end_chunk; ++chunk) {
       const int64_t first = chunk * g->chunks.rows, last = std::min(first + g->chunks.rows, g->n);
@@ -145,11 +153,11 @@ void linear_units(const LinearBf16* g, int64_t begin, int64_t end) {
             const int64_t column = p * PANEL, width = std::min(PANEL, g->outs - column);
             const int64_t rows = std::min(TILE_ROWS, last - r);
             float* tile = sums.get() + (units > DEPTH ? (r - first) * PANEL : 0);
-            if (k + depth == units) fetch<Y>(g->epilogue, g->outs, r, rows, column, width);
-            gemm_tile<Bf16>(
-                rows, width, reinterpret_cast<const char*>(g->x + r * g->ins) + 4 * k, 2 * g->ins, 4,
+            if (k + depth == units) fetch<X, Y>(g->epilogue, g->outs, r, rows, column, width);
+            gemm_tile<X>(
+                rows, width, reinterpret_cast<const char*>(x + r * g->ins) + 4 * k, sizeof(X) * g->ins, 4,
                 packed.get() + ((p - panel) * units + k) * PANEL, depth, tile, PANEL, k > 0);
-            if (k + depth == units) epilogue<Y>(g->epilogue, g->outs, chunk, r, rows, column, width, tile);
+            if (k + depth == units) epilogue<X, Y>(g->epilogue, g->outs, chunk, r, rows, column, width, tile);
           }
       }
     }
@@ -164,35 +172,53 @@ void linear_units(const LinearBf16* g, int64_t begin, int64_t end) {
 #ifdef SGMIM_ONCE
 namespace sgmim {
 
+#if defined(SGMIM_MANY_ISAS)
+template <class X, class W, class Y>
+static void launch_of(const Linear& g, bool transposed) {
+  const auto run = [&](auto kernel, int64_t panel) {
+    const int64_t panels = (g.outs + panel - 1) / panel;
+    parallel(panels * g.chunks.count, 1, [&](int64_t begin, int64_t end) { kernel(&g, begin, end); });
+  };
+#if !defined(SGMIM_WIDEST_ONLY)
+  if (isa() == Isa::avx512)
+    return run(transposed ? &avx512::linear_units<X, W, Y, true> : &avx512::linear_units<X, W, Y, false>, avx512::PANEL);
+#endif
+  run(transposed ? &avx512bf16::linear_units<X, W, Y, true> : &avx512bf16::linear_units<X, W, Y, false>,
+      avx512bf16::PANEL);
+}
+#endif
+
 // Runs the gemm; `transposed`: weight is (ins, outs), as in a dgrad.
 static void launch(
     [[maybe_unused]] const Tensor& x, [[maybe_unused]] const Tensor& weight, [[maybe_unused]] bool transposed,
     [[maybe_unused]] const Tensor& y, [[maybe_unused]] EpilogueOf epilogue) {
-  SGMIM_CHECK(isa() == Isa::avx512bf16, "needs AVX512-BF16, which this machine lacks or SGMIM_FAST_CPU_ISA leaves out");
+  const bool wide = x.scalar_type() == ScalarType::Float;
+  SGMIM_CHECK(
+      isa() == Isa::avx512bf16 || (wide && isa() == Isa::avx512), "needs ", wide ? "AVX-512" : "AVX512-BF16",
+      ", which this machine lacks or SGMIM_FAST_CPU_ISA leaves out");
 #if defined(SGMIM_MANY_ISAS)
   check_matrix(x, "x");
   check_matrix(weight, "weight");
   const int64_t n = x.size(0), ins = x.size(1), outs = weight.size(transposed ? 1 : 0);
-  check_packed(x, "x", ScalarType::BFloat16, n * ins);
+  check_packed(x, "x", x.scalar_type(), n * ins);
   SGMIM_CHECK(weight.size(transposed ? 0 : 1) == ins, "weight does not fit x, which has ", ins, " columns");
-  SGMIM_CHECK(ins % 2 == 0, "x must have an even number of columns, got ", ins);
+  SGMIM_CHECK(wide || ins % 2 == 0, "x must have an even number of columns, got ", ins);
   check_matrix(y, "y");
   SGMIM_CHECK(y.size(0) == n && y.size(1) == outs, "y must be ", n, " x ", outs, ", got ", y.size(0), " x ", y.size(1));
   epilogue.y = y.data_ptr();
+  const Linear g{x.data_ptr(), weight.data_ptr(), n, ins, outs, Chunks::of(n), epilogue};
+  if (wide) {
+    check_packed(weight, "weight", ScalarType::Float, outs * ins);
+    check_packed(y, "y", ScalarType::Float, n * outs);
+    return launch_of<float, float, float>(g, transposed);
+  }
   dispatch_float(weight, "weight", [&](auto weight_type) {
-    dispatch_float(y, "y", [&](auto type) {
-      using W = decltype(weight_type);
-      using Y = decltype(type);
-      const LinearBf16 g{data<Bf16>(x), weight.data_ptr(), n, ins, outs, Chunks::of(n), epilogue};
-      const auto kernel = transposed ? &avx512bf16::linear_units<W, Y, true> : &avx512bf16::linear_units<W, Y, false>;
-      const int64_t panels = (outs + avx512bf16::PANEL - 1) / avx512bf16::PANEL;
-      parallel(panels * g.chunks.count, 1, [&](int64_t begin, int64_t end) { kernel(&g, begin, end); });
-    });
+    dispatch_float(y, "y", [&](auto type) { launch_of<Bf16, decltype(weight_type), decltype(type)>(g, transposed); });
   });
 #endif
 }
 
-static void linear_bf16(
+static void linear(
     const Tensor& x, const Tensor& weight, bool transposed, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& residual, const Tensor& y) {
   check_matrix(y, "y");
@@ -204,33 +230,33 @@ static void linear_bf16(
   launch(x, weight, transposed, y, e);
 }
 
-static void linear_gelu_bf16(
+static void linear_gelu(
     const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& hidden, const Tensor& activated) {
   check_matrix(hidden, "hidden");
-  check_packed(hidden, "hidden", ScalarType::BFloat16, hidden.numel());
+  check_packed(hidden, "hidden", x.scalar_type(), hidden.numel());
   check_packed(bias, "bias", ScalarType::Float, hidden.size(1));
-  check_packed(activated, "activated", ScalarType::BFloat16, hidden.numel());
+  check_packed(activated, "activated", x.scalar_type(), hidden.numel());
   EpilogueOf e;
   e.kind = Epilogue::gelu;
   e.bias = data<float>(bias);
-  e.activated = data<Bf16>(activated);
+  e.activated = activated.data_ptr();
   launch(x, weight, false, hidden, e);
 }
 
-static void dgrad_gelu_bf16(
+static void dgrad_gelu(
     const Tensor& dy, const Tensor& weight, const Tensor& hidden, const Tensor& dhidden, const Tensor& activated,
     const Tensor& sums) {
   check_matrix(hidden, "hidden");
   const int64_t outs = hidden.size(1), chunks = Chunks::of(hidden.size(0)).count;
-  check_packed(hidden, "hidden", ScalarType::BFloat16, hidden.numel());
-  check_packed(dhidden, "dhidden", ScalarType::BFloat16, hidden.numel());
-  check_packed(activated, "activated", ScalarType::BFloat16, hidden.numel());
+  check_packed(hidden, "hidden", dy.scalar_type(), hidden.numel());
+  check_packed(dhidden, "dhidden", dy.scalar_type(), hidden.numel());
+  check_packed(activated, "activated", dy.scalar_type(), hidden.numel());
   check_packed(sums, "sums", ScalarType::Float, outs);
   std::vector<float> partial(chunks * outs, 0.0f);
   EpilogueOf e;
   e.kind = Epilogue::gelu_backward;
-  e.hidden = data<Bf16>(hidden);
-  e.activated = data<Bf16>(activated);
+  e.hidden = hidden.data_ptr();
+  e.activated = activated.data_ptr();
   e.partial = partial.data();
   launch(dy, weight, true, dhidden, e);
   for (int64_t i = 0; i < outs; ++i) {
@@ -241,17 +267,17 @@ static void dgrad_gelu_bf16(
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sgmim_fast_cpu, m) {
-  m.def("linear_bf16(Tensor x, Tensor weight, bool transposed, Tensor? bias, Tensor? residual, Tensor(a!) y) -> ()");
-  m.def("linear_gelu_bf16(Tensor x, Tensor weight, Tensor bias, Tensor(a!) hidden, Tensor(b!) activated) -> ()");
+  m.def("linear(Tensor x, Tensor weight, bool transposed, Tensor? bias, Tensor? residual, Tensor(a!) y) -> ()");
+  m.def("linear_gelu(Tensor x, Tensor weight, Tensor bias, Tensor(a!) hidden, Tensor(b!) activated) -> ()");
   m.def(
-      "dgrad_gelu_bf16(Tensor dy, Tensor weight, Tensor hidden, Tensor(a!) dhidden, Tensor(b!) activated, "
+      "dgrad_gelu(Tensor dy, Tensor weight, Tensor hidden, Tensor(a!) dhidden, Tensor(b!) activated, "
       "Tensor(c!) sums) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sgmim_fast_cpu, CPU, m) {
-  m.impl("linear_bf16", TORCH_BOX(&linear_bf16));
-  m.impl("linear_gelu_bf16", TORCH_BOX(&linear_gelu_bf16));
-  m.impl("dgrad_gelu_bf16", TORCH_BOX(&dgrad_gelu_bf16));
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_gelu", TORCH_BOX(&linear_gelu));
+  m.impl("dgrad_gelu", TORCH_BOX(&dgrad_gelu));
 }
 
 }  // namespace sgmim

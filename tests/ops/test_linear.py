@@ -1,0 +1,193 @@
+"""fprop and dgrad of csrc/cpu/linear.cpp and their epilogues, and when they are chosen."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from checks import assert_close_to_truth
+from torch import Tensor
+from torch.nn import functional as F
+
+from sgmim_fast import backends
+from sgmim_fast.ops import gemm
+from sgmim_fast.ops.cpu import gemm as cpu_gemm
+
+NATIVE = backends.available()["cpu"]
+LOW, WIDE = torch.bfloat16, torch.float32
+ISA = torch.ops.sgmim_fast_cpu.isa() if NATIVE[0] else ""
+pytestmark = [
+    pytest.mark.skipif(not NATIVE[0], reason=NATIVE[1]),
+    pytest.mark.skipif(not ISA.startswith("avx512"), reason="needs AVX-512, not lowered"),
+]
+needs_bfloat16 = pytest.mark.skipif(ISA != "avx512bf16", reason="needs AVX512-BF16, not lowered")
+kernels = torch.ops.sgmim_fast_cpu
+
+# rows, ins, outs: parts of tiles, panels and transposed blocks; several chunks of rows; panels that are packed one by
+# one and together; depths of several blocks
+SHAPES = [
+    *((1, 2, 1), (7, 6, 3), (6, 32, 64), (13, 34, 65), (241, 70, 130), (500, 128, 200), (482, 768, 500)),
+    *((30, 1026, 70), (250, 2100, 130), (0, 4, 3)),
+]
+
+
+def result(rows: int, outs: int, dtype: torch.dtype = LOW) -> Tensor:
+    return torch.full((rows, outs), torch.nan, dtype=dtype)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param((LOW, WIDE), marks=needs_bfloat16),
+        pytest.param((LOW, LOW), marks=needs_bfloat16),
+        (WIDE, WIDE),
+    ],
+    ids=lambda dtypes: f"{dtypes[0]}, weights {dtypes[1]}",
+)
+def dtypes(request):
+    """Of rows and of weights."""
+    return request.param
+
+
+def rounded(sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.randn(sizes).to(dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_fprop(shape, dtypes, bias):
+    (rows, ins, outs), (of_x, of_weight) = shape, dtypes
+    x, weight = rounded((rows, ins), of_x), rounded((outs, ins), of_weight)
+    offset = torch.randn(outs) if bias else None
+    for out in {of_x, WIDE}:
+        residual, y = rounded((rows, outs), out) if bias else None, result(rows, outs, out)
+        kernels.linear(x, weight, False, offset, residual, y)
+        plain = F.linear(x, weight.to(of_x), None if offset is None else offset.to(of_x))
+        truth = F.linear(x.double(), weight.double(), None if offset is None else offset.double())
+        if residual is not None:
+            plain, truth = plain + residual, truth + residual.double()
+        assert_close_to_truth(y, plain, truth, "y")
+        if of_weight == LOW and out == WIDE:  # nothing is rounded: as exact as float32 itself
+            exact = F.linear(x.float(), weight.float(), offset)
+            assert_close_to_truth(y, exact if residual is None else exact + residual, truth, "y unrounded")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dgrad(shape, dtypes):
+    (rows, outs, ins), (of_dy, of_weight) = shape, dtypes
+    dy, weight = rounded((rows, outs), of_dy), rounded((outs, ins), of_weight)
+    dx = result(rows, ins, of_dy)
+    kernels.linear(dy, weight, True, None, None, dx)
+    assert_close_to_truth(dx, dy @ weight.to(of_dy), dy.double() @ weight.double(), "dx")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gelu_is_that_of_what_is_saved(shape, dtypes):
+    (rows, ins, outs), (of_x, of_weight) = shape, dtypes
+    x, weight, bias = rounded((rows, ins), of_x), rounded((outs, ins), of_weight), torch.randn(outs)
+    hidden, activated, y = (result(rows, outs, of_x) for _ in range(3))
+    kernels.linear_gelu(x, weight, bias, hidden, activated)
+    kernels.linear(x, weight, False, bias, None, y)
+    assert torch.equal(hidden, y)
+    again = torch.empty_like(hidden)
+    kernels.gelu(hidden, again)
+    assert torch.equal(activated, again)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dgrad_through_gelu(shape, dtypes):
+    (rows, outs, ins), (of_dy, of_weight) = shape, dtypes
+    dy, weight, hidden = rounded((rows, outs), of_dy), rounded((outs, ins), of_weight), rounded((rows, ins), of_dy)
+    dhidden, activated, sums = result(rows, ins, of_dy), result(rows, ins, of_dy), torch.full((ins,), torch.nan)
+    kernels.dgrad_gelu(dy, weight, hidden, dhidden, activated, sums)
+
+    def through(dtype: torch.dtype) -> Tensor:
+        h = hidden.to(dtype).requires_grad_()
+        return torch.autograd.grad(F.gelu(h), h, dy.to(dtype) @ weight.to(of_dy).to(dtype))[0]
+
+    # the weights' own rounding is in the truth: what is tested is the rest
+    assert_close_to_truth(dhidden, through(of_dy), through(torch.float64), "dhidden")
+    assert_close_to_truth(sums, through(of_dy).float().sum(0), through(torch.float64).sum(0), "sums")
+    again = torch.empty_like(hidden)
+    kernels.gelu(hidden, again)
+    assert torch.equal(activated, again)
+
+
+def test_any_number_of_threads_gives_the_same_bits(dtypes):
+    of_x, of_weight = dtypes
+    x, weight = rounded((500, 96), of_x), rounded((200, 96), of_weight)
+    dy, hidden = rounded((500, 200), of_x), rounded((500, 96), of_x)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            y, dx, activated, sums = result(500, 200, of_x), *(result(500, 96, of_x) for _ in "ab"), torch.empty(96)
+            kernels.linear(x, weight, False, None, None, y)
+            kernels.dgrad_gelu(dy, weight, hidden, dx, activated, sums)
+            found.append((y, dx, activated, sums))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found for a, b in zip(found[0], other, strict=True))
+
+
+@needs_bfloat16
+def test_float32_weights_are_rounded_as_a_copy_is():
+    x, weight, y, again = rounded((50, 64), LOW), torch.randn(70, 64), result(50, 70), result(50, 70)
+    kernels.linear(x, weight, False, None, None, y)
+    kernels.linear(x, weight.to(LOW), False, None, None, again)
+    assert torch.equal(y, again)
+
+
+@pytest.mark.parametrize("kind", [LOW, WIDE], ids=str)
+@pytest.mark.parametrize("ins", [63, 64], ids=["odd", "even"])
+@pytest.mark.parametrize("residual", [None, torch.float64, WIDE, LOW], ids=str)
+@pytest.mark.parametrize("dtype", [None, WIDE, LOW, torch.float64], ids=str)
+def test_the_dtypes_are_those_of_the_library_call(kind, ins, residual, dtype):
+    x, weight, bias = rounded((200, ins), kind), torch.randn(5, ins), torch.randn(5)
+    added = None if residual is None else rounded((200, 5), residual)
+    actual = cpu_gemm.linear(x, weight, bias, residual=added, dtype=dtype)
+    expected = gemm.linear(x, weight.to(kind), bias, residual=added, dtype=dtype)
+    truth = F.linear(x.double(), weight.double(), bias.double()) + (0 if added is None else added.double())
+    assert actual.dtype == expected.dtype
+    assert_close_to_truth(actual, expected, truth)
+    dy = rounded((200, 5 if ins == 63 else 6), kind)
+    weight = torch.randn(dy.shape[1], ins)
+    dx = cpu_gemm.dgrad(dy, weight, dtype)
+    assert dx.dtype == (dtype or kind)
+    assert_close_to_truth(dx, (dy @ weight.to(kind)).to(dtype or kind), dy.double() @ weight.double())
+
+
+@needs_bfloat16
+def test_weights_are_not_copied(monkeypatch):
+    weight, bias = torch.randn(4, 6), torch.randn(4)
+    for last in (False, True):
+        found = cpu_gemm.weights_in(LOW, weight, bias, None, last=last)
+        assert found[0].data_ptr() == weight.data_ptr() and found[1].data_ptr() == bias.data_ptr() and found[2] is None
+    monkeypatch.setattr(cpu_gemm, "reads_float32_weights", lambda: False)
+    assert [t.dtype for t in cpu_gemm.weights_in(LOW, weight, bias)] == [LOW, LOW]
+
+
+def test_avx512_without_bfloat16_instructions():
+    if os.environ.get("SGMIM_FAST_CPU_ISA"):
+        pytest.skip("one is asked for")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-qx",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "(500 or 250) and not same_bits",
+        __file__,
+    ]
+    environment = os.environ | {"SGMIM_FAST_CPU_ISA": "avx512"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
+
+
+def test_an_amx_machine_takes_the_library(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert not cpu_gemm.reads_float32_weights.__wrapped__()

@@ -3,23 +3,24 @@
 //
 // Forward:  t = x[rows] + addend;  y = (t - mean) * rstd * weight + bias.       Reads t (+ addend), writes y (and t).
 // Backward: dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + residual, g = dy * weight, and column sums for the
-//           weight and bias; y is written again for the weight gradient of the gemm that read it.
+//           weight and bias, the residual and dx; y is written again for the weight gradient of the gemm that read it.
+//           Residual and dx may be float32 beside bfloat16, as a residual stream is: nothing of it is rounded.
 #include "cpu/launch.h"
 
 #ifndef SGMIM_NORM_BACKWARD
 #define SGMIM_NORM_BACKWARD
 namespace sgmim {
 // What the backward reads and writes.
-template <class X, class T>
+template <class X, class T, class R>
 struct NormBackward {
   const T* dy;          // (count, width)
   const X* x;           // (*, width): what was normalised
   const int64_t* rows;  // (count,) rows of x, or null
   const float *mean, *rstd, *weight, *bias;
-  const T* residual;  // (count, width): added to dx, or null
-  T* dx;              // (count, width); may be dy
+  const R* residual;  // (count, width): added to dx, or null
+  R* dx;              // (count, width); may be dy
   T* y;               // (count, width): the forward's output again, or null
-  bool sum_dx;
+  bool sum_residual, sum_dx;
   int64_t width;
 };
 }  // namespace sgmim
@@ -70,10 +71,11 @@ void layer_norm_rows(
   }
 }
 
-// ROWS rows together, so that the column sums, (2 or 3, width): of dweight, dbias and, where `sum_dx`, dx, are read and
-// written once for them. The second pass computes again what the first one had: a store takes twice as long as a load.
-template <int ROWS, class X, class T>
-SGMIM_INLINE void norm_backward_few(const NormBackward<X, T>& n, int64_t first, float* sums) {
+// ROWS rows together, so that the column sums, (2 to 4, width): of dweight, dbias and, where they are wanted, the residual
+// and dx, are read and written once for them. The second pass computes again what the first one had: a store takes twice
+// as long as a load.
+template <int ROWS, class X, class T, class R>
+SGMIM_INLINE void norm_backward_few(const NormBackward<X, T, R>& n, int64_t first, float* sums) {
   const int64_t width = n.width, at = first * width;
   const X* from[ROWS];
   float mean[ROWS], rstd[ROWS], mean_g[ROWS], mean_product[ROWS];
@@ -104,21 +106,30 @@ SGMIM_INLINE void norm_backward_few(const NormBackward<X, T>& n, int64_t first, 
   }
   for_row(width, [&](int64_t i, int64_t count, int) SGMIM_INLINE_LAMBDA {
     const vf w = load_part(n.weight + i, count);
-    vf sum = {};
+    vf of_residual = {}, of_dx = {};
     for (int r = 0; r < ROWS; ++r) {
       const int64_t here = at + r * width + i;
       const vf normal = (load_part(from[r] + i, count) - mean[r]) * rstd[r];
       vf d = (load_part(n.dy + here, count) * w - mean_g[r] - normal * mean_product[r]) * rstd[r];
-      if (n.residual) d += load_part(n.residual + here, count);
-      sum += d;
+      if (n.residual) {
+        const vf added = load_part(n.residual + here, count);
+        of_residual += added;
+        d += added;
+      }
+      of_dx += d;
       store_part(n.dx + here, d, count);
     }
-    if (n.sum_dx) store_part(sums + 2 * width + i, load_part(sums + 2 * width + i, count) + sum, count);
+    float* next = sums + 2 * width + i;
+    if (n.sum_residual) {
+      store_part(next, load_part(next, count) + of_residual, count);
+      next += width;
+    }
+    if (n.sum_dx) store_part(next, load_part(next, count) + of_dx, count);
   });
 }
 
-template <class X, class T>
-void layer_norm_backward_rows(const NormBackward<X, T>* norm, float* sums, int64_t begin, int64_t end) {
+template <class X, class T, class R>
+void layer_norm_backward_rows(const NormBackward<X, T, R>* norm, float* sums, int64_t begin, int64_t end) {
   int64_t r = begin;
   for (; r + 2 <= end; r += 2) norm_backward_few<2>(*norm, r, sums);
   if (r < end) norm_backward_few<1>(*norm, r, sums);
@@ -181,26 +192,35 @@ static void layer_norm(
 
 static void layer_norm_backward(
     const Tensor& dy, const Tensor& x, const std::optional<Tensor>& rows, const Tensor& mean, const Tensor& rstd,
-    const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& residual, const Tensor& dx,
-    const std::optional<Tensor>& y, const Tensor& sums) {
+    const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& residual, bool sum_residual, bool sum_dx,
+    const Tensor& dx, const std::optional<Tensor>& y, const Tensor& sums) {
   check_matrix(dy, "dy");
   const int64_t width = dy.size(1), count = dy.size(0);
+  const bool wide = dx.scalar_type() == ScalarType::Float && dy.scalar_type() == ScalarType::BFloat16;
   check_norm(x, rows, weight, bias, mean, rstd, count, width);
-  check_packed(residual, "residual", dy.scalar_type(), count * width);
-  check_packed(dx, "dx", dy.scalar_type(), count * width);
+  check_packed(residual, "residual", dx.scalar_type(), count * width);
+  check_packed(dx, "dx", wide ? ScalarType::Float : dy.scalar_type(), count * width);
   check_packed(y, "y", dy.scalar_type(), count * width);
-  check_packed(sums, "sums", ScalarType::Float, (sums.size(0) == 3 ? 3 : 2) * width);
+  SGMIM_CHECK(!sum_residual || residual.has_value(), "sum_residual is true, and there is no residual");
+  check_packed(sums, "sums", ScalarType::Float, (2 + sum_residual + sum_dx) * width);
   dispatch_float(x, "x", [&](auto x_type) {
     dispatch_float(dy, "dy", [&](auto type) {
       using X = decltype(x_type);
       using T = decltype(type);
-      const NormBackward<X, T> norm{
-          data<T>(dy), data<X>(x), data<int64_t>(rows), data<float>(mean), data<float>(rstd), data<float>(weight),
-          data<float>(bias), data<T>(residual), data<T>(dx), data<T>(y), sums.size(0) == 3, width};
-      const auto kernel = SGMIM_SELECT((layer_norm_backward_rows<X, T>));
-      column_sums(count, sums.numel(), data<float>(sums), [&](int64_t begin, int64_t end, float* partial) {
-        kernel(&norm, partial, begin, end);
-      });
+      const auto run = [&](auto wide_type) {
+        using R = decltype(wide_type);
+        const NormBackward<X, T, R> norm{
+            data<T>(dy), data<X>(x), data<int64_t>(rows), data<float>(mean), data<float>(rstd), data<float>(weight),
+            data<float>(bias), data<R>(residual), data<R>(dx), data<T>(y), sum_residual, sum_dx, width};
+        const auto kernel = SGMIM_SELECT((layer_norm_backward_rows<X, T, R>));
+        column_sums(count, sums.numel(), data<float>(sums), [&](int64_t begin, int64_t end, float* partial) {
+          kernel(&norm, partial, begin, end);
+        });
+      };
+      if (wide)
+        run(float{});
+      else
+        run(type);
     });
   });
 }
@@ -226,7 +246,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sgmim_fast_cpu, m) {
       "Tensor(b!)? sum, Tensor(c!) mean, Tensor(d!) rstd) -> ()");
   m.def(
       "layer_norm_backward(Tensor dy, Tensor x, Tensor? rows, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, "
-      "Tensor? residual, Tensor(a!) dx, Tensor(b!)? y, Tensor(c!) sums) -> ()");
+      "Tensor? residual, bool sum_residual, bool sum_dx, Tensor(a!) dx, Tensor(b!)? y, Tensor(c!) sums) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sgmim_fast_cpu, CPU, m) {

@@ -79,22 +79,20 @@ def layer_norms_backward(gradients: Sequence[NormGradient]) -> list[NormGradient
 
 
 def _layer_norm_backward(g: NormGradient) -> NormGradients:
-    dy = g.dy if g.more is None else g.dy.add_(g.more)
-    # a wider residual is added to the result instead, unrounded
-    inside = g.residual is not None and torch.promote_types(dy.dtype, g.residual.dtype) == dy.dtype
-    residual = g.residual.to(dy.dtype).contiguous() if inside else None
-    y, sums = torch.empty_like(dy), torch.empty(3 if g.sum_dx else 2, dy.shape[1])
-    statistics, vectors = (g.statistics[0], g.statistics[1]), (vector(g.weight), vector(g.bias))
+    dy, residual = g.dy if g.more is None else g.dy.add_(g.more), None
     dx = torch.empty_like(dy) if g.keep else dy
+    if g.residual is not None:  # a wider one is not rounded, nor is dx then
+        wide = torch.promote_types(dy.dtype, g.residual.dtype)
+        residual, dx = g.residual.to(wide).contiguous(), dx if wide == dy.dtype else torch.empty_like(dy, dtype=wide)
+    y, sums = torch.empty_like(dy), torch.empty(2 + g.sum_residual + g.sum_dx, dy.shape[1])
+    statistics, vectors = (g.statistics[0], g.statistics[1]), (vector(g.weight), vector(g.bias))
     torch.ops.sgmim_fast_cpu.layer_norm_backward(
-        dy, g.x.contiguous(), g.rows, *statistics, *vectors, residual, dx, y, sums
+        dy, g.x.contiguous(), g.rows, *statistics, *vectors, residual, g.sum_residual, g.sum_dx, dx, y, sums
     )
-    if g.residual is not None and not inside:
-        dx = dx + g.residual
     if g.rows is not None and g.wanted:
         dx = scattered(dx, g.x, g.rows)
-    total = column_sums([g.residual])[0] if g.sum_residual else None
-    return NormGradients(dx, y, sums[0], sums[1], total, sums[2] if g.sum_dx else None)
+    dweight, dbias, *more = sums.unbind()
+    return NormGradients(dx, y, dweight, dbias, *(() if g.sum_residual else (None,)), *more)
 
 
 def vector(parameter: Tensor | None) -> Tensor | None:

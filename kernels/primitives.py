@@ -90,7 +90,8 @@ def window_attention_backward(
     grad: Tensor, qkv: Tensor, w: Windows, wanted: Container[str]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     if qkv.is_cuda and whole_attention.takes(qkv, w) and "pad" not in wanted:
-        return whole_attention.whole_attention_backward(grad, qkv, w), {}
+        dqkv = whole_attention.whole_attention_backward(grad, qkv, w)
+        return dqkv, {"qkv_bias": column_sums([dqkv.flatten(0, 2)])[0]} if "qkv_bias" in wanted else {}
     return windows.window_attention_backward(grad, qkv, w, wanted)
 
 

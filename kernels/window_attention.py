@@ -37,7 +37,7 @@ from torch import Tensor
 
 from sgmim_fast.kernels.arithmetic import cast, dot, inside_of
 from sgmim_fast.kernels.launch import cdiv, launch, next_power_of_2, tf32
-from sgmim_fast.kernels.sums import finished
+from sgmim_fast.kernels.sums import column_sums, finished
 from sgmim_fast.ops.primitives import Windows
 from sgmim_fast.ops.target import target
 from sgmim_fast.ops.window_attention import APART, MAX_LOGIT_SCALE, TINY
@@ -466,10 +466,11 @@ def window_attention_backward(
     if "logit_scale" in wanted:
         sums["logit_scale"] = partials(groups * blocks, w.heads)
     dpad = None
-    if "pad" in wanted and windows.inputs[-1] is None:
-        sums["pad"] = torch.zeros(1, qkv.shape[3], dtype=torch.float32, device=qkv.device)
-    elif "pad" in wanted:
-        sums["pad"] = dpad = partials(groups if one_kernel else key_groups * key_blocks, qkv.shape[3])
+    if windows.inputs[-1] is not None and ("pad" in wanted or "qkv_bias" in wanted):
+        dpad = partials(groups if one_kernel else key_groups * key_blocks, qkv.shape[3])
+    if "pad" in wanted:
+        none = dpad is None
+        sums["pad"] = torch.zeros(1, qkv.shape[3], dtype=torch.float32, device=qkv.device) if none else dpad
     softmaxes = None if one_kernel else partials(3, windows.count, w.heads, windows.tokens)
     windows.launch(
         _window_attention_backward_kernel, grad, *windows.inputs, dqkv, sums.get("bias"), sums.get("logit_scale"),
@@ -490,4 +491,7 @@ def window_attention_backward(
     if "bias" in wanted and w.index is not None:
         (dense,) = finished([sums["bias"]], [torch.float32])
         sums["bias"] = _table_sum(dense, windows.inputs[2], w.bias)
+    if "qkv_bias" in wanted:
+        (inside,) = column_sums([dqkv.flatten(0, 2)])
+        sums["qkv_bias"] = inside if dpad is None else torch.cat([inside, dpad])
     return dqkv, sums

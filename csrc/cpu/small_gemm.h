@@ -1,68 +1,111 @@
-// C (+)= A . B for the small matrices of one attention head, all in cache. Register tile: 6 rows x 2 vectors.
+// C (+)= A . B for the small matrices of one attention head, all in cache. Register tile: 6 rows x 2 vectors, with AVX-512 3.
+// (Of 4, as of 64 columns, 2 and 2 are faster.)
 //
 // Included once per instruction set, after vec.h. A: (rows, depth), element (m, t) at a[m * a_stride + t * a_step], so
 // that A^T is A with the two exchanged; B: (depth, columns); C: (rows, columns). B and C have rows padded to whole
-// vectors, so `columns` is a multiple of LANES.
+// vectors, so `columns` is a multiple of LANES. Elements are floats or, with AVX512-BF16, pairs of bfloat16 that are
+// neighbours along the summed dimension, which one instruction multiplies and adds to a float.
+//
+// What becomes of a tile is its `end`: end(m, n, sum) has `sum`, (rows, vectors), of C's rows from m and columns from n.
 namespace sgmim {
 namespace SGMIM_ISA {
 
-template <bool ADD, int ROWS, int VECTORS>
+constexpr int64_t MOST_VECTORS = LANES == 16 ? 3 : 2;
+
+SGMIM_INLINE vf spread(float x) { return set1(x); }
+SGMIM_INLINE vf add_product(vf sum, vf left, vf right, float) { return sum + left * right; }
+
+#if defined(SGMIM_HAS_BF16)
+typedef uint32_t Pair;
+
+SGMIM_INLINE vf spread(Pair x) { return (vf)(x - vu{}); }
+SGMIM_INLINE vf add_product(vf sum, vf left, vf right, Pair) {
+  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
+}
+#endif
+
+template <int ROWS, int VECTORS, class U, class End>
 SGMIM_INLINE void product_tile(
-    const float* a, int64_t a_stride, int64_t a_step, const float* b, int64_t b_stride, float* c, int64_t c_stride,
-    int64_t depth) {
+    const U* a, int64_t a_stride, int64_t a_step, const U* b, int64_t b_stride, int64_t depth, int64_t m, int64_t n,
+    const End& end) {
   vf sum[ROWS][VECTORS] = {};
   for (int64_t t = 0; t < depth; ++t) {
     vf right[VECTORS];  // in this order 6 x 2 sums, 2 of these and one element of A are all that 16 registers hold
-    for (int n = 0; n < VECTORS; ++n) right[n] = load(b + t * b_stride + n * LANES);
-    for (int m = 0; m < ROWS; ++m) {
-      const vf left = set1(a[m * a_stride + t * a_step]);
-      for (int n = 0; n < VECTORS; ++n) sum[m][n] += left * right[n];
+    for (int v = 0; v < VECTORS; ++v) __builtin_memcpy(&right[v], b + t * b_stride + v * LANES, sizeof(vf));
+    for (int r = 0; r < ROWS; ++r) {
+      const vf left = spread(a[r * a_stride + t * a_step]);
+      for (int v = 0; v < VECTORS; ++v) sum[r][v] = add_product(sum[r][v], left, right[v], U{});
     }
   }
-  for (int m = 0; m < ROWS; ++m)
-    for (int n = 0; n < VECTORS; ++n) {
-      float* out = c + m * c_stride + n * LANES;
-      store(out, ADD ? load(out) + sum[m][n] : sum[m][n]);
-    }
+  end(m, n, sum);
 }
 
-template <bool ADD, int ROWS>
+template <int ROWS, class U, class End>
 void product_rows(
-    const float* a, int64_t a_stride, int64_t a_step, const float* b, int64_t b_stride, float* c, int64_t c_stride,
-    int64_t columns, int64_t depth) {
-  int64_t n = 0;
-  for (; n + 2 * LANES <= columns; n += 2 * LANES)
-    product_tile<ADD, ROWS, 2>(a, a_stride, a_step, b + n, b_stride, c + n, c_stride, depth);
-  if (n < columns) product_tile<ADD, ROWS, 1>(a, a_stride, a_step, b + n, b_stride, c + n, c_stride, depth);
+    const U* a, int64_t a_stride, int64_t a_step, const U* b, int64_t b_stride, int64_t columns, int64_t depth,
+    int64_t m, const End& end) {
+  for (int64_t n = 0; n < columns;) {
+    const int64_t left = (columns - n) / LANES;
+    const int64_t vectors = left <= MOST_VECTORS ? left : left == MOST_VECTORS + 1 ? (left + 1) / 2 : MOST_VECTORS;
+    const U* from = b + n;
+    if constexpr (MOST_VECTORS >= 3) {
+      if (vectors == 3) product_tile<ROWS, 3>(a, a_stride, a_step, from, b_stride, depth, m, n, end);
+    }
+    if (vectors == 2) product_tile<ROWS, 2>(a, a_stride, a_step, from, b_stride, depth, m, n, end);
+    if (vectors == 1) product_tile<ROWS, 1>(a, a_stride, a_step, from, b_stride, depth, m, n, end);
+    n += vectors * LANES;
+  }
 }
 
 template <int N>
-struct Rows {
+struct Number {
   static constexpr int value = N;
 };
 
-// tile(Rows<6>, first) for six of the rows at a time, and likewise for those that are left.
+// tile(Number<6>, first) for six of the rows at a time, and likewise for those that are left.
 template <class F>
 SGMIM_INLINE void by_six_rows(int64_t rows, const F& tile) {
   int64_t first = 0;
-  for (; first + 6 <= rows; first += 6) tile(Rows<6>{}, first);
+  for (; first + 6 <= rows; first += 6) tile(Number<6>{}, first);
   switch (rows - first) {
-    case 5: return tile(Rows<5>{}, first);
-    case 4: return tile(Rows<4>{}, first);
-    case 3: return tile(Rows<3>{}, first);
-    case 2: return tile(Rows<2>{}, first);
-    case 1: return tile(Rows<1>{}, first);
+    case 5: return tile(Number<5>{}, first);
+    case 4: return tile(Number<4>{}, first);
+    case 3: return tile(Number<3>{}, first);
+    case 2: return tile(Number<2>{}, first);
+    case 1: return tile(Number<1>{}, first);
   }
 }
 
-template <bool ADD>
-SGMIM_INLINE void gemm(
-    const float* a, int64_t a_stride, int64_t a_step, const float* b, int64_t b_stride, float* c, int64_t c_stride,
-    int64_t rows, int64_t columns, int64_t depth) {
+template <class U, class End>
+SGMIM_INLINE void gemm_with(
+    const U* a, int64_t a_stride, int64_t a_step, const U* b, int64_t b_stride, int64_t rows, int64_t columns,
+    int64_t depth, const End& end) {
   by_six_rows(rows, [&](auto count, int64_t m) SGMIM_INLINE_LAMBDA {
-    product_rows<ADD, decltype(count)::value>(
-        a + m * a_stride, a_stride, a_step, b, b_stride, c + m * c_stride, c_stride, columns, depth);
+    product_rows<decltype(count)::value>(a + m * a_stride, a_stride, a_step, b, b_stride, columns, depth, m, end);
   });
+}
+
+// The end of a gemm that writes C, or adds to it.
+template <bool ADD>
+struct Into {
+  float* c;
+  int64_t stride;
+
+  template <int ROWS, int VECTORS>
+  __attribute__((always_inline)) void operator()(int64_t m, int64_t n, vf (&sum)[ROWS][VECTORS]) const {
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < VECTORS; ++v) {
+        float* to = c + (m + r) * stride + n + v * LANES;
+        store(to, ADD ? load(to) + sum[r][v] : sum[r][v]);
+      }
+  }
+};
+
+template <bool ADD, class U>
+SGMIM_INLINE void gemm(
+    const U* a, int64_t a_stride, int64_t a_step, const U* b, int64_t b_stride, float* c, int64_t c_stride, int64_t rows,
+    int64_t columns, int64_t depth) {
+  gemm_with(a, a_stride, a_step, b, b_stride, rows, columns, depth, Into<ADD>{c, c_stride});
 }
 
 // C = A . B, A row by row.

@@ -76,9 +76,9 @@ void attend_rows(
         const float* panel = panels + n * depth + t * PANEL;
         const int64_t span = std::min(SPAN, depth - t);
         if (t == 0)
-          product_tile<false, ROWS, 2>(rows, depth, 1, panel, PANEL, logits.data() + n, stride, span);
+          product_tile<ROWS, 2>(rows, depth, 1, panel, PANEL, span, 0, 0, Into<false>{logits.data() + n, stride});
         else
-          product_tile<true, ROWS, 2>(rows + t, depth, 1, panel, PANEL, logits.data() + n, stride, span);
+          product_tile<ROWS, 2>(rows + t, depth, 1, panel, PANEL, span, 0, 0, Into<true>{logits.data() + n, stride});
       }
     for (int r = 0; r < ROWS; ++r) {
       float* row = logits.data() + r * stride;

@@ -137,6 +137,23 @@ SGMIM_INLINE vf exp(vf x) {
   return underflow ? vf{} : p * (vf)exponent;
 }
 
+// 2^x for x <= 127; below -126 the result is 0. What is left of x without its integer is exact: 1 ulp.
+SGMIM_INLINE vf exp2(vf x) {
+  const vi underflow = x < -126.0f;
+  x = vmin(set1(127.0f), x);  // in this order NaN stays NaN
+  x = vmax(set1(-126.0f), x);
+  const vf shifted = x + 12582912.0f;  // 1.5 * 2^23: the low mantissa bits are round(x)
+  const vf r = x - (shifted - 12582912.0f);
+  vf p = set1(1.535341268e-4f) * r + 1.339887469e-3f;
+  p = p * r + 9.618437171e-3f;
+  p = p * r + 5.55033247e-2f;
+  p = p * r + 2.402264792e-1f;
+  p = p * r + 6.931472029e-1f;
+  p = p * r + 1.0f;
+  const vi exponent = (((vi)shifted - 0x4b400000) + 127) << 23;
+  return underflow ? vf{} : p * (vf)exponent;
+}
+
 // 2^r for |r| <= 1/2 with a relative error of 8e-5, a 25th of a rounding to bfloat16.
 SGMIM_INLINE vf coarse_exp2(vf r) {
   vf e = set1(0.05517156422f) * r + 0.2426111102f;

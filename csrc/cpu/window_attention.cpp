@@ -22,97 +22,98 @@ namespace sgmim {
 namespace SGMIM_ISA {
 
 template <class T>
-void window_attention_range(
+void window_attention_tasks(
     const WindowGrid* grid,
     const T* qkv,  // (batch * height * width, 3 * channels)
     const T* pad,  // (3 * channels), or null: zeros
     T* out,        // (batch * height * width, channels)
-    int64_t begin, int64_t end) {
+    const WindowTasks* tasks, int64_t begin, int64_t end) {
   WindowHead<T> w(*grid, qkv, pad);
   const int64_t n = w.n, d = w.d, ds = w.ds;
-  Aligned<float> p(n * QUERIES), o(QUERIES * ds);
-  float inverse[QUERIES];
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t head = item % grid->heads;
-    if (item == begin || head == 0) w.enter(item / grid->heads);
+  Aligned<float> floats(n * QUERIES + QUERIES * ds);
+  float *p = floats.data(), *o = p + n * QUERIES;
+  alignas(64) float highest[QUERIES], inverse[QUERIES];
+  w.for_each(*tasks, begin, end, [&](int64_t, int64_t head) SGMIM_INLINE_LAMBDA {
     w.load_head(head);
     for (int64_t first = 0; first < n; first += QUERIES) {
       const int64_t count = n - first < QUERIES ? n - first : QUERIES;
-      w.exponentials(head, first, count, p.data(), inverse);
-      gemm<false>(p.data(), 1, QUERIES, w.v, ds, o.data(), ds, count, ds, n);
-      for (int64_t r = 0; r < count; ++r) {
-        if (w.rows[first + r] < 0) continue;
-        T* to = out + w.rows[first + r] * grid->channels() + head * d;
-        for (int64_t i = 0; i < d; i += LANES)
-          store_part(to + i, load(o.data() + r * ds + i) * inverse[r], part(i, d));
-      }
+      w.logits(head, first, count, p, highest);
+      by_three_vectors(count, [&](auto vectors, int64_t c) SGMIM_INLINE_LAMBDA {
+        constexpr int V = decltype(vectors)::value;
+        vf top[V], sum[V] = {};
+        for (int v = 0; v < V; ++v) top[v] = load(highest + c + v * LANES);
+        for (int64_t j = 0; j < n; ++j)
+          for (int v = 0; v < V; ++v) {
+            float* at = p + j * QUERIES + c + v * LANES;
+            const vf e = exp2(load(at) - top[v]);
+            store(at, e);
+            sum[v] += e;
+          }
+        for (int v = 0; v < V; ++v) store(inverse + c + v * LANES, 1.0f / sum[v]);
+      });
+      gemm<false>(p, 1, QUERIES, w.v, ds, o, ds, count, ds, n);
+      write_results(o, inverse, w.rows.data() + first, count, ds, d, grid->channels(), out + head * d);
     }
-  }
+  });
 }
 
 template <class T>
-void window_attention_backward_range(
+void window_attention_backward_tasks(
     const WindowGrid* grid, const T* qkv, const T* pad,
-    const T* dout,  // (batch * height * width, channels)
-    T* dqkv,        // (batch * height * width, 3 * channels)
-    const WindowSums* sums, int64_t first_head, int64_t last_head, int64_t begin, int64_t end) {
+    const T* dout,           // (batch * height * width, channels)
+    T* dqkv,                 // (batch * height * width, 3 * channels)
+    const WindowSums* sums,  // of each block
+    const WindowTasks* tasks, int64_t begin, int64_t end) {
   WindowHead<T> w(*grid, qkv, pad);
   const int64_t n = w.n, ns = w.ns, d = w.d, ds = w.ds, width = grid->channels();
-  Aligned<float> p(n * QUERIES), dp(n * QUERIES), dq(n * ds), dk(n * ds), dv(n * ds);
-  float inverse[QUERIES];
-  const auto write = [&](const float* rows, int64_t t, int64_t column) {
-    for (int64_t i = 0; i < d; i += LANES)
-      store_part(dqkv + w.rows[t] * 3 * width + column + i, load(rows + t * ds + i), part(i, d));
-  };
-  for (int64_t window = begin; window < end; ++window) {
-    w.enter(window);
-    for (int64_t head = first_head; head < last_head; ++head) {
-      w.load_head(head);
-      w.load_grad(head, dout);
-      for (int64_t t = 0; t < n; ++t)  // written at the end of this head
-        for (int64_t i = 0; i < 3 * d && w.rows[t] >= 0; i += 64 / sizeof(T))
-          __builtin_prefetch(dqkv + w.rows[t] * 3 * width + i / d * width + head * d + i % d, 1);
-      std::fill_n(dk.data(), n * ds, 0.0f);
-      std::fill_n(dv.data(), n * ds, 0.0f);
-      for (int64_t first = 0; first < n; first += QUERIES) {
-        const int64_t count = n - first < QUERIES ? n - first : QUERIES;
-        w.exponentials(head, first, count, p.data(), inverse);
-        gemm<false>(w.v, ds, 1, w.grad_t + first, ns, dp.data(), QUERIES, n, padded(count), d);
-        for (int64_t c = 0; c < count; c += LANES) {
-          const vf normal = load(inverse + c);
-          vf mean = {};
-          for (int64_t j = 0; j < n; ++j) {
-            const vf x = load(p.data() + j * QUERIES + c) * normal;
-            store(p.data() + j * QUERIES + c, x);
-            mean += x * load(dp.data() + j * QUERIES + c);
+  Aligned<float> floats(2 * n * QUERIES + 3 * n * ds);
+  float *p = floats.data(), *dp = p + n * QUERIES, *dq = dp + n * QUERIES, *dk = dq + n * ds, *dv = dk + n * ds;
+  alignas(64) float highest[QUERIES];
+  w.for_each(*tasks, begin, end, [&](int64_t task, int64_t head) SGMIM_INLINE_LAMBDA {
+    const WindowSums& mine = sums[tasks->block(task)];
+    w.load_head(head);
+    w.load_grad(head, dout);
+    for (int64_t first = 0; first < n; first += QUERIES) {
+      const int64_t count = n - first < QUERIES ? n - first : QUERIES, row = grid->bias_row(first);
+      w.fetch_to_write(dqkv, head, first, count);
+      w.logits(head, first, count, p, highest);
+      gemm<false>(w.v, ds, 1, w.grad_t + first, ns, dp, QUERIES, n, padded(count), d);
+      by_three_vectors(count, [&](auto vectors, int64_t c) SGMIM_INLINE_LAMBDA {
+        constexpr int V = decltype(vectors)::value;
+        vf top[V], sum[V] = {}, mean[V] = {}, inverse[V];
+        for (int v = 0; v < V; ++v) top[v] = load(highest + c + v * LANES);
+        for (int64_t j = 0; j < n; ++j)
+          for (int v = 0; v < V; ++v) {
+            const int64_t at = j * QUERIES + c + v * LANES;
+            const vf e = exp2(load(p + at) - top[v]);
+            store(p + at, e);
+            sum[v] += e;
+            mean[v] += e * load(dp + at);
           }
-          float* dbias = sums->bias ? sums->bias + head * n * ns + first + c : nullptr;
-          for (int64_t j = 0; j < n; ++j) {
-            float* at = dp.data() + j * QUERIES + c;
-            const vf ds_j = load(p.data() + j * QUERIES + c) * (load(at) - mean);
-            store(at, ds_j);
-            if (dbias) store(dbias + j * ns, load(dbias + j * ns) + ds_j);
+        for (int v = 0; v < V; ++v) {
+          inverse[v] = 1.0f / sum[v];
+          mean[v] *= inverse[v];
+        }
+        float* dbias = mine.bias ? mine.bias + grid->bias_at(head, first, 0) + c : nullptr;
+        for (int64_t j = 0; j < n; ++j)
+          for (int v = 0; v < V; ++v) {
+            const int64_t at = j * QUERIES + c + v * LANES;
+            const vf x = load(p + at) * inverse[v], dx = x * (load(dp + at) - mean[v]);
+            store(p + at, x);
+            store(dp + at, dx);
+            if (dbias) store(dbias + j * row + v * LANES, load(dbias + j * row + v * LANES) + dx);
           }
-        }
-        gemm<true>(p.data(), QUERIES, 1, w.grad + first * ds, ds, dv.data(), ds, n, ds, count);
-        gemm<true>(dp.data(), QUERIES, 1, w.q + first * ds, ds, dk.data(), ds, n, ds, count);
-        gemm<false>(dp.data(), 1, QUERIES, w.k, ds, dq.data() + first * ds, ds, count, ds, n);
-      }
-      const float along = w.normalize_backward(w.q, w.norms(false), w.scale, dq.data(), n);
-      if (sums->logit_scale) sums->logit_scale[head] += along;
-      w.normalize_backward(w.k, w.norms(true), 1.0f, dk.data(), n);
-      for (int64_t t = 0; t < n; ++t) {
-        if (w.rows[t] >= 0) {
-          write(dq.data(), t, head * d);
-          write(dk.data(), t, width + head * d);
-          write(dv.data(), t, 2 * width + head * d);
-        } else if (sums->pad) {  // of its queries nobody sees the result
-          accumulate_row(dk.data() + t * ds, sums->pad + width + head * d, d);
-          accumulate_row(dv.data() + t * ds, sums->pad + 2 * width + head * d, d);
-        }
-      }
+      });
+      const auto sum = first > 0 ? &gemm_of_head<true, float> : &gemm_of_head<false, float>;
+      sum(p, QUERIES, w.grad + first * ds, ds, dv, n, count);
+      sum(dp, QUERIES, w.q + first * ds, ds, dk, n, count);
+      gemm<false>(dp, 1, QUERIES, w.k, ds, dq + first * ds, ds, count, ds, n);
     }
-  }
+    const float along = w.normalize_backward(w.q, w.norms(false), w.scale, dq, n);
+    if (mine.logit_scale) mine.logit_scale[head] += along;
+    w.normalize_backward(w.k, w.norms(true), 1.0f, dk, n);
+    write_gradients({dq, dk, dv}, w.rows, d, ds, head * d, width, dqkv, mine);
+  });
 }
 
 }  // namespace SGMIM_ISA
@@ -125,7 +126,7 @@ void window_attention_backward_range(
 #ifdef SGMIM_ONCE
 namespace sgmim {
 
-// The grid of a call, and the bias spread out per head, transposed, its rows padded with zeros.
+// The grid of a call, and the bias times log2(e), spread out per head, transposed in blocks, its rows padded with zeros.
 class GridWithBias {
  public:
   GridWithBias(
@@ -150,36 +151,53 @@ class GridWithBias {
     }
     dense_ = Aligned<float>(heads * n * ns);
     grid.bias = dense_.data();
+    places_.assign(n * ns, -1);
     const int64_t* at = data<int64_t>(index);
+    for (int64_t first = 0; first < n; first += QUERIES)
+      for (int64_t j = 0; j < n; ++j)
+        for (int64_t i = first; i < n && i < first + QUERIES; ++i)
+          places_[grid.bias_at(0, first, j) + i - first] = at ? at[i * n + j] : i * n + j;
+    entries_ = entries;
+    stride_ = at ? heads : 1;
+    next_ = at ? 1 : entries;
     const float* values = data<float>(bias);
     float* dense = dense_.data();
-    parallel(heads * n, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const int64_t head = row / n, j = row % n;
-        for (int64_t i = 0; i < n; ++i)
-          dense[row * ns + i] = at ? values[at[i * n + j] * heads + head] : values[(head * n + i) * n + j];
+    parallel(heads, 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> column(entries);
+      for (int64_t head = begin; head < end; ++head) {
+        const float* from = values + head * next_;
+        for (int64_t e = 0; e < entries; ++e) column[e] = from[e * stride_] * LOG2E;
+        for (int64_t place = 0; place < n * ns; ++place)
+          dense[head * n * ns + place] = places_[place] >= 0 ? column[places_[place]] : 0.0f;
       }
     });
   }
 
-  // sums (heads, keys, padded queries) as the gradient of what came in, in an order of its own for each number.
-  static void gradient(const WindowGrid& grid, const float* sums, const std::optional<Tensor>& index, const Tensor& to) {
-    const int64_t n = grid.tokens(), ns = grid.padded_tokens, heads = grid.heads;
-    const int64_t* at = data<int64_t>(index);
+  // sums, as `bias_at` has them, as the gradient of what came in, in an order of its own for each number.
+  void gradient(const float* sums, const Tensor& to) const {
+    const int64_t all = grid.tokens() * grid.padded_tokens;
     float* out = data<float>(to);
-    std::fill_n(out, to.numel(), 0.0f);
-    parallel(heads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t head = begin; head < end; ++head)
-        for (int64_t i = 0; i < n; ++i)
-          for (int64_t j = 0; j < n; ++j)
-            out[at ? at[i * n + j] * heads + head : (head * n + i) * n + j] += sums[(head * n + j) * ns + i];
+    parallel(grid.heads, 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> column(entries_);
+      for (int64_t head = begin; head < end; ++head) {
+        std::fill(column.begin(), column.end(), 0.0f);
+        for (int64_t place = 0; place < all; ++place)
+          if (places_[place] >= 0) column[places_[place]] += sums[head * all + place];
+        float* into = out + head * next_;
+        for (int64_t e = 0; e < entries_; ++e) into[e * stride_] = column[e];
+      }
     });
   }
+
+  // What a head has of the bias.
+  int64_t bytes() const { return grid.bias ? grid.tokens() * grid.padded_tokens * 4 : 0; }
 
   WindowGrid grid;
 
  private:
   Aligned<float> dense_{0};
+  std::vector<int32_t> places_;                  // for each number of a head, as `bias_at` has them: which entry it is, or -1
+  int64_t entries_ = 0, stride_ = 0, next_ = 0;  // of a head, from one to the next, and to those of the next head
 };
 
 static void window_attention(
@@ -188,21 +206,24 @@ static void window_attention(
     int64_t window_w, int64_t shift_h, int64_t shift_w, const Tensor& out) {
   const GridWithBias call(qkv, bias, index, logit_scale, pad, heads, window_h, window_w, shift_h, shift_w);
   check_packed(out, "out", qkv.scalar_type(), qkv.numel() / 3);
+  const WindowTasks tasks(call.grid);
   dispatch_float(qkv, "qkv", [&](auto type) {
     using T = decltype(type);
-    const auto kernel = SGMIM_SELECT((window_attention_range<T>));
-    parallel(call.grid.windows() * heads, 4, [&](int64_t begin, int64_t end) {
-      kernel(&call.grid, data<T>(qkv), data<T>(pad), data<T>(out), begin, end);
+    const auto kernel = SGMIM_SELECT((window_attention_tasks<T>));
+    parallel(tasks.count(), 1, [&](int64_t begin, int64_t end) {
+      kernel(&call.grid, data<T>(qkv), data<T>(pad), data<T>(out), &tasks, begin, end);
     });
   });
 }
 
-// dbias: as bias; dpad: (3 * channels); dlogit_scale: (heads,), of the scale's logarithm. Each may be missing.
+// dbias: as bias; dpad: (3 * channels); dlogit_scale: (heads,), of the scale's logarithm; dqkv_bias: (3 * channels), of what
+// qkv and pad have both had added. Each may be missing.
 static void window_attention_backward(
     const Tensor& dout, const Tensor& qkv, const std::optional<Tensor>& bias, const std::optional<Tensor>& index,
     const std::optional<Tensor>& logit_scale, const std::optional<Tensor>& pad, int64_t heads,
     int64_t window_h, int64_t window_w, int64_t shift_h, int64_t shift_w, const Tensor& dqkv,
-    const std::optional<Tensor>& dbias, const std::optional<Tensor>& dpad, const std::optional<Tensor>& dlogit_scale) {
+    const std::optional<Tensor>& dbias, const std::optional<Tensor>& dpad, const std::optional<Tensor>& dlogit_scale,
+    const std::optional<Tensor>& dqkv_bias) {
   const GridWithBias call(qkv, bias, index, logit_scale, pad, heads, window_h, window_w, shift_h, shift_w);
   check_packed(dout, "dout", qkv.scalar_type(), qkv.numel() / 3);
   check_packed(dqkv, "dqkv", qkv.scalar_type(), qkv.numel());
@@ -210,34 +231,30 @@ static void window_attention_backward(
   if (dbias.has_value()) check_packed(*dbias, "dbias", ScalarType::Float, bias->numel());
   check_packed(dpad, "dpad", ScalarType::Float, qkv.size(3));
   check_packed(dlogit_scale, "dlogit_scale", ScalarType::Float, heads);
-  const int64_t windows = call.grid.windows(), width = 3 * call.grid.channels();
+  check_packed(dqkv_bias, "dqkv_bias", ScalarType::Float, qkv.size(3));
+  const int64_t width = 3 * call.grid.channels();
   const int64_t bias_size = dbias.has_value() ? heads * call.grid.tokens() * call.grid.padded_tokens : 0;
   const int64_t numbers = bias_size + (dpad.has_value() ? width : 0) + (dlogit_scale.has_value() ? heads : 0);
-  const int64_t size = (numbers + 15) / 16 * 16;
-  // 64 blocks of windows and groups of heads: few blocks, since each has sums of its own to be filled and added up, and at
-  // least four heads, which lie side by side; fewer blocks and single heads where the sums would exceed 2M floats.
-  const int64_t most = std::max<int64_t>((int64_t{2} << 20) / std::max<int64_t>(size, 1), 1);
-  int64_t groups = std::clamp<int64_t>(heads / 4, 1, 64);
-  int64_t blocks = std::clamp<int64_t>(64 / groups, 1, std::max<int64_t>(windows, 1));
-  if (blocks > most) {
-    blocks = most;
-    groups = heads;
-  }
+  const int64_t size = (numbers + 15) / 16 * 16, doubles = dqkv_bias.has_value() ? width : 0;
+  // Each block has sums of its own to be filled and added up: at least eight windows, and no more than 2M floats in all.
+  const int64_t most = (int64_t{2} << 20) / std::max<int64_t>(size + 2 * doubles, 1);
+  const WindowTasks tasks(call.grid, call.bytes() + bias_size / heads * 4, most);
+  const int64_t blocks = tasks.blocks;
   Aligned<float> storage(blocks * size);
   float* sums = storage.data();
+  std::vector<double> qkv_sums(blocks * doubles);
+  std::vector<WindowSums> of_blocks;
+  for (int64_t b = 0; b < blocks; ++b) {
+    float* at = sums + b * size;
+    of_blocks.push_back(
+        {dbias.has_value() ? at : nullptr, dpad.has_value() ? at + bias_size : nullptr,
+         dlogit_scale.has_value() ? at + numbers - heads : nullptr, doubles > 0 ? qkv_sums.data() + b * doubles : nullptr});
+  }
   dispatch_float(qkv, "qkv", [&](auto type) {
     using T = decltype(type);
-    const auto kernel = SGMIM_SELECT((window_attention_backward_range<T>));
-    parallel(blocks * groups, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t block = task / groups, group = task % groups;
-        float* at = sums + block * size;
-        WindowSums mine{dbias.has_value() ? at : nullptr, dpad.has_value() ? at + bias_size : nullptr,
-                        dlogit_scale.has_value() ? at + numbers - heads : nullptr};
-        kernel(&call.grid, data<T>(qkv), data<T>(pad), data<T>(dout), data<T>(dqkv), &mine,
-               group * heads / groups, (group + 1) * heads / groups, block * windows / blocks,
-               (block + 1) * windows / blocks);
-      }
+    const auto kernel = SGMIM_SELECT((window_attention_backward_tasks<T>));
+    parallel(tasks.count(), 1, [&](int64_t begin, int64_t end) {
+      kernel(&call.grid, data<T>(qkv), data<T>(pad), data<T>(dout), data<T>(dqkv), of_blocks.data(), &tasks, begin, end);
     });
   });
   parallel(size, 1 << 12, [&](int64_t begin, int64_t end) {
@@ -246,7 +263,13 @@ static void window_attention_backward(
   });
   if (float* to = data<float>(dpad)) std::copy_n(sums + bias_size, width, to);
   if (float* to = data<float>(dlogit_scale)) std::copy_n(sums + numbers - heads, heads, to);
-  if (dbias.has_value()) GridWithBias::gradient(call.grid, sums, index, *dbias);
+  if (float* to = data<float>(dqkv_bias))
+    for (int64_t i = 0; i < doubles; ++i) {
+      double sum = 0;
+      for (int64_t b = 0; b < blocks; ++b) sum += qkv_sums[b * doubles + i];
+      to[i] = static_cast<float>(sum);
+    }
+  if (dbias.has_value()) call.gradient(sums, *dbias);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sgmim_fast_cpu, m) {
@@ -256,7 +279,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sgmim_fast_cpu, m) {
   m.def(
       "window_attention_backward(Tensor dout, Tensor qkv, Tensor? bias, Tensor? index, Tensor? logit_scale, "
       "Tensor? pad, int heads, int window_h, int window_w, int shift_h, int shift_w, Tensor(a!) dqkv, "
-      "Tensor(b!)? dbias, Tensor(c!)? dpad, Tensor(d!)? dlogit_scale) -> ()");
+      "Tensor(b!)? dbias, Tensor(c!)? dpad, Tensor(d!)? dlogit_scale, Tensor(e!)? dqkv_bias) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sgmim_fast_cpu, CPU, m) {

@@ -1,35 +1,209 @@
-// One window and head of window_attention: where its tokens are in the grid, copies of its matrices, and the softmax.
+// One window and head of window_attention: where its tokens are in the grid, copies of its matrices, its logits, and what is
+// written in the end.
 //
 // Included once per instruction set, after vec.h and small_gemm.h.
 namespace sgmim {
 namespace SGMIM_ISA {
 
-constexpr int64_t QUERIES = 48;   // columns of logits at a time, whole vectors of any instruction set
 constexpr float TINY = 1e-12f;    // least norm of a vector, as in torch.nn.functional.normalize
 constexpr float APART = -100.0f;  // added to the logits of tokens that are not neighbours, as in timm
 
 SGMIM_INLINE int64_t padded(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
-// One window and head: where its tokens are, and copies of its matrices. Their rows are padded with zeros.
+// f(Number<3>, first) for three vectors of the columns at a time, and likewise for those that are left.
+template <class F>
+SGMIM_INLINE void by_three_vectors(int64_t columns, const F& f) {
+  int64_t first = 0;
+  for (; columns - first > 2 * LANES; first += 3 * LANES) f(Number<3>{}, first);
+  if (columns - first > LANES)
+    f(Number<2>{}, first);
+  else if (columns > first)
+    f(Number<1>{}, first);
+}
+
+// The end of the logits' gemm, (keys, queries): x = sum * factors + bias, in powers of two, and the highest of each query.
+struct Logits {
+  float* p;                                          // (keys, QUERIES)
+  float* highest;                                    // (QUERIES,)
+  const float *of_queries, *of_keys;                 // factors; of_keys may be null
+  const float* bias;                                 // (keys, bias_row), times log2(e), or null
+  int64_t bias_row;
+  const float* apart;                                // (4, ns): what keys of a group add to each query, or null
+  const int64_t* group;
+  int64_t ns;
+
+  template <int ROWS, int VECTORS>
+  __attribute__((always_inline)) void operator()(int64_t j, int64_t c, vf (&x)[ROWS][VECTORS]) const {
+    for (int v = 0; v < VECTORS; ++v) {
+      const vf by = of_queries ? load(of_queries + c + v * LANES) * LOG2E : set1(LOG2E);
+      for (int r = 0; r < ROWS; ++r) x[r][v] *= by;
+    }
+    if (of_keys)
+      for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) x[r][v] *= of_keys[j + r];
+    if (bias)
+      for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) x[r][v] += load(bias + (j + r) * bias_row + c + v * LANES);
+    if (apart)
+      for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) x[r][v] += load(apart + group[j + r] * ns + c + v * LANES);
+    for (int v = 0; v < VECTORS; ++v) {
+      vf top = load(highest + c + v * LANES);
+      for (int r = 0; r < ROWS; ++r) {
+        store(p + (j + r) * QUERIES + c + v * LANES, x[r][v]);
+        top = vmax(top, x[r][v]);
+      }
+      store(highest + c + v * LANES, top);
+    }
+  }
+};
+
+// Results of queries, (count, ds), times what is the inverse of their sums of exponentials, into the rows of the grid.
 template <class T>
-class WindowHead {
+SGMIM_INLINE void write_results(
+    const float* results, const float* inverse, const int64_t* rows, int64_t count, int64_t ds, int64_t d, int64_t width,
+    T* out) {
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t i = 0; i < d && rows[r] >= 0; i += LANES)
+      store_part(out + rows[r] * width + i, load(results + r * ds + i) * inverse[r], part(i, d));
+}
+
+// C (rows, columns) (+)= A . B, A row by row, both of C's and B's rows `columns` long: out of line, to be chosen from.
+template <bool ADD, class U>
+void gemm_of_head(const U* a, int64_t a_stride, const U* b, int64_t columns, float* c, int64_t rows, int64_t depth) {
+  gemm<ADD>(a, a_stride, 1, b, columns, c, columns, rows, columns, depth);
+}
+
+// Gradients of a head's queries, keys and values, (n, ds) each, into the grid and the sums: as in `column_sums` sixteen
+// rows at a time are added in float, and those sums in double.
+template <class T>
+void write_gradients(
+    const float* const (&gradients)[3], const std::vector<int64_t>& rows, int64_t d, int64_t ds, int64_t column,
+    int64_t width, T* dqkv, const WindowSums& sums) {
+  const int64_t n = rows.size();
+  for (int64_t first = 0; first < n; first += 16) {
+    const int64_t last = n < first + 16 ? n : first + 16;
+    for (int64_t i = 0; i < d; i += LANES) {
+      const int64_t count = part(i, d);
+      vf few[3] = {};
+      for (int64_t t = first; t < last; ++t)
+        for (int64_t m = 0; m < 3; ++m) {
+          const vf x = load(gradients[m] + t * ds + i);
+          const int64_t at = m * width + column + i;
+          few[m] += x;
+          if (rows[t] >= 0)
+            store_part(dqkv + rows[t] * 3 * width + at, x, count);
+          else if (sums.pad && m > 0)  // of its queries nobody sees the result
+            store_part(sums.pad + at, load_part(sums.pad + at, count) + x, count);
+        }
+      for (int64_t m = 0; m < 3 && sums.qkv; ++m) {
+        double* to = sums.qkv + m * width + column + i;
+        float of[LANES];
+        store(of, few[m]);
+        if (count == LANES)  // in vectors
+          for (int64_t l = 0; l < LANES; ++l) to[l] += of[l];
+        else
+          for (int64_t l = 0; l < count; ++l) to[l] += of[l];
+      }
+    }
+  }
+}
+
+// The tokens of one window after the other: where they are in the grid, and which of them are neighbours.
+template <class T>
+class WindowTokens {
  public:
+  WindowTokens(const WindowGrid& grid, const T* qkv, const T* pad)
+      : n(grid.tokens()), ns(grid.padded_tokens), d(grid.head_width), rows(n), grid_(grid), qkv_(qkv), pad_(pad), group_(n),
+        next_rows_(n), next_group_(n), apart_(4 * ns) {}
+
+  // work(task, head) for the heads of each window of tasks.
+  template <class F>
+  void for_each(const WindowTasks& tasks, int64_t begin, int64_t end, const F& work) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = tasks.first_head(task), last = tasks.last_head(task);
+      for (int64_t window = tasks.first_window(task); window < tasks.last_window(task); ++window) {
+        masked_ = grid_.locate(window, rows.data(), group_.data());
+        for (int64_t g = 0; g < 4 && masked_; ++g)
+          for (int64_t t = 0; t < n; ++t) apart_.data()[g * ns + t] = group_[t] == g ? 0.0f : APART * LOG2E;
+        for (int64_t head = first; head < last; ++head) {
+          head_ = head;
+          next_ = rows.data();
+          next_head_ = head + 1;
+          if (next_head_ == last) {
+            const bool more = window + 1 < tasks.last_window(task);
+            const int64_t of = more ? task : task + 1;
+            next_ = of < end ? next_rows_.data() : nullptr;
+            if (next_) grid_.locate(more ? window + 1 : tasks.first_window(of), next_rows_.data(), next_group_.data());
+            if (next_) next_head_ = tasks.first_head(of);
+          }
+          work(task, head);
+        }
+      }
+    }
+  }
+
+  // Fetches the lines that are written in the end, of the tokens [first, first + count).
+  void fetch_to_write(const T* dqkv, int64_t head, int64_t first, int64_t count) const {
+    for (int64_t t = first; t < first + count; ++t)
+      for (int64_t part = 0; part < 3 && rows[t] >= 0; ++part)
+        for (int64_t i = 0; i < d; i += 64 / sizeof(T))
+          __builtin_prefetch(dqkv + (rows[t] * 3 + part) * grid_.channels() + head * d + i, 1);
+  }
+
+  const int64_t n, ns, d;     // tokens of a window, the same padded to whole vectors; width of a head
+  std::vector<int64_t> rows;  // (n,): where the tokens are in the grid, -1 outside
+
+ protected:
+  // A row of a token from `column` on, or of what is outside the grid; null for zeros.
+  const T* row(const T* source, int64_t t, int64_t width, int64_t column, const T* outside) const {
+    return rows[t] >= 0 ? source + rows[t] * width + column : outside ? outside + column : nullptr;
+  }
+
+  // Fetches what the next head reads of a token whose row has been loaded `from` there: pages apart, which no prefetcher of
+  // the hardware guesses. Into L2, but for the head beside this one in a window that leaves room in L1.
+  SGMIM_INLINE_LAMBDA void fetch_next(const T* source, const T* from, int64_t t, int64_t width, int64_t column) const {
+    if (n <= QUERIES && next_ == rows.data()) {
+      for (int64_t i = 0; i < d && from; i += 64 / sizeof(T)) __builtin_prefetch(from + d + i);
+    } else if (next_ && next_[t] >= 0) {
+      const T* next = source + next_[t] * width + column + (next_head_ - head_) * d;
+      for (int64_t i = 0; i < d; i += 64 / sizeof(T)) __builtin_prefetch(next + i, 0, 2);
+    }
+  }
+
+  Logits logits_end(
+      int64_t head, int64_t first, float* p, float* highest, const float* of_queries, const float* of_keys) const {
+    std::fill_n(highest, QUERIES, -__builtin_inff());
+    const float* bias = grid_.bias ? grid_.bias + grid_.bias_at(head, first, 0) : nullptr;
+    const float* apart = masked_ ? apart_.data() + first : nullptr;
+    return {p, highest, of_queries, of_keys, bias, grid_.bias_row(first), apart, group_.data(), ns};
+  }
+
+  const WindowGrid& grid_;
+  const T *qkv_, *pad_;
+
+ private:
+  bool masked_ = false;
+  std::vector<int64_t> group_, next_rows_, next_group_;  // (n,)
+  const int64_t* next_ = nullptr;                        // rows of the next head's tokens, or null
+  int64_t head_ = 0, next_head_ = 0;
+  Aligned<float> apart_;                                 // (4, ns), what keys of a group add to each query
+};
+
+// Copies of the matrices of one window and head, their rows padded with zeros.
+template <class T>
+class WindowHead : public WindowTokens<T> {
+ public:
+  using WindowTokens<T>::n, WindowTokens<T>::ns, WindowTokens<T>::d;
+
   WindowHead(const WindowGrid& grid, const T* qkv, const T* pad)
-      : n(grid.tokens()), ns(grid.padded_tokens), d(grid.head_width), ds(padded(d)), rows(n), grid_(grid), qkv_(qkv),
-        pad_(pad), group_(n), norms_(2 * n), apart_(4 * ns), floats_(4 * n * ds + 2 * d * ns) {
+      : WindowTokens<T>(grid, qkv, pad), ds(padded(d)), norms_(2 * n), floats_(4 * n * ds + 2 * d * ns) {
     q = floats_.data();
     k = q + n * ds;
     v = k + n * ds;
     grad = v + n * ds;
     qt = grad + n * ds;
     grad_t = qt + d * ns;
-  }
-
-  void enter(int64_t window) {
-    masked_ = grid_.locate(window, rows.data(), group_.data());
-    if (!masked_) return;
-    for (int64_t g = 0; g < 4; ++g)
-      for (int64_t t = 0; t < n; ++t) apart_.data()[g * ns + t] = group_[t] == g ? 0.0f : APART;
   }
 
   // Queries (scaled), keys and values of a head.
@@ -54,29 +228,10 @@ class WindowHead {
     transpose(grad, grad_t);
   }
 
-  // Softmax over the keys for the queries [first, first + count): e^(logit - highest), (n, QUERIES), and the inverse of
-  // the sums.
-  void exponentials(int64_t head, int64_t first, int64_t count, float* p, float* inverse) {
-    gemm<false>(k, ds, 1, qt + first, ns, p, QUERIES, n, padded(count), d);
-    const float* bias = grid_.bias ? grid_.bias + head * n * ns + first : nullptr;
-    const float* apart = apart_.data();
-    for (int64_t c = 0; c < count; c += LANES) {
-      vf highest = set1(-__builtin_inff());
-      for (int64_t j = 0; j < n; ++j) {
-        vf x = load(p + j * QUERIES + c);
-        if (bias) x += load(bias + j * ns + c);
-        if (masked_) x += load(apart + group_[j] * ns + first + c);
-        store(p + j * QUERIES + c, x);
-        highest = vmax(highest, x);
-      }
-      vf sum = {};
-      for (int64_t j = 0; j < n; ++j) {
-        const vf e = exp(load(p + j * QUERIES + c) - highest);
-        store(p + j * QUERIES + c, e);
-        sum += e;
-      }
-      store(inverse + c, 1.0f / sum);
-    }
+  // Logits of the queries [first, first + count), (n, QUERIES), in powers of two, and the highest of each.
+  void logits(int64_t head, int64_t first, int64_t count, float* p, float* highest) const {
+    const Logits end = this->logits_end(head, first, p, highest, nullptr, nullptr);
+    gemm_with(k, ds, 1, qt + first, ns, n, padded(count), d, end);
   }
 
   // Gradient of the scaled unit vectors `x` as the gradient of what came in, in place; without cosines only scaled.
@@ -101,19 +256,14 @@ class WindowHead {
   const float* norms(bool of_keys) const { return norms_.data() + of_keys * n; }
 
  private:
+  using WindowTokens<T>::grid_, WindowTokens<T>::qkv_, WindowTokens<T>::pad_;
+
   // Rows of (*, width) that the window's tokens are, columns [column, column + d); `outside` is the row past the grid.
-  template <class S>
-  void load_rows(const S* source, int64_t width, int64_t column, const S* outside, float* out) const {
-    for (int64_t t = 0; t < n; ++t) {
-      const S* row = rows[t] >= 0 ? source + rows[t] * width + column : outside ? outside + column : nullptr;
-      int64_t i = 0;
-      if (!row) {
-        for (; i < ds; i += LANES) store(out + t * ds + i, vf{});
-        continue;
-      }
-      for (int64_t next = 0; next < d; next += 64 / sizeof(S)) __builtin_prefetch(row + d + next);  // of the next head
-      for (; i + LANES <= d; i += LANES) store(out + t * ds + i, load(row + i));
-      if (i < d) store(out + t * ds + i, load_tail(row + i, d - i));
+  void load_rows(const T* source, int64_t width, int64_t column, const T* outside, float* out) const {
+    for (int64_t t = 0; t < n; ++t, out += ds) {
+      const T* from = this->row(source, t, width, column, outside);
+      this->fetch_next(source, from, t, width, column);
+      for (int64_t i = 0; i < ds; i += LANES) store(out + i, from ? load_part(from + i, part(i, d)) : vf{});
     }
   }
 
@@ -142,19 +292,14 @@ class WindowHead {
   }
 
  public:
-  const int64_t n, ns, d, ds;          // tokens of a window, width of a head, and both padded to whole vectors
-  std::vector<int64_t> rows;           // (n,): where the tokens are in the grid, -1 outside
+  const int64_t ds;                    // d, padded to whole vectors
   float scale;                         // of the queries
   float *q, *k, *v, *grad;             // (n, ds)
   float *qt, *grad_t;                  // (d, ns)
 
  private:
-  const WindowGrid& grid_;
-  const T *qkv_, *pad_;
-  bool masked_ = false;
-  std::vector<int64_t> group_;         // (n,)
   std::vector<float> norms_;           // (2, n) of queries and keys
-  Aligned<float> apart_, floats_;      // (4, ns), what keys of a group add to each query; the matrices
+  Aligned<float> floats_;              // the matrices
 };
 
 }  // namespace SGMIM_ISA

@@ -153,17 +153,10 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     (dattended,) = p.dgrads([dout], [weight])
     del dout
     windows = a.windows(p.weights_in(storage, a.qkv_bias)[0] if a.padded else None)
-    wanted = {"qkv", *gradients.wanted} | ({"pad"} if a.padded and "qkv_bias" in gradients else set())
+    wanted = {"qkv", *gradients.wanted}
     dqkv, sums = p.window_attention_backward(dattended.view(attended.shape), qkv, windows, wanted)
     del dattended
     dqkv = dqkv.flatten(0, -2)
-    if "qkv_bias" in gradients:
-        (total,) = p.column_sums([dqkv])
-        if "pad" in sums:
-            inside, outside = p.finish([total, sums.pop("pad")], [torch.promote_types(storage, torch.float32)] * 2)
-            gradients["qkv_bias"] = inside + outside
-        else:
-            gradients.sums({"qkv_bias": total})
     gradients.sums(sums)
     (dy,) = p.dgrads([dqkv], [qkv_weight])
     y = before_backward(p, a, norm, a.rows, dy, added, "qkv_weight", "proj_bias", gradients, storage)

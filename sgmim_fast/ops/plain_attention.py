@@ -187,7 +187,10 @@ def window_attention_backward(
     if w.logit_scale is not None:
         sums["logit_scale"] = logit_scale_gradient((dq * q).sum((0, 1, 2, 4, 5)), w.logit_scale)
         dq, dk = _unit_backward(dq, q, q_norm), _unit_backward(dk, k, k_norm)
-    dqkv, sums["pad"] = windows.join(torch.cat([windows.merge(x) for x in (dq, dk, dv)], -1))
+    dqkv = torch.cat([windows.merge(x) for x in (dq, dk, dv)], -1)
+    if "qkv_bias" in wanted:
+        sums["qkv_bias"] = dqkv.sum((0, 1, 2, 3))
+    dqkv, sums["pad"] = windows.join(dqkv)
     if "bias" in wanted:
         dense = ds.sum((0, 1, 2))
         if w.index is not None:

@@ -177,7 +177,8 @@ class Primitives(Protocol):
     def window_attention_backward(
         self, grad: Tensor, qkv: Tensor, w: Windows, wanted: Container[str]
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Gradient of qkv, and partial sums of those of "bias", "logit_scale" and "pad" that are wanted."""
+        """Gradient of qkv, and partial sums of those of "bias", "logit_scale" and "pad" that are wanted, and of
+        "qkv_bias", which was added to qkv and is `pad`, where there is any: over all tokens, and those outside."""
 
     def embed(self, cells: Any, weight: Tensor | None, eps: float) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The first mergings of `ops.structure_embed`, as many as `embedded` says, with all that comes before them.

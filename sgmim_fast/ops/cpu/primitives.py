@@ -132,8 +132,10 @@ def window_attention_backward(
     grad: Tensor, qkv: Tensor, w: Windows, wanted: Container[str]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
-    sums = {name: torch.empty(getattr(w, name).shape) for name in ("bias", "pad", "logit_scale") if name in wanted}
-    outs = (sums.get(name) for name in ("bias", "pad", "logit_scale"))
+    shapes = {name: t.shape for name, t in w._asdict().items() if isinstance(t, Tensor)} | {"qkv_bias": qkv.shape[3:]}
+    names = "bias", "pad", "logit_scale", "qkv_bias"
+    sums = {name: torch.empty(shapes[name]) for name in names if name in wanted}
+    outs = (sums.get(name) for name in names)
     arguments = _window_arguments(qkv, w)
     torch.ops.sgmim_fast_cpu.window_attention_backward(grad.to(qkv.dtype).contiguous(), *arguments, dqkv, *outs)
     if "logit_scale" in sums:

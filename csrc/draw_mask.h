@@ -71,11 +71,11 @@ SGMIM_HOST_DEVICE void draw_mask(
   for (uint32_t cell = group.rank(); cell < cells; cell += group.size()) {
     const uint32_t y = cell / width, x = cell % width;
     const uint32_t row = y / scale * grid.columns, unit = row + x / scale;  // the row's first unit, and the cell's own
-    const bool hidden = before[unit + 1] > before[unit];
+    const bool is_masked = before[unit + 1] > before[unit];
     const uint32_t above = scale * before[row] + y % scale * (before[row + grid.columns] - before[row]);
-    const uint32_t place = scale * (above + before[unit] - before[row]) + (hidden ? x % scale : 0);
-    mask[cell] = hidden;
-    if (hidden)
+    const uint32_t place = scale * (above + before[unit] - before[row]) + (is_masked ? x % scale : 0);
+    mask[cell] = is_masked;
+    if (is_masked)
       masked_rows[first_masked + place] = first_row + cell;
     else
       visible_rows[first_visible + cell - place] = first_row + cell;

@@ -332,18 +332,18 @@ def dgrads(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
     return dxs
 
 
-def dgrad_gelu(dy: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dx = dy . W * gelu'(hidden), gelu(hidden), and the partial sums of dx over its rows.
+def dgrad_gelu(dy: Tensor, weight: Tensor, pre_activation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dx = dy . W * gelu'(pre_activation), gelu(pre_activation), and the partial sums of dx over its rows.
 
     Cost: 1 launch; through the library 2.
     """
     if not fused():
-        return gelu_backward(torch.mm(dy, weight), hidden)
-    dx, after = torch.empty_like(hidden), torch.empty_like(hidden)
+        return gelu_backward(torch.mm(dy, weight), pre_activation)
+    dx, after = torch.empty_like(pre_activation), torch.empty_like(pre_activation)
     shape = dy.shape[0], weight.shape[1], weight.shape[0]
     tiles = cdiv(shape[0], _config(DGRAD, dy.dtype, [shape]).block_m)
     partials = torch.empty(tiles, shape[1], dtype=torch.float32, device=dy.device)
-    _run(DGRAD, dy.dtype, [dy], [weight], [dx], [shape], before=hidden, after=after, sums=partials)
+    _run(DGRAD, dy.dtype, [dy], [weight], [dx], [shape], before=pre_activation, after=after, sums=partials)
     return dx, after, partials
 
 

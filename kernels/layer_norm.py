@@ -54,9 +54,9 @@ def _normalise(
     mean = tl.sum(value, 1) / width
     centred = tl.where(inside, value - mean[:, None], 0.0)
     rstd = 1 / tl.sqrt_rn(tl.sum(centred * centred, 1) / width + eps)
-    gain = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
-    shift = tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)
-    out = centred * rstd[:, None] * gain[None, :] + shift[None, :]
+    w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
+    b = tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)
+    out = centred * rstd[:, None] * w[None, :] + b[None, :]
     place = row.to(tl.int64)
     if residual is not None:
         out += tl.load(residual + place[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -133,11 +133,11 @@ def _differentiate(
     width, per_program, ROWS: tl.constexpr, BLOCK: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
-    gain = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
-    shift = tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
+    w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
+    b = tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
     # a tile each: added up over its rows once, behind the loop, and not across warps in every round of it
-    dgain = tl.zeros([ROWS, BLOCK], tl.float32)
-    dshift = tl.zeros([ROWS, BLOCK], tl.float32)
+    dweight = tl.zeros([ROWS, BLOCK], tl.float32)
+    dbias = tl.zeros([ROWS, BLOCK], tl.float32)
     if SUMS > 0:
         residual_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     if SUMS > 1:
@@ -157,7 +157,7 @@ def _differentiate(
         mean = tl.load(statistics + row, mask=row < last, other=0.0)[:, None]
         rstd = tl.load(statistics + count + row, mask=row < last, other=0.0)[:, None]
         xhat = tl.where(inside, (value - mean) * rstd, 0.0)
-        g = grad * gain
+        g = grad * w
         out = (g - (tl.sum(g, 1) / width)[:, None] - xhat * (tl.sum(g * xhat, 1) / width)[:, None]) * rstd
         if residual is not None:
             added = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
@@ -169,12 +169,12 @@ def _differentiate(
         if SUMS > 1:
             dx_sum += tl.where(inside, out.to(tl.float32), 0.0)
         if y is not None:
-            tl.store(y + at, cast(xhat * gain + shift, y.dtype.element_ty), mask=inside)
-        dgain += grad * xhat
-        dshift += grad
+            tl.store(y + at, cast(xhat * w + b, y.dtype.element_ty), mask=inside)
+        dweight += grad * xhat
+        dbias += grad
     at = program.to(tl.int64) * width + column
-    tl.store(partials + at, tl.sum(dgain, 0), mask=column < width)
-    tl.store(partials + stride + at, tl.sum(dshift, 0), mask=column < width)
+    tl.store(partials + at, tl.sum(dweight, 0), mask=column < width)
+    tl.store(partials + stride + at, tl.sum(dbias, 0), mask=column < width)
     if SUMS > 0:
         tl.store(partials + 2 * stride + at, tl.sum(residual_sum, 0), mask=column < width)
     if SUMS > 1:

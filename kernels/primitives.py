@@ -75,8 +75,8 @@ def varied(bind: Callable[[Any], Callable[..., Any]], variant: str) -> Callable[
 def linear_norm(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, rows: Tensor, norm: tuple[Tensor, Tensor, float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    t, (gain, shift, eps) = linear(x, weight, bias, residual=residual, rows=rows), norm
-    return t, *layer_norms([Norm(t, gain, shift)], eps, t.dtype)[0]
+    t, (norm_weight, norm_bias, eps) = linear(x, weight, bias, residual=residual, rows=rows), norm
+    return t, *layer_norms([Norm(t, norm_weight, norm_bias)], eps, t.dtype)[0]
 
 
 def window_attention(qkv: Tensor, w: Windows) -> Tensor:
@@ -111,8 +111,8 @@ def place_tokens_backward(
     norm: tuple[Tensor, Tensor] | None, dtype: torch.dtype,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Cost: reads the gradient twice; 6 launches at most."""
-    hidden = torch.ones(dout.shape[0], dtype=torch.uint8, device=dout.device).index_fill_(0, visible, 0)
-    sums, dtokens = {"mask_token": column_sums([dout], hidden)[0]}, dout[visible].to(dtype)
+    masked = torch.ones(dout.shape[0], dtype=torch.uint8, device=dout.device).index_fill_(0, visible, 0)
+    sums, dtokens = {"mask_token": column_sums([dout], masked)[0]}, dout[visible].to(dtype)
     if norm is None:
         return dtokens, sums | {"bias": column_sums([dtokens])[0]}
     (found,) = layer_norms_backward([NormGradient(dtokens, tokens, statistics, *norm, again=False, sum_dx=True)])

@@ -32,23 +32,23 @@ def _keys(seed, image, unit):
 
 @triton.jit
 def _kernel(
-    seed, mask, drawn, visible, visible_offsets, hidden, hidden_offsets, counts, count, gh, gw, scale,
+    seed, mask, drawn, visible, visible_offsets, masked_rows, masked_offsets, counts, count, gh, gw, scale,
     UNITS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0)
     units = gh * gw
     cells = units * scale * scale
     if counts is None:
-        hidden_begin = image.to(tl.int64) * count * scale * scale
-        visible_begin = image.to(tl.int64) * cells - hidden_begin
-        tl.store(hidden_offsets + image + 1, hidden_begin + count * scale * scale)
+        masked_begin = image.to(tl.int64) * count * scale * scale
+        visible_begin = image.to(tl.int64) * cells - masked_begin
+        tl.store(masked_offsets + image + 1, masked_begin + count * scale * scale)
         tl.store(visible_offsets + image + 1, visible_begin + cells - count * scale * scale)
         if image == 0:
-            tl.store(hidden_offsets, hidden_begin)
+            tl.store(masked_offsets, masked_begin)
             tl.store(visible_offsets, visible_begin)
     else:
         count = tl.load(counts + image).to(tl.int32)
-        hidden_begin = tl.load(hidden_offsets + image)
+        masked_begin = tl.load(masked_offsets + image)
         visible_begin = tl.load(visible_offsets + image)
 
     unit = tl.arange(0, UNITS)
@@ -75,10 +75,10 @@ def _kernel(
         row = image.to(tl.int64) * cells + cell
         tl.store(mask + row, masked.to(tl.int8), mask=in_grid)
         found = tl.cumsum((in_grid & masked).to(tl.int32), 0)
-        tl.store(hidden + hidden_begin + found - 1, row, mask=in_grid & masked)
+        tl.store(masked_rows + masked_begin + found - 1, row, mask=in_grid & masked)
         left = tl.cumsum((in_grid & ~masked).to(tl.int32), 0)
         tl.store(visible + visible_begin + left - 1, row, mask=in_grid & ~masked)
-        hidden_begin += tl.max(found, 0)
+        masked_begin += tl.max(found, 0)
         visible_begin += tl.max(left, 0)
 
 
@@ -93,10 +93,10 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Cost: writes mask, rows and offsets; 1 launch where all images have as many masked units, else 5 more."""
     batch, device, units = len(masked), seed.device, gh * gw
-    shape, visible, hidden = sizes(masked, gh, gw, scale)
+    shape, visible, masked_rows = sizes(masked, gh, gw, scale)
     mask = torch.empty(shape, dtype=torch.bool, device=device)
     drawn = torch.empty(batch, units, dtype=torch.int8, device=device)
-    rows = [torch.empty(n, dtype=torch.int64, device=device) for n in (visible, hidden)]
+    rows = [torch.empty(n, dtype=torch.int64, device=device) for n in (visible, masked_rows)]
     same = len(set(masked)) == 1
     number = None if same else counts(masked, device)
     starts = [torch.empty(batch + 1, dtype=torch.int64, device=device) for _ in rows]

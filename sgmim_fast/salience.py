@@ -81,8 +81,8 @@ def draw(
         counts, lost = torch.stack((counts, lost.long())).tolist()  # waits for the device, once
         _refuse(lost)
     order = (of_units + noise / 2).argsort(dim=1, descending=True, stable=True)
-    mask, visible, visible_offsets, hidden, hidden_offsets = first_of(order, counts, rows, columns, scale)
-    return mask, Rows(visible, visible_offsets), Rows(hidden, hidden_offsets)
+    mask, visible, visible_offsets, masked_rows, masked_offsets = first_of(order, counts, rows, columns, scale)
+    return mask, Rows(visible, visible_offsets), Rows(masked_rows, masked_offsets)
 
 
 def _refuse(lost: list[Any]) -> None:

@@ -25,8 +25,8 @@ struct CoordinatesBackward {
   float *dz, *scale, *block_sums;      // (rows, wide), scaled in place by (7); (rows,) by (8); (rows, 4) or null
 };
 struct Composition {
-  const float *weight, *gain, *shift;  // W_i (outs, wide), g_i and b_i (wide,)
-  float* constant;                     // (outs,): a_i, or its gradient
+  const float *weight, *norm_weight, *norm_bias;  // W_i (outs, wide), g_i and β_i (wide,)
+  float* constant;                                // (outs,): a_i, or its gradient
   int64_t wide;
 };
 }  // namespace sgmim
@@ -101,19 +101,19 @@ void centre_rows(T* centred, const Composition* c, int64_t begin, int64_t end) {
     vf sums[4] = {}, constants[4] = {};
     for_row(c->wide, [&](int64_t i, int64_t n, int sum) SGMIM_INLINE_LAMBDA {
       const vf w = load_part(weight + i, n);
-      sums[sum] += w * load_part(c->gain + i, n);
-      constants[sum] += w * load_part(c->shift + i, n);
+      sums[sum] += w * load_part(c->norm_weight + i, n);
+      constants[sum] += w * load_part(c->norm_bias + i, n);
     });
     c->constant[r] = total(constants);
     const float mean = total(sums) / c->wide;
     for (int64_t i = 0; i < c->wide; i += LANES) {
       const int64_t n = part(i, c->wide);
-      store_part(centred + r * c->wide + i, load_part(weight + i, n) * load_part(c->gain + i, n) - mean, n);
+      store_part(centred + r * c->wide + i, load_part(weight + i, n) * load_part(c->norm_weight + i, n) - mean, n);
     }
   }
 }
 
-// By (9): what was the gradient of `centre_rows` becomes that of W_i; sums: of g_i and b_i, wide each.
+// By (9): what was the gradient of `centre_rows` becomes that of W_i; sums: of g_i and β_i, wide each.
 static void centre_backward_rows(float* dcentred, float* sums, const Composition* c, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const float *weight = c->weight + r * c->wide, constant = c->constant[r];
@@ -124,10 +124,10 @@ static void centre_backward_rows(float* dcentred, float* sums, const Composition
     for (int64_t i = 0; i < c->wide; i += LANES) {
       const int64_t n = part(i, c->wide);
       const vf w = load_part(weight + i, n), dscaled = load_part(d + i, n) - mean;
-      float *dgain = sums + i, *dshift = sums + c->wide + i;
-      store_part(dgain, load_part(dgain, n) + dscaled * w, n);
-      store_part(dshift, load_part(dshift, n) + w * constant, n);
-      store_part(d + i, dscaled * load_part(c->gain + i, n) + load_part(c->shift + i, n) * constant, n);
+      float *dnorm_weight = sums + i, *dnorm_bias = sums + c->wide + i;
+      store_part(dnorm_weight, load_part(dnorm_weight, n) + dscaled * w, n);
+      store_part(dnorm_bias, load_part(dnorm_bias, n) + w * constant, n);
+      store_part(d + i, dscaled * load_part(c->norm_weight + i, n) + load_part(c->norm_bias + i, n) * constant, n);
     }
   }
 }
@@ -186,19 +186,21 @@ static void coordinates_backward(
   });
 }
 
-static Composition composition(const Tensor& weight, const Tensor& gain, const Tensor& shift, const Tensor& constant) {
+static Composition composition(
+    const Tensor& weight, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& constant) {
   check_matrix(weight, "weight");
   const int64_t outs = weight.size(0), wide = weight.size(1);
   check_packed(weight, "weight", ScalarType::Float, outs * wide);
-  check_packed(gain, "gain", ScalarType::Float, wide);
-  check_packed(shift, "shift", ScalarType::Float, wide);
+  check_packed(norm_weight, "norm_weight", ScalarType::Float, wide);
+  check_packed(norm_bias, "norm_bias", ScalarType::Float, wide);
   check_packed(constant, "constant", ScalarType::Float, outs);
-  return {data<float>(weight), data<float>(gain), data<float>(shift), data<float>(constant), wide};
+  return {data<float>(weight), data<float>(norm_weight), data<float>(norm_bias), data<float>(constant), wide};
 }
 
 static void centre(
-    const Tensor& weight, const Tensor& gain, const Tensor& shift, const Tensor& centred, const Tensor& constant) {
-  const Composition c = composition(weight, gain, shift, constant);
+    const Tensor& weight, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& centred,
+    const Tensor& constant) {
+  const Composition c = composition(weight, norm_weight, norm_bias, constant);
   check_packed(centred, "centred", centred.scalar_type(), weight.numel());
   dispatch_float(centred, "centred", [&](auto type) {
     using T = decltype(type);
@@ -208,9 +210,9 @@ static void centre(
 }
 
 static void centre_backward(
-    const Tensor& dcentred, const Tensor& weight, const Tensor& gain, const Tensor& shift, const Tensor& dconstant,
-    const Tensor& sums) {
-  const Composition c = composition(weight, gain, shift, dconstant);
+    const Tensor& dcentred, const Tensor& weight, const Tensor& norm_weight, const Tensor& norm_bias,
+    const Tensor& dconstant, const Tensor& sums) {
+  const Composition c = composition(weight, norm_weight, norm_bias, dconstant);
   check_packed(dcentred, "dcentred", ScalarType::Float, weight.numel());
   check_packed(sums, "sums", ScalarType::Float, 2 * c.wide);
   const auto kernel = SGMIM_SELECT((centre_backward_rows));
@@ -224,9 +226,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sgmim_fast_cpu, m) {
   m.def(
       "coordinates_backward(Tensor(a!) dz, Tensor z, Tensor? above, Tensor mean, Tensor rstd, Tensor? x, int width, "
       "Tensor(b!) scale, Tensor(c!)? block_sums, Tensor(d!)? dx) -> ()");
-  m.def("centre(Tensor weight, Tensor gain, Tensor shift, Tensor(a!) centred, Tensor(b!) constant) -> ()");
+  m.def("centre(Tensor weight, Tensor norm_weight, Tensor norm_bias, Tensor(a!) centred, Tensor(b!) constant) -> ()");
   m.def(
-      "centre_backward(Tensor(a!) dcentred, Tensor weight, Tensor gain, Tensor shift, Tensor dconstant, "
+      "centre_backward(Tensor(a!) dcentred, Tensor weight, Tensor norm_weight, Tensor norm_bias, Tensor dconstant, "
       "Tensor(b!) sums) -> ()");
 }
 

@@ -25,7 +25,7 @@ struct EpilogueOf {
   const float* bias = nullptr;     // (outs,), or null
   const void* residual = nullptr;  // (n, outs) like y, or null
   void* y = nullptr;               // (n, outs): the result; of gelu the pre-activation; of gelu_backward its gradient
-  const void* hidden = nullptr;    // (n, outs) like x, of gelu_backward: the pre-activation
+  const void* pre_activation = nullptr;  // (n, outs) like x, of gelu_backward
   void* activated = nullptr;       // (n, outs) like x, of both: GELU of the pre-activation
   float* partial = nullptr;        // (chunks, outs), of gelu_backward: column sums
 };
@@ -83,7 +83,7 @@ SGMIM_INLINE void fetch(
     const int64_t at = r * outs + column;
     lines(e.y, at, sizeof(Y));
     lines(e.residual, at, sizeof(Y));
-    lines(e.hidden, at, sizeof(X));
+    lines(e.pre_activation, at, sizeof(X));
     lines(e.activated, at, sizeof(X));
   }
 }
@@ -102,7 +102,7 @@ SGMIM_INLINE void epilogue(
       Y* y = static_cast<Y*>(e.y) + at;
       X* activated = static_cast<X*>(e.activated) + at;
       if (e.kind == Epilogue::gelu_backward) {
-        const Gelu here = gelu_at<X>(load_part(static_cast<const X*>(e.hidden) + at, n));
+        const Gelu here = gelu_at<X>(load_part(static_cast<const X*>(e.pre_activation) + at, n));
         sum *= here.derivative;
         total += sum;
         store_part(activated, here.value, n);
@@ -231,34 +231,34 @@ static void linear(
 }
 
 static void linear_gelu(
-    const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& hidden, const Tensor& activated) {
-  check_matrix(hidden, "hidden");
-  check_packed(hidden, "hidden", x.scalar_type(), hidden.numel());
-  check_packed(bias, "bias", ScalarType::Float, hidden.size(1));
-  check_packed(activated, "activated", x.scalar_type(), hidden.numel());
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& pre_activation, const Tensor& activated) {
+  check_matrix(pre_activation, "pre_activation");
+  check_packed(pre_activation, "pre_activation", x.scalar_type(), pre_activation.numel());
+  check_packed(bias, "bias", ScalarType::Float, pre_activation.size(1));
+  check_packed(activated, "activated", x.scalar_type(), pre_activation.numel());
   EpilogueOf e;
   e.kind = Epilogue::gelu;
   e.bias = data<float>(bias);
   e.activated = activated.data_ptr();
-  launch(x, weight, false, hidden, e);
+  launch(x, weight, false, pre_activation, e);
 }
 
 static void dgrad_gelu(
-    const Tensor& dy, const Tensor& weight, const Tensor& hidden, const Tensor& dhidden, const Tensor& activated,
+    const Tensor& dy, const Tensor& weight, const Tensor& pre_activation, const Tensor& dpre_activation, const Tensor& activated,
     const Tensor& sums) {
-  check_matrix(hidden, "hidden");
-  const int64_t outs = hidden.size(1), chunks = Chunks::of(hidden.size(0)).count;
-  check_packed(hidden, "hidden", dy.scalar_type(), hidden.numel());
-  check_packed(dhidden, "dhidden", dy.scalar_type(), hidden.numel());
-  check_packed(activated, "activated", dy.scalar_type(), hidden.numel());
+  check_matrix(pre_activation, "pre_activation");
+  const int64_t outs = pre_activation.size(1), chunks = Chunks::of(pre_activation.size(0)).count;
+  check_packed(pre_activation, "pre_activation", dy.scalar_type(), pre_activation.numel());
+  check_packed(dpre_activation, "dpre_activation", dy.scalar_type(), pre_activation.numel());
+  check_packed(activated, "activated", dy.scalar_type(), pre_activation.numel());
   check_packed(sums, "sums", ScalarType::Float, outs);
   std::vector<float> partial(chunks * outs, 0.0f);
   EpilogueOf e;
   e.kind = Epilogue::gelu_backward;
-  e.hidden = hidden.data_ptr();
+  e.pre_activation = pre_activation.data_ptr();
   e.activated = activated.data_ptr();
   e.partial = partial.data();
-  launch(dy, weight, true, dhidden, e);
+  launch(dy, weight, true, dpre_activation, e);
   for (int64_t i = 0; i < outs; ++i) {
     double total = 0;
     for (int64_t c = 0; c < chunks; ++c) total += partial[c * outs + i];
@@ -268,9 +268,9 @@ static void dgrad_gelu(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sgmim_fast_cpu, m) {
   m.def("linear(Tensor x, Tensor weight, bool transposed, Tensor? bias, Tensor? residual, Tensor(a!) y) -> ()");
-  m.def("linear_gelu(Tensor x, Tensor weight, Tensor bias, Tensor(a!) hidden, Tensor(b!) activated) -> ()");
+  m.def("linear_gelu(Tensor x, Tensor weight, Tensor bias, Tensor(a!) pre_activation, Tensor(b!) activated) -> ()");
   m.def(
-      "dgrad_gelu(Tensor dy, Tensor weight, Tensor hidden, Tensor(a!) dhidden, Tensor(b!) activated, "
+      "dgrad_gelu(Tensor dy, Tensor weight, Tensor pre_activation, Tensor(a!) dpre_activation, Tensor(b!) activated, "
       "Tensor(c!) sums) -> ()");
 }
 

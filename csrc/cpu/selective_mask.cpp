@@ -28,10 +28,10 @@ void write_image(
   for (int64_t y = 0; y < gh; ++y) {
     for (int64_t i = 0; i < scale; ++i) {
       for (int64_t x = 0; x < gw; ++x) {
-        const bool hidden = drawn[y * gw + x];
-        int64_t*& rows = hidden ? masked : visible;
+        const bool is_masked = drawn[y * gw + x];
+        int64_t*& rows = is_masked ? masked : visible;
         for (int64_t j = 0; j < scale; ++j) {
-          *mask++ = hidden;
+          *mask++ = is_masked;
           *rows++ = cell++;
         }
       }

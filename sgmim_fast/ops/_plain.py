@@ -48,8 +48,8 @@ def linears(xs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    hidden = linear(x, weight, bias)
-    return hidden, F.gelu(hidden)
+    pre_activation = linear(x, weight, bias)
+    return pre_activation, F.gelu(pre_activation)
 
 
 def linear_norm(
@@ -64,11 +64,11 @@ def dgrads(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
     return [gemm.dgrad(dy, weight) for dy, weight in zip(dys, weights, strict=True)]
 
 
-def dgrad_gelu(dy: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    h = hidden.to(sum_dtype(hidden.dtype))
+def dgrad_gelu(dy: Tensor, weight: Tensor, pre_activation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    h = pre_activation.to(sum_dtype(pre_activation.dtype))
     density = (-0.5 * h * h).exp() * (2 * torch.pi) ** -0.5
-    dhidden = gemm.dgrad(dy, weight).to(h.dtype) * (torch.special.ndtr(h) + h * density)
-    return dhidden.to(hidden.dtype), F.gelu(hidden), dhidden.sum(0)
+    dpre_activation = gemm.dgrad(dy, weight).to(h.dtype) * (torch.special.ndtr(h) + h * density)
+    return dpre_activation.to(pre_activation.dtype), F.gelu(pre_activation), dpre_activation.sum(0)
 
 
 def wgrads(dys: Sequence[Tensor], xs: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
@@ -200,9 +200,9 @@ def place_tokens_backward(
     dout: Tensor, tokens: Tensor | None, statistics: Tensor | None, visible: Tensor,
     norm: tuple[Tensor, Tensor] | None, dtype: torch.dtype,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    hidden = torch.ones(dout.shape[0], dtype=torch.bool, device=dout.device).index_fill_(0, visible, False)
+    masked = torch.ones(dout.shape[0], dtype=torch.bool, device=dout.device).index_fill_(0, visible, False)
     dtokens, wide = dout[visible], sum_dtype(dout.dtype)
-    sums = {"mask_token": dout.where(hidden[:, None], 0).sum(0, dtype=wide)}
+    sums = {"mask_token": dout.where(masked[:, None], 0).sum(0, dtype=wide)}
     if norm is not None:
         found = _layer_norm_backward(NormGradient(dtokens, tokens, statistics, *norm))
         dtokens, sums = found.dx, sums | {"norm_weight": found.weight, "norm_bias": found.bias}

@@ -24,9 +24,9 @@ def linear_norm(
     return t, *_normalised(t, *vectors, eps, t.dtype)
 
 
-def dgrad_gelu(dy: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dhidden = torch.ops.aten.gelu_backward(gemm.dgrad(dy, weight), hidden)
-    return dhidden, F.gelu(hidden), dhidden.sum(0, dtype=sum_dtype(dhidden.dtype))
+def dgrad_gelu(dy: Tensor, weight: Tensor, pre_activation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dpre_activation = torch.ops.aten.gelu_backward(gemm.dgrad(dy, weight), pre_activation)
+    return dpre_activation, F.gelu(pre_activation), dpre_activation.sum(0, dtype=sum_dtype(dpre_activation.dtype))
 
 
 def layer_norms(norms: Sequence[Norm], eps: float, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:

@@ -104,31 +104,33 @@ def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
     y, statistics = before(p, a, rows, storage)
     w1, b1 = p.weights_in(storage, a.fc1_weight, a.fc1_bias)
     w2, b2 = scaled_weights(p, a.layer_scale, storage, a.fc2_weight, a.fc2_bias)
-    hidden, activated = p.linear_gelu(y, w1, b1)
+    pre_activation, activated = p.linear_gelu(y, w1, b1)
     out, norm = behind(p, a, rows, activated, w2, b2)
-    return unflattened(out, a.x), [hidden, *statistics, *norm]
+    return unflattened(out, a.x), [pre_activation, *statistics, *norm]
 
 
 def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gradients: Gradients) -> None:
-    (hidden, *norm), dy = saved, None
+    (pre_activation, *norm), dy = saved, None
     gradients.scaled(a.layer_scale, "fc2_weight", a.fc2_weight, "fc2_bias", a.fc2_bias)
-    grad, added = behind_backward(p, a, norm, grad.flatten(0, -2), hidden.dtype, "fc2_bias", gradients)
-    (w1,) = p.weights_in(hidden.dtype, a.fc1_weight, last=True)
-    (w2,) = scaled_weights(p, a.layer_scale, hidden.dtype, a.fc2_weight, last=True)
-    dhidden, activated, fc1_bias = p.dgrad_gelu(grad, w2, hidden)
+    grad, added = behind_backward(p, a, norm, grad.flatten(0, -2), pre_activation.dtype, "fc2_bias", gradients)
+    (w1,) = p.weights_in(pre_activation.dtype, a.fc1_weight, last=True)
+    (w2,) = scaled_weights(p, a.layer_scale, pre_activation.dtype, a.fc2_weight, last=True)
+    dpre_activation, activated, fc1_bias = p.dgrad_gelu(grad, w2, pre_activation)
     gradients.sums({"fc1_bias": fc1_bias})
     gradients.weight("fc2_weight", grad, activated)
     del activated  # as wide as anything here
     if "x" in gradients or a.norm_weight is not None:
-        (dy,) = p.dgrads([dhidden], [w1])
-    y = before_backward(p, a, norm, a.x.flatten(0, -2), dy, added, "fc1_weight", "fc2_bias", gradients, hidden.dtype)
-    gradients.weight("fc1_weight", dhidden, y)
+        (dy,) = p.dgrads([dpre_activation], [w1])
+    y = before_backward(
+        p, a, norm, a.x.flatten(0, -2), dy, added, "fc1_weight", "fc2_bias", gradients, pre_activation.dtype
+    )
+    gradients.weight("fc1_weight", dpre_activation, y)
 
 
 def _fake(a: Arguments) -> tuple[Tensor, list[Tensor]]:
-    hidden = a.x.new_empty(math.prod(a.x.shape[:-1]), a.fc1_weight.shape[0], dtype=storage_dtype(a.x, a.dtype))
+    pre_activation = a.x.new_empty(math.prod(a.x.shape[:-1]), a.fc1_weight.shape[0], dtype=storage_dtype(a.x, a.dtype))
     dtype = result_dtype(a.x, a.x if a.residual else None, a.dtype, a.layer_scale)
-    return a.x.new_empty(*a.x.shape[:-1], a.fc2_weight.shape[0], dtype=dtype), [hidden, *fake_norm(a)]
+    return a.x.new_empty(*a.x.shape[:-1], a.fc2_weight.shape[0], dtype=dtype), [pre_activation, *fake_norm(a)]
 
 
 _op = Op(

@@ -140,9 +140,9 @@ class Primitives(Protocol):
     def dgrads(self, dys: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
         """dgrad of several layers: dy (n, O) . weight (O, I), all in storage."""
 
-    def dgrad_gelu(self, dy: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """dgrad through a layer and the GELU before it, whose pre-activation is `hidden` (n, I): the gradient of
-        `hidden`, GELU of it once more, and the partial sums over rows of the former."""
+    def dgrad_gelu(self, dy: Tensor, weight: Tensor, pre_activation: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """dgrad through a layer and the GELU before it, of `pre_activation` (n, I): the gradient of that, GELU of it
+        once more, and the partial sums over rows of the former."""
 
     def wgrads(self, dys: Sequence[Tensor], xs: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
         """wgrad of several layers: dy (n, O)^T . x (n, I) from storage, in the dtype of each or that of its sum."""

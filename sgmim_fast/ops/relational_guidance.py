@@ -52,7 +52,7 @@ class Saved(NamedTuple):
     attended: Tensor  # (visible, C) attention's result
     lse: Tensor  # (2, visible, heads) logsumexp of the logits: the largest one, and the rest
     t: Tensor  # (visible, C) after the attention's residual
-    hidden: Tensor  # (visible, hidden) before GELU
+    pre_activation: Tensor  # (visible, hidden)
     query_statistics: Tensor  # (2, visible) mean and 1 / standard deviation
     context_statistics: Tensor  # (2, shown + 1)
     out_statistics: Tensor  # (2, visible)
@@ -193,9 +193,9 @@ def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
     norm = w.out_norm_weight, w.out_norm_bias, a.eps
     rows = torch.arange(len(a.features), device=a.features.device) if a.wanted is None else a.wanted
     t, y, out_statistics = p.linear_norm(attended, wproj, bproj, a.features, rows, norm)
-    hidden, activated = p.linear_gelu(y, w1, b1)
+    pre_activation, activated = p.linear_gelu(y, w1, b1)
     out = p.linear(activated, w2, b2, residual=t, dtype=a.dtype or a.features.dtype)
-    saved = Saved(q, k, v, attended, lse, t, hidden, query_statistics, context_statistics, out_statistics)
+    saved = Saved(q, k, v, attended, lse, t, pre_activation, query_statistics, context_statistics, out_statistics)
     return out, list(saved)
 
 
@@ -204,17 +204,17 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     wq, wk, wv, wproj, w1, w2 = p.weights_in(s.q.dtype, *(getattr(w, name) for name in LINEAR), last=True)
     grad = grad.to(s.q.dtype).contiguous()
     # MLP
-    dhidden, activated, fc1_bias = p.dgrad_gelu(grad, w2, s.hidden)
+    dpre_activation, activated, fc1_bias = p.dgrad_gelu(grad, w2, s.pre_activation)
     gradients.weight("fc2_weight", grad, activated)
     del activated
-    (dy,) = p.dgrads([dhidden], [w1])
+    (dy,) = p.dgrads([dpre_activation], [w1])
     norm = NormGradient(dy, s.t, s.out_statistics, w.out_norm_weight, w.out_norm_bias, residual=grad)
     (out,) = p.layer_norms_backward([norm._replace(sum_residual=True, sum_dx=True)])
-    gradients.weight("fc1_weight", dhidden, out.y)
+    gradients.weight("fc1_weight", dpre_activation, out.y)
     gradients.norm("out_norm_weight", "out_norm_bias", out)
     gradients.sums({"fc1_bias": fc1_bias, "fc2_bias": out.residual, "proj_bias": out.dx_sum})
     dt = out.dx
-    del dhidden, out, norm, dy
+    del dpre_activation, out, norm, dy
     # attention
     gradients.weight("proj_weight", dt, s.attended)
     (dattended,) = p.dgrads([dt], [wproj])
@@ -248,7 +248,7 @@ def _fake(a: Arguments) -> tuple[Tensor, list[Tensor]]:
         attended=empty(visible, width),
         lse=empty(2, visible, a.heads, dtype=wide),
         t=empty(visible, width),
-        hidden=empty(visible, a.parameters.fc1_weight.shape[0]),
+        pre_activation=empty(visible, a.parameters.fc1_weight.shape[0]),
         query_statistics=empty(2, visible, dtype=wide),
         context_statistics=empty(2, shown, dtype=wide),
         out_statistics=empty(2, visible, dtype=wide),

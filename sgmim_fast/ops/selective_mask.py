@@ -50,8 +50,8 @@ def selective_mask(
         ValueError, TypeError: naming the argument, what came and what is expected.
     """
     rows, columns = grid
-    mask, visible, visible_offsets, hidden, hidden_offsets = _op(seed, list(masked), rows, columns, scale)
-    return mask, Rows(visible, visible_offsets), Rows(hidden, hidden_offsets)
+    mask, visible, visible_offsets, masked_rows, masked_offsets = _op(seed, list(masked), rows, columns, scale)
+    return mask, Rows(visible, visible_offsets), Rows(masked_rows, masked_offsets)
 
 
 def _check_arguments(a: Arguments) -> None:
@@ -85,8 +85,8 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
 
 def sizes(masked: Sequence[int], gh: int, gw: int, scale: int) -> tuple[tuple[int, int, int], int, int]:
     """Shape of the mask, number of visible rows, number of masked rows."""
-    hidden, cells = sum(masked) * scale * scale, gh * scale * gw * scale
-    return (len(masked), gh * scale, gw * scale), len(masked) * cells - hidden, hidden
+    masked_rows, cells = sum(masked) * scale * scale, gh * scale * gw * scale
+    return (len(masked), gh * scale, gw * scale), len(masked) * cells - masked_rows, masked_rows
 
 
 def counts(values: Sequence[int], device: torch.device) -> Tensor:
@@ -110,7 +110,7 @@ def first_of(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The results of the op for the first `masked[b]` units of each image b in an order (B, units)."""
     batch, units, device = len(masked), gh * gw, order.device
-    (_, height, width), visible, hidden = sizes(masked, gh, gw, scale)
+    (_, height, width), visible, masked_rows = sizes(masked, gh, gw, scale)
     count = counts(masked, device)
     drawn = torch.zeros(batch, units, dtype=torch.bool, device=device)
     drawn.scatter_(1, order, torch.arange(units, device=device) < count[:, None])
@@ -119,7 +119,7 @@ def first_of(
     def rows(chosen: Tensor, total: int, count: Tensor) -> tuple[Tensor, Tensor]:
         return torch.nonzero_static(chosen.flatten(), size=total).view(-1), offsets(count, scale)
 
-    return mask, *rows(~mask, visible, units - count), *rows(mask, hidden, count)
+    return mask, *rows(~mask, visible, units - count), *rows(mask, masked_rows, count)
 
 
 def _forward(
@@ -135,12 +135,12 @@ def _forward(
 
 
 def _fake(a: Arguments) -> tuple[Tensor, ...]:
-    (shape, visible, hidden), starts, seed = sizes(*a[1:]), len(a.masked) + 1, a.seed
+    (shape, visible, masked_rows), starts, seed = sizes(*a[1:]), len(a.masked) + 1, a.seed
     return (
         seed.new_empty(shape, dtype=torch.bool),
         seed.new_empty(visible),
         seed.new_empty(starts),
-        seed.new_empty(hidden),
+        seed.new_empty(masked_rows),
         seed.new_empty(starts),
     )
 

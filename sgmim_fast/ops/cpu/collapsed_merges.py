@@ -83,19 +83,19 @@ def backward(
             dz, z[i], above, *statistics[i + 1], below, width, scale, shares, dx
         )
         dx = None if dx is None else dx.view(-1, composed[i].matrix.shape[0])
-    dembed, dbias, dgain, dshift, dpatches = _embedding_backward(
+    dembed, dbias, dnorm_weight, dnorm_bias, dpatches = _embedding_backward(
         embedding, statistics, shares, scale, dz, "structure" in gradients
     )
     del z, dz, above, below, dx, shares  # of all rows, before the matrices
     inputs.clear()
-    dweights, dgains, dshifts, (dmatrix, dbias_0, dgain_0, dshift_0) = compose_backward(
+    dweights, dnorm_weights, dnorm_biases, (dmatrix, dbias_0, dnorm_weight_0, dnorm_bias_0) = compose_backward(
         embedding.w, composed, dmatrices
     )
     for i in range(collapsed):
         gradients[f"merge_weights[{i}]"] = dweights[i]
-        gradients[f"merge_norm_weights[{i}]"], gradients[f"merge_norm_biases[{i}]"] = dgains[i], dshifts[i]
+        gradients[f"merge_norm_weights[{i}]"], gradients[f"merge_norm_biases[{i}]"] = dnorm_weights[i], dnorm_biases[i]
     gradients["embed_weight"], gradients["embed_bias"] = dembed + dmatrix, dbias + dbias_0
-    gradients["norm_weight"], gradients["norm_bias"] = dgain + dgain_0, dshift + dshift_0
+    gradients["norm_weight"], gradients["norm_bias"] = dnorm_weight + dnorm_weight_0, dnorm_bias + dnorm_bias_0
     return dpatches
 
 
@@ -120,12 +120,12 @@ def _embedding_backward(
         dembed += part.weight_gradient(dembedded)
         if needs_patches:
             dpatches.append(part.patches_gradient(dembedded))
-    dgain, dshift, dbias = sums.split(width)
+    dnorm_weight, dnorm_bias, dbias = sums.split(width)
     if not needs_patches:
-        return dembed, dbias, dgain, dshift, None
+        return dembed, dbias, dnorm_weight, dnorm_bias, None
     # The pixels are coordinates themselves, divided by the deviation of their patch.
     direct = dz[: count // 4, :-2].reshape(count, -1)[:, :-1] * rstd[:, None]
-    return dembed, dbias, dgain, dshift, torch.cat(dpatches) + direct
+    return dembed, dbias, dnorm_weight, dnorm_bias, torch.cat(dpatches) + direct
 
 
 def first_coordinates(embedding: Embedding, statistics: list[Tensor]) -> Tensor:
@@ -159,10 +159,10 @@ def compose(embedding: Embedding, count: int) -> list[Composed]:
     embed = embed - embed.mean(0)
     matrix = torch.cat([w.norm_weight.float()[:, None] * embed, w.norm_bias.float()[:, None]], 1)
     composed = [Composed(matrix, embed)]
-    for weight, gain, shift in zip(*_float32(w, count), strict=True):
+    for weight, norm_weight, norm_bias in zip(*_float32(w, count), strict=True):
         (outer, wide), (width, columns) = weight.shape, matrix.shape
         centred, constant = torch.empty(outer, wide, dtype=embedding.cells.dtype), torch.empty(outer)
-        torch.ops.sgmim_fast_cpu.centre(weight, gain, shift, centred, constant)
+        torch.ops.sgmim_fast_cpu.centre(weight, norm_weight, norm_bias, centred, constant)
         blocks = gemm.dgrad(centred.view(-1, width), matrix, torch.float32).view(outer, 4, columns)
         last = blocks[..., -1].sum(1, keepdim=True)
         matrix = torch.cat([blocks[..., :-1].flatten(1), last, constant[:, None]], 1)
@@ -173,9 +173,9 @@ def compose(embedding: Embedding, count: int) -> list[Composed]:
 def compose_backward(
     w: StructureParameters, composed: list[Composed], dmatrices: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """(9): gradients of A_1.. and a_1.. -> of merge weights, gains and shifts, and of the embedding and its norm."""
-    dweights, dgains, dshifts = [], [], []
-    weights, gains, shifts = _float32(w, len(dmatrices))
+    """(9): gradients of A_1.. and a_1.. -> of merge weights, of their norms, and of the embedding and its norm."""
+    dweights, dnorm_weights, dnorm_biases = [], [], []
+    weights, norm_weights, norm_biases = _float32(w, len(dmatrices))
     dmatrix = dmatrices[-1]
     for i in reversed(range(len(dmatrices))):
         below, centred, outer = composed[i].matrix, composed[i + 1].centred, weights[i].shape[0]
@@ -187,21 +187,26 @@ def compose_backward(
         dweight = gemm.linear(dblocks, below, dtype=torch.float32).view_as(weights[i])
         sums = torch.empty(2, weights[i].shape[1])
         dconstant = dmatrix[:, -1].contiguous()
-        torch.ops.sgmim_fast_cpu.centre_backward(dweight, weights[i], gains[i], shifts[i], dconstant, sums)
+        torch.ops.sgmim_fast_cpu.centre_backward(dweight, weights[i], norm_weights[i], norm_biases[i], dconstant, sums)
         dweights.append(dweight)
-        dgains.append(sums[0])
-        dshifts.append(sums[1])
+        dnorm_weights.append(sums[0])
+        dnorm_biases.append(sums[1])
         dmatrix = gemm.wgrad(centred.view(-1, width), dblocks).float()
         if i > 0:
             dmatrix += dmatrices[i - 1]
     dembed = dmatrix[:, :-1]
-    dgain = (dembed * composed[0].centred).sum(1)
+    dnorm_weight = (dembed * composed[0].centred).sum(1)
     dembed = w.norm_weight.float()[:, None] * dembed
     dembed -= dembed.mean(0)
-    return dweights[::-1], dgains[::-1], dshifts[::-1], [dembed[:, :-1], dembed[:, -1], dgain, dmatrix[:, -1]]
+    return (
+        dweights[::-1],
+        dnorm_weights[::-1],
+        dnorm_biases[::-1],
+        [dembed[:, :-1], dembed[:, -1], dnorm_weight, dmatrix[:, -1]],
+    )
 
 
 def _float32(w: StructureParameters, count: int) -> list[list[Tensor]]:
-    """Weights, gains and shifts of the first `count` mergings, as the kernels read them."""
+    """Weights, norm weights and norm biases of the first `count` mergings, as the kernels read them."""
     lists = w.merge_weights, w.merge_norm_weights, w.merge_norm_biases
     return [[tensor.float().contiguous() for tensor in tensors[:count]] for tensors in lists]

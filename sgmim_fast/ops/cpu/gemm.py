@@ -64,8 +64,8 @@ def linear(
     inside = wide in (torch.float32, x.dtype)  # what the kernel adds in and writes
     y = torch.empty(x.shape[0], weight.shape[0], dtype=wide if inside else torch.float32)
     added = residual.to(wide).contiguous() if inside and residual is not None else None
-    offset = None if bias is None else bias.float().contiguous()
-    torch.ops.sgmim_fast_cpu.linear(x.contiguous(), _read(weight, x), False, offset, added, y)
+    bias = None if bias is None else bias.float().contiguous()
+    torch.ops.sgmim_fast_cpu.linear(x.contiguous(), _read(weight, x), False, bias, added, y)
     y = y if inside or residual is None else y + residual
     return y if dtype is None else y.to(dtype)
 
@@ -73,14 +73,14 @@ def linear(
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """See `Primitives.linear_gelu`."""
     if not ours(x):
-        hidden = linear(x, weight, bias)
-        activated = torch.empty_like(hidden)
-        torch.ops.sgmim_fast_cpu.gelu(hidden, activated)
-        return hidden, activated
-    hidden, activated = (torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype) for _ in range(2))
+        pre_activation = linear(x, weight, bias)
+        activated = torch.empty_like(pre_activation)
+        torch.ops.sgmim_fast_cpu.gelu(pre_activation, activated)
+        return pre_activation, activated
+    pre_activation, activated = (torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype) for _ in range(2))
     arguments = x.contiguous(), _read(weight, x), bias.float().contiguous()
-    torch.ops.sgmim_fast_cpu.linear_gelu(*arguments, hidden, activated)
-    return hidden, activated
+    torch.ops.sgmim_fast_cpu.linear_gelu(*arguments, pre_activation, activated)
+    return pre_activation, activated
 
 
 def dgrad(dy: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -94,22 +94,21 @@ def dgrad(dy: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tenso
     return dx.to(dtype)
 
 
-def dgrad_gelu(dy: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def dgrad_gelu(dy: Tensor, weight: Tensor, pre_activation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See `Primitives.dgrad_gelu`."""
-    activated, total = torch.empty_like(hidden), torch.empty(hidden.shape[1])
+    activated, total = torch.empty_like(pre_activation), torch.empty(pre_activation.shape[1])
     if not ours(dy):
-        dhidden = dgrad(dy, weight)  # turns in place from the gradient after GELU into the one before it
-        torch.ops.sgmim_fast_cpu.gelu_backward(hidden, dhidden, activated, total)
-        return dhidden, activated, total
-    dhidden = torch.empty_like(hidden)
-    arguments = dy.contiguous(), _read(weight, dy), hidden
-    torch.ops.sgmim_fast_cpu.dgrad_gelu(*arguments, dhidden, activated, total)
-    return dhidden, activated, total
+        dpre_activation = dgrad(dy, weight)  # turns in place from the gradient after GELU into the one before it
+        torch.ops.sgmim_fast_cpu.gelu_backward(pre_activation, dpre_activation, activated, total)
+        return dpre_activation, activated, total
+    dpre_activation = torch.empty_like(pre_activation)
+    arguments = dy.contiguous(), _read(weight, dy), pre_activation
+    torch.ops.sgmim_fast_cpu.dgrad_gelu(*arguments, dpre_activation, activated, total)
+    return dpre_activation, activated, total
 
 
-MANY_ROWS = (
-    1024  # from which our float32 wgrad is used: oneDNN's copies both operands transposed, up to half of its time
-)
+# from which our float32 wgrad is used: oneDNN's copies both operands transposed, up to half of its time
+MANY_ROWS = 1024
 
 
 def wgrad(dy: Tensor, x: Tensor) -> Tensor:

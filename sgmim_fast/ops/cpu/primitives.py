@@ -44,8 +44,8 @@ def takes(request: Request) -> tuple[bool, str]:
 def linear_norm(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, rows: Tensor, norm: tuple[Tensor, Tensor, float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    t, (gain, shift, eps) = linear(x, weight, bias), norm
-    return t, *_layer_norm(Norm(residual, gain, shift, rows), eps, x.dtype, add_to=t)
+    t, (norm_weight, norm_bias, eps) = linear(x, weight, bias), norm
+    return t, *_layer_norm(Norm(residual, norm_weight, norm_bias, rows), eps, x.dtype, add_to=t)
 
 
 def linears(xs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:

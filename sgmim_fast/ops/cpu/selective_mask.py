@@ -13,13 +13,13 @@ from sgmim_fast.ops.selective_mask import sizes
 def forward(
     seed: Tensor, masked: Sequence[int], gh: int, gw: int, scale: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shape, visible, hidden = sizes(masked, gh, gw, scale)
+    shape, visible, masked_rows = sizes(masked, gh, gw, scale)
     offsets = len(masked) + 1
     results = (
         torch.empty(shape, dtype=torch.bool),
         torch.empty(visible, dtype=torch.int64),
         torch.empty(offsets, dtype=torch.int64),
-        torch.empty(hidden, dtype=torch.int64),
+        torch.empty(masked_rows, dtype=torch.int64),
         torch.empty(offsets, dtype=torch.int64),
     )
     torch.ops.sgmim_fast_cpu.selective_mask(seed.contiguous(), masked, gh, gw, scale, *results)

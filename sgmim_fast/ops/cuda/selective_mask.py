@@ -26,20 +26,20 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Cost: writes mask, rows and offsets; 1 launch, and a copy of the offsets where the images' counts differ."""
     device, batch = seed.device, len(masked)
-    shape, visible, hidden = sizes(masked, gh, gw, scale)
+    shape, visible, masked_rows = sizes(masked, gh, gw, scale)
     same = len(set(masked)) == 1
     if same:
-        hidden_offsets = torch.empty(batch + 1, dtype=torch.int64, device=device)
+        masked_offsets = torch.empty(batch + 1, dtype=torch.int64, device=device)
     else:  # from page-locked memory, so that nothing waits
         starts = accumulate((count * scale**2 for count in masked), initial=0)
         pinned = torch.tensor(list(starts), dtype=torch.int64, pin_memory=device.type == "cuda")
-        hidden_offsets = pinned.to(device, non_blocking=True)
+        masked_offsets = pinned.to(device, non_blocking=True)
     results = (
         torch.empty(shape, dtype=torch.bool, device=device),
         torch.empty(visible, dtype=torch.int64, device=device),
         torch.empty(batch + 1, dtype=torch.int64, device=device),
-        torch.empty(hidden, dtype=torch.int64, device=device),
-        hidden_offsets,
+        torch.empty(masked_rows, dtype=torch.int64, device=device),
+        masked_offsets,
     )
     torch.ops.sgmim_fast_cuda.selective_mask(seed.contiguous(), masked[0] if same else -1, gh, gw, scale, *results)
     return results

@@ -5,8 +5,8 @@
 // bfloat16 is written and read again. The sums leave the registers as float32 and go through an epilogue while they are
 // in L1: bias and residual; GELU; or GELU's derivative with the gradient of the bias before it.
 //
-// A unit of work is a block of y, a chunk of rows by the PANEL columns of a panel, whatever the number of threads. Those of
-// a panel are next to each other, so that each thread packs about its share of the panels.
+// A unit of work is a block of y, a chunk of rows by the PANEL columns of a panel, whatever the number of threads. Those
+// of a panel are next to each other, so that each thread packs about its share of the panels.
 #include <memory>
 
 #include "cpu/launch.h"
@@ -121,8 +121,8 @@ SGMIM_INLINE void epilogue(
   }
 }
 
-// The units of work [begin, end). Of whole panels as many at a time as L2 holds packed. weight: (outs, ins) or, TRANSPOSED,
-// (ins, outs).
+// The units of work [begin, end). Of whole panels as many at a time as L2 holds packed. weight: (outs, ins) or,
+// TRANSPOSED, (ins, outs).
 template <class X, class W, class Y, bool TRANSPOSED>
 void linear_units(const Linear* g, int64_t begin, int64_t end) {
   const int64_t units = g->ins / UNIT<X>, chunks = g->chunks.count;
@@ -181,7 +181,8 @@ static void launch_of(const Linear& g, bool transposed) {
   };
 #if !defined(SGMIM_WIDEST_ONLY)
   if (isa() == Isa::avx512)
-    return run(transposed ? &avx512::linear_units<X, W, Y, true> : &avx512::linear_units<X, W, Y, false>, avx512::PANEL);
+    return run(
+        transposed ? &avx512::linear_units<X, W, Y, true> : &avx512::linear_units<X, W, Y, false>, avx512::PANEL);
 #endif
   run(transposed ? &avx512bf16::linear_units<X, W, Y, true> : &avx512bf16::linear_units<X, W, Y, false>,
       avx512bf16::PANEL);
@@ -244,8 +245,8 @@ static void linear_gelu(
 }
 
 static void dgrad_gelu(
-    const Tensor& dy, const Tensor& weight, const Tensor& pre_activation, const Tensor& dpre_activation, const Tensor& activated,
-    const Tensor& sums) {
+    const Tensor& dy, const Tensor& weight, const Tensor& pre_activation, const Tensor& dpre_activation,
+    const Tensor& activated, const Tensor& sums) {
   check_matrix(pre_activation, "pre_activation");
   const int64_t outs = pre_activation.size(1), chunks = Chunks::of(pre_activation.size(0)).count;
   check_packed(pre_activation, "pre_activation", dy.scalar_type(), pre_activation.numel());

@@ -134,8 +134,10 @@ static void wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw) {
       const Wgrad g{
           data<T>(dy) + first * outs, data<T>(x) + first * ins, std::min(depth, n - first), outs, ins,
           packed_dy.get(), packed_x.get(), data<float>(dw), first > 0};
-      parallel(blocks, 1, [&](int64_t begin, int64_t end) { pack_dy(&g, begin, end); });
-      parallel(panels, 1, [&](int64_t begin, int64_t end) { pack_x(&g, begin, end); });
+      parallel(blocks + panels, 1, [&](int64_t begin, int64_t end) {  // in one, so that threads wait once
+        pack_dy(&g, begin, std::min(end, blocks));
+        pack_x(&g, std::max(begin - blocks, int64_t{0}), end - blocks);
+      });
       parallel(blocks * panels, 1, [&](int64_t begin, int64_t end) { multiply(&g, begin, end); });
     }
   });

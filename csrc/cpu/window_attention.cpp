@@ -4,8 +4,8 @@
 // One (window, head) at a time lives in float scratch, 48 queries at once. Logits are kept transposed, (keys, queries):
 // the softmax then runs along vectors of queries and needs no sum across a vector. The backward computes the
 // probabilities again, which from a saved log-sum would be less exact: with SwinV2's logits of up to 100 its rounding
-// alone is 1e-5 of them. Gradients that are summed over windows (bias, padding row, logit scale) go through blocks of
-// windows that depend on the shape alone: the same bits for any number of threads.
+// alone is 1e-5 of them. Gradients that are summed over windows (bias, padding row, logit scale, the bias of qkv) go through
+// blocks of windows that depend on the shape alone: the same bits for any number of threads.
 #include "cpu/launch.h"
 #include "cpu/window_grid.h"
 
@@ -112,7 +112,7 @@ void window_attention_backward_tasks(
     const float along = w.normalize_backward(w.q, w.norms(false), w.scale, dq, n);
     if (mine.logit_scale) mine.logit_scale[head] += along;
     w.normalize_backward(w.k, w.norms(true), 1.0f, dk, n);
-    write_gradients({dq, dk, dv}, w.rows, d, ds, head * d, width, dqkv, mine);
+    write_gradients(dq, dk, dv, w.rows, d, ds, head * d, width, dqkv, mine);
   });
 }
 

@@ -74,37 +74,49 @@ void gemm_of_head(const U* a, int64_t a_stride, const U* b, int64_t columns, flo
   gemm<ADD>(a, a_stride, 1, b, columns, c, columns, rows, columns, depth);
 }
 
+// sums += x, its first `count` numbers.
+SGMIM_INLINE void add_in_double(vf x, int64_t count, double* sums) {
+  float of[LANES];
+  store(of, x);
+  if (count == LANES)  // in vectors
+    for (int64_t l = 0; l < LANES; ++l) sums[l] += of[l];
+  else
+    for (int64_t l = 0; l < count; ++l) sums[l] += of[l];
+}
+
 // Gradients of a head's queries, keys and values, (n, ds) each, into the grid and the sums: as in `column_sums` sixteen
 // rows at a time are added in float, and those sums in double.
 template <class T>
 void write_gradients(
-    const float* const (&gradients)[3], const std::vector<int64_t>& rows, int64_t d, int64_t ds, int64_t column,
-    int64_t width, T* dqkv, const WindowSums& sums) {
+    const float* dq, const float* dk, const float* dv, const std::vector<int64_t>& rows, int64_t d, int64_t ds,
+    int64_t column, int64_t width, T* dqkv, const WindowSums& sums) {
   const int64_t n = rows.size();
   for (int64_t first = 0; first < n; first += 16) {
     const int64_t last = n < first + 16 ? n : first + 16;
     for (int64_t i = 0; i < d; i += LANES) {
       const int64_t count = part(i, d);
-      vf few[3] = {};
-      for (int64_t t = first; t < last; ++t)
-        for (int64_t m = 0; m < 3; ++m) {
-          const vf x = load(gradients[m] + t * ds + i);
-          const int64_t at = m * width + column + i;
-          few[m] += x;
-          if (rows[t] >= 0)
-            store_part(dqkv + rows[t] * 3 * width + at, x, count);
-          else if (sums.pad && m > 0)  // of its queries nobody sees the result
-            store_part(sums.pad + at, load_part(sums.pad + at, count) + x, count);
+      vf of_q = {}, of_k = {}, of_v = {};
+      for (int64_t t = first; t < last; ++t) {
+        const vf q = load(dq + t * ds + i), k = load(dk + t * ds + i), v = load(dv + t * ds + i);
+        of_q += q;
+        of_k += k;
+        of_v += v;
+        if (rows[t] >= 0) {
+          T* to = dqkv + rows[t] * 3 * width + column + i;
+          store_part(to, q, count);
+          store_part(to + width, k, count);
+          store_part(to + 2 * width, v, count);
+        } else if (sums.pad) {  // of its queries nobody sees the result
+          float* to = sums.pad + width + column + i;
+          store_part(to, load_part(to, count) + k, count);
+          store_part(to + width, load_part(to + width, count) + v, count);
         }
-      for (int64_t m = 0; m < 3 && sums.qkv; ++m) {
-        double* to = sums.qkv + m * width + column + i;
-        float of[LANES];
-        store(of, few[m]);
-        if (count == LANES)  // in vectors
-          for (int64_t l = 0; l < LANES; ++l) to[l] += of[l];
-        else
-          for (int64_t l = 0; l < count; ++l) to[l] += of[l];
       }
+      if (!sums.qkv) continue;
+      double* to = sums.qkv + column + i;
+      add_in_double(of_q, count, to);
+      add_in_double(of_k, count, to + width);
+      add_in_double(of_v, count, to + 2 * width);
     }
   }
 }

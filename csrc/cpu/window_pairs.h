@@ -275,7 +275,7 @@ void window_attention_backward_tasks<Bf16>(
     const float along = w.finish(false, dq);
     if (mine.logit_scale) mine.logit_scale[head] += along;
     w.finish(true, dk);
-    write_gradients({dq, dk, dv}, w.rows, d, ds, head * d, width, dqkv, mine);
+    write_gradients(dq, dk, dv, w.rows, d, ds, head * d, width, dqkv, mine);
   });
 }
 

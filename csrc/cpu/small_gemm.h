@@ -1,12 +1,12 @@
-// C (+)= A . B for the small matrices of one attention head, all in cache. Register tile: 6 rows x 2 vectors, with AVX-512 3.
-// (Of 4, as of 64 columns, 2 and 2 are faster.)
+// C (+)= A . B for the small matrices of one attention head, all in cache. Register tile: 6 rows x 2 vectors, with
+// AVX-512 3. (Of 4, as of 64 columns, 2 and 2 are faster.)
 //
 // Included once per instruction set, after vec.h. A: (rows, depth), element (m, t) at a[m * a_stride + t * a_step], so
 // that A^T is A with the two exchanged; B: (depth, columns); C: (rows, columns). B and C have rows padded to whole
 // vectors, so `columns` is a multiple of LANES. Elements are floats or, with AVX512-BF16, pairs of bfloat16 that are
 // neighbours along the summed dimension, which one instruction multiplies and adds to a float.
 //
-// What becomes of a tile is its `end`: end(m, n, sum) has `sum`, (rows, vectors), of C's rows from m and columns from n.
+// What becomes of a tile is its `end`: end(m, n, sum) has `sum`, (rows, vectors), of C's rows from m, columns from n.
 namespace sgmim {
 namespace SGMIM_ISA {
 
@@ -103,8 +103,8 @@ struct Into {
 
 template <bool ADD, class U>
 SGMIM_INLINE void gemm(
-    const U* a, int64_t a_stride, int64_t a_step, const U* b, int64_t b_stride, float* c, int64_t c_stride, int64_t rows,
-    int64_t columns, int64_t depth) {
+    const U* a, int64_t a_stride, int64_t a_step, const U* b, int64_t b_stride, float* c, int64_t c_stride,
+    int64_t rows, int64_t columns, int64_t depth) {
   gemm_with(a, a_stride, a_step, b, b_stride, rows, columns, depth, Into<ADD>{c, c_stride});
 }
 

@@ -4,8 +4,8 @@
 // One (window, head) at a time lives in float scratch, 48 queries at once. Logits are kept transposed, (keys, queries):
 // the softmax then runs along vectors of queries and needs no sum across a vector. The backward computes the
 // probabilities again, which from a saved log-sum would be less exact: with SwinV2's logits of up to 100 its rounding
-// alone is 1e-5 of them. Gradients that are summed over windows (bias, padding row, logit scale, the bias of qkv) go through
-// blocks of windows that depend on the shape alone: the same bits for any number of threads.
+// alone is 1e-5 of them. Gradients that are summed over windows (bias, padding row, logit scale, the bias of qkv) go
+// through blocks of windows that depend on the shape alone: the same bits for any number of threads.
 #include "cpu/launch.h"
 #include "cpu/window_grid.h"
 
@@ -126,7 +126,7 @@ void window_attention_backward_tasks(
 #ifdef SGMIM_ONCE
 namespace sgmim {
 
-// The grid of a call, and the bias times log2(e), spread out per head, transposed in blocks, its rows padded with zeros.
+// The grid of a call, and the bias times log2(e), spread out per head, transposed in blocks, rows padded with zeros.
 class GridWithBias {
  public:
   GridWithBias(
@@ -196,7 +196,7 @@ class GridWithBias {
 
  private:
   Aligned<float> dense_{0};
-  std::vector<int32_t> places_;                  // for each number of a head, as `bias_at` has them: which entry it is, or -1
+  std::vector<int32_t> places_;                  // which entry each number of a head is, as `bias_at` has them, or -1
   int64_t entries_ = 0, stride_ = 0, next_ = 0;  // of a head, from one to the next, and to those of the next head
 };
 
@@ -216,8 +216,8 @@ static void window_attention(
   });
 }
 
-// dbias: as bias; dpad: (3 * channels); dlogit_scale: (heads,), of the scale's logarithm; dqkv_bias: (3 * channels), of what
-// qkv and pad have both had added. Each may be missing.
+// dbias: as bias; dpad: (3 * channels); dlogit_scale: (heads,), of the scale's logarithm; dqkv_bias: (3 * channels), of
+// what qkv and pad have both had added. Each may be missing.
 static void window_attention_backward(
     const Tensor& dout, const Tensor& qkv, const std::optional<Tensor>& bias, const std::optional<Tensor>& index,
     const std::optional<Tensor>& logit_scale, const std::optional<Tensor>& pad, int64_t heads,
@@ -236,7 +236,7 @@ static void window_attention_backward(
   const int64_t bias_size = dbias.has_value() ? heads * call.grid.tokens() * call.grid.padded_tokens : 0;
   const int64_t numbers = bias_size + (dpad.has_value() ? width : 0) + (dlogit_scale.has_value() ? heads : 0);
   const int64_t size = (numbers + 15) / 16 * 16, doubles = dqkv_bias.has_value() ? width : 0;
-  // Each block has sums of its own to be filled and added up: at least eight windows, and no more than 2M floats in all.
+  // Each block has sums of its own to be filled and added up, no more than 2M floats in all.
   const int64_t most = (int64_t{2} << 20) / std::max<int64_t>(size + 2 * doubles, 1);
   const WindowTasks tasks(call.grid, call.bytes() + bias_size / heads * 4, most);
   const int64_t blocks = tasks.blocks;
@@ -248,13 +248,15 @@ static void window_attention_backward(
     float* at = sums + b * size;
     of_blocks.push_back(
         {dbias.has_value() ? at : nullptr, dpad.has_value() ? at + bias_size : nullptr,
-         dlogit_scale.has_value() ? at + numbers - heads : nullptr, doubles > 0 ? qkv_sums.data() + b * doubles : nullptr});
+         dlogit_scale.has_value() ? at + numbers - heads : nullptr,
+         doubles > 0 ? qkv_sums.data() + b * doubles : nullptr});
   }
   dispatch_float(qkv, "qkv", [&](auto type) {
     using T = decltype(type);
     const auto kernel = SGMIM_SELECT((window_attention_backward_tasks<T>));
     parallel(tasks.count(), 1, [&](int64_t begin, int64_t end) {
-      kernel(&call.grid, data<T>(qkv), data<T>(pad), data<T>(dout), data<T>(dqkv), of_blocks.data(), &tasks, begin, end);
+      kernel(
+          &call.grid, data<T>(qkv), data<T>(pad), data<T>(dout), data<T>(dqkv), of_blocks.data(), &tasks, begin, end);
     });
   });
   parallel(size, 1 << 12, [&](int64_t begin, int64_t end) {

@@ -35,7 +35,7 @@ struct WindowGrid {
   int64_t down() const { return (height + window_h - 1) / window_h; }
   int64_t across() const { return (width + window_w - 1) / window_w; }
   // Where a head has the bias of a key and of a block's queries [first, first + QUERIES) side by side: the blocks one
-  // after the other, each (keys, queries), so that what goes through one reads lines in a row. The last one is narrower.
+  // after the other, each (keys, queries), so that what goes through one reads lines in a row. The last is narrower.
   int64_t bias_at(int64_t head, int64_t first, int64_t key) const {
     return (head * padded_tokens + first) * tokens() + key * bias_row(first);
   }
@@ -71,8 +71,8 @@ struct WindowTasks {
       : heads(grid.heads), windows(grid.windows()),
         groups(std::clamp<int64_t>(64 / std::max<int64_t>(windows, 1), 1, heads)), blocks(windows) {}
 
-  // Of the backward: up to four heads that lie side by side, but no more than so many whose biases and their sums, `bytes`
-  // each, stay in L2 from window to window; and at most `most` blocks, of eight windows at least.
+  // Of the backward: up to four heads that lie side by side, but no more than so many whose biases and their sums,
+  // `bytes` each, stay in L2 from window to window; and at most `most` blocks, of eight windows at least.
   WindowTasks(const WindowGrid& grid, int64_t bytes, int64_t most) : heads(grid.heads), windows(grid.windows()) {
     const int64_t together = std::clamp<int64_t>((int64_t{384} << 10) / std::max<int64_t>(bytes, 1), 1, 4);
     groups = (heads + together - 1) / together;

@@ -1,5 +1,5 @@
-// One window and head of window_attention: where its tokens are in the grid, copies of its matrices, its logits, and what is
-// written in the end.
+// One window and head of window_attention: where its tokens are in the grid, copies of its matrices, its logits, and what
+// is written in the end.
 //
 // Included once per instruction set, after vec.h and small_gemm.h.
 namespace sgmim {
@@ -21,7 +21,7 @@ SGMIM_INLINE void by_three_vectors(int64_t columns, const F& f) {
     f(Number<1>{}, first);
 }
 
-// The end of the logits' gemm, (keys, queries): x = sum * factors + bias, in powers of two, and the highest of each query.
+// The end of the logits' gemm, (keys, queries): x = sum * factors + bias, in powers of two, and each query's highest.
 struct Logits {
   float* p;                                          // (keys, QUERIES)
   float* highest;                                    // (QUERIES,)
@@ -61,8 +61,8 @@ struct Logits {
 // Results of queries, (count, ds), times what is the inverse of their sums of exponentials, into the rows of the grid.
 template <class T>
 SGMIM_INLINE void write_results(
-    const float* results, const float* inverse, const int64_t* rows, int64_t count, int64_t ds, int64_t d, int64_t width,
-    T* out) {
+    const float* results, const float* inverse, const int64_t* rows, int64_t count, int64_t ds, int64_t d,
+    int64_t width, T* out) {
   for (int64_t r = 0; r < count; ++r)
     for (int64_t i = 0; i < d && rows[r] >= 0; i += LANES)
       store_part(out + rows[r] * width + i, load(results + r * ds + i) * inverse[r], part(i, d));
@@ -126,8 +126,8 @@ template <class T>
 class WindowTokens {
  public:
   WindowTokens(const WindowGrid& grid, const T* qkv, const T* pad)
-      : n(grid.tokens()), ns(grid.padded_tokens), d(grid.head_width), rows(n), grid_(grid), qkv_(qkv), pad_(pad), group_(n),
-        next_rows_(n), next_group_(n), apart_(4 * ns) {}
+      : n(grid.tokens()), ns(grid.padded_tokens), d(grid.head_width), rows(n), grid_(grid), qkv_(qkv), pad_(pad),
+        group_(n), next_rows_(n), next_group_(n), apart_(4 * ns) {}
 
   // work(task, head) for the heads of each window of tasks.
   template <class F>
@@ -172,8 +172,8 @@ class WindowTokens {
     return rows[t] >= 0 ? source + rows[t] * width + column : outside ? outside + column : nullptr;
   }
 
-  // Fetches what the next head reads of a token whose row has been loaded `from` there: pages apart, which no prefetcher of
-  // the hardware guesses. Into L2, but for the head beside this one in a window that leaves room in L1.
+  // Fetches what the next head reads of a token whose row has been loaded `from` there: pages apart, which no
+  // prefetcher of the hardware guesses. Into L2, but for the head beside this one in a window that leaves room in L1.
   SGMIM_INLINE_LAMBDA void fetch_next(const T* source, const T* from, int64_t t, int64_t width, int64_t column) const {
     if (n <= QUERIES && next_ == rows.data()) {
       for (int64_t i = 0; i < d && from; i += 64 / sizeof(T)) __builtin_prefetch(from + d + i);

@@ -51,7 +51,8 @@ SGMIM_INLINE void transpose16(const Pair* from, int64_t from_stride, Pair* to, i
   }
 }
 
-// Copies of the matrices of one window and head. Rows and tokens are padded with zeros: ds is a multiple of 32, ns of 16.
+// Copies of the matrices of one window and head. Rows and tokens are padded with zeros: ds is a multiple of 32, ns of
+// 16.
 class WindowPairs : public WindowTokens<Bf16> {
  public:
   WindowPairs(const WindowGrid& grid, const Bf16* qkv, const Bf16* pad)

@@ -8,9 +8,10 @@ trusted, and everything that compiles, so that what is timed afterwards finds it
 published shapes are timed next, then come the tests and all else. Whatever a step finds out is on disk as soon as it is
 known, each file replaced as a whole: gpu-NAME-step-ENCODER.json and gpu-NAME-step-compiled.json (`bench_step.py`: host
 time, and the captured step beside eager and `torch.compile`), gpu-NAME.json and .png (`bench_guidance.py`, batch 128),
-gpu-NAME-ops.json (`op_table.py`), gpu-NAME-tuned.json (what `sgmim_fast.tune` has found), gpu-NAME-suite.json (steps,
-launches, gates; after every step), gpu-NAME-model.json (what `cost_model.py` predicts), gpu-NAME-failures.txt (of the
-tests, with tracebacks) and gpu-NAME-*.log. A result that is out of tolerance has its speed all the same, and a flag.
+gpu-NAME-ops.json (`op_table.py`) and gpu-NAME-windows.json (window attention alone, SwinV2's too), gpu-NAME-tuned.json
+(what `sgmim_fast.tune` has found), gpu-NAME-suite.json (steps, launches, gates; after every step), gpu-NAME-model.json
+(what `cost_model.py` predicts), gpu-NAME-failures.txt (of the tests, with tracebacks) and gpu-NAME-*.log. A result that
+is out of tolerance has its speed all the same, and a flag.
 Nothing is downloaded: torch, triton, numpy, timm, pytest and hypothesis must be there. Exit code 0 where every step
 passed, whatever the gates say.
 """
@@ -272,6 +273,7 @@ def main(argv: list[str] | None = None) -> int:
     first["warm-guidance"] = guidance("--seconds", 1)
     if tool := shutil.which("compute-sanitizer"):
         native = ("gather_patches", "selective_mask", "masked_patch_embed", "relational_guidance")
+        native += ("cuda_window_attention",)
         short = [*pytest, *(f"tests/ops/test_{op}.py" for op in native)]
         short += ["-k", "cuda-cuda or (triton-cuda and ragged)", "--maxfail", "3"]
         first |= {k: [tool, "--tool", k, "--error-exitcode", "9", *short] for k in ("memcheck", "racecheck")}
@@ -307,6 +309,15 @@ def main(argv: list[str] | None = None) -> int:
     times = suite.path("-ops.json")
     times.unlink(missing_ok=True)
     suite.run("ops", [python, here / "op_table.py", "--json", times, "--seconds", "0.5", "--dtype", "bfloat16"], 90)
+    windows = [
+        python,
+        here / "op_table.py",
+        "--json",
+        suite.path("-windows.json"),
+        "--encoder",
+        "swinv2_base,swin_base",
+    ]
+    suite.run("windows", [*windows, "--op", "window_attention", "--seconds", "1", "--dtype", "bfloat16"], 60)
     found += sorting(json.loads(times.read_text())["rows"] if times.exists() else [])
     suite.write({"gates": found})
     suite.run("host", [python, here / "bench_host.py", "--json", suite.path("-host.json")], 60)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +72,16 @@ def cases(shape: Shape, batch: int, device: torch.device) -> dict[str, Callable[
     grid, window, shift, heads = (across, across), (shape.grid,) * 2, shape.grid // 2, max(1, c // 32)
     if shape.prefix:
         grid, window, shift, heads = (1, across**2 + 1), (1, across**2 + 1), 0, c // 64
-    n = window[0] * window[1]
-    index = None if shape.prefix else torch.randint((2 * shape.grid - 1) ** 2, (n, n), device=device)
-    table_shape = (heads, n, n) if shape.prefix else ((2 * shape.grid - 1) ** 2, heads)
+    scales: dict[str, Tensor] = {}
+    if shape.name == "swinv2_base":
+        window, shift, scales = (
+            (12, 12),
+            6,
+            {"logit_scale": torch.full((heads,), 2.3, device=device, requires_grad=True)},
+        )
+    n, side = window[0] * window[1], window[1]
+    index = None if shape.prefix else torch.randint((2 * side - 1) ** 2, (n, n), device=device)
+    table_shape = (heads, n, n) if shape.prefix else ((2 * side - 1) ** 2, heads)
     qkv, biases = (torch.randn(s, device=device, requires_grad=True) for s in ((batch, *grid, 3 * c), table_shape))
     tokens, norm1 = torch.randn(batch, *grid, c, device=device, requires_grad=True), nn.LayerNorm(c).to(device)
     linear, proj, fc1, fc2 = (nn.Linear(i * c, o * c).to(device) for i, o in ((1, 3), (1, 1), (1, 4), (4, 1)))
@@ -84,10 +91,13 @@ def cases(shape: Shape, batch: int, device: torch.device) -> dict[str, Callable[
 
     def attend(function: Callable[..., Tensor] = ops.window_attention) -> Tensor:
         x = qkv.to(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else qkv
-        return function(x, heads, window, (shift, shift), bias=biases, index=index)
+        return function(x, heads, window, (shift, shift), bias=biases, index=index, **scales)
 
     shown = cells.shown.index
     with backends.use("torch"):  # the shapes of the results
+        rivals = {}
+        if not scales:  # FlexAttention's has no cosines
+            rivals["window_attention flex"] = both(lambda: attend(flex.window_attention), qkv, biases, like=attend)
         return {
             "selective_mask": draw,
             "standardize_structure": lambda: [standardize_structure(depth.detach())],
@@ -111,8 +121,8 @@ def cases(shape: Shape, batch: int, device: torch.device) -> dict[str, Callable[
                 packed,
                 *head.parameters(),
             ),
-            "window_attention": both(attend, qkv, biases),
-            "window_attention flex": both(lambda: attend(flex.window_attention), qkv, biases, like=attend),
+            "window_attention": both(attend, qkv, biases, *scales.values()),
+            **rivals,
             "norm_attention": both(
                 lambda: ops.norm_attention(tokens, heads, window, (shift, shift), **layers, bias=biases, index=index),
                 tokens,
@@ -152,11 +162,17 @@ def disagreement(op: str, run: Callable[..., list[Tensor]], backend: str, dtype:
 
 
 def table(
-    shape: Shape, batch: int, device: str, dtype: torch.dtype, seconds: float, keep: Callable[[dict[str, Any]], None]
+    shape: Shape,
+    batch: int,
+    device: str,
+    dtype: torch.dtype,
+    seconds: float,
+    wanted: Sequence[str],
+    keep: Callable[[dict[str, Any]], None],
 ) -> None:
-    """A row for each op and backend, given to `keep` as soon as it is known."""
+    """A row for each op that is wanted and backend, given to `keep` as soon as it is known."""
     found = cases(shape, batch, torch.device(device))
-    for op in backends.MODULES:
+    for op in wanted:
         rivals = {name.partition(" ")[2]: call for name, call in found.items() if name.startswith(f"{op} ")}
         if device == "cpu":  # where FlexAttention has no backward
             rivals = {}
@@ -179,8 +195,13 @@ def table(
             try:
                 wrong[name] = disagreement(op, run, name, dtype) if name != "torch" else ""
             except Exception as error:  # one backend that raises leaves the others' rows
+                if "was forced but cannot run" in str(error):  # what is not for this backend has no row
+                    print(error)
+                    del wrong[name]
+                    continue
                 wrong[name] = f"raised {type(error).__name__}: {str(error)[:300]}"
                 traceback.print_exc()
+        names = list(wrong)
         runnable = [name for name in names if not wrong[name].startswith("raised")]
         times = interleaved({name: lambda name=name: run(name) for name in runnable}, device, seconds=seconds)
         plain = summary(times["torch"])["median_ms"]
@@ -200,6 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--encoder", default="swin_base,vit_base", help=f"of {','.join(SHAPES)}")
     parser.add_argument("--dtype", default="bfloat16,float32", help="bfloat16 is autocast over float32 parameters")
+    parser.add_argument("--op", default=",".join(backends.MODULES), help="ops, all by default")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=2, help="for each op")
     parser.add_argument("--json", type=Path)
@@ -215,7 +237,8 @@ def main(argv: list[str] | None = None) -> int:
     for encoder in args.encoder.split(","):
         for dtype in args.dtype.split(","):
             print(f"\n{encoder}, {dtype}, batch {args.batch}: forward and backward, x plain PyTorch", flush=True)
-            table(SHAPES[encoder], args.batch, args.device, getattr(torch, dtype), args.seconds, keep)
+            wanted = args.op.split(",")
+            table(SHAPES[encoder], args.batch, args.device, getattr(torch, dtype), args.seconds, wanted, keep)
     return int(any(row["wrong"] for row in rows))
 
 

@@ -362,7 +362,7 @@ def _window_attention_entries_kernel(
     tl.store(partials + at, total, mask=(e < entries)[:, None] & (h < heads)[None, :])
 
 
-def _table_sum(dense: Tensor, index: Tensor, table: Tensor) -> Tensor:
+def table_sum(dense: Tensor, index: Tensor, table: Tensor) -> Tensor:
     """Partial sums of the dense gradient, (heads * n * n,), for a table (entries, heads). Cost: 1 launch."""
     positions, (entries, heads) = index.numel(), table.shape
     per_program = max(256, cdiv(cdiv(positions, 16), 64) * 64)
@@ -490,7 +490,7 @@ def window_attention_backward(
         )
     if "bias" in wanted and w.index is not None:
         (dense,) = finished([sums["bias"]], [torch.float32])
-        sums["bias"] = _table_sum(dense, windows.inputs[2], w.bias)
+        sums["bias"] = table_sum(dense, windows.inputs[2], w.bias)
     if "qkv_bias" in wanted:
         (inside,) = column_sums([dqkv.flatten(0, 2)])
         sums["qkv_bias"] = inside if dpad is None else torch.cat([inside, dpad])

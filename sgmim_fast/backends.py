@@ -45,9 +45,14 @@ MODULES: dict[str, dict[str, str]] = {
     "masked_patch_embed": _PRIMITIVES | _own("masked_patch_embed", "cuda"),
     "token_salience": _own("token_salience", "cpu", "triton"),
     "relational_guidance": _PRIMITIVES | _own("relational_guidance", "cuda"),
-    **dict.fromkeys(("norm_attention", "norm_linear", "norm_mlp", "window_attention"), _PRIMITIVES),
+    **dict.fromkeys(("norm_attention", "window_attention"), _PRIMITIVES | _own("window_attention", "cuda")),
+    **dict.fromkeys(("norm_linear", "norm_mlp"), _PRIMITIVES),
     **dict.fromkeys(("linear_l1", "structure_embed"), _PRIMITIVES),
 }
+
+# Backends of an op that were slower than another one, or have not been measured: they run where they are asked for, or
+# where `sgmim_fast.tune` has found them to be the fastest.
+ASKED_FOR = {(op, "cuda") for op in ("norm_attention", "relational_guidance", "window_attention")}
 
 OLDEST_TRITON = (3, 4)
 
@@ -213,6 +218,11 @@ def composed(op: str) -> bool:
     return op in _requests
 
 
+def order(op: str, device: str) -> list[str]:
+    """The backends that an op runs on by itself, the preferred one first."""
+    return [name for name in ORDER.get(device, ("torch",)) if (op, name) not in ASKED_FOR]
+
+
 def candidates(op: str, part: str, args: Sequence[Any]) -> list[str]:
     """Every way to run a call here, as `implementation` takes them: backends and, behind it, the variants of each."""
     found = []
@@ -242,7 +252,7 @@ def choose(op: str, part: str, device: str, args: Sequence[Any]) -> Callable[...
     name = tuned.lookup(op, part, device, args)
     if name is not None and can_run(op, name.partition(":")[0], *args, part=part)[0]:
         return implementation(op, part, name)
-    for name in ORDER.get(device, ("torch",)):
+    for name in order(op, device):
         if can_run(op, name, *args, part=part)[0]:
             return implementation(op, part, name)
     raise AssertionError("unreachable: the torch backend runs everything")

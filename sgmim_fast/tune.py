@@ -248,7 +248,7 @@ class _Meter:
             return
         self.bar(op)
         ways = backends.candidates(op, part, args)
-        found.default = next(name for name in backends.ORDER.get(device, ("torch",)) if name in ways)
+        found.default = next(name for name in backends.order(op, device) if name in ways)
         found.seconds[part] = {}
         backends.WATCHED.remove(self)  # what is called inside is none of the step's
         try:

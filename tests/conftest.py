@@ -135,6 +135,8 @@ def place(request):
     usable, reason = backends.can_run(op, backend) if op in backends.MODULES else backends.available()[backend]
     if not usable:
         pytest.skip(reason)
+    if backend == "cuda" and op in ("norm_attention", "window_attention"):
+        pytest.skip("float32 and narrow heads are not its, test_cuda_window_attention.py has what is")
     params = request.node.callspec.params
     dtype = getattr(params.get("precision"), "dtype", params.get("dtype"))
     if backend == "cpu" and dtype == torch.float16:

@@ -10,9 +10,11 @@
 #include <string>
 
 #include "attend.h"
+#include "attend_window.h"
 #include "draw_mask.h"
 #include "patch_copy.h"
 #include "host_group.h"
+#include "host_warps.h"
 #include "place_tokens.h"
 #include "standardize_plane.h"
 
@@ -270,6 +272,91 @@ void attend_backward(
   });
 }
 
+struct WindowSizes {
+  std::array<int32_t, 2> window, shift;
+  int32_t heads, groups;
+};
+
+template <class P>
+P* maybe(Array<std::remove_const_t<P>>& array) {
+  return array.size() > 0 ? array.mutable_data() : nullptr;
+}
+
+// Every block after the other, its memory full of NaN; shape: tiles of 16 tokens, and depth of a head.
+template <class T, bool BACKWARD>
+void walk_windows(const sgmim::WindowCall<T>& a, int32_t groups, int32_t depth, bool backwards) {
+  const auto run = [&](auto tiles, auto d) {
+    using Head = sgmim::WindowHead<HostWarpThread, T, tiles.value, d.value, BACKWARD>;
+    using Memory = typename Head::Memory;
+    for (int32_t block = 0; block < groups * a.heads; ++block) {
+      const auto memory = std::make_unique<Memory>();
+      std::memset(static_cast<void*>(memory.get()), 0xff, sizeof(Memory));
+      HostBlock(tiles.value).run(
+          [&](const HostWarpThread& thread) {
+            Head head(thread, a, *memory);
+            head.walk(block % a.heads, block / a.heads);
+            if constexpr (BACKWARD) head.finish(block / a.heads);
+          },
+          backwards);
+    }
+  };
+  using std::integral_constant;
+  const auto with_depth = [&](auto tiles) {
+    if (depth == 64)
+      run(tiles, integral_constant<int32_t, 64>{});
+    else
+      run(tiles, integral_constant<int32_t, 32>{});
+  };
+  if (a.tokens() <= 48)
+    with_depth(integral_constant<int32_t, 3>{});
+  else if (a.tokens() <= 64)
+    with_depth(integral_constant<int32_t, 4>{});
+  else
+    run(integral_constant<int32_t, 9>{}, integral_constant<int32_t, 32>{});
+}
+
+// What is of size 0 is missing. dout, dqkv and the sums: of the backward alone, which needs no out.
+template <class T>
+void window_attention(
+    Array<uint16_t> qkv, Array<float> bias, Array<int64_t> index, Array<float> logit_scale, Array<uint16_t> pad,
+    WindowSizes sizes, Array<float> spread, Array<uint16_t> out, Array<uint16_t> dout, Array<uint16_t> dqkv,
+    Array<float> dbias, Array<float> dscale, Array<float> dpad, bool backwards) {
+  sgmim::WindowCall<T> a{};
+  a.qkv = reinterpret_cast<const T*>(qkv.data());
+  a.pad = reinterpret_cast<const T*>(maybe<const uint16_t>(pad));
+  a.dout = reinterpret_cast<const T*>(maybe<const uint16_t>(dout));
+  a.bias = spread.data();
+  a.logit_scale = maybe<const float>(logit_scale);
+  a.out = reinterpret_cast<T*>(maybe<uint16_t>(out));
+  a.dqkv = reinterpret_cast<T*>(maybe<uint16_t>(dqkv));
+  a.dbias = maybe<float>(dbias);
+  a.dscale = maybe<float>(dscale);
+  a.dpad = maybe<float>(dpad);
+  a.height = static_cast<int32_t>(qkv.shape(1));
+  a.width = static_cast<int32_t>(qkv.shape(2));
+  a.window_h = sizes.window[0];
+  a.window_w = sizes.window[1];
+  a.shift_h = sizes.shift[0];
+  a.shift_w = sizes.shift[1];
+  a.down = (a.height + a.window_h - 1) / a.window_h;
+  a.across = (a.width + a.window_w - 1) / a.window_w;
+  a.heads = sizes.heads;
+  a.windows = static_cast<int32_t>(qkv.shape(0)) * a.down * a.across;
+  a.each = (a.windows + sizes.groups - 1) / sizes.groups;
+  a.most_inverse = std::is_same_v<T, Half> ? 1e30f : 4096.0f;
+  const int32_t tiles = a.tokens() <= 48 ? 3 : a.tokens() <= 64 ? 4 : 9;
+  if (spread.size() != sgmim::spread_size(a.heads, tiles)) throw std::logic_error("the spread bias has another size");
+  for (int64_t at = 0; at < spread.size(); ++at)
+    spread.mutable_data()[at] = sgmim::spread_bias(
+        maybe<const float>(bias), maybe<const int64_t>(index), index.size() > 0 ? bias.shape(0) : 0, a.heads, tiles,
+        a.tokens(), at);
+  const int32_t depth = static_cast<int32_t>(qkv.shape(3)) / 3 / a.heads;
+  if (dqkv.size() > 0)
+    walk_windows<T, true>(a, sizes.groups, depth, backwards);
+  else
+    walk_windows<T, false>(a, sizes.groups, depth, backwards);
+}
+
 // weight, bias, statistics: of the norm, or of size 0.
 template <class T>
 sgmim::Tokens<T> describe_tokens(
@@ -364,6 +451,14 @@ PYBIND11_MODULE(cuda_bodies, m) {
   m.def("place_tokens_bfloat16", &place_tokens<Half>);
   m.def("place_tokens_backward", &place_tokens_backward<float>);
   m.def("place_tokens_backward_bfloat16", &place_tokens_backward<Half>);
+  py::class_<WindowSizes>(m, "WindowSizes").def(py::init([](std::array<int32_t, 2> window, std::array<int32_t, 2> shift,
+                                                           int32_t heads, int32_t groups) {
+    return WindowSizes{window, shift, heads, groups};
+  }));
+  m.def("window_attention_bfloat16", &window_attention<Half>);
+#ifdef __FLT16_MAX__
+  m.def("window_attention_float16", &window_attention<_Float16>);
+#endif
   m.def("attend", &attend<float>);
   m.def("attend_backward", &attend_backward<float>);
   m.def("attend_bfloat16", &attend<Half>);

@@ -64,10 +64,10 @@ def here(x: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def _has_kernels(device: str) -> bool:
-    """Whether the forced backend, or one of the device's own, has a window attention."""
+    """Whether the forced backend has all that a block is made of, or one of the device's own a window attention."""
     forced = backends.forced()
     if forced is not None:
-        return forced == "torch" or forced in backends.MODULES["window_attention"]
+        return forced == "torch" or forced in backends.MODULES["norm_mlp"]
     own = [name for name in backends.ORDER.get(device, ()) if name != "torch"]
     return any(backends.can_run("window_attention", name)[0] for name in own)
 

@@ -57,7 +57,7 @@ def test_to_its_end(start, tmp_path):
     suite = json.loads((out / "gpu-fake-h200-suite.json").read_text())
     results = {step["step"]: step["result"] for step in suite["steps"]}
     logs = {step: (out / f"gpu-fake-h200-{step}.log").read_text()[-2000:] for step in results}
-    garbage = {"warm-guidance", "guidance", "ops"}  # of caught launches
+    garbage = {"warm-guidance", "guidance", "ops", "windows"}  # of caught launches
     for step, result in results.items():
         assert result == ("exit code 1" if step in garbage else "passed"), (step, result, logs[step])
     assert suite["CUDA kernels trusted"] is True and suite["launches"] and suite["gates"]
@@ -71,6 +71,10 @@ def test_to_its_end(start, tmp_path):
     rows = json.loads((out / "gpu-fake-h200-ops.json").read_text())["rows"]
     assert {row["op"] for row in rows} == set(backends.MODULES)
     assert {"flex", "triton", "torch"} == {row["backend"] for row in rows if row["op"] == "window_attention"}
+    rows = json.loads((out / "gpu-fake-h200-windows.json").read_text())["rows"]
+    assert {(row["encoder"], row["op"]) for row in rows} == {
+        (e, "window_attention") for e in ("swinv2_base", "swin_base")
+    }
     assert json.loads((out / "gpu-fake-h200-tuned.json").read_text())["rows"]
     assert json.loads((out / "gpu-fake-h200-model.json").read_text())["rows"]
 

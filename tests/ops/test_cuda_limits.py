@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sgmim_fast import _native, backends, ops
-from sgmim_fast.ops.cuda import masked_patch_embed, relational_guidance, selective_mask, standardize_structure
+from sgmim_fast.ops.cuda import masked_patch_embed, selective_mask, standardize_structure
 from sgmim_fast.ops.masked_patch_embed import Arguments
 
 needs_gpu = pytest.mark.skipif(not backends.available()["cuda"][0], reason=backends.available()["cuda"][1])
@@ -32,11 +32,6 @@ def test_reasons(module, args, reason):
 def test_limits_themselves_are_taken():
     assert selective_mask.can_run("forward", (None, [1], 128, 128, 362))[0]
     assert standardize_structure.can_run("forward", (torch.zeros(1, 1, 2, 2, dtype=torch.uint16), False))[0]
-
-
-def test_the_attention_has_to_be_asked_for():
-    usable, reason = relational_guidance.can_run("forward", None)
-    assert not usable and "backends.use('cuda') asks for it" in reason
 
 
 def test_masked_patch_embed_names_dtype_and_width():

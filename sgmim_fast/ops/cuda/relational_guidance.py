@@ -1,11 +1,14 @@
 """The primitives of `relational_guidance` on an NVIDIA GPU: the attention of csrc/cuda/relational_guidance.cu, and
 Triton's for all else.
 
-On an H200 this attention was no faster than Triton's, so it has to be asked for: `backends.use("cuda")`.
+On an H200 this attention was no faster than Triton's, so it has to be asked for: `backends.use("cuda")`, or
+`sgmim_fast.tune`, which takes it where it is the fastest.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,9 +24,12 @@ def __getattr__(name: str) -> Any:
     return getattr(triton, name)
 
 
+def varied(bind: Callable[[Any], Callable[..., Any]], variant: str) -> Callable[..., Any]:
+    """As Triton's, of these primitives."""
+    return __getattr__("varied")(lambda _: bind(sys.modules[__name__]), variant)
+
+
 def can_run(part: str, a: Any) -> tuple[bool, str]:
-    if backends.forced() != "cuda":
-        return False, "its attention was no faster than Triton's; backends.use('cuda') asks for it"
     usable, reason = backends.can_run("relational_guidance", "triton", *a)
     if not usable:
         return False, f"its gemms and norms run in Triton: {reason}"

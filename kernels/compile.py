@@ -39,7 +39,7 @@ from sgmim_fast import backends
 from sgmim_fast.guidance import embedding_patch
 from sgmim_fast.kernels import configs, gemm
 from sgmim_fast.kernels import launch as launching
-from sgmim_fast.ops import GuidanceParameters, StructureParameters
+from sgmim_fast.ops import cases
 from sgmim_fast.ops.gemm import compute_bfloat16_in
 from sgmim_fast.ops.target import Target, caught
 from sgmim_fast.ops.window_attention import most_tokens_on_a_gpu
@@ -123,7 +123,7 @@ class Windows:
     window: tuple[int, int]
     heads: int = 4
     width: int = 32  # of a head
-    bias: str = "table"
+    bias: str | None = "table"
     shifted: bool = False
     cosine: bool = False
     padded: bool = False
@@ -140,120 +140,93 @@ WINDOWS = [
     Windows((7, 7), shifted=True, padded=True),
     *(Windows((side, side), shifted=True, cosine=True) for side in (8, 10, 12)),
     Windows((16, 16), shifted=True, cosine=True, padded=True),
-    *(Windows((1, 197), heads=12, width=64, bias=bias) for bias in ("dense", "")),
+    *(Windows((1, 197), heads=12, width=64, bias=bias) for bias in ("dense", None)),
 ]
 LAYERS = [(128, 384), (512, 2048), (768, 3072)]  # widths of norms and gemms in those models
 
 
-def forward(op: str, *args: Any) -> Any:
-    return backends.implementation(op, "forward", "triton")(*args)
+def forward(op: str, a: Any) -> Any:
+    return backends.implementation(op, "forward", "triton")(*a)
 
 
-def backward(op: str, grad: Tensor, args: tuple[Any, ...], saved: list[Tensor], unwanted: tuple[int, ...] = ()) -> None:
-    """Of a composition; unwanted: which of the tensors, lists taken apart, need no gradient."""
-    types = [str(argument.type) for argument in getattr(torch.ops.sgmim_fast, op).default._schema.arguments]
-    lists = [arg if isinstance(arg, list) else [arg] for arg, t in zip(args, types, strict=True) if "Tensor" in t]
-    tensors = [tensor for each in lists for tensor in each]
-    needs = [t is not None and t.is_floating_point() and i not in unwanted for i, t in enumerate(tensors)]
-    backends.implementation(op, "backward", "triton")(grad, *args, saved, needs)
+def both(op: str, a: Any, *unwanted: str) -> None:
+    """Forward and backward of a composition; unwanted: names of tensors that need no gradient."""
+    result = forward(op, a)
+    result, saved = result if isinstance(result, tuple) else (result, [])
+    if op == "norm_linear":  # whose backward does not read what was added
+        a = a._replace(residual=None)
+    declared = cases.registered(op).declared
+    wanted = {name for name, t in declared.tensors(a) if t.is_floating_point() and name not in unwanted}
+    layout = declared.layout(declared.lengths(a))
+    needs = [layout.names[i] in wanted for i in layout.places]
+    backends.implementation(op, "backward", "triton")(result, *a, saved, needs)
 
 
 def encoder(batch: int, mixed: bool, dtype: torch.dtype) -> None:
     """Forward and backward of the ops that encoders are accelerated by."""
-
-    def parameter(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float32 if mixed else dtype)
-
+    make = cases.Make(torch.float32 if mixed else dtype, numbers=torch.zeros)
     for w in WINDOWS:
         if math.prod(w.window) > most_tokens_on_a_gpu(dtype):
             continue
-        n, channels = math.prod(w.window), w.heads * w.width
-        height, width = w.window if w.whole else (2 * side - w.padded for side in w.window)
-        entries = (2 * w.window[0] - 1) * (2 * w.window[1] - 1)
-        bias = {"table": parameter(entries, w.heads), "dense": parameter(w.heads, n, n), "": None}[w.bias]
-        index = torch.zeros(n, n, dtype=torch.int64) if w.bias == "table" else None
-        scale, pad = parameter(w.heads) if w.cosine else None, parameter(3 * channels) if w.padded else None
-        shift = w.window[0] // 2 if w.shifted else 0
-        inputs = torch.zeros(batch, height, width, 3 * channels, dtype=dtype), bias, index, scale, pad
-        inputs = *inputs, w.heads, list(w.window), [shift, shift]
-        backward("window_attention", forward("window_attention", *inputs), inputs, [])
+        grid = w.window if w.whole else [2 * side - w.padded for side in w.window]
+        shift = (w.window[0] // 2,) * 2 if w.shifted else (0, 0)
+        options = {"bias": w.bias, "hottest": 1.0 if w.cosine else None, "pad": w.padded, "make": make}
+        a = cases.window_attention((batch, *grid), w.heads, w.width, w.window, shift, **options)
+        both("window_attention", a._replace(qkv=a.qkv.to(dtype)))
 
     cast = dtype if mixed else None
     for width, wide in LAYERS:
-        x, norm = torch.zeros(128 * batch, width, dtype=torch.float32 if mixed else dtype), [parameter(width)] * 2
-        for vectors, residual in itertools.product((norm, [None, None]), (False, True)):
-            linear = parameter(wide, width), parameter(wide)
-            added = torch.zeros(x.shape[0], wide, dtype=x.dtype) if residual else None
-            inputs = x, *linear, *vectors, None, added, 1e-5, cast
-            out, saved = forward("norm_linear", *inputs)
-            backward("norm_linear", out, (*inputs[:6], None, *inputs[7:]), saved)
+        rows = (128 * batch,)
+        for norm, residual in itertools.product((True, False), (False, True)):
+            a = cases.norm_linear(rows, width, wide, norm=norm, residual=residual, make=make)
+            both("norm_linear", a._replace(dtype=cast))
             for post_norm in (False, True):
-                options = residual, post_norm, 1e-5, cast
-                inputs = x, *linear, parameter(width, wide), parameter(width), *vectors, None, *options
-                out, saved = forward("norm_mlp", *inputs)
-                backward("norm_mlp", out, inputs, saved)
+                a = cases.norm_mlp(rows, width, wide, norm=norm, residual=residual, post_norm=post_norm, make=make)
+                both("norm_mlp", a._replace(dtype=cast))
 
 
 def branch(shape: Shape, mixed: bool, dtype: torch.dtype) -> None:
     """Forward and backward of every op; mixed: float32 parameters, as under autocast."""
-    width, stride, batch = shape.width, shape.stride, shape.batch
-    grid, heads = shape.grid, 8
-    cells, cast = grid * grid, dtype if mixed else None
+    width, stride, batch, side = shape.width, shape.stride, shape.batch, shape.grid
+    cells, grid, cast = side * side, (side, side), dtype if mixed else None
+    make = cases.Make(torch.float32 if mixed else dtype, numbers=torch.zeros)
+    patch, mergings = embedding_patch(stride)
+    mask = cases.chosen([shape.masked] * batch, cells)
+    visible, masked = make.rows(~mask), make.rows(mask)
+    seen, shown = [cells - shape.masked] * batch, [shape.masked] * batch
 
-    def tensor(*shape: int, dtype: torch.dtype = torch.float32 if mixed else dtype) -> Tensor:
-        return torch.zeros(shape, dtype=dtype)
-
-    patch, merges = embedding_patch(stride)
-    mask = torch.rand(batch, cells).argsort(1) < shape.masked
-    masked, visible = (wanted.flatten().nonzero().squeeze(1) for wanted in (mask, ~mask))
-    offsets = [torch.arange(batch + 1) * count for count in (cells - shape.masked, shape.masked)]
-    rows = [visible, offsets[0], masked, offsets[1]]
-    images, maps = (tensor(batch, channels, grid * stride, grid * stride) for channels in (3, 1))
-
-    norm = [tensor(width), tensor(width)]
-    w = GuidanceParameters(
-        *norm, *norm, *(tensor(width, width) for _ in range(4)), tensor(width), *norm,
-        tensor(4 * width, width), tensor(4 * width), tensor(width, 4 * width), tensor(width),
-    )  # fmt: skip
-    features, structure = tensor(batch * cells, width), tensor(masked.shape[0] + 1, width)
     for keep in (True, False):
-        inputs = features, structure, list(w), rows, cells, heads, keep, False, 1e-5, cast
-        out, saved = forward("relational_guidance", *inputs)
-        backward("relational_guidance", out, inputs, saved)
+        options = {"keep": keep, "rows": (visible, masked), "make": make}
+        a = cases.relational_guidance(seen, shown, cells, width, 8, 4 * width, **options)
+        both("relational_guidance", a._replace(dtype=cast))
 
-    first = width >> merges
-    s = StructureParameters(
-        tensor(first, 1, patch, patch), *(tensor(first) for _ in range(3)),
-        *([tensor(4 * first << i) for i in range(merges)] for _ in range(2)),
-        [tensor(2 * first << i, 4 * first << i) for i in range(merges)],
-    ).flat()  # fmt: skip
-    inputs = maps, masked, s, stride, 1e-5, cast
-    out, saved = forward("structure_embed", *inputs)
-    for unwanted in {(0,), (0,) if batch > 1 else ()}:
-        backward("structure_embed", out, inputs, saved, unwanted)
+    a = cases.structure_embed(shown, grid, 1, patch, mergings, width >> mergings, rows=masked.index, make=make)
+    for unwanted in {("structure",), ("structure",) if batch > 1 else ()}:
+        both("structure_embed", a._replace(dtype=cast), *unwanted)
 
-    for packed, target, valid in ((True, maps, maps > 0), (True, maps, None), (False, images, None)):
-        x = tensor(visible.shape[0] if packed else batch * cells, width, dtype=dtype)
-        weight, bias = tensor(target.shape[1] * stride**2, width), tensor(target.shape[1] * stride**2)
+    for packed, channels, valid in ((True, 1, True), (True, 1, False), (False, 3, False)):
         for squared in (False, True):
-            inputs = x, weight, bias, target, valid, visible, stride, packed, 0.5, squared, valid is None, cast
-            total, saved = forward("linear_l1", *inputs)
-            backward("linear_l1", total, inputs, saved, unwanted=(3,))
+            options = {"packed": packed, "valid": valid, "squared": squared, "normalized": not valid, "scale": 0.5}
+            a = cases.linear_l1(seen, grid, channels, stride, width, **options, rows=visible.index, make=make)
+            both("linear_l1", a._replace(x=a.x.to(dtype), dtype=cast), "target")
 
-    vectors, weight = [tensor(first) for _ in range(4)], tensor(first, 3, 4, 4)
-    for bias, token, *norm in (vectors, [*vectors[:2], None, None]):
-        stem = images, weight, bias, token, visible, *norm, 1e-5, cast
-        out, saved = forward("masked_patch_embed", *stem)
-        backward("masked_patch_embed", out, stem, saved, unwanted=(0,))
+    patches = (side * stride // 4,) * 2
+    for norm in (True, False):
+        a = cases.masked_patch_embed(
+            batch, patches, 3, 4, width >> mergings, norm=norm, visible=visible.index, make=make
+        )
+        both("masked_patch_embed", a._replace(dtype=cast), "x")
 
     for zorder in (False, True):
-        packed = forward("gather_patches", images, visible, stride, patch, zorder)
+        a = cases.gather_patches(seen, grid, 3, stride, patch, zorder=zorder, rows=visible.index, make=make)
         gradient = backends.implementation("gather_patches", "backward", "triton")
-        gradient(packed, visible, list(images.shape), stride, patch, zorder)
-    forward("standardize_structure", maps, True)
-    forward("token_salience", tensor(batch, cells, width, dtype=dtype))
-    for counts in ([shape.masked] * batch, [i % cells for i in range(batch)]):
-        forward("selective_mask", torch.tensor([1, 2]), counts, grid, grid, 2)
+        gradient(forward("gather_patches", a), a.rows, list(a.pixels.shape), stride, patch, zorder)
+    maps = batch, 1, side * stride, side * stride
+    forward("standardize_structure", cases.standardize_structure(maps, ignore=True, make=make))
+    a = cases.token_salience((batch, cells, width), make=make)
+    forward("token_salience", [a.x.to(dtype)])
+    for counts in (shown, [i % cells for i in range(batch)]):
+        forward("selective_mask", cases.selective_mask(counts, grid))
 
 
 def launches(dtypes: list[str], architecture: int, everything: bool = True) -> list[Launch]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from calls import Call, public
 from torch import Tensor
 
 # Added to twice plain PyTorch's error, in units of the dtype's epsilon, relative to the truth's norm: a result of few
@@ -123,36 +124,30 @@ def in_dtype(inputs: Sequence[Any], dtype: torch.dtype) -> list[Any]:
 
 
 def check_op(
-    ours: Callable[..., Tensor],
-    plain: Callable[..., Tensor],
-    names: Sequence[str],
-    place: Any,
-    tensors: Sequence[Tensor | None],
-    dtype: torch.dtype,
-    autocast: bool = False,
+    plain: Callable[[Any], Tensor], op: str, arguments: Any, place: Any, dtype: torch.dtype, autocast: bool = False
 ) -> None:
     """Result and gradients of an op in `dtype`, or under autocast to it, by the tolerance policy.
 
     Args:
-        ours, plain: the op and plain PyTorch, of the same tensors.
-        names: of the tensors, for the message.
+        plain: in plain PyTorch, a function of the op's arguments.
+        op, arguments: a call, of float64 numbers, as `sgmim_fast.ops.cases` gives it.
         place: where it runs, see conftest.
-        tensors: float64; None where an argument is left out.
     """
-    tensors = [None if t is None else t.to(place.device) for t in tensors]
-    low = in_dtype(tensors, torch.float32 if autocast else dtype)
-    cotangent = torch.randn_like(plain(*tensors)).to(dtype).double()
+    call = Call(op, arguments, place.device)
+    low = in_dtype(call.tensors, torch.float32 if autocast else dtype)
+    cotangent = torch.randn_like(plain(call.arguments())).to(dtype).double()
+    usual_way = call.by(plain)
     with torch.autocast(place.device, dtype) if autocast else contextlib.nullcontext():
-        actual, usual = (gradients(function, low, cotangent) for function in (ours, plain))
-    truth = gradients(plain, in_dtype(low, torch.float64), cotangent)
-    names = ["result", *(name for name, t in zip(names, low, strict=True) if t is not None)]
-    assert actual[0].dtype == dtype and [g.dtype for g in actual[1]] == [t.dtype for t in low if t is not None]
+        actual, usual = (gradients(function, low, cotangent) for function in (call.by(public(op)), usual_way))
+    truth = gradients(usual_way, in_dtype(low, torch.float64), cotangent)
+    assert actual[0].dtype == dtype and [g.dtype for g in actual[1]] == [t.dtype for t in low]
 
     def again(i: int) -> Iterator[Tensor]:
         for _ in range(AGAIN):
             with torch.autocast(place.device, dtype) if autocast else contextlib.nullcontext():
-                result, grads = gradients(plain, moved(low, dtype), cotangent)
+                result, grads = gradients(usual_way, moved(low, dtype), cotangent)
             yield [result, *grads][i]
 
-    for i, (name, *three) in enumerate(zip(names, *([r, *g] for r, g in (actual, usual, truth)), strict=True)):
-        assert_close_to_truth(*three, name, functools.partial(again, i))
+    three = ([r, *g] for r, g in (actual, usual, truth))
+    for i, (name, *tensors) in enumerate(zip(["result", *call.names], *three, strict=True)):
+        assert_close_to_truth(*tensors, name, functools.partial(again, i))

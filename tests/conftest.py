@@ -127,17 +127,16 @@ PLACES = [
 def place(request):
     """Runs the test once per backend and kind of device, with that backend forced.
 
-    In a file test_NAME.py of an op called NAME, a backend that does not have the op is skipped; so is one that cannot
-    run on this machine. The reason is the one that `backends.can_run` gives.
+    In a file test_NAME.py of an op called NAME, and with an op for a parameter, a backend that does not have the op is
+    skipped; so is one that cannot run on this machine. The reason is the one that `backends.can_run` gives.
     """
-    backend = request.param.backend
-    op = request.module.__name__.rpartition(".")[2].removeprefix("test_")
+    backend, params = request.param.backend, request.node.callspec.params
+    op = params.get("op", request.module.__name__.rpartition(".")[2].removeprefix("test_"))
     usable, reason = backends.can_run(op, backend) if op in backends.MODULES else backends.available()[backend]
     if not usable:
         pytest.skip(reason)
     if backend == "cuda" and op in ("norm_attention", "window_attention"):
         pytest.skip("float32 and narrow heads are not its, test_cuda_window_attention.py has what is")
-    params = request.node.callspec.params
     dtype = getattr(params.get("precision"), "dtype", params.get("dtype"))
     if backend == "cpu" and dtype == torch.float16:
         pytest.skip("the C++ kernels take float32 and bfloat16")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from checks import assert_all_close_to_truth
+from calls import Call
+from checks import assert_all_close_to_truth, gradients, in_dtype
 from torch import Tensor
 
-from sgmim_fast import Rows
 from sgmim_fast.ops import _plain, gemm
 from sgmim_fast.ops.cpu import primitives
 
@@ -32,56 +31,71 @@ PRECISIONS = [
 HALF = pytest.param(Precision(torch.float16, torch.bfloat16), id="float16")  # not in C++ on the CPU
 
 
-def chosen(counts: Sequence[int], cells: int) -> Tensor:
-    """(images, cells) bool with exactly `counts` random entries True in each image."""
-    wanted = torch.zeros(len(counts), cells, dtype=torch.bool)
-    for image, count in zip(wanted, counts, strict=True):
-        image[torch.randperm(cells)[:count]] = True
-    return wanted
-
-
-def rows_of(wanted: Tensor) -> Rows:
-    """Row list of the True entries of (images, cells)."""
-    offsets = torch.zeros(wanted.shape[0] + 1, dtype=torch.int64)
-    offsets[1:] = wanted.sum(1).cumsum(0)
-    return Rows(wanted.flatten().nonzero().squeeze(1), offsets)
-
-
-def matrix(*shape: int) -> Tensor:
-    """float64 weight, scaled so that a gemm keeps the size of its input."""
-    return torch.randn(shape, dtype=torch.float64) / math.sqrt(math.prod(shape[1:]))
-
-
-def norm_weight(width: int) -> Tensor:
-    return 1 + 0.1 * torch.randn(width, dtype=torch.float64)
-
-
-def bias(width: int) -> Tensor:
-    return 0.1 * torch.randn(width, dtype=torch.float64)
-
-
 def on(device: torch.device, inputs: Sequence[Any]) -> list[Any]:
     """The inputs with every tensor on the device."""
     return [t.to(device) if isinstance(t, Tensor) else t for t in inputs]
 
 
+def computed(
+    function: Callable[[Any], Tensor], call: Call, cotangent: Tensor, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """Result and gradients of a function of the op's arguments."""
+    tensors = call.tensors if dtype is None else in_dtype(call.tensors, dtype)
+    result, grads = gradients(call.by(function), tensors, cotangent)
+    return [result, *grads]
+
+
 def assert_draws_close_to_truth(
-    draw: Callable[[], tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]],
-    names: Sequence[str],
-    draws: int = 4,
-) -> None:
-    """`assert_all_close_to_truth` of several draws as one, since plain PyTorch may be lucky with a small tensor.
+    draw: Callable[[], Call], ours: Callable[[Any], Tensor], plain: Callable[[Any], Tensor],
+    cotangent_of: Callable[[Call], Tensor], precision: Precision,
+    *, result: torch.dtype | None = None, autocast: Any = None, draws: int = 4,
+) -> None:  # fmt: skip
+    """`assert_all_close_to_truth` of the results and gradients of several draws as one, since plain PyTorch may be
+    lucky with a small tensor.
 
-    `draw()` makes inputs at random and returns what the op, plain PyTorch and the truth make of them.
+    Args:
+        draw: makes a call with random numbers.
+        ours, plain: functions of the op's arguments.
+        precision: in which CPUs compute; the results' dtype, unless `result` is that.
+        autocast: that the functions run under.
     """
-    columns = zip(*(draw() for _ in range(draws)), strict=True)
-    assert_all_close_to_truth(*([torch.stack(t) for t in zip(*column, strict=True)] for column in columns), names)
+    columns: list[list[list[Tensor]]] = [[], [], []]
+    for _ in range(draws):
+        call = draw()
+        cotangent = cotangent_of(call)
+        with gemm.compute_bfloat16_in(precision.compute), autocast or contextlib.nullcontext():
+            actual, usual = (computed(function, call, cotangent) for function in (ours, plain))
+        assert [t.dtype for t in actual] == [result or precision.dtype, *(t.dtype for t in call.tensors)]
+        usual[0] = usual[0].to(actual[0].dtype)
+        for column, found in zip(
+            columns, (actual, usual, computed(plain, call, cotangent, torch.float64)), strict=True
+        ):
+            column.append(found)
+    stacked = ([torch.stack(t) for t in zip(*column, strict=True)] for column in columns)
+    assert_all_close_to_truth(*stacked, ["result", *call.names])
 
 
-def assert_same_bits(results: Sequence[Any]) -> None:
+def assert_same_bits(results: Sequence[Any], name: str = "") -> None:
     """Every nested sequence of tensors equals the first, NaN included in what differs."""
     for other in results[1:]:
-        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0, msg=lambda text: f"{name}: {text}")
+
+
+def assert_same_bits_on_any_threads(
+    call: Call, cotangent: Tensor, precision: Precision, backend: str, threads: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Result and gradients again and again; of ours on any number of threads, too."""
+    results = []
+    with gemm.compute_bfloat16_in(precision.compute):
+        for number in (1, 2):
+            with threads(number):
+                assert_same_bits([gradients(call, call.tensors, cotangent) for _ in range(3)])
+        with library_products_on_one_thread(monkeypatch):
+            for number in (1, 2, 3):
+                with threads(number):
+                    results.append(gradients(call, call.tensors, cotangent))
+    if backend == "cpu":  # elsewhere only the library's gemms know of these threads
+        assert_same_bits(results)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from calls import EXAMPLES
 from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import output
@@ -23,9 +24,6 @@ from sgmim_fast import backends, ops, tuned
 from sgmim_fast.tune import Winner, table
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "ops"))
-
-from test_arguments import EXAMPLES  # noqa: E402 - of another folder
 
 pytestmark = [
     pytest.mark.skipif(not backends.available()["cpu"][0], reason=backends.available()["cpu"][1]),

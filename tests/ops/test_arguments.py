@@ -1,7 +1,8 @@
 """Every argument of every op, changed in every way: an error that says what is expected, or the right result.
 
-The arguments come from the ops' schemas and the changes from the arguments, so an op that is added is tested as soon as
-EXAMPLES has a call of it. The C++ launchers below the ops get the same: their calls are recorded while the ops run.
+The arguments come from the ops' schemas and the changes from the arguments, so an op that is added is tested as soon
+as `calls.EXAMPLES` has a call of it. The C++ launchers below the ops get the same: their calls are recorded while the
+ops run.
 """
 
 from __future__ import annotations
@@ -11,100 +12,25 @@ from typing import Any
 
 import pytest
 import torch
+from calls import NOT_DIFFERENTIABLE, OPS, REGISTERED, example, overload
 from checks import in_dtype
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sgmim_fast import backends
+from sgmim_fast.ops import cases
 from sgmim_fast.ops.cpu import gemm
-from sgmim_fast.ops.relational_guidance import ROWS, GuidanceParameters
-from sgmim_fast.ops.structure_embed import StructureParameters
 
-
-def ints(*values: int) -> Tensor:
-    return torch.tensor(values)
-
-
-# One valid call of each op, on the CPU, every optional argument given.
-EXAMPLES: dict[str, Callable[[], list[Any]]] = {
-    "gather_patches": lambda: [torch.randn(2, 3, 8, 8), ints(1, 5, 0), 4, 2, True],
-    "linear_l1": lambda: [
-        *(torch.randn(3, 6), torch.randn(8, 6), torch.randn(8), torch.randn(2, 2, 4, 4)),
-        *(torch.rand(2, 2, 4, 4) > 0.3, ints(6, 1, 4), 2, True, 0.5, False, False, None),
-    ],
-    "masked_patch_embed": lambda: [
-        *(torch.randn(2, 3, 4, 4), torch.randn(5, 3, 2, 2), torch.randn(5), torch.randn(5), ints(7, 0, 3)),
-        *(torch.randn(5), torch.randn(5), 1e-5, None),
-    ],
-    "norm_attention": lambda: [
-        *(torch.randn(2, 5, 4, 6), torch.randn(18, 6) / 2, torch.randn(18), torch.randn(6, 6) / 2, torch.randn(6)),
-        *(
-            torch.randn(6),
-            torch.randn(6),
-            torch.randn(6),
-            torch.randn(12, 2),
-            torch.randint(12, (6, 6)),
-            torch.randn(2),
-        ),
-        *(2, [2, 3], [1, 1], True, False, 1e-5, None),
-    ],
-    "norm_linear": lambda: [
-        *(torch.randn(4, 6), torch.randn(5, 6), torch.randn(5), torch.randn(6), torch.randn(6), torch.randn(5)),
-        *(torch.randn(4, 5), 1e-5, None),
-    ],
-    "norm_mlp": lambda: [
-        *(torch.randn(4, 6), torch.randn(7, 6), torch.randn(7), torch.randn(6, 7), torch.randn(6)),
-        *(torch.randn(6), torch.randn(6), torch.randn(6), True, False, 1e-5, None),
-    ],
-    "relational_guidance": lambda: [
-        *(torch.randn(8, 6), torch.randn(4, 6)),
-        [torch.randn(shape) / 2 for shape in [(6,)] * 4 + [(6, 6)] * 4 + [(6,)] * 3 + [(7, 6), (7,), (6, 7), (6,)]],
-        [ints(0, 2, 5), ints(0, 2, 3), ints(1, 4, 7), ints(0, 1, 3)],
-        *(4, 2, True, False, 1e-5, None),
-    ],
-    "selective_mask": lambda: [ints(3, 4), [2, 3], 2, 3, 2],
-    "standardize_structure": lambda: [torch.randn(2, 1, 4, 5), False],
-    "structure_embed": lambda: [
-        *(torch.randn(2, 1, 8, 8), ints(1, 6, 3)),
-        [torch.randn(shape) for shape in [(3, 1, 1, 1)] + [(3,)] * 3 + [(12,), (24,)] * 2 + [(6, 12), (12, 24)]],
-        *(4, 1e-5, None),
-    ],
-    "token_salience": lambda: [torch.randn(2, 5, 3)],
-    "window_attention": lambda: [
-        *(torch.randn(2, 5, 4, 18), torch.randn(12, 2), torch.randint(12, (6, 6)), torch.randn(2), torch.randn(18)),
-        *(2, [2, 3], [1, 1]),
-    ],
-}
-OPS = sorted(backends.MODULES)
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(not usable, reason=reason or "runs here"))
     for name, (usable, reason) in backends.available().items()
     if name != "cuda"  # the tensors here are the CPU's
 ]
-LISTS = {"parameters": {15: GuidanceParameters._fields, 10: StructureParameters.names(10)}, "rows": {4: ROWS}}
-
-
-def overload(op: str) -> Any:
-    return getattr(torch.ops.sgmim_fast, op).default
-
-
-def example(op: str) -> list[Any]:
-    assert op in EXAMPLES, f"{op} is new: EXAMPLES needs a valid call of it"
-    torch.manual_seed(0)
-    args = EXAMPLES[op]()
-    assert len(args) == len(overload(op)._schema.arguments), f"the schema of {op} has other arguments than its example"
-    return args
 
 
 def tensors(op: str) -> list[str]:
     """What the op's tensors are called, in the order of the flat arguments."""
-    names = []
-    for argument, value in zip(overload(op)._schema.arguments, example(op), strict=True):
-        if isinstance(value, Tensor):
-            names.append(argument.name)
-        elif isinstance(value, list) and isinstance(value[0], Tensor):
-            names += LISTS[argument.name][len(value)]
-    return names
+    return [name for name, _ in REGISTERED[op].declared.tensors(example(op))]
 
 
 def replaced(args: list[Any], place: int, change: Callable[[Tensor], Tensor]) -> list[Any]:
@@ -180,7 +106,7 @@ def _with(t: Tensor, at: int, value: int) -> Tensor:
 def run(op: str, args: list[Any], backend: str | None) -> list[Tensor]:
     """Results that do not depend on the backend, and gradients of all that is floating."""
     flat, spec = pytree.tree_flatten(args)
-    differentiable = op not in ("selective_mask", "standardize_structure", "token_salience")
+    differentiable = op not in NOT_DIFFERENTIABLE
     leaves = [
         leaf.detach().requires_grad_(differentiable) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
         for leaf in flat
@@ -301,16 +227,10 @@ def recorded():
             run(op, example(op), "cpu")
         structure, rows, *rest = example("structure_embed")
         run("structure_embed", [structure, rows[:1], *rest], "cpu")  # too few rows to collapse a merging
-        run("structure_embed", collapsing(), "cpu")
+        run("structure_embed", list(cases.structure_embed((16,), (4, 4), 1, 1, 2, 32)), "cpu")  # enough for both
         for op in ("norm_linear", "norm_mlp"):  # gemms of bfloat16, where the machine has them
             run(op, [*example(op)[:-1], torch.bfloat16], "cpu")
     return calls
-
-
-def collapsing() -> list[Any]:
-    """A call of structure_embed whose mergings are both collapsed: cells of few pixels, wide tokens."""
-    sizes = [(32, 1, 1, 1)] + [(32,)] * 3 + [(128,), (256,)] * 2 + [(64, 128), (128, 256)]
-    return [torch.randn(1, 1, 16, 16), torch.arange(16), [torch.randn(size) for size in sizes], 4, 1e-5, None]
 
 
 # Tensors by whose dtype and size the launcher goes.

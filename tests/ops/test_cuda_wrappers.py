@@ -8,11 +8,11 @@ import pytest
 import torch
 from checks import assert_all_close_to_truth
 from host_build import load_bodies
-from packed import chosen, rows_of
 from torch import Tensor
 
 from sgmim_fast import _native, backends
 from sgmim_fast.ops import gemm
+from sgmim_fast.ops.cases import FLOAT32, chosen
 from sgmim_fast.ops.cuda import (
     gather_patches,
     relational_guidance,
@@ -176,9 +176,9 @@ def attention(q, k, v, dout, offsets, cells: int, heads: int, keep: bool) -> lis
 @pytest.mark.parametrize("width", [16, 32, 192])  # a depth of 8, and two that are read 16 bytes at a time
 def test_attention(operators, keep, dtype, width):
     masked = chosen((5, 12, 0), 12)
-    offsets = rows_of(~masked).offsets, rows_of(masked).offsets
+    offsets = FLOAT32.rows(~masked).offsets, FLOAT32.rows(masked).offsets
     q, k, v, dout = (torch.randn(n, width).to(dtype) for n in (19, 18, 18, 19))
-    packed = Packed(rows_of(~masked).index, offsets[0], rows_of(masked).index, offsets[1], 12, 2, keep)
+    packed = Packed(FLOAT32.rows(~masked).index, offsets[0], FLOAT32.rows(masked).index, offsets[1], 12, 2, keep)
     out, lse = relational_guidance.guidance_attention(q, k, v, packed)
     grads = relational_guidance.guidance_attention_backward(dout, q, k, v, out, lse, packed)
     same = attention(q, k, v, dout, offsets, 12, 2, keep)

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from test_arguments import OPS, example, overload
+from calls import DIFFERENTIABLE, OPS, example, overload
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
@@ -16,7 +16,6 @@ from sgmim_fast.ops import gemm, norm_linear
 from sgmim_fast.ops._op import _CARRIED
 
 SPECS = {op: pytree.tree_flatten(example(op))[1] for op in OPS}
-DIFFERENTIABLE = [op for op in OPS if op not in ("selective_mask", "standardize_structure", "token_salience")]
 
 
 def floating(op: str) -> list[int]:
@@ -143,12 +142,14 @@ def test_threads_have_backends_of_their_own():
 def train(backend: str, steps: int = 20) -> list[Tensor]:
     """Parameters after a few steps of plain gradient descent through a norm, a linear layer and an L1 loss."""
     generator = torch.Generator().manual_seed(0)
-    x, weight, gain, shift, bias = (torch.randn(s, generator=generator) for s in [(8, 6), (5, 6), (6,), (6,), (5,)])
-    leaves = [t.requires_grad_() for t in (weight, gain, shift, bias)]
+    x, weight, norm_weight, norm_bias, bias = (
+        torch.randn(s, generator=generator) for s in [(8, 6), (5, 6), (6,), (6,), (5,)]
+    )
+    leaves = [t.requires_grad_() for t in (weight, norm_weight, norm_bias, bias)]
     with backends.use(backend):
         for _ in range(steps):
-            weight, gain, shift, bias = leaves
-            loss = norm_linear(x, weight, bias, norm_weight=gain, norm_bias=shift).square().mean()
+            weight, norm_weight, norm_bias, bias = leaves
+            loss = norm_linear(x, weight, bias, norm_weight=norm_weight, norm_bias=norm_bias).square().mean()
             grads = torch.autograd.grad(loss, leaves)
             leaves = [(t - 0.05 * g).detach().requires_grad_() for t, g in zip(leaves, grads, strict=True)]
     return leaves

@@ -1,78 +1,34 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import check_op, gradcheck64, gradients, in_dtype, layouts, opcheck
+from calls import Call, public
+from checks import check_op, gradients, layouts
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from packed import assert_same_bits
 
-from sgmim_fast import backends
-from sgmim_fast.ops import gemm
-from sgmim_fast.ops.masked_patch_embed import _op, masked_patch_embed
+from sgmim_fast.ops import gemm, masked_patch_embed
+from sgmim_fast.ops.cases import FLOAT64
+from sgmim_fast.ops.cases import masked_patch_embed as case
 
-NAMES = ("x", "weight", "bias", "mask_token", "norm_weight", "norm_bias")
-EPS = 1e-5
-
-
-def inputs(
-    batch: int = 3,
-    channels: int = 3,
-    patch: int = 4,
-    grid: tuple[int, int] = (5, 3),
-    width: int = 21,
-    norm: bool = True,
-) -> list[Tensor | None]:
-    """x, weight, bias, mask_token, norm_weight, norm_bias; float64"""
-    x = torch.randn(batch, channels, grid[0] * patch, grid[1] * patch)
-    weight = torch.randn(width, channels, patch, patch) / (channels * patch * patch) ** 0.5
-    vectors = [torch.randn(width) for _ in range(4)] if norm else [torch.randn(width), torch.randn(width), None, None]
-    return in_dtype([x, weight, *vectors], torch.float64)
+inputs = partial(case, make=FLOAT64)
 
 
-def patches_of(tensors: list[Tensor | None]) -> int:
-    x, weight = tensors[:2]
-    return x.shape[0] * (x.shape[2] // weight.shape[2]) * (x.shape[3] // weight.shape[2])
-
-
-def some_of(number: int, share: float = 0.4) -> Tensor:
-    return torch.randperm(number)[: round(share * number)].sort().values
-
-
-def dense(visible: Tensor):
+def plain(a):
     """The plain expression over every patch."""
-
-    def function(x, weight, bias, mask_token, norm_weight, norm_bias):
-        tokens = F.conv2d(x, weight, bias, stride=weight.shape[2]).flatten(2).mT
-        if norm_weight is not None:
-            tokens = F.layer_norm(tokens, (weight.shape[0],), norm_weight, norm_bias, EPS)
-        mask = torch.ones(tokens.shape[:2], device=x.device).flatten().index_fill(0, visible, 0)
-        mask = mask.view(*tokens.shape[:2], 1).to(tokens.dtype)
-        return tokens * (1 - mask) + mask_token * mask
-
-    return function
+    tokens = F.conv2d(a.x, a.weight, a.bias, stride=a.weight.shape[2]).flatten(2).mT
+    if a.norm_weight is not None:
+        tokens = F.layer_norm(tokens, tokens.shape[2:], a.norm_weight, a.norm_bias, a.eps)
+    mask = torch.ones(tokens.shape[:2], device=tokens.device).flatten().index_fill(0, a.visible, 0)
+    mask = mask.view(*tokens.shape[:2], 1).to(tokens.dtype)
+    return tokens * (1 - mask) + a.mask_token * mask
 
 
-def ours(visible: Tensor):
-    def function(x, weight, bias, mask_token, norm_weight, norm_bias):
-        return masked_patch_embed(
-            x, weight, bias, mask_token, visible, norm_weight=norm_weight, norm_bias=norm_bias, eps=EPS
-        )
-
-    return function
-
-
-def check(tensors: list[Tensor | None], visible: Tensor, place, dtype: torch.dtype, autocast: bool = False) -> None:
-    """Result and every gradient against the truth."""
-    visible = visible.to(place.device)
-
-    def op(*tensors):
-        result = ours(visible)(*tensors)
-        assert result.is_contiguous()
-        return result
-
-    check_op(op, dense(visible), NAMES, place, tensors, dtype, autocast)
+check = partial(check_op, plain, "masked_patch_embed")
 
 
 @given(
@@ -85,43 +41,38 @@ def check(tensors: list[Tensor | None], visible: Tensor, place, dtype: torch.dty
     share=st.floats(0, 1),
 )
 def test_float32(place, batch, channels, patch, grid, width, norm, share):
-    tensors = inputs(batch=batch, channels=channels, patch=patch, grid=grid, width=width, norm=norm)
-    check(tensors, some_of(patches_of(tensors), share), place, torch.float32)
+    check(inputs(batch, grid, channels, patch, width, norm=norm, share=share), place, torch.float32)
 
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("computed_in", [torch.float32, torch.bfloat16])
 def test_bfloat16(place, norm, autocast, computed_in):
-    tensors = inputs(width=48, norm=norm)
     with gemm.compute_bfloat16_in(computed_in):
-        check(tensors, some_of(patches_of(tensors)), place, torch.bfloat16, autocast)
+        check(inputs(width=48, norm=norm), place, torch.bfloat16, autocast)
 
 
 def test_swin_stem(place):
-    tensors = inputs(batch=2, patch=4, grid=(12, 12), width=128)
-    check(tensors, some_of(patches_of(tensors)), place, torch.float32)
+    check(inputs(2, (12, 12), width=128), place, torch.float32)
 
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_nothing_and_everything_visible(place, norm, share):
-    tensors = inputs(norm=norm)
-    check(tensors, some_of(patches_of(tensors), share), place, torch.float32)
+    check(inputs(norm=norm, share=share), place, torch.float32)
 
 
 def test_without_bias(place):
-    tensors = inputs()
-    tensors[2] = None
-    check(tensors, some_of(patches_of(tensors)), place, torch.float32)
+    check(inputs(bias=False), place, torch.float32)
 
 
 def test_masked_patches_are_never_read(device):
-    x, weight, bias, token, *norm = (t.to(device, torch.float32) for t in inputs(batch=1, patch=2, grid=(2, 2)))
-    x[:, :, :2, :2] = torch.nan
-    visible = torch.tensor([1, 3], device=device)
-    leaves = [t.requires_grad_() for t in (x, weight, bias, token, *norm)]
-    out = ours(visible)(*leaves)
+    call = Call("masked_patch_embed", case(1, (2, 2), 3, 2, visible=torch.tensor([1, 3])), device)
+    leaves = [t.requires_grad_() for t in call.tensors]
+    x, token = leaves[0], leaves[3]
+    with torch.no_grad():
+        x[:, :, :2, :2] = torch.nan
+    out = call(*leaves)
     assert torch.equal(out[0, 0], token) and torch.equal(out[0, 2], token)
     out.sum().backward()
     assert all(t.grad.isfinite().all() for t in leaves)
@@ -129,91 +80,48 @@ def test_masked_patches_are_never_read(device):
 
 
 def test_layouts(place):
-    tensors = in_dtype(inputs(), torch.float32)
-    x, *rest = (t.to(place.device) for t in tensors)
-    visible = some_of(patches_of(tensors)).to(place.device)
+    call = Call("masked_patch_embed", case(), place.device)
+    x, weight, *rest = call.tensors
+    rest = [weight.contiguous(memory_format=torch.channels_last), *rest]
     cotangent = torch.randn(3, 15, 21, device=place.device)
-    rest[0] = rest[0].contiguous(memory_format=torch.channels_last)
     for name, layout in layouts(x).items():
-        expected = gradients(ours(visible), [layout.contiguous(), *rest], cotangent)
-        actual = gradients(ours(visible), [layout, *rest], cotangent)
-        for a, e in zip((actual[0], *actual[1]), (expected[0], *expected[1]), strict=True):
-            assert torch.equal(a, e), name
-
-
-def test_expanded_and_transposed_gradients(place):
-    tensors = [t.to(place.device) for t in in_dtype(inputs(), torch.float32)]
-    visible = some_of(patches_of(tensors)).to(place.device)
-    one = torch.ones((), device=place.device)
-    for cotangent in (one.expand(3, 15, 21), torch.randn(3, 21, 15, device=place.device).mT):
-        expected = gradients(ours(visible), tensors, cotangent.contiguous())
-        actual = gradients(ours(visible), tensors, cotangent)
-        assert all(torch.equal(a, e) for a, e in zip(actual[1], expected[1], strict=True))
-
-
-@pytest.mark.parametrize("norm", [False, True])
-def test_partial_gradients(place, norm):
-    tensors = [None if t is None else t.to(place.device) for t in in_dtype(inputs(norm=norm), torch.float32)]
-    visible = some_of(patches_of(tensors)).to(place.device)
-    cotangent = torch.randn(3, 15, 21, device=place.device)
-    _, expected = gradients(ours(visible), tensors, cotangent)
-    present = [i for i, t in enumerate(tensors) if t is not None]
-    for grad, i in zip(expected, present, strict=True):
-        alone = [t if t is None else t.detach().requires_grad_(j == i) for j, t in enumerate(tensors)]
-        ours(visible)(*alone).backward(cotangent)
-        assert torch.equal(alone[i].grad, grad)
-        assert all(t is None or j == i or t.grad is None for j, t in enumerate(alone))
+        expected, actual = (gradients(call, [t, *rest], cotangent) for t in (layout.contiguous(), layout))
+        assert_same_bits([expected, actual], name)
 
 
 def test_same_bits_each_time_and_with_any_number_of_threads(place, threads):
-    tensors = [t.to(place.device) for t in in_dtype(inputs(batch=4, grid=(8, 8), width=64), torch.float32)]
-    visible = some_of(patches_of(tensors)).to(place.device)
+    call = Call("masked_patch_embed", case(4, (8, 8), width=64), place.device)
     cotangent = torch.randn(4, 64, 64, device=place.device)
     results = []
     for number in (1, 1, 2):
         with threads(number):
-            result, grads = gradients(ours(visible), tensors, cotangent)
-            results.append([result, *grads])
-    assert all(torch.equal(a, b) for a, b in zip(results[0], results[1], strict=True))
+            results.append(gradients(call, call.tensors, cotangent))
+    assert_same_bits(results[:2])
     if place.backend == "cpu":  # whose own sums are kept the same; torch's and the library's gemms promise less
-        vectors = slice(3, None)  # gradients of bias, mask token and norm
-        assert all(torch.equal(a, b) for a, b in zip(results[0][vectors], results[2][vectors], strict=True))
-
-
-@pytest.mark.parametrize("norm", [False, True])
-def test_gradcheck(norm):
-    tensors = inputs(batch=2, channels=2, patch=2, grid=(2, 3), width=5, norm=norm)
-    with backends.use("torch"):
-        gradcheck64(ours(torch.tensor([1, 4, 5, 9])), tensors)
-
-
-@pytest.mark.parametrize("norm", [False, True])
-def test_opcheck(place, norm):
-    tensors = [None if t is None else t.to(place.device) for t in in_dtype(inputs(norm=norm), torch.float32)]
-    x, weight, bias, token, *rest = (None if t is None else t.requires_grad_() for t in tensors)
-    visible = some_of(patches_of(tensors)).to(place.device)
-    for dtype in (None, torch.bfloat16):
-        opcheck(_op.overload, (x, weight, bias, token, visible, *rest, EPS, dtype))
-    opcheck(_op.overload, (x.detach(), weight, None, token.detach(), visible[:0], *rest, EPS, None))
+        assert_same_bits([grads[2:] for _, grads in results])  # of bias, mask token and norm
 
 
 def test_compile(place):
-    tensors = [t.to(place.device) for t in in_dtype(inputs(), torch.float32)]
-    visible = some_of(patches_of(tensors)).to(place.device)
+    call = Call("masked_patch_embed", case(), place.device)
     cotangent = torch.randn(3, 15, 21, device=place.device)
-    compiled = torch.compile(lambda *leaves: ours(visible)(*leaves) * 2, fullgraph=True, backend="aot_eager")
-    actual, expected = (gradients(f, tensors, c) for f, c in ((compiled, cotangent), (ours(visible), 2 * cotangent)))
+    visible, eps = call.arguments().visible, call.arguments().eps
+
+    def function(x, weight, bias, token, norm_weight, norm_bias):
+        options = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps}
+        return masked_patch_embed(x, weight, bias, token, visible, **options) * 2
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    actual, expected = (gradients(f, call.tensors, c) for f, c in ((compiled, cotangent), (call, 2 * cotangent)))
     assert torch.equal(actual[0], 2 * expected[0])
-    assert all(torch.equal(a, e) for a, e in zip(actual[1], expected[1], strict=True))
+    assert_same_bits([expected[1], actual[1]])
 
 
 @pytest.mark.parametrize("rows", [[0, 99], [3, 3]])
 def test_bad_indices_raise_in_the_cpp_kernel(place, rows):
     if place.backend != "cpu":
         pytest.skip("the C++ kernel looks; duplicates elsewhere would need a search")
-    tensors = in_dtype(inputs(batch=1), torch.float32)
     with pytest.raises(RuntimeError, match=f"has {rows[1]}"):
-        ours(torch.tensor(rows))(*tensors)
+        public("masked_patch_embed")(case(1, visible=torch.tensor(rows)))
 
 
 @pytest.mark.parametrize(

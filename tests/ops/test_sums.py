@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from checks import assert_close_to_truth
-from packed import rows_of
 from torch import Tensor
 from torch.nn import functional as F
 
 from sgmim_fast import ops
 from sgmim_fast.ops import GuidanceParameters
+from sgmim_fast.ops.cases import FLOAT32
 
 ROWS = 150_000  # of a batch of 128 at the first level of Swin-B: 3 times as many
 
@@ -97,9 +97,9 @@ def test_biases_and_tokens_of_stems(cotangent):
 @pytest.mark.parametrize("context", ["keep", "drop"])
 def test_a_single_key_has_no_gradient(place, context):
     """Its weight is 1 whatever the query and the key are: the gradients of both are exactly 0."""
-    visible, shown = rows_of(torch.ones(2, 3, dtype=torch.bool)), rows_of(torch.eye(3, dtype=torch.bool)[:2])
+    visible, shown = FLOAT32.rows(torch.ones(2, 3, dtype=torch.bool)), FLOAT32.rows(torch.eye(3, dtype=torch.bool)[:2])
     if context == "keep":
-        shown = rows_of(torch.zeros(2, 3, dtype=torch.bool))
+        shown = FLOAT32.rows(torch.zeros(2, 3, dtype=torch.bool))
     shapes = [(32,)] * 4 + [(32, 32)] * 4 + [(32,)] * 3 + [(48, 32), (48,), (32, 48), (32,)]
     w = GuidanceParameters(*(torch.randn(shape, device=place.device).requires_grad_() for shape in shapes))
     features, structure = (torch.randn(n, 32, device=place.device) for n in (6, shown.index.numel() + 1))

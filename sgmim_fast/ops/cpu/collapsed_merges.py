@@ -93,7 +93,7 @@ def backward(
     )
     for i in range(collapsed):
         gradients[f"merge_weights[{i}]"] = dweights[i]
-        gradients[f"merge_norm_weights[{i}]"], gradients[f"merge_norm_biases[{i}]"] = dnorm_weights[i], dnorm_biases[i]
+        gradients.sums({f"merge_norm_weights[{i}]": dnorm_weights[i], f"merge_norm_biases[{i}]": dnorm_biases[i]})
     gradients["embed_weight"], gradients["embed_bias"] = dembed + dmatrix, dbias + dbias_0
     gradients["norm_weight"], gradients["norm_bias"] = dnorm_weight + dnorm_weight_0, dnorm_bias + dnorm_bias_0
     return dpatches

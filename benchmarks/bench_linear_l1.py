@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
-from tools.op_bench import BACKENDS, BATCH, DTYPES, compare, forward_backward
+from tools.op_bench import BACKENDS, BATCH, DTYPES, compare
 from tools.shapes import SHAPES
-from torch import nn
+from torch.nn import functional as F
 
 from sgmim_fast import reference, selective_mask
-from sgmim_fast.ops import gather_patches, linear_l1
+from sgmim_fast.ops import cases, gather_patches
 
 CHANNELS = {"image": 3, "structure": 1}  # the two heads
 
@@ -22,27 +24,20 @@ def test_linear_l1(benchmark, name, dtype, head, encoder):
     """Forward and backward. The image head reads the masked cells, the structure head the visible ones."""
     torch.manual_seed(0)
     shape, channels = SHAPES[encoder], CHANNELS[head]
-    side = shape.image // shape.stride
+    grid = (shape.image // shape.stride,) * 2
     drawn = selective_mask(BATCH, shape.grid, shape.ratio)
-    rows = (drawn.on((side, side)).masked if head == "image" else drawn.on((side, side)).visible).index
-    linear = nn.Linear(shape.width, channels * shape.stride**2)
-    x = torch.randn(BATCH * shape.cells, shape.width, requires_grad=True)
-    # away from zero, so that no sign hangs on a rounding error
-    target = torch.randn(BATCH, channels, shape.image, shape.image)
-    target = target + torch.where(target < 0, -4, 4)
-    wanted = drawn.mask if head == "image" else ~drawn.mask
-    counted = reference.pixel_mask(wanted, target)
+    rows = (drawn.on(grid).masked if head == "image" else drawn.on(grid).visible).index
+    counts = [len(rows) // BATCH] * BATCH
+    options = {"packed": False, "decided": True, "rows": rows}
+    a = cases.linear_l1(counts, grid, channels, shape.stride, shape.width, **options)
+    counted = reference.pixel_mask(drawn.mask if head == "image" else ~drawn.mask, a.target)
 
-    def dense():
-        prediction = reference.predict(x.view(BATCH, shape.cells, -1), linear, target, shape.stride)
-        return (counted * (prediction - target).abs()).sum()
+    def dense(a):
+        x, layer = a.x.view(BATCH, shape.cells, -1), functools.partial(F.linear, weight=a.weight, bias=a.bias)
+        return (counted * (reference.predict(x, layer, a.target, a.cell) - a.target).abs()).sum()
 
-    def visible():
-        return (linear(x[rows]) - gather_patches(target, rows, cell=shape.stride, patch=shape.stride)).abs().sum()
+    def visible(a):
+        target = gather_patches(a.target, rows, cell=a.cell, patch=a.cell)
+        return (F.linear(a.x[rows], a.weight, a.bias) - target).abs().sum()
 
-    def fused():
-        return linear_l1(x, linear.weight, linear.bias, target, rows, cell=shape.stride, packed=False)
-
-    run = forward_backward(DTYPES[dtype], [x, linear.weight, linear.bias])
-    group = f"{encoder} {head} head, {dtype}"
-    compare(benchmark, "linear_l1", name, group, DTYPES[dtype], run, fused, dense=dense, visible=visible)
+    compare(benchmark, "linear_l1", name, f"{encoder} {head} head", dtype, a, dense=dense, visible=visible)

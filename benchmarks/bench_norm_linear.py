@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tools.op_bench import BACKENDS, BATCH, DTYPES, compare, forward_backward
+from tools.op_bench import BACKENDS, BATCH, DTYPES, compare
 from tools.shapes import SHAPES
-from torch import nn
+from torch.nn import functional as F
 
-from sgmim_fast.ops import norm_linear
+from sgmim_fast.ops import cases
+
+
+def plain(a):
+    if a.norm_weight is None:
+        return a.residual + F.linear(a.x, a.weight, a.bias)
+    return F.linear(F.layer_norm(a.x, a.x.shape[-1:], a.norm_weight, a.norm_bias, a.eps), a.weight, a.bias)
 
 
 @pytest.mark.parametrize("encoder", ["swin_base", "vit_base"])
@@ -18,23 +24,7 @@ from sgmim_fast.ops import norm_linear
 def test_norm_linear(benchmark, name, dtype, layer, encoder):
     """Forward and backward, in the encoder's deepest stage."""
     torch.manual_seed(0)
-    shape = SHAPES[encoder]
-    side, width = shape.deepest
-    tokens = BATCH, side**2 + shape.prefix
-    normed = layer == "norm and qkv"
-    norm, linear = nn.LayerNorm(width), nn.Linear(width, 3 * width if normed else width)
-    x, residual = (torch.randn(*tokens, width, requires_grad=True) for _ in range(2))
-    cotangent = torch.randn(*tokens, linear.out_features)
-    leaves = [x, *linear.parameters(), *(norm.parameters() if normed else [residual])]
-
-    def plain():
-        return linear(norm(x)) if normed else residual + linear(x)
-
-    def fused():
-        if normed:
-            return norm_linear(x, linear.weight, linear.bias, norm_weight=norm.weight, norm_bias=norm.bias)
-        return norm_linear(x, linear.weight, linear.bias, residual=residual)
-
-    run = forward_backward(DTYPES[dtype], leaves, cotangent)
-    group = f"{encoder} {layer}, {dtype}"
-    compare(benchmark, "norm_linear", name, group, DTYPES[dtype], run, fused, plain=plain)
+    (side, width), normed = SHAPES[encoder].deepest, layer == "norm and qkv"
+    rows, out = (BATCH, side**2 + SHAPES[encoder].prefix), 3 * width if normed else width
+    a = cases.norm_linear(rows, width, out, norm=normed, residual=not normed)
+    compare(benchmark, "norm_linear", name, f"{encoder} {layer}", dtype, a, plain=plain)

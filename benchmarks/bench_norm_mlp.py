@@ -1,15 +1,20 @@
-"""`norm_mlp` against timm's norm, MLP and residual: pytest benchmarks/bench_norm_mlp.py"""
+"""`norm_mlp` against norm, MLP and residual in plain PyTorch: pytest benchmarks/bench_norm_mlp.py"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from timm.layers import Mlp
-from tools.op_bench import BACKENDS, BATCH, DTYPES, compare, forward_backward
+from tools.op_bench import BACKENDS, BATCH, DTYPES, compare
 from tools.shapes import SHAPES
-from torch import nn
+from torch.nn import functional as F
 
-from sgmim_fast.ops import norm_mlp
+from sgmim_fast.ops import cases
+
+
+def plain(a):
+    y = F.layer_norm(a.x, a.x.shape[-1:], a.norm_weight, a.norm_bias, a.eps)
+    y = F.linear(F.gelu(F.linear(y, a.fc1_weight, a.fc1_bias)), a.fc2_weight, a.fc2_bias)
+    return a.x + y if a.residual else y
 
 
 @pytest.mark.parametrize("encoder", ["swin_base", "vit_base"])
@@ -19,19 +24,6 @@ from sgmim_fast.ops import norm_mlp
 def test_norm_mlp(benchmark, name, dtype, residual, encoder):
     """Forward and backward, in the encoder's deepest stage."""
     torch.manual_seed(0)
-    shape = SHAPES[encoder]
-    side, width = shape.deepest
-    norm, mlp = nn.LayerNorm(width), Mlp(width, 4 * width)
-    x = torch.randn(BATCH, side**2 + shape.prefix, width, requires_grad=True)
-    cotangent = torch.randn_like(x)
-    layers, vectors = list(mlp.parameters()), {"norm_weight": norm.weight, "norm_bias": norm.bias}
-
-    def plain():
-        return x + mlp(norm(x)) if residual else mlp(norm(x))
-
-    def fused():
-        return norm_mlp(x, *layers, **vectors, residual=residual)
-
-    run = forward_backward(DTYPES[dtype], [x, *layers, *vectors.values()], cotangent)
-    group = f"{encoder}{', residual' if residual else ''}, {dtype}"
-    compare(benchmark, "norm_mlp", name, group, DTYPES[dtype], run, fused, plain=plain)
+    side, width = SHAPES[encoder].deepest
+    a = cases.norm_mlp((BATCH, side**2 + SHAPES[encoder].prefix), width, 4 * width, residual=residual)
+    compare(benchmark, "norm_mlp", name, f"{encoder}{', residual' if residual else ''}", dtype, a, plain=plain)

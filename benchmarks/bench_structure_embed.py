@@ -6,13 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tools.op_bench import BACKENDS, BATCH, DTYPES, compare, forward_backward
+from tools.op_bench import BACKENDS, BATCH, DTYPES, compare
 from tools.shapes import SHAPES
 from tools.visible import structure_tokens
 
 from sgmim_fast import selective_mask
-from sgmim_fast.guidance import StructureEncoder
+from sgmim_fast.guidance import StructureEncoder, embedding_patch
 from sgmim_fast.masking import resize
+from sgmim_fast.ops import cases
 
 
 @pytest.mark.parametrize("encoder", SHAPES)
@@ -28,21 +29,17 @@ def test_structure_embed(benchmark, name, dtype, encoder):
     hidden = (~resize(drawn.mask, side, side)).flatten().nonzero()[0]  # any one; all are the same
     stem = resize(drawn.mask, shape.image // shape.patch, shape.image // shape.patch)
     module = StructureEncoder(1, shape.width, shape.stride)
-    structure = torch.randn(BATCH, 1, shape.image, shape.image)
-    cotangent = torch.randn(shown.index.shape[0] + 1, shape.width)
+    patch, mergings = embedding_patch(shape.stride)
+    sizes = [shape.masked] * BATCH, (side, side), 1, patch, mergings, shape.width >> mergings
+    a = cases.structure_embed(*sizes, rows=shown.index)._replace(parameters=module.parameters_for_op().flat())
 
-    def dense():
-        tokens = module(structure, stem).flatten(0, 1)
-        return tokens[torch.cat([shown.index, hidden])]
+    def dense(a):
+        tokens = module(a.structure, stem).flatten(0, 1)
+        return tokens[torch.cat([a.rows, hidden])]
 
-    def visible():
-        masked = shown.index.view(BATCH, -1) - torch.arange(BATCH)[:, None] * shape.cells
-        tokens = structure_tokens(SimpleNamespace(structure_encoder=module), structure, masked)
+    def visible(a):
+        masked = a.rows.view(BATCH, -1) - torch.arange(BATCH)[:, None] * shape.cells
+        tokens = structure_tokens(SimpleNamespace(structure_encoder=module), a.structure, masked)
         return torch.cat([tokens[:, :-1].flatten(0, 1), tokens[:1, -1]])
 
-    def fused():
-        return module.visible(structure, shown)
-
-    run = forward_backward(DTYPES[dtype], list(module.parameters()), cotangent)
-    group = f"{encoder}, {dtype}"
-    compare(benchmark, "structure_embed", name, group, DTYPES[dtype], run, fused, dense=dense, visible=visible)
+    compare(benchmark, "structure_embed", name, encoder, dtype, a, dense=dense, visible=visible)

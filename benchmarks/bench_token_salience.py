@@ -4,34 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shapes import SHAPES
-from torch import Tensor
+from tools.op_bench import BACKENDS, BATCH, compare
+from tools.shapes import SHAPES
 
-from sgmim_fast import backends
-from sgmim_fast.ops import token_salience
-
-BATCH = 16
+from sgmim_fast.ops import cases
 
 
-def written(x: Tensor) -> Tensor:
+def written(a):
     """Plain PyTorch, (B, N, N) at once."""
-    s = (x @ x.mT).softmax(-1).sum(-2)
+    s = (a.x @ a.x.mT).softmax(-1).sum(-2)
     low, high = s.aminmax(dim=1, keepdim=True)
     return (s - low) / (high - low)
 
 
 @pytest.mark.parametrize("encoder", SHAPES)
-@pytest.mark.parametrize("name", ["written", "torch", "cpu"])
+@pytest.mark.parametrize("name", ["written", *BACKENDS])
 def test_token_salience(benchmark, name, encoder):
     torch.manual_seed(0)
     shape = SHAPES[encoder]
-    x = torch.randn(BATCH, (shape.image // shape.patch) ** 2, shape.stem) / shape.stem**0.5
-    benchmark.group = f"{encoder}, {tuple(x.shape)}"
-    if name == "written":
-        benchmark(written, x)
-        return
-    if not (usable := backends.can_run("token_salience", name, x))[0]:
-        pytest.skip(usable[1])
-    with backends.use(name):
-        torch.testing.assert_close(token_salience(x), written(x), rtol=1e-3, atol=1e-4)
-        benchmark(token_salience, x)
+    a = cases.token_salience((BATCH, (shape.image // shape.patch) ** 2, shape.stem))
+    compare(benchmark, "token_salience", name, encoder, "float32", a, written=written)

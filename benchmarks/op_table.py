@@ -10,6 +10,8 @@ in every op. What is wrong is timed and flagged; exit code 1.
 from __future__ import annotations
 
 import argparse
+import functools
+import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,128 +22,61 @@ import torch
 from tools import flex
 from tools.agree import assert_agree
 from tools.measure import interleaved, machine, summary
+from tools.op_bench import forward_backward
 from tools.shapes import SHAPES, Shape
 from tools.written import write_json
-from torch import Tensor, nn
+from torch import Tensor
 
-from sgmim_fast import backends, ops, selective_mask, standardize_structure
-from sgmim_fast.guidance import RelationalGuidance, StructureEncoder
+from sgmim_fast import backends, selective_mask
+from sgmim_fast.guidance import embedding_patch
+from sgmim_fast.ops import cases
 
 EXACT = ("selective_mask", "gather_patches")  # the same bits from every backend
 ATOL = 1e-6  # of the standardised maps, whose plain version sums in another order
 
 
-def cases(shape: Shape, batch: int, device: torch.device) -> dict[str, Callable[[], list[Tensor]]]:
-    """Op -> a call of it, forward and backward, that returns results and gradients."""
+def arguments(shape: Shape, batch: int, device: torch.device) -> dict[str, Any]:
+    """Op -> its arguments in an encoder's step: in its first stage, or in a ViT, whose tokens are one window."""
     torch.manual_seed(0)
-    side, width, stride = shape.image // shape.stride, shape.width, shape.stride
+    side, width, across, c = shape.image // shape.stride, shape.width, shape.image // shape.patch, shape.stem
+    grid, make, patch, mergings = (side, side), cases.Make(device=device), *embedding_patch(shape.stride)
     with backends.use("torch"):
         drawn = selective_mask(batch, shape.grid, shape.ratio, device=device)
-    cells = drawn.on((side, side))
-    stem = drawn.visible.on(tuple(drawn.mask.shape[1:]), (shape.image // shape.patch,) * 2).index
-    images, depth = (torch.randn(batch, c, shape.image, shape.image, device=device) for c in (3, 1))
-    target = images + torch.where(images < 0, -4, 4)  # no sign hangs on a rounding error
-    packed = torch.randn(cells.masked.index.shape[0], width, device=device, requires_grad=True)
-    features = torch.randn(batch * shape.cells, width, device=device, requires_grad=True)
-    structure = torch.randn(cells.shown.index.shape[0] + 1, width, device=device, requires_grad=True)
-    head, embed = nn.Linear(width, 3 * stride**2).to(device), nn.Conv2d(3, shape.stem, shape.patch).to(device)
-    token, norm_weight, norm_bias = (torch.randn(shape.stem, device=device, requires_grad=True) for _ in range(3))
-    norm = {} if shape.prefix else {"norm_weight": norm_weight, "norm_bias": norm_bias}
-    guidance, encoder = RelationalGuidance(width, shape.heads).to(device), StructureEncoder(1, width, stride).to(device)
-    depth.requires_grad_()
-
-    def both(
-        function: Callable[[], Tensor], *leaves: Tensor, like: Callable[[], Tensor] | None = None
-    ) -> Callable[[], list[Tensor]]:
-        """`like`: has the same shape, where the function itself takes long at first, or raises."""
-        generator = torch.Generator(device).manual_seed(0)
-        cotangent = torch.randn((like or function)().shape, device=device, generator=generator)
-
-        def run() -> list[Tensor]:
-            result = function()
-            return [result.detach(), *torch.autograd.grad(result, leaves, cotangent.to(result.dtype))]
-
-        return run
-
-    def draw() -> list[Tensor]:
-        new = selective_mask(batch, shape.grid, shape.ratio, generator=torch.Generator(device).manual_seed(1))
-        return [new.mask, new.visible.index, new.masked.index]
-
-    # of the encoder's first stage, or of a ViT, whose tokens are one window
-    across, c = shape.image // shape.patch, shape.stem
-    grid, window, shift, heads = (across, across), (shape.grid,) * 2, shape.grid // 2, max(1, c // 32)
+    cells, masked, visible = drawn.on(grid), [shape.masked] * batch, [shape.visible] * batch
+    shown, stem = cells.shown.index, drawn.visible.on(tuple(drawn.mask.shape[1:]), (across, across)).index
+    rows, heads, window, by = (batch, across, across), max(1, c // 32), (shape.grid,) * 2, (shape.grid // 2,) * 2
     if shape.prefix:
-        grid, window, shift, heads = (1, across**2 + 1), (1, across**2 + 1), 0, c // 64
-    scales: dict[str, Tensor] = {}
-    if shape.name == "swinv2_base":
-        window, shift, scales = (
-            (12, 12),
-            6,
-            {"logit_scale": torch.full((heads,), 2.3, device=device, requires_grad=True)},
-        )
-    n, side = window[0] * window[1], window[1]
-    index = None if shape.prefix else torch.randint((2 * side - 1) ** 2, (n, n), device=device)
-    table_shape = (heads, n, n) if shape.prefix else ((2 * side - 1) ** 2, heads)
-    qkv, biases = (torch.randn(s, device=device, requires_grad=True) for s in ((batch, *grid, 3 * c), table_shape))
-    tokens, norm1 = torch.randn(batch, *grid, c, device=device, requires_grad=True), nn.LayerNorm(c).to(device)
-    linear, proj, fc1, fc2 = (nn.Linear(i * c, o * c).to(device) for i, o in ((1, 3), (1, 1), (1, 4), (4, 1)))
-    norms = {"norm_weight": norm1.weight, "norm_bias": norm1.bias}
-    layers = {"qkv_weight": linear.weight, "qkv_bias": linear.bias, "proj_weight": proj.weight, "proj_bias": proj.bias}
-    layers |= norms
-
-    def attend(function: Callable[..., Tensor] = ops.window_attention) -> Tensor:
-        x = qkv.to(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else qkv
-        return function(x, heads, window, (shift, shift), bias=biases, index=index, **scales)
-
-    shown = cells.shown.index
-    with backends.use("torch"):  # the shapes of the results
-        rivals = {}
-        if not scales:  # FlexAttention's has no cosines
-            rivals["window_attention flex"] = both(lambda: attend(flex.window_attention), qkv, biases, like=attend)
-        return {
-            "selective_mask": draw,
-            "standardize_structure": lambda: [standardize_structure(depth.detach())],
-            "token_salience": lambda: [ops.token_salience(tokens.detach().flatten(1, 2))],
-            "gather_patches": both(lambda: ops.gather_patches(depth, shown, cell=stride, patch=4, order="z"), depth),
-            "masked_patch_embed": both(
-                lambda: ops.masked_patch_embed(images, embed.weight, embed.bias, token, stem, **norm),
-                *embed.parameters(),
-                token,
-                *norm.values(),
-            ),
-            "structure_embed": both(lambda: encoder.visible(depth.detach(), cells.shown), *encoder.parameters()),
-            "relational_guidance": both(
-                lambda: guidance.visible(features, structure, cells.visible, cells.shown),
-                features,
-                structure,
-                *guidance.parameters(),
-            ),
-            "linear_l1": both(
-                lambda: ops.linear_l1(packed, head.weight, head.bias, target, cells.masked.index, cell=stride),
-                packed,
-                *head.parameters(),
-            ),
-            "window_attention": both(attend, qkv, biases, *scales.values()),
-            **rivals,
-            "norm_attention": both(
-                lambda: ops.norm_attention(tokens, heads, window, (shift, shift), **layers, bias=biases, index=index),
-                tokens,
-                *layers.values(),
-                biases,
-            ),
-            "norm_linear": both(
-                lambda: ops.norm_linear(tokens, linear.weight, linear.bias, **norms),
-                tokens,
-                *linear.parameters(),
-                *norms.values(),
-            ),
-            "norm_mlp": both(
-                lambda: ops.norm_mlp(tokens, *fc1.parameters(), *fc2.parameters(), **norms),
-                tokens,
-                *(*fc1.parameters(), *fc2.parameters()),
-                *norms.values(),
-            ),
-        }
+        rows, heads, window, by = (batch, 1, across**2 + 1), c // 64, (1, across**2 + 1), (0, 0)
+    bias = "dense" if shape.prefix else "table"
+    hottest = 2.3 if shape.name == "swinv2_base" else None
+    if hottest is not None:
+        window, by = (12, 12), (6, 6)
+    return {
+        "gather_patches": cases.gather_patches(masked, grid, 1, shape.stride, patch, rows=shown, make=make),
+        "linear_l1": cases.linear_l1(
+            masked, grid, 3, shape.stride, width, decided=True, rows=cells.masked.index, make=make
+        ),
+        "masked_patch_embed": cases.masked_patch_embed(
+            batch, (across, across), 3, shape.patch, c, norm=not shape.prefix, visible=stem, make=make
+        ),
+        "norm_attention": cases.norm_attention(rows, c, heads, window, by, bias=bias, make=make),
+        "norm_linear": cases.norm_linear(rows, c, 3 * c, make=make),
+        "norm_mlp": cases.norm_mlp(rows, c, 4 * c, make=make),
+        "relational_guidance": cases.relational_guidance(
+            visible, None, shape.cells, width, shape.heads, 4 * width, rows=(cells.visible, cells.shown), make=make
+        ),
+        "selective_mask": cases.selective_mask(
+            [math.ceil(shape.ratio * shape.grid**2)] * batch, (shape.grid,) * 2, 1, make=make
+        ),
+        "standardize_structure": cases.standardize_structure((batch, 1, shape.image, shape.image), make=make),
+        "structure_embed": cases.structure_embed(
+            masked, grid, 1, patch, mergings, width >> mergings, rows=shown, make=make
+        ),
+        "token_salience": cases.token_salience((batch, across**2, c), length=c**0.5, make=make),
+        "window_attention": cases.window_attention(
+            rows, heads, c // heads, window, by, bias=bias, hottest=hottest, pad=False, make=make
+        ),
+    }
 
 
 def disagreement(op: str, run: Callable[..., list[Tensor]], backend: str, dtype: torch.dtype) -> str:
@@ -171,23 +106,20 @@ def table(
     keep: Callable[[dict[str, Any]], None],
 ) -> None:
     """A row for each op that is wanted and backend, given to `keep` as soon as it is known."""
-    found = cases(shape, batch, torch.device(device))
+    found = arguments(shape, batch, torch.device(device))
     for op in wanted:
-        rivals = {name.partition(" ")[2]: call for name, call in found.items() if name.startswith(f"{op} ")}
-        if device == "cpu":  # where FlexAttention has no backward
-            rivals = {}
+        call, ours = forward_backward(op, found[op]), functools.partial(cases.call, op)
+        # FlexAttention has no cosines, and on a CPU no backward
+        fits = op == "window_attention" and found[op].logit_scale is None and device != "cpu"
+        rivals = {"flex": flex.window_attention} if fits else {}
 
         def run(
-            backend: str,
-            dtype: torch.dtype = dtype,
-            function: Callable[[], list[Tensor]] = found[op],
-            rivals: dict[str, Callable[[], list[Tensor]]] = rivals,
+            backend: str, dtype: torch.dtype = dtype, call: Any = call, ours: Any = ours, rivals: Any = rivals
         ) -> list[Tensor]:
-            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                if backend in rivals:
-                    return rivals[backend]()
-                with backends.use(backend):
-                    return function()
+            if backend in rivals:
+                return call(rivals[backend], dtype)
+            with backends.use(backend):
+                return call(ours, dtype)
 
         names = [name for name in backends.ORDER[device] if backends.can_run(op, name)[0]] + list(rivals)
         wrong = dict.fromkeys(names, "")

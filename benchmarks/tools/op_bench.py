@@ -1,31 +1,48 @@
-"""What the benchmarks of single ops share: one way to time a column, after it was held against plain PyTorch."""
+"""What the benchmarks of single ops share: one way to call an op, and to time it after it was held against others."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from tools.agree import assert_agree
 from torch import Tensor
 
 from sgmim_fast import backends
+from sgmim_fast.ops import cases
 
 BATCH = 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BACKENDS = ("torch", "cpu")
+# What has no gradient in a step.
+CONSTANT = {"masked_patch_embed": ("x",), "structure_embed": ("structure",), "linear_l1": ("target",)}
+CONSTANT |= {"standardize_structure": ("structure",), "token_salience": ("x",)}
+
+
+def forward_backward(
+    op: str, arguments: Any, backward: bool = True
+) -> Callable[[Callable[[Any], Any], torch.dtype], list[Tensor]]:
+    """`run(function, dtype)`: results and gradients of a function of the op's arguments, float32, under autocast."""
+    leaves = cases.leaves(op, arguments, *CONSTANT.get(op, ())) if backward else []
+    device = arguments[0].device.type
+    with backends.use("torch"), torch.no_grad():
+        cotangent = torch.randn_like(cases.call(op, arguments)) if leaves else None
+
+    def run(function: Callable[[Any], Any], dtype: torch.dtype) -> list[Tensor]:
+        a = arguments._replace(qkv=arguments.qkv.to(dtype)) if op == "window_attention" else arguments  # as projected
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            result = function(a)
+        if cotangent is None:
+            return list(result) if isinstance(result, tuple) else [result]
+        return [result.detach(), *torch.autograd.grad(result, leaves, cotangent.to(result.dtype))]
+
+    return run
 
 
 def compare(
-    benchmark: Any,
-    op: str,
-    name: str,
-    group: str,
-    dtype: torch.dtype,
-    run: Callable[..., list[Tensor]],
-    fused: Callable[..., Tensor],
-    **plain: Callable[..., Tensor],
+    benchmark: Any, op: str, name: str, group: str, dtype: str, arguments: Any, backward: bool = True, **plain: Callable
 ) -> None:
     """Times one column: plain PyTorch, or a backend of an op whose results and gradients agree with the first of those.
 
@@ -33,31 +50,19 @@ def compare(
         name: of the column: one of `plain`, or a backend.
         group: which columns stand together.
         dtype: of the column.
-        run: takes a function, and a dtype where it is another one than the column's; returns results and gradients.
+        arguments: of the op, of which `plain` are functions, too.
     """
-    benchmark.group = f"{op} {group}, B = {BATCH}"
+    import pytest  # which `op_table`, that runs alone, has no need of
+
+    benchmark.group = f"{op} {group}, {dtype}, B = {BATCH}{'' if backward else ', forward'}"
+    run, in_dtype = forward_backward(op, arguments, backward), DTYPES[dtype]
     if name in plain:
-        benchmark(run, plain[name])
+        benchmark(run, plain[name], in_dtype)
         return
     if not (usable := backends.can_run(op, name))[0]:
         pytest.skip(usable[1])
-    truth = next(iter(plain.values()))
+    truth, ours = next(iter(plain.values())), functools.partial(cases.call, op)
     with backends.use(name):
-        assert_agree(run(fused), run(truth), run(truth, torch.float32), dtype)
-        benchmark(run, fused)
-
-
-def forward_backward(dtype: torch.dtype, leaves: list[Tensor], cotangent: Tensor | None = None) -> Callable[..., Any]:
-    """`run` of a function without arguments: its result in float32 and the leaves' gradients, under autocast.
-
-    Args:
-        cotangent: gradient of the result; None: of a loss.
-    """
-
-    def run(function: Callable[[], Tensor], dtype: torch.dtype = dtype) -> list[Tensor]:
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            y = function()
-        given = None if cotangent is None else cotangent.to(y.dtype)
-        return [y.detach().float(), *torch.autograd.grad(y, leaves, given)]
-
-    return run
+        found = run(ours, in_dtype), run(truth, in_dtype), run(truth, torch.float32)
+        assert_agree(*([t.float() for t in results] for results in found), in_dtype)
+        benchmark(run, ours, in_dtype)

@@ -220,9 +220,9 @@ def structure_embed(
     return StructureEmbed(structure, rows, parameters.flat(), cell, 1e-5, None)
 
 
-def token_salience(shape: Sequence[int] = (2, 5, 3), *, make: Make = FLOAT32) -> TokenSalience:
-    """Of tokens of length 1, or so."""
-    return TokenSalience(make(*shape) / math.sqrt(shape[-1]))
+def token_salience(shape: Sequence[int] = (2, 5, 3), *, length: float = 1.0, make: Make = FLOAT32) -> TokenSalience:
+    """length: about, of a token: the longer, the more it attends to itself alone."""
+    return TokenSalience(make(*shape) * (length / math.sqrt(shape[-1])))
 
 
 def window_attention(

@@ -78,6 +78,15 @@ VARIANTS: dict[str, dict[str, Callable[..., Any]]] = {
         "patch-of-7": partial(cases.structure_embed, (1, 2), (1, 2), 1, 7, 1, 3),
         "stride-16": partial(cases.structure_embed, (1, 0), (1, 2), 1, 4, 2, 2),
     },
+    "selective_mask": {"ragged": partial(cases.selective_mask, (3, 0, 6))},
+    "standardize_structure": {
+        "bfloat16": partial(cases.standardize_structure, make=cases.Make(torch.bfloat16)),
+        "ignore": partial(cases.standardize_structure, ignore=True),
+    },
+    "token_salience": {
+        "bfloat16": partial(cases.token_salience, make=cases.Make(torch.bfloat16)),
+        "float16": partial(cases.token_salience, make=cases.Make(torch.float16)),
+    },
     "window_attention": {
         "dense": partial(cases.window_attention, (2, 3, 2), 1, 3, (2, 2), (1, 0), bias="dense", pad=False),
         "bare": partial(cases.window_attention, (1, 1, 5), 2, 4, (1, 5), (0, 0), bias=None, pad=False),

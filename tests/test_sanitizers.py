@@ -14,6 +14,7 @@ import pytest
 pytestmark = pytest.mark.slow(minutes=3)
 ROOT = Path(__file__).parents[1]
 TESTS = sorted(path for path in ROOT.glob("tests/ops/test_*.py") if (ROOT / f"csrc/cpu/{path.stem[5:]}.cpp").exists())
+TESTS.append(ROOT / "tests" / "ops" / "test_every_op.py")
 
 
 def build(folder: Path, sanitizers: str) -> Path:

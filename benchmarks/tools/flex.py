@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
+from sgmim_fast.ops.window_attention import Arguments
+
 
 @functools.cache
 def compiled() -> Callable[..., Tensor]:
@@ -33,20 +35,13 @@ def partition(x: Tensor, window: Sequence[int]) -> Tensor:
     return x.transpose(2, 3).reshape(-1, window[0] * window[1], c)
 
 
-def window_attention(
-    qkv: Tensor,
-    heads: int,
-    window: Sequence[int],
-    shift: Sequence[int] = (0, 0),
-    *,
-    bias: Tensor | None = None,
-    index: Tensor | None = None,
-) -> Tensor:
-    """As `sgmim_fast.ops.window_attention` of the same arguments, on maps that windows divide."""
+def window_attention(a: Arguments) -> Tensor:
+    """As `sgmim_fast.ops.window_attention` of these arguments, on maps that windows divide."""
+    qkv, heads, window, shift = a.qkv, a.heads, a.window, a.shift
     b, height, width, c = *qkv.shape[:3], qkv.shape[3] // 3
     rolled = qkv.roll((-shift[0], -shift[1]), (1, 2)) if any(shift) else qkv
     q, k, v = partition(rolled, window).unflatten(-1, (3, heads, c // heads)).permute(2, 0, 3, 1, 4)
-    table = bias if index is None or bias is None else bias[index.flatten()].view(*index.shape, heads).permute(2, 0, 1)
+    table = a.bias if a.index is None else a.bias[a.index.flatten()].view(*a.index.shape, heads).permute(2, 0, 1)
     region = regions((height, width), window, shift, qkv.device)
     count = region.shape[0]
 

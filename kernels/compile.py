@@ -175,13 +175,13 @@ def encoder(batch: int, mixed: bool, dtype: torch.dtype) -> None:
         both("window_attention", a._replace(qkv=a.qkv.to(dtype)))
 
     cast = dtype if mixed else None
-    for width, wide in LAYERS:
+    for width, hidden in LAYERS:
         rows = (128 * batch,)
         for norm, residual in itertools.product((True, False), (False, True)):
-            a = cases.norm_linear(rows, width, wide, norm=norm, residual=residual, make=make)
+            a = cases.norm_linear(rows, width, hidden, norm=norm, residual=residual, make=make)
             both("norm_linear", a._replace(dtype=cast))
             for post_norm in (False, True):
-                a = cases.norm_mlp(rows, width, wide, norm=norm, residual=residual, post_norm=post_norm, make=make)
+                a = cases.norm_mlp(rows, width, hidden, norm=norm, residual=residual, post_norm=post_norm, make=make)
                 both("norm_mlp", a._replace(dtype=cast))
 
 

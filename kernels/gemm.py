@@ -113,7 +113,7 @@ def _gemm_kernel(
     m_tile, n_tile = _swizzle(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    wide = m.to(tl.int64)
+    row = m.to(tl.int64)
 
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if KIND == WGRAD and sums is not None:
@@ -127,7 +127,7 @@ def _gemm_kernel(
             bias_total = dot(x, ones, bias_total, PRECISION)
 
     inside = (m < M)[:, None] & (n < N)[None, :]
-    at = wide[:, None] * N + n[None, :]
+    at = row[:, None] * N + n[None, :]
     if bias is not None:
         total += tl.load(Bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if scale is not None:
@@ -136,7 +136,7 @@ def _gemm_kernel(
         if KIND == WGRAD and sums is not None:  # sixteen equal columns; the first column of tiles writes one
             bias_total = tl.sum(bias_total, 1) * 0.0625 * by
             tl.store(sums + m, cast(bias_total, sums.dtype.element_ty), mask=(m < M) & (n_tile + 0 * m == 0))
-    total = _epilogue(total, at, wide, m < M, n, N, inside, residual, before, after, index, limit, KIND, GELU)
+    total = _epilogue(total, at, row, m < M, n, N, inside, residual, before, after, index, limit, KIND, GELU)
     if KIND == DGRAD and sums is not None:
         tl.store(sums + m_tile.to(tl.int64) * N + n, tl.sum(total, 0), mask=n < N)
     if KIND == DGRAD and index is not None:

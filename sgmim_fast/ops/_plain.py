@@ -92,9 +92,9 @@ def _layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """In `dtype`, or that of x."""
-    wide = x.to(sum_dtype(x.dtype))
-    mean = wide.mean(-1)
-    variance = (wide - mean[:, None]).square().mean(-1)
+    values = x.to(sum_dtype(x.dtype))
+    mean = values.mean(-1)
+    variance = (values - mean[:, None]).square().mean(-1)
     statistics = torch.stack([mean, (variance + eps).rsqrt()])
     return _apply_norm(x, statistics, weight, bias, dtype or x.dtype), statistics
 
@@ -201,12 +201,12 @@ def place_tokens_backward(
     norm: tuple[Tensor, Tensor] | None, dtype: torch.dtype,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     masked = torch.ones(dout.shape[0], dtype=torch.bool, device=dout.device).index_fill_(0, visible, False)
-    dtokens, wide = dout[visible], sum_dtype(dout.dtype)
-    sums = {"mask_token": dout.where(masked[:, None], 0).sum(0, dtype=wide)}
+    dtokens, accumulator = dout[visible], sum_dtype(dout.dtype)
+    sums = {"mask_token": dout.where(masked[:, None], 0).sum(0, dtype=accumulator)}
     if norm is not None:
         found = _layer_norm_backward(NormGradient(dtokens, tokens, statistics, *norm))
         dtokens, sums = found.dx, sums | {"norm_weight": found.weight, "norm_bias": found.bias}
-    return dtokens.to(dtype), sums | {"bias": dtokens.sum(0, dtype=wide)}
+    return dtokens.to(dtype), sums | {"bias": dtokens.sum(0, dtype=accumulator)}
 
 
 def linear_l1(a: Any, weight: Tensor) -> tuple[Tensor, Tensor]:

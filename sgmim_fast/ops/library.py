@@ -33,16 +33,18 @@ def layer_norms(norms: Sequence[Norm], eps: float, dtype: torch.dtype) -> list[t
     found = []
     for norm in norms:
         x = norm.x if norm.rows is None else norm.x[norm.rows]
-        wide = torch.promote_types(dtype, torch.float32) if norm.residual is not None else dtype
-        y, statistics = _normalised(x, norm.weight, norm.bias, eps, wide)
+        out = torch.promote_types(dtype, torch.float32) if norm.residual is not None else dtype
+        y, statistics = _normalised(x, norm.weight, norm.bias, eps, out)
         found.append(((y if norm.residual is None else y + norm.residual).to(dtype), statistics))
     return found
 
 
 def _normalised(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """In `dtype`, computed in float32 at least, as under autocast on a GPU."""
-    wide = sum_dtype(x.dtype)
-    y, mean, rstd = torch.native_layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps)
+    accumulator = sum_dtype(x.dtype)
+    y, mean, rstd = torch.native_layer_norm(
+        x.to(accumulator), x.shape[-1:], weight.to(accumulator), bias.to(accumulator), eps
+    )
     return y.to(dtype), torch.stack([mean.flatten(), rstd.flatten()])
 
 
@@ -51,10 +53,10 @@ def layer_norms_backward(gradients: Sequence[NormGradient]) -> list[NormGradient
 
 
 def _layer_norm_backward(g: NormGradient) -> NormGradients:
-    x, wide = g.x if g.rows is None else g.x[g.rows], g.statistics.dtype
-    dy = (g.dy if g.more is None else g.dy + g.more).to(wide)
+    x, accumulator = g.x if g.rows is None else g.x[g.rows], g.statistics.dtype
+    dy = (g.dy if g.more is None else g.dy + g.more).to(accumulator)
     mean, rstd = g.statistics[:, :, None]
-    weight, bias, x = g.weight.to(wide), g.bias.to(wide), x.to(wide)
+    weight, bias, x = g.weight.to(accumulator), g.bias.to(accumulator), x.to(accumulator)
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         dy, x, x.shape[-1:], mean, rstd, weight, bias, [True] * 3
     )
@@ -65,7 +67,7 @@ def _layer_norm_backward(g: NormGradient) -> NormGradients:
         torch.addcmul(bias, (x - mean) * rstd, weight).to(g.dy.dtype) if g.again else None,
         dweight,
         dbias,
-        *([g.residual.sum(0, dtype=wide)] if g.sum_residual else [None]),
+        *([g.residual.sum(0, dtype=accumulator)] if g.sum_residual else [None]),
         *([dx.sum(0)] if g.sum_dx else [None]),
     )
 

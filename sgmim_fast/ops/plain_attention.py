@@ -73,16 +73,16 @@ class _Attention:
 
 
 def guidance_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
-    wide = sum_dtype(q.dtype)
-    out, lse = _Attention(packed, q.shape[1], wide).forward(*(x.to(wide) for x in (q, k, v)))
+    accumulator = sum_dtype(q.dtype)
+    out, lse = _Attention(packed, q.shape[1], accumulator).forward(*(x.to(accumulator) for x in (q, k, v)))
     return out.to(q.dtype), lse
 
 
 def guidance_attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, packed: Packed
 ) -> tuple[Tensor, ...]:
-    wide = sum_dtype(q.dtype)
-    found = _Attention(packed, q.shape[1], wide).backward(*(x.to(wide) for x in (dout, q, k, v)))
+    accumulator = sum_dtype(q.dtype)
+    found = _Attention(packed, q.shape[1], accumulator).backward(*(x.to(accumulator) for x in (dout, q, k, v)))
     return tuple(d.to(q.dtype) for d in found)
 
 

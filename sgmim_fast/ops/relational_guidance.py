@@ -235,7 +235,7 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
 
 
 def _fake(a: Arguments) -> tuple[Tensor, list[Tensor]]:
-    storage, wide = storage_dtype(a.features, a.dtype), sum_dtype(a.features.dtype)
+    storage, accumulator = storage_dtype(a.features, a.dtype), sum_dtype(a.features.dtype)
     visible, shown, width = a.rows.visible.shape[0], a.structure.shape[0], a.features.shape[1]
 
     def empty(*shape: int, dtype: torch.dtype = storage) -> Tensor:
@@ -246,12 +246,12 @@ def _fake(a: Arguments) -> tuple[Tensor, list[Tensor]]:
         k=empty(shown, width),
         v=empty(shown, width),
         attended=empty(visible, width),
-        lse=empty(2, visible, a.heads, dtype=wide),
+        lse=empty(2, visible, a.heads, dtype=accumulator),
         t=empty(visible, width),
         pre_activation=empty(visible, a.parameters.fc1_weight.shape[0]),
-        query_statistics=empty(2, visible, dtype=wide),
-        context_statistics=empty(2, shown, dtype=wide),
-        out_statistics=empty(2, visible, dtype=wide),
+        query_statistics=empty(2, visible, dtype=accumulator),
+        context_statistics=empty(2, shown, dtype=accumulator),
+        out_statistics=empty(2, visible, dtype=accumulator),
     )
     return empty(visible, width, dtype=a.dtype or a.features.dtype), list(saved)
 

@@ -171,16 +171,16 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
 
 
 def _fake(a: Arguments) -> tuple[Tensor, list[Tensor]]:
-    w, wide = a.parameters, sum_dtype(a.structure.dtype)
+    w, accumulator = a.parameters, sum_dtype(a.structure.dtype)
     cells = Cells(a.structure, a.rows, w, a.cell, storage_dtype(a.structure, a.dtype))
     inputs: list[Tensor] = []
-    statistics = [a.structure.new_empty(2, cells.count, dtype=wide)]
+    statistics = [a.structure.new_empty(2, cells.count, dtype=accumulator)]
     tokens, width = cells.count + cells.per_cell, w.embed_weight.shape[0]
     for i, weight in enumerate(w.merge_weights):
         tokens, width = tokens // 4, weight.shape[1]
         if i > 0:
             inputs.append(a.structure.new_empty(tokens, width, dtype=cells.dtype))
-        statistics.append(a.structure.new_empty(2, tokens, dtype=wide))
+        statistics.append(a.structure.new_empty(2, tokens, dtype=accumulator))
         width = weight.shape[0]
     return a.structure.new_empty(tokens, width, dtype=a.dtype or a.structure.dtype), [*inputs, *statistics]
 

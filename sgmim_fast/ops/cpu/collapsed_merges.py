@@ -26,9 +26,9 @@ def levels(w: StructureParameters, cells: int, cost: int = 1) -> int:
     inner, rows = w.embed_weight[0].numel() + 1, cells * 4 ** len(w.merge_weights)
     for level, weight in enumerate(w.merge_weights):
         rows //= 4
-        wide = weight.shape[1]
+        ins = weight.shape[1]
         collapsed = 4 * inner + 1
-        if rows * (wide - cost * collapsed) <= cost * wide * inner:  # both times 3 x the merging's width
+        if rows * (ins - cost * collapsed) <= cost * ins * inner:  # both times 3 x the merging's width
             return level
         inner = collapsed
     return len(w.merge_weights)
@@ -160,10 +160,10 @@ def compose(embedding: Embedding, count: int) -> list[Composed]:
     matrix = torch.cat([w.norm_weight.float()[:, None] * embed, w.norm_bias.float()[:, None]], 1)
     composed = [Composed(matrix, embed)]
     for weight, norm_weight, norm_bias in zip(*_float32(w, count), strict=True):
-        (outer, wide), (width, columns) = weight.shape, matrix.shape
-        centred, constant = torch.empty(outer, wide, dtype=embedding.cells.dtype), torch.empty(outer)
+        (outs, ins), (width, columns) = weight.shape, matrix.shape
+        centred, constant = torch.empty(outs, ins, dtype=embedding.cells.dtype), torch.empty(outs)
         torch.ops.sgmim_fast_cpu.centre(weight, norm_weight, norm_bias, centred, constant)
-        blocks = gemm.dgrad(centred.view(-1, width), matrix, torch.float32).view(outer, 4, columns)
+        blocks = gemm.dgrad(centred.view(-1, width), matrix, torch.float32).view(outs, 4, columns)
         last = blocks[..., -1].sum(1, keepdim=True)
         matrix = torch.cat([blocks[..., :-1].flatten(1), last, constant[:, None]], 1)
         composed.append(Composed(matrix, centred))

@@ -34,8 +34,8 @@ class Embedding:
         return [vector.float().contiguous() for vector in vectors]
 
     def parts(self, statistics: list[Tensor]) -> Iterator[Part]:
-        cells, tokens, wide = self.cells, self.cells.per_cell, self.w.merge_weights[0].shape[1]
-        step = max(PART_ELEMENTS * 4 // (tokens * wide), 1)
+        cells, tokens, ins = self.cells, self.cells.per_cell, self.w.merge_weights[0].shape[1]
+        step = max(PART_ELEMENTS * 4 // (tokens * ins), 1)
         count = cells.rows.shape[0]
         for begin in range(0, max(count, 1), step):
             end = min(begin + step, count)

@@ -60,10 +60,10 @@ def linear(
     """As `gemm.linear`, of any weight."""
     if not ours(x):
         return gemm.linear(x, weight.to(x.dtype), bias, residual=residual, dtype=dtype)
-    wide = dtype or x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    inside = wide in (torch.float32, x.dtype)  # what the kernel adds in and writes
-    y = torch.empty(x.shape[0], weight.shape[0], dtype=wide if inside else torch.float32)
-    added = residual.to(wide).contiguous() if inside and residual is not None else None
+    out = dtype or x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    inside = out in (torch.float32, x.dtype)  # what the kernel adds in and writes
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=out if inside else torch.float32)
+    added = residual.to(out).contiguous() if inside and residual is not None else None
     bias = None if bias is None else bias.float().contiguous()
     torch.ops.sgmim_fast_cpu.linear(x.contiguous(), _read(weight, x), False, bias, added, y)
     y = y if inside or residual is None else y + residual

@@ -44,8 +44,8 @@ def embed_backward(
         inputs, embedding = [t.to(dtype) for t in inputs[: collapsed - 1]], Embedding(cells._replace(dtype=dtype))
         return collapsed_merges.backward(embedding, inputs, statistics, dx.to(dtype), collapsed, gradients)
     embedding = Embedding(cells)
-    wide, width = weight.shape[1], cells.w.embed_weight.shape[0]
-    sums, dpatches = torch.zeros(2 * wide + 3 * width), []
+    ins, width = weight.shape[1], cells.w.embed_weight.shape[0]
+    sums, dpatches = torch.zeros(2 * ins + 3 * width), []
     dembed, dmerge = torch.zeros(width, cells.w.embed_weight[0].numel()), torch.zeros(weight.shape)
     for part in embedding.parts(statistics):
         tokens = part.embed()
@@ -59,7 +59,7 @@ def embed_backward(
         if "structure" in gradients:
             dpatches.append(part.patches_gradient(dembedded))
     names = "merge_norm_weights[0]", "merge_norm_biases[0]", "norm_weight", "norm_bias", "embed_bias"
-    gradients.sums(dict(zip(names, sums.split([wide, wide, *[width] * 3]), strict=True)))
+    gradients.sums(dict(zip(names, sums.split([ins, ins, *[width] * 3]), strict=True)))
     gradients["merge_weights[0]"], gradients["embed_weight"] = dmerge, dembed
     return torch.cat(dpatches) if dpatches else None
 

@@ -116,31 +116,15 @@ class Shape:
 SHAPES = [Shape(*model, batch) for model in ((1024, 32, 6), (768, 16, 14)) for batch in (1, 8, 128)]
 
 
-@dataclass(frozen=True)
-class Windows:
-    """Of the launches of window attention to compile: two by two windows of a map, or one of all its tokens."""
-
-    window: tuple[int, int]
-    heads: int = 4
-    width: int = 32  # of a head
-    bias: str | None = "table"
-    shifted: bool = False
-    cosine: bool = False
-    padded: bool = False
-
-    @property
-    def whole(self) -> bool:
-        return self.window[0] == 1
-
-
-# Swin-B, SwinV2-B and ViT-B, at 192 and other numbers of pixels.
-WINDOWS = [
-    Windows((6, 6)),
-    Windows((6, 6), shifted=True),
-    Windows((7, 7), shifted=True, padded=True),
-    *(Windows((side, side), shifted=True, cosine=True) for side in (8, 10, 12)),
-    Windows((16, 16), shifted=True, cosine=True, padded=True),
-    *(Windows((1, 197), heads=12, width=64, bias=bias) for bias in ("dense", None)),
+# Of window attention: map, window, shift and options. Swin-B, SwinV2-B and ViT-B, at 192 and other numbers of pixels:
+# two by two windows of a map, or one of all its tokens.
+WINDOWS: list[tuple[tuple[int, int], tuple[int, int], tuple[int, int], dict[str, Any]]] = [
+    ((12, 12), (6, 6), (0, 0), {}),
+    ((12, 12), (6, 6), (3, 3), {}),
+    ((13, 13), (7, 7), (3, 3), {"pad": True}),
+    *(((2 * n, 2 * n), (n, n), (n // 2, n // 2), {"hottest": 1.0}) for n in (8, 10, 12)),
+    ((31, 31), (16, 16), (8, 8), {"hottest": 1.0, "pad": True}),
+    *(((1, 197), (1, 197), (0, 0), {"heads": 12, "width": 64, "bias": bias}) for bias in ("dense", None)),
 ]
 LAYERS = [(128, 384), (512, 2048), (768, 3072)]  # widths of norms and gemms in those models
 
@@ -165,14 +149,11 @@ def both(op: str, a: Any, *unwanted: str) -> None:
 def encoder(batch: int, mixed: bool, dtype: torch.dtype) -> None:
     """Forward and backward of the ops that encoders are accelerated by."""
     make = cases.Make(torch.float32 if mixed else dtype, numbers=torch.zeros)
-    for w in WINDOWS:
-        if math.prod(w.window) > most_tokens_on_a_gpu(dtype):
-            continue
-        grid = w.window if w.whole else [2 * side - w.padded for side in w.window]
-        shift = (w.window[0] // 2,) * 2 if w.shifted else (0, 0)
-        options = {"bias": w.bias, "hottest": 1.0 if w.cosine else None, "pad": w.padded, "make": make}
-        a = cases.window_attention((batch, *grid), w.heads, w.width, w.window, shift, **options)
-        both("window_attention", a._replace(qkv=a.qkv.to(dtype)))
+    for grid, window, shift, options in WINDOWS:
+        if math.prod(window) <= most_tokens_on_a_gpu(dtype):
+            options = {"heads": 4, "width": 32, "pad": False, "make": make} | options
+            a = cases.window_attention((batch, *grid), window=window, shift=shift, **options)
+            both("window_attention", a._replace(qkv=a.qkv.to(dtype)))
 
     cast = dtype if mixed else None
     for width, hidden in LAYERS:

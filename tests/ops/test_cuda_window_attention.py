@@ -12,11 +12,11 @@ import torch
 from host_build import load_bodies
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_window_attention import check, inputs
+from test_window_attention import check
 from torch import Tensor
 
 from sgmim_fast import _native, backends
-from sgmim_fast.ops import _plain
+from sgmim_fast.ops import _plain, cases
 from sgmim_fast.ops.cuda import relational_guidance
 from sgmim_fast.ops.cuda import window_attention as ours
 from sgmim_fast.ops.primitives import Request, Windows
@@ -91,6 +91,13 @@ def operators(monkeypatch):
         library.impl("window_attention", forward, "CPU")
         library.impl("window_attention_backward", backward, "CPU")
         yield
+
+
+def inputs(grid, heads, width, window, *, bias="table", cosine=False, pad=True):
+    """(qkv, bias, logit_scale, pad) in float64, and the index."""
+    options = {"bias": bias, "hottest": 5.0 if cosine else None, "pad": pad, "make": cases.FLOAT64}
+    a = cases.window_attention((2, *grid), heads, width, window, **options)
+    return (a.qkv, a.bias, a.logit_scale, a.pad), a.index
 
 
 def relative(actual: Tensor, truth: Tensor) -> float:
@@ -290,4 +297,5 @@ def test_on_a_gpu(where, shape, dtype, cosine):
         pytest.skip(reason)
     (grid, window, shift), heads = SHAPES[shape], 3
     with backends.use("cuda"):
-        check(Place("cuda", "cuda"), dtype, shift, window, heads, grid=grid, width=32, cosine=cosine)
+        sizes = {"shape": (2, *grid), "heads": heads, "width": 32, "window": window, "shift": shift}
+        check(Place("cuda", "cuda"), dtype, **sizes, hottest=5.0 if cosine else None)

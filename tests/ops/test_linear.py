@@ -169,7 +169,7 @@ def test_weights_are_not_copied(monkeypatch):
     assert [t.dtype for t in cpu_gemm.weights_in(LOW, weight, bias)] == [LOW, LOW]
 
 
-def test_avx512_without_bfloat16_instructions():
+def test_lower_instruction_sets():
     if os.environ.get("SGMIM_FAST_CPU_ISA"):
         pytest.skip("one is asked for")
     command = [

@@ -24,14 +24,15 @@ PARTS = {
     "selective_mask": "",
     "masked_patch_embed": "",
     "linear_l1": "and (value or (gradients and ragged))",
-    "relational_guidance": "and (partial or not_contiguous)",
-    "structure_embed": "and (partial or layouts or not_contiguous)",
-    "norm_attention": "and (float32 or (partial and [0]))",
+    "relational_guidance": "and large_logits",
+    "structure_embed": "and (partial or layouts)",
+    "norm_attention": "and float32",
     "norm_linear": "",
     "norm_mlp": "",
-    "window_attention": "and (strides or (vit and None and dtype2) or grid3-window3-shift3-dtype1)",
+    "window_attention": "and ((vit and None and dtype2) or grid3-window3-shift3-dtype1)",
     "token_salience": "and not shape7",
     "model_places": "",
+    "every_op": "and partial_gradients and (everything or ragged)",
 }
 
 

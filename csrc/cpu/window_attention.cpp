@@ -80,20 +80,8 @@ void window_attention_backward_tasks(
       gemm<false>(w.v, ds, 1, w.grad_t + first, ns, dp, QUERIES, n, padded(count), d);
       by_three_vectors(count, [&](auto vectors, int64_t c) SGMIM_INLINE_LAMBDA {
         constexpr int V = decltype(vectors)::value;
-        vf top[V], sum[V] = {}, mean[V] = {}, inverse[V];
-        for (int v = 0; v < V; ++v) top[v] = load(highest + c + v * LANES);
-        for (int64_t j = 0; j < n; ++j)
-          for (int v = 0; v < V; ++v) {
-            const int64_t at = j * QUERIES + c + v * LANES;
-            const vf e = exp2(load(p + at) - top[v]);
-            store(p + at, e);
-            sum[v] += e;
-            mean[v] += e * load(dp + at);
-          }
-        for (int v = 0; v < V; ++v) {
-          inverse[v] = 1.0f / sum[v];
-          mean[v] *= inverse[v];
-        }
+        vf mean[V], inverse[V];
+        softmax_and_mean(p + c, dp + c, highest + c, n, inverse, mean, [](vf x) SGMIM_INLINE_LAMBDA { return exp2(x); });
         float* dbias = mine.bias ? mine.bias + grid->bias_at(head, first, 0) + c : nullptr;
         for (int64_t j = 0; j < n; ++j)
           for (int v = 0; v < V; ++v) {

@@ -58,6 +58,30 @@ struct Logits {
   }
 };
 
+// Of V vectors of queries, columns of (n, QUERIES): exponentials in place of the logits p, the inverse of their sums, and
+// the mean of dp by the softmax.
+template <int V, class Exp>
+SGMIM_INLINE void softmax_and_mean(
+    float* p, const float* dp, const float* highest, int64_t n, vf (&inverse)[V], vf (&mean)[V], const Exp& exp_of) {
+  vf top[V], sum[V] = {};
+  for (int v = 0; v < V; ++v) {
+    top[v] = load(highest + v * LANES);
+    mean[v] = vf{};
+  }
+  for (int64_t j = 0; j < n; ++j)
+    for (int v = 0; v < V; ++v) {
+      const int64_t at = j * QUERIES + v * LANES;
+      const vf e = exp_of(load(p + at) - top[v]);
+      store(p + at, e);
+      sum[v] += e;
+      mean[v] += e * load(dp + at);
+    }
+  for (int v = 0; v < V; ++v) {
+    inverse[v] = 1.0f / sum[v];
+    mean[v] *= inverse[v];
+  }
+}
+
 // Results of queries, (count, ds), times what is the inverse of their sums of exponentials, into the rows of the grid.
 template <class T>
 SGMIM_INLINE void write_results(

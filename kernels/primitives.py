@@ -3,7 +3,6 @@ kernels between them."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Container
 from typing import Any
 
@@ -61,9 +60,10 @@ def variants(request: Request) -> list[str]:
     return ["x".join(map(str, tile)) for tile in tiles]
 
 
-def varied(bind: Callable[[Any], Callable[..., Any]], variant: str) -> Callable[..., Any]:
-    """What is bound to these primitives, with its gemms in the tile that the variant names."""
-    function, tile = bind(sys.modules[__name__]), configs.Config(*map(int, variant.split("x")))
+def varied(primitives: Any, bind: Callable[[Any], Callable[..., Any]], variant: str) -> Callable[..., Any]:
+    """What is bound to these primitives, or others with the same gemms, with its gemms in the tile that the variant
+    names."""
+    function, tile = bind(primitives), configs.Config(*map(int, variant.split("x")))
 
     def run(*args: Any) -> Any:
         with configs.use(tile):

@@ -468,9 +468,6 @@ def window_attention_backward(
     dpad = None
     if windows.inputs[-1] is not None and ("pad" in wanted or "qkv_bias" in wanted):
         dpad = partials(groups if one_kernel else key_groups * key_blocks, qkv.shape[3])
-    if "pad" in wanted:
-        none = dpad is None
-        sums["pad"] = torch.zeros(1, qkv.shape[3], dtype=torch.float32, device=qkv.device) if none else dpad
     softmaxes = None if one_kernel else partials(3, windows.count, w.heads, windows.tokens)
     windows.launch(
         _window_attention_backward_kernel, grad, *windows.inputs, dqkv, sums.get("bias"), sums.get("logit_scale"),
@@ -488,10 +485,24 @@ def window_attention_backward(
             queries=windows.whole,
             keys=windows.keys,
         )
+    return dqkv, sums | other_sums(dqkv, w, sums, dpad, wanted)
+
+
+def other_sums(
+    dqkv: Tensor, w: Windows, sums: dict[str, Tensor], dpad: Tensor | None, wanted: Container[str]
+) -> dict[str, Tensor]:
+    """Partial sums that follow from those of the kernels: of a bias from a table, of the padding and of qkv's bias.
+
+    dpad: partial sums over the tokens outside the grid; None if there are none.
+    """
+    found = {}
     if "bias" in wanted and w.index is not None:
         (dense,) = finished([sums["bias"]], [torch.float32])
-        sums["bias"] = table_sum(dense, windows.inputs[2], w.bias)
+        found["bias"] = table_sum(dense, w.index.contiguous(), w.bias)
+    if "pad" in wanted:
+        none = dpad is None
+        found["pad"] = torch.zeros(1, dqkv.shape[3], dtype=torch.float32, device=dqkv.device) if none else dpad
     if "qkv_bias" in wanted:
         (inside,) = column_sums([dqkv.flatten(0, 2)])
-        sums["qkv_bias"] = inside if dpad is None else torch.cat([inside, dpad])
-    return dqkv, sums
+        found["qkv_bias"] = inside if dpad is None else torch.cat([inside, dpad])
+    return found

@@ -208,7 +208,7 @@ def implementation(op: str, part: str, backend: str) -> Callable[..., Any]:
     if op not in _requests:
         return _plain[op, part] if backend == "torch" else getattr(_module(op, backend), part)
     module, bind = _module(op, backend), _plain[op, part]
-    bound = module.varied(bind, variant) if variant else bind(module)
+    bound = module.varied(module, bind, variant) if variant else bind(module)
     bound.__module__ = module.__name__
     return module.guarded(bound) if hasattr(module, "guarded") else bound
 

@@ -35,7 +35,7 @@ def variants(request: Request) -> list[str]:
     return ["library"] if request.widths or request.window else []
 
 
-def varied(bind: Callable[[Any], Callable[..., Any]], variant: str) -> Callable[..., Any]:
+def varied(primitives: Any, bind: Callable[[Any], Callable[..., Any]], variant: str) -> Callable[..., Any]:
     return bind(importlib.import_module(f"sgmim_fast.ops.{variant}"))  # which is made of this one
 
 

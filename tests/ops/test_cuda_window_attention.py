@@ -78,14 +78,14 @@ def operators(monkeypatch):
     if not usable:
         pytest.skip(reason)
     pytest.importorskip("triton", reason="its sums run in Triton")
-    from sgmim_fast.kernels import primitives, window_attention
+    from sgmim_fast.kernels import window_attention
 
     def table_sum(dense: Tensor, index: Tensor, table: Tensor) -> Tensor:
         rows = dense.view(table.shape[1], -1).T
         return torch.zeros(table.shape).index_add_(0, index.flatten(), rows).view(1, -1)
 
-    monkeypatch.setattr(primitives, "finish", lambda sums, dtypes: [s.sum(0) for s in sums])
-    monkeypatch.setattr(primitives, "column_sums", lambda xs: [x.float().sum(0, keepdim=True) for x in xs])
+    monkeypatch.setattr(window_attention, "finished", lambda sums, dtypes: [s.sum(0) for s in sums])
+    monkeypatch.setattr(window_attention, "column_sums", lambda xs: [x.float().sum(0, keepdim=True) for x in xs])
     monkeypatch.setattr(window_attention, "table_sum", table_sum)
     with torch.library._scoped_library("sgmim_fast_cuda", "IMPL") as library:
         library.impl("window_attention", forward, "CPU")
@@ -280,7 +280,7 @@ def test_ways_that_tune_compares(monkeypatch):
     ways = backends.candidates("norm_attention", "forward", [])
     assert ways[:2] == ["cuda", "cuda:64x64x32x4x3"]
     for module in (ours, relational_guidance):
-        assert module.varied(lambda p: lambda: p, "64x64x32x4x3")() is module
+        assert module.varied(module, lambda p: lambda: p, "64x64x32x4x3")() is module
 
 
 @pytest.mark.gpu

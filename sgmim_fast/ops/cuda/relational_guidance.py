@@ -7,8 +7,6 @@ On an H200 this attention was no faster than Triton's, so it has to be asked for
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,11 +20,6 @@ def __getattr__(name: str) -> Any:
     from sgmim_fast.kernels import primitives as triton
 
     return getattr(triton, name)
-
-
-def varied(bind: Callable[[Any], Callable[..., Any]], variant: str) -> Callable[..., Any]:
-    """As Triton's, of these primitives."""
-    return __getattr__("varied")(lambda _: bind(sys.modules[__name__]), variant)
 
 
 def can_run(part: str, a: Any) -> tuple[bool, str]:

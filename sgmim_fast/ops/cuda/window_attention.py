@@ -7,8 +7,7 @@ is the fastest.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Container
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -25,11 +24,6 @@ def __getattr__(name: str) -> Any:
     from sgmim_fast.kernels import primitives as triton
 
     return getattr(triton, name)
-
-
-def varied(bind: Callable[[Any], Callable[..., Any]], variant: str) -> Callable[..., Any]:
-    """As Triton's, of these primitives."""
-    return __getattr__("varied")(lambda _: bind(sys.modules[__name__]), variant)
 
 
 def takes(request: Request) -> tuple[bool, str]:
@@ -62,6 +56,8 @@ def window_attention_backward(
     grad: Tensor, qkv: Tensor, w: Windows, wanted: Container[str]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Cost: reads qkv and grad and writes dqkv once; 2 launches, and 3 for the gradient of a bias from a table."""
+    from sgmim_fast.kernels.window_attention import other_sums
+
     arguments, groups, padded = _arguments(qkv, w, backward=True)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     sizes = {"bias": w.heads * (w.window[0] * w.window[1]) ** 2, "logit_scale": w.heads}
@@ -73,20 +69,9 @@ def window_attention_backward(
     outside = None
     if padded and ("pad" in wanted or "qkv_bias" in wanted):
         outside = torch.empty(groups, qkv.shape[3], dtype=torch.float32, device=qkv.device)
-    if "pad" in wanted:
-        none = outside is None
-        sums["pad"] = torch.zeros(1, qkv.shape[3], dtype=torch.float32, device=qkv.device) if none else outside
     parts = sums.get("bias"), sums.get("logit_scale"), outside
     torch.ops.sgmim_fast_cuda.window_attention_backward(_aligned(grad.to(qkv.dtype)), *arguments, dqkv, *parts)
-    if "bias" in sums and w.index is not None:
-        from sgmim_fast.kernels.window_attention import table_sum
-
-        (dense,) = __getattr__("finish")([sums["bias"]], [torch.float32])
-        sums["bias"] = table_sum(dense, w.index.contiguous(), w.bias)
-    if "qkv_bias" in wanted:
-        (inside,) = __getattr__("column_sums")([dqkv.flatten(0, 2)])
-        sums["qkv_bias"] = inside if outside is None else torch.cat([inside, outside])
-    return dqkv, sums
+    return dqkv, sums | other_sums(dqkv, w, sums, outside, wanted)
 
 
 def _arguments(qkv: Tensor, w: Windows, backward: bool) -> tuple[list[Any], int, bool]:

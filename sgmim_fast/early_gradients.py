@@ -71,9 +71,8 @@ class _Early(torch.autograd.Function):
         if torch._C._autograd._get_current_graph_task_keep_graph():
             scaled = [None if g is None else g * grad for g in kept]
         else:
-            if found := [g for g in kept if g is not None]:
-                torch._foreach_mul_(found, grad)
-            scaled, ctx.found = kept, ()
+            scaled = [None if g is None else g.mul_(grad) for g in kept]
+            ctx.found = ()
         if torch.is_grad_enabled():  # create_graph=True
             scaled = once("linear_l1", scaled, ctx, grad)
         return None, None, *scaled
@@ -94,7 +93,5 @@ def _apart(grads: Iterable[Tensor | None]) -> list[Tensor | None]:
 
 def _sums(first: Iterable[Tensor | None], second: Iterable[Tensor | None]) -> list[Tensor | None]:
     """Written into the first."""
-    pairs = list(zip(first, second, strict=True))
-    if both := [pair for pair in pairs if pair[0] is not None and pair[1] is not None]:
-        torch._foreach_add_(*map(list, zip(*both, strict=True)))
-    return [b if a is None else a for a, b in pairs]
+    pairs = zip(first, second, strict=True)
+    return [b if a is None else a if b is None else a.add_(b) for a, b in pairs]

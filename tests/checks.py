@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import pytest
 import torch
 from calls import Call, public
 from torch import Tensor
@@ -151,3 +155,17 @@ def check_op(
     three = ([r, *g] for r, g in (actual, usual, truth))
     for i, (name, *tensors) in enumerate(zip(["result", *call.names], *three, strict=True)):
         assert_close_to_truth(*tensors, name, functools.partial(again, i))
+
+
+def assert_passes_with(isa: str, file: str, wanted: str = "") -> None:
+    """Asserts that the tests of a file pass with an instruction set of the CPU kernels, in a process that has no other.
+
+    Args:
+        wanted: as of pytest's -k.
+    """
+    if os.environ.get("SGMIM_FAST_CPU_ISA"):
+        pytest.skip("one is asked for")
+    command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-k", wanted, file]
+    environment = os.environ | {"SGMIM_FAST_CPU_ISA": isa}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]

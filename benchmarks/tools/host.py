@@ -69,6 +69,8 @@ def _nothing(*_: Any) -> None:
 def triton_without_device(launched: Callable[..., None] = _nothing) -> Iterator[None]:
     """Within the block `kernel[grid](...)` does all that it does on the host, but for compiling and the driver's call.
 
+    For processes that launch nothing else: what was not compiled stays with its kernel, as what was compiled does.
+
     launched: gets the arguments of the driver's call: grid, stream, `Compiled.key` in place of a function, ...
     """
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from checks import assert_close_to_truth
+from checks import assert_close_to_truth, assert_passes_with
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -170,22 +166,7 @@ def test_weights_are_not_copied(monkeypatch):
 
 
 def test_lower_instruction_sets():
-    if os.environ.get("SGMIM_FAST_CPU_ISA"):
-        pytest.skip("one is asked for")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-qx",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "(500 or 250) and not same_bits",
-        __file__,
-    ]
-    environment = os.environ | {"SGMIM_FAST_CPU_ISA": "avx512"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
+    assert_passes_with("avx512", __file__, "(500 or 250) and not same_bits")
 
 
 def test_an_amx_machine_takes_the_library(monkeypatch):

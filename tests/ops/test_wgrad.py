@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from checks import assert_close_to_truth
+from checks import assert_close_to_truth, assert_passes_with
 from torch import Tensor
 
 from sgmim_fast import backends
@@ -77,9 +73,4 @@ def test_chosen_for_many_rows(monkeypatch, rows):
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_lower_instruction_sets(isa):
-    if os.environ.get("SGMIM_FAST_CPU_ISA"):
-        pytest.skip("one is asked for")
-    command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"SGMIM_FAST_CPU_ISA": isa}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
+    assert_passes_with(isa, __file__)

@@ -91,8 +91,8 @@ def _layer_norm_backward(g: NormGradient) -> NormGradients:
     )
     if g.rows is not None and g.wanted:
         dx = scattered(dx, g.x, g.rows)
-    dweight, dbias, *more = sums.unbind()
-    return NormGradients(dx, y, dweight, dbias, *(() if g.sum_residual else (None,)), *more)
+    of_residual = sums[2] if g.sum_residual else None
+    return NormGradients(dx, y, sums[0], sums[1], of_residual, sums[-1] if g.sum_dx else None)
 
 
 def vector(parameter: Tensor | None) -> Tensor | None:

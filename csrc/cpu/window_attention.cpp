@@ -81,7 +81,7 @@ void window_attention_backward_tasks(
       by_three_vectors(count, [&](auto vectors, int64_t c) SGMIM_INLINE_LAMBDA {
         constexpr int V = decltype(vectors)::value;
         vf mean[V], inverse[V];
-        softmax_and_mean(p + c, dp + c, highest + c, n, inverse, mean, [](vf x) SGMIM_INLINE_LAMBDA { return exp2(x); });
+        softmax_and_mean<Exact>(p + c, dp + c, highest + c, n, inverse, mean);
         float* dbias = mine.bias ? mine.bias + grid->bias_at(head, first, 0) + c : nullptr;
         for (int64_t j = 0; j < n; ++j)
           for (int v = 0; v < V; ++v) {

@@ -58,11 +58,15 @@ struct Logits {
   }
 };
 
+struct Exact {
+  SGMIM_INLINE vf of(vf x) { return exp2(x); }
+};
+
 // Of V vectors of queries, columns of (n, QUERIES): exponentials in place of the logits p, the inverse of their sums, and
-// the mean of dp by the softmax.
-template <int V, class Exp>
+// the mean of dp by the softmax. Exponential::of(x) is 2^x.
+template <class Exponential, int V>
 SGMIM_INLINE void softmax_and_mean(
-    float* p, const float* dp, const float* highest, int64_t n, vf (&inverse)[V], vf (&mean)[V], const Exp& exp_of) {
+    float* p, const float* dp, const float* highest, int64_t n, vf (&inverse)[V], vf (&mean)[V]) {
   vf top[V], sum[V] = {};
   for (int v = 0; v < V; ++v) {
     top[v] = load(highest + v * LANES);
@@ -71,7 +75,7 @@ SGMIM_INLINE void softmax_and_mean(
   for (int64_t j = 0; j < n; ++j)
     for (int v = 0; v < V; ++v) {
       const int64_t at = j * QUERIES + v * LANES;
-      const vf e = exp_of(load(p + at) - top[v]);
+      const vf e = Exponential::of(load(p + at) - top[v]);
       store(p + at, e);
       sum[v] += e;
       mean[v] += e * load(dp + at);

@@ -16,6 +16,10 @@ SGMIM_INLINE vf coarse_exp(vf power) {
   return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)coarse_exp2(power - (vf)whole), whole);
 }
 
+struct Coarse {
+  SGMIM_INLINE vf of(vf x) { return coarse_exp(x); }
+};
+
 // Numbers of two rows as pairs.
 SGMIM_INLINE __m512i pairs_of(vf low, vf high) {
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
@@ -236,8 +240,7 @@ void window_attention_backward_tasks<Bf16>(
       by_three_vectors(count, [&](auto vectors, int64_t c) SGMIM_INLINE_LAMBDA {
         constexpr int V = decltype(vectors)::value;
         vf mean[V], inverse[V], by[V];
-        softmax_and_mean(
-            p + c, dp + c, highest + c, n, inverse, mean, [](vf x) SGMIM_INLINE_LAMBDA { return coarse_exp(x); });
+        softmax_and_mean<Coarse>(p + c, dp + c, highest + c, n, inverse, mean);
         for (int v = 0; v < V; ++v) by[v] = load(w.of_queries + first + c + v * LANES);
         float* dbias = mine.bias ? mine.bias + grid->bias_at(head, first, 0) + c : nullptr;
         for (int64_t j = 0; j < n; j += 2)

@@ -96,7 +96,8 @@ class Decoder(nn.Module):
         return function(*args)
 
     def _everywhere(self, y: Tensor, prefix: Tensor, visible: Tensor, grid: tuple[int, int]) -> Tensor:
-        return self.norm(self.blocks(self._place(y, prefix, visible, grid)))
+        rows, place = self._rows(y, prefix, visible, grid)
+        return self.norm(self.blocks(place(rows)))
 
     def masked(self, encoded: VisibleTokens, visible: Tensor, masked: Tensor, grid: tuple[int, int]) -> Tensor:
         """The masked cells' tokens alone, (masked cells, width), normalised: those the loss looks at, in the order of
@@ -107,26 +108,37 @@ class Decoder(nn.Module):
     def _where_masked(
         self, y: Tensor, prefix: Tensor, visible: Tensor, masked: Tensor, grid: tuple[int, int]
     ) -> Tensor:
-        *others, last = self.blocks
-        x = self._place(y, prefix, visible, grid)
-        for block in others:
-            x = block(x)
-        rows = self._places(masked, grid)
-        halves = not _LAST[len(self.blocks) - 1].why(self.blocks) and not last._as_timm(x)
-        x = (last.first_half(x) if halves else last(x)).flatten(0, 1).index_select(0, rows)
-        return self.norm(last.second_half(x) if halves else x)
+        rows, place = self._rows(y, prefix, visible, grid)
+        looked_at, last = self._places(masked, grid), len(self.blocks) - 1
+        x = place(rows)
+        for i, block in enumerate(self.blocks):
+            halves = i in (0, last) and not _HALVES[i].why(self.blocks) and not block._as_timm(x)
+            x = block.first_half(x, *((rows, place) if i == 0 else ())) if halves else block(x)
+            if i == last:
+                x = x.flatten(0, 1).index_select(0, looked_at)
+            x = block.second_half(x) if halves else x
+        return self.norm(x)
 
-    def _place(self, y: Tensor, prefix: Tensor, visible: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, P + N, width): the prefix, and the mask token in the place of every cell that is not visible."""
+    def _rows(
+        self, y: Tensor, prefix: Tensor, visible: Tensor, grid: tuple[int, int]
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The rows that tokens of images have before the first block: those of the visible cells and of the prefix, and
+        behind them P + N that masked cells have in every image; and what brings such rows to their places,
+        (rows, C) -> (B, P + N, C)."""
         table, images = self._positions(grid), len(prefix)
-        x = (self.mask_token[0] + table).expand(images, -1, -1).flatten(0, 1)
-        y, places = y.to(x.dtype), self._places(visible, grid)
+        every, places = self.mask_token[0] + table, self._places(visible, grid)
+        own = [y.to(every.dtype)]
         if self.prefix_tokens:
-            first = torch.arange(images, device=x.device)[:, None] * len(table)
-            first = first + torch.arange(self.prefix_tokens, device=x.device)
-            prefix = (self.embed(prefix) + table[: self.prefix_tokens]).flatten(0, 1)
-            y, places = torch.cat([y, prefix.to(x.dtype)]), torch.cat([places, first.flatten()])
-        return x.index_copy(0, places, y).unflatten(0, (images, -1))
+            first = torch.arange(images, device=y.device)[:, None] * len(table)
+            places = torch.cat([places, (first + torch.arange(self.prefix_tokens, device=y.device)).flatten()])
+            own.append((self.embed(prefix) + table[: self.prefix_tokens]).flatten(0, 1).to(every.dtype))
+
+        def place(rows: Tensor) -> Tensor:
+            own, every = rows.split([len(places), len(table)])
+            x = every.expand(images, -1, -1).flatten(0, 1)
+            return x.index_copy(0, places, own).unflatten(0, (images, -1))
+
+        return torch.cat([*own, every]), place
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         """(P + N, width)."""
@@ -155,8 +167,8 @@ def init_linear(linear: nn.Linear) -> None:
 
 
 _CHILDREN = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
-# What `masked` bypasses of the last of so many blocks: the call of the block, not of its halves
-_LAST = tuple(
+# What `masked` bypasses of the first block and the last one: the call of the block, not of its halves
+_HALVES = tuple(
     Check(**{str(i): Own(ViTBlock, methods=("first_half", "second_half"), **dict.fromkeys(_CHILDREN))})
     for i in range(32)
 )
@@ -165,12 +177,12 @@ _LAST = tuple(
 def _own(depth: int) -> Check:
     children = dict.fromkeys(map(str, range(depth)))
     blocks = Own(nn.Sequential, methods=("__iter__", "__len__"), **children)
-    methods = ("masked", "_kept", "_where_masked", "_place", "_positions", "_of", "_places")
+    methods = ("masked", "_kept", "_where_masked", "_rows", "_positions", "_of", "_places")
     own = Own(Decoder, tensors=("mask_token", "pos_embed"), methods=methods, embed=BIASED, blocks=blocks, norm=None)
     return Check(decoder=own)
 
 
-_OWN = tuple(_own(i + 1) for i in range(len(_LAST)))  # and of a model's decoder, whose blocks are called
+_OWN = tuple(_own(i + 1) for i in range(len(_HALVES)))  # and of a model's decoder, whose blocks are called
 
 
 def changed(model: nn.Module) -> str:

@@ -30,7 +30,7 @@ def image_loss(model: nn.Module, features: Tensor | VisibleTokens, images: Tenso
     if model.decoder.grad_checkpointing or not fits(decoded, gemm_dtype(features.tokens)):
         tokens = model.decoder.masked(features, mask.visible.index, rows, tuple(mask.mask.shape[1:]))
         return _distance(model, tokens, images, rows, packed=True, scale=scale)
-    losses = [partial(_decoded, model, mask, piece, scale=scale) for piece in _pieces(images, mask)]
+    losses = [partial(_decoded, model, mask, piece, scale=scale) for piece in _pieces(model, mask)]
     return early_gradients(losses, [features.tokens, features.prefix, images], decoded)
 
 
@@ -49,12 +49,16 @@ class _Piece(NamedTuple):
 
 
 LEAST = {"cpu": 1536, "cuda": 16384}  # tokens of a piece: with fewer, gemms or launches would cost more
+LITTLE = 0.4  # of what the encoder would keep with mask tokens: below it the decoder takes all images at once
 
 
-def _pieces(images: Tensor, mask: SelectiveMask) -> Iterator[_Piece]:
+def _pieces(model: nn.Module, mask: SelectiveMask) -> Iterator[_Piece]:
     """Whose decoding needs memory one after the other."""
-    batch, cells = len(images), mask.mask.shape[1] * mask.mask.shape[2]
-    pieces = min(max(batch * cells // LEAST.get(images.device.type, LEAST["cuda"]), 1), batch)
+    batch, cells = len(mask.mask), mask.mask.shape[1] * mask.mask.shape[2]
+    encoder, decoder = (len(part.blocks) * part.num_features for part in (model.encoder.model, model.decoder))
+    little = mask.visible.index.shape[0] * encoder + batch * cells * decoder <= LITTLE * batch * cells * encoder
+    least = LEAST.get(mask.mask.device.type, LEAST["cuda"])
+    pieces = 1 if little else min(max(batch * cells // least, 1), batch)
     if pieces == 1:  # for which no numbers are needed, that a GPU may have to be waited for
         yield _Piece(slice(0, batch), slice(None), slice(None))
         return

@@ -54,11 +54,18 @@ def test_the_least_tokens_of_a_piece(monkeypatch):
     mask = drawn(model, size, 7)
     for least, expected in ((1, 7), (16, 7), (17, 6), (57, 1), (1000, 1)):
         monkeypatch.setitem(visible.LEAST, "cpu", least)
-        found = list(visible._pieces(batch(model, size, 7)[0], mask))
+        found = list(visible._pieces(model, mask))
         assert len(found) == expected
         lengths = 7, len(mask.visible.index), len(mask.masked.index)
         for length, parts in zip(lengths, zip(*found, strict=True), strict=True):
             assert torch.equal(torch.cat([torch.arange(length)[part] for part in parts]), torch.arange(length))
+
+
+@pytest.mark.parametrize("ratio, expected", [(0.5, 4), (0.99, 1)])
+def test_few_visible_cells_are_decoded_at_once(monkeypatch, ratio, expected):
+    monkeypatch.setitem(visible.LEAST, "cpu", 1)
+    model, size = make(depth=1)
+    assert len(list(visible._pieces(model, drawn(model, size, 4, ratio=ratio)))) == expected
 
 
 class Mark:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sgmim_fast
 from sgmim_fast import SGMIM, Decoder, backends, capture, create_encoder, export_timm, reference, selective_mask
-from sgmim_fast.fused import unmodified
+from sgmim_fast.fused import blocks, unmodified
 from sgmim_fast.fused.blocks import ViTBlock
 from sgmim_fast.positions import sincos_positions
 from sgmim_fast.visible_encoder import VisibleEncoder, VisibleTokens
@@ -374,6 +374,26 @@ def test_accelerated_and_plain_agree():
     assert not any(type(block) is ViTBlock for block in (*plain.encoder.model.blocks, *plain.decoder.blocks))
     inputs, mask = [t.float() for t in batch(model, size)], drawn(model, size)
     assert_same(evaluate(model, *inputs, mask), evaluate(plain, *inputs, mask), 1e-5)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("name", ["vit", "vit-no-class-token", "registers"])
+def test_a_masked_cells_queries_and_keys_are_computed_once_for_all_images(monkeypatch, name, depth):
+    """Before the decoder's first block its token is the same in every image."""
+    model, size = make(name, depth=depth)
+    model.double()
+    inputs, mask = batch(model, size, 4), drawn(model, size, 4)
+    rows, own = [], blocks.norm_linear
+
+    def norm_linear(x: Tensor, *args: Any) -> Tensor:
+        rows.append(x.shape[:-1].numel())
+        return own(x, *args)
+
+    monkeypatch.setattr(blocks, "norm_linear", norm_linear)
+    found = evaluate(model, *inputs, mask)
+    prefix, cells = model.encoder.prefix_tokens, mask.mask[0].numel()
+    assert rows == [len(mask.visible.index) + 4 * prefix + prefix + cells]
+    assert_same(found, evaluate(model, *inputs, mask, dense=True), 1e-10)
 
 
 def each_decoder_module() -> list[str]:

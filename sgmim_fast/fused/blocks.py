@@ -401,10 +401,14 @@ def _one_window(
     index: Tensor | None,
     layer_scale: Tensor | None = None,
     residual: bool = False,
+    rows: Tensor | None = None,
+    place: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The attention half of all tokens (B, N, C) over all of them, with the norm before, times `layer_scale`."""
-    if bias is None and target.on_gpu(x):
-        attended = _flash(norm_linear(x, norm, attn.qkv.weight, qkv_bias), attn.num_heads)
+    """The attention half of all tokens (B, N, C) over all of them, with the norm before, times `layer_scale`. x may be
+    `place(rows)`, where there is no bias: norm and qkv are then computed of the rows (n, C)."""
+    if bias is None and (place is not None or target.on_gpu(x)):
+        qkv = norm_linear(x if place is None else rows, norm, attn.qkv.weight, qkv_bias)
+        attended = _unbiased(qkv if place is None else place(qkv), attn.num_heads)
         options = {"layer_scale": layer_scale, "residual": x if residual else None}
         return ops.norm_linear(attended, attn.proj.weight, attn.proj.bias, **options)
     layers = {"qkv_weight": attn.qkv.weight, "proj_weight": attn.proj.weight, "proj_bias": attn.proj.bias}
@@ -413,9 +417,11 @@ def _one_window(
     return ops.norm_attention(x.unsqueeze(1), attn.num_heads, (1, x.shape[1]), **layers, **options).squeeze(1)
 
 
-def _flash(qkv: Tensor, heads: int) -> Tensor:
-    """Attention (B, N, 3 C) -> (B, N, C) by PyTorch's own kernels: without a bias FlashAttention's, whose tiles need
-    not hold all keys."""
+def _unbiased(qkv: Tensor, heads: int) -> Tensor:
+    """Attention without a bias, (B, N, 3 C) -> (B, N, C). On a GPU by PyTorch's own kernels: FlashAttention's, whose
+    tiles need not hold all keys."""
+    if not target.on_gpu(qkv):
+        return ops.window_attention(qkv.unsqueeze(1), heads, (1, qkv.shape[1])).squeeze(1)
     q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
@@ -511,12 +517,15 @@ class ViTBlock(_Fused, vision_transformer.Block):
             return super().forward(x, **{name: options[name] for name in _NO_MASK})
         return self.second_half(self.first_half(x))
 
-    def first_half(self, x: Tensor) -> Tensor:
-        """Attention of all tokens (B, N, C)."""
+    def first_half(
+        self, x: Tensor, rows: Tensor | None = None, place: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Attention of all tokens (B, N, C). They may be `place(rows)`, where many are the same row of (n, C)."""
         attn = self.attn
         if self._left("attention", self.attention.why(self) or _windows_fit(x, x.shape[1])):
             return x + self.drop_path1(self.ls1(attn(self.norm1(x), **_NO_MASK)))
-        return self._add(x, self._fused, *self._after(SCALE1, PATH1, SCALE_AND_PATH1))
+        half = partial(self._fused, rows=rows, place=place)
+        return self._add(x, half, *self._after(SCALE1, PATH1, SCALE_AND_PATH1))
 
     def second_half(self, x: Tensor) -> Tensor:
         """The MLP of every token by itself, (..., C)."""

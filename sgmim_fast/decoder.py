@@ -101,7 +101,8 @@ class Decoder(nn.Module):
 
     def masked(self, encoded: VisibleTokens, visible: Tensor, masked: Tensor, grid: tuple[int, int]) -> Tensor:
         """The masked cells' tokens alone, (masked cells, width), normalised: those the loss looks at, in the order of
-        `masked`. The last block's MLP and the norm work on them only. `visible`, `grid`: as of `forward`."""
+        `masked`. The last block's MLP and the norm work on them only, the first block's norm and qkv on the tokens that
+        all images share once. `visible`, `grid`: as of `forward`."""
         y = ops.norm_linear(encoded.tokens, self.embed.weight, self.embed.bias, residual=self._of(visible, grid))
         return self._kept(self._where_masked, y, encoded.prefix, visible, masked, grid)
 

@@ -89,6 +89,8 @@ void wgrad_multiply(const Wgrad* g, int64_t begin, int64_t end) {
     const int64_t last = std::min(first + WGRAD_BLOCK, g->outs), width = std::min(PANEL, g->ins - column);
     for (int64_t o = first; o < last; o += TILE_ROWS) {
       const int64_t rows = std::min(TILE_ROWS, last - o);
+      for (int64_t m = 0; m < rows; ++m)  // what will be written, in rows that are pages apart
+        for (int64_t i = 0; i < width; i += LANES) __builtin_prefetch(g->dw + (o + m) * g->ins + column + i, 1);
       for (int64_t k = 0; k < units; k += WGRAD_CHAIN) {
         gemm_tile<T>(
             rows, width, reinterpret_cast<const char*>(g->packed_dy + o * units + k * TILE_ROWS), 4, 4 * TILE_ROWS,

@@ -84,9 +84,11 @@ def assert_all_close_to_truth(
         assert_close_to_truth(a, p, t, name)
 
 
-def opcheck(overload: Any, args: Sequence[Any]) -> None:
-    """Schema, autograd registration, fake tensors, tracing with dynamic shapes. `overload`: an op's `.default`."""
-    torch.library.opcheck(overload, tuple(args))
+def opcheck(overload: Any, args: Sequence[Any], *, traced: bool) -> None:
+    """Schema, autograd registration, fake tensors; and tracing with dynamic shapes, which takes ten times as long and
+    does not see which backend computes. `overload`: an op's `.default`."""
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    torch.library.opcheck(overload, tuple(args), test_utils=tests + ["test_aot_dispatch_dynamic"] * traced)
 
 
 def gradcheck64(function: Callable[..., Any], inputs: Sequence[Tensor | None]) -> None:

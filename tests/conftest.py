@@ -35,6 +35,11 @@ settings.load_profile("sgmim_fast")
 # others: it would then allocate for real what is on the meta device.
 torch.utils._device._device_constructors()
 
+if not torch.cuda.is_available():
+    # torch.manual_seed formats a stack trace for each kind of device that is not in use: a third of many tests' time
+    for devices in (torch.cuda, torch.xpu, torch.mtia):
+        devices.manual_seed_all = lambda seed: None
+
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores, and so do processes they start
     threads_each = max(1, torch.get_num_threads() // int(workers))
     torch.set_num_threads(threads_each)

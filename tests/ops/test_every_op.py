@@ -122,7 +122,7 @@ def in_lists(call: Call, dtype: torch.dtype | None, *tensors: Tensor) -> list:
 def test_opcheck(place, op, arguments):
     call = Call(op, arguments(), place.device)
     leaves = [t.clone().requires_grad_(op in DIFFERENTIABLE) for t in call.tensors]
-    opcheck(REGISTERED[op].overload, in_lists(call, None, *leaves))
+    opcheck(REGISTERED[op].overload, in_lists(call, None, *leaves), traced=place.backend == "torch")
 
 
 @pytest.mark.parametrize(
@@ -132,15 +132,15 @@ def test_opcheck(place, op, arguments):
 def test_opcheck_of_the_backward(place, op, dtype):
     """Of all gradients, and of every other one, and forward without; with the dtype of autocast, too."""
     registered, call = REGISTERED[op], Call(op, CALLS[op]["everything"](), place.device)
-    args = in_lists(call, dtype)
+    args, traced = in_lists(call, dtype), place.backend == "torch"
     with gemm.compute_bfloat16_in(torch.bfloat16):
-        opcheck(registered.overload, args)
+        opcheck(registered.overload, args, traced=traced)
         result = registered.overload(*args)
         result, saved = result if isinstance(result, tuple) else (result, [])
         layout = registered.declared.layout(call.lengths)
         for step in (1, 2):  # a residual's gradient is the one that comes in
             needs = [i in call.at[::step] and layout.names[i] != "residual" for i in layout.places]
-            opcheck(registered.backward_overload, [result, *args, saved, needs])
+            opcheck(registered.backward_overload, [result, *args, saved, needs], traced=traced)
 
 
 @every_call

@@ -15,7 +15,7 @@ from typing import Any
 # old name, without "sgmim_fast.", -> new one; of several that fit, the longest counts
 MODULES = {
     "accelerate": "fused.accelerate",
-    "blocks": "fused.blocks",
+    "blocks": "fused.swin_blocks",
     "bypass": "fused.unmodified",
     "data.png": "data.map_file",
     "data.seeding": "data.seeds",
@@ -30,6 +30,7 @@ MODULES = {
     "downstream.sizes": "finetune.encoder",
     "downstream.weights": "weights",
     "finetune.weights": "weights",
+    "fused.blocks": "fused.swin_blocks",
     "kernels.products": "kernels.gemm",
     "ops.products": "ops.gemm",
     "structure": "data.depth_maps",
@@ -54,6 +55,11 @@ MODULES = {
 }
 # and what has another name, or another place than its module
 NAMES = {
+    **{
+        f"{old}.{name}": f"fused.vit_blocks:{name}"
+        for old in ("blocks", "fused.blocks")
+        for name in ("BeitBlock", "ViTBlock")
+    },
     "train.held_out.check": "pretrain.build:check",
     "train.held_out.create": "pretrain.build:hold_out",
     "train.held_out.losses": "pretrain.task:held_out_losses",

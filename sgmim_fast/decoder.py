@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sgmim_fast import ops
-from sgmim_fast.fused.blocks import ViTBlock
 from sgmim_fast.fused.unmodified import BIASED, Check, Own
+from sgmim_fast.fused.vit_blocks import ViTBlock
 from sgmim_fast.positions import sincos_positions
 from sgmim_fast.visible_encoder import VisibleEncoder, VisibleTokens
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sgmim_fast.errors import nearest
-from sgmim_fast.fused import blocks
+from sgmim_fast.fused.stem import masked_stem, stem_fits
 from sgmim_fast.fused.unmodified import Check, Own
 from sgmim_fast.masking import SelectiveMask, aligned, resize
 from sgmim_fast.ops import token_salience
@@ -98,10 +98,10 @@ class MaskedEncoder(nn.Module):
         stem = self.model.patch_embed
         drawn = isinstance(mask, SelectiveMask)
         patches = stem.dynamic_feat_size(x.shape[2:]) if drawn else None
-        if mask is not None and (drawn or visible is not None) and self.visible_stem and blocks.stem_fits(self, x):
+        if mask is not None and (drawn or visible is not None) and self.visible_stem and stem_fits(self, x):
             if drawn:
                 visible = mask.visible.on(tuple(mask.mask.shape[1:]), patches).index
-            return self._after_stem(blocks.masked_stem(stem, x, self.mask_token, visible))
+            return self._after_stem(masked_stem(stem, x, self.mask_token, visible))
         tokens = stem(x)  # (B, L, D), or (B, H/p, W/p, D)
         if mask is not None:
             masked = resize(mask.mask, *patches) if drawn else mask.bool()

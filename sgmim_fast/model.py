@@ -12,8 +12,9 @@ from sgmim_fast import decoder, dense, visible
 from sgmim_fast import guidance as branch
 from sgmim_fast.decoder import Decoder, init_linear
 from sgmim_fast.encoders import VISIBLE, image_size
-from sgmim_fast.fused import blocks, unmodified
+from sgmim_fast.fused import unmodified
 from sgmim_fast.fused.accelerate import accelerate as make_faster
+from sgmim_fast.fused.block import linear_weights
 from sgmim_fast.guidance import RelationalGuidance, StructureEncoder
 from sgmim_fast.masking import DenseMask, SelectiveMask, aligned, resize, search, selective_mask, without_lists
 from sgmim_fast.ops import target
@@ -215,7 +216,7 @@ class SGMIM(nn.Module):
     def _linear_weights(self) -> list[Tensor]:
         """Those that the ops read in a forward."""
         branch = self.image_head, self.structure_encoder, self.guidance, self.structure_head
-        return blocks.linear_weights(self, also=[part for part in branch if part is not None])
+        return linear_weights(self, also=[part for part in branch if part is not None])
 
     def salience(self, images: Tensor) -> Tensor:
         """(B, H / p, W / p) from 0 to 1: `MaskedEncoder.salience`, or that of an encoder of one's own.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sgmim_fast import ops
 from sgmim_fast.early_gradients import early_gradients, fits
-from sgmim_fast.fused.blocks import gemm_dtype
+from sgmim_fast.fused.block import gemm_dtype
 from sgmim_fast.masking import SelectiveMask
 from sgmim_fast.visible_encoder import VisibleTokens
 

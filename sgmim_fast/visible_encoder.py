@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sgmim_fast.fused import blocks
+from sgmim_fast.fused.stem import stem_fits, visible_stem
 from sgmim_fast.masking import SelectiveMask, search
 from sgmim_fast.positions import sincos_positions
 
@@ -69,8 +69,8 @@ class VisibleEncoder:
         prefix, cells = self.prefix_tokens, drawn.visible.index % (grid[0] * grid[1])
         table, rotary = self._positions(grid)
         positions = F.embedding(cells + prefix, table)
-        if self.visible_stem and blocks.stem_fits(self, x):
-            tokens = blocks.visible_stem(stem, x, drawn.visible.index, positions)
+        if self.visible_stem and stem_fits(self, x):
+            tokens = visible_stem(stem, x, drawn.visible.index, positions)
         else:
             tokens = stem(x).reshape(-1, table.shape[1]).index_select(0, drawn.visible.index) + positions
         first = table[:prefix]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sgmim_fast import SGMIM, selective_mask
-from sgmim_fast.fused import blocks
+from sgmim_fast.fused.accelerate import FAST
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def test_structure_valid():
 def test_steps_of_a_compiled_model_and_optimizer(name):
     """Accelerated encoder, branch and AdamW: three steps lead to the parameters of three eager steps."""
     model, size = family(name)
-    assert any(isinstance(m, tuple(blocks.FAST.values())) for m in model.modules())
+    assert any(isinstance(m, tuple(FAST.values())) for m in model.modules())
     start = {key: value.clone() for key, value in model.state_dict().items()}
     inputs = [t.float() for t in batch(model, size)]
 

@@ -67,8 +67,9 @@ def test_what_never_was_is_not_found():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_pickles_of_before():
     """They name the classes of accelerated blocks by their old modules."""
-    found = pickle.loads(b"csgmim_fast.blocks\nViTBlock\n.")
-    assert found.__module__ == "sgmim_fast.fused.blocks"
+    for old in (b"blocks", b"fused.blocks"):
+        assert pickle.loads(b"csgmim_fast.%b\nViTBlock\n." % old).__module__ == "sgmim_fast.fused.vit_blocks"
+        assert pickle.loads(b"csgmim_fast.%b\nPatchMerging\n." % old).__module__ == "sgmim_fast.fused.swin_blocks"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sgmim_fast
 from sgmim_fast import SGMIM, Decoder, backends, capture, create_encoder, export_timm, reference, selective_mask
-from sgmim_fast.fused import blocks, unmodified
-from sgmim_fast.fused.blocks import ViTBlock
+from sgmim_fast.fused import unmodified, vit_blocks
+from sgmim_fast.fused.vit_blocks import ViTBlock
 from sgmim_fast.positions import sincos_positions
 from sgmim_fast.visible_encoder import VisibleEncoder, VisibleTokens
 
@@ -383,13 +383,13 @@ def test_a_masked_cells_queries_and_keys_are_computed_once_for_all_images(monkey
     model, size = make(name, depth=depth)
     model.double()
     inputs, mask = batch(model, size, 4), drawn(model, size, 4)
-    rows, own = [], blocks.norm_linear
+    rows, own = [], vit_blocks.norm_linear
 
     def norm_linear(x: Tensor, *args: Any) -> Tensor:
         rows.append(x.shape[:-1].numel())
         return own(x, *args)
 
-    monkeypatch.setattr(blocks, "norm_linear", norm_linear)
+    monkeypatch.setattr(vit_blocks, "norm_linear", norm_linear)
     found = evaluate(model, *inputs, mask)
     prefix, cells = model.encoder.prefix_tokens, mask.mask[0].numel()
     assert rows == [len(mask.visible.index) + 4 * prefix + prefix + cells]

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 import sgmim_fast
 from sgmim_fast import SGMIM, Rows, SelectiveMask, backends
-from sgmim_fast.fused import blocks
+from sgmim_fast.fused.swin_blocks import Swin
 from sgmim_fast.kernels import compile as ahead
 from sgmim_fast.kernels import gemm as kernel_gemm
 from sgmim_fast.ops import gemm
@@ -279,7 +279,7 @@ def encoder(shape: Shape, dtype: torch.dtype, batch: int, accelerated: bool, tar
         visible = torch.empty(batch * shape.visible * (shape.stride // shape.patch) ** 2, dtype=torch.int64)
         stack.enter_context(CudaAutocast())
         # the values of a mask, which cannot be looked at without data, are timm's
-        stack.enter_context(mock.patch.object(blocks.Swin, "_mask_reason", lambda block: ""))
+        stack.enter_context(mock.patch.object(Swin, "_mask_reason", lambda block: ""))
         stack.enter_context(caught(trace, target))
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             features = torch.func.functional_call(model, held, (images, mask, visible))

@@ -14,11 +14,11 @@ from timm.models import is_model
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
-from sgmim_fast import accelerate as accelerate_blocks
 from sgmim_fast import weights
 from sgmim_fast.errors import UserError, by, nearest
 from sgmim_fast.exported import tuples
-from sgmim_fast.fused import blocks
+from sgmim_fast.fused.accelerate import FAST
+from sgmim_fast.fused.accelerate import accelerate as accelerate_blocks
 
 _logger = logging.getLogger("sgmim_fast")
 
@@ -161,7 +161,7 @@ def create_features(
         _logger.info(note)
     features = Features(model, name, _indices(model, name, indices), size, any_size, notes)
     features.arguments = {**target_arguments, "indices": features.indices}
-    if accelerate and any(type(module) in blocks.FAST for module in model.modules()):
+    if accelerate and any(type(module) in FAST for module in model.modules()):
         accelerate_blocks(model)
     return features
 

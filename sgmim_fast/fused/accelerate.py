@@ -5,9 +5,20 @@ from __future__ import annotations
 from torch import nn
 
 from sgmim_fast import backends
-from sgmim_fast.fused import blocks, published_blocks
-from sgmim_fast.fused import eva_blocks as eva_blocks  # which adds its own to `blocks.FAST`
+from sgmim_fast.fused import published_blocks
+from sgmim_fast.fused.eva_blocks import EvaBlock
+from sgmim_fast.fused.swin_blocks import (
+    PatchMerging,
+    PatchMergingV2,
+    Swin,
+    SwinTransformerBlock,
+    SwinTransformerV2Block,
+)
 from sgmim_fast.fused.unmodified import DROPOUT, say
+from sgmim_fast.fused.vit_blocks import BeitBlock, ViTBlock
+
+BLOCKS = SwinTransformerBlock, SwinTransformerV2Block, PatchMerging, PatchMergingV2, BeitBlock, ViTBlock, EvaBlock
+FAST: dict[type[nn.Module], type[nn.Module]] = {kind.timm: kind for kind in BLOCKS}  # timm's class -> ours
 
 
 def accelerate(encoder: nn.Module) -> nn.Module:
@@ -46,9 +57,9 @@ def accelerate(encoder: nn.Module) -> nn.Module:
     name = type(getattr(encoder, "model", encoder)).__name__
     if hasattr(encoder, "accelerate_stem"):
         encoder.accelerate_stem()
-    found, ours = False, (*blocks.FAST.values(), *published_blocks.FAMILIES.values())
+    found, ours = False, (*FAST.values(), *published_blocks.FAMILIES.values())
     for module in encoder.modules():
-        fast, why = blocks.FAST.get(type(module)), ""
+        fast, why = FAST.get(type(module)), ""
         if fast is None and not isinstance(module, ours):
             fast, why = published_blocks.recognised(module)
         if why:
@@ -57,7 +68,7 @@ def accelerate(encoder: nn.Module) -> nn.Module:
             module.__class__ = fast
         if isinstance(module, ours):
             found = True
-            if isinstance(module, blocks.Swin):
+            if isinstance(module, Swin):
                 module.see_mask()
             for part, why in module.reasons().items():
                 if why and not why.endswith(DROPOUT):  # which evaluation turns off

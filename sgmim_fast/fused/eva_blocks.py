@@ -1,6 +1,6 @@
 """timm's EVA blocks, those of DINOv3 and of the other ViTs with rotary positions, through this project's ops.
 
-As in `blocks`. Norms go with the gemms behind them into one op each, residuals into the last gemm of a half. Between
+See `block`. Norms go with the gemms behind them into one op each, residuals into the last gemm of a half. Between
 the gemms of the attention is what timm has there: norms of queries and keys, the rotation, PyTorch's own attention, a
 norm of its result. Between those of a gated MLP are its activation and the product.
 """
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sgmim_fast import ops
-from sgmim_fast.fused import blocks, unmodified
-from sgmim_fast.fused.blocks import PATH1, PATH2, _Fused, _vectors, norm_linear, norm_mlp
+from sgmim_fast.fused import unmodified
+from sgmim_fast.fused.block import PATH1, PATH2, Fused, norm_linear, norm_mlp, vectors
 from sgmim_fast.fused.unmodified import BIASED, INACTIVE_DROPOUT, LINEAR, MLP, NORM, UNBIASED, Check, Own
 
 # `attn_mask` and, in newer versions, `is_causal`: timm passes them on, and hooks see them
@@ -75,7 +75,7 @@ MLPS = {
 MLPS = {kind: Check(norm2=NORM, mlp=own) for kind, own in MLPS.items()}
 
 
-class EvaBlock(_Fused, eva.EvaBlock):
+class EvaBlock(Fused, eva.EvaBlock):
     """EVA: norm1 and qkv, rotary attention over all tokens, projection; norm2 and an MLP, gated or not."""
 
     timm = eva.EvaBlock
@@ -147,7 +147,7 @@ class EvaBlock(_Fused, eva.EvaBlock):
         hidden = mlp.drop1(hidden)
         options |= {
             "residual": x if residual else None,
-            **_vectors(None if type(mlp.norm) is nn.Identity else mlp.norm),
+            **vectors(None if type(mlp.norm) is nn.Identity else mlp.norm),
         }
         return ops.norm_linear(hidden, mlp.fc2.weight, mlp.fc2.bias, **options)
 
@@ -157,6 +157,3 @@ def _rotated(x: Tensor, rope: Tensor, attn: nn.Module) -> Tensor:
     prefix = attn.num_prefix_tokens
     rotated = eva.apply_rot_embed_cat(x[:, :, prefix:], rope, half=getattr(attn, "rotate_half", False))
     return torch.cat((x[:, :, :prefix], rotated), dim=2)
-
-
-blocks.FAST[eva.EvaBlock] = EvaBlock

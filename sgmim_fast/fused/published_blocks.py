@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from sgmim_fast import backends
 from sgmim_fast.fused import unmodified
-from sgmim_fast.fused.blocks import Swin, _Fused, _neighbours, _one_window, _windows_fit, norm_linear
+from sgmim_fast.fused.block import Fused, norm_linear, windows_fit
+from sgmim_fast.fused.swin_blocks import Swin, neighbours
 from sgmim_fast.fused.unmodified import BIASED, INACTIVE_DROP_PATH, INACTIVE_DROPOUT, LINEAR, NORM, SOFTMAX, Check, Own
+from sgmim_fast.fused.vit_blocks import one_window
 from sgmim_fast.ops.window_attention import MAX_LOGIT_SCALE
 
 _BLOCK = {"norm1", "attn", "drop_path", "norm2", "mlp"}
@@ -33,7 +35,7 @@ _PLAIN = (bool, int, float, str, tuple)
 CLOSE = 1e-10  # of a float64 result, relative; what computes the same is off by 1e-15
 
 
-class _Published(_Fused):
+class _Published(Fused):
     """What the classes here share. `timm` is the module's own class."""
 
     globals: ClassVar[tuple[tuple[dict[str, Any], str, Any], ...]] = ()  # what the bypassed forwards call by name
@@ -132,7 +134,7 @@ class _PublishedSwin(Swin, _Halves):
         height, width = self.input_resolution
         if x.ndim != 3 or x.shape[1] != height * width:
             return f"an input of shape {tuple(x.shape)}"
-        return _windows_fit(x, self.window_size**2)
+        return windows_fit(x, self.window_size**2)
 
 
 class PublishedSwinBlock(_PublishedSwin):
@@ -235,7 +237,7 @@ class PublishedViTBlock(_Halves):
         shared = given[0] if given else None
         if len(given) > 1 or self._as_timm(x):
             return super().forward(x, *args, **kwargs)
-        why = self._attention_reason() or self._own_reason(x, shared) or _windows_fit(x, x.shape[1])
+        why = self._attention_reason() or self._own_reason(x, shared) or windows_fit(x, x.shape[1])
         if self._left("attention", why):
             return super().forward(x, *args, **kwargs)
         gamma_1, gamma_2 = (getattr(self, name, None) for name in ("gamma_1", "gamma_2"))
@@ -250,7 +252,7 @@ class PublishedViTBlock(_Halves):
         bias, index = table, None if table is None else attn.relative_position_index
         if shared is not None:
             bias, index = shared if table is None else shared + table[index].movedim(2, 0), None
-        return _one_window(x, self.norm1, attn, _qkv_bias(attn), bias, index, **options)
+        return one_window(x, self.norm1, attn, _qkv_bias(attn), bias, index, **options)
 
     def _own_reason(self, x: Tensor, shared: Any) -> str:
         """Why the block as a whole is called as it is."""
@@ -309,7 +311,7 @@ class PublishedPatchMerging(_Published):
             why = f"an input of shape {tuple(x.shape)}"
         if self._as_timm(x) or self._left("reduction", why):
             return super().forward(x)
-        merged = _neighbours(x.unflatten(1, (height, width))).flatten(1, 2)
+        merged = neighbours(x.unflatten(1, (height, width))).flatten(1, 2)
         weight, bias = self.reduction.weight, self.reduction.bias
         if self.before(self):
             return norm_linear(merged, self.norm, weight, bias)

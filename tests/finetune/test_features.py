@@ -18,6 +18,7 @@ from sgmim_fast import weights
 from sgmim_fast.checkpoints import export_timm
 from sgmim_fast.errors import UserError
 from sgmim_fast.finetune.encoder import Features, create_features
+from sgmim_fast.fused.accelerate import FAST
 
 
 def exported(path: Path, kind: str, img_size: int | tuple[int, int], **arguments: object) -> sgmim_fast.SGMIM:
@@ -75,8 +76,8 @@ def test_accelerated_maps_are_timms(kind: str, size: tuple[int, int]) -> None:
     """Also where maps do not divide into windows, which are padded then, and are not those of `img_size`."""
     window = {"window_size": 5} if kind.startswith("swin") else {}
     fast, plain = (features(kind, (64, 128), accelerate=on, **window).eval() for on in (True, False))
-    assert any(type(module).__module__ == "sgmim_fast.fused.blocks" for module in fast.modules())
-    assert not any(type(module).__module__ == "sgmim_fast.fused.blocks" for module in plain.modules())
+    assert any(type(module) in FAST.values() for module in fast.modules())
+    assert not any(type(module) in FAST.values() for module in plain.modules())
     x = images(*size)
     for ours, timms in zip(fast(x), plain(x), strict=True):
         torch.testing.assert_close(ours, timms, rtol=1e-4, atol=1e-4)

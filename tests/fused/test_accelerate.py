@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sgmim_fast
 from sgmim_fast import SGMIM, accelerate, backends
-from sgmim_fast.fused import blocks
+from sgmim_fast.fused import vit_blocks
+from sgmim_fast.fused.accelerate import FAST
 from sgmim_fast.fused.unmodified import _said
 from sgmim_fast.ops import window_attention
 
@@ -120,8 +121,8 @@ def step(model: nn.Module, images: torch.Tensor, autocast: bool = False) -> dict
 def fused(model: nn.Module) -> nn.Module:
     """A copy, accelerated; every block of it must be."""
     fast = accelerate(copy.deepcopy(model))
-    assert sum(isinstance(m, tuple(blocks.FAST.values())) for m in fast.modules()) >= 2
-    assert not any(type(m) in blocks.FAST for m in fast.modules())
+    assert sum(isinstance(m, tuple(FAST.values())) for m in fast.modules()) >= 2
+    assert not any(type(m) in FAST for m in fast.modules())
     assert not any(why for m in fast.modules() if hasattr(m, "reasons") for why in m.reasons().values())
     return fast
 
@@ -267,7 +268,7 @@ class Additions(TorchDispatchMode):
 def test_the_ops_add_the_residuals(name):
     """Unless a drop path is at work, or listened to."""
     model, _ = timm_model(name, drop_path_rate=0.5)
-    block = [m for m in fused(model).modules() if type(m) in blocks.FAST.values() and hasattr(m, "attn")][1]
+    block = [m for m in fused(model).modules() if type(m) in FAST.values() and hasattr(m, "attn")][1]
     assert isinstance(block.drop_path1, DropPath) and isinstance(block.drop_path2, DropPath)
     shape = (1, *block.input_resolution, 24) if name == "swin" else (1, 9, block.norm1.weight.numel())
     counts = []
@@ -331,9 +332,9 @@ def test_what_is_not_timms_own_is_called(name, change):
     before = step(fast, images)["features"]
     for model in (plain, fast):
         for module in model.modules():
-            if isinstance(module, tuple(blocks.FAST)) and hasattr(module, "attn"):
+            if isinstance(module, tuple(FAST)) and hasattr(module, "attn"):
                 change(module)
-                if module.__class__ in blocks.FAST.values() and not (change is rescale and name == "swinv2"):
+                if module.__class__ in FAST.values() and not (change is rescale and name == "swinv2"):
                     assert all(module.reasons().values()), module.reasons()
     expected, actual = step(plain, images), step(fast, images)
     error = (actual["features"] - expected["features"]).norm()
@@ -376,7 +377,7 @@ def test_without_the_library_nothing_changes(monkeypatch, caplog):
     model, _ = timm_model("swin")
     with caplog.at_level(logging.WARNING, "sgmim_fast"):
         accelerate(model)
-    assert not any(isinstance(m, tuple(blocks.FAST.values())) for m in model.modules())
+    assert not any(isinstance(m, tuple(FAST.values())) for m in model.modules())
     assert caplog.messages == ["accelerate leaves encoders as they are: no compiler"]
 
 
@@ -391,14 +392,14 @@ def test_attention_without_bias_as_a_gpu_computes_it():
     """By PyTorch's own attention."""
     qkv = torch.randn(2, 11, 3 * 24, dtype=torch.float64)
     expected = window_attention(qkv.unsqueeze(1), 3, (1, 11)).squeeze(1)
-    torch.testing.assert_close(blocks._flash(qkv, 3), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(vit_blocks._flash(qkv, 3), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_the_model_does_it_unless_told_not_to(wanted):
     encoder = sgmim_fast.create_encoder("vit_base_patch16_224", img_size=64, **VIT)
     model = SGMIM(encoder, 16, accelerate=wanted)
-    assert isinstance(model.encoder.model.blocks[0], blocks.ViTBlock) == wanted
+    assert isinstance(model.encoder.model.blocks[0], vit_blocks.ViTBlock) == wanted
     assert model.encoder is encoder
 
 

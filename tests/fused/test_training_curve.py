@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 import sgmim_fast
 from sgmim_fast import SGMIM
-from sgmim_fast.fused import blocks
+from sgmim_fast.fused.accelerate import FAST
 
 STEPS, SMOOTH = 200, 20
 
@@ -25,7 +25,7 @@ def test_losses_stay_within_the_noise(example, monkeypatch, encoder):  # noqa: F
         monkeypatch.setattr(sgmim_fast, "SGMIM", functools.partial(SGMIM, accelerate=accelerate))
         torch.manual_seed(0)
         model = example.create_model(encoder, 32)
-        assert any(isinstance(m, tuple(blocks.FAST.values())) for m in model.modules()) == accelerate
+        assert any(isinstance(m, tuple(FAST.values())) for m in model.modules()) == accelerate
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in model.parameters():

@@ -1,0 +1,154 @@
+"""What every block of ours shares: when it steps aside, and saying so; and the calls of the ops that it is made of.
+
+Each class of `swin_blocks`, `vit_blocks` and `eva_blocks` derives from timm's and has its parameters, buffers and
+children: `accelerate` gives a module the class, and taking it away again is all it needs to undo that. Every forward
+looks first at what it is about to bypass (`fused.unmodified`). A child that is not timm's own (a hook, an adapter, a
+dropout at work, another activation) is called as timm would, one half of the block at a time, and the log says so once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from sgmim_fast import backends, ops
+from sgmim_fast.fused import unmodified
+from sgmim_fast.fused.unmodified import INACTIVE_DROP_PATH, MLP, NORM, Check
+from sgmim_fast.ops.window_attention import most_tokens_on_a_gpu
+
+PATH1, PATH2 = Check(drop_path1=INACTIVE_DROP_PATH), Check(drop_path2=INACTIVE_DROP_PATH)
+
+
+def vectors(norm: nn.LayerNorm | None) -> dict[str, Any]:
+    return {} if norm is None else {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
+
+
+def norm_mlp(x: Tensor, norm: nn.LayerNorm | None, mlp: Mlp, **options: Any) -> Tensor:
+    layers = mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
+    return ops.norm_mlp(x, *layers, **vectors(norm), **options)
+
+
+def norm_linear(x: Tensor, norm: nn.LayerNorm | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return ops.norm_linear(x, weight, bias, **vectors(norm))
+
+
+def here(x: Tensor) -> bool:
+    """Whether there are kernels for a tensor like this; where there are none, timm's own forward runs."""
+    return (x.device.type == "cpu" or x.dtype != torch.float64) and _has_kernels(x.device.type)
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels(device: str) -> bool:
+    """Whether the forced backend has all that a block is made of, or one of the device's own a window attention."""
+    forced = backends.forced()
+    if forced is not None:
+        return forced == "torch" or forced in backends.MODULES["norm_mlp"]
+    own = [name for name in backends.ORDER.get(device, ()) if name != "torch"]
+    return any(backends.can_run("window_attention", name)[0] for name in own)
+
+
+def window_fits(x: Tensor, tokens: int) -> bool:
+    """Whether a window of so many tokens is one for the kernels: on a GPU timm's own attention takes the large ones."""
+    return x.device.type == "cpu" or tokens <= most_tokens_on_a_gpu(gemm_dtype(x))
+
+
+def gemm_dtype(x: Tensor) -> torch.dtype:
+    """That gemms are asked for in."""
+    device = x.device.type
+    cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # which is never cast
+    return torch.get_autocast_dtype(device) if cast else x.dtype
+
+
+def _scales_weights(scale: Tensor, x: Tensor) -> bool:
+    """Whether the ops take a layer scale of tokens x: scale * weight in place of scale * result, for which float16 is
+    too narrow."""
+    fits = type(scale) in unmodified.PLAIN and scale.shape == x.shape[-1:] and gemm_dtype(x) != torch.float16
+    return fits and (scale.dtype != torch.float64 or x.dtype == torch.float64)
+
+
+class Fused:
+    """What all classes here share: when to step aside, and saying so."""
+
+    timm: ClassVar[type[nn.Module]]  # timm's class
+    methods: ClassVar[tuple[str, ...]] = ()  # of timm's class, which are bypassed besides its forward
+    mlp_half = Check(norm2=NORM, mlp=MLP)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "timm" in cls.__dict__:
+            cls._timms_forward = staticmethod(cls.timm.forward)
+            cls._bypassed = tuple((name, getattr(cls.timm, name)) for name in cls.methods)
+
+    def _changed(self) -> str:
+        """Why the block as a whole is not timm's."""
+        if self.timm.forward is not self._timms_forward:
+            return f"{self.timm.__name__}.forward is not what it was at import"
+        kind, own = type(self), self.__dict__
+        for name, at_import in self._bypassed:
+            if name in own or getattr(kind, name) is not at_import:
+                return f"{name} is not what it was at import"
+        return ""
+
+    def reasons(self) -> dict[str, str]:
+        """Why each part runs as timm's; "" where it is fused."""
+        raise NotImplementedError
+
+    def _as_timm(self, x: Tensor) -> bool:
+        """Whether timm's own forward has to run, whatever the children are."""
+        why = unmodified.changed_call(x) or self._changed()
+        if not why and not here(x):
+            why = f"there are no kernels for {x.dtype} on {x.device.type}"
+        return self._left("whole", why)
+
+    def _left(self, part: str, why: str) -> bool:
+        """Whether there is a reason to leave a part to timm; logs it."""
+        if why:
+            unmodified.say(f"the {part} of a {type(self).__name__} runs as timm has it: {why}")
+        return bool(why)
+
+    def _through(self, after: Check, x: Tensor) -> Tensor:
+        for name in after.names:
+            x = getattr(self, name)(x)
+        return x
+
+    def _add(self, x: Tensor, half: Callable[..., Tensor], after: Check, scale: Tensor | None = None) -> Tensor:
+        """x + scale * half(x), going through the children in `after` before it is added, if they do anything."""
+        outside = scale is not None and not _scales_weights(scale, x)
+        options = {} if scale is None or outside else {"layer_scale": scale}
+        if not outside and not after.why(self):
+            return half(x, residual=True, **options)
+        y = half(x, **options)
+        return x + self._through(after, scale * y if outside else y)
+
+    @staticmethod
+    def _added(x: Tensor, y: Tensor, scale: Tensor | None, path: nn.Module) -> Tensor:
+        """x + path(scale * y), what comes behind a half, one by one."""
+        return x + path(y if scale is None else scale * y)
+
+    def _mlp(self, x: Tensor, **options: Any) -> Tensor:
+        return norm_mlp(x, self.norm2, self.mlp, **options)
+
+
+def windows_fit(x: Tensor, tokens: int) -> str:
+    return "" if window_fits(x, tokens) else f"windows of {tokens} tokens are too large for the kernels"
+
+
+def linear_weights(model: nn.Module, also: Iterable[nn.Module] = ()) -> list[Tensor]:
+    """Weights and biases of the linear layers in a model's blocks of these classes, and in others of its modules. None
+    where hooks are called in between, which may change them unseen."""
+    found, also = dict[int, Tensor](), set(also)
+    modules = [(model, False)]  # `nn.Module.modules` takes several times as long
+    while modules:
+        module, read = modules.pop()
+        own = module.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            return []
+        read = read or isinstance(module, Fused) or module in also
+        if read and type(module) is nn.Linear:
+            found |= {id(t): t for t in own["_parameters"].values() if type(t) in unmodified.PLAIN}
+        modules += [(child, read) for child in own["_modules"].values() if child is not None]
+    return list(found.values())

@@ -1,0 +1,254 @@
+"""timm's Swin and SwinV2 blocks and their patch mergings through this project's ops, see `block`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+from timm.models import swin_transformer, swin_transformer_v2
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sgmim_fast import ops
+from sgmim_fast.fused import unmodified
+from sgmim_fast.fused.block import PATH1, PATH2, Fused, norm_linear, norm_mlp, vectors, windows_fit
+from sgmim_fast.fused.unmodified import INACTIVE_DROP_PATH, LINEAR, MLP, NORM, SOFTMAX, UNBIASED, Check
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """A window or a shift, which the published code has as one number."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+class Swin(Fused):
+    """What both Swin blocks share.
+
+    `attn_mask` is what the kernels compute on their way, as long as it is that of the block's window and shift. On a
+    CPU its values are looked at; elsewhere, as in torch.compile, that would wait for the device: there it must be a
+    tensor that has been looked at, or that such a one was moved to.
+    """
+
+    attention: ClassVar[Check]
+
+    def _attention_reason(self) -> str:
+        if why := self.attention.why(self):
+            return why
+        attn, window, shift = self._modules["attn"], _pair(self.window_size), _pair(self.shift_size)
+        area = window[0] * window[1]
+        # windows of Swin's attention have an area, those of SwinV2's a size
+        areas = getattr(self, "window_area", area), getattr(attn, "window_area", area)
+        if areas != (area, area) or tuple(attn.window_size) != window:
+            return "windows of several sizes"
+        if attn._buffers["relative_position_index"].numel() != area * area:
+            return "relative positions of other windows"
+        if not (0 <= shift[0] < window[0] and 0 <= shift[1] < window[1]):
+            return f"a shift of {shift} in windows of {window}"
+        return self._mask_reason()
+
+    def _mask_reason(self) -> str:
+        if self.__dict__.get("dynamic_mask", False):
+            return ""
+        mask, shifted = self._buffers.get("attn_mask"), any(_pair(self.shift_size))
+        if mask is None or not shifted:
+            if mask is None and not shifted and self.__dict__.get("attn_mask") is None:
+                return ""
+            return "an attn_mask that does not fit the shift"
+        seen = self.__dict__.get("_seen_mask", (None, None))
+        if torch.compiler.is_compiling():
+            fits = mask is seen[0]
+        elif type(mask) is Tensor and mask.device.type == "cpu":
+            fits = self.see_mask()
+        else:
+            fits = mask is seen[0] and not mask.is_inference() and mask._version == seen[1]
+        return "" if fits else "an attn_mask of its own"
+
+    def see_mask(self) -> bool:
+        """Looks at the values of the mask: whether they are timm's. Waits for the device."""
+        mask = self._buffers.get("attn_mask")
+        if mask is None or mask.is_meta:
+            return mask is None
+        settings = tuple(self.input_resolution), _pair(self.window_size), _pair(self.shift_size)
+        fits = torch.equal(mask.cpu(), _mask(self._timm_mask, *settings, mask.dtype))
+        self._remember_mask(fits)
+        return fits
+
+    def _remember_mask(self, fits: bool) -> None:
+        mask = self._buffers.get("attn_mask")
+        if not fits or mask is None or mask.is_inference():
+            self.__dict__.pop("_seen_mask", None)
+        elif self.__dict__.get("_seen_mask", (None, None))[0] is not mask:
+            self._seen_mask = mask, mask._version
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        fits = not self._mask_reason()
+        super()._apply(fn, recurse)
+        self._remember_mask(fits)
+        return self
+
+    def _init_buffers(self) -> None:
+        super()._init_buffers()
+        self._remember_mask(not self._changed())
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        self._remember_mask(not self._mask_reason())
+        return super().__reduce_ex__(protocol)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_seen_mask" in state:  # a copy counts its changes anew
+            self._seen_mask = self.attn_mask, self.attn_mask._version
+
+    def _size_reason(self, x: Tensor) -> str:
+        if not getattr(self, "dynamic_mask", False) and tuple(x.shape[1:3]) != tuple(self.input_resolution):
+            return f"an input of {x.shape[1]}x{x.shape[2]} tokens"
+        return windows_fit(x, self.window_area)
+
+    def _attend(self, x: Tensor, norm: nn.LayerNorm | None, qkv_bias: Tensor | None, **options: Any) -> Tensor:
+        """The attention half through `norm_attention`."""
+        attn = self.attn
+        layers = {"qkv_weight": attn.qkv.weight, "proj_weight": attn.proj.weight, "proj_bias": attn.proj.bias}
+        sizes = attn.num_heads, _pair(self.window_size), _pair(self.shift_size)
+        index = attn.relative_position_index
+        return ops.norm_attention(x, *sizes, **layers, qkv_bias=qkv_bias, index=index, **vectors(norm), **options)
+
+
+@lru_cache(maxsize=64)
+def _mask(
+    timms: Callable[..., Tensor],
+    resolution: tuple[int, int],
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """timm's attention mask of a shifted block, which is small: once for all blocks that share it."""
+    block = SimpleNamespace(
+        input_resolution=resolution, window_size=window, shift_size=shift, window_area=window[0] * window[1]
+    )
+    return timms(block, device=torch.device("cpu"), dtype=dtype)
+
+
+SWIN_ATTENTION = unmodified.attention(
+    swin_transformer.WindowAttention,
+    LINEAR,
+    tensors=("relative_position_bias_table", "relative_position_index"),
+    methods=("_get_rel_pos_bias",),
+    softmax=SOFTMAX,
+)
+
+
+class SwinTransformerBlock(Swin, swin_transformer.SwinTransformerBlock):
+    """Swin: norm1 and qkv, window attention, projection; norm2 and MLP."""
+
+    timm, methods = swin_transformer.SwinTransformerBlock, ("_attn", "get_attn_mask")
+    attention = Check(norm1=NORM, attn=SWIN_ATTENTION)
+    _timm_mask = staticmethod(swin_transformer.SwinTransformerBlock.get_attn_mask)
+
+    def reasons(self) -> dict[str, str]:
+        return {
+            "attention": self._attention_reason(),
+            "mlp": self.mlp_half.why(self),
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._as_timm(x):
+            return super().forward(x)
+        why = self._attention_reason() or self._size_reason(x)
+        if self._left("attention", why):
+            x = x + self.drop_path1(self._attn(self.norm1(x)))
+        else:
+            table, added = self.attn.relative_position_bias_table, not PATH1.why(self)
+            y = self._attend(x, self.norm1, self.attn.qkv.bias, bias=table, residual=added)
+            x = y if added else x + self.drop_path1(y)
+        why = self.mlp_half.why(self)
+        if not why and not PATH2.why(self):
+            return self._mlp(x, residual=True)
+        flat = x.flatten(1, 2)
+        y = self.mlp(self.norm2(flat)) if self._left("mlp", why) else self._mlp(flat)
+        return (flat + self.drop_path2(y)).view(x.shape)
+
+
+SWINV2_ATTENTION = unmodified.attention(
+    swin_transformer_v2.WindowAttention,
+    UNBIASED,
+    tensors=("logit_scale", "q_bias", "k_bias", "v_bias", "relative_coords_table", "relative_position_index"),
+    softmax=SOFTMAX,
+    cpb_mlp=None,
+)
+
+
+NORM_AND_PATH1 = Check(norm1=NORM, drop_path1=INACTIVE_DROP_PATH)
+NORM_AND_PATH2 = Check(norm2=NORM, drop_path2=INACTIVE_DROP_PATH)
+
+
+class SwinTransformerV2Block(Swin, swin_transformer_v2.SwinTransformerV2Block):
+    """SwinV2: qkv, window attention on cosines, projection, norm1; MLP, norm2. The norms and what follows them are part
+    of the halves if they are timm's own, too."""
+
+    timm, methods = swin_transformer_v2.SwinTransformerV2Block, ("_attn", "get_attn_mask")
+    attention, mlp_half = Check(attn=SWINV2_ATTENTION), Check(mlp=MLP)
+    _timm_mask = staticmethod(swin_transformer_v2.SwinTransformerV2Block.get_attn_mask)
+
+    def reasons(self) -> dict[str, str]:
+        return {"attention": self._attention_reason(), "mlp": self.mlp_half.why(self)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._as_timm(x):
+            return super().forward(x)
+        why = self._attention_reason() or self._size_reason(x)
+        fused = not self._left("attention", why)
+        x = self._fused(x) if fused else x + self.drop_path1(self.norm1(self._attn(x)))
+        why = self.mlp_half.why(self)
+        if not why and not NORM_AND_PATH2.why(self):
+            return self._mlp(x, residual=True, post_norm=True)
+        flat = x.flatten(1, 2)
+        y = self.mlp(flat) if self._left("mlp", why) else norm_mlp(flat, None, self.mlp)
+        return (flat + self.drop_path2(self.norm2(y))).view(x.shape)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """The attention half, with norm and residual as far as nothing is between them."""
+        attn = self.attn
+        bias = None if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+        table = 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads))
+        options = {"bias": table, "logit_scale": attn.logit_scale.flatten()}
+        if NORM_AND_PATH1.why(self):
+            return x + self.drop_path1(self.norm1(self._attend(x, None, bias, **options)))
+        return self._attend(x, self.norm1, bias, **options, residual=True, post_norm=True)
+
+
+class PatchMerging(Fused, swin_transformer.PatchMerging):
+    """Swin's: the norm and the reduction as one op, behind timm's gather of 2 x 2 neighbours."""
+
+    timm = swin_transformer.PatchMerging
+    bypassed = Check(norm=NORM, reduction=LINEAR)
+
+    def reasons(self) -> dict[str, str]:
+        return {"reduction": self.bypassed.why(self)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._as_timm(x) or self._left("reduction", self.reasons()["reduction"]):
+            return super().forward(x)
+        return norm_linear(neighbours(x), self.norm, self.reduction.weight, self.reduction.bias)
+
+
+class PatchMergingV2(Fused, swin_transformer_v2.PatchMerging):
+    """SwinV2's: the norm comes after the reduction."""
+
+    timm = swin_transformer_v2.PatchMerging
+    bypassed = Check(reduction=LINEAR)
+
+    def reasons(self) -> dict[str, str]:
+        return {"reduction": self.bypassed.why(self)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._as_timm(x) or self._left("reduction", self.reasons()["reduction"]):
+            return super().forward(x)
+        return self.norm(norm_linear(neighbours(x), None, self.reduction.weight, self.reduction.bias))
+
+
+def neighbours(x: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, H / 2, W / 2, 4 C), neighbours (0, 0), (1, 0), (0, 1), (1, 1); an odd side is padded."""
+    x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+    return x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)

@@ -6,15 +6,16 @@
 // in L1: bias and residual; GELU; or GELU's derivative with the gradient of the bias before it.
 //
 // A unit of work is a block of y, a chunk of rows by the PANEL columns of a panel, whatever the number of threads. Those
-// of a panel are next to each other, so that each thread packs about its share of the panels.
-#include <memory>
-
+// of a panel are next to each other, so that each thread packs about its share of the panels. Of many rows each thread
+// has its own, and packs all of the few weights: rows that two cores read cost more, above all where these share no L3.
+#include "cpu/aligned.h"
 #include "cpu/launch.h"
 
 #ifndef SGMIM_LINEAR
 #define SGMIM_LINEAR
 namespace sgmim {
 constexpr int64_t CHUNK = 240;       // rows of y in a unit at most: 40 tiles
+constexpr int64_t MANY_ROWS = 4;     // times `outs`, from which on each thread has rows of its own
 constexpr int64_t PACKED = 1 << 17;  // units of packed weights at a time: half of a megabyte, for which L2 has room
 
 enum class Epilogue { none, gelu, gelu_backward };
@@ -128,7 +129,7 @@ void linear_units(const Linear* g, int64_t begin, int64_t end) {
   const int64_t units = g->ins / UNIT<X>, chunks = g->chunks.count;
   const int64_t fit = units > DEPTH ? 1 : PACKED / std::max<int64_t>(units * PANEL, 1);  // `sums` are of one panel
   const int64_t most = std::clamp<int64_t>(fit, 1, (end - begin + chunks - 1) / chunks);
-  const std::unique_ptr<float[]> packed(new float[most * units * PANEL]), sums(new float[g->chunks.rows * PANEL]);
+  auto packed = Aligned<float>::unset(most * units * PANEL), sums = Aligned<float>::unset(g->chunks.rows * PANEL);
   const X* x = static_cast<const X*>(g->x);
   const W* weight = static_cast<const W*>(g->weight);
   for (int64_t at = begin; at < end;) {
@@ -138,7 +139,7 @@ void linear_units(const Linear* g, int64_t begin, int64_t end) {
     const int64_t end_chunk = whole > 0 ? chunks : std::min(chunks, begin_chunk + end - at);
     for (int64_t p = panel; p < to; ++p) {
       const int64_t column = p * PANEL, width = std::min(PANEL, g->outs - column);
-      float* into = packed.get() + (p - panel) * units * PANEL;
+      float* into = packed.data() + (p - panel) * units * PANEL;
       if (TRANSPOSED)
         pack_rows<X, PANEL>(weight + column, g->outs, g->ins, width, into);
       else
@@ -152,11 +153,11 @@ void linear_units(const Linear* g, int64_t begin, int64_t end) {
           for (int64_t p = panel; p < to; ++p) {
             const int64_t column = p * PANEL, width = std::min(PANEL, g->outs - column);
             const int64_t rows = std::min(TILE_ROWS, last - r);
-            float* tile = sums.get() + (units > DEPTH ? (r - first) * PANEL : 0);
+            float* tile = sums.data() + (units > DEPTH ? (r - first) * PANEL : 0);
             if (k + depth == units) fetch<X, Y>(g->epilogue, g->outs, r, rows, column, width);
             gemm_tile<X>(
                 rows, width, reinterpret_cast<const char*>(x + r * g->ins) + 4 * k, sizeof(X) * g->ins, 4,
-                packed.get() + ((p - panel) * units + k) * PANEL, depth, tile, PANEL, k > 0);
+                packed.data() + ((p - panel) * units + k) * PANEL, depth, tile, PANEL, k > 0);
             if (k + depth == units) epilogue<X, Y>(g->epilogue, g->outs, chunk, r, rows, column, width, tile);
           }
       }
@@ -173,11 +174,36 @@ void linear_units(const Linear* g, int64_t begin, int64_t end) {
 namespace sgmim {
 
 #if defined(SGMIM_MANY_ISAS)
+// Of the chunks [begin, end) alone.
+template <class X, class Y>
+static Linear rows_of(const Linear& g, int64_t begin, int64_t end) {
+  const int64_t first = begin * g.chunks.rows;
+  const auto from = [&](auto* matrix, int64_t size) {
+    return matrix ? (decltype(matrix))((uintptr_t)matrix + first * g.outs * size) : matrix;
+  };
+  Linear own = g;
+  own.x = static_cast<const X*>(g.x) + first * g.ins;
+  own.n = std::min(end * g.chunks.rows, g.n) - first;
+  own.chunks.count = end - begin;
+  EpilogueOf& e = own.epilogue;
+  e.residual = from(e.residual, sizeof(Y));
+  e.y = from(e.y, sizeof(Y));
+  e.pre_activation = from(e.pre_activation, sizeof(X));
+  e.activated = from(e.activated, sizeof(X));
+  if (e.partial) e.partial += begin * g.outs;
+  return own;
+}
+
 template <class X, class W, class Y>
 static void launch_of(const Linear& g, bool transposed) {
   const auto run = [&](auto kernel, int64_t panel) {
     const int64_t panels = (g.outs + panel - 1) / panel;
-    parallel(panels * g.chunks.count, 1, [&](int64_t begin, int64_t end) { kernel(&g, begin, end); });
+    if (g.n < MANY_ROWS * g.outs)
+      return parallel(panels * g.chunks.count, 1, [&](int64_t begin, int64_t end) { kernel(&g, begin, end); });
+    parallel(g.chunks.count, 1, [&](int64_t begin, int64_t end) {
+      const Linear own = rows_of<X, Y>(g, begin, end);
+      kernel(&own, 0, panels * own.chunks.count);
+    });
   };
 #if !defined(SGMIM_WIDEST_ONLY)
   if (isa() == Isa::avx512)

@@ -4,6 +4,7 @@
 // Per image and head, V queries and K shown keys of width d (scale d^-1/2): everything of one head lives in
 // float scratch (V=14, K=22, d=128: 60 KB; 76, 120, 96: 190 KB), so each tensor is read and written once. The hidden
 // cells share one key and one value; its logit gets log(number of hidden cells), since n equal logits l sum to n e^l.
+#include "cpu/aligned.h"
 #include "cpu/launch.h"
 
 #include <cmath>
@@ -47,7 +48,7 @@ class Scratch {
   static int64_t padded(int64_t columns) { return (columns + LANES - 1) / LANES * LANES; }
 
  private:
-  std::vector<std::vector<float>> buffers_;
+  std::vector<Aligned<float>> buffers_;
 };
 
 template <class T>

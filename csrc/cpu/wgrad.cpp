@@ -6,8 +6,7 @@
 // A chunk of rows at a time is packed, dy in tiles of TILE_ROWS columns and x in panels of PANEL columns, and then
 // added to dw, block by block: every number is summed in the same order, whatever the number of threads. As few
 // chunks as L2 allows, all about as long: each reads and writes dw once.
-#include <memory>
-
+#include "cpu/aligned.h"
 #include "cpu/launch.h"
 
 #ifndef SGMIM_WGRAD
@@ -20,6 +19,7 @@ struct Wgrad {
   float *packed_dy, *packed_x;
   float* dw;  // (outs, ins)
   bool add;
+  bool by_panel;  // which blocks of dw are next to each other: those of a panel, or those of dy's columns
 };
 // How a kernel cuts the columns of dy and x: the launcher shares out such blocks.
 struct WgradShape {
@@ -52,7 +52,7 @@ template <class T>
 void wgrad_pack_dy(const Wgrad* g, int64_t begin, int64_t end) {
   constexpr int64_t FEW = 32;
   const int64_t units = (g->rows + UNIT<T> - 1) / UNIT<T>;
-  float line[FEW * WGRAD_BLOCK + LANES];
+  alignas(64) float line[FEW * WGRAD_BLOCK + LANES];
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * WGRAD_BLOCK, count = std::min(WGRAD_BLOCK, g->outs - first);
     for (int64_t from = 0; from < units; from += FEW) {
@@ -79,13 +79,15 @@ void wgrad_pack_x(const Wgrad* g, int64_t begin, int64_t end) {
         g->packed_x + p * PANEL * units);
 }
 
-// Blocks of dw: those of dy's columns first, then the panels.
+// Blocks of dw.
 template <class T>
 void wgrad_multiply(const Wgrad* g, int64_t begin, int64_t end) {
-  const int64_t units = (g->rows + UNIT<T> - 1) / UNIT<T>, blocks = (g->outs + WGRAD_BLOCK - 1) / WGRAD_BLOCK;
-  float total[TILE_ROWS * PANEL] = {}, chain[TILE_ROWS * PANEL] = {};
+  const int64_t units = (g->rows + UNIT<T> - 1) / UNIT<T>;
+  const int64_t blocks = (g->outs + WGRAD_BLOCK - 1) / WGRAD_BLOCK, panels = (g->ins + PANEL - 1) / PANEL;
+  alignas(64) float total[TILE_ROWS * PANEL] = {}, chain[TILE_ROWS * PANEL] = {};
   for (int64_t at = begin; at < end; ++at) {
-    const int64_t first = at % blocks * WGRAD_BLOCK, column = at / blocks * PANEL;
+    const int64_t block = g->by_panel ? at % blocks : at / panels, panel = g->by_panel ? at / blocks : at % panels;
+    const int64_t first = block * WGRAD_BLOCK, column = panel * PANEL;
     const int64_t last = std::min(first + WGRAD_BLOCK, g->outs), width = std::min(PANEL, g->ins - column);
     for (int64_t o = first; o < last; o += TILE_ROWS) {
       const int64_t rows = std::min(TILE_ROWS, last - o);
@@ -129,16 +131,19 @@ static void wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw) {
     const int64_t blocks = (outs + shape.block - 1) / shape.block, panels = (ins + shape.panel - 1) / shape.panel;
     const int64_t all = (n + shape.unit - 1) / shape.unit, chunks = (all + WGRAD_UNITS - 1) / WGRAD_UNITS;
     const int64_t units = chunks ? (all + chunks - 1) / chunks : 0, depth = units * shape.unit;
-    const std::unique_ptr<float[]> packed_dy(new float[blocks * shape.block * units]);
-    const std::unique_ptr<float[]> packed_x(new float[panels * shape.panel * units]);
+    auto packed_dy = Aligned<float>::unset(blocks * shape.block * units);
+    auto packed_x = Aligned<float>::unset(panels * shape.panel * units);
     if (n == 0) std::fill_n(data<float>(dw), dw.numel(), 0.0f);
     for (int64_t first = 0; first < n; first += depth) {
       const Wgrad g{
           data<T>(dy) + first * outs, data<T>(x) + first * ins, std::min(depth, n - first), outs, ins,
-          packed_dy.get(), packed_x.get(), data<float>(dw), first > 0};
-      parallel(blocks + panels, 1, [&](int64_t begin, int64_t end) {  // in one, so that threads wait once
-        pack_dy(&g, begin, std::min(end, blocks));
-        pack_x(&g, std::max(begin - blocks, int64_t{0}), end - blocks);
+          packed_dy.data(), packed_x.data(), data<float>(dw), first > 0,
+          ins > outs};
+      // in one region, so that threads wait once; each packs about what it will multiply of the wider operand
+      const int64_t shares = std::max(blocks, panels);
+      parallel(shares, 1, [&](int64_t begin, int64_t end) {
+        pack_dy(&g, begin * blocks / shares, end * blocks / shares);
+        pack_x(&g, begin * panels / shares, end * panels / shares);
       });
       parallel(blocks * panels, 1, [&](int64_t begin, int64_t end) { multiply(&g, begin, end); });
     }

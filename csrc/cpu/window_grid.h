@@ -6,19 +6,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/aligned.h"
+
 namespace sgmim {
-// Zeroed numbers that begin at a cache line: a vector of 64 bytes then lies in one, where its row is padded to it.
-template <class T>
-class Aligned {
- public:
-  explicit Aligned(int64_t count) : storage_(count + 64 / sizeof(T)) {}
-  T* data() { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(storage_.data()) + 63) / 64 * 64); }
-  const T* data() const { return const_cast<Aligned*>(this)->data(); }
-
- private:
-  std::vector<T> storage_;
-};
-
 constexpr int64_t QUERIES = 48;  // columns of logits at a time, whole vectors of any instruction set
 constexpr float LOG2E = 1.44269504f;
 

@@ -1,0 +1,27 @@
+// Scratch memory of a kernel.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <utility>
+
+namespace sgmim {
+// Numbers that begin at a cache line: a vector of 64 bytes then lies in one, where its row is padded to it.
+template <class T>
+class Aligned {
+ public:
+  // Zeros.
+  explicit Aligned(int64_t count) : storage_(new T[count + LINE]()) {}
+  // Anything: all that is read has been written.
+  static Aligned unset(int64_t count) { return {std::unique_ptr<T[]>(new T[count + LINE])}; }
+
+  T* data() { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(storage_.get()) + 63) / 64 * 64); }
+  const T* data() const { return const_cast<Aligned*>(this)->data(); }
+
+ private:
+  static constexpr int64_t LINE = 64 / sizeof(T);
+
+  Aligned(std::unique_ptr<T[]> storage) : storage_(std::move(storage)) {}
+
+  std::unique_ptr<T[]> storage_;
+};
+}  // namespace sgmim

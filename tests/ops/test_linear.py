@@ -25,7 +25,16 @@ kernels = torch.ops.sgmim_fast_cpu
 # rows, ins, outs: parts of tiles, panels and transposed blocks; several chunks of rows; panels that are packed one by
 # one and together; depths of several blocks
 SHAPES = [
-    *((1, 2, 1), (7, 6, 3), (6, 32, 64), (13, 34, 65), (241, 70, 130), (500, 128, 200), (482, 768, 500)),
+    *(
+        (1, 2, 1),
+        (7, 6, 3),
+        (6, 32, 64),
+        (13, 34, 65),
+        (241, 70, 130),
+        (500, 128, 200),
+        (482, 768, 500),
+        (1000, 34, 65),
+    ),
     *((30, 1026, 70), (250, 2100, 130), (0, 4, 3)),
 ]
 
@@ -111,20 +120,26 @@ def test_dgrad_through_gelu(shape, dtypes):
     assert torch.equal(activated, again)
 
 
-def test_any_number_of_threads_gives_the_same_bits(dtypes):
+@pytest.mark.parametrize(("rows", "ins", "outs"), [(500, 96, 200), (1000, 96, 70)], ids=["panels", "rows"])
+def test_any_number_of_threads_gives_the_same_bits(dtypes, rows, ins, outs):
+    """Threads have panels of their own, or rows."""
     of_x, of_weight = dtypes
-    x, weight = rounded((500, 96), of_x), rounded((200, 96), of_weight)
-    dy, hidden = rounded((500, 200), of_x), rounded((500, 96), of_x)
+    x, weight, bias = rounded((rows, ins), of_x), rounded((outs, ins), of_weight), torch.randn(outs)
+    residual, pre_activation = rounded((rows, outs), of_x), rounded((rows, outs), of_x)
+    dy, transposed = rounded((rows, ins), of_x), rounded((ins, outs), of_weight)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            y, dx, activated, sums = result(500, 200, of_x), *(result(500, 96, of_x) for _ in "ab"), torch.empty(96)
-            kernels.linear(x, weight, False, None, None, y)
-            kernels.dgrad_gelu(dy, weight, hidden, dx, activated, sums)
-            found.append((y, dx, activated, sums))
+            y, hidden, activated, dx, again = (result(rows, outs, of_x) for _ in range(5))
+            sums = torch.empty(outs)
+            kernels.linear(x, weight, False, bias, residual, y)
+            kernels.linear_gelu(x, weight, bias, hidden, activated)
+            kernels.dgrad_gelu(dy, transposed, pre_activation, dx, again, sums)
+            found.append((y, hidden, activated, dx, again, sums))
     finally:
         torch.set_num_threads(before)
+    assert not any(t.isnan().any() for t in found[0])
     assert all(torch.equal(a, b) for other in found for a, b in zip(found[0], other, strict=True))
 
 

@@ -39,8 +39,10 @@ def test_values(dtype, shape):
     assert_close_to_truth(wgrad(dy, x), plain, dy.double().t() @ x.double(), "dw")
 
 
-def test_any_number_of_threads_gives_the_same_bits(dtype):
-    dy, x = torch.randn(2500, 200).to(dtype), torch.randn(2500, 90).to(dtype)
+@pytest.mark.parametrize(("outs", "ins"), [(200, 90), (90, 200)])
+def test_any_number_of_threads_gives_the_same_bits(dtype, outs, ins):
+    """Threads have dy's columns of their own, or those of x."""
+    dy, x = torch.randn(2500, outs).to(dtype), torch.randn(2500, ins).to(dtype)
     before = torch.get_num_threads()
     try:
         results = []

@@ -51,9 +51,11 @@ def _has_kernels(device: str) -> bool:
     return any(backends.can_run("window_attention", name)[0] for name in own)
 
 
-def window_fits(x: Tensor, tokens: int) -> bool:
-    """Whether a window of so many tokens is one for the kernels: on a GPU timm's own attention takes the large ones."""
-    return x.device.type == "cpu" or tokens <= most_tokens_on_a_gpu(gemm_dtype(x))
+def windows_fit(x: Tensor, tokens: int) -> str:
+    """Why windows of so many tokens are not for the kernels; "" if they are. On a GPU timm's own attention takes large
+    ones."""
+    fit = x.device.type == "cpu" or tokens <= most_tokens_on_a_gpu(gemm_dtype(x))
+    return "" if fit else f"windows of {tokens} tokens are too large for the kernels"
 
 
 def gemm_dtype(x: Tensor) -> torch.dtype:
@@ -131,10 +133,6 @@ class Fused:
 
     def _mlp(self, x: Tensor, **options: Any) -> Tensor:
         return norm_mlp(x, self.norm2, self.mlp, **options)
-
-
-def windows_fit(x: Tensor, tokens: int) -> str:
-    return "" if window_fits(x, tokens) else f"windows of {tokens} tokens are too large for the kernels"
 
 
 def linear_weights(model: nn.Module, also: Iterable[nn.Module] = ()) -> list[Tensor]:

@@ -15,7 +15,8 @@
 #define SGMIM_LINEAR
 namespace sgmim {
 constexpr int64_t CHUNK = 240;       // rows of y in a unit at most: 40 tiles
-constexpr int64_t MANY_ROWS = 4;     // times `outs`, from which on each thread has rows of its own
+constexpr int64_t MANY_ROWS = 4;     // times `outs`, from which on each thread has rows of its own,
+constexpr int64_t MANY_CHUNKS = 16;  // if there are so many chunks of them for each: about as many for all
 constexpr int64_t PACKED = 1 << 17;  // units of packed weights at a time: half of a megabyte, for which L2 has room
 
 enum class Epilogue { none, gelu, gelu_backward };
@@ -198,7 +199,7 @@ template <class X, class W, class Y>
 static void launch_of(const Linear& g, bool transposed) {
   const auto run = [&](auto kernel, int64_t panel) {
     const int64_t panels = (g.outs + panel - 1) / panel;
-    if (g.n < MANY_ROWS * g.outs)
+    if (g.n < MANY_ROWS * g.outs || g.chunks.count < MANY_CHUNKS * torch::stable::get_num_threads())
       return parallel(panels * g.chunks.count, 1, [&](int64_t begin, int64_t end) { kernel(&g, begin, end); });
     parallel(g.chunks.count, 1, [&](int64_t begin, int64_t end) {
       const Linear own = rows_of<X, Y>(g, begin, end);

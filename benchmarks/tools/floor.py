@@ -52,6 +52,21 @@ def encoder_gemms(shape: Shape, batch: int) -> list[tuple[int, int, int, bool]]:
     return layers
 
 
+def attention_gemms(shape: Shape, batch: int) -> float:
+    """Multiply-accumulates of the attention's own gemms over those of the linear layers, forward and backward.
+
+    Two gemms in the forward and four in the backward, without any recomputation: `encoder_gemms` leaves them out, and
+    no attention can do without them.
+    """
+    attention = 0
+    for stage, depth in enumerate(shape.depths):
+        width, side = shape.stem << stage, shape.image // (shape.patch << stage)
+        window = min(shape.window or side, side)
+        attention += 6 * depth * batch * (side**2 + shape.prefix) * (window**2 + shape.prefix) * width
+    layers = branch_gemms(shape, batch) + encoder_gemms(shape, batch)
+    return attention / sum((2 + needs) * rows * inner * outer for rows, inner, outer, needs in layers)
+
+
 def gemm_floor(shape: Shape, batch: int, dtype: torch.dtype, device: str) -> Callable[[], None]:
     """A callable that runs every gemm of the branch once, operands ready in the best call's dtype."""
     return gemms_floor(branch_gemms(shape, batch), dtype, device)

@@ -20,6 +20,7 @@ class Shape:
     stem: int = 128  # width of the first stage
     depths: tuple[int, ...] = (2, 2, 18, 2)  # blocks of each stage
     prefix: int = 0  # tokens that are no patches
+    window: int | None = None  # tokens along a window of the encoder's attention; None: the whole grid
 
     @property
     def grid(self) -> int:
@@ -50,8 +51,8 @@ class Shape:
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("swin_base", width=1024, stride=32, patch=4, image=192),
-        Shape("swinv2_base", width=1024, stride=32, patch=4, image=192),
+        Shape("swin_base", width=1024, stride=32, patch=4, image=192, window=6),
+        Shape("swinv2_base", width=1024, stride=32, patch=4, image=192, window=12),
         Shape("vit_base", width=768, stride=16, patch=16, image=224, stem=768, depths=(12,), prefix=1),
     )
 }

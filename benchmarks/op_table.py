@@ -62,6 +62,7 @@ def arguments(shape: Shape, batch: int, device: torch.device) -> dict[str, Any]:
         "norm_attention": cases.norm_attention(rows, c, heads, window, by, bias=bias, make=make),
         "norm_linear": cases.norm_linear(rows, c, 3 * c, make=make),
         "norm_mlp": cases.norm_mlp(rows, c, 4 * c, make=make),
+        "position_bias": cases.position_bias(window, heads, 512, make=make),
         "relational_guidance": cases.relational_guidance(
             visible, None, shape.cells, width, shape.heads, 4 * width, rows=(cells.visible, cells.shown), make=make
         ),

@@ -204,6 +204,7 @@ def branch(shape: Shape, mixed: bool, dtype: torch.dtype) -> None:
         gradient(forward("gather_patches", a), a.rows, list(a.pixels.shape), stride, patch, zorder)
     maps = batch, 1, side * stride, side * stride
     forward("standardize_structure", cases.standardize_structure(maps, ignore=True, make=make))
+    both("position_bias", cases.position_bias((8, 8), 4, 512, make=make), "coordinates")
     a = cases.token_salience((batch, cells, width), make=make)
     forward("token_salience", [a.x.to(dtype)])
     for counts in (shown, [i % cells for i in range(batch)]):

@@ -15,6 +15,7 @@ from sgmim_fast.kernels.gemm import dgrad_gelu, dgrads, linear, linear_gelu, lin
 from sgmim_fast.kernels.launch import MOST_COLUMNS, on_device
 from sgmim_fast.kernels.layer_norm import layer_norms, layer_norms_backward, normalise
 from sgmim_fast.kernels.linear_l1 import linear_l1, linear_l1_backward  # noqa: F401 - primitives, as the following
+from sgmim_fast.kernels.position_bias import position_bias, position_bias_backward  # noqa: F401
 from sgmim_fast.kernels.relational_guidance import guidance_attention, guidance_attention_backward  # noqa: F401
 from sgmim_fast.kernels.structure_embed import embed, embed_backward, embedded  # noqa: F401
 from sgmim_fast.kernels.sums import column_sums

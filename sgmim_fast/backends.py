@@ -47,7 +47,7 @@ MODULES: dict[str, dict[str, str]] = {
     "relational_guidance": _PRIMITIVES | _own("relational_guidance", "cuda"),
     **dict.fromkeys(("norm_attention", "window_attention"), _PRIMITIVES | _own("window_attention", "cuda")),
     **dict.fromkeys(("norm_linear", "norm_mlp"), _PRIMITIVES),
-    **dict.fromkeys(("linear_l1", "structure_embed"), _PRIMITIVES),
+    **dict.fromkeys(("linear_l1", "position_bias", "structure_embed"), _PRIMITIVES),
 }
 
 # Backends of an op that were slower than another one, or have not been measured: they run where they are asked for, or

@@ -50,6 +50,7 @@ SHAPED_BY: dict[tuple[str, str], tuple[str, ...]] = {
             "norm_attention": ("x", "bias", "heads", "post_norm", "dtype"),
             "norm_linear": ("x", "weight", "dtype"),
             "norm_mlp": ("x", "fc1_weight", "post_norm", "dtype"),
+            "position_bias": ("coordinates", "fc2_weight"),
             "relational_guidance": ("features", "structure", "keep_hidden", "dtype"),
             "structure_embed": ("structure", "rows", "cell", "dtype"),
             "window_attention": ("qkv", "bias", "heads"),

@@ -25,6 +25,7 @@ EXAMPLES: dict[str, Callable[..., Any]] = {
     "norm_attention": partial(cases.norm_attention, (1, 3, 4), 6, layer_scale=True, hottest=1.5, residual=True),
     "norm_linear": partial(cases.norm_linear, (4,), 6, 5, layer_scale=True, residual=True),
     "norm_mlp": partial(cases.norm_mlp, (4,), 6, 7, layer_scale=True, residual=True),
+    "position_bias": partial(cases.position_bias, (2, 2), 3, 5),
     "relational_guidance": partial(cases.relational_guidance, (2, 3), (2, 1), 4, 6, 2, 7),
     "selective_mask": cases.selective_mask,
     "standardize_structure": cases.standardize_structure,
@@ -69,6 +70,7 @@ VARIANTS: dict[str, dict[str, Callable[..., Any]]] = {
         "post-norm": partial(cases.norm_mlp, (2, 3), 5, 6, residual=True, post_norm=True),
         "post-norm-alone": partial(cases.norm_mlp, (2, 3), 5, 6, post_norm=True),
     },
+    "position_bias": {"row": partial(cases.position_bias, (1, 4), 1, 3, scale=0.5)},
     "relational_guidance": {
         "ragged": partial(cases.relational_guidance, (2, 1, 0), None, 3, 4, 2, 3),
         "drop": partial(cases.relational_guidance, (0, 3), (2, 0), 3, 4, 1, 3, keep=False),

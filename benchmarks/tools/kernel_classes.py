@@ -18,7 +18,7 @@ CLASSES = {  # of profiled events, by what their names contain; the first that f
         "mkldnn",
         "convolution",
     ),
-    "attention": ("attention", "bmm", "softmax"),
+    "attention": ("attention", "position_bias", "bmm", "softmax"),
     "GELU": ("gelu",),
     "norms": ("layer_norm", "embed_norm", "embed_statistics", "row_statistics", "coordinates", "centre"),
     "copies": ("copy", "cat", "roll", "constant_pad", "clone", "index", "gather", "scatter"),

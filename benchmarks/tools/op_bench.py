@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BACKENDS = ("torch", "cpu")
 # What has no gradient in a step.
 CONSTANT = {"masked_patch_embed": ("x",), "structure_embed": ("structure",), "linear_l1": ("target",)}
-CONSTANT |= {"standardize_structure": ("structure",), "token_salience": ("x",)}
+CONSTANT |= {"standardize_structure": ("structure",), "token_salience": ("x",), "position_bias": ("coordinates",)}
 
 
 def forward_backward(

@@ -180,8 +180,7 @@ class PublishedSwinV2Block(_PublishedSwin):
         attn = self.attn
         if x.dtype == torch.float64 and (torch.compiler.is_compiling() or (attn.logit_scale > MAX_LOGIT_SCALE).any()):
             return super().forward(x)  # the clamp is at float32's log 100 there, and at float64's here
-        table = 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads))
-        options: dict[str, Any] = {"bias": table, "logit_scale": attn.logit_scale.flatten()}
+        options: dict[str, Any] = {"bias": self._position_bias(), "logit_scale": attn.logit_scale.flatten()}
         added = not _INACTIVE.why(self)
         y = self._attend(self._map(x), self.norm1, _qkv_bias(attn), **options, residual=added, post_norm=True)
         y = y.flatten(1, 2)

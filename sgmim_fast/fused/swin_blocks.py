@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from sgmim_fast import ops
 from sgmim_fast.fused import unmodified
 from sgmim_fast.fused.block import PATH1, PATH2, Fused, norm_linear, norm_mlp, vectors, windows_fit
-from sgmim_fast.fused.unmodified import INACTIVE_DROP_PATH, LINEAR, MLP, NORM, SOFTMAX, UNBIASED, Check
+from sgmim_fast.fused.unmodified import BIASED, INACTIVE_DROP_PATH, LINEAR, MLP, NORM, SOFTMAX, UNBIASED, Check, Own
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -106,6 +106,13 @@ class Swin(Fused):
             return f"an input of {x.shape[1]}x{x.shape[2]} tokens"
         return windows_fit(x, self.window_area)
 
+    def _position_bias(self) -> Tensor:
+        """The table of SwinV2's continuous relative position bias, (entries, heads)."""
+        attn, mlp = self.attn, self.attn.cpb_mlp
+        if self._left("position bias", POSITION_BIAS.why(attn)):
+            return 16 * torch.sigmoid(mlp(attn.relative_coords_table).view(-1, attn.num_heads))
+        return ops.position_bias(attn.relative_coords_table, mlp[0].weight, mlp[0].bias, mlp[2].weight)
+
     def _attend(self, x: Tensor, norm: nn.LayerNorm | None, qkv_bias: Tensor | None, **options: Any) -> Tensor:
         """The attention half through `norm_attention`."""
         attn = self.attn
@@ -179,6 +186,9 @@ SWINV2_ATTENTION = unmodified.attention(
 )
 
 
+# The MLP of SwinV2's continuous relative position bias, a child of its attention.
+POSITION_BIAS = Check(cpb_mlp=Own(nn.Sequential, **{"0": BIASED, "1": Own(nn.ReLU), "2": UNBIASED}))
+
 NORM_AND_PATH1 = Check(norm1=NORM, drop_path1=INACTIVE_DROP_PATH)
 NORM_AND_PATH2 = Check(norm2=NORM, drop_path2=INACTIVE_DROP_PATH)
 
@@ -211,8 +221,7 @@ class SwinTransformerV2Block(Swin, swin_transformer_v2.SwinTransformerV2Block):
         """The attention half, with norm and residual as far as nothing is between them."""
         attn = self.attn
         bias = None if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-        table = 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads))
-        options = {"bias": table, "logit_scale": attn.logit_scale.flatten()}
+        options = {"bias": self._position_bias(), "logit_scale": attn.logit_scale.flatten()}
         if NORM_AND_PATH1.why(self):
             return x + self.drop_path1(self.norm1(self._attend(x, None, bias, **options)))
         return self._attend(x, self.norm1, bias, **options, residual=True, post_norm=True)

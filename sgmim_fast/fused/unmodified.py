@@ -173,6 +173,7 @@ def _functions() -> tuple[Callable, ...]:
         F.linear,
         F.layer_norm,
         F.gelu,
+        F.relu,
         F.conv2d,
         F.scaled_dot_product_attention,
         swin_transformer.window_partition,

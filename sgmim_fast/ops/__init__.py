@@ -6,6 +6,7 @@ from sgmim_fast.ops.masked_patch_embed import masked_patch_embed
 from sgmim_fast.ops.norm_attention import norm_attention
 from sgmim_fast.ops.norm_linear import norm_linear
 from sgmim_fast.ops.norm_mlp import norm_mlp
+from sgmim_fast.ops.position_bias import position_bias
 from sgmim_fast.ops.relational_guidance import GuidanceParameters, relational_guidance
 from sgmim_fast.ops.selective_mask import selective_mask
 from sgmim_fast.ops.standardize_structure import standardize_structure
@@ -23,6 +24,7 @@ __all__ = [
     "norm_attention",
     "norm_linear",
     "norm_mlp",
+    "position_bias",
     "relational_guidance",
     "selective_mask",
     "standardize_structure",

@@ -209,6 +209,27 @@ def place_tokens_backward(
     return dtokens.to(dtype), sums | {"bias": dtokens.sum(0, dtype=accumulator)}
 
 
+def position_bias(a: Any) -> tuple[Tensor, Tensor]:
+    _, hidden, fc2_weight = _hidden_of_position_bias(a)
+    share = (hidden @ fc2_weight.mT).sigmoid()
+    table = a.scale * share
+    return table, table * (1 - share)
+
+
+def position_bias_backward(grad: Tensor, slope: Tensor, a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    coordinates, hidden, fc2_weight = _hidden_of_position_bias(a)
+    dlogits = grad * slope
+    dhidden = (dlogits @ fc2_weight).masked_fill_(hidden <= 0, 0)
+    return dhidden.mT @ coordinates, dhidden.sum(0), dlogits.mT @ hidden
+
+
+def _hidden_of_position_bias(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Coordinates, what the first layer's ReLU gives, and the second layer's weight, in one dtype."""
+    coordinates, fc1_weight, fc1_bias, fc2_weight = (t.to(a.dtype) for t in a[:4])
+    coordinates = coordinates.reshape(-1, 2)
+    return coordinates, (coordinates @ fc1_weight.mT + fc1_bias).relu_(), fc2_weight
+
+
 def linear_l1(a: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
     exact = sum_dtype(a.x.dtype)
     _check.rows("rows", a.rows, a.target.shape[0] * (a.target.shape[2] // a.cell) * (a.target.shape[3] // a.cell))

@@ -22,6 +22,7 @@ from sgmim_fast.ops.masked_patch_embed import Arguments as MaskedPatchEmbed
 from sgmim_fast.ops.norm_attention import Arguments as NormAttention
 from sgmim_fast.ops.norm_linear import Arguments as NormLinear
 from sgmim_fast.ops.norm_mlp import Arguments as NormMlp
+from sgmim_fast.ops.position_bias import Arguments as PositionBias
 from sgmim_fast.ops.relational_guidance import Arguments as RelationalGuidance
 from sgmim_fast.ops.relational_guidance import GuidanceParameters, RowLists
 from sgmim_fast.ops.selective_mask import Arguments as SelectiveMask
@@ -169,6 +170,13 @@ def norm_mlp(
     layers = make.weight(hidden, width), make.bias(hidden), make.weight(out, hidden), make.bias(out)
     vectors = *make.norm(width, norm), make.norm_weight(width) if layer_scale else None
     return NormMlp(make(*rows, width) + 0.5, *layers, *vectors, residual, post_norm, 1e-6, None)
+
+
+def position_bias(
+    window: tuple[int, int] = (2, 3), heads: int = 2, hidden: int = 24, *, scale: float = 16.0, make: Make = FLOAT32
+) -> PositionBias:
+    coordinates = make(1, 2 * window[0] - 1, 2 * window[1] - 1, 2)
+    return PositionBias(coordinates, make.weight(hidden, 2), make.bias(hidden), make.weight(heads, hidden), scale)
 
 
 def relational_guidance(

@@ -180,6 +180,13 @@ class Primitives(Protocol):
         """Gradient of qkv, and partial sums of those of "bias", "logit_scale" and "pad" that are wanted, and of
         "qkv_bias", which was added to qkv and is `pad`, where there is any: over all tokens, and those outside."""
 
+    def position_bias(self, a: Any) -> tuple[Tensor, Tensor]:
+        """The table of `ops.position_bias` of arguments `a`, and its derivative by the logits, both (entries, heads)
+        in `a.dtype`."""
+
+    def position_bias_backward(self, grad: Tensor, slope: Tensor, a: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of fc1_weight, fc1_bias and fc2_weight; `slope` is what `position_bias` gave."""
+
     def embed(self, cells: Any, weight: Tensor | None, eps: float) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The first mergings of `ops.structure_embed`, as many as `embedded` says, with all that comes before them.
 

@@ -30,7 +30,8 @@ def test_every_operator_of_ours_has_one():
     }
     assert {name for name, found in classes.items() if found == "GELU"} == {"gelu", "gelu_backward"}
     assert {name for name, found in classes.items() if found == "attention"} == {
-        *("attention", "attention_backward", "window_attention", "window_attention_backward")
+        *("attention", "attention_backward", "window_attention", "window_attention_backward"),
+        *("position_bias", "position_bias_backward"),
     }
 
 

@@ -151,6 +151,19 @@ def _window_arguments(qkv: Tensor, w: Windows) -> tuple[Any, ...]:
     return qkv.contiguous(), vector(w.bias), index, scale, pad, w.heads, *w.window, *w.shift
 
 
+def position_bias(a: Any) -> tuple[Tensor, Tensor]:
+    arguments = [vector(t) for t in a[:4]]
+    table, slope = (torch.empty(arguments[0].numel() // 2, a.fc2_weight.shape[0]) for _ in range(2))
+    torch.ops.sgmim_fast_cpu.position_bias(*arguments, a.scale, table, slope)
+    return table, slope
+
+
+def position_bias_backward(grad: Tensor, slope: Tensor, a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    arguments, found = [vector(t) for t in a[:4]], tuple(torch.empty(t.shape) for t in a[1:4])
+    torch.ops.sgmim_fast_cpu.position_bias_backward(grad, slope, *arguments, *found)
+    return found
+
+
 def place_tokens(
     tokens: Tensor, visible: Tensor, token: Tensor, norm: tuple[Tensor, Tensor] | None, eps: float,
     rows: int, dtype: torch.dtype,

@@ -1,0 +1,94 @@
+"""`position_bias`: SwinV2's continuous relative position bias, a table that a small MLP computes from coordinates."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sgmim_fast.ops import _check
+from sgmim_fast.ops._op import Op
+from sgmim_fast.ops.primitives import Gradients, Primitives, Request, sum_dtype
+
+
+class Arguments(NamedTuple):
+    """The arguments of the registered op, in the order of its schema."""
+
+    coordinates: Tensor
+    fc1_weight: Tensor
+    fc1_bias: Tensor
+    fc2_weight: Tensor
+    scale: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the computation and of its result."""
+        return sum_dtype(self.fc2_weight.dtype)
+
+
+def position_bias(
+    coordinates: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, *, scale: float = 16.0
+) -> Tensor:
+    """Computes the continuous relative position bias of SwinV2 (arXiv 2111.09883, section 3.3).
+
+    Plain PyTorch: `scale * F.linear(F.relu(F.linear(coordinates, fc1_weight, fc1_bias)), fc2_weight).sigmoid()`. The
+    hidden features are computed again in the backward pass and never written to memory.
+
+    Args:
+        coordinates: (..., 2), floating point: the relative coordinates of each entry of the table.
+        fc1_weight, fc1_bias: (hidden, 2), (hidden,).
+        fc2_weight: (heads, hidden).
+        scale: the largest bias.
+
+    Returns:
+        (entries, heads), the `bias` of `window_attention` and `norm_attention`, where entries is the number of
+        coordinate pairs. Computed in float32, also under autocast (in float64 if `fc2_weight` is). Differentiable in
+        every tensor.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what is expected.
+    """
+    return _op(coordinates, fc1_weight, fc1_bias, fc2_weight, scale)[0]
+
+
+def _check_arguments(a: Arguments) -> None:
+    _check.floating("coordinates", a.coordinates)
+    if a.coordinates.ndim == 0 or a.coordinates.shape[-1] != 2:
+        raise ValueError(f"coordinates has shape {tuple(a.coordinates.shape)}; expected (..., 2)")
+    _check.parameter("fc1_weight", a.fc1_weight, (None, 2), "(hidden, 2)")
+    hidden = a.fc1_weight.shape[0]
+    _check.parameter("fc1_bias", a.fc1_bias, (hidden,), "(hidden,)")
+    _check.parameter("fc2_weight", a.fc2_weight, (None, hidden), "(heads, hidden)")
+
+
+def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
+    table, slope = p.position_bias(a)
+    return table, [slope]
+
+
+def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gradients: Gradients) -> None:
+    grad, (slope,) = grad.contiguous(), saved
+    gradients["fc1_weight"], gradients["fc1_bias"], gradients["fc2_weight"] = p.position_bias_backward(grad, slope, a)
+    if "coordinates" in gradients:  # not in a model, whose coordinates are a buffer
+        layers = (t.to(a.dtype) for t in (a.coordinates.reshape(-1, 2), a.fc1_weight, a.fc1_bias, a.fc2_weight))
+        coordinates, fc1_weight, fc1_bias, fc2_weight = layers
+        inactive = coordinates @ fc1_weight.mT + fc1_bias <= 0
+        gradients["coordinates"] = ((grad * slope) @ fc2_weight).masked_fill_(inactive, 0) @ fc1_weight
+
+
+def _fake(a: Arguments) -> tuple[Tensor, list[Tensor]]:
+    table = a.fc2_weight.new_empty(a.coordinates.shape[:-1].numel(), a.fc2_weight.shape[0], dtype=a.dtype)
+    return table, [torch.empty_like(table)]
+
+
+_op = Op(
+    "position_bias",
+    Arguments,
+    _forward,
+    backward=_backward,
+    fake=_fake,
+    check=_check_arguments,
+    request=lambda a: Request((a.fc2_weight.dtype,), widths=(a.fc2_weight.shape[0],)),
+    saves=True,
+)

@@ -332,6 +332,13 @@ def dgrads(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
     return dxs
 
 
+def dgrad(dy: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    """dy . W + residual. Cost: 1 launch where they are of one dtype and the gemm is the library's, else 2."""
+    if not fused() and dy.dtype == residual.dtype:
+        return torch.addmm(residual, dy, weight)
+    return dgrads([dy], [weight])[0] + residual
+
+
 def dgrad_gelu(dy: Tensor, weight: Tensor, pre_activation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dx = dy . W * gelu'(pre_activation), gelu(pre_activation), and the partial sums of dx over its rows.
 

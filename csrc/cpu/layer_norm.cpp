@@ -1,7 +1,8 @@
 // LayerNorm over rows, with what surrounds it in the guidance branch: the gather of the rows it reads, the residual
 // added before it, the residual gradient added after it. Used by relational_guidance and structure_embed.
 //
-// Forward:  t = x[rows] + addend;  y = (t - mean) * rstd * weight + bias.       Reads t (+ addend), writes y (and t).
+// Forward:  t = x[rows] + addend;  y = (t - mean) * rstd * weight + bias + residual.  Reads t (+ addend, residual),
+//           writes y (and t).
 // Backward: dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + residual, g = dy * weight, and column sums for the
 //           weight and bias, the residual and dx; y is written again for the weight gradient of the gemm that read it.
 //           Residual and dx may be float32 beside bfloat16, as a residual stream is: nothing of it is rounded.
@@ -42,6 +43,7 @@ void layer_norm_rows(
     const T* addend,      // (count, width), or null
     const float* weight,  // (width,)
     const float* bias,    // (width,)
+    const T* residual,    // (count, width): added to what is normalised, or null
     float eps,
     T* y,         // (count, width)
     T* sum,       // (count, width): x[rows] + addend; null without addend
@@ -66,7 +68,9 @@ void layer_norm_rows(
     mean[r] = at;
     rstd[r] = by;
     for_row(width, [&](int64_t i, int64_t n, int) SGMIM_INLINE_LAMBDA {
-      store_part(y + r * width + i, (load(t + i) - at) * by * load_part(weight + i, n) + load_part(bias + i, n), n);
+      vf normal = (load(t + i) - at) * by * load_part(weight + i, n) + load_part(bias + i, n);
+      if (residual) normal += load_part(residual + r * width + i, n);
+      store_part(y + r * width + i, normal, n);
     });
   }
 }
@@ -169,12 +173,13 @@ static void check_norm(
 
 static void layer_norm(
     const Tensor& x, const std::optional<Tensor>& rows, const std::optional<Tensor>& addend, const Tensor& weight,
-    const Tensor& bias, double eps, const Tensor& y, const std::optional<Tensor>& sum, const Tensor& mean,
-    const Tensor& rstd) {
+    const Tensor& bias, const std::optional<Tensor>& residual, double eps, const Tensor& y,
+    const std::optional<Tensor>& sum, const Tensor& mean, const Tensor& rstd) {
   check_matrix(y, "y");
   const int64_t width = y.size(1), count = y.size(0);
   check_norm(x, rows, weight, bias, mean, rstd, count, width);
   check_packed(addend, "addend", y.scalar_type(), count * width);
+  check_packed(residual, "residual", y.scalar_type(), count * width);
   check_packed(sum, "sum", y.scalar_type(), count * width);
   SGMIM_CHECK(sum.has_value() == addend.has_value(), "addend and sum must both be there, or neither");
   dispatch_float(x, "x", [&](auto x_type) {
@@ -183,8 +188,9 @@ static void layer_norm(
       using T = decltype(type);
       const auto kernel = SGMIM_SELECT((layer_norm_rows<X, T>));
       parallel(count, 8, [&](int64_t begin, int64_t end) {
-        kernel(data<X>(x), data<int64_t>(rows), data<T>(addend), data<float>(weight), data<float>(bias), eps,
-               data<T>(y), data<T>(sum), data<float>(mean), data<float>(rstd), width, begin, end);
+        kernel(data<X>(x), data<int64_t>(rows), data<T>(addend), data<float>(weight), data<float>(bias),
+               data<T>(residual), eps, data<T>(y), data<T>(sum), data<float>(mean), data<float>(rstd), width, begin,
+               end);
       });
     });
   });
@@ -242,8 +248,8 @@ static void row_statistics(const Tensor& x, double eps, const Tensor& statistics
 STABLE_TORCH_LIBRARY_FRAGMENT(sgmim_fast_cpu, m) {
   m.def("row_statistics(Tensor x, float eps, Tensor(a!) statistics) -> ()");
   m.def(
-      "layer_norm(Tensor x, Tensor? rows, Tensor? addend, Tensor weight, Tensor bias, float eps, Tensor(a!) y, "
-      "Tensor(b!)? sum, Tensor(c!) mean, Tensor(d!) rstd) -> ()");
+      "layer_norm(Tensor x, Tensor? rows, Tensor? addend, Tensor weight, Tensor bias, Tensor? residual, float eps, "
+      "Tensor(a!) y, Tensor(b!)? sum, Tensor(c!) mean, Tensor(d!) rstd) -> ()");
   m.def(
       "layer_norm_backward(Tensor dy, Tensor x, Tensor? rows, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, "
       "Tensor? residual, bool sum_residual, bool sum_dx, Tensor(a!) dx, Tensor(b!)? y, Tensor(c!) sums) -> ()");

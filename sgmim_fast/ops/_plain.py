@@ -64,6 +64,10 @@ def dgrads(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
     return [gemm.dgrad(dy, weight) for dy, weight in zip(dys, weights, strict=True)]
 
 
+def dgrad(dy: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    return gemm.dgrad(dy, weight, residual)
+
+
 def dgrad_gelu(dy: Tensor, weight: Tensor, pre_activation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     h = pre_activation.to(sum_dtype(pre_activation.dtype))
     density = (-0.5 * h * h).exp() * (2 * torch.pi) ** -0.5

@@ -106,15 +106,21 @@ def linear(
     """x (n, i) . weight (o, i)^T + bias (o,) + residual (n, o) in `dtype`, that of x if None; bias is cast to x's."""
     bias = None if bias is None else bias.to(x.dtype)
     product = _onednn(x, weight, bias) if _use_onednn(x, bias) else torch.nn.functional.linear(x, weight, bias)
-    if residual is not None:
-        narrower = torch.promote_types(x.dtype, residual.dtype) != x.dtype
-        product = product + residual if narrower else product.add_(residual)  # in place: faster than oneDNN's "add"
+    product = _added(product, residual)
     return product if dtype is None else product.to(dtype)
 
 
-def dgrad(dy: Tensor, weight: Tensor) -> Tensor:
-    """dy (n, o) . weight (o, i) -> (n, i)."""
-    return _onednn(dy, weight.t()) if _use_onednn(dy) else dy @ weight
+def dgrad(dy: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+    """dy (n, o) . weight (o, i) + residual (n, i) -> (n, i), in the wider dtype of dy and residual."""
+    return _added(_onednn(dy, weight.t()) if _use_onednn(dy) else dy @ weight, residual)
+
+
+def _added(product: Tensor, residual: Tensor | None) -> Tensor:
+    """product + residual, in place unless the residual is wider: faster than oneDNN's "add"."""
+    if residual is None:
+        return product
+    narrower = torch.promote_types(product.dtype, residual.dtype) != product.dtype
+    return product + residual if narrower else product.add_(residual)
 
 
 def wgrad(dy: Tensor, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from sgmim_fast.ops.primitives import (
     before_backward,
     behind,
     behind_backward,
+    first_dgrad,
     result_dtype,
     scaled_weights,
     storage_dtype,
@@ -158,7 +159,7 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     del dattended
     dqkv = dqkv.flatten(0, -2)
     gradients.sums(sums)
-    (dy,) = p.dgrads([dqkv], [qkv_weight])
+    dy, added = first_dgrad(p, a, dqkv, qkv_weight, added)
     y = before_backward(p, a, norm, a.rows, dy, added, "qkv_weight", "proj_bias", gradients, storage)
     gradients.weight("qkv_weight", dqkv, y)
 

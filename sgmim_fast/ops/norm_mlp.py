@@ -18,6 +18,7 @@ from sgmim_fast.ops.primitives import (
     before_backward,
     behind,
     behind_backward,
+    first_dgrad,
     result_dtype,
     scaled_weights,
     storage_dtype,
@@ -120,7 +121,7 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     gradients.weight("fc2_weight", grad, activated)
     del activated  # as wide as anything here
     if "x" in gradients or a.norm_weight is not None:
-        (dy,) = p.dgrads([dpre_activation], [w1])
+        dy, added = first_dgrad(p, a, dpre_activation, w1, added)
     y = before_backward(
         p, a, norm, a.x.flatten(0, -2), dy, added, "fc1_weight", "fc2_bias", gradients, pre_activation.dtype
     )

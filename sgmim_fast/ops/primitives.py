@@ -140,6 +140,10 @@ class Primitives(Protocol):
     def dgrads(self, dys: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
         """dgrad of several layers: dy (n, O) . weight (O, I), all in storage."""
 
+    def dgrad(self, dy: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+        """dgrad of one layer, to which what its input gets elsewhere is added: dy (n, O) . weight (O, I), in storage,
+        + residual (n, I), in the wider dtype of the two; the residual is not rounded."""
+
     def dgrad_gelu(self, dy: Tensor, weight: Tensor, pre_activation: Tensor) -> tuple[Tensor, Tensor, Any]:
         """dgrad through a layer and the GELU before it, of `pre_activation` (n, I): the gradient of that, GELU of it
         once more, and the partial sums over rows of the former."""
@@ -369,13 +373,14 @@ def normalized_backward(
     p: Primitives, dy: Tensor | None, x: Tensor, statistics: list[Tensor], a: Any, gradients: Gradients,
     dtype: torch.dtype, *, again: bool, residual: Tensor | None = None, residual_bias: str = "",
 ) -> Tensor | None:  # fmt: skip
-    """Gives the gradients of "x" (dx + residual) and of the norm's two, and returns what the layer read, if `again`.
+    """Gives the gradients of "x" and of the norm's two, and returns what the layer read, if `again`.
 
+    residual: what is added to the gradient of x in the norm's backward; without a norm `first_dgrad` has added it.
     residual_bias: the vector whose gradient is the sum of the residual's rows.
     """
     if a.norm_weight is None:
         if dy is not None:
-            gradients["x"] = dy if residual is None else dy + residual
+            gradients["x"] = dy
         return x.to(dtype).contiguous() if again else None
     norm = NormGradient(dy, x, *statistics, a.norm_weight, a.norm_bias, residual=residual, again=again)
     summed = residual is not None and residual_bias in gradients
@@ -427,6 +432,16 @@ def behind_backward(
     if bias in gradients and not (a.residual and a.norm_weight is not None):
         gradients.sums({bias: p.column_sums([grad])[0]})
     return grad, added if a.residual else None
+
+
+def first_dgrad(
+    p: Primitives, a: Any, dy: Tensor, weight: Tensor, added: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """dgrad of the first layer of a half, and what is left to be added to the gradient of x: `added`, where there is a
+    norm before the layer, whose backward adds it."""
+    if added is None or (a.norm_weight is not None and not a.post_norm):
+        return p.dgrads([dy], [weight])[0], added
+    return p.dgrad(dy, weight, added), None
 
 
 def before_backward(

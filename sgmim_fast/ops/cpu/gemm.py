@@ -83,14 +83,16 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     return pre_activation, activated
 
 
-def dgrad(dy: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """As `gemm.dgrad`, of any weight; in `dtype`, that of dy if None."""
-    dtype = dtype or dy.dtype
+def dgrad(dy: Tensor, weight: Tensor, dtype: torch.dtype | None = None, *, residual: Tensor | None = None) -> Tensor:
+    """As `gemm.dgrad`, of any weight; in `dtype`, that of dy if None, or with a residual (n, i), which is added, the
+    wider dtype of the two."""
+    dtype = dtype or (dy.dtype if residual is None else torch.promote_types(dy.dtype, residual.dtype))
     if not ours(dy):
-        return gemm.dgrad(dy, weight.to(dy.dtype)).to(dtype)
+        return gemm.dgrad(dy, weight.to(dy.dtype), residual).to(dtype)
     written = dtype if dtype in (torch.float32, dy.dtype) else torch.float32
     dx = torch.empty(dy.shape[0], weight.shape[1], dtype=written)
-    torch.ops.sgmim_fast_cpu.linear(dy.contiguous(), _read(weight, dy), True, None, None, dx)
+    residual = None if residual is None else residual.to(written).contiguous()
+    torch.ops.sgmim_fast_cpu.linear(dy.contiguous(), _read(weight, dy), True, None, residual, dx)
     return dx.to(dtype)
 
 

@@ -56,6 +56,10 @@ def dgrads(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
     return [gemm.dgrad(dy, weight) for dy, weight in zip(dys, weights, strict=True)]
 
 
+def dgrad(dy: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    return gemm.dgrad(dy, weight, residual=residual)
+
+
 def wgrads(dys: Sequence[Tensor], xs: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     return [gemm.wgrad(dy, x) for dy, x in zip(dys, xs, strict=True)]
 
@@ -69,9 +73,10 @@ def _layer_norm(norm: Norm, eps: float, dtype: torch.dtype, add_to: Tensor | Non
     x, rows = norm.x.contiguous(), norm.rows
     count = x.shape[0] if rows is None else rows.shape[0]
     y, statistics = torch.empty(count, x.shape[1], dtype=dtype), torch.empty(2, count)
-    vectors = vector(norm.weight), vector(norm.bias)
-    torch.ops.sgmim_fast_cpu.layer_norm(x, rows, add_to, *vectors, eps, y, add_to, statistics[0], statistics[1])
-    return y if norm.residual is None else y.add_(norm.residual), statistics
+    vectors, residual = (vector(norm.weight), vector(norm.bias)), norm.residual
+    residual = None if residual is None else residual.to(dtype).contiguous()
+    torch.ops.sgmim_fast_cpu.layer_norm(x, rows, add_to, *vectors, residual, eps, y, add_to, *statistics)
+    return y, statistics
 
 
 def layer_norms_backward(gradients: Sequence[NormGradient]) -> list[NormGradients]:
@@ -84,7 +89,8 @@ def _layer_norm_backward(g: NormGradient) -> NormGradients:
     if g.residual is not None:  # a wider one is not rounded, nor is dx then
         wide = torch.promote_types(dy.dtype, g.residual.dtype)
         residual, dx = g.residual.to(wide).contiguous(), dx if wide == dy.dtype else torch.empty_like(dy, dtype=wide)
-    y, sums = torch.empty_like(dy), torch.empty(2 + g.sum_residual + g.sum_dx, dy.shape[1])
+    y = torch.empty_like(dy) if g.again else None
+    sums = torch.empty(2 + g.sum_residual + g.sum_dx, dy.shape[1])
     statistics, vectors = (g.statistics[0], g.statistics[1]), (vector(g.weight), vector(g.bias))
     torch.ops.sgmim_fast_cpu.layer_norm_backward(
         dy, g.x.contiguous(), g.rows, *statistics, *vectors, residual, g.sum_residual, g.sum_dx, dx, y, sums

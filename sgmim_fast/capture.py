@@ -44,7 +44,7 @@ def capture(
     clip: float | None = None,
     accumulate: int = 1,
 ) -> CapturedStep:
-    """Wraps a training step of `model`, which runs as a CUDA graph if possible, and eagerly otherwise.
+    """Wraps a training step of `model` that runs as a CUDA graph if possible, and eagerly otherwise.
 
     Equivalent plain PyTorch::
 
@@ -92,7 +92,7 @@ def capture(
         `step(*args, **kwargs)` -> the result of `loss`, detached. Host tensors are copied to the device.
 
     Raises:
-        TypeError, ValueError: names the argument, its value and what is expected.
+        TypeError, ValueError: an argument is invalid; the message names it, its value and what is expected.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected an nn.Module")
@@ -155,10 +155,10 @@ class CapturedStep:
         self.captures = 0
         self.reasons: list[str] = []
         self._calls = 0
-        self._news = {"backward": 0, "update": 0}  # calls in a row that were like none before
+        self._news = {"backward": 0, "update": 0}  # number of successive calls with an unknown key
         self._modules: list[nn.Module] = []
         self._parameters: list[nn.Parameter] = []
-        self._values: list[Iterable[Any]] = []  # of the modules' dictionaries, which follow their changes
+        self._values: list[Iterable[Any]] = []  # views of the values in the modules' dictionaries
         self._hooks: list[dict[int, Any]] = []
         self._identity: tuple[int, ...] | None = None
         self._known: OrderedDict[Any, _Seen | _Watched | _Recorded] = OrderedDict()
@@ -185,10 +185,10 @@ class CapturedStep:
         self._calls += 1
         if self.optimizer is not None and self._calls % self.accumulate == 0:
             capturable = all(group.get("capturable", True) for group in self.optimizer.param_groups)
-            if captured and capturable:  # gradients are where they were at the call before
+            if captured and capturable:  # a replay writes gradients to the same addresses as the previous call
                 alive, key = self._update_key()
                 self._through(("update", *key), alive, [], lambda _: self._update())
-                torch.autograd.graph.increment_version(self._parameters)  # which a replay does not
+                torch.autograd.graph.increment_version(self._parameters)  # a replay does not increment it
             else:
                 self._update()
         return result
@@ -198,10 +198,10 @@ class CapturedStep:
         if self.device.type != Graph.device_type:
             self._say(f"its parameters are on {self.device}, where there are no CUDA graphs")
             return False
-        return self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()  # a graph of the caller's
+        return self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()  # the caller may capture
 
     def _model_key(self) -> tuple[list[Any], list[Any]]:
-        """Objects that a graph keeps alive, and the key of a graph: their identities and properties."""
+        """Returns the objects that a graph keeps alive, and the graph's key: their identities and properties."""
         objects = self._objects()
         identity = tuple(map(id, objects))
         if identity != self._identity:  # a module may have been replaced
@@ -211,7 +211,7 @@ class CapturedStep:
             if self.optimizer is not None:
                 parameters += [p for group in self.optimizer.param_groups for p in group["params"]]
             self._parameters = list(dict.fromkeys(parameters))
-            # dictionaries that another one takes the place of are in the first one of their module
+            # if a dictionary of a module is replaced by another one, the values of the module's `__dict__` change
             parts = ((m.__dict__, m._modules, m._parameters, m._buffers) for m in self._modules)
             self._values = [part.values() for module in parts for part in module]
             self._hooks = [getattr(m, name) for m in self._modules for name in _HOOKS]
@@ -228,7 +228,7 @@ class CapturedStep:
         return [*map(type, self._modules), *chain.from_iterable(self._values)]
 
     def _update_key(self) -> tuple[list[Any], list[Any]]:
-        """The same for the optimizer's step."""
+        """Returns the same as `_model_key` for the optimizer's step."""
         values: list[Any] = _scaling(self.scaler)
         for group in self.optimizer.param_groups:
             values += [value for name, value in group.items() if name != "params"]
@@ -237,7 +237,7 @@ class CapturedStep:
         return values, [_by_identity(value) for value in values]
 
     def _reason(self, leaves: list[Any], what: str) -> str:
-        """Why this cannot be captured, as far as that is seen from outside; or ""."""
+        """Returns a reason that rules out a capture and is known without running the step; or ""."""
         if what == "update":
             hooks = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
             return f"hooks on {type(self.optimizer).__name__}" if any(hooks) else ""
@@ -258,7 +258,7 @@ class CapturedStep:
         return ""
 
     def _backward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward and backward."""
+        """Computes forward and backward. Returns the detached result."""
         if self.mask is not None:
             kwargs = {**kwargs, "mask": self.mask(args[0])}
         cast = contextlib.nullcontext()
@@ -273,14 +273,14 @@ class CapturedStep:
         return pytree.tree_map_only(Tensor, Tensor.detach, result)
 
     def _update(self) -> None:
-        """Clipping and the optimizer."""
+        """Clips the gradients and runs the optimizer."""
         optimizer, scaler = self.optimizer, self.scaler
         if self.clip is not None:
             if scaler is not None:
                 scaler.unscale_(optimizer)
             trained = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(trained, self.clip)
-        with warnings.catch_warnings():  # of the calls before it is captured
+        with warnings.catch_warnings():  # an eager step of a capturable optimizer warns
             warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
             if scaler is None:
                 optimizer.step()
@@ -291,7 +291,7 @@ class CapturedStep:
     def _through(
         self, key: tuple[Any, ...], alive: list[Any], leaves: list[Any], run: Callable[[list[Any]], Any]
     ) -> tuple[Any, bool]:
-        """What `run` returns from the leaves, and whether that was a replay."""
+        """Runs `run(leaves)`, eagerly or as a graph. Returns its result, and whether a graph was replayed."""
         known = self._known.get(key)
         self._news[key[0]] = self._news[key[0]] + 1 if known is None else 0
         if self._news[key[0]] == 2 * MOST:
@@ -330,7 +330,7 @@ class CapturedStep:
         before = [p.grad for p in self._parameters]
         if backward:
             for p in self._parameters:
-                p.grad = None  # the graph's own are allocated in it, and written, not added to
+                p.grad = None  # so that the graph allocates its own gradients and writes them instead of accumulating
         self._pool = self._pool or Graph.pool()
         self._forget_casts()
         graph = Graph(self.device, watched.generators)
@@ -340,7 +340,7 @@ class CapturedStep:
         except RuntimeError as error:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             self._say(reason)
-            # the device's generator has a new state, which earlier graphs do not draw from
+            # the device's generator was given a new state, which earlier graphs do not use
             self._known = OrderedDict((k, v) for k, v in self._known.items() if not isinstance(v, _Recorded))
             self._pool = None
             return watched._replace(reason=reason)
@@ -356,7 +356,7 @@ class CapturedStep:
         return _Recorded(watched.alive, graph, inputs, result, grads)
 
     def _forget_casts(self) -> None:
-        """Copies of parameters in other dtypes from before a recording do not enter it, nor do its own get out."""
+        """Drops cached casts of parameters, so that none is shared between a capture and what runs around it."""
         torch.clear_autocast_cache()
         torch.autograd.graph.increment_version(self._parameters)
 
@@ -364,7 +364,7 @@ class CapturedStep:
         _copy(recorded.inputs, leaves)
         kept = [(p, grad, p.grad) for p, grad in recorded.grads if p.grad is not None]
         moved = [(p, old) for p, _, old in kept if (ref := self._written.get(id(old))) is not None and ref() is old]
-        if moved:  # what a replay writes, it may overwrite
+        if moved:  # the replay may overwrite gradients that an earlier replay wrote, so copy them
             sums = [self._sums.setdefault(p, torch.empty_like(old)) for p, old in moved]
             torch._foreach_copy_(sums, [old for _, old in moved])
             for (p, _), total in zip(moved, sums, strict=True):
@@ -393,7 +393,7 @@ class CapturedStep:
         return [x.to(self.device, non_blocking=True) if isinstance(x, Tensor) else x for x in leaves]
 
     def _own(self, leaves: list[Any]) -> list[Any]:
-        """Tensors like these, filled; leaves that are one stay one."""
+        """Allocates static inputs with the values of the leaves; leaves that are the same object share one."""
         own = [torch.empty_like(x, device=self.device) if isinstance(x, Tensor) else x for x in leaves]
         own = [own[place] for place in _first_places(leaves)]
         _copy(own, leaves)
@@ -401,7 +401,7 @@ class CapturedStep:
 
 
 def _copy(to: list[Any], leaves: list[Any]) -> None:
-    """Fills tensors of our own, each once."""
+    """Copies the leaves into static inputs, each once."""
     done: set[int] = set()
     for own, leaf in zip(to, leaves, strict=True):
         if isinstance(own, Tensor) and id(own) not in done:
@@ -410,7 +410,7 @@ def _copy(to: list[Any], leaves: list[Any]) -> None:
 
 
 def _first_places(leaves: list[Any]) -> list[int]:
-    """Where each leaf comes first: the model may ask whether two of its inputs are one."""
+    """Returns the index of each leaf's first occurrence, since a model may test whether inputs are the same object."""
     first: dict[int, int] = {}
     return [first.setdefault(id(leaf), place) for place, leaf in enumerate(leaves)]
 
@@ -420,7 +420,7 @@ def _has_hooks(p: nn.Parameter) -> bool:
 
 
 def _scaling(scaler: torch.amp.GradScaler | None) -> list[Any]:
-    """Tensors and settings of a scaler."""
+    """Returns the tensors and settings of a scaler."""
     if scaler is None or not scaler.is_enabled():
         return []
     numbers = scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval()
@@ -428,12 +428,12 @@ def _scaling(scaler: torch.amp.GradScaler | None) -> list[Any]:
 
 
 def _by_identity(value: Any) -> Any:
-    """Numbers count by value, all else by being the same object."""
+    """Returns what represents a value in a key: numbers, strings and tuples themselves, the id of other objects."""
     return value if isinstance(value, (bool, int, float, str, tuple)) else id(value)
 
 
 def _settings(device: str) -> tuple[Any, ...]:
-    """Settings of PyTorch and of this package that choose what runs."""
+    """Returns the settings of PyTorch and of this package that select kernels."""
     return (
         torch.is_autocast_enabled(device),
         torch.get_autocast_dtype(device),

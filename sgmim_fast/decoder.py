@@ -1,4 +1,4 @@
-"""`Decoder`: the light decoder of MAE, for encoders of the visible patches alone. SPEC "Visible tokens only"."""
+"""`Decoder`: the light decoder of MAE, for encoders of visible patches only. SPEC "Visible tokens only"."""
 
 from __future__ import annotations
 
@@ -20,22 +20,24 @@ from sgmim_fast.visible_encoder import VisibleEncoder, VisibleTokens
 
 
 class Decoder(nn.Module):
-    """Predicts what an image has at its masked cells from the tokens of its visible ones, as MAE's decoder (arXiv
-    2111.06377): a linear layer to its width, a mask token in the place of every masked cell, positions, timm's blocks,
-    norm. The head behind it is `SGMIM.image_head`. It is dropped after pre-training.
+    """MAE's decoder (arXiv 2111.06377), which predicts the masked cells of an image from the tokens of visible ones.
+
+    A linear layer maps visible tokens to the decoder's width, a mask token is put at every masked cell, positions are
+    added, and timm's blocks and a norm follow. `SGMIM.image_head` is the prediction head. The decoder is not kept after
+    pre-training.
 
     Args:
-        encoder: of the visible patches alone, `create_encoder(name, visible_only=True)`.
-        depth: blocks; 8 as published, 2 costs a fourth of that.
-        width: of its tokens, a multiple of 4 and of `heads`.
-        heads: attention heads.
-        positions: "sincos", fixed, as published; "learned", which only images of the encoder's own size have.
+        encoder: an encoder of visible patches, `create_encoder(name, visible_only=True)`.
+        depth: number of blocks. MAE has 8; 2 cost a fourth of that.
+        width: width of the tokens, a multiple of 4 and of `heads`.
+        heads: number of attention heads.
+        positions: "sincos", fixed, as in MAE; or "learned", which restricts images to the encoder's own size.
 
     Attributes:
         num_features: the width.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is expected.
+        TypeError, ValueError: an argument is invalid; the message names it, its value and what is expected.
     """
 
     def __init__(
@@ -72,25 +74,25 @@ class Decoder(nn.Module):
         self.to(weight.device, weight.dtype)
 
     def forward(self, encoded: VisibleTokens, visible: Tensor, grid: tuple[int, int]) -> Tensor:
-        """All cells' tokens, through the modules as they are.
+        """Computes the tokens of all cells, by calling every module.
 
         Args:
-            encoded: what the encoder returned.
-            visible: (n,) int64, the visible cells among the images * rows * columns, as of `SelectiveMask.visible`.
-            grid: cells (rows, columns) of an image.
+            encoded: the output of the encoder.
+            visible: (n,) int64, indices of visible cells in images * rows * columns, as in `SelectiveMask.visible`.
+            grid: number of cells (rows, columns) of an image.
 
         Returns:
-            (B, N, width), normalised.
+            (B, N, width), after the norm.
         """
         y = self.embed(encoded.tokens) + self._of(visible, grid)
         return self._kept(self._everywhere, y, encoded.prefix, visible, grid)[:, self.prefix_tokens :]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether the blocks are computed again in the backward, as of timm's. The encoder has its own switch."""
+        """Enables or disables checkpointing of the blocks, like timm's method. The encoder has a switch of its own."""
         self.grad_checkpointing = enable
 
     def _kept(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
-        """`function(*args)`, whose activations are kept for the backward or not."""
+        """Computes `function(*args)`, with checkpointing if it is enabled."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(function, *args, use_reentrant=False)
         return function(*args)
@@ -100,9 +102,9 @@ class Decoder(nn.Module):
         return self.norm(self.blocks(place(rows)))
 
     def masked(self, encoded: VisibleTokens, visible: Tensor, masked: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The masked cells' tokens alone, (masked cells, width), normalised: those the loss looks at, in the order of
-        `masked`. The last block's MLP and the norm work on them only, the first block's norm and qkv on the tokens that
-        all images share once. `visible`, `grid`: as of `forward`."""
+        """Computes the tokens of masked cells only, which the loss needs: (masked cells, width), after the norm, in the
+        order of `masked`. The last block's MLP and the norm process these tokens only. The first block's norm and qkv
+        process the tokens of masked cells, which are the same in all images, only once. See `forward` for the rest."""
         y = ops.norm_linear(encoded.tokens, self.embed.weight, self.embed.bias, residual=self._of(visible, grid))
         return self._kept(self._where_masked, y, encoded.prefix, visible, masked, grid)
 
@@ -123,9 +125,10 @@ class Decoder(nn.Module):
     def _rows(
         self, y: Tensor, prefix: Tensor, visible: Tensor, grid: tuple[int, int]
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """The rows that tokens of images have before the first block: those of the visible cells and of the prefix, and
-        behind them P + N that masked cells have in every image; and what brings such rows to their places,
-        (rows, C) -> (B, P + N, C)."""
+        """Returns the distinct rows that are input to the first block, and a function that places rows in the images.
+
+        The rows are those of visible cells, of prefix tokens, and P + N rows that masked cells have in every image. The
+        function maps (rows, C) -> (B, P + N, C)."""
         table, images = self._positions(grid), len(prefix)
         every, places = self.mask_token[0] + table, self._places(visible, grid)
         own = [y.to(every.dtype)]
@@ -142,7 +145,7 @@ class Decoder(nn.Module):
         return torch.cat([*own, every]), place
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """(P + N, width)."""
+        """Returns the positions of prefix tokens and cells, (P + N, width)."""
         if tuple(grid) == self.grid:
             return self.pos_embed[0]
         if self.learned:
@@ -153,22 +156,22 @@ class Decoder(nn.Module):
         return sincos_positions(grid, self.num_features, self.prefix_tokens, self.pos_embed.device).to(self.pos_embed)
 
     def _of(self, cells: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Positions (n, width) of these cells."""
+        """Returns the positions (n, width) of the given cells."""
         return F.embedding(cells % (grid[0] * grid[1]) + self.prefix_tokens, self._positions(grid))
 
     def _places(self, cells: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Where cells are among the tokens of all images, each of which begins with the prefix."""
+        """Converts indices of cells to indices of tokens in all images, each of which begins with the prefix."""
         return cells if not self.prefix_tokens else cells + (cells // (grid[0] * grid[1]) + 1) * self.prefix_tokens
 
 
 def init_linear(linear: nn.Linear) -> None:
-    """As MAE does."""
+    """Initialises a linear layer as MAE does."""
     nn.init.xavier_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)
 
 
 _CHILDREN = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
-# What `masked` bypasses of the first block and the last one: the call of the block, not of its halves
+# What `masked` bypasses in the first and last block: the block's forward, but not its two halves.
 _HALVES = tuple(
     Check(**{str(i): Own(ViTBlock, methods=("first_half", "second_half"), **dict.fromkeys(_CHILDREN))})
     for i in range(32)
@@ -183,10 +186,10 @@ def _own(depth: int) -> Check:
     return Check(decoder=own)
 
 
-_OWN = tuple(_own(i + 1) for i in range(len(_HALVES)))  # and of a model's decoder, whose blocks are called
+_OWN = tuple(_own(i + 1) for i in range(len(_HALVES)))  # what `masked` bypasses in the decoder; it calls the blocks
 
 
 def changed(model: nn.Module) -> str:
-    """Why the decoder of an `SGMIM` has to be called; "" if `masked` may stand in for it."""
+    """Returns the reason to call the decoder of an `SGMIM`; "" if `masked` may replace the call."""
     depth = len(model.decoder.blocks)
     return _OWN[depth - 1].why(model) if depth <= len(_OWN) else f"a decoder of {depth} blocks"

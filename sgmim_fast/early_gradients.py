@@ -1,8 +1,8 @@
-"""A loss whose gradients are computed in its forward: nothing of it has to be kept until the backward.
+"""A loss whose gradients are computed in its forward, so that no activations are kept for the backward.
 
-A loss is a scalar, so that its gradients are those of the loss itself times a number that the backward brings. Where
-its forward is the last thing to be done, computing them at once costs nothing, and frees its activations before other
-parts of the step need memory of their own; and a batch can go through it in pieces, of which only one is kept.
+A loss is a scalar, so the backward only has to multiply these gradients by the gradient of the scalar. Computing them
+early costs nothing if the loss's forward is the last part of the step's. It frees the loss's activations before other
+parts of the step allocate memory, and it allows a batch to be processed in pieces, one at a time in memory.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from sgmim_fast.ops._op import once
 
 
 def fits(parts: Iterable[nn.Module], dtype: torch.dtype) -> bool:
-    """Whether nobody could tell: gradients are wanted, no graph is traced, no hook listens to modules or parameters,
-    and gemms are not done in float16, whose gradients a loss scale has to come before."""
+    """Whether early gradients are indistinguishable from ordinary ones: gradients are enabled, no graph is traced,
+    modules and parameters have no hooks, and `dtype` is not float16, whose gradients need a loss scale beforehand."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or dtype == torch.float16:
         return False
     for module in (module for part in parts for module in part.modules()):
@@ -32,15 +32,15 @@ def fits(parts: Iterable[nn.Module], dtype: torch.dtype) -> bool:
 def early_gradients(
     losses: Sequence[Callable[..., Tensor]], inputs: Sequence[Tensor], parts: Iterable[nn.Module]
 ) -> Tensor:
-    """The sum of losses, with gradients that are computed now, one loss after the other.
+    """Computes the sum of losses and, at once, its gradients, one loss after the other.
 
     Args:
-        losses: each is called with `inputs` and gives a scalar.
-        inputs: tensors that they are computed from.
-        parts: modules whose parameters they are computed from; see `fits`.
+        losses: functions that are called with `inputs` and return a scalar.
+        inputs: tensors that the losses depend on.
+        parts: modules whose parameters the losses depend on; see `fits`.
 
     Returns:
-        The sum; differentiable once in inputs and parameters.
+        The sum, a scalar; differentiable once with respect to inputs and parameters.
     """
     parameters = list({id(p): p for part in parts for p in part.parameters()}.values())
     return _Early.apply(losses, len(inputs), *inputs, *parameters)
@@ -65,7 +65,7 @@ class _Early(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        # saved_tensors raises where they have changed since, and where a graph that is not kept is used again
+        # saved_tensors raises if a tensor was changed in place, or if the graph was freed by an earlier backward
         found = iter(ctx.found)
         kept = [next(found) if need else None for _, need in zip(ctx.saved_tensors, ctx.needs, strict=True)]
         if torch._C._autograd._get_current_graph_task_keep_graph():
@@ -79,7 +79,7 @@ class _Early(torch.autograd.Function):
 
 
 def _apart(grads: Iterable[Tensor | None]) -> list[Tensor | None]:
-    """Gradients that may be written into: contiguous, and none has memory of another, as those of an addition have."""
+    """Returns gradients that can be changed in place: contiguous, and not sharing memory, as an addition's two do."""
     found: list[Tensor | None] = []
     seen = set()
     for grad in grads:
@@ -92,6 +92,6 @@ def _apart(grads: Iterable[Tensor | None]) -> list[Tensor | None]:
 
 
 def _sums(first: Iterable[Tensor | None], second: Iterable[Tensor | None]) -> list[Tensor | None]:
-    """Written into the first."""
+    """Adds two lists of gradients, in place into the first."""
     pairs = zip(first, second, strict=True)
     return [b if a is None else a if b is None else a.add_(b) for a, b in pairs]

@@ -1,7 +1,7 @@
 """Masked encoders: any timm Swin, SwinV2, BEiT, plain ViT or EVA, with SimMIM's mask token (SPEC.md, "Encoder").
 
-The arithmetic is stem -> masked tokens replaced by one learned token -> positions -> blocks -> norm. The stem, the
-blocks and the norm are timm's own modules; what is written here is only the order in which they are called.
+An encoder computes the stem, replaces masked tokens by one learned token, adds positions, and computes the blocks and
+the norm. Stem, blocks and norm are timm's own modules; this file only defines the order in which they are called.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SUPPORTED = (
     "timm's Swin (swin_*), SwinV2 (swinv2_*), BEiT (beit_*, beitv2_*), plain ViT (vit_*, deit_*) and EVA, the ViTs "
     "with rotary positions (eva*, vit_*_rope_*, vit_*_dinov3)"
 )
-# what people ask for, and why it is not here
+# timm module -> why its models, which users often request, are not supported
 _APART = {
     "hiera": "the patches of its stem overlap, so that visible tokens would read masked pixels",
     "convnext": "its convolutions would mix masked places into visible ones unless every one of them was masked",
@@ -44,14 +44,14 @@ class MaskedEncoder(nn.Module):
 
     Attributes:
         model: the timm module, without classifier and pooling; `model.forward_features` ends with the final norm.
-        mask_token: parameter (1, 1, D), D the width of the stem.
-        num_features: C, width of the output tokens.
-        in_chans: channels of the images.
-        patch_size: patch size p of the stem in pixels; an int, or (height, width) where the two differ.
-        stride: pixels per output token; an int, or (height, width) where the two differ.
-        timm_name, timm_arguments: what `create_encoder` was called with.
-        visible_stem: whether the stem embeds visible patches only, given their row list; set by `accelerate`.
-        visible_only: whether the blocks see visible patches only, see `visible_encoder`.
+        mask_token: parameter (1, 1, D), where D is the width of the stem.
+        num_features: width C of the output tokens.
+        in_chans: number of channels of the images.
+        patch_size: patch size p of the stem in pixels; an int, or (height, width) if the two differ.
+        stride: pixels per output token; an int, or (height, width) if the two differ.
+        timm_name, timm_arguments: the arguments of `create_encoder`.
+        visible_stem: whether the stem embeds visible patches only, if it is given their row list; set by `accelerate`.
+        visible_only: whether the blocks process visible patches only, see `visible_encoder`.
     """
 
     visible_stem = False
@@ -66,7 +66,7 @@ class MaskedEncoder(nn.Module):
         self.num_features: int = model.num_features
         self.in_chans: int = stem.proj.in_channels
         self.patch_size = _int_or_pair(stem.patch_size)
-        # every Swin stage but the first halves the grid; a ViT has no stages
+        # Every Swin stage except the first halves the grid. A ViT has no stages.
         halvings = len(model.layers) - 1 if hasattr(model, "layers") else 0
         self.stride = _int_or_pair([p * 2**halvings for p in stem.patch_size])
         if self.visible_only:
@@ -81,18 +81,18 @@ class MaskedEncoder(nn.Module):
 
         Args:
             x: (B, in_chans, H, W) images, floating point.
-            mask: (B, H/p, W/p), bool or 0/1 numbers, 1 = masked, or a `SelectiveMask` on a coarser grid that divides
-                this one, of which an accelerated stem embeds visible patches only. None: nothing is masked, and the
-                result is bitwise that of `model.forward_features`.
-            visible: (n,) int64, with a mask tensor: the patches that are not masked among the B * (H/p) * (W/p),
-                ascending; used by an accelerated stem. None: every patch is embedded.
+            mask: (B, H/p, W/p), bool or 0/1 numbers, 1 = masked; or a `SelectiveMask` on this grid of patches or on one
+                that divides it, with which an accelerated stem embeds visible patches only. None: nothing is masked,
+                and the result is bitwise that of `model.forward_features`.
+            visible: (n,) int64, only with a mask tensor: ascending indices of the visible patches among the
+                B * (H/p) * (W/p) of the batch, for an accelerated stem. None: the stem embeds every patch.
 
         Returns:
             (B, N, C) tokens, row-major over the grid, without class, distillation and register tokens.
 
         Raises:
             TypeError: `x` is not floating point.
-            ValueError: a shape or device does not fit. The mask's values are not read, so nothing synchronises.
+            ValueError: a shape or device is wrong. Values of the mask are not checked, to avoid synchronising.
         """
         self._check(x, mask)
         stem = self.model.patch_embed
@@ -109,7 +109,7 @@ class MaskedEncoder(nn.Module):
         return self._after_stem(tokens)
 
     def accelerate_stem(self) -> None:
-        """Lets the stem embed visible patches only, unless `forward` is a subclass's own. `accelerate` calls it."""
+        """Lets the stem embed visible patches only, unless a subclass overrides `forward`. Called by `accelerate`."""
         if type(self).forward in (MaskedEncoder.forward, VisibleEncoder.forward):
             self.visible_stem = True
 
@@ -118,24 +118,26 @@ class MaskedEncoder(nn.Module):
 
     @torch.no_grad()
     def salience(self, x: Tensor) -> Tensor:
-        """How salient each patch of the unmasked images is: `ops.token_salience` of what the stem makes of them, with
-        positions added, before any block (SPEC "Salience-based masking"). What `selective_mask` draws masks from.
+        """Returns the salience of each patch of unmasked images, from which `selective_mask` can draw masks.
+
+        It is `ops.token_salience` of the stem's tokens with positions added, before any block (SPEC "Salience-based
+        masking").
 
         Args:
             x: (B, in_chans, H, W) images, as for `forward`.
 
         Returns:
-            (B, H/p, W/p) from 0 to 1, float32 (float64 for float64). NaN throughout for an image that is not finite.
+            (B, H/p, W/p) from 0 to 1, float32 (float64 for float64). All NaN for an image with a non-finite value.
 
         Raises:
-            TypeError, ValueError: as `forward`.
+            TypeError, ValueError: see `forward`.
         """
         self._check(x, None)
         tokens = self._with_positions(self.model.patch_embed(x))
         return token_salience(tokens).unflatten(1, self.model.patch_embed.dynamic_feat_size(x.shape[2:]))
 
     def _with_positions(self, tokens: Tensor) -> Tensor:
-        """The stem's tokens as (B, N, D), with the positions that the model adds to them."""
+        """Returns the stem's tokens as (B, N, D), with the model's absolute positions added."""
         raise NotImplementedError
 
     def _check(self, x: Tensor, mask: Tensor | SelectiveMask | None) -> None:
@@ -170,7 +172,7 @@ class MaskedEncoder(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameter names that take no weight decay: timm's own (class token, positions, position tables) and ours."""
+        """Names of parameters without weight decay: timm's (class token, positions, position tables) and ours."""
         own = set() if self.mask_token is None else {"mask_token"}
         return own | {f"model.{name}" for name in self.model.no_weight_decay()}
 
@@ -197,7 +199,7 @@ class _MaskedBeit(MaskedEncoder):
         return self._blocks(model.pos_drop(x))[:, model.num_prefix_tokens :]
 
     def _blocks(self, x: Tensor) -> Tensor:
-        """Blocks and norm."""
+        """Computes the blocks and the final norm."""
         model = self.model
         bias = None if model.rel_pos_bias is None else model.rel_pos_bias()
         for block in model.blocks:
@@ -213,13 +215,13 @@ class _MaskedBeit(MaskedEncoder):
 
 
 class _MaskedViT(MaskedEncoder):
-    """Plain ViT and DeiT: positions are added, and class and register tokens prepended, after the replacement."""
+    """Plain ViT and DeiT: after masked tokens are replaced, positions are added and prefix tokens prepended."""
 
     def _after_stem(self, tokens: Tensor) -> Tensor:
         return self._blocks(self.model._pos_embed(tokens))[:, self.model.num_prefix_tokens :]
 
     def _blocks(self, x: Tensor) -> Tensor:
-        """The norm before them, if there is one, blocks and norm."""
+        """Computes the pre-norm, if the model has one, the blocks and the final norm."""
         model = self.model
         x = model.norm_pre(x)
         x = checkpoint_seq(model.blocks, x) if model.grad_checkpointing else model.blocks(x)
@@ -250,27 +252,27 @@ class _VisibleBeit(VisibleEncoder, _MaskedBeit):
 class _MaskedEva(MaskedEncoder):
     """EVA and EVA-02, DINOv3 and the other ViTs with rotary positions.
 
-    Rotary positions belong to places, not to what is there: a masked token has those of its place, as timm's own
-    forward would give them.
+    Rotary positions depend on a token's cell, not on its content. A masked token therefore has those of its cell, as in
+    timm's own forward.
     """
 
     def _after_stem(self, tokens: Tensor) -> Tensor:
         return self._blocks(*self.model._pos_embed(tokens))[:, self.model.num_prefix_tokens :]
 
     def _blocks(self, x: Tensor, rope: Tensor | None, cells: Tensor | None = None) -> Tensor:
-        """The norm before them, if there is one, blocks and norm. cells: (b, V), where each image's patches are; None:
-        it has all of them."""
+        """Computes the pre-norm, if the model has one, the blocks and the final norm. `cells` (b, V) are the indices of
+        each image's patches; None: x has all patches."""
         model = self.model
         x = model.norm_pre(x)
         if not model.rope_mixed:
             rope = _of_cells(rope, cells)
         for number, block in enumerate(model.blocks):
-            own = _of_cells(rope[number], cells) if model.rope_mixed else rope  # mixed ones are each block's own
+            own = _of_cells(rope[number], cells) if model.rope_mixed else rope  # with rope_mixed each block has its own
             x = checkpoint(block, x, use_reentrant=False, rope=own) if model.grad_checkpointing else block(x, rope=own)
         return model.norm(x)
 
     def _with_positions(self, tokens: Tensor) -> Tensor:
-        """Those that are added; rotary ones are not."""
+        """Adds absolute positions only; rotary ones are applied in the attention."""
         return self.model._pos_embed(tokens)[0][:, self.model.num_prefix_tokens :]
 
 
@@ -284,7 +286,7 @@ class _VisibleEva(VisibleEncoder, _MaskedEva):
 
 
 def _of_cells(rope: Tensor | None, cells: Tensor | None) -> Tensor | None:
-    """Rotary positions (N, d) or (heads, N, d) of the patches `cells` (b, V): (b, 1 or heads, V, d)."""
+    """Selects the patches `cells` (b, V) of rotary positions (N, d) or (heads, N, d) -> (b, 1 or heads, V, d)."""
     if rope is None or cells is None:
         return rope
     found = rope.index_select(-2, cells.flatten()).unflatten(-2, cells.shape)
@@ -299,7 +301,7 @@ _FAMILIES = (
     (Eva, _MaskedEva),
 )
 
-# whether `forward` may be given the visible patches: it has no hooks and is not overridden
+# Whether `forward` may be called with the visible patches: it has no hooks and is not overridden.
 VISIBLE = Check(encoder=Own(*{masked for _, masked in _FAMILIES}, tensors=("mask_token",), model=None))
 
 
@@ -309,9 +311,9 @@ def create_encoder(
     """Creates a masked encoder around a timm model.
 
     Any image size that timm allows works, square or not. Stochastic depth is off unless `drop_path_rate` is given
-    (timm's own default for Swin is 0.1; SPEC.md, "Published recipes"). The classifier and the pooling are dropped. A
-    final norm that timm keeps behind the pooling (`fc_norm`: BEiT and the `gap` ViTs, by default) is moved in front of
-    it, where SimMIM has it: over all tokens.
+    (timm's own default for Swin is 0.1; SPEC.md, "Published recipes"). The classifier and the pooling are removed. If
+    timm applies the final norm after pooling (`fc_norm`, the default of BEiT and the `gap` ViTs), it is applied to all
+    tokens instead, as in SimMIM.
 
     The published recipes::
 
@@ -321,20 +323,23 @@ def create_encoder(
                        use_abs_pos_emb=False, init_values=0.1, drop_path_rate=0.1)
 
     Args:
-        timm_name: name of a timm model of one of the families swin_*, swinv2_*, beit_*, beitv2_*, vit_*, deit_* and
-            eva*, with rotary positions or not, DINOv3's (vit_*_dinov3) among them.
-        visible_only: the encoder sees no mask tokens but the visible patches alone, as MAE's does, and needs a decoder
-            (`sgmim_fast.Decoder`); half to a third of the cost, and not what the paper does. ViTs only, with
+        timm_name: name of a timm model of the families swin_*, swinv2_*, beit_*, beitv2_*, vit_*, deit_* and eva*, with
+            or without rotary positions, including DINOv3 (vit_*_dinov3).
+        visible_only: encode visible patches only, without mask tokens, as MAE does. The model then needs a decoder
+            (`sgmim_fast.Decoder`). This costs half to a third, and is not what the paper does. Only for ViTs, with
             absolute or rotary positions.
-        positions: "timm", or "sincos": sines and cosines that are not trained, as MAE has them, in place of timm's
-            learned absolute positions.
+        positions: "timm", or "sincos": fixed sines and cosines, as in MAE, in place of timm's learned absolute
+            positions.
         timm_arguments: further arguments of `timm.create_model`, for instance `img_size`, `window_size`, `pretrained`.
 
+    Returns:
+        The encoder, a `MaskedEncoder`.
+
     Raises:
-        ValueError: timm has no such model (the nearest names are said); it is of another family (hybrid stems, relative
-            positions outside BEiT, NaFlex, and convolutional stages such as Hiera's and ConvNeXt-V2's, in which masked
-            places would have to be kept out of every convolution); or an argument asks for a classifier, for feature
-            pyramids or for dropped patches; or it cannot do without masked tokens where visible_only is True.
+        ValueError: timm has no model of that name (the message lists the nearest names); the model belongs to another
+            family (hybrid stems, relative positions outside BEiT, NaFlex, and convolutional stages such as Hiera's and
+            ConvNeXt-V2's, in which every convolution would have to exclude masked positions); an argument requests a
+            classifier, feature pyramids or dropped patches; or visible_only is True for a model that needs all tokens.
     """
     base = timm_name.split(".")[0]
     if not is_model_in_modules(base, MODULES):
@@ -343,7 +348,7 @@ def create_encoder(
         if timm_arguments.get(argument):
             raise ValueError(f"{argument} must be left out for a masked encoder, got {timm_arguments[argument]!r}")
     model = timm.create_model(timm_name, **{"drop_path_rate": 0.0, **timm_arguments, "num_classes": 0})
-    # a class that overrides forward_features would not do what _after_stem does
+    # A class that overrides forward_features may compute something other than _after_stem does.
     masked_class = next(
         (
             masked
@@ -370,29 +375,29 @@ def create_encoder(
 
 
 def image_size(encoder: object) -> tuple[int, int] | None:
-    """(height, width) of the images that an encoder, or its timm model, was made for; None where neither says."""
+    """Returns the image size (height, width) of an encoder or of its timm model; None if neither has one."""
     stem = getattr(getattr(encoder, "model", encoder), "patch_embed", None)
     size = getattr(encoder, "img_size", None) or getattr(stem, "img_size", None)
     return (size, size) if isinstance(size, int) else None if size is None else tuple(size)
 
 
 def _why_not(base: str) -> str:
-    """What is wrong with the name of a model that is of no family here."""
+    """Returns the part of the error message that explains why a model is not supported."""
     if timm.is_model(base):
         return next((f": {why}" for module, why in _APART.items() if is_model_in_modules(base, {module})), "")
     return f"; timm has no model of that name{nearest_name(base)}"
 
 
 def nearest_name(base: str) -> str:
-    """`errors.nearest` among the names of timm's models that `create_encoder` takes; base: without a tag."""
+    """Returns `errors.nearest` among timm's names that `create_encoder` supports. `base` is a name without its tag."""
     return nearest(base, (name for name in timm.list_models() if is_model_in_modules(name, MODULES)))
 
 
 def _visible_class(masked: type[MaskedEncoder], model: nn.Module, timm_name: str) -> type[MaskedEncoder]:
-    """The class for a timm model that `masked` would be around.
+    """Returns the visible-only class for a timm model whose class with mask tokens is `masked`.
 
     Raises:
-        ValueError: its tokens do not all attend to each other, or by positions between all of them.
+        ValueError: the model has windowed attention, or relative positions between all tokens.
     """
     if masked is _MaskedViT:
         return _VisibleViT
@@ -416,7 +421,7 @@ def _visible_class(masked: type[MaskedEncoder], model: nn.Module, timm_name: str
 def _drop_pooling(model: nn.Module) -> None:
     if isinstance(model.norm, nn.Identity) and hasattr(model, "fc_norm"):
         model.norm, model.fc_norm = model.fc_norm, model.norm
-    model.reset_classifier(0, "")  # takes attention pooling along, whose parameters would never get a gradient
+    model.reset_classifier(0, "")  # also removes attention pooling, whose parameters would never get a gradient
 
 
 def _int_or_pair(pair: tuple[int, int] | list[int]) -> int | tuple[int, int]:

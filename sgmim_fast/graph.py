@@ -55,9 +55,11 @@ class Graph:
                 ):
                     return function()
             except RuntimeError:
-                with contextlib.suppress(RuntimeError):  # else the allocator waits, too; raises where it does not
+                # The allocator and the generators still expect the end of the capture. Ending the allocation to the
+                # pool raises if it had not begun.
+                with contextlib.suppress(RuntimeError):
                     torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-                for generator in (default, *self._generators):  # else they wait for the end of the capture
+                for generator in (default, *self._generators):
                     generator.graphsafe_set_state(generator.clone_state())
                 raise
 
@@ -69,8 +71,8 @@ class Graph:
 def watch(device: torch.device) -> Iterator[Watch]:
     """Context manager that records what a replay would not repeat, while a step runs eagerly inside.
 
-    A replay repeats the work of the device, but not what the host reads, draws or copies. On a CPU, which may stand in
-    for a device in tests, copies from the host are not distinguishable and not recorded.
+    A replay repeats the work of the device, but not what the host reads, draws or copies. In tests a CPU may be the
+    device; copies from the host are then indistinguishable from others and are not recorded.
     """
     found, state = Watch(device), _host_random_state()
     with _HostReads(found), found:
@@ -94,7 +96,7 @@ class Watch(TorchDispatchMode):
         self.generators: list[torch.Generator] = []
 
     def _note(self, what: str) -> None:
-        # if the step calls PyTorch itself, as for an optimizer, there is no frame of the user
+        # if `capture` itself calls PyTorch, e.g. for the optimizer, there is no frame of the user's code
         where = next(f for f in reversed(traceback.extract_stack()) if not f.filename.startswith(_INTERNAL))
         reason = what if where.filename == _CALLER else f"{what} ({Path(where.filename).name}:{where.lineno})"
         if reason not in self.reasons:
@@ -139,7 +141,7 @@ class Watch(TorchDispatchMode):
 
     @staticmethod
     def _depends_on_values(name: str, args: tuple, kwargs: dict) -> bool:
-        if name in ("index", "_unsafe_index", "index_put", "index_put_"):  # by indices, unless they are masks
+        if name in ("index", "_unsafe_index", "index_put", "index_put_"):  # only masks as indices depend on values
             return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
         return not (name == "repeat_interleave" and kwargs.get("output_size") is not None)
 

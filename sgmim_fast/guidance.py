@@ -1,7 +1,7 @@
 """Modules of the guidance branch.
 
-`forward` is the dense reference implementation in plain PyTorch; `visible` bypasses it and computes visible cells only,
-as packed rows, through `sgmim_fast.ops`.
+`forward` is the dense computation in plain PyTorch. `visible` bypasses it and computes visible cells only, as packed
+rows, through `sgmim_fast.ops`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sgmim_fast.rows import Rows
 
 
 def embedding_patch(stride: int) -> tuple[int, int]:
-    """Side of the structure encoder's embedding patch and number of patch mergings for an encoder stride.
+    """Returns the side of the structure encoder's patches and the number of patch mergings for an encoder stride.
 
     The stride is halved while it is even and the half is at least 4: 32 -> (4, 3), 16 -> (4, 2), 14 -> (7, 1).
     """
@@ -41,7 +41,7 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """2x2 neighbours concatenated, normalised and reduced to twice the width, as in Swin."""
+    """Concatenates 2x2 neighbours, normalises them and projects them to twice the width, as in Swin."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -58,12 +58,12 @@ class StructureEncoder(nn.Module):
     """The "shallow MLP layers" that encode the structure map. SPEC "Structure encoder".
 
     Args:
-        channels: channels S of the map.
-        width: C of the tokens, that of the encoder; a multiple of 2^mergings.
-        stride: pixels along a token, that of the encoder.
+        channels: number of channels S of the map.
+        width: width C of the tokens, equal to the encoder's; a multiple of 2^mergings.
+        stride: pixels along a token, equal to the encoder's.
 
     Raises:
-        ValueError: a width that the mergings cannot reach.
+        ValueError: `width` is not a multiple of 2^mergings.
     """
 
     def __init__(self, channels: int, width: int, stride: int):
@@ -91,10 +91,11 @@ class StructureEncoder(nn.Module):
         )
 
     def forward(self, structure: Tensor, shown: Tensor) -> Tensor:
-        """structure (B, S, H, W), shown (B, H / p, W / p) bool, True = the branch may read -> (B, N, C)."""
+        """Encodes structure (B, S, H, W) where shown (B, H / p, W / p) bool is True -> (B, N, C)."""
         x = self.patch_embed(structure)  # (B, H / e, W / e, D)
         down, across = x.shape[1:3]
-        if down % shown.shape[1] or across % shown.shape[2]:  # stem patches are no union of ours: shown where all is
+        # If the encoder's patches do not consist of whole embedding patches, one is shown if all its pixels are.
+        if down % shown.shape[1] or across % shown.shape[2]:
             pixels = resize(shown, *structure.shape[2:])
             shown = pixels.unflatten(2, (across, -1)).unflatten(1, (down, -1)).all(4).all(2)
         x = x * resize(shown, down, across)[..., None].to(x.dtype)
@@ -103,12 +104,12 @@ class StructureEncoder(nn.Module):
         return x.flatten(1, 2)
 
     def visible(self, structure: Tensor, shown: Rows) -> Tensor:
-        """structure (B, S, H, W) -> (shown cells + 1, C), see `ops.structure_embed`."""
+        """Encodes shown cells only, structure (B, S, H, W) -> (shown cells + 1, C), see `ops.structure_embed`."""
         return ops.structure_embed(structure, shown.index, self.parameters_for_op(), cell=self.stride)
 
 
 class CrossAttention(nn.Module):
-    """Projections of the guidance's attention; q, k and v have no bias."""
+    """The guidance's multi-head cross-attention; the projections q, k and v have no bias."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -118,7 +119,8 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, heads: int, shown: Tensor | None = None) -> Tensor:
-        """(B, N, C) each, shown (B, N) bool, the keys that count; None: all -> (B, N, C)."""
+        """query, key, value (B, N, C), shown (B, N) bool -> (B, N, C). Keys that are not shown are masked out; None:
+        all keys count."""
 
         def split(x: Tensor) -> Tensor:
             return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, N, d)
@@ -127,7 +129,7 @@ class CrossAttention(nn.Module):
         logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
         if shown is not None:
             logits = logits.masked_fill(~shown[:, None, None], -torch.inf)
-            # An image without any key attends to nothing.
+            # Without any key, softmax of -inf would be NaN; the weights are 0 then.
             weights = torch.where(shown.any(1)[:, None, None, None], logits, 0).softmax(-1)
             weights = weights * shown[:, None, None]
         else:
@@ -146,16 +148,16 @@ class Mlp(nn.Module):
 
 
 class RelationalGuidance(nn.Module):
-    """Encoder features guided by structure tokens: one pre-norm block. SPEC "Relational guidance".
+    """Pre-norm block in which encoder features attend to structure tokens. SPEC "Relational guidance".
 
     Args:
-        width: C of features and structure tokens, a multiple of `heads`.
-        heads: attention heads.
+        width: width C of features and structure tokens, a multiple of `heads`.
+        heads: number of attention heads.
         hidden_context: "keep" or "drop" the hidden structure cells in the attention.
-        cells: with learned positions, the number of cells N of an image; 0: none.
+        cells: number of cells N of an image, for learned positions; 0: no positions.
 
     Raises:
-        ValueError: a width that the heads do not divide, or an unknown hidden_context.
+        ValueError: `width` is not a multiple of `heads`, or hidden_context is unknown.
     """
 
     def __init__(self, width: int, heads: int = 8, hidden_context: str = "keep", cells: int = 0):
@@ -194,7 +196,7 @@ class RelationalGuidance(nn.Module):
     def forward(self, features: Tensor, structure: Tensor, shown: Tensor) -> Tensor:
         """features, structure (B, N, C), shown (B, N) bool -> (B, N, C).
 
-        `shown` matters to hidden_context="drop" only: cells of which nothing is shown are no keys there.
+        `shown` is used with hidden_context="drop" only, which masks out the keys of cells that are not shown.
         """
         query, context = self.query_norm(features), self.context_norm(structure)
         position = 0 if self.pos_embed is None else self.pos_embed.to(query.dtype)
@@ -205,8 +207,8 @@ class RelationalGuidance(nn.Module):
     def visible(
         self, features: Tensor, structure: Tensor, visible: Rows, shown: Rows, cells: int | None = None
     ) -> Tensor:
-        """features (B * N, C), or with cells = N (visible cells, C), and structure (shown cells + 1, C) -> (visible
-        cells, C), see `ops.relational_guidance`."""
+        """Computes visible cells only, features (B * N, C), or (visible cells, C) with cells = N, and structure
+        (shown cells + 1, C) -> (visible cells, C); see `ops.relational_guidance`."""
         return ops.relational_guidance(
             features,
             structure,
@@ -244,7 +246,7 @@ _GUIDANCE = Own(
     mlp=Own(Mlp, fc1=BIASED, fc2=BIASED),
 )
 _HEAD = Check(image_head=BIASED)
-# by the number of patch mergings; for so many a cell has at least 4 * 2^8 pixels a side
+# Indexed by the number of patch mergings. With 8 mergings a cell has at least 4 * 2^8 pixels a side.
 _BRANCH = tuple(
     Check(image_head=BIASED, structure_encoder=_structure_encoder(i), guidance=_GUIDANCE, structure_head=BIASED)
     for i in range(9)
@@ -252,7 +254,7 @@ _BRANCH = tuple(
 
 
 def changed(model: nn.Module) -> str:
-    """Why the heads and the branch of an `SGMIM` have to be called; "" if the ops may stand in for them."""
+    """Returns the reason to call the heads and the branch of an `SGMIM`; "" if the ops may replace the calls."""
     if model._modules.get("guidance") is None:
         return _HEAD.why(model)
     if model.guidance.pos_embed is not None:

@@ -1,4 +1,4 @@
-"""Selective masks: drawing them (`selective_mask`), and resampling them to the grids of the model.
+"""Draws selective masks (`selective_mask`) and resamples them to the grids of the model.
 
 1 or True means masked, that is, not visible to the encoder. See docs/SPEC.md, "Selective masking".
 """
@@ -23,25 +23,26 @@ MASKING = ("random", "salience")
 
 
 class SelectiveMask(NamedTuple):
-    """A mask with its row lists, which the model takes in place of a mask tensor.
+    """A mask with its row lists, which the model accepts in place of a mask tensor.
 
-    Without the row lists, the model has to search the tensor, which on a GPU synchronises with the device.
+    Given a mask tensor, the model has to search it for the row lists, which on a GPU synchronises with the device.
     """
 
     mask: Tensor  # (B, h, w) bool, True = masked
     structure: Tensor  # (B, h, w) bool, True = shown: the structure branch may read the map; equal to `mask` by default
-    visible: Rows  # cells that are not masked
-    masked: Rows  # cells that are masked
-    shown: Rows  # cells where the structure is shown
-    counts: tuple[int, ...] | None = None  # cells of each image that are not masked, where the host knows them
+    visible: Rows  # rows of the visible cells
+    masked: Rows  # rows of the masked cells
+    shown: Rows  # rows of the cells where the structure is shown
+    counts: tuple[int, ...] | None = None  # number of visible cells of each image, if it is known on the host
 
     def visible_counts(self) -> list[int]:
-        """Cells of each image that are not masked. A GPU is waited for where the host was not told."""
+        """Returns the number of visible cells of each image. Synchronises on a GPU if `counts` is None."""
         return self.visible.offsets.diff().tolist() if self.counts is None else list(self.counts)
 
     def on(self, grid: tuple[int, int]) -> SelectiveMask:
-        """The same mask on a grid (rows, columns) of cells. Row lists are computed from those of this mask, without a
-        search and without synchronising.
+        """Returns the same mask on a grid (rows, columns) of cells.
+
+        Row lists are computed from those of this mask, without a search and without synchronising.
 
         Raises:
             ValueError: `grid` is not a multiple of the mask's own grid.
@@ -61,9 +62,10 @@ class SelectiveMask(NamedTuple):
         return SelectiveMask(mask, resize(self.structure, *grid), visible, masked, shown, counts)
 
     def part(self, first: int, count: int) -> SelectiveMask:
-        """The masks of `count` images from `first` on, sharing memory with this one. Does not synchronise.
+        """Returns the masks of images `first` to `first + count - 1`, views of this one where possible.
 
-        All images must have equal numbers of masked cells and of shown cells, so that the host knows their offsets.
+        Does not synchronise. All images must have equal numbers of masked cells and of shown cells, so that their
+        offsets are known on the host.
 
         Raises:
             ValueError: the range exceeds the batch.
@@ -92,7 +94,7 @@ class SelectiveMask(NamedTuple):
 
 
 class DenseMask(NamedTuple):
-    """A mask without row lists: some cells are partly masked, or its values cannot be read."""
+    """A mask without row lists, because some cells are partly masked or because its values must not be read."""
 
     mask: Tensor  # (B, h, w) bool
     structure: Tensor  # (B, h, w) bool
@@ -120,43 +122,44 @@ def selective_mask(
     Does not synchronise with the device. Equivalent per image, up to the random numbers, to
     `mask.view(-1)[torch.randperm(units)[:count]] = True`. SPEC "Selective masking", paper section 3.
 
-    With masking="salience" the units are those of the highest score, salience + U(0, 1) / 2, and their number is the
-    image's own: SBAM and AMR (arXiv 2404.08327), SPEC "Salience-based masking". As the numbers depend on values, the
-    host waits for a GPU once, unless adaptive="none"::
+    masking="salience" masks the units with the highest scores, salience + U(0, 1) / 2, and adapts their number to each
+    image: SBAM and AMR (arXiv 2404.08327), SPEC "Salience-based masking". Since these numbers depend on values, this
+    synchronises once on a GPU, unless adaptive="none"::
 
         selective_mask(len(images), 6, masking="salience", salience=encoder.salience(images))
 
-    `SGMIM.draw_mask` does both.
+    `SGMIM.draw_mask` computes both.
 
     Args:
         batch: number of images, at least 1.
-        grid: mask units (rows, columns), or one number for a square; an image of 192 pixels and units of 32 has 6.
-        ratio: share of masked units between 0 and 1; one for all or one per image. None: 0.6, and of "salience" 0.75.
-        generator: of `device`; None: torch's default generator.
-        device: where the results live; None: the generator's device, or that of `salience`, else the CPU.
+        grid: number of mask units (rows, columns), or one number for a square grid; 192 pixels in units of 32 have 6.
+        ratio: share of masked units between 0 and 1, one for all images or one per image. None: 0.6 for "random", 0.75
+            for "salience".
+        generator: random generator on `device`; None: torch's default generator.
+        device: device of the results; None: the device of `generator` or of `salience`, else the CPU.
         shown: where the structure branch may read its map. "masked": where the image is masked (the paper's selective
-            masking). Ablations: "visible": the same places as the image; "all": everywhere; a number between 0 and 1:
-            an independent random subset with this share *hidden*.
-        seed: (2,) int64 on the device where the results live, in place of a generator: the low 32 bits of both numbers
-            say which masks are drawn, the same on every device. A captured step counts it up there.
-        scale: cells along a unit: the same masks, drawn on the finer grid of cells at once. Where units are larger than
-            the encoder's stride, their ratio saves the model that step.
+            masking). Ablations: "visible": where the image is visible; "all": everywhere; a number between 0 and 1: on
+            an independent random subset, with this share of units *hidden*.
+        seed: (2,) int64, instead of a generator, on the device where the masks are to be. The low 32 bits of both
+            numbers determine the masks, identically on every device. A captured step can increment it on the device.
+        scale: cells along a unit. The masks are drawn directly on the finer grid of cells. If units are larger than the
+            encoder's stride, passing their ratio saves the model this conversion.
         masking: "random" or "salience".
-        salience: with "salience" alone: (B, h, w) from 0 to 1, of patches, as `MaskedEncoder.salience` gives it; h and
-            w multiples of the grid. A unit has the mean of its patches.
-        noise: with "salience", (B, rows * columns) from 0 to 1, in place of what would be drawn for the scores.
-        spread, threshold: with "salience", v and the bound above which a patch counts as salient: of an image with a
-            share y of salient patches ratio + spread * (2 y - 1) is masked. 0.10 and 0.5 (as the ratio 0.75) are those
-            of a third-party port.
-        adaptive: with "salience", "image": each image has its own ratio; "batch": all have the mean of these ratios, as
-            in the released code; "none": all have `ratio`.
+        salience: (B, h, w) from 0 to 1 per patch, as `MaskedEncoder.salience` returns it, only for masking="salience";
+            h and w are multiples of the grid. The salience of a unit is the mean over its patches.
+        noise: for "salience", (B, rows * columns) from 0 to 1, replaces the random numbers of the scores.
+        spread, threshold: for "salience". A patch whose salience exceeds `threshold` counts as salient; an image with a
+            share y of salient patches has the ratio ratio + spread * (2 y - 1). The defaults 0.10 and 0.5, like the
+            ratio 0.75, are those of a third-party port.
+        adaptive: for "salience", "image": each image has its own ratio; "batch": all images have the mean of these
+            ratios, as in the released code; "none": all images have `ratio`.
 
     Returns:
         SelectiveMask on the grid of cells.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is expected; NaN in `salience`, on a GPU with
-            adaptive="none" by an assertion on the device.
+        ValueError, TypeError: an argument is invalid; the message names it, its value and what is expected. NaN in
+            `salience` raises too, on a GPU with adaptive="none" by a device-side assertion.
     """
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
     if batch < 1:
@@ -214,7 +217,7 @@ def _with_shown(
     seed: Tensor | None,
     left: tuple[int, ...] | None = None,
 ) -> SelectiveMask:
-    """The mask with the cells where the structure is shown; arguments as of `selective_mask`. left: `counts`."""
+    """Completes a drawn mask by the cells where the structure is shown. `left` are the mask's `counts`."""
     (mask, visible, masked), units = drawn, grid[0] * grid[1]
     if shown == "masked":
         return SelectiveMask(mask, mask, visible, masked, masked, left)
@@ -232,14 +235,14 @@ def _with_shown(
 
 
 def _counts(ratios: list[float], units: int, name: str) -> list[int]:
-    """Masked units of each image."""
+    """Returns the number of masked units of each image."""
     if not all(0 <= ratio <= 1 for ratio in ratios):
         raise ValueError(f"{name} is {ratios}; expected numbers between 0 and 1")
     return [math.ceil(ratio * units) for ratio in ratios]
 
 
 def resize(mask: Tensor, height: int, width: int) -> Tensor:
-    """A (B, h, w) mask on a finer grid of height x width, each entry repeated; both sides must be multiples."""
+    """Repeats the entries of a (B, h, w) mask to height x width, which must be multiples of h and w."""
     mask = mask.repeat_interleave(height // mask.shape[1], 1) if height != mask.shape[1] else mask
     return mask.repeat_interleave(width // mask.shape[2], 2) if width != mask.shape[2] else mask
 
@@ -250,21 +253,24 @@ def aligned(grid: tuple[int, int], cells: tuple[int, int]) -> bool:
 
 
 def without_lists(mask: Tensor | SelectiveMask) -> DenseMask:
-    """The mask without row lists; its values are not read."""
+    """Returns the mask without row lists. Does not read its values."""
     return DenseMask(mask.bool(), mask.bool()) if isinstance(mask, Tensor) else DenseMask(mask.mask, mask.structure)
 
 
 @torch.compiler.disable
 def search(mask: Tensor, down: int, across: int) -> SelectiveMask | DenseMask:
-    """Row lists of a mask tensor on down x across cells; a `DenseMask` if a cell is partly masked.
+    """Computes the row lists of a mask tensor on down x across cells.
+
+    The lengths of the lists depend on values, so this synchronises once on a GPU, and torch.compile breaks the graph.
 
     Args:
-        mask: (B, h, w), bool or numbers, at least as fine as the cells.
+        mask: (B, h, w), bool or numbers; h and w are multiples of `down` and `across`.
+
+    Returns:
+        A `SelectiveMask`, or a `DenseMask` if a cell is partly masked.
 
     Raises:
-        ValueError: values other than 0 and 1.
-
-    The counts depend on the values, so on a GPU this synchronises once, and torch.compile breaks the graph.
+        ValueError: the mask has values other than 0 and 1.
     """
     batch = mask.shape[0]
     masked = mask.to(torch.bool)

@@ -31,33 +31,39 @@ DISTANCES = ("l1", "l2")
 class SGMIM(nn.Module):
     """Structured Knowledge Guided Masked Image Modeling (arXiv 2409.02513).
 
-    An image is masked and reconstructed; beside it a structure map of the same scene guides the features through a
-    light branch that reads the map where the image is masked and predicts it where the image is visible. Only the
-    encoder is kept after pre-training. With masks aligned to the encoder's cells everything but the encoder works on
-    visible tokens only, and the losses and gradients are those of the dense arithmetic (SPEC "The exact shortcut");
-    other masks take the dense arithmetic itself. So does a step in which a head or a module of the branch has hooks, is
-    replaced, or is changed in any way that the ops do not know: all of them are called then, on every token.
+    The model masks an image and reconstructs it. A structure map of the same scene guides the encoder's features
+    through a light branch, which reads the map where the image is masked and predicts it where the image is visible.
+    Only the encoder is kept after pre-training.
+
+    If the mask is aligned to the encoder's cells, everything behind the encoder is computed on visible tokens only, and
+    losses and gradients equal those of the dense arithmetic (SPEC "The exact shortcut"). With any other mask the dense
+    arithmetic itself is computed. The same holds for a step in which a head or a module of the branch has hooks, has
+    been replaced, or has been changed in a way that the fused ops do not implement: the modules are then called as they
+    are, on every token.
 
     Args:
-        encoder: masked encoder: `forward(x, mask)` -> (B, N, C) or (B, C, h, w), attributes `num_features`, `in_chans`
-            and `patch_size`. `create_encoder` makes one from a timm name; the published classes work as they are.
-        encoder_stride: pixels along one output token, e.g. 32 for a Swin, the patch size for a ViT; None: what an
-            encoder of `create_encoder` says, else 32.
-        guidance: False is plain SimMIM, without the structure branch.
-        structure_channels: channels S of the structure map.
+        encoder: masked encoder with `forward(x, mask)` -> (B, N, C) or (B, C, h, w) and the attributes `num_features`,
+            `in_chans` and `patch_size`. `create_encoder` makes one from a timm name; the classes of the published code
+            can be passed as they are.
+        encoder_stride: pixels along one output token, e.g. 32 for a Swin, the patch size for a ViT. None: the `stride`
+            of an encoder made by `create_encoder`, and 32 for other encoders.
+        guidance: whether there is a structure branch. False gives plain SimMIM.
+        structure_channels: number of channels S of the structure map.
         hidden_context: "keep" (published) or "drop" the hidden structure cells in the attention.
-        position_embedding: learned positions on the queries and keys of the guidance. Hidden cells differ then, so the
-            branch takes the dense arithmetic. Needs an encoder of known image size.
-        accelerate: compute the encoder's timm blocks through fused ops, parameters and state dict unchanged (see
-            `sgmim_fast.accelerate`, which this calls on `encoder` in place). False leaves the encoder alone.
-        decoder: `Decoder(encoder)`, for an encoder of `create_encoder(..., visible_only=True)`: the image is predicted
-            from the visible patches' tokens, as in MAE, and the structure guides them as ever. Half to a third of the
-            cost, and not what the paper does. None: the encoder sees mask tokens, and the image head reads its tokens.
-        target: "pixels", as published, or "normalized_patch": of each cell less their mean, over their deviation.
-        loss: "l1", as published, or "l2", between prediction and target of the image; that of the structure stays L1.
+        position_embedding: add learned positions to the queries and keys of the guidance. Hidden cells then differ from
+            each other, so that the branch is computed densely. Requires an encoder with a known image size.
+        accelerate: compute the encoder's timm blocks through fused ops, with parameters and state dict unchanged. This
+            calls `sgmim_fast.accelerate` on `encoder`, in place. False leaves the encoder unchanged.
+        decoder: `Decoder(encoder)`, for an encoder made by `create_encoder(..., visible_only=True)`. The image is then
+            predicted from the tokens of the visible patches, as in MAE; the guidance stays the same. This costs half to
+            a third, and is not what the paper does. None: the encoder sees mask tokens, and the image head predicts
+            from the encoder's tokens.
+        target: "pixels" (published), or "normalized_patch": the pixels of each cell minus their mean, divided by their
+            standard deviation.
+        loss: "l1" (published) or "l2" between predicted and target image. The structure loss is always L1.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is expected.
+        TypeError, ValueError: an argument is invalid; the message names it, its value and what is expected.
     """
 
     def __init__(
@@ -120,24 +126,25 @@ class SGMIM(nn.Module):
         return_losses: bool = False,
         structure_valid: Tensor | None = None,
     ) -> Tensor | Losses:
-        """The loss of a batch.
+        """Computes the loss of a batch.
 
         Args:
-            images: (B, in_chans, H, W), floating point, normalised; H and W multiples of the encoder stride.
-            structure: (B, S, H, W), floating point, standardised (`standardize_structure`); not used without guidance.
-                Raw and non-finite values are refused, on a GPU by an assertion on the device, for which nothing waits.
-            mask: 1 = masked. A `SelectiveMask`, or a tensor (B, H / p, W / p) of bool or 0/1 numbers, p the encoder's
-                patch size. A tensor has to be searched for its rows: on a GPU that synchronises once per call, and
-                torch.compile breaks the graph once.
+            images: (B, in_chans, H, W), floating point, normalised; H and W are multiples of the encoder stride.
+            structure: (B, S, H, W), floating point, standardised (`standardize_structure`); ignored without guidance.
+                Raw and non-finite values raise an error; on a GPU a device-side assertion does so, without
+                synchronising.
+            mask: 1 = masked. A `SelectiveMask`, or a tensor (B, H / p, W / p) of bool or 0/1 numbers, where p is the
+                encoder's patch size. A tensor is searched for its masked rows, which on a GPU synchronises once per
+                call, and breaks the graph of torch.compile once.
             return_losses: return all three losses.
-            structure_valid: (B, S, H, W) bool, True where the map is known; elsewhere it is read as 0, the standardised
-                mean, and does not count in the loss. None: known everywhere.
+            structure_valid: (B, S, H, W) bool, True where the map is known. Unknown pixels are read as 0, the mean of a
+                standardised map, and do not count in the loss. None: the map is known everywhere.
 
         Returns:
-            The loss, a scalar; or `Losses(total, image, structure)`.
+            The total loss, a scalar; with `return_losses`, `Losses(total, image, structure)`.
 
         Raises:
-            TypeError, ValueError: naming the argument, what came and what is expected.
+            TypeError, ValueError: an argument is invalid; the message names it, its value and what is expected.
         """
         if positional:
             return_losses = _fourth(positional, return_losses)
@@ -146,9 +153,9 @@ class SGMIM(nn.Module):
         if self.decoder is not None:
             mask = _lists(mask, cells)
         elif unmodified.transformed():
-            mask = without_lists(mask)  # row lists would be constants of the traced graph
+            mask = without_lists(mask)  # row lists would become constants of the traced graph
         elif isinstance(mask, Tensor):
-            mask = search(mask, *cells)  # here and no deeper, so that it breaks a compiled graph once
+            mask = search(mask, *cells)  # called once at the top level, so that it breaks a compiled graph only once
         else:
             mask = mask.on(cells) if aligned(mask.mask.shape[1:], cells) else without_lists(mask)
         structure = self._known(structure, structure_valid)
@@ -162,7 +169,7 @@ class SGMIM(nn.Module):
     def _losses(
         self, images: Tensor, structure: Tensor | None, mask: SelectiveMask | DenseMask, valid: Tensor | None
     ) -> Losses:
-        """The paper's Figure 2, of arguments that are checked and a mask on the encoder's cells."""
+        """Computes the paper's Figure 2. The arguments have been checked, and the mask is on the encoder's cells."""
         features = self._encode(images, mask)
         path = dense if isinstance(mask, DenseMask) or self._branch_changed(features) else visible
         image = path.image_loss(self, features, images, mask)
@@ -180,28 +187,28 @@ class SGMIM(nn.Module):
         *,
         structure_valid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Predictions of both heads at every pixel, for inspection. Dense, without gradients.
+        """Computes the predictions of both heads at every pixel, for inspection. Dense, without gradients.
 
-        The heads are trained on the image where it is masked, and on the structure where it is not.
-        With a decoder there are no features at masked cells, and the structure predicted there means nothing.
-        Normalised patches come with the mean and deviation of the image's own.
+        The image head is trained where the image is masked, and the structure head where the image is visible. With a
+        decoder there are no features at masked cells, so that the structure predicted there is meaningless. With
+        target="normalized_patch" the predicted patches get the mean and standard deviation of the given image's own.
 
         Args:
-            images, structure, mask, structure_valid: as for `forward`.
+            images, structure, mask, structure_valid: see `forward`.
 
         Returns:
-            image (B, in_chans, H, W) and structure (B, S, H, W), normalised and standardised as the inputs are; None in
-            place of the structure without guidance.
+            The image (B, in_chans, H, W), normalised as `images`, and the structure (B, S, H, W), standardised as
+            `structure`, or None without guidance.
 
         Raises:
-            TypeError, ValueError: as `forward`.
+            TypeError, ValueError: see `forward`.
         """
         self._check(images, structure, mask, structure_valid)
         if self.decoder is not None:
             mask = _lists(mask, self._grid(images))
         else:
             if isinstance(mask, Tensor):
-                search(mask, *self._grid(images))  # raises where values are neither 0 nor 1
+                search(mask, *self._grid(images))  # raises if a value is neither 0 nor 1
             mask = without_lists(mask)
         structure = self._known(structure, structure_valid)
         features = self._encode(images, mask)
@@ -214,29 +221,32 @@ class SGMIM(nn.Module):
         return image, dense.predict(self.structure_head, guided, structure, self.encoder_stride)
 
     def _linear_weights(self) -> list[Tensor]:
-        """Those that the ops read in a forward."""
+        """Returns the weights of linear layers that the fused ops read in a forward."""
         branch = self.image_head, self.structure_encoder, self.guidance, self.structure_head
         return linear_weights(self, also=[part for part in branch if part is not None])
 
     def salience(self, images: Tensor) -> Tensor:
-        """(B, H / p, W / p) from 0 to 1: `MaskedEncoder.salience`, or that of an encoder of one's own.
+        """Returns the salience of each patch, (B, H / p, W / p) from 0 to 1, by the encoder's method `salience`.
+
+        See `MaskedEncoder.salience`; an encoder of your own can define the method too.
 
         Raises:
-            TypeError: the encoder has no such method.
+            TypeError: the encoder has no method `salience`.
         """
         return salience_of(self.encoder, images)
 
     def draw_mask(self, images: Tensor, grid: int | tuple[int, int], **options: Any) -> SelectiveMask:
-        """Masks for these images: `selective_mask` on their device, and with masking="salience" by the encoder's own
-        `salience` of the images, which is computed for it, without gradients.
+        """Draws masks for a batch of images by `selective_mask`, on the images' device.
+
+        With masking="salience" it first computes the encoder's `salience` of the images, without gradients.
 
         Args:
-            images: (B, in_chans, H, W), as for `forward`.
-            grid: mask units (rows, columns), or one number for a square.
+            images: (B, in_chans, H, W), see `forward`.
+            grid: number of mask units (rows, columns), or one number for a square grid.
             options: further arguments of `selective_mask`, such as `masking`, `ratio`, `generator`, `adaptive`.
 
         Raises:
-            TypeError, ValueError: as `selective_mask`; an encoder without `salience`.
+            TypeError, ValueError: see `selective_mask`; also if the encoder has no method `salience`.
         """
         _check_map("images", images, self.in_chans)
         if options.get("masking") == "salience":
@@ -249,14 +259,14 @@ class SGMIM(nn.Module):
         return images.shape[2] // self.encoder_stride, images.shape[3] // self.encoder_stride
 
     def _known(self, structure: Tensor | None, valid: Tensor | None) -> Tensor | None:
-        """The standardised map with 0, its mean, where it is not known; None without guidance."""
+        """Returns the standardised map with unknown pixels set to 0, its mean; None without guidance."""
         if self.guidance is None:
             return None
         check_standardized(structure.detach(), valid)
         return structure if valid is None else torch.where(valid, structure, 0)
 
     def _branch_changed(self, features: Tensor | VisibleTokens) -> bool:
-        """Whether the ops may not stand in for heads and branch, so that they are called on all tokens; logs why."""
+        """Whether heads and branch must be called as modules, on all tokens, instead of the fused ops; logs why."""
         tokens = features if isinstance(features, Tensor) else features.tokens
         why = unmodified.changed_call(tokens) or branch.changed(self)
         if self.decoder is not None and not why:
@@ -266,7 +276,7 @@ class SGMIM(nn.Module):
         return bool(why)
 
     def _encode(self, images: Tensor, mask: SelectiveMask | DenseMask) -> Tensor | VisibleTokens:
-        """Features (B, N, C), or where there is a decoder those of the visible cells."""
+        """Returns the features (B, N, C); with a decoder, those of the visible cells."""
         if self.decoder is not None:
             return self._encode_visible(images, mask)
         if isinstance(mask, DenseMask) or VISIBLE.why(self):
@@ -341,7 +351,7 @@ class SGMIM(nn.Module):
             raise TypeError(f"structure_valid has dtype {structure_valid.dtype}; expected torch.bool")
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that take no weight decay besides vectors, as timm's optimizer factory asks for them."""
+        """Names of parameters without weight decay, besides vectors. timm's optimizer factory calls this method."""
         names = getattr(self.encoder, "no_weight_decay", set)()
         positions = (
             {"guidance.pos_embed"} if self.guidance is not None and self.guidance.pos_embed is not None else set()
@@ -351,10 +361,10 @@ class SGMIM(nn.Module):
 
 
 def _fourth(positional: tuple[bool, ...], return_losses: bool) -> bool:
-    """`return_losses` from the place it had in 0.1."""
+    """Returns `return_losses` given as the fourth positional argument, as 0.1 allowed, with a warning."""
     if len(positional) > 1 or return_losses:
         raise TypeError("forward takes images, structure and mask by position; return_losses and the rest by name")
-    # the caller is past two functions of nn.Module and our forward
+    # stack levels up to the caller: this function, `forward`, two functions of nn.Module, the caller
     warnings.warn("return_losses by position will be refused; pass it by name", FutureWarning, stacklevel=5)
     return positional[0]
 
@@ -399,7 +409,7 @@ def _check_decoder(encoder: nn.Module, decoder: nn.Module | None) -> None:
 
 
 def _lists(mask: Tensor | SelectiveMask, cells: tuple[int, int]) -> SelectiveMask:
-    """The mask's row lists, which an encoder of the visible patches cannot do without."""
+    """Returns the mask with row lists, which an encoder of visible patches needs."""
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError(
             "torch.jit.trace would make the places of this mask's visible patches constants; expected an encoder that "
@@ -420,7 +430,7 @@ def _check_map(name: str, tensor: Tensor, channels: int) -> None:
 
 
 def _square(size: int | tuple[int, ...], name: str) -> int:
-    """An int, or a pair of equal ones, as an int."""
+    """Returns a size given as an int, or as a pair of equal ints, as one int."""
     sides = {size} if isinstance(size, int) else set(size)
     if len(sides) != 1:
         raise ValueError(f"{name} is {size}; expected a square")
@@ -428,7 +438,7 @@ def _square(size: int | tuple[int, ...], name: str) -> int:
 
 
 def _cells(encoder: nn.Module, stride: int) -> int:
-    """Cells of an image, for positions."""
+    """Returns the number of cells of an image, for learned positions."""
     size = image_size(encoder)
     if size is None:
         raise ValueError("position_embedding is True; expected an encoder with `img_size`, and this one has none")

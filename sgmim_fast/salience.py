@@ -1,4 +1,4 @@
-"""Masks drawn where images are salient: SBAM and its adaptive ratio, AMR (arXiv 2404.08327).
+"""Draws masks on salient units of images: SBAM and its adaptive ratio, AMR (arXiv 2404.08327).
 
 SPEC "Salience-based masking".
 """
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from sgmim_fast.ops.selective_mask import first_of
 from sgmim_fast.rows import Rows
 
-# of a third-party port; the paper's text leaves them open
+# values of a third-party port; the paper's text does not give them
 RATIO, SPREAD, THRESHOLD = 0.75, 0.10, 0.5
 ADAPTIVE = ("image", "batch", "none")
 
 
 @torch.no_grad()
 def salience_of(encoder: nn.Module, images: Tensor) -> Tensor:
-    """The salience of every patch of the images to an encoder of one's own or of `create_encoder`: (B, H / p, W / p).
+    """Returns the salience of every patch, (B, H / p, W / p), by the encoder's method `salience`.
 
     Raises:
         TypeError: the encoder has no method `salience`.
@@ -36,12 +36,12 @@ def salience_of(encoder: nn.Module, images: Tensor) -> Tensor:
 
 
 def masked_counts(salience: Tensor, units: int, ratio: float, spread: float, threshold: float, adaptive: str) -> Tensor:
-    """Units to mask per image, ceil(ratio of the image * units): (B,) int64.
+    """Computes the number of masked units of each image, ceil(ratio of the image * units), (B,) int64.
 
-    salience: (B, h, w) of patches.
+    `salience` is (B, h, w), of patches.
     """
     share = (salience > threshold).flatten(1).double().mean(1)
-    ratios = ratio + spread * (2 * share - 1)  # exactly `ratio` where half of the patches are salient
+    ratios = ratio + spread * (2 * share - 1)  # exactly `ratio` if half of the patches are salient
     if adaptive == "batch":
         ratios = ratios.mean().expand_as(ratios)
     return (ratios * units).ceil().long()
@@ -59,10 +59,12 @@ def draw(
     generator: torch.Generator | None = None,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Rows, Rows]:
-    """The mask and its visible and masked rows, as `ops.selective_mask` gives them; arguments as of `selective_mask`.
+    """Draws a mask. Returns it with its visible and masked rows, as `ops.selective_mask` does.
+
+    See `sgmim_fast.selective_mask` for the arguments.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is expected.
+        ValueError, TypeError: an argument is invalid; the message names it, its value and what is expected.
     """
     _check(salience, grid, ratio, spread, threshold, adaptive, noise)
     images, (rows, columns) = salience.shape[0], grid
@@ -78,7 +80,7 @@ def draw(
         counts = [math.ceil(ratio * rows * columns)] * images
     else:
         counts = masked_counts(salience, rows * columns, ratio, spread, threshold, adaptive)
-        counts, lost = torch.stack((counts, lost.long())).tolist()  # waits for the device, once
+        counts, lost = torch.stack((counts, lost.long())).tolist()  # synchronises, once
         _refuse(lost)
     order = (of_units + noise / 2).argsort(dim=1, descending=True, stable=True)
     mask, visible, visible_offsets, masked_rows, masked_offsets = first_of(order, counts, rows, columns, scale)

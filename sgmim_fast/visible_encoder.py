@@ -1,7 +1,7 @@
-"""Encoders that see the visible patches only, as MAE's does: `create_encoder(name, visible_only=True)`.
+"""Encoders of visible patches only, as in MAE: `create_encoder(name, visible_only=True)`. SPEC "Visible tokens only".
 
-The stem embeds the visible patches, which keep the positions they have in the whole image; blocks and norm are timm's
-own, on class and register tokens and them. Beyond the paper, which builds on SimMIM. SPEC "Visible tokens only".
+The stem embeds the visible patches, which keep the positions that they have in the whole image. timm's own blocks and
+norm process them together with the class and register tokens. The paper, which builds on SimMIM, does not do this.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from sgmim_fast.positions import sincos_positions
 
 
 class VisibleTokens(NamedTuple):
-    """What such an encoder makes of a batch."""
+    """The output of a `VisibleEncoder` for a batch."""
 
-    tokens: Tensor  # (n, C), packed: of each visible patch, in the order of the mask's `visible` rows
+    tokens: Tensor  # (n, C), packed: the visible patches' tokens, in the order of the mask's `visible` rows
     prefix: Tensor  # (B, P, C): class, distillation and register tokens; P may be 0
 
 
 class VisibleEncoder:
-    """What makes a `MaskedEncoder`, before which it stands among a class's bases, one of the visible patches alone.
+    """Mixin that turns a `MaskedEncoder` into an encoder of visible patches only. It precedes it among the bases.
 
-    It has the attributes of `MaskedEncoder`, of which mask_token is None, and further ones.
+    It has the attributes of `MaskedEncoder`, with `mask_token` None, and the following.
 
     Attributes:
-        prefix_tokens: P, class, distillation and register tokens.
+        prefix_tokens: number P of class, distillation and register tokens.
         visible_only: True.
     """
 
@@ -48,17 +48,17 @@ class VisibleEncoder:
 
         Args:
             x: (B, in_chans, H, W) images, floating point.
-            mask: (B, H/p, W/p), bool or 0/1 numbers, 1 = masked (hidden from the encoder), or a `SelectiveMask` on a
-                grid that divides this one. Images may have different numbers of visible patches; those with the same
-                number are encoded together. A mask tensor is searched for its rows, for which a GPU is waited for.
+            mask: (B, H/p, W/p), bool or 0/1 numbers, 1 = masked (not visible to the encoder), or a `SelectiveMask` on a
+                grid that divides this one. Images may have different numbers of visible patches; images with the same
+                number are encoded together. A mask tensor is searched for its rows, which synchronises on a GPU.
                 None: nothing is masked.
 
         Returns:
-            VisibleTokens; without a mask (B, N, C), what `model.forward_features` gives, to the bit, less the prefix.
+            VisibleTokens; without a mask (B, N, C), bitwise the result of `model.forward_features` without the prefix.
 
         Raises:
             TypeError: `x` is not floating point.
-            ValueError: a shape or device does not fit, or a mask tensor has other values.
+            ValueError: a shape or device is wrong, or a mask tensor has values other than 0 and 1.
         """
         if mask is None:
             return super().forward(x)
@@ -77,7 +77,7 @@ class VisibleEncoder:
         counts = drawn.visible_counts()
         if len(set(counts)) == 1:
             y = self._images(tokens.unflatten(0, (len(x), counts[0])), cells.view(len(x), counts[0]), first, rotary)
-            return VisibleTokens(y[:, prefix:].flatten(0, 1), y[:, :prefix].contiguous())  # copies: y can be freed
+            return VisibleTokens(y[:, prefix:].flatten(0, 1), y[:, :prefix].contiguous())  # copies, so y can be freed
         own, of, done = tokens.split(counts), cells.split(counts), [tokens] * len(x)
         for _, same in groupby(sorted(range(len(x)), key=counts.__getitem__), key=counts.__getitem__):
             images = list(same)
@@ -88,27 +88,28 @@ class VisibleEncoder:
         return VisibleTokens(torch.cat([y[prefix:] for y in done]), torch.stack([y[:prefix] for y in done]))
 
     def _images(self, tokens: Tensor, cells: Tensor, prefix: Tensor, rotary: Tensor | None) -> Tensor:
-        """Blocks and norm of images with V visible patches each: tokens (b, V, D), with positions, of the patches
-        `cells` (b, V), behind the prefix tokens (P, D) -> (b, P + V, C)."""
+        """Encodes b images with V visible patches each. `tokens` (b, V, D) have positions and belong to the patches
+        `cells` (b, V); the prefix tokens (P, D) are prepended -> (b, P + V, C)."""
         x = torch.cat([prefix.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], 1) if len(prefix) else tokens
         return self._encode(self.model.pos_drop(x), cells, rotary) if x.shape[1] else x
 
     def _encode(self, x: Tensor, cells: Tensor, rotary: Tensor | None) -> Tensor:
-        """Blocks and norm, (b, P + V, D) -> (b, P + V, C). `rotary` are all patches' rotary positions, of which an
-        image's patches `cells` (b, V) have theirs; absolute ones are in x."""
+        """Computes blocks and norm, (b, P + V, D) -> (b, P + V, C). x includes absolute positions; `rotary` has the
+        rotary positions of all patches, of which those of the patches `cells` (b, V) are used."""
         raise NotImplementedError
 
     def _positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-        """(P + N, D): prefix tokens with their positions, and the positions of all patches; and the patches' rotary
-        positions, as timm has them. Once a forward: what timm draws of them is the same for the whole batch."""
+        """Returns (P + N, D), the prefix tokens with their positions followed by the positions of all patches, and the
+        patches' rotary positions in timm's format. Called once per forward, so that random augmentations of rotary
+        positions, which timm draws, are the same for the whole batch."""
         raise NotImplementedError
 
     def _embedded_zeros(self, grid: tuple[int, int]) -> Any:
-        """What timm makes of tokens that are 0, which it adds positions to and puts prefix tokens before."""
+        """Returns timm's `_pos_embed` of zero tokens: prefix tokens and positions, without dropout."""
         model, weight = self.model, self.model.patch_embed.proj.weight
         shape = grid if model.dynamic_img_size else (grid[0] * grid[1],)
         drop, training = model.pos_drop, model.pos_drop.training
-        if training and getattr(drop, "p", 0):  # it is for the tokens
+        if training and getattr(drop, "p", 0):  # dropout applies to the tokens with positions, later
             drop.eval()
         embedded = model._pos_embed(weight.new_zeros(1, *shape, weight.shape[0]))
         if drop.training != training:
@@ -117,10 +118,10 @@ class VisibleEncoder:
 
 
 def fix_positions(model: nn.Module) -> None:
-    """Makes the positions of a timm model sines and cosines that are not trained, as MAE has them.
+    """Replaces the positions of a timm model by sines and cosines that are not trained, as in MAE. In place.
 
     Raises:
-        ValueError: it has no absolute positions.
+        ValueError: the model has no absolute positions.
     """
     table = getattr(model, "pos_embed", None)
     if table is None:

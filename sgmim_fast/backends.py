@@ -1,8 +1,8 @@
-"""Which backend runs an op: the order of preference, the reasons against each, and how to force one.
+"""Selects the backend that runs an op: the order of preference, the reasons against each, and how to force one.
 
 A backend is one set of implementations of the ops: `cuda` (CUDA C++), `triton`, `cpu` (C++) and `torch` (plain
-PyTorch, runs anywhere, the twin every other one is tested against). The choice is made at each call, from the device
-and dtype of the tensors; it never changes the result beyond rounding.
+PyTorch, which runs anywhere and against which every other one is tested). It is selected at each call, by the device
+and dtype of the tensors. The choice does not change results beyond rounding.
 
 Environment: `SGMIM_FAST_BACKEND=torch|cpu|triton|cuda` forces one backend for the process, as `use` does for a block.
 """
@@ -24,7 +24,7 @@ import torch
 from sgmim_fast import _native, tuned
 
 NAMES = ("cuda", "triton", "cpu", "torch")
-# Preference per device type; any other device runs the plain implementation.
+# Order of preference per device type. Other devices run plain PyTorch.
 ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 _PRIMITIVES = {"cpu": "sgmim_fast.ops.cpu.primitives", "triton": "sgmim_fast.kernels.primitives"}
 _PLAIN_PRIMITIVES = "sgmim_fast.ops._plain"
@@ -35,8 +35,8 @@ def _own(op: str, *names: str) -> dict[str, str]:
     return {name: f"{folders[name]}.{op}" for name in names}
 
 
-# op -> backend -> module: with the primitives that an op is composed of, or, for ops that are none, with functions
-# `forward` and, where not everything is supported, `can_run(part, args)`.
+# op -> backend -> module. For an op composed of primitives the module has the primitives. For any other op it has
+# functions `forward`, `backward` and, if it does not support all arguments, `can_run(part, args)`.
 MODULES: dict[str, dict[str, str]] = {
     **{
         name: _own(name, "cpu", "triton", "cuda")
@@ -50,16 +50,16 @@ MODULES: dict[str, dict[str, str]] = {
     **dict.fromkeys(("linear_l1", "position_bias", "structure_embed"), _PRIMITIVES),
 }
 
-# Backends of an op that were slower than another one, or have not been measured: they run where they are asked for, or
-# where `sgmim_fast.tune` has found them to be the fastest.
+# Backends of an op that were slower than another backend, or have not been measured. They run only if they are forced,
+# or if `sgmim_fast.tune` found them to be the fastest.
 ASKED_FOR = {(op, "cuda") for op in ("norm_attention", "relational_guidance", "window_attention")}
 
 OLDEST_TRITON = (3, 4)
 
-# The ops the model calls between the encoder's features and the loss.
+# The ops that the model calls between the encoder's features and the loss.
 BRANCH = ("structure_embed", "relational_guidance", "linear_l1")
 
-# Called with every choice to be made while `sgmim_fast.tune` watches a step: (op, part, device, args).
+# While `sgmim_fast.tune` watches a step, the last function is called before each choice: (op, part, device, args).
 WATCHED: list[Callable[[str, str, str, Sequence[Any]], None]] = []
 
 _plain: dict[tuple[str, str], Callable[..., Any]] = {}
@@ -68,10 +68,10 @@ FORCED: contextvars.ContextVar[str | None] = contextvars.ContextVar("sgmim_fast.
 
 
 def register(op: str, part: str, function: Callable[..., Any], request: Callable[..., Any] | None = None) -> None:
-    """Registers `part` ("forward" or "backward") of an op; called by the op's file.
+    """Registers `part` ("forward" or "backward") of an op. Called by the op's file.
 
-    function: the plain implementation; or, of a composition, what makes an implementation of a backend's primitives.
-    request: of a composition, `request(part, args)` -> the forward's arguments, and what they ask of primitives.
+    function: the plain implementation; for a composed op, `function(primitives)` -> an implementation.
+    request: for a composed op, `request(part, args)` -> the forward's arguments, and what they need of primitives.
     """
     _plain[op, part] = function
     if request is not None:
@@ -90,15 +90,16 @@ def _environment() -> str | None:
 def use(name: str) -> Iterator[None]:
     """Forces one backend inside a `with` block, for the thread or asynchronous task that enters it.
 
-    The backward of what is computed inside runs on the backend that its forward was forced to, wherever and whenever it
-    runs. Only what `torch.compile` has compiled chooses again: on a CPU by the block that `backward()` is called in, on
-    a GPU, whose backward has a thread of its own, by SGMIM_FAST_BACKEND alone.
+    The backward of an op called inside runs on the same forced backend, also if it runs outside of the block or in
+    another thread. The exception are graphs compiled by `torch.compile`, whose backward selects its backend anew: on a
+    CPU by the block in which `backward()` is called; on a GPU, where autograd runs it in its own thread, only by
+    SGMIM_FAST_BACKEND.
 
     Args:
         name: "torch", "cpu", "triton" or "cuda".
 
     Raises:
-        ValueError: an unknown name. A backend that cannot run raises at the first op, with the reason.
+        ValueError: the name is unknown. If the backend cannot run, the first op raises, with the reason.
     """
     if name not in NAMES:
         raise ValueError(f"name is {name!r}; expected one of {', '.join(NAMES)}")
@@ -110,13 +111,13 @@ def use(name: str) -> Iterator[None]:
 
 
 def forced() -> str | None:
-    """The backend forced by `use` or by SGMIM_FAST_BACKEND, or None."""
+    """Returns the backend forced by `use` or by SGMIM_FAST_BACKEND, or None."""
     return FORCED.get() or _environment()
 
 
 @functools.cache
 def available() -> dict[str, tuple[bool, str]]:
-    """Backend -> (usable on this machine, reason where it is not)."""
+    """Returns a dict from backend to (usable on this machine, reason if it is not)."""
     return {
         "cuda": _cuda(),
         "triton": _triton(),
@@ -126,7 +127,7 @@ def available() -> dict[str, tuple[bool, str]]:
 
 
 def _cuda() -> tuple[bool, str]:
-    """Whether the CUDA kernels run here, and the reason where not."""
+    """Whether the CUDA kernels run on this machine, and the reason if they do not."""
     if not torch.cuda.is_available():
         return False, "torch sees no CUDA device"
     usable, reason = _native.load_cuda()
@@ -136,7 +137,7 @@ def _cuda() -> tuple[bool, str]:
 
 
 def _triton() -> tuple[bool, str]:
-    """Whether the Triton kernels run here, and the reason where not, which is logged once where there is a GPU."""
+    """Whether the Triton kernels run on this machine, and the reason if they do not, logged once if there is a GPU."""
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -154,18 +155,21 @@ def _triton() -> tuple[bool, str]:
 
 
 def triton_interpreted() -> bool:
-    """Whether TRITON_INTERPRET=1 is set: the Triton kernels then run in NumPy, on CPU tensors, to be looked into."""
+    """Whether TRITON_INTERPRET=1 is set. The Triton kernels then run in NumPy, on CPU tensors, for debugging."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def can_run(op: str, backend: str, *args: Any, part: str = "forward") -> tuple[bool, str]:
-    """Whether `backend` can run `op` on these arguments, and the reason where it cannot.
+    """Whether `backend` can run `op` on these arguments, and the reason if it cannot.
 
     Args:
-        op: an op's name, e.g. "linear_l1".
+        op: name of an op, e.g. "linear_l1".
         backend: "torch", "cpu", "triton" or "cuda".
-        args: all arguments of the part, as its schema has them; none asks about the machine alone.
+        args: all arguments of the part, in the order of its schema. Without arguments only the machine is checked.
         part: "forward" or "backward".
+
+    Raises:
+        ValueError: the name of the op or of the backend is unknown.
     """
     if op not in MODULES:
         raise ValueError(f"op is {op!r}; expected one of {', '.join(MODULES)}")
@@ -200,9 +204,10 @@ def _module(op: str, backend: str) -> Any:
 
 @functools.cache
 def implementation(op: str, part: str, backend: str) -> Callable[..., Any]:
-    """The function of a backend that computes `part` of an op; it must be able to run.
+    """Returns a backend's function that computes `part` of an op. The backend must be able to run it.
 
-    "BACKEND:VARIANT" is a way to run it that the backend's `variants` names, as `sgmim_fast.tune` may have chosen.
+    `backend` may be "BACKEND:VARIANT", with one of the names that the backend's `variants` returns (see
+    `sgmim_fast.tune`).
     """
     backend, _, variant = backend.partition(":")
     if op not in _requests:
@@ -214,17 +219,17 @@ def implementation(op: str, part: str, backend: str) -> Callable[..., Any]:
 
 
 def composed(op: str) -> bool:
-    """Whether an op is composed of primitives: then its backward reads what the same backend's forward saved."""
+    """Whether an op is composed of primitives. Its backward then reads what the same backend's forward saved."""
     return op in _requests
 
 
 def order(op: str, device: str) -> list[str]:
-    """The backends that an op runs on by itself, the preferred one first."""
+    """Returns the backends that an op uses by default, the preferred one first."""
     return [name for name in ORDER.get(device, ("torch",)) if (op, name) not in ASKED_FOR]
 
 
 def candidates(op: str, part: str, args: Sequence[Any]) -> list[str]:
-    """Every way to run a call here, as `implementation` takes them: backends and, behind it, the variants of each."""
+    """Returns all backends that can run a call, each followed by its variants, as names for `implementation`."""
     found = []
     for name in NAMES:
         if can_run(op, name, *args, part=part)[0]:
@@ -235,11 +240,11 @@ def candidates(op: str, part: str, args: Sequence[Any]) -> list[str]:
 
 
 def choose(op: str, part: str, device: str, args: Sequence[Any]) -> Callable[..., Any]:
-    """The function to call: the forced backend, or what was measured to be the fastest for such a call
-    (`sgmim_fast.tune`), or the first of the device's order that can run.
+    """Returns the function to call: that of the forced backend, else of the one that `sgmim_fast.tune` measured to be
+    the fastest for such a call, else of the first one in the device's order of preference that can run.
 
     Raises:
-        RuntimeError: a forced backend cannot run; the message has the reason.
+        RuntimeError: the forced backend cannot run; the message has the reason.
     """
     name = forced()
     if name is not None:

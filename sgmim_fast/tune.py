@@ -1,9 +1,10 @@
-"""`tune`: times every way to compute every op of a model on this machine, and keeps which is the fastest.
+"""`tune`: times every way to compute every op of a model on this machine, and stores which one is the fastest.
 
-One step of the model is run with its ops watched. Where an op meets a shape for the first time, all that could compute
-it there do so on the step's own tensors: each is checked against the op in float64, and those that pass take turns on
-the clock. Nothing is kept in memory but times. Forward and backward of an op are chosen together, since one reads what
-the other saved; the tile of a backend's gemms is chosen for each of them.
+`tune` runs one step of the model and intercepts its ops. When an op is called with a shape for the first time, every
+implementation that can run the call does so on the step's own tensors. Each result is checked against the op in
+float64, and implementations that pass are timed in turns. Only times are kept in memory. Forward and backward of an op
+get the same backend, since the backward reads what the forward saved, but may get different variants (gemm tiles).
+A "way" is a backend, or one of its variants ("BACKEND:VARIANT").
 """
 
 from __future__ import annotations
@@ -25,23 +26,23 @@ from sgmim_fast.masking import SelectiveMask, selective_mask
 from sgmim_fast.ops import standardize_structure
 from sgmim_fast.ops._op import AUTOCAST_KEYS
 
-# What a result may be off, by Euclidean norm and by its worst number: twice plain PyTorch's error, 4 units in the last
-# place, and what sums over rows in PyTorch's own kernels are off by in float32.
+# Tolerance of a result, in the Euclidean and in the maximum norm: twice plain PyTorch's error, plus 4 ulp, plus the
+# relative error that sums over rows have in PyTorch's own float32 kernels.
 TIMES_PLAIN, FEW_ULP, SUMS = 2, 4, 1e-5
-ROUNDS = 25  # at most, of which the least counts
+ROUNDS = 25  # largest number of rounds; the minimum over rounds counts
 
 
 class Winner(NamedTuple):
-    """What was found for an op at one shape.
+    """The result of tuning an op at one shape.
 
     Attributes:
-        op: its name.
-        part: "" for forward and backward together, else one of the two.
-        key: its shapes, as `sgmim_fast.tuned.key` gives them.
-        backend: what the forward runs from now on, and the backward, or None where there was none.
-        seconds: of every way that was right, both parts together: the least of several calls each.
-        default: what would have run without.
-        refused: way -> what was wrong with it.
+        op: name of the op.
+        part: "" for forward and backward together, else "forward" or "backward".
+        key: shapes and dtype of the call, see `sgmim_fast.tuned.key`.
+        backend: part ("forward", "backward") -> the fastest way to compute it; only parts that the step called.
+        seconds: backend -> sum over both parts of the time of its fastest variant, the minimum of several calls.
+        default: the backend that runs without tuning.
+        refused: way -> why it was rejected.
     """
 
     op: str
@@ -54,13 +55,13 @@ class Winner(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the way that won."""
+        """The fastest backend."""
         return min(self.seconds, key=self.seconds.__getitem__)
 
 
 @dataclass
 class _Measured:
-    """Of one op and key."""
+    """Measurements of one op and key."""
 
     default: str = ""
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)  # part -> way -> seconds
@@ -76,31 +77,30 @@ def tune(
     report: Callable[[str], None] | None = print,
     keep: bool = True,
 ) -> list[Winner]:
-    """Finds the fastest way to compute each op of a model's training step, to be used from now on.
+    """Finds the fastest implementation of each op in a model's training step, and uses it from then on.
 
-    It runs two steps of the model and, in the second, every backend that can compute an op at the step's shapes, in
-    every variant that it has. What is found is kept in the user's cache (see `sgmim_fast.tuned`) for this device, these
-    versions and these shapes, and used without a further call by this process and all later ones; other shapes run as
-    before. Results change by rounding at most. Parameters, gradients, buffers and random generators are left as they
-    were.
+    It runs two steps of the model. In the second it runs every backend that can compute an op at the step's shapes, in
+    every variant. The choices are stored in the user's cache (see `sgmim_fast.tuned`) for this device, these versions
+    and these shapes. This process and all later ones use them automatically; other shapes are not affected. Results
+    change by rounding at most. Parameters, gradients, buffers and random generators are unchanged afterwards.
 
     Args:
-        model: an `SGMIM`, or an encoder or any module that `batch` can be given to, on its device, in train or eval
-            mode as it will be used.
-        batch: images of a batch, for an SGMIM, whose inputs are then made up; or the arguments of `model.forward`.
-        dtype: that the step is done in: torch.float32, or that of autocast.
-        seconds: about how long it may take, apart from the two steps and what has to be compiled; every way is timed
-            once at least.
-        report: gets the lines of a table of what won by how much; None: nobody. While it is measured, a bar on standard
-            error shows how far it is, where that is a terminal.
-        keep: whether later processes are to know.
+        model: an `SGMIM`, an encoder or another module that accepts `batch`, on the device and in the mode (train or
+            eval) in which it will be used.
+        batch: for an SGMIM, the batch size, for which random inputs are generated; or the arguments of `model.forward`.
+        dtype: dtype of the step, torch.float32 or the dtype of autocast.
+        seconds: approximate time budget, without the two steps and compilation. Every implementation is timed at least
+            once.
+        report: called with each line of a table of the results; None: no report. A progress bar is shown on standard
+            error if that is a terminal.
+        keep: store the choices for later processes.
 
     Returns:
-        what won, for each op and shape.
+        A `Winner` for each op and shape.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is expected.
-        RuntimeError: a backend is forced, which leaves nothing to choose; or SGMIM_FAST_TUNED is 0.
+        TypeError, ValueError: an argument is invalid; the message names it, its value and what is expected.
+        RuntimeError: a backend is forced, so that there is no choice; or SGMIM_FAST_TUNED is 0.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype is {dtype}; expected torch.float32, torch.bfloat16 or torch.float16")
@@ -136,7 +136,8 @@ def tune(
 
 
 def table(winners: Sequence[Winner]) -> Iterator[str]:
-    """Lines: each op and shape with what won, its time, and how many times that plain PyTorch and the default take."""
+    """Yields the lines of a table: op, shape, fastest way, its time, and the default's and plain PyTorch's relative to
+    it."""
     yield f"{'op':24}{'shape':24}{'fastest':26}{'ms':>9}{'default':>9}{'PyTorch':>9}"
     for w in sorted(winners, key=lambda w: -w.seconds[w.name]):
         best, shape = w.seconds[w.name], "x".join(map(str, w.key[0]))
@@ -147,7 +148,7 @@ def table(winners: Sequence[Winner]) -> Iterator[str]:
 
 
 def _step(model: nn.Module, batch: int | Sequence[Any], dtype: torch.dtype, device: str) -> Callable[[], None]:
-    """Forward and, in train mode, backward."""
+    """Returns a function that computes the forward and, in train mode, the backward."""
     if isinstance(batch, int):
         if batch < 1:
             raise ValueError(f"batch is {batch}; expected at least 1")
@@ -172,10 +173,10 @@ def _step(model: nn.Module, batch: int | Sequence[Any], dtype: torch.dtype, devi
 
 
 def _inputs_known(model: nn.Module) -> tuple[int, int]:
-    """Image size of an SGMIM.
+    """Returns the image size of an SGMIM.
 
     Raises:
-        TypeError: it is none, or nobody says.
+        TypeError: the model is not an SGMIM, or its image size is unknown.
     """
     size = image_size(getattr(model, "encoder", None))
     if size is None or not hasattr(model, "encoder_stride"):
@@ -197,7 +198,7 @@ def _inputs(model: Any, batch: int, device: str) -> tuple[Tensor, Tensor | None,
 
 @contextlib.contextmanager
 def _left_alone(model: nn.Module, device: str) -> Iterator[None]:
-    """Puts gradients, buffers and random generators back."""
+    """Restores gradients, buffers and random generators on exit."""
     grads = [(p, p.grad) for p in model.parameters()]
     kept = [(b, b.detach().clone()) for b in model.buffers()]
     for p, _ in grads:
@@ -224,7 +225,7 @@ def _watched(watch: Callable[..., None]) -> Iterator[None]:
 
 
 class _Calls:
-    """Notes which ops and shapes a step has."""
+    """Records the ops and shapes of a step."""
 
     def __init__(self) -> None:
         self.found: set[tuple[str, str, tuned.Key]] = set()
@@ -234,7 +235,7 @@ class _Calls:
 
 
 class _Meter:
-    """Measures every way to compute what a step calls, where it calls it."""
+    """Measures every way to compute an op, at the moment the step calls it."""
 
     def __init__(self, device: str, calls: int, seconds: float) -> None:
         self.device, self.each, self.bar = device, seconds / max(1, calls), lambda op: None
@@ -250,7 +251,7 @@ class _Meter:
         ways = backends.candidates(op, part, args)
         found.default = next(name for name in backends.order(op, device) if name in ways)
         found.seconds[part] = {}
-        backends.WATCHED.remove(self)  # what is called inside is none of the step's
+        backends.WATCHED.remove(self)  # ops called during the measurement are not part of the step
         try:
             with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS):
                 calls = self._right(op, part, args, ways, composed, found)
@@ -261,7 +262,7 @@ class _Meter:
     def _right(
         self, op: str, part: str, args: Sequence[Any], ways: Sequence[str], composed: bool, found: _Measured
     ) -> dict[str, Callable[[], Any]]:
-        """The calls of those ways that give the right results; plain PyTorch's is one by definition."""
+        """Returns a call for each way whose results are correct. Plain PyTorch is correct by definition."""
         truth = [t.double() for t in _results(_bound(op, part, "torch", _exact(args), composed)())]
         plain = _results(_bound(op, part, "torch", args, composed)())
         bounds = [_bounds(p, t) for p, t in zip(plain, truth, strict=True)]
@@ -278,12 +279,12 @@ class _Meter:
                             norm = _norms(t)[0]
                             raise ArithmeticError(f"result {i} of its {part} is off by {error[0]:.2g} of {norm:.2g}")
                 calls[way] = call
-            except Exception as error:  # whatever a way raises, the others are left
+            except Exception as error:  # an error of any kind rejects this way only
                 found.refused[way] = f"{type(error).__name__}: {str(error)[:200]}"
         return calls
 
     def _time(self, calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
-        """Seconds of each, in turns: the least of as many rounds as there is time for."""
+        """Times the calls in turns. Returns for each the minimum of as many rounds as the time budget allows."""
         end, best = time.perf_counter() + self.each, dict.fromkeys(calls, float("inf"))
         for number in range(ROUNDS):
             for way, call in calls.items():
@@ -294,7 +295,7 @@ class _Meter:
 
 
 def _bound(op: str, part: str, way: str, args: Sequence[Any], composed: bool) -> Callable[[], Any]:
-    """A call of one way; of a composition's backward, behind a forward of its own, whose results it reads."""
+    """Returns a call of one way. For a composed op's backward it first runs the forward, for the tensors it saves."""
     function = backends.implementation(op, part, way)
     if not composed or part == "forward":
         return lambda: function(*args)
@@ -305,7 +306,7 @@ def _bound(op: str, part: str, way: str, args: Sequence[Any], composed: bool) ->
 
 
 def _exact(args: Sequence[Any]) -> list[Any]:
-    """Arguments in float64; the dtype of the result, where one is asked for, is then theirs."""
+    """Converts arguments to float64. A dtype argument becomes None, so that the result has the inputs' dtype."""
     if isinstance(args, Tensor):
         return args.double() if args.is_floating_point() else args
     if isinstance(args, torch.dtype):
@@ -314,7 +315,7 @@ def _exact(args: Sequence[Any]) -> list[Any]:
 
 
 def _results(result: Any) -> list[Tensor]:
-    """What is compared: not what a forward saves, which is its own affair, nor what nobody asked for."""
+    """Returns the tensors to compare, without what a forward saves for its backward and without empty results."""
     if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], list):
         result = result[0]
     results = [result] if isinstance(result, Tensor) else list(result)
@@ -322,12 +323,12 @@ def _results(result: Any) -> list[Tensor]:
 
 
 def _norms(t: Tensor) -> tuple[float, float]:
-    """The Euclidean one, and the largest magnitude."""
+    """Returns the Euclidean norm and the largest magnitude."""
     return torch.linalg.vector_norm(t).item(), torch.linalg.vector_norm(t, torch.inf).item()
 
 
 def _bounds(plain: Tensor, truth: Tensor) -> list[float]:
-    """What the error may be, by those norms; integers are the same or wrong."""
+    """Returns the tolerances in both norms of `_norms`; integers must be equal."""
     if not plain.is_floating_point():
         return [0.0, 0.0]
     relative = FEW_ULP * torch.finfo(plain.dtype).eps + SUMS
@@ -342,7 +343,7 @@ def _on_cpu(call: Callable[[], Any]) -> float:
 
 
 def _on_gpu(call: Callable[[], Any]) -> float:
-    """What the device needs, behind a pause in which the host gets ahead; the L2 does not hold it."""
+    """Returns the device time of a call, with a flushed L2, and without launch overhead: the device first sleeps."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.empty(1 << 25, device="cuda").zero_()
     torch.cuda._sleep(2_000_000)
@@ -354,7 +355,7 @@ def _on_gpu(call: Callable[[], Any]) -> float:
 
 
 def _winner(op: str, part: str, key: tuned.Key, found: _Measured) -> Winner:
-    """Of each backend the fastest variants of both parts; of the backends the fastest."""
+    """Selects the fastest variant of each part for every backend, and then the fastest backend."""
     right = [way for way in found.seconds[next(iter(found.seconds))] if way not in found.refused]
     right = [way for way in right if all(way in seconds for seconds in found.seconds.values())]
     chosen: dict[str, dict[str, str]] = {}
@@ -367,7 +368,7 @@ def _winner(op: str, part: str, key: tuned.Key, found: _Measured) -> Winner:
 
 
 class _Bar:
-    """How far the measuring is: one line, written over, where standard error is a terminal."""
+    """Progress bar: one line that is overwritten, shown if standard error is a terminal."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done, self.start = total, 0, time.perf_counter()

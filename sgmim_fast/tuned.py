@@ -1,12 +1,12 @@
-"""What `sgmim_fast.tune` has found fastest on this machine: the files that keep it, and the look-up in every call.
+"""Stores the choices of `sgmim_fast.tune` for this machine in files, and looks them up in every call of an op.
 
-A table is a folder of the user's cache, named after all that its times depend on: the device and its architecture, the
-number of threads, the versions of this package, torch, Triton and CUDA, the compiled libraries. Another version is
-another folder, so what an older one has measured is not looked at. In it, each measurement of a model is a file of its
-own that is replaced as a whole: several processes may tune and read at once, without locks. A file counts only where
-its format, its machine and its checksum are right; anything else is as if it were not there, and is said once.
+A table is a folder of the user's cache. Its name depends on everything that affects the times: the device and its
+architecture, the number of threads, the versions of this package, torch, Triton and CUDA, and the compiled libraries.
+Another version has another folder, so measurements of an older one are not read. Each measurement of a model is a file
+in the folder and is replaced atomically, so that several processes can tune and read concurrently without locks. A file
+with a wrong format, machine or checksum is ignored, with one warning.
 
-Environment: `SGMIM_FAST_TUNED=0` leaves the tables alone; `SGMIM_FAST_CACHE=folder` is where they are, else
+Environment: `SGMIM_FAST_TUNED=0` disables the tables. `SGMIM_FAST_CACHE=folder` sets their location; the default is
 `$XDG_CACHE_HOME/sgmim_fast` or `~/.cache/sgmim_fast`.
 """
 
@@ -31,10 +31,10 @@ import torch
 from sgmim_fast import _native
 
 FORMAT = 1
-SETTINGS = ("SGMIM_FAST_PRODUCTS", "SGMIM_FAST_TRITON_PRODUCTS", "SGMIM_FAST_LIBRARY")  # that change what is fast
+SETTINGS = ("SGMIM_FAST_PRODUCTS", "SGMIM_FAST_TRITON_PRODUCTS", "SGMIM_FAST_LIBRARY")  # settings that affect times
 
-# What the time of an op depends on: two tensors, whose shapes count (of a list its length), and the dtype of the first;
-# then arguments, if there are any, that count by value. The backward of a composition has the same key as its forward.
+# Arguments that determine the time of an op: two tensors, by their shapes (a list by its length) and the dtype of the
+# first; then other arguments, if any, by value. The backward of a composed op has the same key as its forward.
 SHAPED_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("gather_patches", "backward"): ("grad", "rows", "cell", "patch", "zorder"),
     ("gather_patches", "forward"): ("pixels", "rows", "cell", "patch", "zorder"),
@@ -59,14 +59,14 @@ SHAPED_BY: dict[tuple[str, str], tuple[str, ...]] = {
 }
 
 Key = tuple[Any, ...]
-Table = dict[tuple[str, str, Key], str]  # op, part, key -> the backend, as `backends.implementation` takes it
+Table = dict[tuple[str, str, Key], str]  # op, part, key -> backend or "BACKEND:VARIANT", see `backends.implementation`
 
-_tables: dict[str, Table] = {}  # device type -> what was read; empty where nothing is known
+_tables: dict[str, Table] = {}  # device type -> the table that was read; empty if there is none
 
 
 @functools.cache
 def _places(op: str, part: str) -> tuple[int, int, Callable[[Sequence[Any]], Any]]:
-    """Where the arguments are that make a key."""
+    """Returns the indices of the two tensors in a call's arguments, and a function that gets the rest of its key."""
     overload = getattr(torch.ops.sgmim_fast, op if part == "forward" else f"{op}_backward").default
     names = [argument.name for argument in overload._schema.arguments]
     first, second, *rest = (names.index(name) for name in SHAPED_BY[op, part])
@@ -74,7 +74,7 @@ def _places(op: str, part: str) -> tuple[int, int, Callable[[Sequence[Any]], Any
 
 
 def key(op: str, part: str, args: Sequence[Any]) -> Key:
-    """What a table knows a call by."""
+    """Returns the key of a call in a table."""
     first, second, rest = _places(op, part)
     x, y = args[first], args[second]
     shape = y.shape if isinstance(y, torch.Tensor) else y if y is None else len(y)
@@ -82,7 +82,7 @@ def key(op: str, part: str, args: Sequence[Any]) -> Key:
 
 
 def lookup(op: str, part: str, device: str, args: Sequence[Any]) -> str | None:
-    """The backend that was the fastest for such a call, or None where nobody has measured it."""
+    """Returns the backend that was fastest for such a call, or None if it was not measured."""
     table = _tables.get(device)
     if table is None:
         table = _tables[device] = _first(device)
@@ -95,10 +95,10 @@ def _first(device: str) -> Table:
 
 
 def enabled() -> bool:
-    """Whether SGMIM_FAST_TUNED leaves the tables in use.
+    """Whether tables are used, which SGMIM_FAST_TUNED=0 disables.
 
     Raises:
-        ValueError: it is set to what is neither 0 nor 1.
+        ValueError: the variable is neither 0 nor 1.
     """
     wanted = os.environ.get("SGMIM_FAST_TUNED", "1").strip() or "1"
     if wanted not in ("0", "1"):
@@ -107,19 +107,19 @@ def enabled() -> bool:
 
 
 def forget() -> None:
-    """Lets the next call read the tables again: those of this process stay as they were first read."""
+    """Clears the tables of this process, so that the next call reads the files again."""
     _tables.clear()
 
 
 def folder() -> Path:
-    """Of all tables."""
+    """Returns the folder of all tables."""
     own = os.environ.get("SGMIM_FAST_CACHE")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sgmim_fast"
     return (Path(own) if own else cache) / "tuned"
 
 
 def machine(device: str) -> dict[str, str]:
-    """All that the times on a device of this type depend on."""
+    """Returns everything that times on a device of this type depend on."""
     facts = {name: version(name) for name in ("torch", "triton")}
     facts["sgmim_fast"] = importlib.import_module("sgmim_fast").__version__
     facts |= {name: os.environ.get(name, "") for name in SETTINGS}
@@ -133,7 +133,7 @@ def machine(device: str) -> dict[str, str]:
 
 
 def version(package: str) -> str:
-    """Of an installed package; "" where there is none."""
+    """Returns the version of an installed package; "" if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -141,20 +141,20 @@ def version(package: str) -> str:
 
 
 def _built() -> str:
-    """Tells one build of the compiled libraries from another."""
+    """Returns a string that identifies the build of the compiled libraries."""
     found = sorted(Path(_native.__file__).parent.glob("_C*.so"))
     return " ".join(f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in found)
 
 
 def cpu_model() -> str:
-    """As the system names it."""
-    info = Path("/proc/cpuinfo")  # Linux; elsewhere platform knows
+    """Returns the system's name of the CPU model."""
+    info = Path("/proc/cpuinfo")  # Linux only; other systems use `platform`
     models = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
     return models[0] if models else platform.processor() or platform.machine()
 
 
 def table_folder(device: str) -> Path:
-    """Of the table of this machine and its versions."""
+    """Returns the folder of the table for this machine and these versions."""
     facts = machine(device)
     name = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")[:40]
     return folder() / f"{name}-{_digest(facts)[:16]}"
@@ -165,20 +165,20 @@ def _digest(tree: Any) -> str:
 
 
 def use(device: str, choices: Mapping[tuple[str, str, Key], str]) -> None:
-    """Uses choices in this process from now on, beside what its table holds."""
+    """Adds choices to the table of this process."""
     if device not in _tables:
         _tables[device] = _first(device)
     _tables[device].update(choices)
 
 
 def save(device: str, choices: Mapping[tuple[str, str, Key], str]) -> Path:
-    """Keeps choices for later processes, beside what was kept before, and uses them from now on.
+    """Stores choices for later processes, in addition to earlier ones, and adds them to the table of this process.
 
     Returns:
-        the file. Choices for the same calls, in whatever process, have the same file.
+        The path of the file. Its name depends only on the calls that the choices are for.
 
     Raises:
-        OSError: it cannot be written; the choices hold for this process all the same.
+        OSError: the file cannot be written. This process uses the choices nevertheless.
     """
     use(device, choices)
     entries = [[op, part, _plain(key), name] for (op, part, key), name in choices.items()]
@@ -203,9 +203,9 @@ def _text(entry: list[Any]) -> list[str]:
 
 
 def read(device: str) -> Table:
-    """What is known of this machine: all files of its table, of several for one call the newest.
+    """Reads all files of this machine's table. If several have the same call, the newest counts.
 
-    Never raises for what the files hold; logs a warning (logger "sgmim_fast") for each that is not used.
+    Never raises because of a file's content; logs a warning (logger "sgmim_fast") for each file that is ignored.
     """
     found: Table = {}
     try:
@@ -222,7 +222,7 @@ def read(device: str) -> Table:
 
 
 def describe(device: str) -> str:
-    """How much is known of this machine, and where."""
+    """Returns a description of this machine's table, for display."""
     if not enabled():
         return "not used, SGMIM_FAST_TUNED is 0"
     count = len(read(device))
@@ -236,10 +236,10 @@ def _say(path: Path, why: str) -> None:
 
 
 def _checked(content: Any, device: str) -> Table:
-    """The choices of a file's content.
+    """Returns the choices in the content of a file.
 
     Raises:
-        ValueError: it is not exactly what `save` has written on this machine.
+        ValueError: the content is not exactly what `save` wrote on this machine.
     """
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"its format is not {FORMAT}")
@@ -252,14 +252,14 @@ def _checked(content: Any, device: str) -> Table:
 
 
 def _plain(value: Any) -> Any:
-    """A key as JSON has it: shapes and groups are lists, dtypes their names."""
+    """Converts a key to JSON types: shapes and groups become lists, dtypes become their names."""
     if isinstance(value, tuple):
         return [_plain(entry) for entry in value]
     return str(value) if isinstance(value, torch.dtype) else value
 
 
 def _read(value: Any) -> Any:
-    """And back."""
+    """Converts a key from JSON types, the inverse of `_plain`."""
     if isinstance(value, list):
         return tuple(_read(entry) for entry in value)
     return getattr(torch, value.removeprefix("torch.")) if isinstance(value, str) else value

@@ -22,32 +22,33 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {kind.timm: kind for kind in BLOC
 
 
 def accelerate(encoder: nn.Module) -> nn.Module:
-    """Makes the blocks of a timm Swin, SwinV2, BEiT, ViT or EVA compute the same function through fused ops.
+    """Makes the blocks of a timm Swin, SwinV2, BEiT, ViT or EVA compute the same function through fused ops. In place.
 
-    Window attention needs no rolled or partitioned copies and no mask in memory, LayerNorm and GELU are recomputed in
-    the backward instead of saved, and float32 gemms on CPUs use the fastest library. Parameters, buffers, names and the
-    state dict do not change, and drop path, gradient checkpointing, autocast, training and evaluation mode,
-    torch.compile, deepcopy and pickle (which needs this package when it is loaded) keep working. Differences: double
+    Window attention makes no rolled or partitioned copies and keeps no mask in memory, LayerNorm and GELU are
+    recomputed in the backward instead of saved, and float32 gemms on CPUs use the fastest library. Parameters, buffers,
+    names and the state dict do not change. Drop path, gradient checkpointing, autocast, training and evaluation mode,
+    torch.compile, deepcopy and pickle (which needs this package when loading) keep working. Differences: double
     backward raises, and results agree up to rounding, not bitwise.
 
-    Of the published SG-MIM, SimMIM, Swin-Transformer and BEiT code it recognises the blocks by what they hold, tries
-    once whether each kind of them computes what ours do, to 1e-10 in float64, and leaves what does not.
+    Blocks of the published SG-MIM, SimMIM, Swin-Transformer and BEiT code are recognised by their children, parameters,
+    buffers and settings. Each kind of block is tested once: if it does not compute the same as the fused block, to
+    1e-10 in float64, it is left unchanged.
 
-    It changes the class of each block it recognises, and nothing else. At each call a block looks
-    whether what it bypasses is still timm's: with hooks of any kind, adapters, a `forward` of a module's own or of its
-    class since import, parametrizations, parameters that are tensor subclasses or of several dtypes, dropout at work,
-    attention masks, norms of queries and keys or another activation, that half of it runs as timm has it. So does
-    attention in windows of more than 256 tokens (64 in float32) on a GPU, and everything where a device has no kernels,
-    as for float64 on a GPU, under hooks on all modules, torch.jit.trace, torch.fx, torch.func's transforms and
-    forward-mode differentiation. An `attn_mask` changed in place after torch.compile, or on a GPU through `.data`, is
-    the one change that is not seen.
+    Only the class of each recognised block changes. At each call a block checks that the modules it bypasses are
+    unmodified. A half of a block runs as in timm if it has hooks of any kind, adapters, a `forward` that was replaced
+    in a module or its class since import, parametrizations, parameters that are tensor subclasses or of several dtypes,
+    active dropout, attention masks, norms of queries and keys, or another activation; attention also does so in windows
+    of more than 256 tokens (64 in float32) on a GPU. The whole block runs as in timm if the device has no kernels for
+    the dtype (e.g. float64 on a GPU), with hooks on all modules, and under torch.jit.trace, torch.fx, torch.func's
+    transforms and forward-mode differentiation. The only undetected change is one of an `attn_mask` in place, after
+    torch.compile, or on a GPU through `.data`.
 
     Args:
-        encoder: any module with such blocks: of `create_encoder`, a timm model, or a model that contains one. It is
-            modified in place. Fine-tuning without masks works, too.
+        encoder: any module with such blocks: an encoder of `create_encoder`, a timm model, or a model that contains
+            one. It can also be used without masks, e.g. for fine-tuning.
 
     Returns:
-        `encoder`. Blocks that are not supported are left unchanged. These, later fallbacks with their reasons, and a
+        `encoder`, modified in place. Unsupported blocks are unchanged. These, later fallbacks with their reasons, and a
         missing C++ library are logged once, as warnings of the logger "sgmim_fast".
     """
     (usable, reason), (on_gpu, _) = (backends.can_run("window_attention", name) for name in ("cpu", "triton"))
@@ -71,7 +72,7 @@ def accelerate(encoder: nn.Module) -> nn.Module:
             if isinstance(module, Swin):
                 module.see_mask()
             for part, why in module.reasons().items():
-                if why and not why.endswith(DROPOUT):  # which evaluation turns off
+                if why and not why.endswith(DROPOUT):  # dropout is inactive in evaluation mode
                     say(f"accelerate leaves the {part} of {name}'s {type(module).__name__} as it is: {why}")
     if not found:
         say(

@@ -1,9 +1,9 @@
-"""What every block of ours shares: when it steps aside, and saying so; and the calls of the ops that it is made of.
+"""Base class of the fused blocks: decides when a block falls back to timm's forward, and calls the ops it consists of.
 
-Each class of `swin_blocks`, `vit_blocks` and `eva_blocks` derives from timm's and has its parameters, buffers and
-children: `accelerate` gives a module the class, and taking it away again is all it needs to undo that. Every forward
-looks first at what it is about to bypass (`fused.unmodified`). A child that is not timm's own (a hook, an adapter, a
-dropout at work, another activation) is called as timm would, one half of the block at a time, and the log says so once.
+Each class of `swin_blocks`, `vit_blocks` and `eva_blocks` derives from timm's class and has the same parameters,
+buffers and children. `accelerate` assigns it to `module.__class__`; assigning timm's class again undoes this. Every
+forward first checks the modules that it would bypass (`fused.unmodified`). If one is not timm's own (a hook, an
+adapter, an active dropout, another activation), that half of the block runs as in timm, and this is logged once.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm | None, weight: Tensor, bias: Tens
 
 
 def here(x: Tensor) -> bool:
-    """Whether there are kernels for a tensor like this; where there are none, timm's own forward runs."""
+    """Whether there are kernels for the device and dtype of x. If not, timm's own forward runs."""
     return (x.device.type == "cpu" or x.dtype != torch.float64) and _has_kernels(x.device.type)
 
 
 @torch.compiler.assume_constant_result
 def _has_kernels(device: str) -> bool:
-    """Whether the forced backend has all that a block is made of, or one of the device's own a window attention."""
+    """Whether the forced backend has the ops of a block, or else a backend of the device other than `torch` can run
+    window attention."""
     forced = backends.forced()
     if forced is not None:
         return forced == "torch" or forced in backends.MODULES["norm_mlp"]
@@ -52,31 +53,31 @@ def _has_kernels(device: str) -> bool:
 
 
 def windows_fit(x: Tensor, tokens: int) -> str:
-    """Why windows of so many tokens are not for the kernels; "" if they are. On a GPU timm's own attention takes large
-    ones."""
+    """Returns the reason why the kernels do not support windows of so many tokens; "" if they do. On a GPU timm's own
+    attention computes large windows."""
     fit = x.device.type == "cpu" or tokens <= most_tokens_on_a_gpu(gemm_dtype(x))
     return "" if fit else f"windows of {tokens} tokens are too large for the kernels"
 
 
 def gemm_dtype(x: Tensor) -> torch.dtype:
-    """That gemms are asked for in."""
+    """Returns the dtype of gemms with input x: that of autocast if it is enabled, else that of x."""
     device = x.device.type
-    cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # which is never cast
+    cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # autocast never casts float64
     return torch.get_autocast_dtype(device) if cast else x.dtype
 
 
 def _scales_weights(scale: Tensor, x: Tensor) -> bool:
-    """Whether the ops take a layer scale of tokens x: scale * weight in place of scale * result, for which float16 is
-    too narrow."""
+    """Whether the ops can apply a layer scale to tokens x. They scale the weight instead of the result, which could
+    underflow in float16."""
     fits = type(scale) in unmodified.PLAIN and scale.shape == x.shape[-1:] and gemm_dtype(x) != torch.float16
     return fits and (scale.dtype != torch.float64 or x.dtype == torch.float64)
 
 
 class Fused:
-    """What all classes here share: when to step aside, and saying so."""
+    """Base class of the fused blocks: checks when to fall back to timm's forward, and logs the reasons."""
 
     timm: ClassVar[type[nn.Module]]  # timm's class
-    methods: ClassVar[tuple[str, ...]] = ()  # of timm's class, which are bypassed besides its forward
+    methods: ClassVar[tuple[str, ...]] = ()  # methods of timm's class that are bypassed in addition to its forward
     mlp_half = Check(norm2=NORM, mlp=MLP)
 
     def __init_subclass__(cls) -> None:
@@ -86,7 +87,7 @@ class Fused:
             cls._bypassed = tuple((name, getattr(cls.timm, name)) for name in cls.methods)
 
     def _changed(self) -> str:
-        """Why the block as a whole is not timm's."""
+        """Returns how the block's class or methods differ from timm's at import; "" if they do not."""
         if self.timm.forward is not self._timms_forward:
             return f"{self.timm.__name__}.forward is not what it was at import"
         kind, own = type(self), self.__dict__
@@ -96,18 +97,18 @@ class Fused:
         return ""
 
     def reasons(self) -> dict[str, str]:
-        """Why each part runs as timm's; "" where it is fused."""
+        """Returns for each part of the block the reason why it runs as in timm; "" if it is fused."""
         raise NotImplementedError
 
     def _as_timm(self, x: Tensor) -> bool:
-        """Whether timm's own forward has to run, whatever the children are."""
+        """Whether timm's own forward must run for the whole block, independently of the children."""
         why = unmodified.changed_call(x) or self._changed()
         if not why and not here(x):
             why = f"there are no kernels for {x.dtype} on {x.device.type}"
         return self._left("whole", why)
 
     def _left(self, part: str, why: str) -> bool:
-        """Whether there is a reason to leave a part to timm; logs it."""
+        """Whether a part runs as in timm, i.e. `why` is not empty. Logs the reason once."""
         if why:
             unmodified.say(f"the {part} of a {type(self).__name__} runs as timm has it: {why}")
         return bool(why)
@@ -118,7 +119,8 @@ class Fused:
         return x
 
     def _add(self, x: Tensor, half: Callable[..., Tensor], after: Check, scale: Tensor | None = None) -> Tensor:
-        """x + scale * half(x), going through the children in `after` before it is added, if they do anything."""
+        """Computes x + after(scale * half(x)) with scale and residual in the op if possible, where the children `after`
+        are called only if they are active."""
         outside = scale is not None and not _scales_weights(scale, x)
         options = {} if scale is None or outside else {"layer_scale": scale}
         if not outside and not after.why(self):
@@ -128,7 +130,7 @@ class Fused:
 
     @staticmethod
     def _added(x: Tensor, y: Tensor, scale: Tensor | None, path: nn.Module) -> Tensor:
-        """x + path(scale * y), what comes behind a half, one by one."""
+        """Computes x + path(scale * y), the unfused end of a half."""
         return x + path(y if scale is None else scale * y)
 
     def _mlp(self, x: Tensor, **options: Any) -> Tensor:
@@ -136,8 +138,8 @@ class Fused:
 
 
 def linear_weights(model: nn.Module, also: Iterable[nn.Module] = ()) -> list[Tensor]:
-    """Weights and biases of the linear layers in a model's blocks of these classes, and in others of its modules. None
-    where hooks are called in between, which may change them unseen."""
+    """Returns weights and biases of the linear layers in a model's fused blocks and in the modules `also`. The list is
+    empty if a module on the way has forward hooks, which may change the weights unnoticed."""
     found, also = dict[int, Tensor](), set(also)
     modules = [(model, False)]  # `nn.Module.modules` takes several times as long
     while modules:

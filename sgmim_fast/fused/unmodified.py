@@ -1,4 +1,4 @@
-"""Checks whether the forward of a module may be bypassed: it is that of its class at import, and there are no hooks."""
+"""Checks whether the forward of a module may be bypassed: its class is unchanged since import, and it has no hooks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules import module as hooks_of_all
 
-PLAIN = (nn.Parameter, Tensor, FakeTensor)  # tensor types that the ops read; not DTensor, quantised weights etc.
+PLAIN = (nn.Parameter, Tensor, FakeTensor)  # tensor types that the ops support; not DTensor, quantised weights etc.
 DROPOUT = "dropout at work"
 
 _logger = logging.getLogger("sgmim_fast")
@@ -35,12 +35,12 @@ class Own:
     """Conditions under which the forward of a module may be bypassed.
 
     Args:
-        types: its type must be one of these exactly, not a subclass.
-        tensors: names of the parameters and buffers that it may have.
-        required: those of them that must be parameters.
-        methods: names of the methods that its forward calls.
+        types: the module's type must be exactly one of these, not a subclass.
+        tensors: names of the parameters and buffers that the module may have.
+        required: names of parameters that the module must have.
+        methods: names of the methods that the module's forward calls.
         also: a further check, which returns the reason against bypassing or "".
-        children: the conditions of all its children; None: a child that is called as usual.
+        children: the conditions of all the module's children; None: a child that is called as usual.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class Own:
     ):
         self.types, self.also, self.children = types, also, children
         self.tensors, self.required, self.methods = tensors, required, methods
-        # in a module's own __dict__ they would shadow those of the class, parameters and children
+        # In a module's own __dict__ these names would shadow the class's methods, parameters and children.
         self.attributes = ("forward", "_call_impl", "_compiled_call_impl", *methods, *tensors, *children)
 
     def steps(self, path: str, parent: int, into: list[tuple[str, int, str, Own]]) -> None:
-        """Appends itself and then its children, each with its path, the number of its parent and its name."""
+        """Appends this module's conditions and then its children's, each with path, number of the parent and name."""
         into.append((path, parent, path.rpartition(".")[2], self))
         number = len(into)
         for name, child in self.children.items():
@@ -67,10 +67,10 @@ class Own:
 
 
 class Check:
-    """Checks whether the forwards of these children of a module, and of their children, may be bypassed.
+    """Checks whether the forwards of given children of a module, and of their children, may be bypassed.
 
-    They may if they have exactly the expected classes, with the methods these had at import, no methods of their own
-    and no hooks, if their parameters are plain tensors of one dtype, and if their settings are supported.
+    They may be bypassed if they have exactly the expected classes, these have the same methods as at import, no module
+    has methods of its own or hooks, all parameters are plain tensors of one dtype, and all settings are supported.
     """
 
     def __init__(self, **children: Own):
@@ -83,7 +83,7 @@ class Check:
         self.methods = [(kind, name, getattr(kind, name)) for kind, names in methods.items() for name in names]
 
     def why(self, module: nn.Module) -> str:
-        """The reason against bypassing them now; "" if there is none."""
+        """Returns the reason against bypassing the children of `module` now; "" if there is none."""
         for kind, forward, call, call_impl in self.calls:
             if kind.forward is not forward or kind.__call__ is not call or kind._call_impl is not call_impl:
                 return f"{kind.__name__}.forward or __call__ is not what it was at import"
@@ -131,14 +131,14 @@ class Check:
                 return f"{path}: children {', '.join(found['_modules'])} in place of {', '.join(own.children)}"
             if own.also is not None:
                 settings.append((path, own.also, child))
-        for path, also, child in settings:  # which read children
+        for path, also, child in settings:  # after the loop, since these checks read children that must be checked
             if why := also(child):
                 return f"{path}: {why}"
         return ""
 
 
 def changed_call(x: Tensor) -> str:
-    """The reason against bypassing any module in a call with `x`; "" if there is none."""
+    """Returns the reason against bypassing any module in a call with `x`; "" if there is none."""
     if type(x) not in PLAIN:
         return f"the input is a {type(x).__name__}"
     if (
@@ -154,7 +154,7 @@ def changed_call(x: Tensor) -> str:
 
 
 def transformed() -> str:
-    """The tracer or transform that requires the call to consist of PyTorch's own operators; "" if there is none."""
+    """Returns the active tracer or transform that supports PyTorch's own operators only; "" if there is none."""
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace"
     if _in_functorch():
@@ -162,13 +162,14 @@ def transformed() -> str:
     return "forward-mode differentiation" if forward_ad._current_level >= 0 else ""
 
 
-@torch.compiler.assume_constant_result  # torch.compile guards the transforms itself; in its graph this would be a call
+# torch.compile guards active transforms itself. Without the decorator its graph would contain this call.
+@torch.compiler.assume_constant_result
 def _in_functorch() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
 def _functions() -> tuple[Callable, ...]:
-    """Functions that timm's forwards call, and that users may have replaced."""
+    """Returns functions that timm's forwards call and that users may have replaced."""
     return (
         F.linear,
         F.layer_norm,
@@ -215,7 +216,7 @@ LINEAR = Own(nn.Linear, tensors=_BOTH, required=("weight",))
 UNBIASED = Own(nn.Linear, tensors=("weight",), required=("weight",))
 BIASED = Own(nn.Linear, tensors=_BOTH, required=_BOTH)
 NORM = Own(nn.LayerNorm, LayerNorm, tensors=_BOTH, required=_BOTH, also=_norm)
-# a norm of ops that take no eps
+# norm of an op that has no argument eps
 NORM_EPS_1E5 = Own(
     nn.LayerNorm,
     tensors=_BOTH,
@@ -240,7 +241,7 @@ BIASED_PATCHES = Own(nn.Conv2d, tensors=_BOTH, required=_BOTH, methods=("_conv_f
 
 
 def attention(kind: type[nn.Module], qkv: Own, **details: Any) -> Own:
-    """timm's attention of a kind; `details` as for `Own`, beside what all have."""
+    """Returns the conditions of one of timm's attention classes. `details` are further arguments of `Own`."""
     children = {"qkv": qkv, "attn_drop": INACTIVE_DROPOUT, "proj": LINEAR, "proj_drop": INACTIVE_DROPOUT}
     return Own(kind, also=_attention, **children, **details)
 
@@ -248,7 +249,7 @@ def attention(kind: type[nn.Module], qkv: Own, **details: Any) -> Own:
 def _attention(attn: nn.Module) -> str:
     own = attn.__dict__
     if own["training"] and getattr(own["_modules"]["attn_drop"], "p", 0):
-        return DROPOUT  # timm's fused attention asks whether `attn` trains, not its dropout
+        return DROPOUT  # timm's fused attention applies dropout if `attn` is in training mode, whatever `attn_drop` is
     heads = own["num_heads"]
     width, rest = divmod(own["_modules"]["qkv"]._parameters["weight"].shape[0], 3 * heads)
     if rest or own.get("scale", width**-0.5) != width**-0.5:

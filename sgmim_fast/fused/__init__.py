@@ -1,5 +1,5 @@
-"""timm's blocks, and those of the published code, through fused ops.
+"""Blocks of timm and of the published code that compute their forward through fused ops.
 
-`blocks`, `eva_blocks`, `published_blocks`: the classes that a module is given · `unmodified`: whether what they and the
-branch bypass is still timm's and PyTorch's own · `accelerate`: the function.
+`swin_blocks`, `vit_blocks`, `eva_blocks`, `published_blocks`: the classes, with their base in `block` · `stem`: patch
+embedding · `unmodified`: checks that bypassed modules are unmodified · `accelerate`: the public function.
 """

@@ -1,8 +1,8 @@
-"""timm's EVA blocks, those of DINOv3 and of the other ViTs with rotary positions, through this project's ops.
+"""timm's EVA blocks, used by DINOv3 and other ViTs with rotary positions, computed by this package's ops.
 
-See `block`. Norms go with the gemms behind them into one op each, residuals into the last gemm of a half. Between
-the gemms of the attention is what timm has there: norms of queries and keys, the rotation, PyTorch's own attention, a
-norm of its result. Between those of a gated MLP are its activation and the product.
+See `block`. A norm and the gemm that follows it are one op; the last gemm of a half adds the residual in its epilogue.
+Between the gemms of the attention timm's own steps are called: norms of queries and keys, the rotation, PyTorch's
+attention, and a norm of its result. Between the gemms of a gated MLP are the activation and the elementwise product.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sgmim_fast.fused import unmodified
 from sgmim_fast.fused.block import PATH1, PATH2, Fused, norm_linear, norm_mlp, vectors
 from sgmim_fast.fused.unmodified import BIASED, INACTIVE_DROPOUT, LINEAR, MLP, NORM, UNBIASED, Check, Own
 
-# `attn_mask` and, in newer versions, `is_causal`: timm passes them on, and hooks see them
+# The defaults of `attn_mask` and, in newer versions, `is_causal`. timm's forward passes them on, visible to hooks.
 _NO_MASK = {
     option.name: option.default
     for option in signature(eva.EvaBlock.forward).parameters.values()
@@ -43,7 +43,7 @@ def _separate(attn: nn.Module) -> str:
     return "a gate" if own.get("gate") is not None else ""
 
 
-_BETWEEN = {"q_norm": None, "k_norm": None, "norm": None}  # called in any case
+_BETWEEN = {"q_norm": None, "k_norm": None, "norm": None}  # these modules are always called
 _BIASES = ("q_bias", "k_bias", "v_bias")
 _PARTS = {"attn_drop": INACTIVE_DROPOUT, "proj": LINEAR, "proj_drop": INACTIVE_DROPOUT, **_BETWEEN}
 ATTENTIONS = {
@@ -110,7 +110,7 @@ class EvaBlock(Fused, eva.EvaBlock):
         return self._add(x, self._gated, PATH2, self.gamma_2)
 
     def _attend(self, x: Tensor, rope: Tensor | None, residual: bool = False, **options: Any) -> Tensor:
-        """The attention half, with the norm before."""
+        """Computes the attention half, including its norm."""
         attn = self.attn
         if "qkv" in attn._modules:
             q, k, v = self._qkv(x).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
@@ -134,7 +134,7 @@ class EvaBlock(Fused, eva.EvaBlock):
         return norm_linear(x, self.norm1, attn.qkv.weight, bias)
 
     def _gated(self, x: Tensor, residual: bool = False, **options: Any) -> Tensor:
-        """The MLP half, likewise."""
+        """Computes the MLP half, including its norm."""
         mlp: Any = self.mlp
         if type(mlp) is Mlp:
             return norm_mlp(x, self.norm2, mlp, residual=residual, **options)
@@ -153,7 +153,7 @@ class EvaBlock(Fused, eva.EvaBlock):
 
 
 def _rotated(x: Tensor, rope: Tensor, attn: nn.Module) -> Tensor:
-    """Queries or keys (B, heads, N, d), of which the prefix tokens have no place."""
+    """Rotates queries or keys (B, heads, N, d), except for the prefix tokens, which have no position."""
     prefix = attn.num_prefix_tokens
     rotated = eva.apply_rot_embed_cat(x[:, :, prefix:], rope, half=getattr(attn, "rotate_half", False))
     return torch.cat((x[:, :, :prefix], rotated), dim=2)

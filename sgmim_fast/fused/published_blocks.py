@@ -1,10 +1,9 @@
-"""The blocks of the published SG-MIM, SimMIM, Swin-Transformer and BEiT code through this project's ops.
+"""The blocks of the published SG-MIM, SimMIM, Swin-Transformer and BEiT code, computed by this package's ops.
 
-Their classes come with no package that could be imported, so they are recognised by what they hold: the names of their
-children, their parameters, buffers and settings. Whether a class like that computes what these do is then tried, once
-for each kind of block: a copy in float64, of random parameters, with its own forward and with ours. What differs is
-left alone, as is what is not recognised. The rest is as in `blocks`: a class that derives from the module's own, and a
-look at each call at what is about to be bypassed.
+Their classes are not part of an importable package, so they are recognised by the names of their children, parameters,
+buffers and settings. Once for each kind of block, a copy in float64 with random parameters runs its own forward and
+ours. Blocks with another result, like blocks that are not recognised, are left unchanged. Everything else is as in
+`block`: our class derives from the module's own class and checks at each call the modules that it would bypass.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ _ACT = Own(nn.GELU, also=unmodified._gelu)
 _INACTIVE = Check(drop_path=INACTIVE_DROP_PATH)
 _ATTENTION = {"qkv", "attn_drop", "proj", "proj_drop"}
 _PLAIN = (bool, int, float, str, tuple)
-CLOSE = 1e-10  # of a float64 result, relative; what computes the same is off by 1e-15
+CLOSE = 1e-10  # tolerance of a float64 result, relative; blocks that compute the same differ by 1e-15
 
 
 class _Published(Fused):
-    """What the classes here share. `timm` is the module's own class."""
+    """Base class of the classes in this file. `timm` is the module's own class."""
 
-    globals: ClassVar[tuple[tuple[dict[str, Any], str, Any], ...]] = ()  # what the bypassed forwards call by name
+    globals: ClassVar[tuple[tuple[dict[str, Any], str, Any], ...]] = ()  # global functions that bypassed forwards call
 
     def _changed(self) -> str:
         if _settings(self) != self.__dict__.get("_accelerated_with"):
@@ -54,27 +53,27 @@ class _Published(Fused):
         return bool(why)
 
     def __reduce_ex__(self, protocol: int) -> Any:
-        """As of its own class, which pickle finds by its name, and then of ours again."""
+        """Pickles the module by its own class, which pickle finds by name; `_revived` restores ours."""
         return _revived, (self.timm, type(self).family), self.__dict__
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
-        """Whether a module holds what this class bypasses."""
+        """Whether a module has the children and settings that this class requires."""
         raise NotImplementedError
 
     @classmethod
     def checks(cls, module: nn.Module) -> dict[str, Check]:
-        """What is bypassed, of the classes that this module is made of."""
+        """Returns the checks of the modules that are bypassed, for the classes of this module's children."""
         raise NotImplementedError
 
     @classmethod
     def example(cls, module: nn.Module) -> tuple[int, ...]:
-        """Shape of an input."""
+        """Returns the shape of an input to test the module with."""
         raise NotImplementedError
 
     @classmethod
     def signature(cls, module: nn.Module) -> tuple[Any, ...]:
-        """What tells kinds of blocks of a class apart."""
+        """Returns what distinguishes kinds of blocks of the same class; each kind is tested once."""
         raise NotImplementedError
 
 
@@ -102,7 +101,7 @@ class _Halves(_Published):
 
 
 class _PublishedSwin(Swin, _Halves):
-    """What both Swin blocks share: (B, H * W, C) tokens, windows and shift as one number, which divide the map."""
+    """Base class of both Swin blocks: (B, H * W, C) tokens; window and shift are one number; windows divide the map."""
 
     _timm_mask = staticmethod(SwinTransformerBlock.get_attn_mask)
     attention_children: ClassVar[set[str]]
@@ -179,7 +178,7 @@ class PublishedSwinV2Block(_PublishedSwin):
             return super().forward(x)
         attn = self.attn
         if x.dtype == torch.float64 and (torch.compiler.is_compiling() or (attn.logit_scale > MAX_LOGIT_SCALE).any()):
-            return super().forward(x)  # the clamp is at float32's log 100 there, and at float64's here
+            return super().forward(x)  # the published code clamps at float32's log 100, our op at float64's
         options: dict[str, Any] = {"bias": self._position_bias(), "logit_scale": attn.logit_scale.flatten()}
         added = not _INACTIVE.why(self)
         y = self._attend(self._map(x), self.norm1, _qkv_bias(attn), **options, residual=added, post_norm=True)
@@ -191,8 +190,8 @@ class PublishedSwinV2Block(_PublishedSwin):
 
 
 class PublishedViTBlock(_Halves):
-    """BEiT's, SimMIM's and MAE's: norm1 and qkv, attention over all tokens with or without biases, projection; norm2
-    and MLP; with or without layer scale."""
+    """ViT blocks of BEiT, SimMIM and MAE: norm1 and qkv, attention over all tokens with or without biases, projection;
+    norm2 and MLP; with or without layer scale."""
 
     family = "vit"
 
@@ -254,7 +253,7 @@ class PublishedViTBlock(_Halves):
         return one_window(x, self.norm1, attn, _qkv_bias(attn), bias, index, **options)
 
     def _own_reason(self, x: Tensor, shared: Any) -> str:
-        """Why the block as a whole is called as it is."""
+        """Returns the reason to call the block's own forward, apart from its children; "" if there is none."""
         if (getattr(self, "gamma_1", None) is None) != (getattr(self, "gamma_2", None) is None):
             return "one layer scale of two"
         heads, tokens = self.attn.num_heads, x.shape[1]
@@ -268,13 +267,13 @@ class PublishedViTBlock(_Halves):
 
 
 def _qkv_bias(attn: nn.Module) -> Tensor | None:
-    """Of the projection: queries' and values' where these are parameters of their own, with zeros for the keys."""
+    """Returns the bias of qkv. If queries and values have biases of their own, that of the keys is zero."""
     bias = getattr(attn, "q_bias", None)
     return attn.qkv.bias if bias is None else torch.cat((bias, torch.zeros_like(attn.v_bias), attn.v_bias))
 
 
 class PublishedPatchMerging(_Published):
-    """Swin's and SwinV2's, which have the norm before and behind the reduction."""
+    """Patch merging of Swin, whose norm precedes the reduction, and of SwinV2, whose norm follows it."""
 
     family = "merging"
     merging: ClassVar[Check]
@@ -325,8 +324,8 @@ _tried: dict[tuple[Any, ...], str] = {}
 
 
 def recognised(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
-    """Our class for a module of the published code; None with the reason where it looks like one and is none, with ""
-    where it does not even look like one."""
+    """Returns our class for a module of the published code and "". Returns None and the reason for a module that
+    resembles a block but differs, None and "" for any other module."""
     kind = type(module)
     if kind.__module__.startswith(("timm.", "torch.")):
         return None, ""
@@ -350,7 +349,7 @@ def recognised(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """Numbers, names and switches of a block, its attention and its MLP: what they mean to a forward is not known."""
+    """Returns the numbers, strings and flags of a block, its attention and its MLP, any of which forward may use."""
     found = []
     for part in (module, module._modules.get("attn"), module._modules.get("mlp")):
         held = {} if part is None else part.__dict__
@@ -359,7 +358,7 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _class(kind: type[nn.Module], family: type[_Published], module: nn.Module) -> type[_Published]:
-    """Our class for the modules of a class."""
+    """Returns our class for the modules of a class, created at the first call."""
     key = kind, family.family
     if key not in _classes:
         found = {"timm": kind, "methods": _methods(kind), "globals": tuple(_names(module)), **family.checks(module)}
@@ -368,19 +367,19 @@ def _class(kind: type[nn.Module], family: type[_Published], module: nn.Module) -
 
 
 def _revived(kind: type[nn.Module], family: str) -> nn.Module:
-    """Of a pickle or a copy: an empty module of our class; of the module's own where that has not been seen here, whose
-    children are needed to tell."""
+    """Creates the empty module that a pickle or a copy is restored into. It has our class, or the module's own class if
+    ours has not been created in this process, which requires the children."""
     return nn.Module.__new__(_classes.get((kind, family), kind))
 
 
 def _methods(kind: type[nn.Module]) -> tuple[str, ...]:
-    """Of a class and those it derives from, besides forward: which of them that calls is not known."""
+    """Returns the names of all methods of a class and its bases but forward, since forward may call any of them."""
     found = {name: v for base in kind.__mro__ if base is not nn.Module for name, v in vars(base).items()}
     return tuple(name for name, v in found.items() if isfunction(v) and name != "forward" and name[:2] != "__")
 
 
 def _names(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """The functions of their files that a block, its attention and its MLP call, or could."""
+    """Yields the global functions that methods of a block, its attention and its MLP refer to by name."""
     for part in (module, getattr(module, "attn", None), getattr(module, "mlp", None)):
         for method in () if part is None else ("forward", *_methods(type(part))):
             function = getattr(type(part), method)
@@ -391,12 +390,12 @@ def _names(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
 
 
 def _difference(module: nn.Module, fast: type[nn.Module]) -> str:
-    """What is different between a module's own forward and ours, tried on a copy; "" if nothing is."""
+    """Compares a module's own forward with ours on a copy. Returns the difference, "" if there is none."""
     if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
         return "it is on the meta device, where nothing can be tried"
     generator = torch.Generator().manual_seed(0)
     own = copy.deepcopy(module)
-    for m in own.modules():  # nobody is to hear of this
+    for m in own.modules():  # the comparison must not call the user's hooks
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             getattr(m, name).clear()
     own = own.cpu().double().eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""timm's patch embedding of the visible patches alone, see `block`."""
+"""timm's patch embedding for visible patches only, see `block`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _output(stem: PatchEmbed) -> str:
     return "" if fits and tuple(stem.patch_size) == stem.proj.stride else "another format, or patches of another size"
 
 
-# a stem's norm is optional
+# Stems without and with a norm.
 STEMS = tuple(
     Check(patch_embed=Own(PatchEmbed, methods=("dynamic_feat_size",), also=_output, proj=PATCHES, norm=norm))
     for norm in (IDENTITY, NORM)
@@ -30,7 +30,7 @@ def _token(token: Tensor | None, weight: Tensor) -> str:
 
 
 def stem_fits(encoder: nn.Module, x: Tensor) -> bool:
-    """Whether the stem of a masked encoder may be computed by `masked_stem` for images `x`."""
+    """Whether `masked_stem` or `visible_stem` may replace the stem of a masked encoder for images `x`."""
     stem = encoder.model.patch_embed
     why = unmodified.changed_call(x)
     if not why:
@@ -42,13 +42,13 @@ def stem_fits(encoder: nn.Module, x: Tensor) -> bool:
         unmodified.say(f"the stem of a {type(encoder.model).__name__} runs as timm has it: {why}")
         return False
     p = stem.patch_size[0]
-    return here(x) and x.shape[2] % p == 0 and x.shape[3] % p == 0  # else timm pads
+    return here(x) and x.shape[2] % p == 0 and x.shape[3] % p == 0  # timm pads other sizes
 
 
 def masked_stem(stem: PatchEmbed, x: Tensor, mask_token: Tensor, visible: Tensor) -> Tensor:
-    """The stem's tokens, in the shape that it gives them, embedding only the visible patches of (B, C, H, W) images.
+    """Computes the stem's tokens, in timm's shape, from the visible patches of (B, C, H, W) images.
 
-    visible: (n,) int64 rows among the B * (H / p) * (W / p) patches. All others are the mask token.
+    visible: (n,) int64 rows among the B * (H / p) * (W / p) patches. All other tokens are the mask token.
     """
     norm = {}
     if not isinstance(stem.norm, nn.Identity):
@@ -58,10 +58,10 @@ def masked_stem(stem: PatchEmbed, x: Tensor, mask_token: Tensor, visible: Tensor
 
 
 def visible_stem(stem: PatchEmbed, x: Tensor, visible: Tensor, positions: Tensor) -> Tensor:
-    """The stem's tokens of the visible patches alone, with their positions, both (n, D). visible: see `masked_stem`."""
+    """Computes the tokens of visible patches, plus positions, both (n, D). visible: see `masked_stem`."""
     patch = stem.patch_size[0]
     patches = ops.gather_patches(x, visible, cell=patch, patch=patch)
-    patches = patches.to(gemm_dtype(patches))  # kept for the backward, as narrow as the gemm reads them
+    patches = patches.to(gemm_dtype(patches))  # saved for the backward in the gemm's dtype, which may be smaller
     weight, bias = stem.proj.weight.flatten(1), stem.proj.bias
     if isinstance(stem.norm, nn.Identity):
         return ops.norm_linear(patches, weight, bias, residual=positions)

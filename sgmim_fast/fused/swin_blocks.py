@@ -1,4 +1,4 @@
-"""timm's Swin and SwinV2 blocks and their patch mergings through this project's ops, see `block`."""
+"""timm's Swin and SwinV2 blocks and patch mergings, computed by this package's ops, see `block`."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from sgmim_fast.fused.unmodified import BIASED, INACTIVE_DROP_PATH, LINEAR, MLP,
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """A window or a shift, which the published code has as one number."""
+    """Returns a window or shift as (height, width). The published code has one number."""
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
 class Swin(Fused):
-    """What both Swin blocks share.
+    """Base class of both Swin blocks.
 
-    `attn_mask` is what the kernels compute on their way, as long as it is that of the block's window and shift. On a
-    CPU its values are looked at; elsewhere, as in torch.compile, that would wait for the device: there it must be a
-    tensor that has been looked at, or that such a one was moved to.
+    The kernels compute the mask of shifted windows themselves, so the block may only be fused if its buffer `attn_mask`
+    is timm's mask for its window and shift. On a CPU the buffer's values are compared with it. On a GPU that would
+    synchronise, and under torch.compile values are unknown: there the buffer must be a tensor whose values were
+    compared earlier, or the result of moving such a tensor to another device or dtype.
     """
 
     attention: ClassVar[Check]
@@ -38,7 +39,7 @@ class Swin(Fused):
             return why
         attn, window, shift = self._modules["attn"], _pair(self.window_size), _pair(self.shift_size)
         area = window[0] * window[1]
-        # windows of Swin's attention have an area, those of SwinV2's a size
+        # timm's Swin attention has an attribute `window_area`, SwinV2's does not
         areas = getattr(self, "window_area", area), getattr(attn, "window_area", area)
         if areas != (area, area) or tuple(attn.window_size) != window:
             return "windows of several sizes"
@@ -66,7 +67,7 @@ class Swin(Fused):
         return "" if fits else "an attn_mask of its own"
 
     def see_mask(self) -> bool:
-        """Looks at the values of the mask: whether they are timm's. Waits for the device."""
+        """Whether the values of the mask are timm's; remembers the result. Synchronises."""
         mask = self._buffers.get("attn_mask")
         if mask is None or mask.is_meta:
             return mask is None
@@ -98,7 +99,7 @@ class Swin(Fused):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_seen_mask" in state:  # a copy counts its changes anew
+        if "_seen_mask" in state:  # the copied tensor has a version counter of its own
             self._seen_mask = self.attn_mask, self.attn_mask._version
 
     def _size_reason(self, x: Tensor) -> str:
@@ -114,7 +115,7 @@ class Swin(Fused):
         return ops.position_bias(attn.relative_coords_table, mlp[0].weight, mlp[0].bias, mlp[2].weight)
 
     def _attend(self, x: Tensor, norm: nn.LayerNorm | None, qkv_bias: Tensor | None, **options: Any) -> Tensor:
-        """The attention half through `norm_attention`."""
+        """Computes the attention half by `norm_attention`."""
         attn = self.attn
         layers = {"qkv_weight": attn.qkv.weight, "proj_weight": attn.proj.weight, "proj_bias": attn.proj.bias}
         sizes = attn.num_heads, _pair(self.window_size), _pair(self.shift_size)
@@ -130,7 +131,7 @@ def _mask(
     shift: tuple[int, int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """timm's attention mask of a shifted block, which is small: once for all blocks that share it."""
+    """Computes timm's attention mask of a shifted block, once for all blocks with the same settings."""
     block = SimpleNamespace(
         input_resolution=resolution, window_size=window, shift_size=shift, window_area=window[0] * window[1]
     )
@@ -228,7 +229,7 @@ class SwinTransformerV2Block(Swin, swin_transformer_v2.SwinTransformerV2Block):
 
 
 class PatchMerging(Fused, swin_transformer.PatchMerging):
-    """Swin's: the norm and the reduction as one op, behind timm's gather of 2 x 2 neighbours."""
+    """Swin's patch merging: after the gather of 2 x 2 neighbours, norm and reduction are one op."""
 
     timm = swin_transformer.PatchMerging
     bypassed = Check(norm=NORM, reduction=LINEAR)
@@ -243,7 +244,7 @@ class PatchMerging(Fused, swin_transformer.PatchMerging):
 
 
 class PatchMergingV2(Fused, swin_transformer_v2.PatchMerging):
-    """SwinV2's: the norm comes after the reduction."""
+    """SwinV2's patch merging: the norm follows the reduction."""
 
     timm = swin_transformer_v2.PatchMerging
     bypassed = Check(reduction=LINEAR)
@@ -258,6 +259,7 @@ class PatchMergingV2(Fused, swin_transformer_v2.PatchMerging):
 
 
 def neighbours(x: Tensor) -> Tensor:
-    """(B, H, W, C) -> (B, H / 2, W / 2, 4 C), neighbours (0, 0), (1, 0), (0, 1), (1, 1); an odd side is padded."""
+    """Concatenates neighbours (0, 0), (1, 0), (0, 1), (1, 1), (B, H, W, C) -> (B, H / 2, W / 2, 4 C). Odd sides are
+    padded with zeros."""
     x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
     return x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)

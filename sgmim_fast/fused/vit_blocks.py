@@ -1,4 +1,4 @@
-"""timm's ViT and BEiT blocks, whose attention is over all tokens, through this project's ops, see `block`."""
+"""timm's ViT and BEiT blocks, with attention over all tokens, computed by this package's ops, see `block`."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def one_window(
     rows: Tensor | None = None,
     place: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The attention half of all tokens (B, N, C) over all of them, with the norm before, times `layer_scale`. x may be
-    `place(rows)`, where there is no bias: norm and qkv are then computed of the rows (n, C)."""
+    """Computes the attention half of a block, including norm, layer scale and residual, with attention over all tokens
+    of x (B, N, C). Without a relative position bias, x may be `place(rows)`: norm and qkv are then computed for the
+    rows (n, C) only."""
     if bias is None and (place is not None or target.on_gpu(x)):
         qkv = norm_linear(x if place is None else rows, norm, attn.qkv.weight, qkv_bias)
         qkv, heads = qkv if place is None else place(qkv), attn.num_heads
@@ -50,8 +51,8 @@ def one_window(
 
 
 def _flash(qkv: Tensor, heads: int) -> Tensor:
-    """Attention (B, N, 3 C) -> (B, N, C) by PyTorch's own kernels: without a bias FlashAttention's, whose tiles need
-    not hold all keys."""
+    """Computes attention (B, N, 3 C) -> (B, N, C) by PyTorch's kernels. Without a bias this is FlashAttention, whose
+    tiles do not have to hold all keys."""
     q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
@@ -85,7 +86,7 @@ class BeitBlock(Fused, beit.Block):
         return "" if tuple(index.shape) == (tokens, tokens) else "relative positions of another window"
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
-        scales = (None, None) if self.gamma_1 is None else (self.gamma_1, self.gamma_2)  # as timm asks, gamma_1 alone
+        scales = (None, None) if self.gamma_1 is None else (self.gamma_1, self.gamma_2)  # like timm, test gamma_1 only
         if self._as_timm(x) or (scales[0] is not None and scales[1] is None):
             return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
         if self._left("attention", self._attention_reason() or windows_fit(x, x.shape[1])):
@@ -109,7 +110,7 @@ class BeitBlock(Fused, beit.Block):
         return one_window(x, self.norm1, attn, qkv_bias, bias, index, **options)
 
 
-# `attn_mask` and, in newer versions, `is_causal`: timm passes them on, and hooks see them
+# The defaults of `attn_mask` and, in newer versions, `is_causal`. timm's forward passes them on, visible to hooks.
 _NO_MASK = {
     option.name: option.default
     for option in signature(vision_transformer.Block.forward).parameters.values()
@@ -150,7 +151,8 @@ class ViTBlock(Fused, vision_transformer.Block):
     def first_half(
         self, x: Tensor, rows: Tensor | None = None, place: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
-        """Attention of all tokens (B, N, C). They may be `place(rows)`, where many are the same row of (n, C)."""
+        """Computes the attention half of all tokens x (B, N, C). If many tokens are equal, x may be given as
+        `place(rows)` with the distinct rows (n, C), for which norm and qkv are then computed."""
         attn = self.attn
         if self._left("attention", self.attention.why(self) or windows_fit(x, x.shape[1])):
             return x + self.drop_path1(self.ls1(attn(self.norm1(x), **_NO_MASK)))
@@ -158,7 +160,7 @@ class ViTBlock(Fused, vision_transformer.Block):
         return self._add(x, half, *self._after(SCALE1, PATH1, SCALE_AND_PATH1))
 
     def second_half(self, x: Tensor) -> Tensor:
-        """The MLP of every token by itself, (..., C)."""
+        """Computes the MLP half of tokens (..., C)."""
         if self._left("mlp", self.mlp_half.why(self)):
             return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return self._add(x, self._mlp, *self._after(SCALE2, PATH2, SCALE_AND_PATH2))
@@ -167,7 +169,7 @@ class ViTBlock(Fused, vision_transformer.Block):
         return one_window(x, self.norm1, self.attn, self.attn.qkv.bias, None, None, **options)
 
     def _after(self, scale: Check, path: Check, both: Check) -> tuple[Check, Tensor | None]:
-        """What comes after a half of the block, and what its result is multiplied by before."""
+        """Returns the children that follow a half's op, and the layer scale that the op applies, if it can."""
         if scale.why(self):
             return both, None
         return path, getattr(getattr(self, scale.names[0]), "gamma", None)

@@ -1,7 +1,7 @@
-"""Reading and writing checkpoints, folders `step-00001000` of safetensors files and metadata.
+"""Reads and writes checkpoints, which are folders `step-00001000` of safetensors files and metadata.
 
 Writing is atomic: a checkpoint is written to a temporary folder, flushed to the disk, and renamed. `checkpoint.json`
-holds the SHA-256 digest of every other file, so that damage is found before anything is loaded.
+contains the SHA-256 digest of every other file, so that damage is detected before anything is loaded.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def write(folder: Path, step: int, parts: Mapping[str, dict[str, Tensor]], facts
     """Writes the checkpoint of a step. Replaces an earlier one of the same step.
 
     Args:
-        folder: the folder that holds all checkpoints of the run.
+        folder: the folder of all checkpoints of the run.
         parts: maps file names without suffix to state dicts; each becomes one safetensors file.
         facts: metadata, which must be serialisable as JSON.
 
@@ -45,7 +45,7 @@ def write(folder: Path, step: int, parts: Mapping[str, dict[str, Tensor]], facts
         The checkpoint's folder.
 
     Raises:
-        CheckpointError: the disk is full, or writing fails for another reason. Earlier checkpoints are untouched.
+        CheckpointError: the disk is full, or writing fails for another reason. Earlier checkpoints are unchanged.
     """
     final, aside, old = folder / f"step-{step:08d}", folder / f".writing-{step:08d}", folder / f".old-{step:08d}"
     try:
@@ -77,7 +77,7 @@ def write(folder: Path, step: int, parts: Mapping[str, dict[str, Tensor]], facts
 
 
 def steps(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
+    """Returns the checkpoints in a folder, oldest first."""
     found = folder.glob("step-*") if folder.is_dir() else ()
     return sorted(path for path in found if re.fullmatch(r"step-\d{8,}", path.name))
 
@@ -96,7 +96,7 @@ def tidy(folder: Path, keep: int, newest: Path) -> None:
 
 
 def score(path: Path) -> float:
-    """The score that a checkpoint was saved with, lower is better; infinite if it is unknown."""
+    """Returns the score that a checkpoint was saved with, lower is better; infinite if it is unknown."""
     try:
         known = facts(path)
     except CheckpointError:
@@ -106,10 +106,10 @@ def score(path: Path) -> float:
 
 
 def facts(path: Path) -> dict[str, Any]:
-    """The metadata of a checkpoint: `facts` as given to `write`, with "step" and "files" added.
+    """Returns the metadata of a checkpoint: the `facts` given to `write`, with "step" and "files" added.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the metadata cannot be read.
     """
     try:
         return json.loads((path / FACTS).read_text())
@@ -118,7 +118,7 @@ def facts(path: Path) -> dict[str, Any]:
 
 
 def damage(path: Path) -> str:
-    """Describes the first damaged file of a checkpoint; "" if there is none."""
+    """Returns a description of the first damaged file of a checkpoint; "" if there is none."""
     try:
         files = facts(path)["files"]
     except CheckpointError as error:
@@ -137,6 +137,9 @@ def choose(run: Path, name: str | None = None) -> Path:
     Args:
         run: the run's folder.
         name: "best", "step-00000100", or "100"; None: the newest.
+
+    Returns:
+        The checkpoint's folder.
 
     Raises:
         CheckpointError: there is none, or it is damaged; the message names the newest undamaged one.
@@ -162,12 +165,12 @@ def choose(run: Path, name: str | None = None) -> Path:
 
 
 def read(path: Path, part: str) -> dict[str, Tensor]:
-    """The state dict of one part, on the CPU."""
+    """Returns the state dict of one part, on the CPU."""
     return load_file(path / f"{part}.safetensors")
 
 
 def averages(path: Path) -> dict[str, Tensor]:
-    """The moving averages of the parameters (`engine.average`); {} where there are none."""
+    """Returns the moving averages of the parameters (`engine.average`); {} if the checkpoint has none."""
     return read(path, AVERAGE) if (path / f"{AVERAGE}.safetensors").is_file() else {}
 
 
@@ -183,12 +186,13 @@ def find(run: Path, name: str | None, kind: type, command: str) -> Saved:
     """Finds a checkpoint (see `choose`) and reads the configuration of its training.
 
     Args:
+        run, name: see `choose`.
         kind: class of the configuration.
-        command: the command that must have made the run.
+        command: name of the command that the run must belong to.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
-        UserError: another command made the run.
+        UserError: the run belongs to another command.
     """
     path = choose(run, name)
     known = facts(path)
@@ -201,9 +205,9 @@ def find(run: Path, name: str | None, kind: type, command: str) -> Saved:
 
 
 def gather(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """State dicts of model and optimizer, {"model", "optimizer"}, on the CPU; complete on the first process only.
+    """Returns the state dicts {"model", "optimizer"} on the CPU, complete on the first process only.
 
-    Every process has to call it. The optimizer's entries are named STATE/PARAMETER, as in exp_avg/encoder.mask_token.
+    Every process must call it. The optimizer's entries are named STATE/PARAMETER, e.g. exp_avg/encoder.mask_token.
     """
     weights = whole.get_model_state_dict(model, options=_OPTIONS)
     states = whole.get_optimizer_state_dict(model, optimizer, options=_OPTIONS).get("state", {})
@@ -214,7 +218,7 @@ def gather(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict
 def restore(
     model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Tensor], named: dict[str, Tensor]
 ) -> None:
-    """Loads the state dicts that `gather` returned. Every process has to call it, with all tensors."""
+    """Loads the state dicts that `gather` returned. Every process must call it, with all tensors."""
     options = whole.StateDictOptions(full_state_dict=True)
     groups: Any = whole.get_optimizer_state_dict(model, optimizer)["param_groups"]
     states: dict[str, dict[str, Tensor]] = {}

@@ -31,7 +31,7 @@ SHORT = {
     "precision": "run.precision",
     "seed": "run.seed",
 }
-AUTO = "auto"  # of --resume
+AUTO = "auto"  # value of --resume
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,12 @@ class Command:
     """A subcommand that trains.
 
     Attributes:
-        name: of the subcommand, stored in its checkpoints.
+        name: name of the subcommand, stored in its checkpoints.
         default: the configuration before any preset.
         presets: maps names to nested settings.
         short: maps options to the settings that they set, in addition to `SHORT`.
-        instead: maps a setting to the values that other settings take when it overrides a preset, see
-            `settings.resolve`.
         task: constructs the task from a configuration and a checkpoint's metadata.
+        instead: maps a setting that overrides a preset to new values of other settings, see `settings.resolve`.
     """
 
     name: str
@@ -87,7 +86,7 @@ class Command:
             UserError, DataError: errors that the user can correct.
         """
         try:
-            # with several processes the launcher signals the others, which may be waiting in a collective
+            # With several processes the launcher signals the others, which may be waiting in a collective.
             with stopping_at_once() if launch.size() == 1 else contextlib.nullcontext():
                 return self._execute(args)
         except Stopped as stopped:
@@ -96,9 +95,9 @@ class Command:
 
     def _execute(self, args: argparse.Namespace) -> int:
         goes_on, folder = _place(args)
-        if folder is None:  # the configuration says which one
+        if folder is None:  # the configuration determines it
             folder = Path("runs", self.task(self._configuration(args, None)).name)
-        # locked before anything is read that another process might be writing
+        # lock the folder before reading files that another process might be writing
         with RunLock(folder) if launch.rank() == 0 else contextlib.nullcontext() as lock:
             found = bool(checkpoint.steps(folder / "checkpoints"))
             if found and not goes_on:

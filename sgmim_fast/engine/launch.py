@@ -1,4 +1,4 @@
-"""How a run starts and stops on its machine: distributed processes, the lock of the run's folder, and signals."""
+"""Starts and stops a run on its machine: distributed processes, the lock of the run's folder, and signals."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DEVICES, PCI = Path("/dev"), Path("/sys/bus/pci/devices")
 NVIDIA, DISPLAY = "0x10de", "0x03"  # PCI vendor ID, and class of display and 3D controllers
 # Exit code EX_TEMPFAIL of sysexits.h: the run is not finished and can be started again
 UNFINISHED = 75
-# Sent by terminals and by clusters, among them those that SLURM sends ahead of a time limit (--signal)
+# Signals that terminals and clusters send, including those that SLURM sends before a time limit (--signal)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 LOCK = "run.lock"
 TOUCH, STALE = 20.0, 180.0  # seconds; network file systems show a touch up to a minute later
@@ -43,20 +43,24 @@ TORCHRUN = "torchrun --nproc-per-node=N -m sgmim_fast.cli"
 
 
 def rank() -> int:
-    """Rank of this process; 0 in a run of a single process."""
+    """Returns the rank of this process; 0 in a run of a single process."""
     return _first(RANKS, 0)[1]
 
 
 def size() -> int:
-    """World size: the number of processes that the launcher was asked for."""
+    """Returns the world size, the number of processes that the launcher was asked for."""
     return _first(SIZES, 1)[1]
 
 
 def create_accelerator(precision: str, fsdp: bool = False) -> Accelerator:
-    """Creates the Accelerator and connects the processes: by NCCL on GPUs, by gloo on CPUs.
+    """Creates the Accelerator and connects the processes, by NCCL on GPUs and by gloo on CPUs.
+
+    Args:
+        precision: "float32", "bfloat16" or "float16".
+        fsdp: whether the run uses FSDP, which requires several processes.
 
     Raises:
-        UserError: the processes would not run as the launcher asked, or the machine does not support the precision.
+        UserError: the processes would not run as the launcher was asked, or the precision is not supported.
     """
     if precision == "float16":
         if fsdp:
@@ -69,7 +73,8 @@ def create_accelerator(precision: str, fsdp: bool = False) -> Accelerator:
     if asked > 1:
         _check(name, asked, on_cpus, forced)
     elif name is None and "MASTER_ADDR" in os.environ and "ACCELERATE_DYNAMO_BACKEND" in os.environ:
-        # accelerate launch sets these; without WORLD_SIZE it has started this process alone, however many it was told
+        # accelerate launch sets these variables. Without WORLD_SIZE it has started only this process, whatever number
+        # of processes it was asked for.
         raise UserError(
             "accelerate launch was told to start several processes and started one, without WORLD_SIZE "
             f"({_devices()}); it does so on CPUs and where it sees no GPUs: start them by {TORCHRUN}"
@@ -119,7 +124,7 @@ def _check(name: str, asked: int, on_cpus: bool, forced: bool) -> None:
                 "installation (nvidia-smi and python -m sgmim_fast.env say more), or train on CPUs with "
                 "ACCELERATE_USE_CPU=true"
             )
-    elif torch.cuda.is_available() and "TORCHELASTIC_RUN_ID" in os.environ:  # of torchrun, whose processes see the same
+    elif torch.cuda.is_available() and "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's processes see the same GPUs
         local = _first(LOCAL_SIZES, 1)
         if local[1] > torch.cuda.device_count():
             raise UserError(
@@ -129,7 +134,7 @@ def _check(name: str, asked: int, on_cpus: bool, forced: bool) -> None:
 
 
 def _first(names: tuple[str, ...], otherwise: int) -> tuple[str | None, int]:
-    """Name and value of the first of these environment variables that is set."""
+    """Returns name and value of the first of these environment variables that is set, else (None, otherwise)."""
     for name in names:
         if text := os.environ.get(name, ""):
             try:
@@ -140,7 +145,7 @@ def _first(names: tuple[str, ...], otherwise: int) -> tuple[str | None, int]:
 
 
 def _devices() -> str:
-    """The devices that torch sees, for messages."""
+    """Describes the devices that torch sees, for messages."""
     if torch.cuda.is_available():
         return f"torch sees {torch.cuda.device_count()} GPUs"
     built = "" if torch.version.cuda or torch.version.hip else ", and is built without CUDA"
@@ -148,11 +153,11 @@ def _devices() -> str:
 
 
 def _signs_of_gpus() -> str:
-    """Evidence of GPUs on this machine although torch finds none; "" without evidence."""
+    """Describes evidence of GPUs on this machine although torch finds none; "" without evidence."""
     switched_off = os.environ.get("CUDA_VISIBLE_DEVICES") in NO_GPU
     signs = [f"{name} is {os.environ[name]}" for name in GPUS_ASKED_FOR if os.environ.get(name, "") not in NO_GPU]
     if "ACCELERATE_DYNAMO_BACKEND" in os.environ and "ACCELERATE_USE_CPU" not in os.environ:
-        signs.append("accelerate launch was told to use GPUs")  # it always sets the second one otherwise
+        signs.append("accelerate launch was told to use GPUs")  # for CPUs it always sets ACCELERATE_USE_CPU
     if not switched_off:
         files = sorted(path.name for path in DEVICES.glob("nvidia[0-9]*"))
         cards = [path for path in PCI.glob("*") if _is_gpu(path)]
@@ -169,16 +174,16 @@ def _is_gpu(device: Path) -> bool:
 
 
 class RunLock:
-    """Context manager that locks a run's folder, so that one training at a time writes to it.
+    """Context manager that locks a run's folder, so that only one training at a time writes to it.
 
-    Creates the folder on entering, and removes it on leaving if it is still empty. The file `run.lock` names the
-    holder: host, process, and when the process and the run started. The lock is the file system's own (`fcntl.lockf`),
-    which ends with the process. On file systems without locks, or whose locks do not reach other machines, the file's
-    content decides: a process of this machine is looked up in /proc, one of another machine must touch the file
-    regularly.
+    Entering creates the folder, and leaving removes it if it is still empty. The file `run.lock` describes the holder:
+    host, process, and when the process and the run started. The lock is the file system's own (`fcntl.lockf`), which
+    ends with the process. On file systems without locks, or with locks that are not visible to other machines, the
+    file's content decides: a process of this machine is looked up in /proc, and one of another machine must touch the
+    file regularly.
 
     Raises:
-        UserError: another process holds it, or it cannot be written to.
+        UserError: another process holds the lock, or the folder cannot be written to.
     """
 
     def __init__(self, run: Path) -> None:
@@ -228,7 +233,7 @@ class RunLock:
                 holder = _read(file)
                 if alone is False or (holder and self._lives(holder, os.fstat(file).st_mtime)):
                     raise UserError(self._refusal(holder))
-                # the former holder may have removed the file between our open and our lock
+                # The former holder may have removed the file after it was opened here and before it was locked.
                 if not self._still_there(file):
                     os.close(file)
                     continue
@@ -260,11 +265,11 @@ class RunLock:
             return _started(holder["process"]) == holder.get("started") is not None
         job, restart = holder.get("job") or (None, None)
         if own["job"] and job == own["job"][0] and restart != own["job"][1]:
-            return False  # the same SLURM job, requeued
+            return False  # the holder is an earlier run of the same SLURM job, which was requeued
         return self._now() - touched < STALE
 
     def _now(self) -> float:
-        """The current time by the file system's clock, which may differ from this machine's."""
+        """Returns the current time of the file system's clock, which may differ from this machine's."""
         probe = self.run / f".{LOCK}.{os.getpid()}"
         probe.touch()
         now = probe.stat().st_mtime
@@ -302,7 +307,7 @@ def _lock(file: int) -> bool | None:
 
 
 def _read(file: int) -> dict[str, Any]:
-    """The holder's description of itself; {} if it is incomplete."""
+    """Reads the holder's description of itself; {} if it is incomplete."""
     try:
         holder = json.loads(os.pread(file, 4096, 0))
     except ValueError:
@@ -326,9 +331,9 @@ def _describe(holder: dict[str, Any]) -> str:
 
 
 def _started(process: Any) -> str | None:
-    """Start time of a process of this machine, in clock ticks since boot; None if there is no such process."""
+    """Returns the start time of a process of this machine, in clock ticks since boot; None if it does not exist."""
     try:
-        # the process name, in parentheses, may contain any character
+        # The process name, in parentheses, may contain any character.
         fields = Path(f"/proc/{int(process)}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
         return None
@@ -336,7 +341,7 @@ def _started(process: Any) -> str | None:
 
 
 def _boot() -> str:
-    """The boot ID, which tells machines with the same host name apart."""
+    """Returns the boot ID, which distinguishes machines with the same host name."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -344,7 +349,7 @@ def _boot() -> str:
 
 
 def _job() -> list[str] | None:
-    """SLURM's job ID and how often the job was requeued; None outside of SLURM."""
+    """Returns SLURM's job ID and how often the job was requeued; None outside of SLURM."""
     job = os.environ.get("SLURM_JOB_ID")
     return None if job is None else [job, os.environ.get("SLURM_RESTART_COUNT", "0")]
 
@@ -370,7 +375,8 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number).name
         for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)  # which also work while Python waits for a device or another process
+            # unlike Python's handlers, the default ones also run while Python waits for a device or another process
+            signal.signal(each, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Batches of a training: the order of images depends on the seed alone, for any number of processes."""
+"""Loads the batches of a training. The order of images depends only on the seed, for any number of processes."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Layout:
 
     @property
     def total(self) -> int:
-        """Images of an optimizer step."""
+        """Number of images of an optimizer step."""
         return self.batch * self.accumulate * self.processes
 
     def first(self, backward: int) -> int:
-        """Index, among the step's images, of this process's first image in that backward pass."""
+        """Returns the index, among the step's images, of this process's first image in a backward pass."""
         return (backward * self.processes + self.rank) * self.batch
 
 
@@ -61,19 +61,19 @@ class Order:
 def batches(
     dataset: Dataset, layout: Layout, seed: int, step: int, steps_per_epoch: int, workers: int, pin: bool
 ) -> Iterator[dict[str, Any]]:
-    """Infinite iterator over this process's batches from a step on: collated items of `sgmim_fast.data`.
+    """Yields this process's batches from a step on, without end: collated items of `sgmim_fast.data`.
 
-    For a map-style data set, resuming at a step gives exactly the batches of an uninterrupted run. For an iterable one
-    (shards), a new pass in a new order starts.
+    Resuming at a step gives exactly the batches of an uninterrupted run if the data set is map-style. An iterable one
+    (shards) starts a new pass in a new order.
     """
     options = {
         "workers": workers,
         "pin_memory": pin,
-        "generator": torch.Generator().manual_seed(mix(seed, "loader", step)),  # the default generator is left alone
+        "generator": torch.Generator().manual_seed(mix(seed, "loader", step)),  # else it uses the default generator
     }
-    # a DataLoader per epoch: workers hold copies of the data set and would not see a later set_epoch
+    # There is one DataLoader per epoch, since workers have copies of the data set and miss a later set_epoch.
     if isinstance(dataset, IterableDataset):
-        for each in count(step):  # an epoch that no earlier pass had
+        for each in count(step):  # epoch numbers that no earlier pass had
             if hasattr(dataset, "set_epoch"):
                 dataset.set_epoch(each)
             yield from read(dataset, batch_size=layout.batch, drop_last=True, **options)
@@ -85,18 +85,19 @@ def batches(
 
 
 def read(dataset: Dataset, workers: int, **options: Any) -> Iterator[dict[str, Any]]:
-    """One pass of a DataLoader. Workers ignore signals, and are shut down when the iterator ends for any reason."""
+    """Yields one pass of a DataLoader. Workers ignore signals, and are shut down when the iterator ends in any way."""
     batches = iter(DataLoader(dataset, num_workers=workers, worker_init_fn=_leave_signals_to_the_parent, **options))
     try:
         yield from batches
     finally:
-        # an error's traceback keeps `batches` alive to the end of the process, which waits for workers that ignore it
+        # The traceback of an error would keep `batches` and its workers alive. They ignore signals, and the process
+        # would wait for them at its end.
         if workers:
             batches._shutdown_workers()
 
 
 def steps_per_epoch(settings: Any, dataset: Dataset, layout: Layout) -> int:
-    """Optimizer steps per epoch; an incomplete last step is dropped.
+    """Returns the number of optimizer steps per epoch. An incomplete last step is dropped.
 
     Args:
         settings: the section "data", whose `epoch_images` is the length of an iterable data set.
@@ -114,7 +115,8 @@ def steps_per_epoch(settings: Any, dataset: Dataset, layout: Layout) -> int:
 
 
 def workers(settings: Any) -> int:
-    """Data loader workers per training process: as set in the section "data", or as the cores allow, at most 8."""
+    """Returns the number of workers per training process: the setting in the section "data", or one less than the
+    process's share of cores, at most 8."""
     if settings.workers is not None:
         return settings.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -122,7 +124,7 @@ def workers(settings: Any) -> int:
 
 
 def examples(dataset: Dataset, number: int) -> dict[str, Any]:
-    """A batch to draw, the same at every call: evenly spaced items of the data set, or the first ones of shards."""
+    """Returns a batch for pictures, the same at every call: evenly spaced items, or the first ones of shards."""
     if hasattr(dataset, "set_epoch"):
         dataset.set_epoch(0)
     if isinstance(dataset, IterableDataset):
@@ -131,12 +133,13 @@ def examples(dataset: Dataset, number: int) -> dict[str, Any]:
 
 
 def spread(length: int, number: int) -> list[int]:
-    """At most `number` evenly spaced indices below `length`."""
+    """Returns at most `number` evenly spaced indices below `length`."""
     number = min(number, length)
     return [i * length // number for i in range(number)]
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Clusters and terminals signal every process; workers must live until the parent has saved a checkpoint."""
+    """Ignores signals in a worker. Clusters and terminals signal every process, but workers must not end before the
+    parent has saved a checkpoint."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

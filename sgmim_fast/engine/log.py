@@ -1,4 +1,4 @@
-"""Logging of a run: JSON lines, a progress bar or plain lines, TensorBoard, and plots of the losses."""
+"""Logs a run: JSON lines, a progress bar or plain lines, TensorBoard, Weights & Biases, and plots of the losses."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Log:
         done: number of completed steps; later lines, of an interrupted run, are removed.
         tensorboard: also write `tensorboard/`.
         losses: names of the losses, the total first.
-        wandb: a project of Weights & Biases, whose run goes on where this one does.
+        wandb: project of Weights & Biases to log to, or None. A resumed run continues its run there.
 
     Raises:
-        UserError: TensorBoard or wandb is asked for and not installed.
+        UserError: TensorBoard or wandb is requested and not installed.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Log:
 
 
 def read(run: Path, name: str = STEPS) -> list[dict[str, Any]]:
-    """The lines of a run's log of steps, or of metrics, up to the first incomplete one."""
+    """Reads the lines of a run's log, of steps by default, up to the first incomplete one."""
     path, lines = run / name, []
     for text in path.read_text().splitlines() if path.is_file() else ():
         try:
@@ -110,7 +110,7 @@ def read(run: Path, name: str = STEPS) -> list[dict[str, Any]]:
 
 
 def read_skipped(run: Path) -> dict[str, str]:
-    """The files that a run skipped, with reasons."""
+    """Reads the files that a run skipped, with reasons."""
     path = run / SKIPPED
     lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if path.is_file() else ()
     return {name: reason for name, _, reason in (line.partition("\t") for line in lines)}
@@ -122,7 +122,7 @@ def write_skipped(run: Path, broken: dict[str, str]) -> None:
 
 
 def describe(line: dict[str, Any], losses: Sequence[str]) -> str:
-    """A log line as text."""
+    """Formats a log line as text."""
     total, *parts_of_it = losses
 
     def number(name: str, form: str) -> str:
@@ -155,14 +155,14 @@ def duration(seconds: float) -> str:
 
 
 def memory(device: torch.device) -> float:
-    """Peak memory in GiB: allocated on the GPU, or resident memory of this process."""
+    """Returns the peak memory in GiB, allocated on the GPU or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
 def board_writer() -> Any:
-    """TensorBoard's SummaryWriter. Raises UserError if it is not installed."""
+    """Imports TensorBoard's SummaryWriter. Raises UserError if it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -171,7 +171,7 @@ def board_writer() -> Any:
 
 
 def wandb_module() -> Any:
-    """Weights & Biases. Raises UserError where it is not installed."""
+    """Imports Weights & Biases. Raises UserError if it is not installed."""
     try:
         import wandb
     except ImportError as error:
@@ -191,6 +191,9 @@ def curves(lines: list[dict[str, Any]], path: Path, names: Sequence[str], tests:
     """Plots the named losses, raw and smoothed, and the learning rate over the steps of a log.
 
     Args:
+        lines: log lines, see `read`.
+        path: file of the picture.
+        names: names of the losses.
         tests: lines of metrics with the same losses on held-out data, named "val_" + name.
     """
     names = (*names, "lr")
@@ -215,7 +218,7 @@ def curves(lines: list[dict[str, Any]], path: Path, names: Sequence[str], tests:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Centred moving average over an eighth of the values; the window shrinks towards both ends."""
+    """Computes a centred moving average over an eighth of the values; the window shrinks towards both ends."""
     reach = len(values) // 16
     near = [min(reach, i, len(values) - 1 - i) for i in range(len(values))]
     return [sum(values[i - n : i + n + 1]) / (2 * n + 1) for i, n in enumerate(near)]

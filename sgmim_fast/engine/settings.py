@@ -1,6 +1,6 @@
 """Typed settings: merges a preset, a YAML file and `--set` options into the dataclass of a run's configuration.
 
-A configuration is a frozen dataclass with the field `preset` (str) and sections, which are frozen dataclasses, too.
+A configuration is a frozen dataclass with the field `preset` (str) and with sections, which are frozen dataclasses.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from sgmim_fast.errors import UserError, nearest
 
 C = TypeVar("C")
 
-# Sections about running and evaluating, and those of their settings that change the training
+# Sections whose settings do not change what is computed, except for the settings `_OF_RUN`
 _ASIDE = ("run", "evaluation")
 _OF_RUN = ("seed", "precision", "fsdp")
-# Settings that may change when a run is resumed; the number of images per step is compared separately.
+# Other settings that may change when a run is resumed. The number of images per step is compared separately.
 _FREE = ("data.workers", "data.val_images", "data.val_structure", "optim.batch", "optim.accumulate")
-# Settings of every configuration whose minimum is 1, or 0
+# Settings of every configuration whose minimum is 1, and those whose minimum is 0
 OF_EVERY_RUN_1 = (
     *("optim.batch", "optim.accumulate", "run.log_every", "run.checkpoint_every"),
     *("run.keep", "run.pictures", "run.nonfinite"),
@@ -37,20 +37,20 @@ OF_EVERY_RUN_0 = (
 
 @dataclass(frozen=True)
 class Run:
-    """How to run, and what to write. Only seed, precision and fsdp change what is computed."""
+    """Settings of how to run and what to write. Only seed, precision and fsdp change what is computed."""
 
     seed: int = 0
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    fsdp: bool = False  # parameters, gradients and optimizer state in shards over the processes
-    capture: bool = True  # forward and backward as a CUDA graph where possible; results are the same without
+    fsdp: bool = False  # shard parameters, gradients and optimizer state over the processes
+    capture: bool = True  # run forward and backward as a CUDA graph if possible, with the same results
     log_every: int = 50  # steps
     checkpoint_every: int = 1000  # steps
     keep: int = 2  # number of newest checkpoints kept, besides the best one (by held-out loss if there is one)
     pictures_every: int = 5000  # steps; 0: only at the end
     pictures: int = 4  # rows of the grid
     tensorboard: bool = False
-    wandb: str | None = None  # a project of Weights & Biases
-    nonfinite: int = 10  # so many steps in a row without a finite loss end the run
+    wandb: str | None = None  # project of Weights & Biases
+    nonfinite: int = 10  # number of consecutive steps without a finite loss that ends the run
 
 
 def with_changes(config: C, changes: Mapping[str, Any], where: str) -> C:
@@ -85,7 +85,7 @@ def with_changes(config: C, changes: Mapping[str, Any], where: str) -> C:
 
 
 def flat(config: Any) -> dict[str, Any]:
-    """All settings as a flat dict with keys "section.field", in order."""
+    """Returns all settings as a flat dict with keys "section.field", in order."""
     return {
         f"{section.name}.{f.name}": getattr(getattr(config, section.name), f.name)
         for section in dataclasses.fields(config)
@@ -95,7 +95,7 @@ def flat(config: Any) -> dict[str, Any]:
 
 
 def differences(old: C, new: C) -> list[str]:
-    """Lists, as "key: old -> new", the changed settings that change what a run computes."""
+    """Lists, as "key: old -> new", the changed settings that affect what a run computes."""
     before, after = flat(old), flat(new)
     changed = [key for key in before if before[key] != after[key] and not _is_free(key)]
     return [f"{key}: {before[key]} -> {after[key]}" for key in changed]
@@ -179,13 +179,13 @@ def resolve(
     """Merges a preset, a YAML file and single changes; later ones override earlier ones.
 
     Args:
-        default: the configuration that they change.
+        default: the configuration before any change.
         presets: maps names to nested sections.
-        name: of the preset; None: `preset:` of the file, if any.
-        file: YAML, or None.
-        changes: "section.field" -> value.
-        instead: setting, or "setting=value", -> other settings, and what they become where it is given over a preset
-            and they are not.
+        name: name of the preset; None: `preset:` of the file, if any.
+        file: path of a YAML file, or None.
+        changes: maps "section.field" to values.
+        instead: maps a setting, or "setting=value", to new values of other settings. If the file or `changes` give that
+            setting (or that value), the new values replace the preset's, except for settings that are given as well.
 
     Raises:
         UserError: invalid settings.
@@ -204,7 +204,7 @@ def resolve(
 
 
 def preset(default: C, presets: Mapping[str, Any], name: str) -> C:
-    """The configuration of a preset.
+    """Returns the configuration of a preset.
 
     Raises:
         UserError: unknown name; the message names similar ones.
@@ -215,7 +215,7 @@ def preset(default: C, presets: Mapping[str, Any], name: str) -> C:
 
 
 def _read(value: Any) -> Any:
-    """Parses text as YAML, except that 1e-4 is a number."""
+    """Parses text as YAML, but 1e-4 as a number. Returns other values and invalid YAML unchanged."""
     if not isinstance(value, str):
         return value
     try:

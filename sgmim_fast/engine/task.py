@@ -16,19 +16,19 @@ from sgmim_fast.engine import loader
 
 
 class Task(ABC):
-    """What one kind of training defines: model, data, optimizer, losses and evaluation, all made from a configuration.
+    """Base class of a kind of training: defines model, data, optimizer, losses and evaluation from a configuration.
 
     Args:
-        facts: metadata of the checkpoint that is resumed; {} at the start.
+        config: configuration with the sections optim (epochs, batch, accumulate, clip), data (workers) and run
+            (`sgmim_fast.engine.settings.Run`).
+        facts: metadata of the checkpoint to resume from; None: the training starts.
 
     Attributes:
-        config: with the sections optim (epochs, batch, accumulate, clip), data (workers) and run
-            (`sgmim_fast.engine.settings.Run`).
-        command: of `sgmim-fast`, by which a run is known when it is read again.
-        losses: names of what `loss` returns; the first one is minimised.
-        tested: whether `evaluate` gives a checkpoint's score, the lower the better; otherwise the loss is it.
-        tested_each_epoch: whether that is done after every epoch too.
-        average: see `engine.average.Average`.
+        command: name of the subcommand of `sgmim-fast`, stored in checkpoints.
+        losses: names of the losses that `loss` returns; the first one is minimised.
+        tested: whether `evaluate` computes the score of checkpoints, lower is better; otherwise the loss is the score.
+        tested_each_epoch: whether to evaluate after every epoch, too.
+        average: decay of the moving average, see `engine.average.Average`.
     """
 
     command: str
@@ -47,7 +47,7 @@ class Task(ABC):
 
     @property
     def capturable(self) -> bool:
-        """Whether forward and backward ask the device nothing, so that a CUDA graph can hold them."""
+        """Whether a CUDA graph can capture forward and backward, i.e. they do not synchronise."""
         return True
 
     @abstractmethod
@@ -68,14 +68,16 @@ class Task(ABC):
 
     @abstractmethod
     def learning_rate(self, step: int, steps_per_epoch: int, steps: int, total_batch: int) -> float:
-        """The learning rate of a step, counted from 0, in a run of `steps`."""
+        """Returns the learning rate of a step, counted from 0, in a run of `steps`."""
 
     def draw(self, step: int, images: int, device: torch.device) -> Any:
-        """Draws what is random about a step of `images` images, identically in all processes, without synchronising."""
+        """Draws the random values (masks) of a step with `images` images, the same in all processes.
+
+        Must not synchronise."""
         return None
 
     def part(self, drawn: Any, first: int, count: int) -> Any:
-        """The part of `draw`'s result that belongs to `count` images from `first` on."""
+        """Returns the part of `draw`'s result that belongs to `count` images from `first` on."""
         return drawn
 
     @abstractmethod
@@ -91,7 +93,7 @@ class Task(ABC):
         """
 
     def shards(self, model: nn.Module) -> Iterable[nn.Module]:
-        """The modules that FSDP shards as units of their own, with run.fsdp."""
+        """Returns the modules that FSDP shards as separate units, with run.fsdp."""
         raise NotImplementedError
 
     def evaluate(self, model: nn.Module, accelerator: Accelerator) -> tuple[float, dict[str, float]]:
@@ -99,23 +101,23 @@ class Task(ABC):
         raise NotImplementedError
 
     def examples(self, dataset: Dataset, number: int) -> Any:
-        """Items to draw, the same at every call."""
+        """Returns items for pictures, the same at every call."""
         return loader.examples(dataset, number)
 
     def facts_of(self, model: nn.Module) -> dict[str, Any]:
-        """Metadata of the model for checkpoints, beside the configuration; serialisable as JSON."""
+        """Returns metadata of the model for checkpoints, besides the configuration; serialisable as JSON."""
         return {}
 
     @abstractmethod
     def draw_picture(self, model: nn.Module, examples: Any, accelerator: Accelerator) -> Any:
-        """Predictions for `examples`, for `save_picture`. With run.fsdp, all processes call it."""
+        """Returns predictions for `examples`, for `save_picture`. With run.fsdp, all processes call it."""
 
     @abstractmethod
     def save_picture(self, found: Any, path: Path, title: str) -> None: ...
 
     @abstractmethod
     def describe(self, model: nn.Module) -> str:
-        """A short description of the model."""
+        """Returns a short description of the model."""
 
     @property
     def tested_on(self) -> Dataset | None:
@@ -128,4 +130,4 @@ class Task(ABC):
 
     @abstractmethod
     def finish(self, folder: Path, lines: list[dict[str, Any]]) -> str:
-        """Writes the run's results after the last step; returns a message. `lines`: the log."""
+        """Writes the run's results after the last step; returns a message. `lines` are those of the log."""

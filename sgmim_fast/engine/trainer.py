@@ -1,5 +1,5 @@
-"""The training loop: `Stepper` takes optimizer steps, `Window` gathers the values of steps for a log line, and
-`Trainer` runs both and logs, draws and saves in between."""
+"""The training loop: `Stepper` runs optimizer steps, `Window` gathers the values of steps for a log line, and
+`Trainer` runs both, logs, draws pictures and saves checkpoints."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ from sgmim_fast.memory import keep_freed_memory
 
 
 class Done(NamedTuple):
-    """Results of an optimizer step; its tensors may still be being computed."""
+    """Results of an optimizer step. The device may still be computing them."""
 
     values: Tensor  # (n + 1,) float32 on the device: the task's n losses of this process, global gradient norm
     lr: float
-    names: list[str]  # of the images
-    skipped: list[str]  # name, tab and reason of broken files, which other images replaced
+    names: list[str]  # names of the images
+    skipped: list[str]  # name, tab and reason of broken files, which were replaced by other images
     waited: float  # seconds spent waiting for batches
 
 
 class Stepper:
-    """Owns the model and the optimizer, prepared by accelerate, and takes optimizer steps.
+    """Owns the model and the optimizer, prepared by accelerate, and runs optimizer steps.
 
-    All randomness of a step (masks, drop path) is seeded from the run's seed and the step's number, so a resumed run
-    repeats an uninterrupted one exactly. If a loss is not finite, all gradients become NaN on all processes; AdamW then
-    leaves parameters and moments unchanged (`found_inf`), and running statistics of batch norms are restored. None of
-    this synchronises with the device.
+    All random numbers of a step (masks, drop path) are seeded from the run's seed and the step's number, so a resumed
+    run repeats an uninterrupted one exactly. If a loss is not finite, all gradients become NaN on all processes; AdamW
+    then leaves parameters and moments unchanged (`found_inf`), and running statistics of batch norms are restored. None
+    of this synchronises with the device.
 
     Raises:
         UserError: the model cannot be created from its settings.
@@ -75,13 +75,13 @@ class Stepper:
             self.model, self.optimizer = accelerator.prepare(self.plain, task.create_optimizer(self.plain))
         self.average = Average(self.plain, task.average) if task.average else None
         self.model.train()
-        self.captured: CapturedStep | None = None  # not with several processes: their backward communicates
+        self.captured: CapturedStep | None = None  # None with several processes, whose backward communicates
         here = accelerator.device.type == Graph.device_type and accelerator.num_processes == 1
         if self.config.run.capture and task.capturable and here and not self.config.run.fsdp:
             self.captured = capture(self.model, loss=self._losses, scaler=accelerator.scaler)
 
     def __call__(self, step: int, batches: Iterator[dict[str, Any]]) -> Done:
-        """Takes the step of this number, counted from 0, with the next batches."""
+        """Runs a step, numbered from 0, with the next batches."""
         settings, device, accumulate = self.config.optim, self.accelerator.device, self.layout.accumulate
         seed = self.config.run.seed
         lr = self.task.learning_rate(step, self.steps_per_epoch, self.steps, self.layout.total)
@@ -102,7 +102,7 @@ class Stepper:
                 losses += self._backward(batch, drawn, self.layout.first(backward)) / accumulate
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), settings.clip or torch.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        if self.accelerator.scaler is None:  # a GradScaler does so itself
+        if self.accelerator.scaler is None:  # a GradScaler sets found_inf itself
             self.optimizer.optimizer.found_inf = (~norm.isfinite()).float()
         for buffer, old in zip(self.statistics(), before, strict=True):
             buffer.copy_(torch.where(norm.isfinite(), buffer, old))
@@ -116,25 +116,25 @@ class Stepper:
         if self.captured is None:
             total, *losses = self._losses(self.model, batch, drawn, first)
             self.accelerator.backward(total)
-        else:  # a part of the step's masks, whose shape does not depend on its place
+        else:  # the graph gets a part of the step's masks, whose shape is the same for each backward pass
             tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
             _, *losses = self.captured(tensors, self.task.part(drawn, first, len(batch["name"])), 0)
         return torch.stack([loss.detach().float() for loss in losses])
 
     def _losses(self, model: nn.Module, batch: dict[str, Any], drawn: Any, first: int) -> list[Tensor]:
-        """The tensor that is minimised, then the task's losses."""
+        """Returns the tensor that is minimised, followed by the task's losses."""
         losses = self.task.loss(model, batch, drawn, first, self.accelerator)
         finite = losses[0].detach().isfinite()
-        # the gradient of L1 is a sign, which is finite even where the loss is not
+        # The gradient of L1 is a sign, which is finite even if the loss is not, so multiply a non-finite loss by NaN.
         poison = torch.where(finite, 1 / self.layout.accumulate, torch.nan)
         return [losses[0] * poison, *losses]
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Within it the model has the moving averages of its parameters, if there are any."""
+        """Context manager in which the model has the moving averages of its parameters, if there are any."""
         return contextlib.nullcontext() if self.average is None else self.average.in_place()
 
     def statistics(self) -> list[Tensor]:
-        """The running statistics of batch norms."""
+        """Returns the running statistics of batch norms."""
         return [buffer for norm in self._norms for buffer in norm.buffers()]
 
     @contextlib.contextmanager
@@ -148,7 +148,7 @@ class Stepper:
                 yield
 
     def _shard(self) -> None:
-        """FSDP over all processes: the modules of `Task.shards` are units of their own, the rest is one more."""
+        """Applies FSDP over all processes. Each module of `Task.shards` is a unit, the rest is another one."""
         mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
         for part in self.task.shards(self.plain):
             fully_shard(part, mesh=mesh)
@@ -159,7 +159,7 @@ class Stepper:
 
 
 class Window:
-    """The steps since the last log line. Their values stay on the device until `close` copies all of them at once.
+    """Gathers the steps since the last log line. Values stay on the device until `close` copies all of them at once.
 
     Attributes:
         in_row: number of consecutive steps without a finite loss, up to the last step.
@@ -179,15 +179,15 @@ class Window:
         self.begun = time.perf_counter()
 
     def close(self, stop: bool, limit: int) -> tuple[list[list[float]], float, float, bool, bool]:
-        """Averages over processes, which all have to call it; synchronises with the device.
+        """Ends the window and averages its values over processes, all of which must call it. Synchronises.
 
         Args:
             stop: whether this process was asked to stop.
-            limit: largest permitted number of consecutive steps without a finite loss, plus one.
+            limit: number of consecutive steps without a finite loss at which the run has to end.
 
         Returns:
-            losses and gradient norm of every step with finite ones; seconds per step; the share of this time spent
-            waiting for data; whether any process was asked to stop; whether `limit` was reached.
+            losses and gradient norm of every step in which they are finite; seconds per step; the share of this time
+            spent waiting for data; whether any process was asked to stop; whether `limit` was reached.
         """
         values = torch.stack([done.values for done in self.steps])
         new = {name: reason for name, reason in self._skipped().items() if name not in self.broken}
@@ -198,11 +198,11 @@ class Window:
         seconds = (time.perf_counter() - self.begun) / len(self.steps)
         *rows, (stop_share, file_share, *_), (waited, *_) = mean
         waiting = waited / (seconds * len(self.steps))
-        if file_share > 0:  # on any process
+        if file_share > 0:  # any process has new ones
             for name, reason in gather_object(list(new.items())):
                 self.broken.setdefault(name, reason)
         counted, too_many = [], False
-        scaled = self.accelerator.scaler is not None  # GradScaler expects overflows while it searches for a scale
+        scaled = self.accelerator.scaler is not None  # then gradients overflow while GradScaler searches for a scale
         for done, row in zip(self.steps, rows, strict=True):
             if all(map(math.isfinite, row)):
                 counted.append(row)
@@ -219,13 +219,13 @@ class Window:
         return counted, seconds, waiting, stop_share > 0, too_many
 
     def _skipped(self) -> dict[str, str]:
-        """Broken files of the steps on this process, with reasons."""
+        """Returns the broken files of the steps on this process, with reasons."""
         lines = (line.partition("\t") for done in self.steps for line in done.skipped)
         return {name: reason for name, _, reason in lines}
 
 
 def mean(rows: Sequence[Sequence[float]], columns: int) -> list[float | None]:
-    """Mean of each column; None without rows."""
+    """Returns the mean of each column; None for each without rows."""
     return [sum(column) / len(rows) for column in zip(*rows, strict=True)] if rows else [None] * columns
 
 
@@ -245,7 +245,7 @@ class Trainer:
         self.task, self.config, self.run, self.accelerator, self.dataset = task, task.config, run, accelerator, dataset
         optim, count = task.config.optim, accelerator.num_processes
         if task.config.run.tensorboard:
-            log.board_writer()  # raises at once, not behind the first step
+            log.board_writer()  # raises before the training if TensorBoard is not installed
         if task.config.run.wandb is not None:
             log.wandb_module()
         self.layout = Layout(optim.batch, optim.accumulate, count, accelerator.process_index)
@@ -257,7 +257,7 @@ class Trainer:
         facts = saved.facts if saved else {}
         self.done = facts.get("step", 0)
         self.window = Window(accelerator, facts.get("skipped_steps", 0), log.read_skipped(run) if saved else None)
-        self.since_checkpoint: list[list[float]] = []  # losses and gradient norms of each step since
+        self.since_checkpoint: list[list[float]] = []  # losses and gradient norm of each step since the last one
         if saved:
             raw = self.stepper.optimizer.optimizer
             parts = checkpoint.read(saved.path, "model"), checkpoint.read(saved.path, "optimizer")
@@ -274,7 +274,7 @@ class Trainer:
         return self.done >= self.steps
 
     def train(self) -> str:
-        """Trains to the end, and returns ""; or until a signal arrives, and returns the signal's name.
+        """Trains to the end and returns "", or until a signal arrives and returns the signal's name.
 
         Raises:
             UserError: a checkpoint cannot be written, or too many consecutive steps have no finite loss.
@@ -302,7 +302,7 @@ class Trainer:
                     test_due = self.task.tested and (
                         save_due or (self.task.tested_each_epoch and self.done % self.steps_per_epoch == 0)
                     )
-                    # several processes agree on stopping only when they communicate, at the next log line
+                    # Several processes can agree on stopping only when they communicate, at the next log line.
                     asked = bool(signals.asked) and alone
                     if not (log_due or save_due or draw_due or test_due or asked):
                         continue
@@ -316,7 +316,7 @@ class Trainer:
                         return signals.asked or "a signal to another process"
                     self.window.pause()
         finally:
-            del batches  # shuts down its workers
+            del batches  # shuts down the workers
             if self.log is not None:
                 self.log.close()
         return ""
@@ -329,7 +329,7 @@ class Trainer:
             self.log.steps_done(self.done)
 
     def _close_window(self, stop: bool) -> bool:
-        """Writes a log line; returns whether any process was asked to stop."""
+        """Closes the window and writes a log line; returns whether any process was asked to stop."""
         lr = self.window.steps[-1].lr
         known = len(self.window.broken)
         rows, seconds, waiting, stop, too_many = self.window.close(stop, self.config.run.nonfinite)
@@ -348,7 +348,7 @@ class Trainer:
                     **self._means(rows),
                     "images_per_second": round(self.layout.total / seconds, 2),
                     "waiting": round(waiting, 4),  # share of the time spent waiting for data
-                    "graphs": graphs,  # captured so far, one per shape
+                    "graphs": graphs,  # number of captured graphs so far, one per shape
                     "memory_gib": round(log.memory(self.accelerator.device), 3),
                     "skipped_steps": self.window.skipped_steps,
                     "skipped_files": len(self.window.broken),
@@ -377,7 +377,7 @@ class Trainer:
 
     def _evaluate(self) -> float:
         """Evaluates the current model and logs the metrics; returns the score."""
-        for statistics in self.stepper.statistics():  # of batch norms: those that the first process saves
+        for statistics in self.stepper.statistics():  # all processes use those of the first one, which saves them
             statistics.copy_(broadcast(statistics))
         with self.stepper.averaged():
             score, metrics = self.task.evaluate(self.stepper.plain, self.accelerator)

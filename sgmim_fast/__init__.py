@@ -1,7 +1,7 @@
 """Fast SG-MIM: Structured Knowledge Guided Masked Image Modeling on visible tokens, with fused kernels.
 
-Importing this package registers the operators (`torch.ops.sgmim_fast`) and costs little more than importing torch. What
-needs timm, and with it torchvision, or `torch.compile` is imported when its name is first used.
+Importing this package registers the operators (`torch.ops.sgmim_fast`) and takes little longer than importing torch.
+Names that need timm (and with it torchvision) or `torch.compile` are imported when they are first used.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sgmim_fast.reference import Losses
     from sgmim_fast.tune import tune
 
-__version__ = "0.1.0"  # the only place: pyproject.toml reads it here
+__version__ = "0.1.0"  # defined only here; pyproject.toml reads it
 
 __all__ = [
     "SGMIM",
@@ -56,7 +56,7 @@ __all__ = [
     "tune",
 ]
 
-# What type checkers see imported above: modules, and the module of each other name.
+# The lazy imports, listed above for type checkers: modules, and the module of each other name.
 _MODULES = ("checkpoints", "encoders", "guidance", "masking", "model", "reference")
 _NAMES = {
     "SGMIM": "model",
@@ -75,7 +75,8 @@ _NAMES = {
 
 
 class _Package(ModuleType):
-    """Importing a submodule sets it as an attribute of its package, which would hide the function of the same name."""
+    """Module class of the package. Importing a submodule such as `capture` sets an attribute of the package, which
+    would hide the function of the same name; this class keeps the function."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _NAMES and isinstance(value, ModuleType):
@@ -86,7 +87,7 @@ class _Package(ModuleType):
 sys.modules[__name__].__class__ = _Package
 
 
-if not TYPE_CHECKING:  # which would take it for a promise that any name exists
+if not TYPE_CHECKING:  # with a module `__getattr__`, type checkers would accept any name
 
     def __getattr__(name: str) -> Any:
         if name in _MODULES:

@@ -1,4 +1,4 @@
-"""Modules under the names that they had before: importing one warns, and gives the new one. For one release."""
+"""Keeps the old names of moved modules for one release: importing one warns and returns the new module's content."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
-# old name, without "sgmim_fast.", -> new one; of several that fit, the longest counts
+# old name, without "sgmim_fast.", -> new name; the longest matching old name counts
 MODULES = {
     "accelerate": "fused.accelerate",
     "blocks": "fused.swin_blocks",
@@ -53,7 +53,7 @@ MODULES = {
     "train.stop": "engine.launch",
     "train.window": "engine.trainer",
 }
-# and what has another name, or another place than its module
+# old -> new place of functions and classes that were renamed, or moved elsewhere than their module
 NAMES = {
     **{
         f"{old}.{name}": f"fused.vit_blocks:{name}"
@@ -73,11 +73,11 @@ NAMES = {
 
 
 class Moved(ModuleType):
-    """Has what the new module has."""
+    """An old module, which forwards attributes to the new one."""
 
     def __init__(self, old: str, new: ModuleType):
         super().__init__(old, new.__doc__)
-        self.__path__: list[str] = []  # modules below it have moved, too
+        self.__path__: list[str] = []  # makes it a package, whose submodules have moved, too
         self._new = new
 
     def __getattr__(self, name: str) -> Any:
@@ -94,7 +94,7 @@ class Moved(ModuleType):
 
 
 class Finder(MetaPathFinder, Loader):
-    """The last place where modules are looked for."""
+    """Finder and loader of old names. It is the last one in `sys.meta_path`."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -109,11 +109,11 @@ class Finder(MetaPathFinder, Loader):
         return Moved(spec.name, importlib.import_module(str(moved_to(spec.name))))
 
     def exec_module(self, module: ModuleType) -> None:
-        """The new one has been executed."""
+        """Does nothing, since the new module was executed when it was imported."""
 
 
 def moved_to(fullname: str) -> str | None:
-    """The new name of a module; None: it has not moved."""
+    """Returns the new name of a module; None if it has not moved."""
     package, _, name = fullname.partition(".")
     if package != "sgmim_fast" or (fullname in sys.modules and not isinstance(sys.modules[fullname], Moved)):
         return None

@@ -1,9 +1,9 @@
-"""Loads the two compiled libraries, each once, and remembers why a library could not be loaded.
+"""Loads the two compiled libraries, each once, and stores the reason if a library cannot be loaded.
 
-`_C` holds the C++ ops (`torch.ops.sgmim_fast_cpu`), `_C_cuda` the CUDA ops (`torch.ops.sgmim_fast_cuda`). setup.py
-builds them and notes in `_build_info.json` what it left out and why.
+`_C` contains the C++ ops (`torch.ops.sgmim_fast_cpu`), `_C_cuda` the CUDA ops (`torch.ops.sgmim_fast_cuda`). setup.py
+builds them and writes to `_build_info.json` which of them it skipped and why.
 
-Environment: `SGMIM_FAST_LIBRARY=path` loads another CPU library in place of `_C`, such as one built with sanitizers.
+Environment: `SGMIM_FAST_LIBRARY=path` loads another CPU library instead of `_C`, e.g. one built with sanitizers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _errors: dict[str, Exception] = {}
 
 
 def build_info() -> dict[str, dict[str, str]]:
-    """For "cpu" and "cuda", what setup.py built it with, or the reason under "skipped"; {} if it has not run here."""
+    """Returns for "cpu" and "cuda" how setup.py built the library, or the reason under "skipped"; {} if it did not run
+    in this folder."""
     path = _HERE / "_build_info.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
@@ -33,7 +34,7 @@ def load_cpu() -> tuple[bool, str]:
 
 
 def load_cuda() -> tuple[bool, str]:
-    """Loads the CUDA ops at the first call; needs a torch with CUDA, but no GPU. Returns as `load_cpu`."""
+    """Loads the CUDA ops at the first call. Needs a torch with CUDA, but no GPU. Returns the same as `load_cpu`."""
     if "cuda" not in _loaded:
         _loaded["cuda"] = _cuda_mismatch() or _load("cuda", _find("_C_cuda"))
     return _loaded["cuda"]
@@ -43,11 +44,11 @@ def covers(architectures: str, capability: tuple[int, int]) -> bool:
     """Whether code for architectures such as "8.0;9.0+PTX" runs on a GPU of this compute capability."""
     for name in architectures.split(";"):
         built, _, ptx = name.partition("+")
-        own = built[-1] in "af"  # of this architecture (a) or its family (f) alone
+        own = built[-1] in "af"  # code for exactly this architecture (a) or its family (f)
         major, minor = map(int, built.rstrip("af").split("."))
         if built.endswith("a"):
             fits = (major, minor) == capability
-        else:  # machine code runs within the major version, PTX on all that is newer
+        else:  # machine code runs on the same major version, PTX on all newer GPUs
             fits = (major, minor) <= capability and (major == capability[0] or (bool(ptx) and not own))
         if fits:
             return True
@@ -55,7 +56,7 @@ def covers(architectures: str, capability: tuple[int, int]) -> bool:
 
 
 def uncovered_gpu() -> str:
-    """Why the CUDA library has no code for the current GPU, "" if it has."""
+    """Returns the reason why the CUDA library does not run on the current GPU; "" if it does."""
     built, capability = build_info().get("cuda", {}).get("architectures", ""), torch.cuda.get_device_capability()
     if not built or covers(built, capability):
         return ""
@@ -67,12 +68,12 @@ def uncovered_gpu() -> str:
 
 
 def load_error(part: str) -> Exception | None:
-    """The exception that loading "cpu" or "cuda" raised, to chain to one's own; None if it raised none."""
+    """Returns the exception that loading "cpu" or "cuda" raised, for `raise ... from`; None if there was none."""
     return _errors.get(part)
 
 
 def _find(name: str) -> str | None:
-    """The library's path; its suffix depends on the platform (`.abi3.so` on Linux)."""
+    """Returns the path of a library, whose suffix depends on the platform (`.abi3.so` on Linux); None if missing."""
     return next((str(path) for path in sorted(_HERE.glob(f"{name}.*so"))), None)
 
 
@@ -93,5 +94,5 @@ def _load(part: str, path: str | None) -> tuple[bool, str]:
         torch.ops.load_library(path)
     except Exception as error:  # OSError from the loader, RuntimeError from a registration
         _errors[part] = error
-        return False, f"{path} could not be loaded: {error.__cause__ or error}"  # the cause is the loader's own message
+        return False, f"{path} could not be loaded: {error.__cause__ or error}"  # the cause has the loader's message
     return True, ""

@@ -1,4 +1,4 @@
-"""Conversion of checkpoints from and to the published code, and export of encoders to timm.
+"""Converts checkpoints from and to the published code, and exports encoders to timm.
 
 | here | published (SG-MIM, SimMIM) |
 |---|---|
@@ -10,8 +10,8 @@
 | `image_head.*` | `img_decoder.0.*`; without guidance, as in SimMIM, `decoder.0.*` |
 | `structure_head.*` | `dep_decoder.0.*` |
 
-Heads are linear layers here, (O, C), and 1x1 convolutions there, (O, C, 1, 1). A foreign encoder (any module that
-`create_encoder` did not make, such as the published classes) keeps its names.
+Heads are linear layers here, (O, C), and 1x1 convolutions in the published code, (O, C, 1, 1). The names of a foreign
+encoder (any module that `create_encoder` did not make, such as the published classes) are not changed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from .encoders import MaskedEncoder
 
-# Derived buffers, which timm rebuilds, and a stem in the published Swin class that its forward never uses.
+# Derived buffers, which timm recomputes, and a stem in the published Swin class that its forward never uses.
 _IGNORED = re.compile(
     r"(^|\.)(relative_position_index|relative_coords_table|attn_mask)$|^(encoder\.)?depth_patch_embed\."
 )
@@ -47,28 +47,29 @@ _RULES = (
     (r"^structure_head\.", "dep_decoder.0."),
 )
 
-# Arguments of timm.create_model that say how to train or where to build, not what the parameters are.
+# Arguments of timm.create_model that do not determine the names and shapes of parameters.
 _RUN_TIME_ARGUMENTS = re.compile(
     r"(\w+_)?drop_rate|drop_path_rate|pretrained\w*|cache_dir|checkpoint_path|scriptable|exportable|no_jit|device|dtype"
 )
 
 
 def load_published(model: nn.Module, state_dict: Mapping[str, Any] | str | os.PathLike[str]) -> None:
-    """Loads a checkpoint of the published SG-MIM or SimMIM code. The model is unchanged if anything does not fit.
+    """Loads a checkpoint of the published SG-MIM or SimMIM code. If an entry does not fit, the model is unchanged.
+
+    Buffers that are computed from sizes (`relative_position_index`, `relative_coords_table`, `attn_mask`) are ignored,
+    and so is `encoder.depth_patch_embed`, which the published Swin has but never uses.
 
     Args:
-        model: `SGMIM`, or an encoder of `create_encoder` alone. An `SGMIM` with `guidance=False` takes SimMIM's
-            checkpoints. An encoder alone takes the `encoder.*` entries of either, or the same without the prefix.
+        model: `SGMIM`, or only an encoder of `create_encoder`. An `SGMIM` with `guidance=False` loads checkpoints of
+            SimMIM. An encoder loads the `encoder.*` entries of either, or the same entries without the prefix.
         state_dict: maps published names to tensors, optionally inside `{"model": ...}` as the published code saves
-            it. The prefix `module.` of data-parallel training is removed. Values are cast to the parameters' dtype. Or
-            the path of such a file (`.pth`, loaded with `weights_only`, or `.safetensors`).
-
-    Ignored, present or not: buffers that are computed from the sizes (`relative_position_index`,
-    `relative_coords_table`, `attn_mask`), and `encoder.depth_patch_embed`, which the published Swin has but never uses.
+            it; or the path of such a file (`.pth`, loaded with `weights_only`, or `.safetensors`). The prefix `module.`
+            of data-parallel training is removed. Values are cast to the parameters' dtype.
 
     Raises:
-        TypeError: `model` is neither.
-        ValueError: missing or unexpected names, or other shapes, all of which are listed; or an unreadable file.
+        TypeError: `model` is neither an SGMIM nor an encoder.
+        ValueError: names are missing or unexpected, or shapes differ (the message lists them all); or the file cannot
+            be read.
         FileNotFoundError: the file does not exist.
     """
     if isinstance(state_dict, (str, os.PathLike)):
@@ -88,19 +89,19 @@ def load_published(model: nn.Module, state_dict: Mapping[str, Any] | str | os.Pa
 
 
 def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters under the published names: the inverse of `load_published`.
+    """Returns the state dict under the published names, the inverse of `load_published`.
 
     Args:
-        model: `SGMIM`, or an encoder of `create_encoder` alone (its names then have no `encoder.` in front).
+        model: `SGMIM`, or only an encoder of `create_encoder`, whose names then have no prefix `encoder.`.
 
     Returns:
-        published name -> tensor, sharing memory with the model. The buffers that the published classes also save are
-        not among them (the published code loads with `strict=False` and computes them itself), except those that a
-        foreign encoder has. Names with no published counterpart follow the table: a learned guidance position is
-        `fusion_blk_img.pos_embed`, a plain ViT keeps timm's names.
+        A dict from published names to tensors, which share memory with the model. It does not contain the buffers that
+        the published classes also save (the published code loads with `strict=False` and computes them itself), except
+        for those of a foreign encoder. Names without a published counterpart follow the table above: the guidance's
+        learned positions are `fusion_blk_img.pos_embed`, and a plain ViT has timm's names.
 
     Raises:
-        TypeError: `model` is neither.
+        TypeError: `model` is neither an SGMIM nor an encoder.
     """
     model = _uncompiled(model)
     own = model.state_dict()
@@ -109,7 +110,7 @@ def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def published_names(model: nn.Module) -> dict[str, str]:
-    """Own name -> published name, of every parameter and buffer that the published code has, too."""
+    """Returns a dict from own to published name, with every parameter and buffer that the published code also has."""
     model = _uncompiled(model)
     return _published_names(model, model.state_dict())
 
@@ -117,42 +118,42 @@ def published_names(model: nn.Module) -> dict[str, str]:
 def export_timm(
     model: nn.Module, path: str | os.PathLike[str], num_classes: int | None = None, **timm_arguments: Any
 ) -> None:
-    """Writes the encoder to a safetensors file that timm loads, strictly, by the encoder's name::
+    """Writes the encoder to a safetensors file that timm loads strictly::
 
         timm.create_model(encoder.timm_name, **encoder.timm_arguments, checkpoint_path=path)
 
-    `forward_features` of that model gives bitwise the encoder's tokens, (B, h, w, C) for Swin, after class and
-    register tokens for the others. The arguments are those of `create_encoder`; only the ones that shape the parameters
-    matter (`img_size`, `window_size`, `use_shared_rel_pos_bias`, ...). They are in the file as well::
+    `forward_features` of that model returns bitwise the encoder's tokens, (B, h, w, C) for Swin, after class and
+    register tokens for other models. The arguments are those of `create_encoder`; only those that determine the
+    parameters matter (`img_size`, `window_size`, `use_shared_rel_pos_bias`, ...). The file contains them, too::
 
         with safetensors.safe_open(path, "pt") as file:
             meta = file.metadata()
         timm.create_model(meta["timm_name"], **json.loads(meta["timm_arguments"]), checkpoint_path=path)
 
-    `checkpoint_path` resizes nothing. For another image size or number of classes, or for timm's default arguments, let
-    timm's filters resize the position tables (timm: of square windows only) and drop the classifier::
+    `checkpoint_path` does not resize anything. For another image size or number of classes, or for timm's default
+    arguments, timm's filters resize the position tables (square windows only) and remove the classifier::
 
         timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=path, custom_load=False))
 
-    The classifier in the file is zero, and has to be trained. It is there because timm loads strictly, and because the
-    Swin and SwinV2 filters of older timm take a file without `head.fc.weight` for one of Microsoft's and renumber its
-    `downsample` entries.
+    The classifier in the file is zero and must be trained. It is included because timm loads strictly, and because the
+    Swin and SwinV2 filters of older timm versions mistake a file without `head.fc.weight` for one of Microsoft's and
+    renumber its `downsample` entries.
 
-    BEiT and the `gap` ViTs: timm's default is average pooling *before* the final norm, `fc_norm`. The file then holds
-    the encoder's norm as `fc_norm`, and the tokens are `timm_model.fc_norm(timm_model.forward_features(x))`. Export
-    with `global_pool="token"` (or "") and pass the same to timm to have the norm inside `forward_features`.
+    For BEiT and the `gap` ViTs timm's default is average pooling *before* the final norm, `fc_norm`. The file then has
+    the encoder's norm as `fc_norm`, and the tokens are `timm_model.fc_norm(timm_model.forward_features(x))`. To have
+    the norm inside `forward_features`, export with `global_pool="token"` (or "") and pass the same argument to timm.
 
     Args:
-        model: `SGMIM`, or an encoder alone; the encoder has to be one of `create_encoder`.
-        path: the file, `*.safetensors`; timm goes by the ending.
-        num_classes: classes of the timm model the file is for; None: timm's default for this name. 0: no classifier,
-            for `timm.create_model(name, num_classes=0, checkpoint_path=path)`.
-        timm_arguments: changes to the arguments the timm model will be created with, for instance `global_pool`.
+        model: `SGMIM`, or only an encoder. The encoder must be one of `create_encoder`.
+        path: path of the file, which must end in `.safetensors`, since timm selects the format by the suffix.
+        num_classes: number of classes of the timm model; None: timm's default for this name. 0: no classifier, for
+            `timm.create_model(name, num_classes=0, checkpoint_path=path)`.
+        timm_arguments: changes to the arguments with which the timm model will be created, e.g. `global_pool`.
 
     Raises:
         TypeError: the encoder is foreign.
-        ValueError: `path` has another ending, or the timm model would have parameters the encoder has not, or in
-            another shape; they are listed.
+        ValueError: `path` has another suffix, or the timm model would have parameters that the encoder does not have or
+            has in another shape; the message lists them.
     """
     encoder = _uncompiled(getattr(_uncompiled(model), "encoder", model))
     if not isinstance(encoder, MaskedEncoder):
@@ -163,7 +164,7 @@ def export_timm(
         raise ValueError(f"path must end in .safetensors, got {os.fspath(path)!r}")
     arguments = {**encoder.timm_arguments, "num_classes": num_classes, **timm_arguments}
     arguments = {k: v for k, v in arguments.items() if v is not None and not _RUN_TIME_ARGUMENTS.fullmatch(k)}
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # exporting does not disturb a seeded training
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # do not change the random state of a training
         target = timm.create_model(encoder.timm_name, **arguments)
     expected = target.state_dict()
 
@@ -199,12 +200,12 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     with open(path, "rb") as file:
         start = file.read(4)
     try:
-        if not start.startswith((b"PK\x03\x04", b"\x80")):  # torch.save's format, and the one before
+        if not start.startswith((b"PK\x03\x04", b"\x80")):  # torch.save's formats, zip and (older) pickle
             raise pickle.UnpicklingError("neither a zip archive nor a pickle")
-        # the published code saves its settings, a dict, beside the weights
+        # the published code saves its settings, a subclass of dict, besides the weights
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:  # of another format, cut off, or with code in it
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:  # another format, truncated, or contains code
         raise ValueError(
             f"cannot read {path}; expected a checkpoint of torch.save with nothing but data in it. If it is whole and "
             "you trust it, pass torch.load(path, weights_only=False)"
@@ -215,7 +216,7 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
 
 
 def _published_names(model: nn.Module, own: Mapping[str, Tensor]) -> dict[str, str]:
-    """Own name -> published name, for every entry of the model's state dict but the ignored buffers of timm."""
+    """Returns a dict from own to published name, with all entries of the state dict but timm's ignored buffers."""
     alone = isinstance(model, MaskedEncoder)
     if not alone and not (hasattr(model, "encoder") and hasattr(model, "image_head")):
         raise TypeError(f"model must be an SGMIM or an encoder of create_encoder, got a {type(model).__name__}")
@@ -227,7 +228,7 @@ def _published_names(model: nn.Module, own: Mapping[str, Tensor]) -> dict[str, s
 
     published = {}
     for name in own:
-        new = name.replace("_orig_mod.", "")  # of compiled submodules
+        new = name.replace("_orig_mod.", "")  # prefix of compiled submodules
         if not new.startswith(prefix):
             for pattern, replacement in rules:
                 new = re.sub(pattern, replacement, new)

@@ -1,7 +1,7 @@
 """The console command `sgmim-fast`.
 
-A subcommand is a module with `add_arguments(parser)` and `run(args) -> int | None`, imported only when it is called:
-`sgmim-fast env` needs nothing of the extras.
+A subcommand is a module with `add_arguments(parser)` and `run(args) -> int | None`. It is imported only when it is
+called, so that `sgmim-fast env` works without any of the extras.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import sgmim_fast
 from sgmim_fast.errors import UserError, nearest
 
-# name -> module, what it does, the extra it needs
+# name -> module, description, required extra of the package
 COMMANDS = {
     "env": ("sgmim_fast.env", "versions, the machine, and why a backend is missing", ""),
     "pretrain": ("sgmim_fast.pretrain.task", "pre-train an encoder on images and structure maps", "train"),
@@ -30,14 +30,14 @@ COMMANDS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
+    """ArgumentParser that reports errors in one line."""
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: {message} (--help shows the usage)\n")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a subcommand; returns its exit code, 2 for errors that the user can correct, with a one-line message."""
+    """Runs a subcommand and returns its exit code. Errors that the user can correct print one line and return 2."""
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser("sgmim-fast", description="SG-MIM pre-training, from photographs to an encoder.")
     parser.add_argument("--version", action="version", version=f"sgmim_fast {sgmim_fast.__version__}")
@@ -73,20 +73,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _shown() -> tuple[type[Exception], ...]:
-    """Errors that are one line. `DataError` is one where the data module is in use."""
+    """Returns the errors that are printed in one line. `DataError` is included once the data module is imported."""
     data = sys.modules.get("sgmim_fast.data")
     return (UserError,) if data is None else (UserError, data.DataError)
 
 
 def _line(message: str) -> str:
-    """One line of it. PyTorch puts a traceback around what a loading process raises, with the message in its end."""
+    """Returns a message as one line. For errors of loader workers PyTorch adds a traceback that ends in the message."""
     if "\nOriginal Traceback" in message:
         message = message.rstrip().splitlines()[-1].partition(": ")[2]
     return " ".join(message.split())
 
 
 def _rank() -> str:
-    """Prefix with the rank of the process; "" on the first one."""
+    """Returns a prefix with the rank of the process; "" for the first one."""
     rank = os.environ.get("RANK", "0")
     return "" if rank == "0" else f"process {rank}: "
 

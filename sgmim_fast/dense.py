@@ -1,7 +1,7 @@
-"""The two losses of SG-MIM on every token, through the modules as they are. SPEC "Heads and losses".
+"""The two losses of SG-MIM on every token, computed by calling the modules. SPEC "Heads and losses".
 
-For partly masked cells, and for heads or modules of the branch that the ops cannot replace.
-`model` is an `SGMIM`, which imports this. `sgmim_fast.visible` has the same on visible tokens only.
+Used for partly masked cells, and for heads or modules of the branch that the ops cannot replace. `model` is an `SGMIM`.
+`sgmim_fast.visible` computes the same losses on visible tokens only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sgmim_fast.visible_encoder import VisibleTokens
 def image_loss(
     model: nn.Module, features: Tensor | VisibleTokens, images: Tensor, mask: SelectiveMask | DenseMask
 ) -> Tensor:
-    """From encoder features (B, N, C), or with a decoder those of the visible cells."""
+    """Computes the image loss from encoder features (B, N, C), or from those of visible cells if there is a decoder."""
     prediction = predict(model.image_head, decoded(model, features, mask), images, model.encoder_stride)
     target = images
     if model.target == "normalized_patch":
@@ -29,14 +29,14 @@ def image_loss(
 
 
 def decoded(model: nn.Module, features: Tensor | VisibleTokens, mask: SelectiveMask | DenseMask) -> Tensor:
-    """What the image head reads, at every cell: (B, N, width)."""
+    """Returns the input of the image head at every cell, (B, N, width)."""
     if model.decoder is None:
         return features
     return model.decoder(features, mask.visible.index, tuple(mask.mask.shape[1:]))
 
 
 def _moments(images: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each cell, over its channels, at each of its pixels, (B, 1, H, W)."""
+    """Computes mean and standard deviation of each cell over pixels and channels, repeated to (B, 1, H, W)."""
     batch, _, height, width = images.shape
     cells = images.to(_wide(images)).reshape(batch, -1, height // stride, stride, width // stride, stride)
     deviation = (cells.var((1, 3, 5)) + 1e-6).sqrt()
@@ -44,7 +44,7 @@ def _moments(images: Tensor, stride: int) -> tuple[Tensor, Tensor]:
 
 
 def denormalized(prediction: Tensor, images: Tensor, stride: int) -> Tensor:
-    """Predicted normalised patches (B, C, H, W) as pixels, by the moments of the images' own."""
+    """Converts predicted normalised patches (B, C, H, W) to pixels with the moments of the given images."""
     mean, deviation = _moments(images, stride)
     return (prediction * deviation + mean).to(prediction.dtype)
 
@@ -56,7 +56,7 @@ def structure_loss(
     mask: SelectiveMask | DenseMask,
     valid: Tensor | None,
 ) -> Tensor:
-    """From encoder features, as `image_loss`, and a map (B, S, H, W) that is 0 where it is not valid."""
+    """Computes the structure loss from features (see `image_loss`) and a map (B, S, H, W), 0 where it is not valid."""
     guided = guide(model, features, structure, mask)
     prediction = predict(model.structure_head, guided, structure, model.encoder_stride)
     return _masked_mean((structure - prediction).abs(), ~mask.mask, valid, False)
@@ -65,8 +65,8 @@ def structure_loss(
 def guide(
     model: nn.Module, features: Tensor | VisibleTokens, structure: Tensor, mask: SelectiveMask | DenseMask
 ) -> Tensor:
-    """Guided features (B, N, C); those of cells without features are of no use."""
-    if model.decoder is not None:  # each cell is guided by itself, and the loss looks at the visible ones
+    """Computes guided features (B, N, C). With a decoder, those of masked cells are meaningless."""
+    if model.decoder is not None:  # the loss needs visible cells only, and the guidance treats each query separately
         cells, width = mask.mask.numel(), features.tokens.shape[1]
         everywhere = features.tokens.new_zeros(cells, width).index_copy(0, mask.visible.index, features.tokens)
         features = everywhere.unflatten(0, (mask.mask.shape[0], -1))
@@ -78,15 +78,15 @@ def guide(
 
 
 def predict(head: nn.Module, tokens: Tensor, like: Tensor, stride: int) -> Tensor:
-    """Head and pixel shuffle: (B, N, C) -> (B, channels, H, W), the size of `like`."""
+    """Applies the head and a pixel shuffle, (B, N, C) -> (B, channels, H, W) with H and W of `like`."""
     values = head(tokens).transpose(1, 2)  # (B, channels * stride^2, N)
     return F.pixel_shuffle(values.unflatten(2, (like.shape[2] // stride, like.shape[3] // stride)), stride)
 
 
 def _masked_mean(distance: Tensor, counted: Tensor, valid: Tensor | None, exact: bool) -> Tensor:
-    """Mean of a distance (B, channels, H, W) over the pixels that are `counted` (B, h, w) and `valid`, like distance.
+    """Averages a distance (B, channels, H, W) over pixels that are `counted` (B, h, w) and `valid`, of its shape.
 
-    exact: MAE's mean, in place of the published one with 1e-5 pixels more."""
+    exact: divide by the number of pixels, as MAE; otherwise by 1e-5 more, as published."""
     channels, dtype = distance.shape[1], _wide(distance)
     weight = resize(counted, *distance.shape[2:])[:, None].to(dtype)
     pixels = weight.sum()

@@ -1,4 +1,4 @@
-"""`sgmim-fast env`, `python -m sgmim_fast.env`: versions, the machine, and why a backend is missing."""
+"""`sgmim-fast env` or `python -m sgmim_fast.env`: prints versions, the machine, and why a backend is missing."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from sgmim_fast import _native, backends, tuned
 
 
 def report() -> dict[str, dict[str, str]]:
-    """What to paste into a bug report.
+    """Collects information for a bug report. Loads the compiled libraries, like the first op.
 
     Returns:
         {"versions", "machine", "build", "backends"}, each a dict from name to text. A backend's text is "available" or
-        "missing: " and the reason. Loads the compiled libraries, as the first op would.
+        "missing: " and the reason.
     """
     names = ("sgmim_fast", "torch", "timm", "triton", "numpy")
     built = _native.build_info() or {"all": {"skipped": "setup.py has not run in this folder"}}
-    usable = backends.available()  # before the machine: it loads the library that knows the instruction set
+    usable = backends.available()  # loads the library that reports the instruction set, needed by _machine
     return {
         "versions": {
             "python": platform.python_version(),

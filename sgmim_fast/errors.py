@@ -11,7 +11,7 @@ class UserError(ValueError):
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """ "; did you mean ...?" with the known names that are similar to `name`; "" if there are none."""
+    """Returns "; did you mean ...?" with the known names that are similar to `name`; "" if there are none."""
     close = difflib.get_close_matches(name, list(known), count, 0.5)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 

@@ -1,4 +1,4 @@
-"""Reading the model description in an exported file. Files are untrusted: only sizes and switches are used."""
+"""Reads the model description in an exported file. Files are untrusted: only sizes and flags are used."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _TIMES = 4  # largest ratio of the model's parameters to those of the file
 
 
 def describe(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """timm's name and arguments in a file of `export_timm`; None and {} for other safetensors files.
+    """Reads timm's name and arguments from a file of `export_timm`; None and {} for other safetensors files.
 
     Raises:
         UserError: the file cannot be read, or its description does not match its content.
@@ -56,7 +56,7 @@ def describe(path: Path) -> tuple[str | None, dict[str, Any]]:
 
 
 def without_sources(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of the model class only, without those of timm.create_model that name initial weights."""
+    """Returns the arguments of the model class, without those of timm.create_model, which may name initial weights."""
     return {name: value for name, value in arguments.items() if name not in _OF_TIMM}
 
 

@@ -1,4 +1,4 @@
-"""Reusing freed memory of CPU tensors."""
+"""Reuses the freed memory of CPU tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixed sine-cosine positions of a grid of tokens, as MAE has them (arXiv 2111.06377)."""
+"""Fixed sine-cosine positions of a grid of tokens, as in MAE (arXiv 2111.06377)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def sincos_positions(grid: tuple[int, int], width: int, prefix: int = 0, device: torch.device | None = None) -> Tensor:
-    """(prefix + rows * columns, width) float64: 0 for the prefix; of each cell, row-major, sines and cosines of its
-    column in the first half, of its row in the second, at frequencies 10000^(-4 i / width).
+    """Returns positions (prefix + rows * columns, width), float64. They are 0 for the prefix; for each cell, row-major,
+    sines and cosines of its column (first half) and row (second half) at frequencies 10000^(-4 i / width).
 
     Raises:
-        ValueError: a width that is no multiple of 4.
+        ValueError: `width` is not a multiple of 4.
     """
     if width % 4:
         raise ValueError(f"width is {width}; expected a multiple of 4, for sine-cosine positions")

@@ -1,8 +1,8 @@
 """The reference implementation of SG-MIM in plain PyTorch, on all tokens, against which everything else is tested.
 
-It calls the modules of a `sgmim_fast.SGMIM`, and so uses its weights and respects hooks, adapters and replaced
-forwards. The modules of the branch (`sgmim_fast.guidance`) are dense in their `forward`; masks, heads and losses are
-here. This file imports nothing of the model, and follows docs/SPEC.md from top to bottom.
+It calls the modules of a `sgmim_fast.SGMIM`, so it uses its weights and respects hooks, adapters and replaced forwards.
+The `forward` methods of the branch's modules (`sgmim_fast.guidance`) are dense; masks, heads and losses are computed
+here. This file imports nothing of the package, and follows docs/SPEC.md from top to bottom.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def sgmim_losses(
     mask: Any,
     structure_valid: Tensor | None = None,
 ) -> Losses:
-    """The losses of `model(images, structure, mask, return_losses=True)`, computed densely.
+    """Computes the losses of `model(images, structure, mask, return_losses=True)` densely.
 
     Args:
-        model: the `SGMIM`; its encoder runs as it is.
+        model: the `SGMIM`. Its encoder is called, except with a decoder (see `mae`).
         images: (B, in_chans, H, W).
         structure: (B, S, H, W); None without guidance.
         mask: (B, H / p, W / p), 1 = masked, or a `SelectiveMask`.
@@ -66,13 +66,13 @@ def sgmim_losses(
 
 
 def mae(model: nn.Module, images: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
-    """MAE's forward (arXiv 2111.06377), image by image, since images may keep different numbers of patches.
+    """Computes MAE's forward (arXiv 2111.06377), image by image, since images may keep different numbers of patches.
 
     Args:
         masked: (B, H / p, W / p) bool.
 
     Returns:
-        The encoder's tokens (B, N, C), 0 at masked cells, which it does not see; the decoder's, (B, N, width).
+        The encoder's tokens (B, N, C), which are 0 at masked cells, and the decoder's tokens (B, N, width).
     """
     vit, decoder = model.encoder.model, model.decoder
     first = model.encoder.prefix_tokens  # class, distillation and register tokens
@@ -98,7 +98,7 @@ def mae(model: nn.Module, images: Tensor, masked: Tensor) -> tuple[Tensor, Tenso
 
 
 def vit_positions(vit: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Prefix tokens before the patches', with positions; and the rotary positions of all patches, of EVA."""
+    """Returns prefix and patch tokens with positions, and for EVA the rotary positions of all patches, else None."""
     if hasattr(vit, "_pos_embed"):
         embedded = vit._pos_embed(tokens)
         return embedded if isinstance(embedded, tuple) else (embedded, None)
@@ -107,21 +107,21 @@ def vit_positions(vit: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor | None
 
 
 def rotary(rope: Tensor | None, number: int, kept: Tensor) -> dict[str, Tensor]:
-    """An argument of block `number`: rotary positions (N, d), or (blocks, heads, N, d), of the patches it is given."""
+    """Returns the argument `rope` of block `number`: rotary positions (N, d) or (blocks, heads, N, d) of `kept`."""
     if rope is None:
         return {}
     return {"rope": (rope if rope.ndim == 2 else rope[number])[..., kept, :]}
 
 
 def normalized_patches(images: Tensor, stride: int) -> Tensor:
-    """Each cell's pixels less their mean, over their deviation, as MAE's target with `norm_pix_loss`."""
+    """Subtracts each cell's mean and divides by its standard deviation, as MAE's target with `norm_pix_loss`."""
     patches = F.pixel_unshuffle(images, stride)
     mean, var = patches.mean(1, keepdim=True), patches.var(1, keepdim=True)
     return F.pixel_shuffle((patches - mean) / (var + 1.0e-6) ** 0.5, stride)
 
 
 def predict(tokens: Tensor, head: nn.Module, like: Tensor, stride: int) -> Tensor:
-    """Head and pixel shuffle: (B, N, C) -> (B, channels, H, W), the size of `like`."""
+    """Applies the head and a pixel shuffle, (B, N, C) -> (B, channels, H, W) with H and W of `like`."""
     grid = head(tokens).transpose(1, 2).unflatten(2, (like.shape[2] // stride, like.shape[3] // stride))
     return F.pixel_shuffle(grid, stride)
 
@@ -140,7 +140,7 @@ def pixel_mask(masked: Tensor, images: Tensor) -> Tensor:
 
 
 def stem_masks(mask: Any, images: Tensor, patch: int) -> tuple[Tensor, Tensor]:
-    """Where the image is masked and where the structure is shown, both (B, H / p, W / p) bool."""
+    """Returns where the image is masked and where the structure is shown, both (B, H / p, W / p) bool."""
     if isinstance(mask, Tensor):
         return mask.bool(), mask.bool()
     size = images.shape[2] // patch, images.shape[3] // patch
@@ -148,12 +148,12 @@ def stem_masks(mask: Any, images: Tensor, patch: int) -> tuple[Tensor, Tensor]:
 
 
 def enlarge(mask: Tensor, height: int, width: int) -> Tensor:
-    """(B, h, w) -> (B, height, width), multiples of h and w, each entry repeated."""
+    """Repeats entries, (B, h, w) -> (B, height, width), which are multiples of h and w."""
     return mask.repeat_interleave(height // mask.shape[1], 1).repeat_interleave(width // mask.shape[2], 2)
 
 
 def pool(mask: Tensor, down: int, across: int) -> Tensor:
-    """(B, h, w) -> (B, down, across, entries of each block)."""
+    """Groups entries in blocks, (B, h, w) -> (B, down, across, entries of each block)."""
     batch, height, width = mask.shape
     blocks = mask.reshape(batch, down, height // down, across, width // across)
     return blocks.transpose(2, 3).flatten(3)

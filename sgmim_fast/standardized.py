@@ -1,4 +1,4 @@
-"""Checks, by its values, that a structure map has been standardised."""
+"""Checks from its values that a structure map has been standardised."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 from sgmim_fast.ops import _check
 
-# At most 21 % of a standardised map lies beyond: a tenth at either end is excluded from mean and deviation, and by
-# Chebyshev's inequality at most 1 % of the rest.
+# At most 21 % of a standardised map lies beyond ±BEYOND: the tenth at either end, which is excluded from mean and
+# deviation, and by Chebyshev's inequality at most 1 % of the rest.
 BEYOND = 10
 EXPECTED = "expected a map that sgmim_fast.standardize_structure returned"
 
 
 def check_standardized(structure: Tensor, valid: Tensor | None) -> None:
-    """Raises if valid values are infinite or NaN, or if most of a batch lies beyond ±BEYOND.
+    """Checks that all valid values are finite and that not most of a batch lies beyond ±BEYOND.
 
     On a GPU, and in traced calls, this is a device-side assertion, which does not synchronise.
 
@@ -23,7 +23,7 @@ def check_standardized(structure: Tensor, valid: Tensor | None) -> None:
         valid: (B, S, H, W) bool; None: all values are valid.
 
     Raises:
-        ValueError: see above.
+        ValueError: the check failed.
     """
     if structure.device.type == "meta" or torch._C._get_tracing_state() or torch._C._are_functorch_transforms_active():
         return  # there are no concrete values
@@ -44,7 +44,7 @@ def check_standardized(structure: Tensor, valid: Tensor | None) -> None:
 
 
 def _on_host(structure: Tensor) -> bool:
-    """Whether its values can be read without synchronising: not for traced or fake tensors."""
+    """Whether the values can be read without synchronising, which excludes traced and fake tensors."""
     plain = type(structure).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
     return not torch.compiler.is_compiling() and plain and _check.readable(structure)
 

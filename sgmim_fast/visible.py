@@ -1,6 +1,6 @@
-"""The two losses of SG-MIM on visible tokens only, through ops on packed rows. SPEC "The exact shortcut".
+"""The two losses of SG-MIM on visible tokens only, computed by ops on packed rows. SPEC "The exact shortcut".
 
-For masks made of whole cells. `model` is an `SGMIM`, which imports this. `sgmim_fast.dense` has the same on all tokens.
+Used for masks of whole cells. `model` is an `SGMIM`. `sgmim_fast.dense` computes the same losses on all tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from sgmim_fast.visible_encoder import VisibleTokens
 
 
 def image_loss(model: nn.Module, features: Tensor | VisibleTokens, images: Tensor, mask: SelectiveMask) -> Tensor:
-    """From encoder features (B, N, C), or with a decoder those of the visible cells, at masked cells."""
+    """Computes the image loss, at masked cells, from encoder features (B, N, C), or from those of visible cells if
+    there is a decoder."""
     rows = mask.masked.index
     count = rows.shape[0] * model.encoder_stride**2
     if model.decoder is None:
@@ -41,25 +42,25 @@ def _distance(model: nn.Module, tokens: Tensor, images: Tensor, rows: Tensor, *,
 
 
 class _Piece(NamedTuple):
-    """Of a batch: its images, and their rows in the lists of visible and masked cells."""
+    """A piece of a batch: its images, and their rows in the lists of visible and masked cells."""
 
     images: slice
     visible: slice
     masked: slice
 
 
-LEAST = {"cpu": 1536, "cuda": 16384}  # tokens of a piece: with fewer, gemms or launches would cost more
-LITTLE = 0.4  # of what the encoder would keep with mask tokens: below it the decoder takes all images at once
+LEAST = {"cpu": 1536, "cuda": 16384}  # smallest number of tokens of a piece; fewer make gemms and launches inefficient
+LITTLE = 0.4  # do not split if activations need at most this share of what an encoder with mask tokens would need
 
 
 def _pieces(model: nn.Module, mask: SelectiveMask) -> Iterator[_Piece]:
-    """Whose decoding needs memory one after the other."""
+    """Yields the pieces of a batch that are decoded one after the other, so that only one needs memory at a time."""
     batch, cells = len(mask.mask), mask.mask.shape[1] * mask.mask.shape[2]
     encoder, decoder = (len(part.blocks) * part.num_features for part in (model.encoder.model, model.decoder))
     little = mask.visible.index.shape[0] * encoder + batch * cells * decoder <= LITTLE * batch * cells * encoder
     least = LEAST.get(mask.mask.device.type, LEAST["cuda"])
     pieces = 1 if little else min(max(batch * cells // least, 1), batch)
-    if pieces == 1:  # for which no numbers are needed, that a GPU may have to be waited for
+    if pieces == 1:  # avoids visible_counts, which may synchronise
         yield _Piece(slice(0, batch), slice(None), slice(None))
         return
     before, counts = 0, mask.visible_counts()
@@ -80,7 +81,7 @@ def _decoded(
     *,
     scale: float,
 ) -> Tensor:
-    """The image loss of a piece of the batch."""
+    """Computes the image loss of a piece of the batch."""
     grid = mask.mask.shape[1], mask.mask.shape[2]
     before = piece.images.start * grid[0] * grid[1]
     visible, masked = mask.visible.index[piece.visible] - before, mask.masked.index[piece.masked] - before
@@ -92,8 +93,8 @@ def _decoded(
 def structure_loss(
     model: nn.Module, features: Tensor | VisibleTokens, structure: Tensor, mask: SelectiveMask, valid: Tensor | None
 ) -> Tensor:
-    """From encoder features (B, N, C), or with a decoder those of the visible cells, and a map (B, S, H, W) that is 0
-    where it is not valid, at visible cells."""
+    """Computes the structure loss, at visible cells, from features (see `image_loss`) and a map (B, S, H, W) that is 0
+    where it is not valid."""
     head, stride, rows = model.structure_head, model.encoder_stride, mask.visible.index
     context = model.structure_encoder.visible(structure, mask.shown)
     if model.decoder is None:

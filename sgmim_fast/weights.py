@@ -1,4 +1,4 @@
-"""Files of timm models, and their weights fitted to a model for another image or window size."""
+"""Reads files of timm models, and fits their weights to a model for another image or window size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sgmim_fast import exported
 from sgmim_fast.errors import UserError, by
 
 _TABLE = "relative_position_bias_table"
-# What dense prediction does not use: classifier, pooling, the norm before them, and the mask token of pre-training.
+# Names of modules that dense prediction does not use: classifier, pooling, the norm before them, and the mask token.
 _UNUSED = re.compile(r"^(head|head_dist|fc|classifier|norm|fc_norm|attn_pool|pre_logits|mask_token)(\.|$)")
 _BUFFERS = re.compile(r"(^|\.)(relative_position_index|relative_coords_table|attn_mask|k_bias)$")
 
@@ -29,10 +29,10 @@ Pair = tuple[int, int]
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str | None, dict[str, Any]]:
-    """A state dict, and the timm name and arguments that `export_timm` writes beside it (None and {} in other files).
+    """Reads a state dict, and the timm name and arguments that `export_timm` wrote (None and {} in other files).
 
     Raises:
-        UserError: there is no such file, or it holds no state dict.
+        UserError: there is no such file, or it does not contain a state dict.
     """
     path = Path(path)
     if not path.is_file():
@@ -50,20 +50,20 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str | None, d
 def load(
     model: nn.Module, state: Mapping[str, Tensor], source: nn.Module, *, what: str, source_known: bool
 ) -> list[str]:
-    """Loads the weights of another size of the same model, those that dense prediction uses.
+    """Loads those weights of another size of the same model that dense prediction uses.
 
     Args:
-        model: without classifier, before anything of it is cut off.
-        state: of the file.
-        source: the model the weights belong to; only its sizes are read, it may be on the meta device.
-        what: names the weights in messages.
-        source_known: whether `source` is known to be that model, or is timm's default for the name.
+        model: the model without classifier, before any of its modules is removed.
+        state: state dict of the file.
+        source: the model that the weights belong to. Only its sizes are read, so it may be on the meta device.
+        what: description of the weights, for messages.
+        source_known: whether `source` is known to be that model; False: it is timm's default for the name.
 
     Returns:
-        A line for each kind of resizing, and one where the sizes of pre-training had to be guessed.
+        A line for each kind of resizing, which says so if the sizes of pre-training had to be guessed.
 
     Raises:
-        UserError: parameters are missing, unexpected or of another shape; the first are named.
+        UserError: parameters are missing, unexpected or of another shape; the message names the first ones.
     """
     fitted, notes = fit(model, state, source, what=what, source_known=source_known, unused=_UNUSED)
     if problems := differences(fitted, _used(model.state_dict(), _UNUSED)):
@@ -81,14 +81,14 @@ def fit(
     source_known: bool,
     unused: re.Pattern[str],
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights resized for the model, and what `load` returns; nothing is loaded.
+    """Resizes the weights for the model, without loading them. Returns them and the lines that `load` returns.
 
     Args:
-        model, state, source, what, source_known: as of `load`.
-        unused: names that are left out.
+        model, state, source, what, source_known: see `load`.
+        unused: pattern of names to leave out.
     """
     fitted = dict(state)
-    # the tables are resized here: timm's filters take every table for one of a square window
+    # The position tables are resized here, since timm's filters assume that every table belongs to a square window.
     positions = {name: fitted.pop(name) for name, value in state.items() if _is_position(name, value, model)}
     convert: Callable[..., dict[str, Tensor]] | None = getattr(
         sys.modules[type(model).__module__], "checkpoint_filter_fn", None
@@ -118,7 +118,7 @@ def _used(state: Mapping[str, Tensor], unused: re.Pattern[str]) -> dict[str, Ten
 
 
 def _is_position(name: str, value: Tensor, model: nn.Module) -> bool:
-    """Whether it is laid out as in Swin, BEiT and ViT; other families fit theirs in their own filters."""
+    """Whether a tensor has positions in the layout of Swin, BEiT and ViT. timm's filters fit those of other models."""
     if name == "pos_embed":
         return value.ndim == 3 and getattr(getattr(model, "patch_embed", None), "grid_size", None) is not None
     return name.endswith(_TABLE) and value.ndim == 2
@@ -134,12 +134,12 @@ def _table(name: str, value: Tensor, model: nn.Module, source: nn.Module) -> tup
         extra = shape[0] - (2 * new[0] - 1) * (2 * new[1] - 1)
         side = (round((value.shape[0] - extra) ** 0.5) + 1) // 2
         if (2 * side - 1) ** 2 + extra != value.shape[0]:
-            return value, None  # listed as of another shape
+            return value, None  # `load` then reports another shape
         old = (side, side)
     oblong = {} if old[0] == old[1] else {"old_window_size": old}
     try:
         value = resize_rel_pos_bias_table(value, new_window_size=new, new_bias_shape=shape, **oblong)
-    except TypeError:  # an older timm, which takes every window for a square
+    except TypeError:  # an older timm, without old_window_size, supports square windows only
         raise UserError(
             f"timm {timm.__version__} cannot resize {name} from oblong windows of {by(old)}; install a newer timm"
         ) from None
@@ -147,7 +147,7 @@ def _table(name: str, value: Tensor, model: nn.Module, source: nn.Module) -> tup
 
 
 def _window_of(source: nn.Module, name: str, value: Tensor) -> Pair | None:
-    """The window of a table in the source model, if that is where the table comes from."""
+    """Returns the window size of a table in the source model; None if that has no table of the same shape."""
     try:
         module = source.get_submodule(name.rpartition(".")[0])
     except AttributeError:
@@ -171,12 +171,12 @@ def _absolute(
 
 
 def is_buffer(name: str) -> bool:
-    """Whether it is what a model computes from its sizes, and files may have as well."""
+    """Whether a name is that of a buffer that models compute from their sizes. Files may contain it, too."""
     return bool(_BUFFERS.search(name))
 
 
 def differences(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """What is missing, unexpected or of another shape, the first of each by name; "" if nothing is."""
+    """Describes what is missing, unexpected or of another shape, with the first names of each; "" if nothing is."""
     missing = [name for name in expected if name not in given]
     unexpected = [name for name in given if name not in expected]
     shapes = [

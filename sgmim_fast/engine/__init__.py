@@ -2,5 +2,5 @@
 
 `task`: the interface that a kind of training implements · `settings`: configurations from presets, files and options ·
 `command`: the command-line interface · `launch`: processes, lock and signals · `trainer`: the training loop ·
-`loader`: batches · `checkpoint` · `log`.
+`loader`: batches · `average`: moving averages of parameters · `checkpoint` · `log`.
 """

@@ -108,13 +108,13 @@ def capture(
 
 
 class _Seen(NamedTuple):
-    """Ran eagerly once."""
+    """A step that ran eagerly once."""
 
     alive: list[Any]  # objects whose identity is part of the key
 
 
 class _Watched(NamedTuple):
-    """Ran eagerly under the mode that detects what cannot be captured."""
+    """A step that also ran eagerly under the mode that detects operations that cannot be captured."""
 
     alive: list[Any]
     reason: str  # reason why it cannot be captured, or ""

@@ -129,7 +129,7 @@ class CrossAttention(nn.Module):
         logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
         if shown is not None:
             logits = logits.masked_fill(~shown[:, None, None], -torch.inf)
-            # Without any key, softmax of -inf would be NaN; the weights are 0 then.
+            # An image without any key gets weights 0; softmax of -inf alone would be NaN.
             weights = torch.where(shown.any(1)[:, None, None, None], logits, 0).softmax(-1)
             weights = weights * shown[:, None, None]
         else:

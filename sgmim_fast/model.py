@@ -245,6 +245,9 @@ class SGMIM(nn.Module):
             grid: number of mask units (rows, columns), or one number for a square grid.
             options: further arguments of `selective_mask`, such as `masking`, `ratio`, `generator`, `adaptive`.
 
+        Returns:
+            SelectiveMask, see `selective_mask`.
+
         Raises:
             TypeError, ValueError: see `selective_mask`; also if the encoder has no method `salience`.
         """

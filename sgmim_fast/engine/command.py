@@ -211,13 +211,13 @@ def _summary(trainer: Trainer, folder: Path) -> str:
 
 
 def _some(trainer: Trainer) -> range:
-    """At most about 1000 evenly spaced steps of the run."""
+    """Returns at most about 1000 evenly spaced steps of the run."""
     return range(0, trainer.steps, max(1, trainer.steps // 1000))
 
 
 def _dry_run(trainer: Trainer, folder: Path | None) -> None:
-    """Reads every file, reports what is known before the first step, and draws some items into the folder, or into a
-    temporary one.
+    """Reads every file, prints reports on settings and data, and draws some items into the folder, or into a temporary
+    one.
 
     Raises:
         UserError, DataError: the usable items do not fill a step.

@@ -108,7 +108,7 @@ class Swin(Fused):
         return windows_fit(x, self.window_area)
 
     def _position_bias(self) -> Tensor:
-        """The table of SwinV2's continuous relative position bias, (entries, heads)."""
+        """Computes the table of SwinV2's continuous relative position bias, (entries, heads)."""
         attn, mlp = self.attn, self.attn.cpb_mlp
         if self._left("position bias", POSITION_BIAS.why(attn)):
             return 16 * torch.sigmoid(mlp(attn.relative_coords_table).view(-1, attn.num_heads))
@@ -195,8 +195,8 @@ NORM_AND_PATH2 = Check(norm2=NORM, drop_path2=INACTIVE_DROP_PATH)
 
 
 class SwinTransformerV2Block(Swin, swin_transformer_v2.SwinTransformerV2Block):
-    """SwinV2: qkv, window attention on cosines, projection, norm1; MLP, norm2. The norms and what follows them are part
-    of the halves if they are timm's own, too."""
+    """SwinV2: qkv, cosine window attention, projection, norm1; MLP, norm2. A half's op includes its norm and residual
+    if the norm is timm's own and the drop path inactive."""
 
     timm, methods = swin_transformer_v2.SwinTransformerV2Block, ("_attn", "get_attn_mask")
     attention, mlp_half = Check(attn=SWINV2_ATTENTION), Check(mlp=MLP)
@@ -219,7 +219,7 @@ class SwinTransformerV2Block(Swin, swin_transformer_v2.SwinTransformerV2Block):
         return (flat + self.drop_path2(self.norm2(y))).view(x.shape)
 
     def _fused(self, x: Tensor) -> Tensor:
-        """The attention half, with norm and residual as far as nothing is between them."""
+        """Computes the attention half; norm and residual are part of the op if norm and drop path may be bypassed."""
         attn = self.attn
         bias = None if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
         options = {"bias": self._position_bias(), "logit_scale": attn.logit_scale.flatten()}

@@ -155,7 +155,7 @@ class CapturedStep:
         self.captures = 0
         self.reasons: list[str] = []
         self._calls = 0
-        self._news = {"backward": 0, "update": 0}  # number of successive calls with an unknown key
+        self._misses = {"backward": 0, "update": 0}  # number of successive calls with an unknown key
         self._modules: list[nn.Module] = []
         self._parameters: list[nn.Parameter] = []
         self._values: list[Iterable[Any]] = []  # views of the values in the modules' dictionaries
@@ -178,8 +178,8 @@ class CapturedStep:
         if self._possible():
             alive, key = self._model_key()
             shapes = [(x.shape, x.dtype, x.requires_grad) if isinstance(x, Tensor) else x for x in leaves]
-            key = ["backward", spec, *shapes, *_first_places(leaves), *_settings(self.device.type), *key]
-            result, captured = self._through(tuple(key), alive, leaves, run)
+            key = ["backward", spec, *shapes, *_first_occurrences(leaves), *_settings(self.device.type), *key]
+            result, captured = self._run_or_replay(tuple(key), alive, leaves, run)
         else:
             result, captured = run(self._on_device(leaves)), False
         self._calls += 1
@@ -187,7 +187,7 @@ class CapturedStep:
             capturable = all(group.get("capturable", True) for group in self.optimizer.param_groups)
             if captured and capturable:  # a replay writes gradients to the same addresses as the previous call
                 alive, key = self._update_key()
-                self._through(("update", *key), alive, [], lambda _: self._update())
+                self._run_or_replay(("update", *key), alive, [], lambda _: self._update())
                 torch.autograd.graph.increment_version(self._parameters)  # a replay does not increment it
             else:
                 self._update()
@@ -196,7 +196,7 @@ class CapturedStep:
     def _possible(self) -> bool:
         """Whether the device and the current stream allow a capture."""
         if self.device.type != Graph.device_type:
-            self._say(f"its parameters are on {self.device}, where there are no CUDA graphs")
+            self._warn(f"its parameters are on {self.device}, where there are no CUDA graphs")
             return False
         return self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()  # the caller may capture
 
@@ -288,14 +288,14 @@ class CapturedStep:
                 scaler.step(optimizer)
                 scaler.update()
 
-    def _through(
+    def _run_or_replay(
         self, key: tuple[Any, ...], alive: list[Any], leaves: list[Any], run: Callable[[list[Any]], Any]
     ) -> tuple[Any, bool]:
         """Runs `run(leaves)`, eagerly or as a graph. Returns its result, and whether a graph was replayed."""
         known = self._known.get(key)
-        self._news[key[0]] = self._news[key[0]] + 1 if known is None else 0
-        if self._news[key[0]] == 2 * MOST:
-            self._say(
+        self._misses[key[0]] = self._misses[key[0]] + 1 if known is None else 0
+        if self._misses[key[0]] == 2 * MOST:
+            self._warn(
                 "shapes, modules or their attributes are others at every call"
                 if key[0] == "backward"
                 else "numbers of the optimizer's groups are others at every step; a learning rate can be a tensor"
@@ -313,7 +313,7 @@ class CapturedStep:
                     result = run(values)
                 reason, generators = "; ".join(found.reasons), found.generators
             if reason:
-                self._say(reason)
+                self._warn(reason)
             self._remember(key, _Watched(alive, reason, generators))
             return result, False
         if isinstance(known, _Watched) and not known.reason:
@@ -326,7 +326,7 @@ class CapturedStep:
     def _record(
         self, watched: _Watched, leaves: list[Any], run: Callable[[list[Any]], Any], backward: bool
     ) -> _Recorded | _Watched:
-        inputs = self._own(leaves)
+        inputs = self._static_inputs(leaves)
         before = [p.grad for p in self._parameters]
         if backward:
             for p in self._parameters:
@@ -339,7 +339,7 @@ class CapturedStep:
             grads = [(p, p.grad) for p in self._parameters if backward and p.grad is not None]
         except RuntimeError as error:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            self._say(reason)
+            self._warn(reason)
             # the device's generator was given a new state, which earlier graphs do not use
             self._known = OrderedDict((k, v) for k, v in self._known.items() if not isinstance(v, _Recorded))
             self._pool = None
@@ -384,7 +384,7 @@ class CapturedStep:
         if len(self._known) > MOST:
             self._known.popitem(last=False)
 
-    def _say(self, reason: str) -> None:
+    def _warn(self, reason: str) -> None:
         if reason not in self.reasons:
             self.reasons.append(reason)
             _logger.warning("capture leaves %s eager: %s", type(self.model).__name__, reason)
@@ -392,10 +392,10 @@ class CapturedStep:
     def _on_device(self, leaves: list[Any]) -> list[Any]:
         return [x.to(self.device, non_blocking=True) if isinstance(x, Tensor) else x for x in leaves]
 
-    def _own(self, leaves: list[Any]) -> list[Any]:
+    def _static_inputs(self, leaves: list[Any]) -> list[Any]:
         """Allocates static inputs with the values of the leaves; leaves that are the same object share one."""
         own = [torch.empty_like(x, device=self.device) if isinstance(x, Tensor) else x for x in leaves]
-        own = [own[place] for place in _first_places(leaves)]
+        own = [own[place] for place in _first_occurrences(leaves)]
         _copy(own, leaves)
         return own
 
@@ -409,7 +409,7 @@ def _copy(to: list[Any], leaves: list[Any]) -> None:
             own.copy_(leaf, non_blocking=True)
 
 
-def _first_places(leaves: list[Any]) -> list[int]:
+def _first_occurrences(leaves: list[Any]) -> list[int]:
     """Returns the index of each leaf's first occurrence, since a model may test whether inputs are the same object."""
     first: dict[int, int] = {}
     return [first.setdefault(id(leaf), place) for place, leaf in enumerate(leaves)]

@@ -84,20 +84,20 @@ class Decoder(nn.Module):
         Returns:
             (B, N, width), after the norm.
         """
-        y = self.embed(encoded.tokens) + self._of(visible, grid)
-        return self._kept(self._everywhere, y, encoded.prefix, visible, grid)[:, self.prefix_tokens :]
+        y = self.embed(encoded.tokens) + self._positions_of(visible, grid)
+        return self._checkpointed(self._all_cells, y, encoded.prefix, visible, grid)[:, self.prefix_tokens :]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Enables or disables checkpointing of the blocks, like timm's method. The encoder has a switch of its own."""
         self.grad_checkpointing = enable
 
-    def _kept(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+    def _checkpointed(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
         """Computes `function(*args)`, with checkpointing if it is enabled."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(function, *args, use_reentrant=False)
         return function(*args)
 
-    def _everywhere(self, y: Tensor, prefix: Tensor, visible: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _all_cells(self, y: Tensor, prefix: Tensor, visible: Tensor, grid: tuple[int, int]) -> Tensor:
         rows, place = self._rows(y, prefix, visible, grid)
         return self.norm(self.blocks(place(rows)))
 
@@ -105,20 +105,22 @@ class Decoder(nn.Module):
         """Computes the tokens of masked cells only, which the loss needs: (masked cells, width), after the norm, in the
         order of `masked`. The last block's MLP and the norm process these tokens only. The first block's norm and qkv
         process the tokens of masked cells, which are the same in all images, only once. See `forward` for the rest."""
-        y = ops.norm_linear(encoded.tokens, self.embed.weight, self.embed.bias, residual=self._of(visible, grid))
-        return self._kept(self._where_masked, y, encoded.prefix, visible, masked, grid)
+        y = ops.norm_linear(
+            encoded.tokens, self.embed.weight, self.embed.bias, residual=self._positions_of(visible, grid)
+        )
+        return self._checkpointed(self._masked_cells, y, encoded.prefix, visible, masked, grid)
 
-    def _where_masked(
+    def _masked_cells(
         self, y: Tensor, prefix: Tensor, visible: Tensor, masked: Tensor, grid: tuple[int, int]
     ) -> Tensor:
         rows, place = self._rows(y, prefix, visible, grid)
-        looked_at, last = self._places(masked, grid), len(self.blocks) - 1
+        masked_tokens, last = self._token_indices(masked, grid), len(self.blocks) - 1
         x = place(rows)
         for i, block in enumerate(self.blocks):
             halves = i in (0, last) and not _HALVES[i].why(self.blocks) and not block._as_timm(x)
             x = block.first_half(x, *((rows, place) if i == 0 else ())) if halves else block(x)
             if i == last:
-                x = x.flatten(0, 1).index_select(0, looked_at)
+                x = x.flatten(0, 1).index_select(0, masked_tokens)
             x = block.second_half(x) if halves else x
         return self.norm(x)
 
@@ -130,7 +132,7 @@ class Decoder(nn.Module):
         The rows are those of visible cells, of prefix tokens, and P + N rows that masked cells have in every image. The
         function maps (rows, C) -> (B, P + N, C)."""
         table, images = self._positions(grid), len(prefix)
-        every, places = self.mask_token[0] + table, self._places(visible, grid)
+        every, places = self.mask_token[0] + table, self._token_indices(visible, grid)
         own = [y.to(every.dtype)]
         if self.prefix_tokens:
             first = torch.arange(images, device=y.device)[:, None] * len(table)
@@ -155,11 +157,11 @@ class Decoder(nn.Module):
             )
         return sincos_positions(grid, self.num_features, self.prefix_tokens, self.pos_embed.device).to(self.pos_embed)
 
-    def _of(self, cells: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _positions_of(self, cells: Tensor, grid: tuple[int, int]) -> Tensor:
         """Returns the positions (n, width) of the given cells."""
         return F.embedding(cells % (grid[0] * grid[1]) + self.prefix_tokens, self._positions(grid))
 
-    def _places(self, cells: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _token_indices(self, cells: Tensor, grid: tuple[int, int]) -> Tensor:
         """Converts indices of cells to indices of tokens in all images, each of which begins with the prefix."""
         return cells if not self.prefix_tokens else cells + (cells // (grid[0] * grid[1]) + 1) * self.prefix_tokens
 
@@ -181,7 +183,7 @@ _HALVES = tuple(
 def _own(depth: int) -> Check:
     children = dict.fromkeys(map(str, range(depth)))
     blocks = Own(nn.Sequential, methods=("__iter__", "__len__"), **children)
-    methods = ("masked", "_kept", "_where_masked", "_rows", "_positions", "_of", "_places")
+    methods = ("masked", "_checkpointed", "_masked_cells", "_rows", "_positions", "_positions_of", "_token_indices")
     own = Own(Decoder, tensors=("mask_token", "pos_embed"), methods=methods, embed=BIASED, blocks=blocks, norm=None)
     return Check(decoder=own)
 

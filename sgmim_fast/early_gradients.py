@@ -56,9 +56,9 @@ class _Early(torch.autograd.Function):
         for function in losses:
             with torch.enable_grad():
                 loss = function(*inputs)
-            grads = _apart(torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ())
+            grads = _unshared(torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ())
             loss = loss.detach()
-            total, found = (loss, grads) if total is None else (total + loss, _sums(found, grads))
+            total, found = (loss, grads) if total is None else (total + loss, _add_in_place(found, grads))
         ctx.save_for_backward(*tensors)
         ctx.needs, ctx.found = needs, found
         return total
@@ -78,7 +78,7 @@ class _Early(torch.autograd.Function):
         return None, None, *scaled
 
 
-def _apart(grads: Iterable[Tensor | None]) -> list[Tensor | None]:
+def _unshared(grads: Iterable[Tensor | None]) -> list[Tensor | None]:
     """Returns gradients that can be changed in place: contiguous, and not sharing memory, as an addition's two do."""
     found: list[Tensor | None] = []
     seen = set()
@@ -91,7 +91,7 @@ def _apart(grads: Iterable[Tensor | None]) -> list[Tensor | None]:
     return found
 
 
-def _sums(first: Iterable[Tensor | None], second: Iterable[Tensor | None]) -> list[Tensor | None]:
+def _add_in_place(first: Iterable[Tensor | None], second: Iterable[Tensor | None]) -> list[Tensor | None]:
     """Adds two lists of gradients, in place into the first."""
     pairs = zip(first, second, strict=True)
     return [b if a is None else a if b is None else a.add_(b) for a, b in pairs]

@@ -32,7 +32,7 @@ SUPPORTED = (
     "with rotary positions (eva*, vit_*_rope_*, vit_*_dinov3)"
 )
 # timm module -> why its models, which users often request, are not supported
-_APART = {
+_UNSUPPORTED = {
     "hiera": "the patches of its stem overlap, so that visible tokens would read masked pixels",
     "convnext": "its convolutions would mix masked places into visible ones unless every one of them was masked",
 }
@@ -384,7 +384,7 @@ def image_size(encoder: object) -> tuple[int, int] | None:
 def _why_not(base: str) -> str:
     """Returns the part of the error message that explains why a model is not supported."""
     if timm.is_model(base):
-        return next((f": {why}" for module, why in _APART.items() if is_model_in_modules(base, {module})), "")
+        return next((f": {why}" for module, why in _UNSUPPORTED.items() if is_model_in_modules(base, {module})), "")
     return f"; timm has no model of that name{nearest_name(base)}"
 
 

@@ -196,8 +196,8 @@ def selective_mask(
         device = generator.device if generator is not None else torch.device("cpu")
     counts = _counts(ratios, rows * columns, "ratio")
     drawn = draw(_seed(seed, generator, device), counts, (rows, columns), scale)
-    left = tuple(scale**2 * (rows * columns - count) for count in counts)
-    return _with_shown(drawn, batch, (rows, columns), scale, shown, generator, device, seed, left)
+    visible_counts = tuple(scale**2 * (rows * columns - count) for count in counts)
+    return _with_shown(drawn, batch, (rows, columns), scale, shown, generator, device, seed, visible_counts)
 
 
 def _seed(seed: Tensor | None, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
@@ -215,23 +215,23 @@ def _with_shown(
     generator: torch.Generator | None,
     device: torch.device | str,
     seed: Tensor | None,
-    left: tuple[int, ...] | None = None,
+    visible_counts: tuple[int, ...] | None = None,
 ) -> SelectiveMask:
-    """Completes a drawn mask by the cells where the structure is shown. `left` are the mask's `counts`."""
+    """Completes a drawn mask by the cells where the structure is shown. `visible_counts` are the mask's `counts`."""
     (mask, visible, masked), units = drawn, grid[0] * grid[1]
     if shown == "masked":
-        return SelectiveMask(mask, mask, visible, masked, masked, left)
+        return SelectiveMask(mask, mask, visible, masked, masked, visible_counts)
     if shown == "visible":
-        return SelectiveMask(mask, ~mask, visible, masked, visible, left)
+        return SelectiveMask(mask, ~mask, visible, masked, visible, visible_counts)
     if shown == "all":
         every, _, rows_shown = draw(_seed(seed, generator, device), [units] * batch, grid, scale)
-        return SelectiveMask(mask, every, visible, masked, rows_shown, left)
+        return SelectiveMask(mask, every, visible, masked, rows_shown, visible_counts)
     if isinstance(shown, str):
         raise ValueError(f"shown is {shown!r}; expected 'masked', 'visible', 'all' or a number between 0 and 1")
     counts = _counts([float(shown)] * batch, units, "shown")
     other = _seed(None, generator, device) if seed is None else seed ^ 0x80000000
     hidden, rows_shown, _ = draw(other, counts, grid, scale)
-    return SelectiveMask(mask, ~hidden, visible, masked, rows_shown, left)
+    return SelectiveMask(mask, ~hidden, visible, masked, rows_shown, visible_counts)
 
 
 def _counts(ratios: list[float], units: int, name: str) -> list[int]:
@@ -292,8 +292,8 @@ def search(mask: Tensor, down: int, across: int) -> SelectiveMask | DenseMask:
     flat = cells.flatten()
     rows_masked = Rows(torch.nonzero_static(flat, size=total).squeeze(1), offsets[0])
     rows_visible = Rows(torch.nonzero_static(~flat, size=flat.numel() - total).squeeze(1), offsets[1])
-    left = tuple(down * across - int(count) for count in per_image)
-    return SelectiveMask(cells, cells, rows_visible, rows_masked, rows_masked, left)
+    visible_counts = tuple(down * across - int(count) for count in per_image)
+    return SelectiveMask(cells, cells, rows_visible, rows_masked, rows_masked, visible_counts)
 
 
 def cells_of(mask: SelectiveMask, down: int, across: int) -> SelectiveMask:

@@ -55,9 +55,8 @@ class SGMIM(nn.Module):
         accelerate: compute the encoder's timm blocks through fused ops, with parameters and state dict unchanged. This
             calls `sgmim_fast.accelerate` on `encoder`, in place. False leaves the encoder unchanged.
         decoder: `Decoder(encoder)`, for an encoder made by `create_encoder(..., visible_only=True)`. The image is then
-            predicted from the tokens of the visible patches, as in MAE; the guidance stays the same. This costs half to
-            a third, and is not what the paper does. None: the encoder sees mask tokens, and the image head predicts
-            from the encoder's tokens.
+            predicted from the tokens of visible patches, as in MAE, with the same guidance. This costs half to a third,
+            and is not what the paper does. None: the encoder sees mask tokens; the image head predicts from its tokens.
         target: "pixels" (published), or "normalized_patch": the pixels of each cell minus their mean, divided by their
             standard deviation.
         loss: "l1" (published) or "l2" between predicted and target image. The structure loss is always L1.
@@ -131,8 +130,7 @@ class SGMIM(nn.Module):
         Args:
             images: (B, in_chans, H, W), floating point, normalised; H and W are multiples of the encoder stride.
             structure: (B, S, H, W), floating point, standardised (`standardize_structure`); ignored without guidance.
-                Raw and non-finite values raise an error; on a GPU a device-side assertion does so, without
-                synchronising.
+                Raw and non-finite values raise an error, on a GPU by a device-side assertion that does not synchronise.
             mask: 1 = masked. A `SelectiveMask`, or a tensor (B, H / p, W / p) of bool or 0/1 numbers, where p is the
                 encoder's patch size. A tensor is searched for its masked rows, which on a GPU synchronises once per
                 call, and breaks the graph of torch.compile once.
@@ -147,11 +145,11 @@ class SGMIM(nn.Module):
             TypeError, ValueError: an argument is invalid; the message names it, its value and what is expected.
         """
         if positional:
-            return_losses = _fourth(positional, return_losses)
+            return_losses = _positional_return_losses(positional, return_losses)
         self._check(images, structure, mask, structure_valid)
         cells = self._grid(images)
         if self.decoder is not None:
-            mask = _lists(mask, cells)
+            mask = _with_row_lists(mask, cells)
         elif unmodified.transformed():
             mask = without_lists(mask)  # row lists would become constants of the traced graph
         elif isinstance(mask, Tensor):
@@ -205,7 +203,7 @@ class SGMIM(nn.Module):
         """
         self._check(images, structure, mask, structure_valid)
         if self.decoder is not None:
-            mask = _lists(mask, self._grid(images))
+            mask = _with_row_lists(mask, self._grid(images))
         else:
             if isinstance(mask, Tensor):
                 search(mask, *self._grid(images))  # raises if a value is neither 0 nor 1
@@ -275,7 +273,9 @@ class SGMIM(nn.Module):
         if self.decoder is not None and not why:
             why = decoder.changed(self)
         if why:
-            unmodified.say(f"the heads and the branch of SGMIM compute every token, as PyTorch's own modules: {why}")
+            unmodified.warn_once(
+                f"the heads and the branch of SGMIM compute every token, as PyTorch's own modules: {why}"
+            )
         return bool(why)
 
     def _encode(self, images: Tensor, mask: SelectiveMask | DenseMask) -> Tensor | VisibleTokens:
@@ -363,7 +363,7 @@ class SGMIM(nn.Module):
         return {f"encoder.{name}" for name in names} | positions | decoded
 
 
-def _fourth(positional: tuple[bool, ...], return_losses: bool) -> bool:
+def _positional_return_losses(positional: tuple[bool, ...], return_losses: bool) -> bool:
     """Returns `return_losses` given as the fourth positional argument, as 0.1 allowed, with a warning."""
     if len(positional) > 1 or return_losses:
         raise TypeError("forward takes images, structure and mask by position; return_losses and the rest by name")
@@ -411,7 +411,7 @@ def _check_decoder(encoder: nn.Module, decoder: nn.Module | None) -> None:
         )
 
 
-def _lists(mask: Tensor | SelectiveMask, cells: tuple[int, int]) -> SelectiveMask:
+def _with_row_lists(mask: Tensor | SelectiveMask, cells: tuple[int, int]) -> SelectiveMask:
     """Returns the mask with row lists, which an encoder of visible patches needs."""
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError(

@@ -112,7 +112,7 @@ def tune(
         raise RuntimeError("SGMIM_FAST_TUNED is 0: what is tuned would not be used")
     device = next((p.device for p in model.parameters()), torch.device("cpu")).type
     step = _step(model, batch, dtype, device)
-    with _left_alone(model, device):
+    with _state_restored(model, device):
         calls = _Calls()
         with _watched(calls):
             step()
@@ -197,7 +197,7 @@ def _inputs(model: Any, batch: int, device: str) -> tuple[Tensor, Tensor | None,
 
 
 @contextlib.contextmanager
-def _left_alone(model: nn.Module, device: str) -> Iterator[None]:
+def _state_restored(model: nn.Module, device: str) -> Iterator[None]:
     """Restores gradients, buffers and random generators on exit."""
     grads = [(p, p.grad) for p in model.parameters()]
     kept = [(b, b.detach().clone()) for b in model.buffers()]
@@ -254,28 +254,28 @@ class _Meter:
         backends.WATCHED.remove(self)  # ops called during the measurement are not part of the step
         try:
             with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS):
-                calls = self._right(op, part, args, ways, composed, found)
+                calls = self._correct(op, part, args, ways, composed, found)
                 found.seconds[part] = self._time(calls)
         finally:
             backends.WATCHED.append(self)
 
-    def _right(
+    def _correct(
         self, op: str, part: str, args: Sequence[Any], ways: Sequence[str], composed: bool, found: _Measured
     ) -> dict[str, Callable[[], Any]]:
         """Returns a call for each way whose results are correct. Plain PyTorch is correct by definition."""
-        truth = [t.double() for t in _results(_bound(op, part, "torch", _exact(args), composed)())]
-        plain = _results(_bound(op, part, "torch", args, composed)())
-        bounds = [_bounds(p, t) for p, t in zip(plain, truth, strict=True)]
+        truth = [t.double() for t in _results(_prepared(op, part, "torch", _exact(args), composed)())]
+        plain = _results(_prepared(op, part, "torch", args, composed)())
+        tolerances = [_tolerances(p, t) for p, t in zip(plain, truth, strict=True)]
         del plain
         calls = {}
         for way in ways:
             if way in found.refused:
                 continue
             try:
-                call = _bound(op, part, way, args, composed)
+                call = _prepared(op, part, way, args, composed)
                 if way != "torch":
-                    for i, (r, t, bound) in enumerate(zip(_results(call()), truth, bounds, strict=True)):
-                        if r.shape != t.shape or not all(map(operator.le, error := _norms(r.double() - t), bound)):
+                    for i, (r, t, tolerance) in enumerate(zip(_results(call()), truth, tolerances, strict=True)):
+                        if r.shape != t.shape or not all(map(operator.le, error := _norms(r.double() - t), tolerance)):
                             norm = _norms(t)[0]
                             raise ArithmeticError(f"result {i} of its {part} is off by {error[0]:.2g} of {norm:.2g}")
                 calls[way] = call
@@ -294,7 +294,7 @@ class _Meter:
         return best
 
 
-def _bound(op: str, part: str, way: str, args: Sequence[Any], composed: bool) -> Callable[[], Any]:
+def _prepared(op: str, part: str, way: str, args: Sequence[Any], composed: bool) -> Callable[[], Any]:
     """Returns a call of one way. For a composed op's backward it first runs the forward, for the tensors it saves."""
     function = backends.implementation(op, part, way)
     if not composed or part == "forward":
@@ -327,7 +327,7 @@ def _norms(t: Tensor) -> tuple[float, float]:
     return torch.linalg.vector_norm(t).item(), torch.linalg.vector_norm(t, torch.inf).item()
 
 
-def _bounds(plain: Tensor, truth: Tensor) -> list[float]:
+def _tolerances(plain: Tensor, truth: Tensor) -> list[float]:
     """Returns the tolerances in both norms of `_norms`; integers must be equal."""
     if not plain.is_floating_point():
         return [0.0, 0.0]

@@ -181,7 +181,7 @@ def save(device: str, choices: Mapping[tuple[str, str, Key], str]) -> Path:
         OSError: the file cannot be written. This process uses the choices nevertheless.
     """
     use(device, choices)
-    entries = [[op, part, _plain(key), name] for (op, part, key), name in choices.items()]
+    entries = [[op, part, _to_json(key), name] for (op, part, key), name in choices.items()]
     called = _digest(sorted(entry[:3] for entry in map(_text, entries)))[:16]
     content = {"format": FORMAT, "machine": machine(device), "choices": entries}
     path = table_folder(device) / f"{called}.json"
@@ -211,13 +211,13 @@ def read(device: str) -> Table:
     try:
         files = sorted(table_folder(device).glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
     except OSError as error:
-        _say(folder(), error.strerror or str(error))
+        _warn(folder(), error.strerror or str(error))
         return {}
     for path in files:
         try:
             found |= _checked(json.loads(path.read_text()), device)
         except (OSError, ValueError, RecursionError) as error:
-            _say(path, str(error))
+            _warn(path, str(error))
     return found
 
 
@@ -229,7 +229,7 @@ def describe(device: str) -> str:
     return f"{count} choices in {table_folder(device)}" if count else "nothing (sgmim-fast tune)"
 
 
-def _say(path: Path, why: str) -> None:
+def _warn(path: Path, why: str) -> None:
     logging.getLogger("sgmim_fast").warning(
         "what was tuned is not used, `sgmim-fast tune` makes it anew: %s: %s", path, why
     )
@@ -248,18 +248,18 @@ def _checked(content: Any, device: str) -> Table:
         raise ValueError("its checksum is wrong")
     if content["machine"] != machine(device):
         raise ValueError("it was measured on another machine or with other versions")
-    return {(op, part, _read(key)): name for op, part, key, name in content["choices"]}
+    return {(op, part, _from_json(key)): name for op, part, key, name in content["choices"]}
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     """Converts a key to JSON types: shapes and groups become lists, dtypes become their names."""
     if isinstance(value, tuple):
-        return [_plain(entry) for entry in value]
+        return [_to_json(entry) for entry in value]
     return str(value) if isinstance(value, torch.dtype) else value
 
 
-def _read(value: Any) -> Any:
-    """Converts a key from JSON types, the inverse of `_plain`."""
+def _from_json(value: Any) -> Any:
+    """Converts a key from JSON types, the inverse of `_to_json`."""
     if isinstance(value, list):
-        return tuple(_read(entry) for entry in value)
+        return tuple(_from_json(entry) for entry in value)
     return getattr(torch, value.removeprefix("torch.")) if isinstance(value, str) else value

@@ -49,17 +49,17 @@ class _Piece(NamedTuple):
     masked: slice
 
 
-LEAST = {"cpu": 1536, "cuda": 16384}  # smallest number of tokens of a piece; fewer make gemms and launches inefficient
-LITTLE = 0.4  # do not split if activations need at most this share of what an encoder with mask tokens would need
+MIN_TOKENS = {"cpu": 1536, "cuda": 16384}  # smallest piece of a batch; with fewer tokens gemms and launches cost more
+UNSPLIT_SHARE = 0.4  # a batch is not split if activations need at most this share of an encoder's with mask tokens
 
 
 def _pieces(model: nn.Module, mask: SelectiveMask) -> Iterator[_Piece]:
     """Yields the pieces of a batch that are decoded one after the other, so that only one needs memory at a time."""
     batch, cells = len(mask.mask), mask.mask.shape[1] * mask.mask.shape[2]
     encoder, decoder = (len(part.blocks) * part.num_features for part in (model.encoder.model, model.decoder))
-    little = mask.visible.index.shape[0] * encoder + batch * cells * decoder <= LITTLE * batch * cells * encoder
-    least = LEAST.get(mask.mask.device.type, LEAST["cuda"])
-    pieces = 1 if little else min(max(batch * cells // least, 1), batch)
+    unsplit = mask.visible.index.shape[0] * encoder + batch * cells * decoder <= UNSPLIT_SHARE * batch * cells * encoder
+    min_tokens = MIN_TOKENS.get(mask.mask.device.type, MIN_TOKENS["cuda"])
+    pieces = 1 if unsplit else min(max(batch * cells // min_tokens, 1), batch)
     if pieces == 1:  # avoids visible_counts, which may synchronise
         yield _Piece(slice(0, batch), slice(None), slice(None))
         return

@@ -19,7 +19,7 @@ from sgmim_fast import SGMIM, visible
 @pytest.fixture
 def pieces(monkeypatch):
     """Every image is a piece of its own; says how many were decoded at once."""
-    monkeypatch.setitem(visible.LEAST, "cpu", 1)
+    monkeypatch.setitem(visible.MIN_TOKENS, "cpu", 1)
     seen, own = [], visible._distance
 
     def distance(model: SGMIM, tokens: Tensor, images: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -53,7 +53,7 @@ def test_the_least_tokens_of_a_piece(monkeypatch):
     model, size = make()
     mask = drawn(model, size, 7)
     for least, expected in ((1, 7), (16, 7), (17, 6), (57, 1), (1000, 1)):
-        monkeypatch.setitem(visible.LEAST, "cpu", least)
+        monkeypatch.setitem(visible.MIN_TOKENS, "cpu", least)
         found = list(visible._pieces(model, mask))
         assert len(found) == expected
         lengths = 7, len(mask.visible.index), len(mask.masked.index)
@@ -63,7 +63,7 @@ def test_the_least_tokens_of_a_piece(monkeypatch):
 
 @pytest.mark.parametrize("ratio, expected", [(0.5, 4), (0.99, 1)])
 def test_few_visible_cells_are_decoded_at_once(monkeypatch, ratio, expected):
-    monkeypatch.setitem(visible.LEAST, "cpu", 1)
+    monkeypatch.setitem(visible.MIN_TOKENS, "cpu", 1)
     model, size = make(depth=1)
     assert len(list(visible._pieces(model, drawn(model, size, 4, ratio=ratio)))) == expected
 

@@ -224,7 +224,7 @@ def test_every_op_has_a_key(op):
     assert [part for _, part, _ in mine] == ["forward", "backward"][: len(mine)] and mine
     if op in COMPOSED:
         assert mine[0][2] == mine[1][2]
-    assert all(tuned._read(json.loads(json.dumps(tuned._plain(key)))) == key for *_, key in calls)
+    assert all(tuned._from_json(json.loads(json.dumps(tuned._to_json(key)))) == key for *_, key in calls)
 
 
 def _tensors(args):

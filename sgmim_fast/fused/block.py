@@ -36,7 +36,7 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm | None, weight: Tensor, bias: Tens
     return ops.norm_linear(x, weight, bias, **vectors(norm))
 
 
-def here(x: Tensor) -> bool:
+def supported(x: Tensor) -> bool:
     """Whether there are kernels for the device and dtype of x. If not, timm's own forward runs."""
     return (x.device.type == "cpu" or x.dtype != torch.float64) and _has_kernels(x.device.type)
 
@@ -103,14 +103,14 @@ class Fused:
     def _as_timm(self, x: Tensor) -> bool:
         """Whether timm's own forward must run for the whole block, independently of the children."""
         why = unmodified.changed_call(x) or self._changed()
-        if not why and not here(x):
+        if not why and not supported(x):
             why = f"there are no kernels for {x.dtype} on {x.device.type}"
         return self._left("whole", why)
 
     def _left(self, part: str, why: str) -> bool:
         """Whether a part runs as in timm, i.e. `why` is not empty. Logs the reason once."""
         if why:
-            unmodified.say(f"the {part} of a {type(self).__name__} runs as timm has it: {why}")
+            unmodified.warn_once(f"the {part} of a {type(self).__name__} runs as timm has it: {why}")
         return bool(why)
 
     def _through(self, after: Check, x: Tensor) -> Tensor:

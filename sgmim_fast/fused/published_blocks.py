@@ -49,7 +49,7 @@ class _Published(Fused):
 
     def _left(self, part: str, why: str) -> bool:
         if why and "_tried" not in self.__dict__:
-            unmodified.say(f"the {part} of a {self.timm.__name__} runs as its own class has it: {why}")
+            unmodified.warn_once(f"the {part} of a {self.timm.__name__} runs as its own class has it: {why}")
         return bool(why)
 
     def __reduce_ex__(self, protocol: int) -> Any:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sgmim_fast import ops
 from sgmim_fast.fused import unmodified
-from sgmim_fast.fused.block import gemm_dtype, here
+from sgmim_fast.fused.block import gemm_dtype, supported
 from sgmim_fast.fused.unmodified import IDENTITY, NORM, PATCHES, Check, Own
 
 
@@ -39,10 +39,10 @@ def stem_fits(encoder: nn.Module, x: Tensor) -> bool:
         if not why and not encoder.visible_only:
             why = _token(encoder._parameters.get("mask_token"), stem.proj.weight)
     if why:
-        unmodified.say(f"the stem of a {type(encoder.model).__name__} runs as timm has it: {why}")
+        unmodified.warn_once(f"the stem of a {type(encoder.model).__name__} runs as timm has it: {why}")
         return False
     p = stem.patch_size[0]
-    return here(x) and x.shape[2] % p == 0 and x.shape[3] % p == 0  # timm pads other sizes
+    return supported(x) and x.shape[2] % p == 0 and x.shape[3] % p == 0  # timm pads other sizes
 
 
 def masked_stem(stem: PatchEmbed, x: Tensor, mask_token: Tensor, visible: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ _said: set[str] = set()
 
 
 @torch.compiler.assume_constant_result
-def say(message: str) -> None:
+def warn_once(message: str) -> None:
     """Logs a warning once per message, also while torch.compile traces."""
     if message not in _said:
         _said.add(message)

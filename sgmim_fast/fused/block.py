@@ -23,17 +23,17 @@ from sgmim_fast.ops.window_attention import most_tokens_on_a_gpu
 PATH1, PATH2 = Check(drop_path1=INACTIVE_DROP_PATH), Check(drop_path2=INACTIVE_DROP_PATH)
 
 
-def vectors(norm: nn.LayerNorm | None) -> dict[str, Any]:
+def norm_arguments(norm: nn.LayerNorm | None) -> dict[str, Any]:
     return {} if norm is None else {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
 
 
 def norm_mlp(x: Tensor, norm: nn.LayerNorm | None, mlp: Mlp, **options: Any) -> Tensor:
     layers = mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
-    return ops.norm_mlp(x, *layers, **vectors(norm), **options)
+    return ops.norm_mlp(x, *layers, **norm_arguments(norm), **options)
 
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm | None, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return ops.norm_linear(x, weight, bias, **vectors(norm))
+    return ops.norm_linear(x, weight, bias, **norm_arguments(norm))
 
 
 def supported(x: Tensor) -> bool:
@@ -52,7 +52,7 @@ def _has_kernels(device: str) -> bool:
     return any(backends.can_run("window_attention", name)[0] for name in own)
 
 
-def windows_fit(x: Tensor, tokens: int) -> str:
+def windows_reason(x: Tensor, tokens: int) -> str:
     """Returns the reason why the kernels do not support windows of so many tokens; "" if they do. On a GPU timm's own
     attention computes large windows."""
     fit = x.device.type == "cpu" or tokens <= most_tokens_on_a_gpu(gemm_dtype(x))
@@ -105,15 +105,15 @@ class Fused:
         why = unmodified.changed_call(x) or self._changed()
         if not why and not supported(x):
             why = f"there are no kernels for {x.dtype} on {x.device.type}"
-        return self._left("whole", why)
+        return self._falls_back("whole", why)
 
-    def _left(self, part: str, why: str) -> bool:
+    def _falls_back(self, part: str, why: str) -> bool:
         """Whether a part runs as in timm, i.e. `why` is not empty. Logs the reason once."""
         if why:
             unmodified.warn_once(f"the {part} of a {type(self).__name__} runs as timm has it: {why}")
         return bool(why)
 
-    def _through(self, after: Check, x: Tensor) -> Tensor:
+    def _call_children(self, after: Check, x: Tensor) -> Tensor:
         for name in after.names:
             x = getattr(self, name)(x)
         return x
@@ -126,7 +126,7 @@ class Fused:
         if not outside and not after.why(self):
             return half(x, residual=True, **options)
         y = half(x, **options)
-        return x + self._through(after, scale * y if outside else y)
+        return x + self._call_children(after, scale * y if outside else y)
 
     @staticmethod
     def _added(x: Tensor, y: Tensor, scale: Tensor | None, path: nn.Module) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from sgmim_fast import ops
 from sgmim_fast.fused import unmodified
-from sgmim_fast.fused.block import PATH1, PATH2, Fused, norm_linear, norm_mlp, vectors
+from sgmim_fast.fused.block import PATH1, PATH2, Fused, norm_arguments, norm_linear, norm_mlp
 from sgmim_fast.fused.unmodified import BIASED, INACTIVE_DROPOUT, LINEAR, MLP, NORM, UNBIASED, Check, Own
 
 # The defaults of `attn_mask` and, in newer versions, `is_causal`. timm's forward passes them on, visible to hooks.
@@ -101,11 +101,11 @@ class EvaBlock(Fused, eva.EvaBlock):
         if self._as_timm(x) or attn_mask is not None or is_causal:
             options = {"attn_mask": attn_mask, "is_causal": is_causal}
             return super().forward(x, rope=rope, **{name: options[name] for name in _NO_MASK})
-        if self._left("attention", self._attention_reason()):
+        if self._falls_back("attention", self._attention_reason()):
             x = self._added(x, self.attn(self.norm1(x), rope=rope, **_NO_MASK), self.gamma_1, self.drop_path1)
         else:
             x = self._add(x, partial(self._attend, rope=rope), PATH1, self.gamma_1)
-        if self._left("mlp", self._mlp_reason()):
+        if self._falls_back("mlp", self._mlp_reason()):
             return self._added(x, self.mlp(self.norm2(x)), self.gamma_2, self.drop_path2)
         return self._add(x, self._gated, PATH2, self.gamma_2)
 
@@ -147,7 +147,7 @@ class EvaBlock(Fused, eva.EvaBlock):
         hidden = mlp.drop1(hidden)
         options |= {
             "residual": x if residual else None,
-            **vectors(None if type(mlp.norm) is nn.Identity else mlp.norm),
+            **norm_arguments(None if type(mlp.norm) is nn.Identity else mlp.norm),
         }
         return ops.norm_linear(hidden, mlp.fc2.weight, mlp.fc2.bias, **options)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sgmim_fast import backends
 from sgmim_fast.fused import unmodified
-from sgmim_fast.fused.block import Fused, norm_linear, windows_fit
+from sgmim_fast.fused.block import Fused, norm_linear, windows_reason
 from sgmim_fast.fused.swin_blocks import Swin, neighbours
 from sgmim_fast.fused.unmodified import BIASED, INACTIVE_DROP_PATH, INACTIVE_DROPOUT, LINEAR, NORM, SOFTMAX, Check, Own
 from sgmim_fast.fused.vit_blocks import one_window
@@ -47,7 +47,7 @@ class _Published(Fused):
                 return f"{name} is not what it was when the block was accelerated"
         return super()._changed()
 
-    def _left(self, part: str, why: str) -> bool:
+    def _falls_back(self, part: str, why: str) -> bool:
         if why and "_tried" not in self.__dict__:
             unmodified.warn_once(f"the {part} of a {self.timm.__name__} runs as its own class has it: {why}")
         return bool(why)
@@ -133,7 +133,7 @@ class _PublishedSwin(Swin, _Halves):
         height, width = self.input_resolution
         if x.ndim != 3 or x.shape[1] != height * width:
             return f"an input of shape {tuple(x.shape)}"
-        return windows_fit(x, self.window_size**2)
+        return windows_reason(x, self.window_size**2)
 
 
 class PublishedSwinBlock(_PublishedSwin):
@@ -149,13 +149,13 @@ class PublishedSwinBlock(_PublishedSwin):
         return unmodified.attention(type(attn), LINEAR, tensors=tensors, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._as_timm(x) or self._left("attention", self._attention_reason() or self._size_reason(x)):
+        if self._as_timm(x) or self._falls_back("attention", self._attention_reason() or self._size_reason(x)):
             return super().forward(x)
         attn, added = self.attn, not _INACTIVE.why(self)
         table = attn.relative_position_bias_table
         y = self._attend(self._map(x), self.norm1, attn.qkv.bias, bias=table, residual=added).flatten(1, 2)
         x = y if added else x + self.drop_path(y)
-        if self._left("mlp", self.mlp_half.why(self)):
+        if self._falls_back("mlp", self.mlp_half.why(self)):
             return x + self.drop_path(self.mlp(self.norm2(x)))
         return self._add(x, self._mlp, _INACTIVE)
 
@@ -174,7 +174,7 @@ class PublishedSwinV2Block(_PublishedSwin):
         return unmodified.attention(type(attn), unmodified.UNBIASED, tensors=tensors, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._as_timm(x) or self._left("attention", self._attention_reason() or self._size_reason(x)):
+        if self._as_timm(x) or self._falls_back("attention", self._attention_reason() or self._size_reason(x)):
             return super().forward(x)
         attn = self.attn
         if x.dtype == torch.float64 and (torch.compiler.is_compiling() or (attn.logit_scale > MAX_LOGIT_SCALE).any()):
@@ -184,7 +184,7 @@ class PublishedSwinV2Block(_PublishedSwin):
         y = self._attend(self._map(x), self.norm1, _qkv_bias(attn), **options, residual=added, post_norm=True)
         y = y.flatten(1, 2)
         x = y if added else x + self.drop_path(y)
-        if self._left("mlp", self.mlp_half.why(self)):
+        if self._falls_back("mlp", self.mlp_half.why(self)):
             return x + self.drop_path(self.norm2(self.mlp(x)))
         return self._add(x, partial(self._mlp, post_norm=True), _INACTIVE)
 
@@ -235,12 +235,12 @@ class PublishedViTBlock(_Halves):
         shared = given[0] if given else None
         if len(given) > 1 or self._as_timm(x):
             return super().forward(x, *args, **kwargs)
-        why = self._attention_reason() or self._own_reason(x, shared) or windows_fit(x, x.shape[1])
-        if self._left("attention", why):
+        why = self._attention_reason() or self._own_reason(x, shared) or windows_reason(x, x.shape[1])
+        if self._falls_back("attention", why):
             return super().forward(x, *args, **kwargs)
         gamma_1, gamma_2 = (getattr(self, name, None) for name in ("gamma_1", "gamma_2"))
         x = self._add(x, partial(self._fused, shared=shared), _INACTIVE, gamma_1)
-        if self._left("mlp", self.mlp_half.why(self)):
+        if self._falls_back("mlp", self.mlp_half.why(self)):
             return self._added(x, self.mlp(self.norm2(x)), gamma_2, self.drop_path)
         return self._add(x, self._mlp, _INACTIVE, gamma_2)
 
@@ -307,7 +307,7 @@ class PublishedPatchMerging(_Published):
         why = self.reasons()["reduction"]
         if not why and (x.ndim != 3 or x.shape[1] != height * width or height % 2 or width % 2):
             why = f"an input of shape {tuple(x.shape)}"
-        if self._as_timm(x) or self._left("reduction", why):
+        if self._as_timm(x) or self._falls_back("reduction", why):
             return super().forward(x)
         merged = neighbours(x.unflatten(1, (height, width))).flatten(1, 2)
         weight, bias = self.reduction.weight, self.reduction.bias

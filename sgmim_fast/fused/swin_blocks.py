@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from sgmim_fast import ops
 from sgmim_fast.fused import unmodified
-from sgmim_fast.fused.block import PATH1, PATH2, Fused, norm_linear, norm_mlp, vectors, windows_fit
+from sgmim_fast.fused.block import PATH1, PATH2, Fused, norm_arguments, norm_linear, norm_mlp, windows_reason
 from sgmim_fast.fused.unmodified import BIASED, INACTIVE_DROP_PATH, LINEAR, MLP, NORM, SOFTMAX, UNBIASED, Check, Own
 
 
@@ -105,12 +105,12 @@ class Swin(Fused):
     def _size_reason(self, x: Tensor) -> str:
         if not getattr(self, "dynamic_mask", False) and tuple(x.shape[1:3]) != tuple(self.input_resolution):
             return f"an input of {x.shape[1]}x{x.shape[2]} tokens"
-        return windows_fit(x, self.window_area)
+        return windows_reason(x, self.window_area)
 
     def _position_bias(self) -> Tensor:
         """Computes the table of SwinV2's continuous relative position bias, (entries, heads)."""
         attn, mlp = self.attn, self.attn.cpb_mlp
-        if self._left("position bias", POSITION_BIAS.why(attn)):
+        if self._falls_back("position bias", POSITION_BIAS.why(attn)):
             return 16 * torch.sigmoid(mlp(attn.relative_coords_table).view(-1, attn.num_heads))
         return ops.position_bias(attn.relative_coords_table, mlp[0].weight, mlp[0].bias, mlp[2].weight)
 
@@ -120,7 +120,9 @@ class Swin(Fused):
         layers = {"qkv_weight": attn.qkv.weight, "proj_weight": attn.proj.weight, "proj_bias": attn.proj.bias}
         sizes = attn.num_heads, _pair(self.window_size), _pair(self.shift_size)
         index = attn.relative_position_index
-        return ops.norm_attention(x, *sizes, **layers, qkv_bias=qkv_bias, index=index, **vectors(norm), **options)
+        return ops.norm_attention(
+            x, *sizes, **layers, qkv_bias=qkv_bias, index=index, **norm_arguments(norm), **options
+        )
 
 
 @lru_cache(maxsize=64)
@@ -164,7 +166,7 @@ class SwinTransformerBlock(Swin, swin_transformer.SwinTransformerBlock):
         if self._as_timm(x):
             return super().forward(x)
         why = self._attention_reason() or self._size_reason(x)
-        if self._left("attention", why):
+        if self._falls_back("attention", why):
             x = x + self.drop_path1(self._attn(self.norm1(x)))
         else:
             table, added = self.attn.relative_position_bias_table, not PATH1.why(self)
@@ -174,7 +176,7 @@ class SwinTransformerBlock(Swin, swin_transformer.SwinTransformerBlock):
         if not why and not PATH2.why(self):
             return self._mlp(x, residual=True)
         flat = x.flatten(1, 2)
-        y = self.mlp(self.norm2(flat)) if self._left("mlp", why) else self._mlp(flat)
+        y = self.mlp(self.norm2(flat)) if self._falls_back("mlp", why) else self._mlp(flat)
         return (flat + self.drop_path2(y)).view(x.shape)
 
 
@@ -209,13 +211,13 @@ class SwinTransformerV2Block(Swin, swin_transformer_v2.SwinTransformerV2Block):
         if self._as_timm(x):
             return super().forward(x)
         why = self._attention_reason() or self._size_reason(x)
-        fused = not self._left("attention", why)
+        fused = not self._falls_back("attention", why)
         x = self._fused(x) if fused else x + self.drop_path1(self.norm1(self._attn(x)))
         why = self.mlp_half.why(self)
         if not why and not NORM_AND_PATH2.why(self):
             return self._mlp(x, residual=True, post_norm=True)
         flat = x.flatten(1, 2)
-        y = self.mlp(flat) if self._left("mlp", why) else norm_mlp(flat, None, self.mlp)
+        y = self.mlp(flat) if self._falls_back("mlp", why) else norm_mlp(flat, None, self.mlp)
         return (flat + self.drop_path2(self.norm2(y))).view(x.shape)
 
     def _fused(self, x: Tensor) -> Tensor:
@@ -238,7 +240,7 @@ class PatchMerging(Fused, swin_transformer.PatchMerging):
         return {"reduction": self.bypassed.why(self)}
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._as_timm(x) or self._left("reduction", self.reasons()["reduction"]):
+        if self._as_timm(x) or self._falls_back("reduction", self.reasons()["reduction"]):
             return super().forward(x)
         return norm_linear(neighbours(x), self.norm, self.reduction.weight, self.reduction.bias)
 
@@ -253,7 +255,7 @@ class PatchMergingV2(Fused, swin_transformer_v2.PatchMerging):
         return {"reduction": self.bypassed.why(self)}
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._as_timm(x) or self._left("reduction", self.reasons()["reduction"]):
+        if self._as_timm(x) or self._falls_back("reduction", self.reasons()["reduction"]):
             return super().forward(x)
         return self.norm(norm_linear(neighbours(x), None, self.reduction.weight, self.reduction.bias))
 

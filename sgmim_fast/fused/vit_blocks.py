@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from sgmim_fast import ops
 from sgmim_fast.fused import unmodified
-from sgmim_fast.fused.block import PATH1, PATH2, Fused, norm_linear, vectors, windows_fit
+from sgmim_fast.fused.block import PATH1, PATH2, Fused, norm_arguments, norm_linear, windows_reason
 from sgmim_fast.fused.unmodified import IDENTITY, INACTIVE_DROP_PATH, LINEAR, NORM, UNBIASED, Check, Own
 from sgmim_fast.ops import target
 
@@ -45,7 +45,7 @@ def one_window(
         options = {"layer_scale": layer_scale, "residual": x if residual else None}
         return ops.norm_linear(attended, attn.proj.weight, attn.proj.bias, **options)
     layers = {"qkv_weight": attn.qkv.weight, "proj_weight": attn.proj.weight, "proj_bias": attn.proj.bias}
-    options = {"qkv_bias": qkv_bias, "bias": bias, "index": index, **vectors(norm)}
+    options = {"qkv_bias": qkv_bias, "bias": bias, "index": index, **norm_arguments(norm)}
     options |= {"layer_scale": layer_scale, "residual": residual}
     return ops.norm_attention(x.unsqueeze(1), attn.num_heads, (1, x.shape[1]), **layers, **options).squeeze(1)
 
@@ -89,12 +89,12 @@ class BeitBlock(Fused, beit.Block):
         scales = (None, None) if self.gamma_1 is None else (self.gamma_1, self.gamma_2)  # like timm, test gamma_1 only
         if self._as_timm(x) or (scales[0] is not None and scales[1] is None):
             return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
-        if self._left("attention", self._attention_reason() or windows_fit(x, x.shape[1])):
+        if self._falls_back("attention", self._attention_reason() or windows_reason(x, x.shape[1])):
             y = self.attn(self.norm1(x), shared_rel_pos_bias=shared_rel_pos_bias)
             x = self._added(x, y, scales[0], self.drop_path1)
         else:
             x = self._add(x, partial(self._fused, shared=shared_rel_pos_bias), PATH1, scales[0])
-        if self._left("mlp", self.mlp_half.why(self)):
+        if self._falls_back("mlp", self.mlp_half.why(self)):
             y = self.mlp(self.norm2(x))
             return self._added(x, y, scales[1], self.drop_path2)
         return self._add(x, self._mlp, PATH2, scales[1])
@@ -154,14 +154,14 @@ class ViTBlock(Fused, vision_transformer.Block):
         """Computes the attention half of all tokens x (B, N, C). If many tokens are equal, x may be given as
         `place(rows)` with the distinct rows (n, C), for which norm and qkv are then computed."""
         attn = self.attn
-        if self._left("attention", self.attention.why(self) or windows_fit(x, x.shape[1])):
+        if self._falls_back("attention", self.attention.why(self) or windows_reason(x, x.shape[1])):
             return x + self.drop_path1(self.ls1(attn(self.norm1(x), **_NO_MASK)))
         half = partial(self._fused, rows=rows, place=place)
         return self._add(x, half, *self._after(SCALE1, PATH1, SCALE_AND_PATH1))
 
     def second_half(self, x: Tensor) -> Tensor:
         """Computes the MLP half of tokens (..., C)."""
-        if self._left("mlp", self.mlp_half.why(self)):
+        if self._falls_back("mlp", self.mlp_half.why(self)):
             return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return self._add(x, self._mlp, *self._after(SCALE2, PATH2, SCALE_AND_PATH2))
 

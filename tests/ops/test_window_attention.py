@@ -257,7 +257,7 @@ def test_cpu_rejects_an_index_out_of_range():
 
 def test_what_triton_leaves_to_others():
     pytest.importorskip("triton", reason="the Triton backend needs triton")
-    from sgmim_fast.fused.block import windows_fit
+    from sgmim_fast.fused.block import windows_reason
     from sgmim_fast.kernels.primitives import takes
     from sgmim_fast.ops.window_attention import request
 
@@ -273,4 +273,4 @@ def test_what_triton_leaves_to_others():
     assert "dtype torch.float64" in reason(qkv.double())
     # which accelerated blocks know: there timm's attention is better than plain PyTorch's here
     elsewhere = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
-    assert not windows_fit(elsewhere, 256) and windows_fit(elsewhere, 257)
+    assert not windows_reason(elsewhere, 256) and windows_reason(elsewhere, 257)

@@ -1,8 +1,8 @@
-"""Checks of arguments that several ops share: one sentence that names the argument, what came and what is expected.
+"""Checks of arguments that several ops share. Each error names the argument, its actual and the expected value.
 
-They look at shapes, dtypes and devices, never at values, so that nothing waits for a GPU; `rows` and `image_rows` do,
-and look at CPU tensors alone, where nobody records what is done with them: on a GPU the kernels stay inside the tensors
-whatever the indices are.
+The checks read shapes, dtypes, layouts and devices, never values, so that none synchronises. The exceptions are `rows`
+and `image_rows`, which read the values of CPU tensors outside of any dispatch mode; on a GPU the kernels stay inside
+their tensors for any index.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 
 
 def shape(name: str, tensor: Tensor, expected: Sequence[int | None], meaning: str) -> None:
-    """Raises ValueError unless the tensor has this shape; None stands for any size. `meaning`: "(rows, channels)"."""
+    """Raises ValueError unless the tensor has the expected shape; None matches any size. `meaning`: "(rows,
+    channels)"."""
     actual = tuple(tensor.shape)
     fits = len(actual) == len(expected) and all(e is None or a == e for a, e in zip(actual, expected, strict=True))
     if not fits:
@@ -30,7 +31,7 @@ def floating(name: str, tensor: Tensor) -> None:
 
 
 def parameter(name: str, tensor: Tensor | None, expected: Sequence[int | None], meaning: str) -> None:
-    """`floating` and `shape`, of an argument that is there."""
+    """Applies `floating` and `shape` to an argument unless it is None."""
     if tensor is not None:
         floating(name, tensor)
         shape(name, tensor, expected, meaning)
@@ -45,7 +46,8 @@ def index(name: str, tensor: Tensor) -> None:
 
 
 def together(tensors: Iterable[tuple[str, Tensor]]) -> torch.device:
-    """The device that all tensors are on. Raises ValueError where they are on several, TypeError for a sparse one."""
+    """Returns the device of all tensors. Raises ValueError if they differ, TypeError for a layout that is not
+    strided."""
     device = None
     for name, tensor in tensors:
         if device is None:
@@ -58,7 +60,7 @@ def together(tensors: Iterable[tuple[str, Tensor]]) -> torch.device:
 
 
 def same_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor, cast: torch.dtype | None) -> None:
-    """Raises TypeError where dtypes differ and autocast does not `cast` both, as PyTorch's own linear does."""
+    """Raises TypeError if the dtypes differ and autocast does not `cast` both, as for `F.linear`."""
     if cast is None and tensor.dtype != other.dtype:
         raise TypeError(
             f"{name} has dtype {tensor.dtype} and {other_name} {other.dtype}; expected the same outside of autocast"
@@ -77,12 +79,12 @@ def cells(name: str, pixels: Tensor, cell: int) -> None:
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether values may be looked at: they are here, and no mode records or fakes what reads them."""
+    """Whether values can be read: the tensor is on a CPU, and no dispatch mode traces or fakes the call."""
     return tensor.device.type == "cpu" and not torch._C._len_torch_dispatch_stack()
 
 
 def rows(name: str, index: Tensor, limit: int, distinct: bool = True) -> None:
-    """Raises ValueError unless every index is from 0 to below `limit` and, if asked, none is there twice; on CPUs."""
+    """Raises ValueError unless indices are in [0, limit) and, if `distinct`, all differ. Checks CPU tensors only."""
     if not readable(index) or index.numel() == 0:
         return
     least, most = (int(x) for x in index.aminmax())
@@ -96,7 +98,7 @@ def rows(name: str, index: Tensor, limit: int, distinct: bool = True) -> None:
 
 
 def image_rows(name: str, index: Tensor, offsets: Tensor, cells: int) -> None:
-    """Raises ValueError unless `index` and `offsets` are `Rows` of images of so many cells; on CPU tensors alone."""
+    """Raises ValueError unless `index` and `offsets` are `Rows` of images of `cells` cells. Checks CPU tensors only."""
     if not readable(index):
         return
     starts, values = offsets.tolist(), index.tolist()

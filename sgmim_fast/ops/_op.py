@@ -1,22 +1,23 @@
 """Registration of one public op: schema, fake, autograd, autocast, and the choice of a backend at run time.
 
-An op declares its arguments once, as a NamedTuple of typed fields. Schemas, what is saved for the backward, the
-backward's arguments, its fake and the names in error messages follow from that.
+An op declares its arguments once, as a NamedTuple of typed fields. The schemas, the tensors saved for the backward, the
+backward's arguments, its fake and the names in error messages are derived from that declaration.
 
-The life of a call:
+The steps of a call:
 
-1.  The public function looks at what only it knows, and calls the op with its arguments in their order.
-2.  Where somebody may be watching (torch.compile, export, torch.func, a dispatch or function mode, a tensor subclass),
-    the registered operator `sgmim_fast::NAME` is called, and PyTorch's dispatcher leads on. In plain eager mode, where
-    it would only lead to the same Python functions (and takes as long as a small kernel), `Op.__call__` leads itself.
-3.  Autocast: its dtype becomes the `dtype` argument, unless that is given. Nothing below is cast a second time.
-4.  Autograd: where a gradient is wanted, `_Gradient` computes the result, and saves inputs and the forward's `saved`.
-5.  Devices, shapes and dtypes are checked (traced, too: then the fake gives shapes and nothing is computed).
-6.  `backends.choose` gives the function that computes: a composition bound to a backend's primitives, or a backend's
-    own.
-7.  Backward: `_Gradient` calls `sgmim_fast::NAME_backward`, which goes through 2, 5 and 6, on the forward's backend.
+1.  The public function checks what only it can check, and calls the op with the fields of its `Arguments` in order.
+2.  If anything may observe operator calls (torch.compile, export, torch.func, a dispatch or function mode, a tensor
+    subclass), the registered operator `sgmim_fast::NAME` is called through PyTorch's dispatcher. In plain eager mode
+    the dispatcher would only call the same Python functions, in as much time as a small kernel takes, so `Op.__call__`
+    bypasses it.
+3.  Autocast: its dtype is filled in as the `dtype` argument unless that is given. Nothing below is cast a second time.
+4.  Autograd: if a gradient is needed, `_Gradient` computes the result and saves the inputs and the forward's `saved`.
+5.  Devices, shapes and dtypes are checked, in traced calls too, where the fake returns shapes and nothing is computed.
+6.  `backends.choose` returns the function that computes the result: a composition bound to a backend's primitives, or a
+    function of the backend itself.
+7.  Backward: `_Gradient` calls `sgmim_fast::NAME_backward`, which goes through 2, 5 and 6 on the forward's backend.
 
-There is no second derivative and no forward-mode derivative: both raise.
+Second derivatives and forward-mode derivatives are not implemented: both raise.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torc
 )
 
 _PLAIN = {Tensor, torch.nn.Parameter}
-_MOST_SIGNATURES = 1024  # that are remembered of a part of an op: lists of rows may be of any length
+_MOST_SIGNATURES = 1024  # remembered per part of an op; lists of rows may have any length
 
-# What was chosen for the forward is chosen for its backward too, which may run later and in a thread of autograd's.
+# The backward uses the settings of its forward, although it may run later and in a thread of autograd.
 _CARRIED = (backends.FORCED, gemm.BFLOAT16_IN)
 
 _SCHEMA = {
@@ -53,17 +54,17 @@ _SCHEMA = {
 
 
 class Layout(NamedTuple):
-    """Of arguments with the tensors of lists in their place."""
+    """Describes flat arguments, in which every list is replaced by its tensors."""
 
-    names: list[str | None]  # of what is a tensor, or could be; None for the others
-    places: list[int]  # of what is one, or could be
+    names: list[str | None]  # names of the tensors, present or None; None for other arguments
+    places: list[int]  # positions of the tensors, present or None
 
 
 class Declaration:
-    """What a NamedTuple of typed fields says of arguments. A field may be a group of tensors, itself a NamedTuple.
+    """The arguments declared by a NamedTuple of typed fields. A field may be a group of tensors, itself a NamedTuple.
 
-    A group travels as a flat list. It may have class methods `nested(list)`, where it is not one tensor a field, and
-    `names(length)`, where errors should call its tensors other than its fields.
+    A group is passed as a flat list. It may have class methods `nested(list)`, which makes it from that list if it has
+    other than one tensor per field, and `names(length)`, the names of its tensors in errors if not those of its fields.
     """
 
     def __init__(self, kind: Any):
@@ -76,12 +77,12 @@ class Declaration:
         self._layouts: dict[tuple[int, ...], Layout] = {}
 
     def schema(self, optional: Sequence[str] = ()) -> str:
-        """The arguments of a schema; those named may be left out."""
+        """Returns the arguments of a schema; those in `optional` may be None."""
         types = zip(self.types, self.fields, strict=True)
         return ", ".join(f"{t}{'?' if name in optional and t[-1] != '?' else ''} {name}" for t, name in types)
 
     def make(self, args: Sequence[Any]) -> Any:
-        """The NamedTuple; what is missing at the end is None."""
+        """Returns the NamedTuple; arguments missing at the end are None."""
         if self.groups or len(args) < len(self.fields):
             args = [*args, *[None] * (len(self.fields) - len(args))]
             for i, group in self.groups.items():
@@ -98,11 +99,11 @@ class Declaration:
         return group(*tensors)
 
     def lengths(self, args: Sequence[Any]) -> tuple[int, ...]:
-        """Of the lists of tensors."""
+        """Returns the lengths of the lists of tensors."""
         return tuple(len(args[i]) for i in self.lists)
 
     def flat(self, args: Sequence[Any]) -> Sequence[Any]:
-        """The arguments with the tensors of lists in their place."""
+        """Returns the arguments with every list replaced by its tensors."""
         if not self.lists:
             return args
         return [leaf for i, arg in enumerate(args) for leaf in (arg if i in self.lists else (arg,))]
@@ -117,7 +118,7 @@ class Declaration:
         ]
 
     def layout(self, lengths: tuple[int, ...]) -> Layout:
-        """Of lists of so many tensors."""
+        """Returns the layout for lists of these lengths."""
         if lengths not in self._layouts:
             names = list(self._names(lengths))
             places = [i for i, name in enumerate(names) if name is not None]
@@ -137,13 +138,13 @@ class Declaration:
                 yield field if kind.startswith("Tensor") else None
 
     def tensors(self, args: Sequence[Any]) -> list[tuple[str, Tensor]]:
-        """The tensors among the arguments, by name."""
+        """Returns the tensors among the arguments, with their names."""
         names, flat = self.layout(self.lengths(args)).names, self.flat(args)
         return [(name, leaf) for name, leaf in zip(names, flat, strict=False) if isinstance(leaf, Tensor)]
 
 
 class Part:
-    """The forward or backward of an op: its registered operator, and the same for plain eager mode."""
+    """The forward or backward of an op: its registered operator, and the same call in plain eager mode."""
 
     def __init__(
         self,
@@ -156,7 +157,7 @@ class Part:
     ):
         self.name, self.part, self.declared, self.check = name, part, declared, check
         self.fake = fake
-        self._passed: dict[Any, str] = {}  # signatures of calls that passed the checks -> their device's type
+        self._passed: dict[Any, str] = {}  # signature of a call that passed the checks -> device type
         qualifier = name if part == "forward" else f"{name}_backward"
         LIBRARY.define(f"{qualifier}{schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
         self.overload = getattr(torch.ops.sgmim_fast, qualifier).default
@@ -173,7 +174,8 @@ class Part:
         return device, made
 
     def chosen(self, args: Sequence[Any], signature: Any) -> Callable[..., Any]:
-        """What computes these arguments, which are checked unless others of their signature, see `_signature`, were."""
+        """Returns the function that computes this part. Checks the arguments unless their `_signature` passed
+        before."""
         device = self._passed.get(signature)
         if device is None:
             device = self._checked(args)[0].type
@@ -190,18 +192,18 @@ class Part:
         return self.fake(self._checked(args)[1])
 
     def _autocast_kernel(self, *args: Any) -> Any:
-        # Below this point the op does its own casting: nothing it calls may be cast a second time.
+        # Below this point the op casts explicitly: nothing it calls may be autocast again.
         with torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS):
             return self.overload(*self.in_autocast(args))
 
     def in_autocast(self, args: tuple) -> tuple:
-        """The arguments with the dtype of autocast filled in, where the part takes one."""
+        """Returns the arguments with autocast's dtype filled in, if this part has a dtype argument."""
         if self.part == "backward" or not self.declared.takes_dtype:
             return args
         count = len(self.declared.fields)
         first = next(arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point())
         if first.dtype == torch.float64 or (len(args) == count and args[-1] is not None):
-            return args  # like PyTorch's own ops, float64 is never autocast
+            return args  # as in PyTorch's own ops, float64 is never autocast
         args = args + (None,) * (count - 1 - len(args)) if len(args) < count else args[:-1]
         return (*args, torch.get_autocast_dtype(first.device.type))
 
@@ -210,22 +212,22 @@ class Op:
     """One public op.
 
     Args:
-        name: the op's name, the same in every folder of the project.
-        arguments: its declaration, a NamedTuple. A dtype, where there is one, must be the last: autocast fills it in.
-        forward: of a composition `forward(primitives, arguments)`, written once for all backends (`ops.primitives`);
-            else the `torch` backend's, called with the arguments in their order: the other backends are then modules
-            named in `backends.MODULES` with functions `forward` and `backward`. It gives a tensor, or with `saves` a
-            tensor and the tensors that the backward needs.
-        fake: `fake(arguments)`, shapes and dtypes of the forward's results (FakeTensor arithmetic).
-        check: `check(arguments)` raises unless shapes and dtypes are those the docstring promises, before any backend
-            or `fake` sees them. That all tensors are on one device is checked for every op.
-        backward: of a composition `backward(primitives, arguments, saved, grad, gradients)`.
-        request: of a composition `request(arguments)`, what a backend is asked whether it can.
-        indices: `indices(arguments)` raises for indices that point outside; asked for where no kernel looks itself.
-        saves: whether there is anything besides the arguments.
-        unsaved: arguments that the backward does without; they are None there.
-        added: an argument that is merely added to the result, and whose gradient is the result's. It is unsaved.
-        returns: the schema's returns, of an op that is not differentiable.
+        name: name of the op, the same in every folder of the project.
+        arguments: the declaration, a NamedTuple. A dtype field must be the last one: autocast fills it in.
+        forward: for a composition `forward(primitives, arguments)`, written once for all backends (`ops.primitives`).
+            Otherwise the `torch` backend's function, called with the arguments in order; the other backends are then
+            modules named in `backends.MODULES` with functions `forward` and `backward`. Returns a tensor, with `saves`
+            a tensor and the list of tensors that the backward needs.
+        fake: `fake(arguments)`, returns tensors with the shapes and dtypes of the forward's results (FakeTensor).
+        check: `check(arguments)`, raises unless shapes and dtypes are as the docstring says. It runs before any backend
+            or `fake`. Every op also checks that all tensors are on one device.
+        backward: for a composition `backward(primitives, arguments, saved, grad, gradients)`.
+        request: for a composition `request(arguments)`, the `Request` that a backend accepts or not.
+        indices: `indices(arguments)`, raises for indices out of range. Called if the backend's kernels do not check.
+        saves: whether the forward returns tensors to save besides the arguments.
+        unsaved: arguments that the backward does not need; they are None there.
+        added: argument that is only added to the result, so that its gradient is the result's. It is unsaved.
+        returns: returns of the schema, for an op that is not differentiable.
     """
 
     def __init__(
@@ -272,10 +274,10 @@ class Op:
             run = self._forward.chosen(args, signature)
             return run(*args) if self._differentiate is None else self._differentiate(run, args)
 
-    # A composition, bound to the primitives of a backend
+    # Compositions, bound to the primitives of a backend
 
     def _requested(self, part: str, args: Sequence[Any]) -> tuple[Any, Any]:
-        """The arguments of the forward, among those of a part, and what they ask of a backend."""
+        """Returns the forward's arguments, among those of a part, and the `Request` made of them."""
         a = self.declared.make(args if part == "forward" else args[1 : 1 + len(self.declared.fields)])
         return a, self._request(a)
 
@@ -352,14 +354,14 @@ class Op:
         save: Callable[..., None],
         gradients: Callable[..., Sequence[Any]],
     ) -> None:
-        """Adds a backward of its own to an op that is no composition.
+        """Adds a backward to an op that is not a composition.
 
         Args:
-            arguments: of `NAME_backward`, a NamedTuple.
-            backward: the `torch` backend's, called with them in their order.
-            fake: as of the forward.
-            save: `save(ctx, inputs, saved)` keeps what the backward needs, and every input that it depends on.
-            gradients: `gradients(ctx, needs, grad)`, one or None per input, calling the backward op.
+            arguments: declaration of the arguments of `NAME_backward`, a NamedTuple.
+            backward: the `torch` backend's function, called with these arguments in order.
+            fake: as for the forward.
+            save: `save(ctx, inputs, saved)`, saves what the backward needs, and every input that it depends on.
+            gradients: `gradients(ctx, needs, grad)`, calls the backward op; returns a gradient or None per input.
         """
         declared = Declaration(arguments)
         backends.register(self.name, "backward", backward)
@@ -382,7 +384,7 @@ class Op:
         LIBRARY.impl(self.name, self._autograd_kernel, "Autograd")
 
     def backward(self, *args: Any) -> Any:
-        """`NAME_backward`."""
+        """Calls `NAME_backward`."""
         signature = None if _watched() else _signature(args)
         if signature is None:
             return self.backward_overload(*args)
@@ -397,7 +399,7 @@ class Op:
                 raise NotImplementedError(
                     f"sgmim_fast.ops.{self.name} has no derivative in torch.func; expected torch.autograd or backward()"
                 )
-            give_saved = run is self.overload  # in plain eager mode nobody is given what is saved
+            give_saved = run is self.overload  # in plain eager mode the saved tensors are not returned
             found = self._function.apply(run, self.declared.lengths(args), give_saved, *flat)
             result, *saved = found if give_saved else (found,)
             return (result, saved) if self._saves else result
@@ -409,7 +411,7 @@ class Op:
         return self._with_gradient(self.overload, args)
 
     def not_differentiable(self) -> None:
-        """Says that the op has no gradient. Its public function raises for an argument that requires one."""
+        """Registers the op without a gradient. Its public function raises for an argument that requires one."""
 
         def autograd_kernel(*args: Any) -> Any:
             _refuse_tangents(self.name, args)
@@ -420,7 +422,8 @@ class Op:
 
 
 class _Backward(Part):
-    """A composition's: `grad`, the forward's arguments, `saved` and `needs`, which its fake sees as they are."""
+    """The backward of a composition: `grad`, the forward's arguments, `saved` and `needs`; the fake takes all of
+    them."""
 
     def _checked(self, args: tuple) -> tuple[torch.device, Any]:
         grad, *rest = args
@@ -429,9 +432,9 @@ class _Backward(Part):
 
 
 class _Gradient(torch.autograd.Function):
-    """The forward with its backward; every op has a class of its own, with its name, `save` and `gradients`.
+    """The autograd function of an op: one subclass per op, with its name, `save` and `gradients`.
 
-    autograd.Function sees tensors only among its direct arguments and results: lists travel flat.
+    autograd.Function tracks tensors only if they are direct arguments or results, so lists are passed flat.
     """
 
     op: ClassVar[Op]
@@ -477,7 +480,7 @@ class _Gradient(torch.autograd.Function):
 
 
 def _refuse_tangents(name: str, leaves: Sequence[Any]) -> None:
-    """Raises NotImplementedError where forward-mode differentiation would lose a tangent here."""
+    """Raises NotImplementedError if an input has a forward-mode tangent, which would be lost."""
     level = forward_ad._current_level
     if level < 0:
         return
@@ -489,16 +492,16 @@ def _refuse_tangents(name: str, leaves: Sequence[Any]) -> None:
 
 
 def once(name: str, found: Sequence[Tensor | None], ctx: Any, grad: Tensor) -> Sequence[Tensor | None]:
-    """What the backward of an op of that name has found: under create_graph it cannot be differentiated
-    in what `ctx` has saved."""
+    """Returns the gradients that a backward found. Under create_graph, differentiating them in the tensors saved in
+    `ctx` or in `grad` raises an error with the op's name."""
     depends_on = [t for t in (*ctx.saved_tensors, grad) if t is not None and t.requires_grad]
     return _Once.apply(name, len(found), *found, *depends_on)
 
 
 class _Once(torch.autograd.Function):
-    """Gradients as results of what they depend on, which raises where that dependence is differentiated.
+    """Identity on gradients, with the tensors that they depend on as further inputs; its backward raises.
 
-    `once_differentiable` looks at the incoming gradients alone, and is on no path to the forward's inputs.
+    `once_differentiable` considers the incoming gradients only, and is on no path to the forward's inputs.
     """
 
     @staticmethod
@@ -512,7 +515,7 @@ class _Once(torch.autograd.Function):
 
 
 def _watched() -> bool:
-    """Whether somebody may be watching what operators are called, see above."""
+    """Whether anything may observe operator calls, see step 2 above."""
     return bool(
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -524,13 +527,13 @@ def _watched() -> bool:
 
 
 def _first(args: Sequence[Any]) -> Tensor:
-    """The first tensor, whose device is that of all."""
+    """Returns the first tensor, whose device is that of all."""
     return next(arg for arg in args if isinstance(arg, Tensor))
 
 
 def _signature(args: Sequence[Any]) -> tuple[Any, ...] | None:
-    """All that checks look at: of tensors shape, dtype, device and layout. None where some are no plain tensors, for
-    which the dispatcher knows what to do."""
+    """Returns all that the checks read: shape, dtype, device and layout of tensors, the other arguments as they are.
+    None if a tensor is a subclass or on the meta device, which need the dispatcher."""
     found = []
     for arg in args:
         kind = type(arg)

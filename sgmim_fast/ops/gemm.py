@@ -1,12 +1,12 @@
-"""Gemms through the fastest library call of the machine, and the dtype they are done in.
+"""Gemms through the fastest library call of the machine, and the dtype in which they are computed.
 
-On a CPU, PyTorch sends float32 gemms to MKL, which on AMD processors with AVX-512 reaches a third of what oneDNN
-does; oneDNN is reached through `mkldnn::_linear_pointwise`, which PyTorch ships for its own compiler. And a CPU without
-bfloat16 instructions multiplies bfloat16 matrices at a fifth of its float32 rate (33 against 160 GFLOP/s, 2 cores of
-AVX2), so bfloat16 is asked for there but computed in float32: faster, and more precise. `benchmarks/NOTES.md` has the
+On a CPU, PyTorch computes float32 gemms with MKL, which on AMD processors with AVX-512 reaches a third of oneDNN's
+rate. oneDNN is reached through `mkldnn::_linear_pointwise`, which PyTorch ships for its own compiler. A CPU without
+bfloat16 instructions multiplies bfloat16 matrices at a fifth of its float32 rate (33 against 160 GFLOP/s, 2 cores with
+AVX2), so there bfloat16 gemms are computed in float32, which is faster and more precise. `benchmarks/NOTES.md` has the
 measurements.
 
-Environment: `SGMIM_FAST_PRODUCTS=auto|float32|bfloat16` sets what a bfloat16 request is computed in on a CPU.
+Environment: `SGMIM_FAST_PRODUCTS=auto|float32|bfloat16` sets the dtype in which a CPU computes bfloat16 calls.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ BFLOAT16_IN: contextvars.ContextVar[torch.dtype | None] = contextvars.ContextVar
 
 @contextlib.contextmanager
 def compute_bfloat16_in(dtype: torch.dtype) -> Iterator[None]:
-    """Within the block a bfloat16 request on a CPU is computed in `dtype`: torch.float32 or torch.bfloat16.
+    """Within the block, bfloat16 calls on a CPU are computed in `dtype`, torch.float32 or torch.bfloat16.
 
-    Holds for the thread or task that enters it, and for the backward of what is computed inside.
+    The setting is local to the thread or task, and holds for the backward of what is computed within the block.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype is {dtype}; expected torch.float32 or torch.bfloat16")
@@ -50,7 +50,7 @@ def _bfloat16_on_cpu() -> torch.dtype:
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that gemms asked for in `dtype` are done, and their operands kept, in."""
+    """Returns the dtype in which gemms of a call in `dtype` are computed, and their operands kept."""
     if dtype == torch.bfloat16 and device.type == "cpu":
         return BFLOAT16_IN.get() or _bfloat16_on_cpu()
     return dtype
@@ -58,7 +58,7 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 @functools.cache
 def _has_onednn() -> bool:
-    """Whether `mkldnn::_linear_pointwise` is there and computes what `linear` does."""
+    """Whether `mkldnn::_linear_pointwise` exists and computes `F.linear`."""
     try:
         x, weight, bias = torch.eye(8) * 2, torch.arange(64.0).reshape(8, 8), torch.ones(8)
         with torch.no_grad():
@@ -70,13 +70,13 @@ def _has_onednn() -> bool:
 
 @functools.cache
 def _has_bfloat16() -> bool:
-    """Whether oneDNN multiplies bfloat16 with instructions for it."""
+    """Whether oneDNN has bfloat16 instructions for its gemms."""
     return _has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @functools.cache
 def _mkl_is_slow() -> bool:
-    """AMD with AVX-512: there MKL is slow in every shape; elsewhere it is as good as oneDNN for weight gradients."""
+    """Whether MKL is slow in every shape: AMD with AVX-512. Elsewhere MKL's wgrad is as fast as oneDNN's."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or platform.system() != "Linux":
         return False
     with open("/proc/cpuinfo") as lines:
@@ -84,12 +84,12 @@ def _mkl_is_slow() -> bool:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    bias = None if bias is None else bias.contiguous()  # the op reads it without its stride
+    bias = None if bias is None else bias.contiguous()  # the op ignores its stride
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def _use_onednn(x: Tensor, bias: Tensor | None = None) -> bool:
-    """In bfloat16 PyTorch's own call is oneDNN's, but copies the bias to every row first."""
+    """In bfloat16, PyTorch's own call uses oneDNN too, but first copies the bias to every row."""
     if x.device.type != "cpu" or x.numel() == 0 or not _has_onednn():
         return False
     return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and bias is not None and _has_bfloat16())
@@ -103,7 +103,8 @@ def linear(
     residual: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x (n, i) . weight (o, i)^T + bias (o,) + residual (n, o) in `dtype`, that of x if None; bias is cast to x's."""
+    """x (n, i) . weight (o, i)^T + bias (o,) + residual (n, o) in `dtype`, by default x's. bias is cast to x's
+    dtype."""
     bias = None if bias is None else bias.to(x.dtype)
     product = _onednn(x, weight, bias) if _use_onednn(x, bias) else torch.nn.functional.linear(x, weight, bias)
     product = _added(product, residual)

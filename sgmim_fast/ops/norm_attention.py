@@ -1,4 +1,4 @@
-"""`norm_attention`: the attention half of a block, from the norm to the residual."""
+"""`norm_attention`: the attention branch of a transformer block, with its norm and residual."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from sgmim_fast.ops.window_attention import check_windows, look_at_indices
 
 
 class Arguments(NamedTuple):
-    """Of the op, as of `norm_attention`."""
+    """The operator's arguments, see `norm_attention`."""
 
     x: Tensor
     qkv_weight: Tensor
@@ -57,7 +57,7 @@ class Arguments(NamedTuple):
 
     @property
     def padded(self) -> bool:
-        """Whether windows stick out, into tokens that have the bias of qkv."""
+        """Whether windows stick out of the grid, over tokens whose qkv is the projection's bias."""
         sides = zip(self.x.shape[1:3], self.window, strict=True)
         return self.qkv_bias is not None and any(side % window for side, window in sides)
 
@@ -86,29 +86,29 @@ def norm_attention(
     residual: bool = False,
     post_norm: bool = False,
 ) -> Tensor:
-    """Norm, qkv, `window_attention`, projection and residual of a Swin or SwinV2 block, or of a ViT's.
+    """LayerNorm, qkv, `window_attention`, projection and residual of a Swin, SwinV2 or ViT block.
 
     Plain PyTorch: `x + F.linear(window_attention(F.linear(norm(x), ...), ...), ...)`; with `post_norm`, as in SwinV2,
     `x + norm(F.linear(window_attention(F.linear(x, ...), ...), ...))`. `norm` is `F.layer_norm`.
 
     Args:
         x: (B, H, W, C), floating point.
-        heads, window, shift, bias, index, logit_scale: as of `window_attention`.
-        qkv_weight, qkv_bias: (3 C, C) and (3 C,) or None. Where windows stick out, tokens outside of the grid have
-            qkv_bias for qkv.
-        proj_weight, proj_bias: (C, C) and (C,) or None.
-        norm_weight, norm_bias: (C,) of the LayerNorm; both None: no LayerNorm.
-        eps: of the LayerNorm.
-        layer_scale: (C,), what the result is multiplied by before x is added; not in float16, nor with `post_norm`.
-        residual: whether x itself is added to the result.
-        post_norm: whether the norm comes after the projection, and not before qkv.
+        heads, window, shift, bias, index, logit_scale: see `window_attention`.
+        qkv_weight, qkv_bias: (3 C, C), and (3 C,) or None. Where windows stick out of the grid, qkv of the tokens
+            outside is qkv_bias.
+        proj_weight, proj_bias: (C, C), and (C,) or None.
+        norm_weight, norm_bias: (C,), parameters of the LayerNorm; None, both: no LayerNorm.
+        eps: eps of the LayerNorm.
+        layer_scale: (C,), multiplies the result before x is added; not with float16 nor `post_norm`.
+        residual: whether to add x to the result.
+        post_norm: whether the norm follows the projection instead of preceding qkv.
 
     Returns:
-        (B, H, W, C); the autocast dtype, or that of `x`, with `residual` or `layer_scale` the widest one.
+        (B, H, W, C) in autocast's dtype, or that of `x`; with `residual` or `layer_scale` promoted with their dtypes.
         Differentiable in every floating-point tensor.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is expected.
+        ValueError, TypeError: with the argument's name, its actual and the expected value.
 
     Source: Swin (arXiv 2103.14030), SwinV2 (arXiv 2111.09883).
     """

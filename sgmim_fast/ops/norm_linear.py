@@ -1,4 +1,4 @@
-"""`norm_linear`: LayerNorm and the linear layer that reads it, or the linear layer alone."""
+"""`norm_linear`: a linear layer, with an optional LayerNorm before it, layer scale and residual."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sgmim_fast.ops.primitives import (
 
 
 class Arguments(NamedTuple):
-    """Of the op, as of `norm_linear`."""
+    """The operator's arguments, see `norm_linear`."""
 
     x: Tensor
     weight: Tensor
@@ -51,23 +51,23 @@ def norm_linear(
 ) -> Tensor:
     """`F.linear(F.layer_norm(x, ...), weight, bias) * layer_scale + residual`.
 
-    The norm's result is not kept but computed again.
+    The norm's result is not saved; the backward recomputes it.
 
     Args:
         x: (..., C), floating point.
         weight: (O, C).
         bias: (O,) or None.
-        norm_weight, norm_bias: (C,) of the LayerNorm; both None: no LayerNorm.
-        eps: of the LayerNorm.
-        layer_scale: (O,), what the result is multiplied by before the residual is added; not in float16.
-        residual: (..., O), floating point, or None: nothing is added.
+        norm_weight, norm_bias: (C,), parameters of the LayerNorm; None, both: no LayerNorm.
+        eps: eps of the LayerNorm.
+        layer_scale: (O,), multiplies the result before the residual is added; not with float16.
+        residual: (..., O), floating point, added to the result; None: nothing is added.
 
     Returns:
-        (..., O); the autocast dtype, or that of `x`, and at least those of `layer_scale` and `residual`. Differentiable
-        in every tensor.
+        (..., O) in autocast's dtype, or that of `x`, promoted with the dtypes of `layer_scale` and `residual`.
+        Differentiable in every tensor.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is expected.
+        ValueError, TypeError: with the argument's name, its actual and the expected value.
     """
     return _op(x, weight, bias, norm_weight, norm_bias, layer_scale, residual, eps, None)[0]
 
@@ -82,7 +82,7 @@ def _check_arguments(a: Arguments) -> None:
 
 
 def check_norm(a: Any) -> None:
-    """Of x and its norm, which may be none."""
+    """Checks x and the optional norm's parameters."""
     _check.floating("x", a.x)
     if a.x.ndim < 2:
         raise ValueError(f"x has shape {tuple(a.x.shape)}; expected (..., channels)")
@@ -93,7 +93,7 @@ def check_norm(a: Any) -> None:
 
 
 def check_layer_scale(a: Any, width: int, meaning: str) -> None:
-    """Of what may end in one, of so many channels."""
+    """Checks the optional layer scale of an op whose result has `width` channels."""
     if a.layer_scale is None:
         return
     _check.parameter("layer_scale", a.layer_scale, (width,), meaning)
@@ -109,7 +109,7 @@ def check_layer_scale(a: Any, width: int, meaning: str) -> None:
 
 
 def fake_norm(a: Any) -> list[Tensor]:
-    """What is saved of the norm, if there is one: statistics, and its argument where it comes after the layers."""
+    """Returns fakes of the tensors saved for the norm, if any: its statistics, and its input if it is a post-norm."""
     if a.norm_weight is None:
         return []
     rows = math.prod(a.x.shape[:-1])

@@ -1,4 +1,4 @@
-"""`norm_mlp`: LayerNorm and the two-layer MLP with GELU that reads it, or the MLP alone."""
+"""`norm_mlp`: a two-layer MLP with GELU, with an optional LayerNorm, layer scale and residual."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sgmim_fast.ops.primitives import (
 
 
 class Arguments(NamedTuple):
-    """Of the op, as of `norm_mlp`."""
+    """The operator's arguments, see `norm_mlp`."""
 
     x: Tensor
     fc1_weight: Tensor
@@ -57,25 +57,24 @@ def norm_mlp(
     residual: bool = False,
     post_norm: bool = False,
 ) -> Tensor:
-    """`F.linear(F.gelu(F.linear(F.layer_norm(x, ...), fc1...)), fc2...)`; of it all, only GELU's input is kept.
+    """`F.linear(F.gelu(F.linear(F.layer_norm(x, ...), fc1...)), fc2...)`; of the MLP only the pre-activation is saved.
 
     Args:
         x: (..., C), floating point.
         fc1_weight, fc1_bias: (hidden, C), (hidden,).
         fc2_weight, fc2_bias: (O, hidden), (O,).
-        norm_weight, norm_bias: (C,) of the LayerNorm; both None: no LayerNorm.
-        eps: of the LayerNorm.
-        layer_scale: (C,), what the result is multiplied by before x is added, O = C; not in float16, nor with
-            `post_norm`.
-        residual: whether x itself is added to the result, O = C; its gradient is then added in the norm's backward.
-        post_norm: whether the norm comes after the second layer, and not before the first, as in SwinV2; O = C.
+        norm_weight, norm_bias: (C,), parameters of the LayerNorm; None, both: no LayerNorm.
+        eps: eps of the LayerNorm.
+        layer_scale: (C,), multiplies the result before x is added; needs O = C, not with float16 nor `post_norm`.
+        residual: whether to add x to the result; needs O = C. The norm's backward then adds its gradient.
+        post_norm: whether the norm follows the second layer instead of preceding the first, as in SwinV2; needs O = C.
 
     Returns:
-        (..., O); the autocast dtype, or that of `x`, with `residual` or `layer_scale` the widest one. Differentiable in
-        every tensor. GELU is the exact one.
+        (..., O) in autocast's dtype, or that of `x`; with `residual` or `layer_scale` promoted with their dtypes.
+        Differentiable in every tensor. GELU is exact (erf).
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is expected.
+        ValueError, TypeError: with the argument's name, its actual and the expected value.
     """
     layers, vectors = (fc1_weight, fc1_bias, fc2_weight, fc2_bias), (norm_weight, norm_bias, layer_scale)
     return _op(x, *layers, *vectors, residual, post_norm, eps, None)[0]
@@ -119,7 +118,7 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     dpre_activation, activated, fc1_bias = p.dgrad_gelu(grad, w2, pre_activation)
     gradients.sums({"fc1_bias": fc1_bias})
     gradients.weight("fc2_weight", grad, activated)
-    del activated  # as wide as anything here
+    del activated  # one of the largest tensors here
     if "x" in gradients or a.norm_weight is not None:
         dy, added = first_dgrad(p, a, dpre_activation, w1, added)
     y = before_backward(

@@ -1,13 +1,14 @@
-"""What a backend is: a small set of primitives, over which every composite op is written once.
+"""The interface of a backend: a small set of primitives, over which every composite op is written once.
 
-`Primitives` declares them. A backend implements them as functions of a module, named in `backends.MODULES`:
-`ops._plain` (plain PyTorch, the truth of the others), `ops.cpu.primitives`, `kernels.primitives`. What a backend fuses
-it hides inside of a primitive: the GELU behind a gemm is the gemm's epilogue in one, and a pass over its result in
-another.
+`Primitives` declares them. A backend implements them as functions of a module named in `backends.MODULES`: `ops._plain`
+(plain PyTorch, against which the others are tested), `ops.cpu.primitives`, `kernels.primitives`. Each backend decides
+what to fuse inside of a primitive: the GELU after a gemm is the gemm's epilogue in one, and a separate pass over its
+result in another.
 
-Shapes: n rows, I and O columns before and after a linear layer, C channels. *Storage* is the dtype that gemms are done
-and activations kept in. Vectors (norms' weights, biases) may have any floating-point dtype. *Partial sums* are what a
-backend has of a sum over rows when its kernels are done, (parts, ...) or all of it, which only `finish` reads.
+Shapes: n or m rows, I and O features before and after a linear layer, C channels. *Storage* is the dtype in which gemms
+are computed and activations kept. Vectors (weights and biases of norms, biases of layers) may have any floating-point
+dtype. *Partial sums* are a sum over rows that a backend's kernels may have left unfinished, (parts, ...); only `finish`
+reads them.
 """
 
 from __future__ import annotations
@@ -22,46 +23,46 @@ from sgmim_fast.ops import gemm
 
 
 class Norm(NamedTuple):
-    """Rows to normalise."""
+    """Rows to normalise, optionally gathered from x and added to a residual."""
 
     x: Tensor  # (n, C)
     weight: Tensor  # (C,)
     bias: Tensor  # (C,)
-    rows: Tensor | None = None  # (m,) which rows of x; None: all
-    residual: Tensor | None = None  # (m, C), added to what is normalised
+    rows: Tensor | None = None  # (m,) indices into the rows of x; None: all rows
+    residual: Tensor | None = None  # (m, C), added to the normalised rows
 
 
 class NormGradient(NamedTuple):
-    """The backward of a `Norm`."""
+    """The backward of a `Norm`: its inputs and which results to compute."""
 
-    dy: Tensor  # (m, C) in storage, of the normalised rows; may be overwritten, unless `keep`
+    dy: Tensor  # (m, C) in storage, gradient of the normalised rows; may be overwritten, unless `keep`
     x: Tensor
     statistics: Tensor
     weight: Tensor
     bias: Tensor
     rows: Tensor | None = None
-    more: Tensor | None = None  # (m, C) in storage, added to dy
+    more: Tensor | None = None  # (m, C) in storage, a second gradient that is added to dy
     residual: Tensor | None = None  # (m, C), added to dx
-    again: bool = True  # whether the normalised rows are wanted once more
-    wanted: bool = True  # whether dx is
-    sum_residual: bool = False  # whether the residual's sum over rows is wanted
-    sum_dx: bool = False  # whether that of dx and residual is
+    again: bool = True  # whether to recompute and return the normalised rows
+    wanted: bool = True  # whether to compute dx
+    sum_residual: bool = False  # whether to sum the residual over rows
+    sum_dx: bool = False  # whether to sum dx + residual over rows
     keep: bool = False
 
 
 class NormGradients(NamedTuple):
-    """What the backward of a norm gives; what was not asked for is None, or not to be used."""
+    """The results of a norm's backward. A result that was not requested is None, or unspecified."""
 
-    dx: Tensor  # + residual, like x: where there are rows, 0 in the others
-    y: Tensor | None  # (m, C) in storage: what the forward gave
-    weight: Any  # partial sums over rows, (C,), as the following
+    dx: Tensor  # dx + residual, shaped as x; with `rows`, 0 in the other rows
+    y: Tensor | None  # (m, C) in storage: the normalised rows
+    weight: Any  # partial sums over rows, (C,), as all that follow
     bias: Any
     residual: Any = None
     dx_sum: Any = None
 
 
 class Windows(NamedTuple):
-    """The arguments of `ops.window_attention` but for qkv."""
+    """The arguments of `ops.window_attention` other than qkv."""
 
     bias: Tensor | None
     index: Tensor | None
@@ -73,40 +74,43 @@ class Windows(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """Which rows an attention of packed tokens is between, see `ops.relational_guidance`."""
+    """The rows of queries and keys in an attention of packed tokens, see `ops.relational_guidance`."""
 
     visible: Tensor
     visible_offsets: Tensor
     shown: Tensor
     shown_offsets: Tensor
-    cells: int  # of an image
+    cells: int  # per image
     heads: int
-    keep: bool  # whether the hidden cells take part
+    keep: bool  # whether the hidden cells take part in the attention
 
 
 class Request(NamedTuple):
-    """What an op asks of a backend, which may say no."""
+    """The properties of a call by which a backend decides whether it can run it."""
 
     dtypes: tuple[torch.dtype, ...]
-    widths: tuple[int, ...] = ()  # of rows that are normalised or written by one program
-    embedding: tuple[int, int, int] | None = None  # width and pixels of an embedded patch, mergings
+    widths: tuple[int, ...] = ()  # of the rows that one program normalises or writes
+    embedding: tuple[int, int, int] | None = None  # width and pixels of an embedded patch, number of mergings
     window: tuple[int, int] | None = None  # tokens of a window, channels of a head
 
 
 class Primitives(Protocol):
-    """The functions of a backend's module."""
+    """The functions that a backend's module defines."""
 
-    LOOKS_AT_INDICES: bool  # whether the kernels raise for indices that point outside, or clamp them
+    LOOKS_AT_INDICES: bool  # whether the kernels themselves raise for indices out of range, or clamp them
 
     def takes(self, request: Request) -> tuple[bool, str]:
-        """Whether the backend can, and the reason where it cannot."""
+        """Whether the backend can run the request, and the reason if it cannot."""
 
     def weights_in(self, dtype: torch.dtype, *weights: Tensor | None, last: bool = False) -> list[Tensor | None]:
-        """Weights and biases as gemms of activations in `dtype` read them, see `ops.weights`; a backend whose gemms
-        read wider ones gives them as they are. last: nobody of this step reads them after this."""
+        """Returns weights and biases as gemms of activations in `dtype` read them, see `ops.weights`.
+
+        A backend whose gemms read weights of another dtype may return them as they are. last: whether nothing reads
+        them later in this step.
+        """
 
     def batches_wgrads(self) -> bool:
-        """Whether `wgrads` of several layers at once is faster than one after the other, which needs less memory."""
+        """Whether one `wgrads` of several layers is faster than one per layer, which needs less memory."""
 
     def linears(self, xs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
         """fprop of several layers: x (n, I) . weight (O, I)^T, all in storage."""
@@ -120,10 +124,11 @@ class Primitives(Protocol):
         residual: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """fprop: x . weight^T + bias + residual (n, O) in `dtype`, that of x if None; the residual is not rounded."""
+        """fprop: x . weight^T + bias + residual (n, O) in `dtype`, by default x's. The residual is not rounded to x's
+        dtype before the sum."""
 
     def linear_gelu(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """fprop: the pre-activation x . weight^T + bias, and GELU of it (the exact one), (n, O) in storage."""
+        """fprop: the pre-activation x . weight^T + bias, and its exact GELU, both (n, O) in storage."""
 
     def linear_norm(
         self,
@@ -134,8 +139,8 @@ class Primitives(Protocol):
         rows: Tensor,
         norm: tuple[Tensor, Tensor, float],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """fprop and the norm (weight, bias, eps) behind it: t = x . weight^T + bias + residual[rows], its norm y, both
-        (n, O) in storage, and y's statistics."""
+        """fprop and a norm (weight, bias, eps) of its result: returns t = x . weight^T + bias + residual[rows], its
+        norm y, both (n, O) in storage, and the norm's statistics."""
 
     def dgrads(self, dys: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
         """dgrad of several layers: dy (n, O) . weight (O, I), all in storage."""
@@ -145,35 +150,37 @@ class Primitives(Protocol):
         + residual (n, I), in the wider dtype of the two; the residual is not rounded."""
 
     def dgrad_gelu(self, dy: Tensor, weight: Tensor, pre_activation: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """dgrad through a layer and the GELU before it, of `pre_activation` (n, I): the gradient of that, GELU of it
-        once more, and the partial sums over rows of the former."""
+        """dgrad through a layer and the GELU before it: returns the gradient of `pre_activation` (n, I), GELU of
+        `pre_activation`, and partial sums of that gradient over rows."""
 
     def wgrads(self, dys: Sequence[Tensor], xs: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-        """wgrad of several layers: dy (n, O)^T . x (n, I) from storage, in the dtype of each or that of its sum."""
+        """wgrad of several layers: dy (n, O)^T . x (n, I) from storage, each in its dtype or the accumulator's."""
 
     def layer_norms(self, norms: Sequence[Norm], eps: float, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """The normalised rows + residual of each, (m, C) in `dtype`, and statistics (2, m): mean and
+        """Returns the normalised rows + residual of each, (m, C) in `dtype`, and statistics (2, m): mean and
         1 / sqrt(var + eps)."""
 
     def layer_norms_backward(self, gradients: Sequence[NormGradient]) -> list[NormGradients]:
-        """Gradients of norms, all of which ask for the same sums."""
+        """Returns the gradients of several norms, all of which request the same sums."""
 
     def column_sums(self, xs: Sequence[Tensor]) -> list[Any]:
-        """Partial sums over the rows of each (n, C)."""
+        """Returns partial sums over the rows of each x (n, C)."""
 
     def finish(self, sums: Sequence[Any], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-        """Partial sums' results, in these dtypes; no two share memory."""
+        """Returns the finished sums in these dtypes; no two results share memory."""
 
     def guidance_attention(self, q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
-        """Attention of each image's visible rows q (visible, C) over its shown keys, of k and v (shown + 1, C), and the
-        last key for all its hidden cells: (visible, C), and the logsumexp of the logits, (2, visible, heads), in two
-        parts: the largest logit, and the rest. In one number the backward's softmax would not sum to 1: the last place
+        """Attention of each image's visible rows of q (visible, C) over its shown keys, with k and v (shown + 1, C).
+        The last key stands for all hidden cells of the image.
+
+        Returns the result (visible, C), and the logsumexp of the logits (2, visible, heads) in two parts, the largest
+        logit and the rest. As one number it would be too coarse for the backward's softmax to sum to 1: the last place
         of logits in the hundreds is 1e-5."""
 
     def guidance_attention_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, packed: Packed
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v."""
+        """Returns the gradients of q, k and v."""
 
     def window_attention(self, qkv: Tensor, w: Windows) -> Tensor:
         """See `ops.window_attention`."""
@@ -181,8 +188,9 @@ class Primitives(Protocol):
     def window_attention_backward(
         self, grad: Tensor, qkv: Tensor, w: Windows, wanted: Container[str]
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Gradient of qkv, and partial sums of those of "bias", "logit_scale" and "pad" that are wanted, and of
-        "qkv_bias", which was added to qkv and is `pad`, where there is any: over all tokens, and those outside."""
+        """Returns the gradient of qkv, and partial sums of the gradients of "bias", "logit_scale" and "pad" as far as
+        `wanted`, and of "qkv_bias", the bias that was added to qkv and is also `pad` where windows stick out: a sum
+        over all tokens, including those outside the grid."""
 
     def position_bias(self, a: Any) -> tuple[Tensor, Tensor]:
         """The table of `ops.position_bias` of arguments `a`, and its derivative by the logits, both (entries, heads)
@@ -192,50 +200,50 @@ class Primitives(Protocol):
         """The gradients of fc1_weight, fc1_bias and fc2_weight; `slope` is what `position_bias` gave."""
 
     def embed(self, cells: Any, weight: Tensor | None, eps: float) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """The first mergings of `ops.structure_embed`, as many as `embedded` says, with all that comes before them.
+        """Computes the structure encoder of `ops.structure_embed` up to the merging that `embedded` returns.
 
-        Returns their tokens, the tokens that each but the first has read, and statistics (2, rows): of the embedded
-        patches, then of each merging. `cells`: a `structure_embed.Cells`. weight: the first merging's in storage.
+        Returns the tokens, the inputs of all its mergings but the first, and the statistics (2, rows) of the embedded
+        patches and of each merging. cells: a `structure_embed.Cells`. weight: the first merging's, in storage.
         """
 
     def embedded(self, cells: Any) -> int:
-        """How many mergings `embed` does."""
+        """Returns the number of mergings that `embed` computes."""
 
     def embed_backward(
         self, dx: Tensor, cells: Any, weight: Tensor | None, inputs: list[Tensor], statistics: list[Tensor],
         gradients: Gradients,
     ) -> Tensor | None:  # fmt: skip
-        """Gives the gradients of the parameters that `embed` reads, and returns that of the patches of "structure", if
-        it is wanted."""
+        """Stores the gradients of the parameters that `embed` reads in `gradients`, and returns the gradient of the
+        patches of "structure", if it is wanted."""
 
     def place_tokens(
         self, tokens: Tensor, visible: Tensor, token: Tensor, norm: tuple[Tensor, Tensor] | None, eps: float,
         rows: int, dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """(rows, D) in `dtype`: the tokens (n, D), normalised, in the rows `visible`, and `token` (D,) in all others;
-        and the norm's statistics."""
+        """Returns (rows, D) in `dtype` with the tokens (n, D), normalised if there is a norm, in the rows `visible` and
+        `token` (D,) in the others; and the norm's statistics."""
 
     def place_tokens_backward(
         self, dout: Tensor, tokens: Tensor | None, statistics: Tensor | None, visible: Tensor,
         norm: tuple[Tensor, Tensor] | None, dtype: torch.dtype,
     ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
-        """Gradient of the tokens in `dtype`, and the partial sums for "mask_token", "bias" (of that gradient) and the
-        norm's "norm_weight" and "norm_bias"."""
+        """Returns the gradient of the tokens in `dtype`, and partial sums for "mask_token", "bias" (the sum of the
+        tokens' gradient), "norm_weight" and "norm_bias"."""
 
     def linear_l1(self, a: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The scaled sum of `ops.linear_l1` of arguments `a`, and the signs of the differences, (n, O) int8; of
-        `ops.linear_l2` the differences themselves, in the weight's dtype."""
+        """Returns the scaled sum of `ops.linear_l1` of the arguments `a`, and the signs of the differences, (n, O)
+        int8; for `ops.linear_l2` the differences themselves, in the weight's dtype."""
 
     def linear_l1_backward(
         self, grad: Tensor, a: Any, weight: Tensor, differences: Tensor, gradients: Gradients
     ) -> None:
-        """Gives the gradients of "x", "weight" and "bias" that are wanted."""
+        """Stores the gradients of "x", "weight" and "bias" that are wanted in `gradients`."""
 
 
 class Gradients:
-    """What a composition's backward gives, by the names of the arguments; what nobody wants is not computed.
+    """Collects the gradients of a composition's backward by the arguments' names; unwanted ones are not computed.
 
-    wgrads may wait until all are known, and sums over rows do, if that is faster.
+    Sums over rows are finished together at the end, and wgrads are computed there too if batching them is faster.
     """
 
     def __init__(self, primitives: Primitives, wanted: dict[str, Tensor]):
@@ -253,7 +261,7 @@ class Gradients:
             self._found[name] = gradient
 
     def weight(self, name: str, dy: Tensor, x: Tensor | None) -> None:
-        """Of a linear layer's weight: dy (n, O)^T . x (n, I)."""
+        """Adds the gradient of a linear layer's weight: dy (n, O)^T . x (n, I)."""
         if name in self.wanted:
             if self._p.batches_wgrads():
                 self._waiting[name] = dy, x
@@ -261,16 +269,16 @@ class Gradients:
                 (self._found[name],) = self._p.wgrads([dy], [x], [self.wanted[name].dtype])
 
     def sums(self, sums: dict[str, Any]) -> None:
-        """Partial sums over rows."""
+        """Adds gradients that are partial sums over rows."""
         self._sums |= {name: total for name, total in sums.items() if name in self.wanted}
 
     def norm(self, weight: str, bias: str, norm: NormGradients) -> None:
-        """Of a norm's two."""
+        """Adds the gradients of a norm's weight and bias."""
         self.sums({weight: norm.weight, bias: norm.bias})
 
     def scaled(self, scale: Tensor | None, weight: str, w: Tensor, bias: str, b: Tensor | None) -> None:
-        """What will be given of a layer's weight and bias is that of scale * w and scale * b, see `scaled_weights`. The
-        gradient of "layer_scale" follows from both."""
+        """Declares that gradients added for a layer's weight and bias are those of scale * w and scale * b, see
+        `scaled_weights`. `finished` converts them, and computes the gradient of "layer_scale" from both."""
         if scale is None:
             return
         self._scaled = scale, weight, w, bias, b
@@ -278,7 +286,7 @@ class Gradients:
             self.wanted = self.wanted | {weight: w} | ({} if b is None else {bias: b})
 
     def _unscale(self) -> None:
-        """d(scale * w) to dw and dscale."""
+        """Converts the gradients of scale * w and scale * b to those of w, b and the scale."""
         scale, weight, w, bias, b = self._scaled
         dweight, dbias = self._found.get(weight), self._found.get(bias)
         if "layer_scale" in self.wanted:
@@ -297,7 +305,7 @@ class Gradients:
             self._waiting.clear()
 
     def finished(self) -> dict[str, Tensor]:
-        """All of them, each as its argument is, contiguous."""
+        """Returns all gradients, contiguous, each with the shape and dtype of its argument."""
         self._multiply()
         if self._sums:
             dtypes = [self.wanted[name].dtype for name in self._sums]
@@ -314,19 +322,20 @@ class Gradients:
 
 
 def absent(like: Tensor) -> Tensor:
-    """Stands in a backward's results for a gradient nobody asked for; results must be tensors, and must not alias."""
+    """Returns the placeholder of an unwanted gradient in a backward's results, which must be tensors and must not
+    alias."""
     return like.new_empty(0)
 
 
 def storage_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """What gemms are done and activations kept in, where `dtype` or else that of `x` is asked for."""
+    """Returns the dtype of gemms and activations for a call in `dtype`, by default that of `x`."""
     return gemm.compute_dtype(dtype or x.dtype, x.device)
 
 
 def result_dtype(
     x: Tensor, residual: Tensor | None, dtype: torch.dtype | None, scale: Tensor | None = None
 ) -> torch.dtype:
-    """As of scale * (a layer's result in `dtype`, or else that of x) + residual in PyTorch."""
+    """Returns PyTorch's dtype of scale * y + residual, y being a layer's result in `dtype`, by default that of x."""
     wanted = dtype or x.dtype
     for other in (scale, residual):
         wanted = wanted if other is None else torch.promote_types(wanted, other.dtype)
@@ -336,10 +345,10 @@ def result_dtype(
 def scaled_weights(
     p: Primitives, scale: Tensor | None, dtype: torch.dtype, weight: Tensor, *bias: Tensor | None, last: bool = False
 ) -> list[Tensor | None]:
-    """`weights_in` of a layer whose result is multiplied by `scale` (O,), layer scale: of scale * weight and bias."""
+    """`weights_in` for a layer whose result is multiplied by layer scale (O,): returns scale * weight, scale * bias."""
     if scale is None:
         return p.weights_in(dtype, weight, *bias, last=last)
-    factors = (scale[:, None], scale)  # one launch each: cast as they are written
+    factors = (scale[:, None], scale)  # multiply and cast in one launch each
     return [
         None
         if t is None
@@ -349,20 +358,20 @@ def scaled_weights(
 
 
 def unflattened(rows: Tensor, like: Tensor) -> Tensor:
-    """Rows (n, O) in the shape of `like`, (..., C): (..., O). The result of an op must be no view to autograd, or
-    nobody could change it in place."""
+    """Returns rows (n, O) as (..., O), where `like` is (..., C). An op's result must not be a view to autograd, which
+    would forbid changing it in place."""
     return torch.ops.aten._unsafe_view.default(rows, (*like.shape[:-1], rows.shape[1]))
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums and statistics are kept in: float64 for float64, else float32."""
+    """Returns the accumulator dtype of sums and statistics: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def normalized(
     p: Primitives, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, list[Tensor]]:
-    """What a layer behind a norm reads, in `dtype`, and the statistics; without a norm x itself, and nothing."""
+    """Returns the input of a layer after an optional norm, in `dtype`, and the norm's statistics, [] without a norm."""
     if weight is None:
         return x.to(dtype).contiguous(), []
     ((y, statistics),) = p.layer_norms([Norm(x, weight, bias)], eps, dtype)
@@ -373,10 +382,10 @@ def normalized_backward(
     p: Primitives, dy: Tensor | None, x: Tensor, statistics: list[Tensor], a: Any, gradients: Gradients,
     dtype: torch.dtype, *, again: bool, residual: Tensor | None = None, residual_bias: str = "",
 ) -> Tensor | None:  # fmt: skip
-    """Gives the gradients of "x" and of the norm's two, and returns what the layer read, if `again`.
+    """Stores the gradients of "x" and of the norm's parameters; with `again` returns the layer's input.
 
-    residual: what is added to the gradient of x in the norm's backward; without a norm `first_dgrad` has added it.
-    residual_bias: the vector whose gradient is the sum of the residual's rows.
+    residual: added to the gradient of x in the norm's backward; without a norm `first_dgrad` has added it.
+    residual_bias: name of the vector whose gradient is the sum of the residual's rows.
     """
     if a.norm_weight is None:
         if dy is not None:
@@ -393,10 +402,10 @@ def normalized_backward(
 
 
 def before(p: Primitives, a: Any, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """What the first layer of a half of a block reads, and the norm's statistics, if there is one before it.
+    """Returns the input of the first layer of a residual branch (attention or MLP of a block), and pre-norm statistics.
 
-    `a`: arguments with norm_weight, norm_bias, eps, residual, post_norm and dtype; `rows`: its x. Then `behind` is what
-    ends the half, and `behind_backward` and `before_backward` are their backwards.
+    `a`: arguments with norm_weight, norm_bias, eps, residual, post_norm and dtype; `rows`: its x. `behind` ends the
+    branch; `behind_backward` and `before_backward` are their backwards.
     """
     return normalized(p, rows, None if a.post_norm else a.norm_weight, a.norm_bias, a.eps, dtype)
 
@@ -404,7 +413,8 @@ def before(p: Primitives, a: Any, rows: Tensor, dtype: torch.dtype) -> tuple[Ten
 def behind(
     p: Primitives, a: Any, rows: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """The last layer, the norm if it comes after it, and the residual; statistics and argument of that norm."""
+    """Computes the last layer, the post-norm if there is one, and the residual; also returns what its backward
+    needs."""
     added = rows if a.residual else None
     dtype = result_dtype(rows, added, a.dtype, a.layer_scale)
     if not a.post_norm or a.norm_weight is None:
@@ -417,8 +427,9 @@ def behind(
 def behind_backward(
     p: Primitives, a: Any, saved: list[Tensor], grad: Tensor, dtype: torch.dtype, bias: str, gradients: Gradients
 ) -> tuple[Tensor, Tensor | None]:
-    """From the gradient of the half's result that of the last layer's, in `dtype`, and what x gets itself, unrounded.
-    Gives the gradient of the layer's `bias`, unless the backward of a norm before it can, and of a norm behind it."""
+    """From the gradient of the branch's result, returns that of the last layer's in `dtype`, and the residual's
+    gradient of x, not rounded. Stores the gradients of a post-norm, and of the layer's `bias` unless `before_backward`
+    does."""
     added, grad = grad, grad.to(dtype).contiguous()
     if torch.promote_types(dtype, added.dtype) == dtype:
         added = grad
@@ -448,8 +459,9 @@ def before_backward(
     p: Primitives, a: Any, saved: list[Tensor], rows: Tensor, dy: Tensor | None, added: Tensor | None,
     weight: str, bias: str, gradients: Gradients, dtype: torch.dtype,
 ) -> Tensor | None:  # fmt: skip
-    """Gives the gradient of "x" and of a norm before the first layer, and returns what that read, for its `weight`."""
+    """Stores the gradients of "x" and of a pre-norm; returns the first layer's input if `weight`'s gradient is
+    wanted."""
     again = weight in gradients
-    if a.post_norm:  # no norm here
+    if a.post_norm:
         a = a._replace(norm_weight=None)
     return normalized_backward(p, dy, rows, saved, a, gradients, dtype, again=again, residual=added, residual_bias=bias)

@@ -1,4 +1,4 @@
-"""`relational_guidance`: cross-attention and MLP of the guidance on the visible cells. SPEC "Relational guidance"."""
+"""`relational_guidance`: the guidance block's cross-attention and MLP on visible cells. SPEC "Relational guidance"."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sgmim_fast.rows import Rows
 
 
 class GuidanceParameters(NamedTuple):
-    """Weights of the guidance block, width C; linear weights are (out, in)."""
+    """Weights of the guidance block of width C; linear weights are (out, in)."""
 
     query_norm_weight: Tensor  # (C,)
     query_norm_bias: Tensor  # (C,)
@@ -44,14 +44,14 @@ class GuidanceParameters(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the forward keeps for the backward; everything else is recomputed."""
+    """The tensors that the forward saves for the backward, which recomputes everything else."""
 
     q: Tensor  # (visible, C)
     k: Tensor  # (shown + 1, C)
     v: Tensor  # (shown + 1, C)
-    attended: Tensor  # (visible, C) attention's result
-    lse: Tensor  # (2, visible, heads) logsumexp of the logits: the largest one, and the rest
-    t: Tensor  # (visible, C) after the attention's residual
+    attended: Tensor  # (visible, C) result of the attention
+    lse: Tensor  # (2, visible, heads) logsumexp of the logits in two parts: the largest logit, and the rest
+    t: Tensor  # (visible, C) attention branch plus residual
     pre_activation: Tensor  # (visible, hidden)
     query_statistics: Tensor  # (2, visible) mean and 1 / standard deviation
     context_statistics: Tensor  # (2, shown + 1)
@@ -76,7 +76,7 @@ class RowLists(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """Of the op, as of `relational_guidance`."""
+    """The operator's arguments, see `relational_guidance`."""
 
     features: Tensor
     structure: Tensor
@@ -95,7 +95,7 @@ class Arguments(NamedTuple):
 
     @property
     def wanted(self) -> Tensor | None:
-        """Rows of the features; None: all."""
+        """Indices of the rows of `features` to read; None: all rows."""
         return None if self.visible_only else self.rows.visible.contiguous()
 
 
@@ -111,30 +111,30 @@ def relational_guidance(
     eps: float = 1e-5,
     cells: int | None = None,
 ) -> Tensor:
-    """Guidance of the visible cells by the shown structure cells and one collapsed key for all hidden ones.
+    """Guides the visible cells by the shown structure cells and one collapsed key for all hidden cells.
 
     Plain PyTorch, per image: `q = features[visible]`, `kv = cat([structure[shown], h, ..., h])` with one h per hidden
     cell, `t = q + proj(attention(norm(q), norm(kv)))`, result `t + mlp(norm(t))`; see the forward of
     `sgmim_fast.guidance.RelationalGuidance`.
 
     Args:
-        features: (B * N, C) encoder tokens of the whole batch, row-major.
-        structure: (shown cells + 1, C): a row per shown cell in the order of `shown`, then the hidden cells' row h.
-        visible: rows of `features` to guide, and where each image's begin (see `Rows`).
-        shown: the cells of the `structure` rows, likewise.
+        features: (B * N, C), encoder tokens of the batch, row-major.
+        structure: (shown cells + 1, C), a row per shown cell in the order of `shown`, then the hidden cells' row h.
+        visible: `Rows` of `features` to guide, with the offsets of each image.
+        shown: `Rows` of the cells of `structure`.
         parameters: weights of the block.
-        heads: attention heads; divide C. The scale is (C / heads)^-0.5.
-        hidden_context: "keep": the hidden cells take part in the attention, as h; "drop": they don't. An image that has
-            no key at all then gets 0 from the attention.
-        eps: of the three LayerNorms.
-        cells: None, or N where `features` are packed: (visible cells, C), the i-th row that of cell visible.index[i].
+        heads: number of attention heads, a divisor of C. The scale is (C / heads)^-0.5.
+        hidden_context: "keep": the hidden cells take part in the attention, with token h; "drop": they do not. The
+            attention then returns 0 for an image without any key.
+        eps: eps of the three LayerNorms.
+        cells: None, or N if `features` are packed, (visible cells, C), row i belonging to cell visible.index[i].
 
     Returns:
-        (visible cells, C): one guided token per visible cell; the autocast dtype, or that of `features`. Differentiable
-        in `features`, `structure` and the parameters.
+        (visible cells, C), one guided token per visible cell, in autocast's dtype, or that of `features`.
+        Differentiable in `features`, `structure` and the parameters.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is expected.
+        ValueError, TypeError: with the argument's name, its actual and the expected value.
     """
     if hidden_context not in ("keep", "drop"):
         raise ValueError(f"hidden_context is {hidden_context!r}; expected 'keep' or 'drop'")
@@ -203,7 +203,7 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     w, s, packed = a.parameters, Saved(*saved), a.packed
     wq, wk, wv, wproj, w1, w2 = p.weights_in(s.q.dtype, *(getattr(w, name) for name in LINEAR), last=True)
     grad = grad.to(s.q.dtype).contiguous()
-    # MLP
+    # MLP branch
     dpre_activation, activated, fc1_bias = p.dgrad_gelu(grad, w2, s.pre_activation)
     gradients.weight("fc2_weight", grad, activated)
     del activated
@@ -215,7 +215,7 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     gradients.sums({"fc1_bias": fc1_bias, "fc2_bias": out.residual, "proj_bias": out.dx_sum})
     dt = out.dx
     del dpre_activation, out, norm, dy
-    # attention
+    # attention branch
     gradients.weight("proj_weight", dt, s.attended)
     (dattended,) = p.dgrads([dt], [wproj])
     dq, dk, dv = p.guidance_attention_backward(dattended, s.q, s.k, s.v, s.attended, s.lse, packed)

@@ -14,7 +14,7 @@ from sgmim_fast.ops.primitives import Gradients, Norm, NormGradient, Primitives,
 
 
 class StructureParameters(NamedTuple):
-    """Weights of the structure encoder; one entry per patch merging in the three lists, merging i doubles the width."""
+    """Weights of the structure encoder. The lists have one entry per patch merging; each merging doubles the width."""
 
     embed_weight: Tensor  # (D, S, e, e), e the side of an embedded patch in pixels
     embed_bias: Tensor  # (D,)
@@ -29,13 +29,13 @@ class StructureParameters(NamedTuple):
 
     @classmethod
     def names(cls, count: int) -> list[str]:
-        """What the tensors of `flat()`, so many, are called."""
+        """Returns the names of the `count` tensors of `flat()`."""
         lists = [f"{name}[{i}]" for name in cls._fields[4:] for i in range((count - 4) // 3)]
         return [*cls._fields[:4], *lists]
 
     @classmethod
     def nested(cls, flat: list[Any]) -> StructureParameters:
-        """From `flat()`, or from anything that has one entry per parameter in that order."""
+        """Inverse of `flat()`, for any list with one entry per parameter in that order."""
         if len(flat) < 4 or (len(flat) - 4) % 3:
             raise ValueError(f"parameters has {len(flat)} tensors; expected 4, and 3 for each merging")
         k = (len(flat) - 4) // 3
@@ -43,7 +43,7 @@ class StructureParameters(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """Of the op, as of `structure_embed`."""
+    """The operator's arguments, see `structure_embed`."""
 
     structure: Tensor
     rows: Tensor
@@ -54,7 +54,7 @@ class Arguments(NamedTuple):
 
 
 class Cells(NamedTuple):
-    """The shown cells, and how they are embedded. Tokens are in Z-order inside their cell, the hidden cell's last."""
+    """The shown cells and how to embed them. Tokens are in Z-order within their cell; the hidden cell comes last."""
 
     structure: Tensor  # (B, S, H, W)
     rows: Tensor  # (n,)
@@ -64,21 +64,21 @@ class Cells(NamedTuple):
 
     @property
     def per_cell(self) -> int:
-        """Embedded patches of one cell."""
+        """Number of embedded patches per cell."""
         return 4 ** len(self.w.merge_weights)
 
     @property
     def count(self) -> int:
-        """Embedded patches of the shown cells."""
+        """Number of embedded patches of the shown cells."""
         return self.rows.shape[0] * self.per_cell
 
     @property
     def merged(self) -> int:
-        """Rows after the first merging, the hidden cell's included."""
+        """Number of rows after the first merging, including the hidden cell's."""
         return (self.count + self.per_cell) // 4
 
     def patches(self, rows: Tensor | None = None) -> Tensor:
-        """Pixels of the patches, (patches, S * e^2)."""
+        """Returns the pixels of the patches, (patches, S * e^2)."""
         rows, pixels = self.rows if rows is None else rows, self.structure.detach().to(self.dtype)
         return gather_patches(pixels, rows, cell=self.cell, patch=self.w.embed_weight.shape[2], order="z")
 
@@ -86,25 +86,24 @@ class Cells(NamedTuple):
 def structure_embed(
     structure: Tensor, rows: Tensor, parameters: StructureParameters, *, cell: int, eps: float = 1e-5
 ) -> Tensor:
-    """Structure tokens of the shown cells, and the one token h that every hidden cell has.
+    """Computes the structure tokens of the shown cells, and the token h that all hidden cells share.
 
-    A hidden cell's embedded patches are multiplied by 0 after their norm, so what comes out of the mergings depends on
-    the parameters alone. Plain PyTorch: see `sgmim_fast.guidance.StructureEncoder`, of which this computes the rows
-    `rows` and one of the others.
+    A hidden cell's embedded patches are multiplied by 0 after their norm, so its token depends on the parameters alone.
+    Plain PyTorch: the rows `rows` of `sgmim_fast.guidance.StructureEncoder`'s result, and one of the others.
 
     Args:
-        structure: (B, S, H, W) standardised map; H and W multiples of `cell`.
+        structure: (B, S, H, W), standardised map; H and W are multiples of `cell`.
         rows: (n,) int64, distinct indices of the shown cells among the B * (H / cell) * (W / cell), row-major.
-        parameters: of the encoder, with log2(cell / e) mergings.
+        parameters: weights of the encoder, with log2(cell / e) mergings.
         cell: side of a cell in pixels, the encoder's stride.
-        eps: of every LayerNorm.
+        eps: eps of every LayerNorm.
 
     Returns:
-        (n + 1, C): the shown cells' tokens in the order of `rows`, then h. The autocast dtype, or the structure's.
+        (n + 1, C): the shown cells' tokens in the order of `rows`, then h, in autocast's dtype, or that of `structure`.
         Differentiable in `structure` and the parameters.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is expected.
+        ValueError, TypeError: with the argument's name, its actual and the expected value.
     """
     lists = [len(tensors) for tensors in parameters[4:]]
     if len(set(lists)) > 1:

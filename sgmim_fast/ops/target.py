@@ -1,4 +1,4 @@
-"""What kernels are launched for: the GPU that is there, or another whose launches are caught."""
+"""The GPU for which kernels are launched: the present one, or another one whose launches are intercepted."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 class Target(NamedTuple):
-    """What launches are made for."""
+    """The device for which launches are configured."""
 
-    architecture: str  # as the configurations' table names it, e.g. "sm_90"
+    architecture: str  # as in the configurations' table, e.g. "sm_90"
     multiprocessors: int
 
 
@@ -23,8 +23,8 @@ _caught: list[tuple[Callable[..., None], Target]] = []
 
 @contextlib.contextmanager
 def caught(listener: Callable[..., None], target: Target) -> Iterator[None]:
-    """Within the block launches go to `listener(kernel, grid, args, options)` in place of the device, chosen as for
-    `target`, and nothing is computed: to compile, count or model what an op launches."""
+    """Within the block, launches call `listener(kernel, grid, args, options)` instead of running on the device, with
+    configurations for `target`. Nothing is computed: for compiling, counting or modelling an op's launches."""
     _caught.append((listener, target))
     try:
         yield
@@ -33,7 +33,7 @@ def caught(listener: Callable[..., None], target: Target) -> Iterator[None]:
 
 
 def target(device: torch.device) -> Target:
-    """What the launches on this device are made for."""
+    """Returns the target of launches on this device."""
     return _caught[-1][1] if _caught else _target(device)
 
 
@@ -46,10 +46,10 @@ def _target(device: torch.device) -> Target:
 
 
 def listener() -> Callable[..., None] | None:
-    """Who gets the launches in place of the device, if anybody does."""
+    """Returns the listener that intercepts launches, or None."""
     return _caught[-1][0] if _caught else None
 
 
 def on_gpu(tensor: Tensor) -> bool:
-    """Whether what is launched on its device runs on a GPU, or is caught as if it did."""
+    """Whether launches on the tensor's device run on a GPU, or are intercepted as if they did."""
     return tensor.is_cuda or bool(_caught)

@@ -1,4 +1,4 @@
-"""How weights reach the gemms: in the dtype of the gemms, by one function."""
+"""Casts weights to the dtype of the gemms, and caches the copies that a forward and its backward share."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 
 from sgmim_fast.ops import target
 
-# id of a weight -> the weight, its version, and the copy that its forward made
+# id of a weight -> the weight, its version when it was copied in the forward, and the copy
 _kept: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
 _model: contextvars.ContextVar[_Model | None] = contextvars.ContextVar("sgmim_fast.weights", default=None)
 
 
 class _Model:
-    """The weights of one forward of a model, and their copies, which are made when the first one is read."""
+    """The weights of one forward of a model, and their copies, which are made when the first weight is read."""
 
     def __init__(self, weights: Callable[[], Iterable[Tensor]]):
         self._weights = weights
         self._copies: dict[torch.dtype, dict[int, tuple[Tensor, tuple[int, int], Tensor]]] = {}
 
     def copy(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """None for a weight that is not the model's, or has changed since."""
+        """Returns the weight's copy; None if the weight is not the model's, or has changed since it was copied."""
         if dtype not in self._copies:
             weights = [w for w in self._weights() if w.dtype == weight.dtype and w.device == weight.device]
             copies = zip(weights, _copies(weights, dtype), strict=True)
@@ -35,16 +35,16 @@ class _Model:
 
 
 def _state(weight: Tensor) -> tuple[int, int]:
-    """Changes with the values, but for a change in place through `.data`."""
+    """Returns a key that changes with the values, except for a change in place through `.data`."""
     return weight._version, weight.untyped_storage()._cdata
 
 
 @contextlib.contextmanager
 def cast_together(weights: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
-    """Within the block, the forward of a model, its weights are cast at once where they are cast at all.
+    """Within the block, the forward of a model, all of its weights that need a cast are cast together.
 
-    weights: gives them, plain tensors, when the first is read. Within the block none may change in place through
-    `.data`, which leaves no trace.
+    weights: returns the weights, plain tensors; called when the first is read. Within the block no weight may change in
+    place through `.data`, which cannot be detected.
     """
     token = _model.set(_Model(weights))
     try:
@@ -54,11 +54,11 @@ def cast_together(weights: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
 
 
 def weights_in(dtype: torch.dtype, *weights: Tensor | None, last: bool = False) -> list[Tensor | None]:
-    """Weights and biases as gemms in `dtype` read them, contiguous: as they are, or copies.
+    """Returns weights and biases as contiguous tensors in `dtype`: unchanged if they are such already, else as copies.
 
-    On a GPU the forward's copies of weights are kept for the backward, which says that it is the `last` to read them.
-    As under autocast, a weight that changed in between in a way that autograd does not see counts as it was. No forward
-    reads a copy of an earlier one: a change through `.data`, or what FSDP gathers anew, leaves no trace to look at.
+    On a GPU the forward keeps its copies of weights for the backward, which passes `last`. As under autocast, the
+    backward uses the forward's values if a weight changed in between without autograd's notice. A forward never reuses
+    the copies of an earlier one: a change through `.data`, or a new gathering by FSDP, cannot be detected.
     """
     found = [None if weight is None else _as_it_is(weight, dtype, last) for weight in weights]
     missing = [i for i, weight in enumerate(weights) if weight is not None and found[i] is None]
@@ -73,15 +73,15 @@ def weights_in(dtype: torch.dtype, *weights: Tensor | None, last: bool = False) 
 
 
 def _keep(weight: Tensor, copy: Tensor) -> None:
-    """For the backward, as long as the weight is there."""
+    """Keeps the copy for the backward, as long as the weight exists."""
     if weight.requires_grad and target.on_gpu(weight):
         key = id(weight)
         _kept[key] = weakref.ref(weight, lambda _: _kept.pop(key, None)), weight._version, copy
 
 
 def _as_it_is(weight: Tensor, dtype: torch.dtype, last: bool) -> Tensor | None:
-    """The weight, or a copy that is there: for the last reader the one that is kept, for others the model's; None where
-    there has to be a new one."""
+    """Returns the weight itself if its dtype fits, or an existing copy (with `last` the one kept for the backward, else
+    the model's); None if a copy has to be made."""
     if last:
         of, version, copy = _kept.pop(id(weight), (None, None, None))
         if copy is not None and of() is weight and version == weight._version and copy.dtype == dtype:
@@ -92,15 +92,15 @@ def _as_it_is(weight: Tensor, dtype: torch.dtype, last: bool) -> Tensor | None:
     return None if model is None else model.copy(weight, dtype)
 
 
-_BLOCK = 65536  # numbers, that a block of `torch._foreach_copy_` goes through: 15 us on an H200, six launches
+_BLOCK = 65536  # elements per block of `torch._foreach_copy_`; a block takes 15 us on an H200, as long as six launches
 _SMALL = _BLOCK // 8
 
 
 @torch.no_grad()
 def _copies(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Cost: reads the weights, writes the copies; 1 launch for all small ones, and for the others 1 or some if they
-    are many, or enough for all multiprocessors, else 1 each: for the few of a layer it took ten times what the traffic
-    does.
+    """Cost: reads the weights and writes the copies. Small weights take one launch together. So do large ones, in one
+    or a few launches, if they are many or fill all multiprocessors; else each takes one launch: for the few weights
+    of a layer the joint copy took ten times as long as its traffic.
     """
     copies: dict[int, Tensor] = {}
 

@@ -1,4 +1,5 @@
-"""`window_attention`: self-attention inside the windows of a token grid (Swin, SwinV2), or over all of it (ViT)."""
+"""`window_attention`: self-attention within the windows of a token grid (Swin, SwinV2), or over the whole grid
+(ViT)."""
 
 from __future__ import annotations
 
@@ -13,13 +14,13 @@ from sgmim_fast.ops import _check
 from sgmim_fast.ops._op import Op
 from sgmim_fast.ops.primitives import Gradients, Primitives, Request, Windows
 
-APART = -100.0  # added to the logits of tokens that only the cyclic shift has made neighbours, as in timm
+APART = -100.0  # added to logits between tokens that are neighbours only by the cyclic shift, as in timm
 MAX_LOGIT_SCALE = math.log(1.0 / 0.01)
-TINY = 1e-12  # least norm of a vector whose cosine is taken, as in torch.nn.functional.normalize
+TINY = 1e-12  # lower bound of the norm of a vector whose cosine is taken, as in torch.nn.functional.normalize
 
 
 class Arguments(NamedTuple):
-    """Of the op, as of `window_attention`."""
+    """The operator's arguments, see `window_attention`."""
 
     qkv: Tensor
     bias: Tensor | None
@@ -42,31 +43,31 @@ def window_attention(
     logit_scale: Tensor | None = None,
     pad: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention of every token over the tokens of its window; the grid is neither rolled nor cut up.
+    """Softmax attention of every token over the tokens of its window, without copying the grid into windows.
 
-    Plain PyTorch, as in timm: roll by -shift, pad below and right to whole windows, cut into windows,
-    `softmax(q @ k.mT * d**-0.5 + bias + mask) @ v` per head, and all of it back. The mask is -100 where the cyclic
-    shift has brought tokens of opposite borders into one window. One window over all tokens is a ViT's attention.
+    Plain PyTorch, as in timm: roll by -shift, pad below and right to whole windows, partition into windows,
+    `softmax(q @ k.mT * d**-0.5 + bias + mask) @ v` per head, and reverse. The mask is -100 where the cyclic shift has
+    brought tokens of opposite borders into one window. One window over all tokens is a ViT's attention.
 
     Args:
         qkv: (B, H, W, 3 * heads * d), floating point: query, key and value of each token, each split by heads.
-        heads: attention heads.
-        window: (h, w) of a window in tokens, n = h * w tokens. Windows at the lower and right border may stick out.
-        shift: (down, right) by which the windows are moved, each below the window's side; 0: not.
-        bias: added to the logits: (heads, n, n) where there is no index, else (entries, heads), a relative position
-            bias table of which query i and key j use row index[i, j]. None: nothing is added.
+        heads: number of attention heads.
+        window: (h, w), size of a window in tokens; n = h * w. Windows at the lower and right border may stick out.
+        shift: (down, right), cyclic shift of the windows in tokens, less than the window's side; 0: none.
+        bias: added to the logits: without `index` (heads, n, n), else (entries, heads), a relative position bias table
+            whose row index[i, j] belongs to query i and key j. None: nothing is added.
         index: (n, n) int64, rows of `bias`.
-        logit_scale: (heads,): SwinV2's cosine attention. Queries and keys get unit length, and the cosines are
-            multiplied by e^min(logit_scale, log 100) in place of d**-0.5. None: dot products.
-        pad: (3 * heads * d,), what tokens outside the grid have for qkv: the bias of the projection, since timm pads
-            before it. They take part as keys and values. None: zeros.
+        logit_scale: (heads,), for SwinV2's cosine attention: queries and keys are normalised to unit length, and
+            the cosines multiplied by e^min(logit_scale, log 100) instead of d**-0.5. None: dot products.
+        pad: (3 * heads * d,), qkv of the tokens outside the grid, which take part as keys and values. It is the bias of
+            the projection if, as in timm, the padding precedes it. None: zeros.
 
     Returns:
-        (B, H, W, heads * d), dtype of `qkv`; computed in float32 at least. Differentiable in `qkv`, `bias`,
+        (B, H, W, heads * d), dtype of `qkv`; computed in float32 or wider. Differentiable in `qkv`, `bias`,
         `logit_scale` and `pad`.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is expected.
+        ValueError, TypeError: with the argument's name, its actual and the expected value.
 
     Source: Swin (arXiv 2103.14030), SwinV2 (arXiv 2111.09883), timm's arithmetic.
     """
@@ -82,7 +83,7 @@ def _check_arguments(a: Arguments) -> None:
 
 
 def check_windows(channels: int, windows: Windows) -> None:
-    """channels: of queries, keys and values together."""
+    """Checks the arguments other than qkv and pad. channels: of queries, keys and values together."""
     bias, index, logit_scale, _, heads, window, shift = windows
     if heads < 1 or channels % (3 * heads):
         raise ValueError(f"heads is {heads}; expected a divisor of the channels, qkv has 3 * {channels / 3:g}")
@@ -106,17 +107,17 @@ def check_windows(channels: int, windows: Windows) -> None:
 
 
 def most_tokens_on_a_gpu(dtype: torch.dtype) -> int:
-    """Of a window in the Triton kernels, whose tiles have complete rows of logits; in float32 registers hold less."""
+    """Returns the Triton kernels' limit of tokens per window: a tile holds whole rows of logits in registers."""
     return 64 if dtype == torch.float32 else 256
 
 
 def factor(logit_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """What cosines are multiplied by, per head."""
+    """Returns the factor of the cosines, per head."""
     return logit_scale.to(dtype).clamp(max=MAX_LOGIT_SCALE).exp()
 
 
 def logit_scale_gradient(d_log: Tensor, logit_scale: Tensor) -> Tensor:
-    """From the gradient of the clamped value: where it is clamped, 0."""
+    """Returns the gradient of `logit_scale` from that of its clamped value: 0 where it is clamped."""
     return torch.where(logit_scale <= MAX_LOGIT_SCALE, d_log, 0).to(logit_scale.dtype)
 
 

@@ -1,4 +1,4 @@
-"""The primitives in plain PyTorch, by their formulas: the `torch` backend, for any device and floating-point dtype."""
+"""The primitives as formulas in plain PyTorch: the `torch` backend, for any device and floating-point dtype."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def takes(request: Request) -> tuple[bool, str]:
 
 
 def variants(request: Request) -> list[str]:
-    """ "library": `ops.library`, where there is a norm or a window."""
+    """ "library": `ops.library`, for a call with a norm or a window."""
     return ["library"] if request.widths or request.window else []
 
 
 def varied(primitives: Any, bind: Callable[[Any], Callable[..., Any]], variant: str) -> Callable[..., Any]:
-    return bind(importlib.import_module(f"sgmim_fast.ops.{variant}"))  # which is made of this one
+    return bind(importlib.import_module(f"sgmim_fast.ops.{variant}"))  # imported lazily, as it imports this module
 
 
 def batches_wgrads() -> bool:
@@ -95,7 +95,7 @@ def _rows(norm: Norm | NormGradient) -> Tensor:
 def _layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """In `dtype`, or that of x."""
+    """Returns the norm in `dtype`, by default x's, and its statistics."""
     values = x.to(sum_dtype(x.dtype))
     mean = values.mean(-1)
     variance = (values - mean[:, None]).square().mean(-1)
@@ -104,7 +104,7 @@ def _layer_norm(
 
 
 def _apply_norm(x: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """The forward's result again, from saved statistics."""
+    """Recomputes the norm from saved statistics."""
     xhat = (x.to(statistics.dtype) - statistics[0, :, None]) * statistics[1, :, None]
     return (xhat * weight + bias).to(dtype)
 
@@ -132,7 +132,7 @@ def _layer_norm_backward(g: NormGradient) -> NormGradients:
 
 
 def scattered(dx: Tensor, x: Tensor, rows: Tensor) -> Tensor:
-    """The gradient of some rows as the gradient of all."""
+    """Returns the gradient of all rows of x, given that of the rows `rows`; 0 in the others."""
     return torch.zeros(x.shape, dtype=x.dtype, device=x.device).index_copy_(0, rows, dx.to(x.dtype))
 
 
@@ -160,7 +160,7 @@ def embed(cells: Any, weight: Tensor | None, eps: float) -> tuple[Tensor, list[T
 
 
 def _embedded(cells: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The embedded patches, their pixels, and the weight."""
+    """Returns the embedded patches, their pixels, and the weight."""
     weight, bias = weights_in(cells.dtype, cells.w.embed_weight, cells.w.embed_bias)
     pixels = cells.patches()
     return linear(pixels, weight.flatten(1), bias), pixels, weight.flatten(1)
@@ -248,7 +248,7 @@ def linear_l1(a: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear_l1_backward(grad: Tensor, a: Any, weight: Tensor, differences: Tensor, gradients: Gradients) -> None:
-    # Signs go through the gemms as they are, exact in every dtype; the scalar is applied to the results.
+    # The gemms take signs, exact in every dtype, and the scalar multiplies their results.
     grad, s = grad * a.factor, differences.to(weight.dtype)
     if "x" in gradients:
         dx = gemm.dgrad(s, weight).to(grad.dtype) * grad
@@ -259,5 +259,5 @@ def linear_l1_backward(grad: Tensor, a: Any, weight: Tensor, differences: Tensor
 
 
 def operand(a: Any, dtype: torch.dtype) -> Tensor:
-    """The rows of tokens that `linear_l1` multiplies, contiguous and in the dtype of the gemms."""
+    """Returns the rows of tokens that `linear_l1` multiplies, contiguous and in the dtype of the gemms."""
     return (a.x if a.packed else a.x[a.rows]).to(dtype).contiguous()

@@ -1,4 +1,4 @@
-"""`gather_patches`: the wanted cells of an NCHW map as packed patch rows. SPEC "The exact shortcut"."""
+"""`gather_patches`: gathers the patches of selected cells of an NCHW map into rows. SPEC "The exact shortcut"."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sgmim_fast.ops._op import Op
 
 
 class Arguments(NamedTuple):
-    """Of the op, as of `gather_patches`."""
+    """The operator's arguments, see `gather_patches`."""
 
     pixels: Tensor
     rows: Tensor
@@ -22,37 +22,37 @@ class Arguments(NamedTuple):
 
 
 class BackwardArguments(NamedTuple):
-    """Of its backward."""
+    """The arguments of the backward operator."""
 
     grad: Tensor
     rows: Tensor
-    shape: list[int]  # of the pixels
+    shape: list[int]  # shape of pixels
     cell: int
     patch: int
     zorder: bool
 
 
 def gather_patches(pixels: Tensor, rows: Tensor, *, cell: int, patch: int, order: str = "raster") -> Tensor:
-    """Reads the patches of the wanted cells straight out of a map, without unfolding the rest of it.
+    """Gathers the patches of selected cells of a map, without unfolding the rest of it.
 
-    The map is a grid of cells of `cell` x `cell` pixels; each wanted cell gives its (cell / patch)^2 patches, each
-    patch flattened channel first, as a convolution's weight is.
+    The map is a grid of cells of `cell` x `cell` pixels. Each selected cell yields its (cell / patch)^2 patches, each
+    flattened channel first, as the weight of a convolution.
 
-    Plain PyTorch, raster order: `F.unfold` of the map in patches, then `index_select` of the wanted cells' patches.
+    Plain PyTorch, raster order: `F.unfold` of the map in patches, then `index_select` of the cells' patches.
 
     Args:
-        pixels: (B, C, H, W), any dtype and any strides; H and W multiples of `cell`.
+        pixels: (B, C, H, W), any dtype and strides; H and W are multiples of `cell`.
         rows: (n,) int64, distinct indices into the B * (H / cell) * (W / cell) cells, row-major.
         cell: side of a cell in pixels.
-        patch: side of a patch in pixels; divides `cell`.
-        order: of the patches inside a cell. "raster", or "z" (Z-order: column bit above row bit at each level, so that
-            four consecutive patches are what a patch merging concatenates; needs cell / patch a power of two).
+        patch: side of a patch in pixels, a divisor of `cell`.
+        order: order of the patches within a cell: "raster", or "z" (Z-order: column bit above row bit at each level,
+            so that a patch merging concatenates four consecutive patches; cell / patch must be a power of two).
 
     Returns:
         (n * (cell / patch)^2, C * patch^2), dtype of `pixels`, contiguous. Differentiable in `pixels`.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is expected.
+        ValueError, TypeError: with the argument's name, its actual and the expected value.
     """
     if order not in ("raster", "z"):
         raise ValueError(f"order is {order!r}; expected 'raster' or 'z'")
@@ -71,12 +71,12 @@ def _check_arguments(a: Arguments) -> None:
 
 
 def patch_order(side: int, zorder: bool, device: torch.device | None = None) -> Tensor:
-    """Raster index of the t-th patch of a cell of side x side patches; (side^2,) int64."""
+    """Returns the raster index of each patch of a cell of side x side patches, in order; (side^2,) int64."""
     if not zorder:
         return torch.arange(side * side, device=device)
     grid = torch.zeros(1, 1, dtype=torch.int64, device=device)
     length = 1
-    while length < side:  # each level puts four copies of the grid side by side: (0,0), (1,0), (0,1), (1,1)
+    while length < side:  # each level arranges four copies of the grid: (0,0), (1,0), (0,1), (1,1)
         n = length * length
         grid = torch.cat([torch.cat([grid, grid + 2 * n], 1), torch.cat([grid + n, grid + 3 * n], 1)], 0)
         length *= 2
@@ -132,5 +132,5 @@ _op.differentiable(
     BackwardArguments, _backward, fake=lambda a: a.grad.new_empty(a.shape), save=_save, gradients=_gradients
 )
 
-# For the backward of ops that gather: (grad, rows, shape, cell, patch, zorder) -> the map's gradient.
+# For the backward of ops that gather: (grad, rows, shape, cell, patch, zorder) -> gradient of the map.
 gather_patches_backward = _op.backward

@@ -1,5 +1,5 @@
-"""The primitives through PyTorch's own kernels for norms, GELU and a ViT's attention, where `_plain` has formulas: what
-one would write in PyTorch. `sgmim_fast.tune` times them as "torch:library"; nothing else chooses them."""
+"""The primitives with PyTorch's own kernels for norms, GELU and a ViT's attention, where `_plain` has formulas. They
+are timed by `sgmim_fast.tune` as "torch:library", and not chosen otherwise."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def layer_norms(norms: Sequence[Norm], eps: float, dtype: torch.dtype) -> list[t
 
 
 def _normalised(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """In `dtype`, computed in float32 at least, as under autocast on a GPU."""
+    """Returns the norm in `dtype`, computed in float32 or wider, as under autocast on a GPU, and the statistics."""
     accumulator = sum_dtype(x.dtype)
     y, mean, rstd = torch.native_layer_norm(
         x.to(accumulator), x.shape[-1:], weight.to(accumulator), bias.to(accumulator), eps

@@ -1,6 +1,6 @@
-"""`linear_l1`, `linear_l2`: a linear head and the summed distance to the pixels it predicts. SPEC "Heads and losses".
+"""`linear_l1`, `linear_l2`: a linear head and the sum of its distances to the target. SPEC "Heads and losses".
 
-They are one op, which is told whether distances are squared.
+Both are one operator with an argument that says whether distances are squared.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sgmim_fast.ops.primitives import Gradients, Primitives, Request, storage_dt
 
 
 class Arguments(NamedTuple):
-    """Of the op, as of `linear_l1`, and whether its distances are squared."""
+    """The operator's arguments, see `linear_l1`; `squared` for `linear_l2`."""
 
     x: Tensor
     weight: Tensor
@@ -34,11 +34,11 @@ class Arguments(NamedTuple):
 
     @property
     def factor(self) -> float:
-        """Of the gradient, beside the difference or its sign."""
+        """Factor of the difference (squared) or of its sign in the gradient."""
         return 2 * self.scale if self.squared else self.scale
 
     def pixels(self, dtype: torch.dtype) -> Tensor:
-        """The wanted cells' (n, S * cell^2)."""
+        """Returns the target's pixels of the selected cells, (n, S * cell^2)."""
         return gather_patches(self.target.detach().to(dtype), self.rows, cell=self.cell, patch=self.cell)
 
 
@@ -55,31 +55,31 @@ def linear_l1(
     normalized: bool = False,
     scale: float = 1.0,
 ) -> Tensor:
-    """Scaled sum of |x . weight^T + bias - pixels| over the wanted cells; no prediction is kept, only its signs.
+    """Scaled sum of |x . weight^T + bias - target| over the selected cells. Of the predictions only signs are saved.
 
     Plain PyTorch:
     `(F.linear(x, weight, bias) - gather_patches(target, rows, cell=cell, patch=cell)).abs().sum() * scale`.
 
     Args:
-        x: tokens, floating point. packed=True: (n, C), the i-th belongs to cell rows[i]. packed=False: (cells, C), one
-            token per cell of the whole batch, of which `rows` are read.
+        x: tokens, floating point. With packed=True (n, C), row i belongs to cell rows[i]; with packed=False (cells, C),
+            one token per cell of the batch, of which the rows `rows` are read.
         weight: (S * cell^2, C); output channel c * cell^2 + i * cell + j is pixel (i, j) of channel c.
         bias: (S * cell^2,).
-        target: (B, S, H, W), any strides; H and W multiples of `cell`. Used in float32 (float64 with float64 tokens).
+        target: (B, S, H, W), any strides; H and W are multiples of `cell`. Used in float32 (float64 if x is).
         rows: (n,) int64, distinct indices into the B * (H / cell) * (W / cell) cells, row-major.
         cell: side of a cell in pixels.
-        packed: see `x`.
+        packed: layout of `x`.
         valid: (B, S, H, W) bool, True where the target counts; None: everywhere.
-        normalized: compare with pixels less the mean of their cell (over all its channels), divided by
-            sqrt(variance + 1e-6), the variance unbiased, as MAE does (arXiv 2111.06377). Not together with `valid`.
-        scale: what the sum is multiplied by, 1 / count for a mean.
+        normalized: whether to normalise the target per cell, over all channels: subtract the mean and divide by
+            sqrt(variance + 1e-6) with the unbiased variance, as MAE (arXiv 2111.06377). Not together with `valid`.
+        scale: factor of the sum, 1 / count for a mean.
 
     Returns:
-        The sum, a scalar, float32 (float64 with float64 tokens). Differentiable in `x`, `weight`, `bias` and `target`;
-        the gradient of |0| is 0, as in PyTorch.
+        A scalar, float32 (float64 if x is). Differentiable in `x`, `weight`, `bias` and `target`; the gradient of |0|
+        is 0, as in PyTorch.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is expected.
+        ValueError, TypeError: with the argument's name, its actual and the expected value.
     """
     return _op(x, weight, bias, target, valid, rows, cell, packed, scale, False, normalized, None)[0]
 
@@ -97,19 +97,19 @@ def linear_l2(
     normalized: bool = False,
     scale: float = 1.0,
 ) -> Tensor:
-    """`linear_l1` with the square of every distance; the differences are kept, in the dtype of the gemms.
+    """`linear_l1` with squared distances; the differences are saved, in the dtype of the gemms.
 
     Plain PyTorch:
     `(F.linear(x, weight, bias) - gather_patches(target, rows, cell=cell, patch=cell)).square().sum() * scale`.
 
     Args:
-        x, weight, bias, target, rows, cell, packed, valid, normalized, scale: as of `linear_l1`.
+        x, weight, bias, target, rows, cell, packed, valid, normalized, scale: see `linear_l1`.
 
     Returns:
-        The sum, a scalar, float32 (float64 with float64 tokens). Differentiable in `x`, `weight`, `bias` and `target`.
+        A scalar, float32 (float64 if x is). Differentiable in `x`, `weight`, `bias` and `target`.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is expected.
+        ValueError, TypeError: with the argument's name, its actual and the expected value.
     """
     return _op(x, weight, bias, target, valid, rows, cell, packed, scale, True, normalized, None)[0]
 
@@ -149,12 +149,12 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
         pixels = differences.to(grad.dtype) * (grad * -a.factor)
         if a.normalized:
             pixels = _normalized_backward(pixels, a.pixels(grad.dtype))
-        pixels = pixels.to(a.target.dtype)  # back where they came from
+        pixels = pixels.to(a.target.dtype)
         gradients["target"] = gather_patches_backward(pixels, a.rows, a.target.shape, a.cell, a.cell, False)
 
 
 def normalized_pixels(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows less their mean, over their deviation, and 1 / deviation: the variance is the unbiased one plus 1e-6."""
+    """Returns each row less its mean, over sqrt(unbiased variance + 1e-6), and the reciprocal of that root."""
     centred = pixels - pixels.mean(1, keepdim=True)
     inverse = (centred.square().sum(1, keepdim=True) / (pixels.shape[1] - 1) + 1e-6).rsqrt()
     return centred * inverse, inverse

@@ -1,4 +1,4 @@
-"""`masked_patch_embed`: an encoder's stem for the visible patches, the mask token elsewhere. SPEC "Encoder"."""
+"""`masked_patch_embed`: patch embedding of the visible patches, mask token elsewhere. SPEC "Encoder"."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sgmim_fast.ops.primitives import Gradients, Primitives, Request, storage_dt
 
 
 class Arguments(NamedTuple):
-    """Of the op, as of `masked_patch_embed`."""
+    """The operator's arguments, see `masked_patch_embed`."""
 
     x: Tensor
     weight: Tensor
@@ -32,7 +32,7 @@ class Arguments(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of the result, (B, N, D)."""
+        """Shape of the result, (B, N, D)."""
         p = self.weight.shape[2]
         return self.x.shape[0], (self.x.shape[2] // p) * (self.x.shape[3] // p), self.weight.shape[0]
 
@@ -41,7 +41,7 @@ class Arguments(NamedTuple):
         return None if self.norm_weight is None else (self.norm_weight, self.norm_bias)
 
     def patches(self) -> Tensor:
-        """The visible patches (n, C * p^2), in storage."""
+        """Returns the visible patches, (n, C * p^2) in storage."""
         p = self.weight.shape[2]
         return gather_patches(self.x.detach(), self.visible, cell=p, patch=p).to(self.storage)
 
@@ -57,27 +57,27 @@ def masked_patch_embed(
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Embeds the visible patches of images and puts the mask token in the place of all others, which are never read.
+    """Embeds the visible patches of images and fills in the mask token for all others, which are never read.
 
-    Plain PyTorch, with `mask` (B, N, 1), 1 = masked: `t = F.conv2d(x, weight, bias, stride=p).flatten(2).mT`, where
-    there is a norm `t = F.layer_norm(t, (D,), norm_weight, norm_bias, eps)`, then `t * (1 - mask) + mask_token * mask`.
+    Plain PyTorch, with `mask` (B, N, 1), 1 = masked: `t = F.conv2d(x, weight, bias, stride=p).flatten(2).mT`, with a
+    norm `t = F.layer_norm(t, (D,), norm_weight, norm_bias, eps)`, then `t * (1 - mask) + mask_token * mask`.
 
     Args:
-        x: (B, C, H, W) images, floating point, any strides; H and W multiples of p.
+        x: (B, C, H, W), images, floating point, any strides; H and W are multiples of p.
         weight: (D, C, p, p).
         bias: (D,) or None.
         mask_token: (D,).
         visible: (n,) int64, distinct indices of the visible (not masked) patches among the B * (H / p) * (W / p),
             row-major.
-        norm_weight, norm_bias: (D,) of the LayerNorm after the embedding, or both None where there is none.
-        eps: of the LayerNorm.
+        norm_weight, norm_bias: (D,), parameters of the LayerNorm after the embedding; None, both: no LayerNorm.
+        eps: eps of the LayerNorm.
 
     Returns:
-        (B, N, D) tokens, N = (H / p) * (W / p), row-major; the autocast dtype, or that of `x`. Differentiable in all
+        (B, N, D) tokens, N = (H / p) * (W / p), row-major, in autocast's dtype, or that of `x`. Differentiable in all
         floating-point arguments.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is expected.
+        ValueError, TypeError: with the argument's name, its actual and the expected value.
     """
     return _op(x, weight, bias, mask_token, visible, norm_weight, norm_bias, eps, None)[0]
 

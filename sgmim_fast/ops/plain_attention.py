@@ -1,4 +1,4 @@
-"""Primitives in plain PyTorch: the attentions of `relational_guidance` and `window_attention`."""
+"""Primitives in plain PyTorch: the attention of `relational_guidance` and of `window_attention`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sgmim_fast.ops.window_attention import APART, TINY, factor, logit_scale_gra
 
 
 class _Attention:
-    """The packed attention on the full grid of cells: (images, heads, cells, cells + 1), shown keys and the hidden one.
+    """The packed attention on the full grid (images, heads, cells, cells + 1); the last key is the hidden cells'.
 
-    No size depends on the data, so nothing waits for the device; the kernels of the other backends stay packed.
+    No size depends on the data, so nothing synchronises. The kernels of the other backends stay packed.
     """
 
     def __init__(self, packed: Packed, width: int, dtype: torch.dtype):
@@ -24,7 +24,7 @@ class _Attention:
         self.scale = (width // heads) ** -0.5
         hidden = (cells - shown_offsets.diff()).to(dtype)[:, None]
         bias = torch.full((self.images * cells,), -torch.inf, dtype=dtype, device=self.shown.device)
-        bias.index_fill_(0, self.shown, 0.0)  # `bias[...] = 0.0` would copy the number to the device, and wait
+        bias.index_fill_(0, self.shown, 0.0)  # `bias[...] = 0.0` would copy the number to the device and synchronise
         last = hidden.log() if keep else torch.full_like(hidden, -torch.inf)
         self.bias = torch.cat([bias.view(self.images, cells), last], 1)[:, None, None]
 
@@ -32,18 +32,18 @@ class _Attention:
         return x.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
 
     def spread(self, x: Tensor, at: Tensor) -> Tensor:
-        """Packed rows (n, C) onto the grid (images, heads, cells, d), zero elsewhere."""
+        """Scatters packed rows (n, C) into the grid (images, heads, cells, d), zero elsewhere."""
         grid = x.new_zeros(self.images * self.cells, x.shape[1])
         grid[at] = x
         return self._split(grid.view(self.images, self.cells, -1))
 
     def keys(self, x: Tensor) -> Tensor:
-        """(shown + 1, C) -> (images, heads, cells + 1, d), the hidden cells' row last."""
+        """(shown + 1, C) -> (images, heads, cells + 1, d), with the hidden cells' row last."""
         last = self._split(x[-1:])[None].expand(self.images, -1, -1, -1)
         return torch.cat([self.spread(x[:-1], self.shown), last], 2)
 
     def pack(self, grid: Tensor, at: Tensor) -> Tensor:
-        """(images, heads, cells, d) -> the rows `at`, (n, C)."""
+        """Gathers the rows `at` of the grid: (images, heads, cells, d) -> (n, C)."""
         return grid.transpose(1, 2).reshape(self.images * self.cells, -1)[at]
 
     def pack_keys(self, grid: Tensor) -> Tensor:
@@ -51,7 +51,8 @@ class _Attention:
         return torch.cat([self.pack(grid[:, :, :-1], self.shown), last])
 
     def probabilities(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Softmax over the keys, 0 where there is none, and the logsumexp of the logits in two parts."""
+        """Returns the softmax over the keys, 0 for queries without any, and the logsumexp of the logits in two
+        parts."""
         logits = q @ k.mT * self.scale + self.bias
         row_max = logits.amax(-1, keepdim=True)
         row_max = torch.where(row_max.isfinite(), row_max, 0)
@@ -87,14 +88,14 @@ def guidance_attention_backward(
 
 
 class _Windows:
-    """The windows as tensors (B, down, across, heads, n, d): copies, for the plain implementation."""
+    """Partitions the grid into windows, tensors (B, down, across, heads, n, d)."""
 
     def __init__(self, qkv: Tensor, w: Windows):
         self.size, self.heads, self.window, self.shift, self.pad = qkv.shape[1:3], w.heads, w.window, w.shift, w.pad
         self.dtype = sum_dtype(qkv.dtype)
 
     def cut(self, x: Tensor, pad: Tensor | None = None) -> Tensor:
-        """(B, H, W, C) -> (B, down, across, n, C); what sticks out is `pad`, or 0."""
+        """(B, H, W, C) -> (B, down, across, n, C); tokens outside the grid are `pad`, or 0."""
         (height, width), (h, w) = self.size, self.window
         x = x.to(self.dtype).roll([-s for s in self.shift], (1, 2))
         below, right = -height % h, -width % w
@@ -104,12 +105,12 @@ class _Windows:
         return x.unflatten(2, (-1, w)).unflatten(1, (-1, h)).transpose(2, 3).flatten(3, 4)
 
     def inside(self, x: Tensor) -> Tensor:
-        """Which tokens of the shifted, padded grid (B, H', W', C) exist, (H', W')."""
+        """Returns which tokens of the shifted, padded grid (B, H', W', C) lie in the grid, (H', W') bool."""
         rows, columns = (torch.arange(x.shape[i + 1], device=x.device) < self.size[i] for i in (0, 1))
         return rows[:, None] & columns
 
     def join(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Back: (B, down, across, n, C) -> (B, H, W, C), and the sum (C,) of what belongs to the padding."""
+        """Inverse of `cut`: (B, down, across, n, C) -> (B, H, W, C), and the sum (C,) over tokens outside the grid."""
         x = x.unflatten(3, tuple(self.window)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         outside = torch.where(self.inside(x)[..., None], 0, x).sum((0, 1, 2))
         return x[:, : self.size[0], : self.size[1]].roll(list(self.shift), (1, 2)), outside
@@ -122,7 +123,7 @@ class _Windows:
         return x.transpose(-2, -3).flatten(-2)
 
     def mask(self, device: torch.device) -> Tensor:
-        """(down, across, 1, n, n): APART between tokens that are no neighbours, else 0."""
+        """(down, across, 1, n, n): APART between tokens that only the shift made neighbours, else 0."""
         groups = []
         for size, window, shift in zip(self.size, self.window, self.shift, strict=True):
             whole = size + -size % window
@@ -132,7 +133,7 @@ class _Windows:
         return torch.where(group[..., None] == group[..., None, :], 0.0, APART).to(self.dtype)[:, :, None]
 
     def operands(self, qkv: Tensor, logit_scale: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Queries, keys and values as they come, and what the queries are multiplied by, (heads, 1, 1) or ()."""
+        """Returns q, k and v, not normalised, and the factor of the queries, (heads, 1, 1) or ()."""
         parts = tuple(self.split(x) for x in self.cut(qkv, self.pad).chunk(3, -1))
         if logit_scale is None:
             return parts, torch.full((), parts[0].shape[-1] ** -0.5, dtype=self.dtype, device=qkv.device)
@@ -146,12 +147,12 @@ class _Windows:
 
 
 def dense_bias(bias: Tensor, index: Tensor | None) -> Tensor:
-    """(heads, n, n)."""
+    """Returns the bias as (heads, n, n)."""
     return bias if index is None else bias[index].permute(2, 0, 1)
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x / |x|, and |x|."""
+    """Returns x / |x| and |x|."""
     norm = x.norm(dim=-1, keepdim=True)
     return x / norm.clamp_min(TINY), norm
 

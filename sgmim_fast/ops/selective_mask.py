@@ -1,4 +1,4 @@
-"""`selective_mask`: draws the masks of a batch with their row lists. SPEC "Selective masking"."""
+"""`selective_mask`: draws the masks of a batch and their row lists. SPEC "Selective masking"."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WORD = 0xFFFFFFFF
 
 
 class Arguments(NamedTuple):
-    """Of the op, as of `selective_mask`."""
+    """The operator's arguments, see `selective_mask`."""
 
     seed: Tensor
     masked: list[int]
@@ -28,26 +28,26 @@ class Arguments(NamedTuple):
 def selective_mask(
     seed: Tensor, masked: Sequence[int], grid: tuple[int, int], scale: int = 1
 ) -> tuple[Tensor, Rows, Rows]:
-    """Masks a uniformly random subset of exactly `masked[b]` units in image b, and lists the rows of both sides.
+    """Masks a uniformly random subset of exactly `masked[b]` units in image b; lists the visible and the masked rows.
 
     Each unit gets a 32-bit key from the counter-based generator Philox 4x32-10 (Salmon et al., "Parallel random
-    numbers: as easy as 1, 2, 3", 2011) and the units with the smallest keys are masked. A key depends on (seed, image,
-    unit) alone, so the draw is the same on every device and backend. Nothing waits for the device.
+    numbers: as easy as 1, 2, 3", 2011), and the units with the smallest keys are masked. A key depends on (seed, image,
+    unit) only, so the result is the same on every device and backend. The call does not synchronise.
 
     Plain PyTorch, per image: `mask.view(-1)[torch.randperm(units)[:count]] = True`.
 
     Args:
-        seed: (2,) int64 on the device that the results are wanted on; the low 32 bits of both are the key.
-        masked: number of masked units per image, each between 0 and the number of units; its length is the batch.
-        grid: mask units (rows, columns).
-        scale: cells along a unit, to get the mask and the row lists on a finer grid of cells.
+        seed: (2,) int64, on the device of the results. The low 32 bits of both numbers are the generator's key.
+        masked: number of masked units of each image, each between 0 and the number of units; its length is the batch.
+        grid: number of mask units (rows, columns).
+        scale: cells along a unit; the mask and the row lists are on the grid of cells.
 
     Returns:
         mask (B, rows * scale, columns * scale) bool, True = masked (hidden from the encoder), then the visible and the
-        masked rows: indices image * cells + cell with cells counted row-major, ascending.
+        masked `Rows`: ascending indices image * cells + cell, cells counted row-major.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is expected.
+        ValueError, TypeError: with the argument's name, its actual and the expected value.
     """
     rows, columns = grid
     mask, visible, visible_offsets, masked_rows, masked_offsets = _op(seed, list(masked), rows, columns, scale)
@@ -72,11 +72,11 @@ def _check_arguments(a: Arguments) -> None:
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
-    """Philox 4x32-10: four 32-bit words of counter, two of key, to four random words; int64 tensors that broadcast."""
+    """Philox 4x32-10: four 32-bit counter words and two key words to four random words; int64 tensors, broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # int64 products wrap around, which leaves the 64 bits of the unsigned product
+        # int64 products wrap around, which keeps the 64 bits of the unsigned product
         low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (high >> 32 & _WORD) ^ c1 ^ k0, high & _WORD, (low >> 32 & _WORD) ^ c3 ^ k1, low & _WORD
         k0, k1 = k0 + 0x9E3779B9 & _WORD, k1 + 0xBB67AE85 & _WORD
@@ -84,13 +84,13 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
 
 
 def sizes(masked: Sequence[int], gh: int, gw: int, scale: int) -> tuple[tuple[int, int, int], int, int]:
-    """Shape of the mask, number of visible rows, number of masked rows."""
+    """Returns the shape of the mask, the number of visible rows, and that of masked rows."""
     masked_rows, cells = sum(masked) * scale * scale, gh * scale * gw * scale
     return (len(masked), gh * scale, gw * scale), len(masked) * cells - masked_rows, masked_rows
 
 
 def counts(values: Sequence[int], device: torch.device) -> Tensor:
-    """The numbers as a tensor, without waiting for a GPU."""
+    """Returns the numbers as a tensor, without synchronising."""
     if len(set(values)) == 1:
         return torch.full((len(values),), values[0], dtype=torch.int64, device=device)
     if device.type != "cuda":
@@ -99,7 +99,7 @@ def counts(values: Sequence[int], device: torch.device) -> Tensor:
 
 
 def offsets(count: Tensor, scale: int) -> Tensor:
-    """Where each image's rows begin, and the end; count: units per image."""
+    """Returns the first row of each image, and the end. count: units per image."""
     starts = torch.zeros(count.shape[0] + 1, dtype=torch.int64, device=count.device)
     starts[1:] = (count * scale * scale).cumsum(0)
     return starts
@@ -108,7 +108,7 @@ def offsets(count: Tensor, scale: int) -> Tensor:
 def first_of(
     order: Tensor, masked: Sequence[int], gh: int, gw: int, scale: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The results of the op for the first `masked[b]` units of each image b in an order (B, units)."""
+    """Returns the op's results with the first `masked[b]` units of image b masked, in the order (B, units)."""
     batch, units, device = len(masked), gh * gw, order.device
     (_, height, width), visible, masked_rows = sizes(masked, gh, gw, scale)
     count = counts(masked, device)
@@ -130,7 +130,7 @@ def _forward(
     images = torch.arange(batch, device=device)[:, None]
     zero = torch.zeros((), dtype=torch.int64, device=device)
     keys = torch.stack(torch.broadcast_tensors(*philox((fours, images, zero, zero), (seed & _WORD).unbind())), -1)
-    keys = keys.view(batch, -1)[:, :units] << 31 | torch.arange(units, device=device)  # all different: ties by unit
+    keys = keys.view(batch, -1)[:, :units] << 31 | torch.arange(units, device=device)  # distinct: the unit breaks ties
     return first_of(keys.argsort(1), masked, gh, gw, scale)
 
 

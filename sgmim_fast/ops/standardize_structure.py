@@ -1,4 +1,4 @@
-"""`standardize_structure`: the trimmed standardisation. SPEC "Standardising the structure map"."""
+"""`standardize_structure`: standardisation with trimmed statistics. SPEC "Standardising the structure map"."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sgmim_fast.ops.primitives import sum_dtype
 
 
 class Arguments(NamedTuple):
-    """Of the op, as of `standardize_structure`."""
+    """The operator's arguments, see `standardize_structure`."""
 
     structure: Tensor
     ignore: bool
@@ -22,11 +22,11 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uin
 
 
 def standardize_structure(structure: Tensor, *, nonfinite: str = "raise") -> Tensor:
-    """Brings each structure map to mean 0 and variance 1, measured on its values between the deciles.
+    """Standardises each structure map to mean 0 and variance 1, measured on its values between the outer deciles.
 
-    For every image, and every channel on its own: y = (x - mean) / sqrt(var + 1e-6) with mean and unbiased variance of
-    the sorted values from index int(0.1 n) up to (not including) int(0.9 n), as in MultiMAE. The CPU backend finds the
-    two ends by selection, without sorting. A constant map gives zeros, and so does one with fewer than two values kept.
+    For every image and channel: y = (x - mean) / sqrt(var + 1e-6), with mean and unbiased variance of the sorted values
+    from index int(0.1 n) up to, not including, int(0.9 n), as in MultiMAE. The CPU backend finds both ends by
+    selection, without sorting. A constant map yields zeros, and so does one with fewer than two values in that range.
 
     Plain PyTorch, per map: `t = x.flatten().sort().values[int(0.1 * n) : int(0.9 * n)]`, then
     `(x - t.mean()) / (t.var() + 1e-6).sqrt()`.
@@ -34,15 +34,15 @@ def standardize_structure(structure: Tensor, *, nonfinite: str = "raise") -> Ten
     Args:
         structure: (B, S, H, W), not empty, any strides; float32, float64, bfloat16, float16, or uint16 as in 16-bit
             depth files, which is divided by 2^16.
-        nonfinite: what to do with infinities and NaN. "raise": raise (on a GPU this waits for the device once).
-            "ignore": the statistics are those of the finite values, n their number, and the others become 0; pass
-            `structure_valid=structure.isfinite()` to the model, so that they do not count in the loss.
+        nonfinite: treatment of infinities and NaN. "raise": raises (on a GPU this synchronises once). "ignore": the
+            statistics are those of the finite values, n being their number, and the others become 0; pass
+            `structure_valid=structure.isfinite()` to the model to exclude them from the loss.
 
     Returns:
-        (B, S, H, W), contiguous, float32 (float64 for float64). Statistics are kept in float64. Not differentiable.
+        (B, S, H, W), contiguous, float32 (float64 for float64). Statistics are computed in float64. Not differentiable.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is expected.
+        ValueError, TypeError: with the argument's name, its actual and the expected value.
     """
     if structure.requires_grad and torch.is_grad_enabled():
         raise ValueError("structure requires grad; expected data: standardising is not differentiable, detach() it")
@@ -64,7 +64,7 @@ def _check_arguments(a: Arguments) -> None:
 
 
 def planes(structure: Tensor) -> Tensor:
-    """One row per image and channel, contiguous, float64 for float64 and else float32."""
+    """Returns one row per image and channel, contiguous, float64 for float64, else float32."""
     rows = structure.reshape(structure.shape[0] * structure.shape[1], -1)
     if structure.dtype == torch.uint16:
         return rows.to(torch.float32) / 2**16
@@ -90,7 +90,7 @@ def _forward(structure: Tensor, ignore: bool) -> Tensor:
     ordered = x.where(finite, torch.inf).sort(1).values.double()
     position = torch.arange(x.shape[1], device=x.device)
     inside = (position >= first) & (position < last)
-    # relative to one of the values kept, the first: a constant map gives exact zeros
+    # Relative to the first of the values in range, so that a constant map yields exact zeros.
     origin = ordered.gather(1, first.clamp(max=x.shape[1] - 1))
     origin = origin.where(kept > 0, 0)
     mean = (ordered - origin).where(inside, 0).sum(1, keepdim=True) / kept

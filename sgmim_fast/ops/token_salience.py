@@ -1,4 +1,4 @@
-"""`token_salience`: how much attention a token gets from all tokens of its image. SPEC "Salience-based masking"."""
+"""`token_salience`: the attention that each token receives within its image. SPEC "Salience-based masking"."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from sgmim_fast.ops.primitives import sum_dtype
 
 
 class Arguments(NamedTuple):
-    """Of the op, as of `token_salience`."""
+    """The operator's arguments, see `token_salience`."""
 
     x: Tensor
 
 
 def token_salience(x: Tensor) -> Tensor:
-    """The salience of each token among those of its image, from 0 to 1 (SBAM, arXiv 2404.08327).
+    """Computes the salience of each token among those of its image, from 0 to 1 (SBAM, arXiv 2404.08327).
 
-    Tokens attend to each other by their plain inner products, and a token is salient as far as it is attended to:
-    A = softmax over j of x_i . x_j, s_j = sum over i of A_ij, brought to [0, 1] per image. A (N, N) is never written:
-    memory grows with N alone.
+    The attention is the softmax of the tokens' plain inner products, and a token's salience the attention it receives:
+    A = softmax over j of x_i . x_j, s_j = sum over i of A_ij, rescaled to [0, 1] per image. A (N, N) is never stored:
+    memory grows with N only.
 
     Plain PyTorch: `s = (x @ x.mT).softmax(-1).sum(-2)`, then `(s - s.amin(-1)) / (s.amax(-1) - s.amin(-1))`.
 
@@ -31,14 +31,14 @@ def token_salience(x: Tensor) -> Tensor:
         x: (B, N, D) tokens, N and D at least 1, floating point, any strides.
 
     Returns:
-        (B, N), contiguous, float32 (float64 for float64), which products and sums are accumulated in, too. 0 throughout
-        where all tokens of an image are attended to as much, as far as the dtype can tell: s_j is found as what j gets
-        from the others less what it pays to them, in which its attention to itself, often close to 1, cancels before
-        anything is rounded. NaN throughout for an image in which a product of tokens is not finite, and for no other.
+        (B, N), contiguous, float32 (float64 for float64), which is the accumulator dtype too. All 0 for an image whose
+        tokens receive equal attention up to rounding: s_j is computed as the attention that j receives from the other
+        tokens minus that which it pays to them, so that its attention to itself, often close to 1, cancels before
+        anything is rounded. All NaN for an image in which an inner product is not finite; other images are unaffected.
         Not differentiable.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is expected.
+        ValueError, TypeError: with the argument's name, its actual and the expected value.
     """
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("x requires grad; expected data: salience is not differentiable, detach() it")
@@ -55,7 +55,7 @@ def _check_arguments(a: Arguments) -> None:
 def _forward(x: Tensor) -> Tensor:
     x = x.to(sum_dtype(x.dtype)).contiguous()
     with torch.autocast(x.device.type, enabled=False):
-        # one image at a time, so that there is one (N, N) at a time
+        # one image at a time, so that only one (N, N) exists at a time
         sums = [_received_less_paid((image @ image.mT).softmax(-1)) for image in x]
     s = torch.stack(sums) if sums else x.new_empty(x.shape[:2])
     low, high = s.aminmax(dim=1, keepdim=True)
@@ -63,8 +63,8 @@ def _forward(x: Tensor) -> Tensor:
 
 
 def _received_less_paid(attention: Tensor) -> Tensor:
-    """s_j - 1: what the others pay to j less what j pays to them, without what it pays itself, which is close to 1
-    where tokens are long, and would leave nothing of the rest."""
+    """Returns s_j - 1, the attention that j receives from the others minus that which it pays to them. Its attention to
+    itself is left out: for long tokens it is close to 1, and rounding would cancel the rest."""
     attention.fill_diagonal_(0)
     return attention.sum(0) - attention.sum(1)
 

@@ -1,8 +1,8 @@
-"""Attention of all tokens without bias, shift or padding, through PyTorch's scaled dot product attention: a ViT's.
+"""Attention of all tokens without bias, shift or padding (ViT), by PyTorch's scaled dot product attention.
 
-Ops run below autograd, so that forward and backward are called by their own names. The backward computes the forward
-again, a fifth of its time, in place of keeping what that has saved. On a GPU flash attention's backward adds up in an
-order of its own where there are more than two blocks of keys (256 tokens), unless PyTorch is to be deterministic.
+Ops run below autograd, so forward and backward are called as separate operators. The backward recomputes the forward, a
+fifth of its time, instead of saving its results. On a GPU, flash attention's backward is not deterministic with more
+than two blocks of keys (256 tokens), unless PyTorch is set to be deterministic.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from sgmim_fast.ops.primitives import Windows
 
-MULTIPLE, MOST = 8, 256  # of a head's channels on a GPU
+MULTIPLE, MOST = 8, 256  # channels of a head on a GPU: divisor and maximum
 
 
 def takes(qkv: Tensor, w: Windows) -> bool:
-    """Whether it is such an attention, in what PyTorch's flash attention takes."""
+    """Whether the attention is such and PyTorch's flash attention supports it."""
     bare = w.bias is None and w.logit_scale is None and not any(w.shift) and (*w.window,) == (*qkv.shape[1:3],)
     if not bare or qkv.numel() == 0:
         return False
@@ -27,7 +27,7 @@ def takes(qkv: Tensor, w: Windows) -> bool:
 
 
 def _split(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
-    """(B, H, W, parts * heads * d) -> parts of (B, heads, N, d)."""
+    """(B, H, W, parts * heads * d) -> `parts` tensors (B, heads, N, d)."""
     return x.flatten(1, 2).unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
@@ -39,13 +39,13 @@ def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
 
 
 def whole_attention(qkv: Tensor, w: Windows) -> Tensor:
-    """`ops.window_attention` of what `takes` says."""
+    """`ops.window_attention` for arguments that `takes` accepts."""
     out = _forward(*_split(qkv, 3, w.heads))[0]
     return out.transpose(1, 2).reshape(*qkv.shape[:3], -1)
 
 
 def whole_attention_backward(grad: Tensor, qkv: Tensor, w: Windows) -> Tensor:
-    """The gradient of qkv. Cost: 3 launches, and flash attention's own."""
+    """Returns the gradient of qkv. Cost: 3 launches, and flash attention's own."""
     aten, (q, k, v) = torch.ops.aten, _split(qkv, 3, w.heads)
     (dout,) = _split(grad.to(qkv.dtype), 1, w.heads)
     out, lse, *rest = _forward(q, k, v)

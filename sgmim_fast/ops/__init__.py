@@ -1,4 +1,4 @@
-"""The public kernel layer: one op, one file; each runs on the backend that `sgmim_fast.backends` chooses."""
+"""The public ops, one file per op. Each runs on the backend that `sgmim_fast.backends` chooses."""
 
 from sgmim_fast.ops.gather_patches import gather_patches
 from sgmim_fast.ops.linear_l1 import linear_l1, linear_l2

@@ -1,8 +1,8 @@
-"""Arguments of every op at any size: the table that tests, benchmarks and `kernels.compile` draw their calls from.
+"""Arguments of every op at any size: the table from which tests, benchmarks and `kernels.compile` take their calls.
 
-A function per op, with the op's name: it takes sizes, which optional arguments there are, and how tensors are made, and
-gives the op's `Arguments`, the groups of tensors among them as the flat lists that the op is called with. Weights keep
-the size of what they are multiplied with, so no result is ill-conditioned.
+There is one function per op, with the op's name. Its parameters are sizes, which optional arguments are present, and
+how tensors are made; it returns the op's `Arguments`, with groups of tensors as the flat lists that the op takes.
+Weights are scaled to keep the magnitude of their inputs, so that no result is ill-conditioned.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sgmim_fast.rows import Rows
 
 
 class Make(NamedTuple):
-    """How tensors are made. `numbers`: torch.zeros where nobody reads them."""
+    """How tensors are made. `numbers`: torch.randn, or torch.zeros if values do not matter."""
 
     dtype: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
@@ -45,7 +45,7 @@ class Make(NamedTuple):
         return self.numbers(shape, dtype=self.dtype, device=self.device)
 
     def weight(self, *shape: int) -> Tensor:
-        """(out, ...), scaled so that a gemm keeps the size of its input."""
+        """Returns a weight (out, ...), scaled so that a gemm keeps the magnitude of its input."""
         return self(*shape) / math.sqrt(math.prod(shape[1:]))
 
     def bias(self, width: int) -> Tensor:
@@ -55,11 +55,11 @@ class Make(NamedTuple):
         return 1 + 0.1 * self(width)
 
     def norm(self, width: int, there: bool = True) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Weight and bias of a LayerNorm, or none."""
+        """Returns weight and bias of a LayerNorm, or two None unless `there`."""
         return (self.norm_weight(width), self.bias(width)) if there else (None, None)
 
     def rows(self, wanted: Tensor) -> Rows:
-        """Row list of the True entries of (images, cells)."""
+        """Returns the row list of the True entries of (images, cells)."""
         offsets = torch.zeros(wanted.shape[0] + 1, dtype=torch.int64)
         offsets[1:] = wanted.sum(1).cumsum(0)
         return Rows(wanted.flatten().nonzero().squeeze(1).to(self.device), offsets.to(self.device))
@@ -69,7 +69,7 @@ FLOAT32, FLOAT64 = Make(), Make(torch.float64)
 
 
 def chosen(counts: Sequence[int], cells: int) -> Tensor:
-    """(images, cells) bool with exactly `counts` random entries True in each image."""
+    """Returns (images, cells) bool, in each image with exactly `counts` random entries True."""
     order = torch.rand(len(counts), cells).argsort(1)
     return order < torch.tensor(counts).view(-1, 1)
 
@@ -79,13 +79,13 @@ def registered(op: str) -> Op:
 
 
 def call(op: str, arguments: Sequence[Any]) -> Any:
-    """The result of an op, of several the tuple."""
+    """Calls an op and returns its result, a tuple if it has several."""
     results = registered(op)(*arguments)
     return results[0] if isinstance(results, tuple) and isinstance(results[1], list) else results
 
 
 def leaves(op: str, arguments: Any, *without: str) -> list[Tensor]:
-    """The floating-point tensors but those of these names; from now on they require a gradient."""
+    """Returns the floating-point tensors except those named in `without`, after requires_grad_()."""
     found = registered(op).declared.tensors(arguments)
     return [t.requires_grad_() for name, t in found if t.is_floating_point() and name not in without]
 
@@ -94,7 +94,7 @@ def gather_patches(
     counts: Sequence[int] = (2, 1), grid: tuple[int, int] = (2, 3), channels: int = 3, cell: int = 4, patch: int = 2,
     *, zorder: bool = True, rows: Tensor | None = None, make: Make = FLOAT32,
 ) -> GatherPatches:  # fmt: skip
-    """counts: wanted cells of each image, at random unless `rows` are given."""
+    """counts: selected cells of each image, at random unless `rows` are given."""
     pixels = make(len(counts), channels, grid[0] * cell, grid[1] * cell)
     rows = make.rows(chosen(counts, math.prod(grid))).index if rows is None else rows
     return GatherPatches(pixels, rows, cell, patch, zorder)
@@ -105,22 +105,22 @@ def linear_l1(
     *, packed: bool = True, valid: bool = False, scale: float = 1.0, squared: bool = False, normalized: bool = False,
     decided: bool = False, rows: Tensor | None = None, make: Make = FLOAT32,
 ) -> LinearL1:  # fmt: skip
-    """counts: wanted cells of each image, at random unless `rows` are given; decided: no sign of a difference hangs on
-    a rounding error."""
+    """counts: selected cells of each image, at random unless `rows` are given; decided: whether to keep the differences
+    away from 0, so that no sign depends on rounding."""
     rows = make.rows(chosen(counts, math.prod(grid))).index if rows is None else rows
     x = make(sum(counts) if packed else len(counts) * math.prod(grid), width)
     weight, bias = make.weight(channels * cell**2, width) / 2, make.bias(channels * cell**2)
     target = make(len(counts), channels, grid[0] * cell, grid[1] * cell)
     if decided:
         target = away_from_zero(target)
-    if decided and normalized:  # pixels of deviation 1: the prediction is what goes farther
+    if decided and normalized:  # the target's deviation is 1: make predictions larger instead
         weight, bias = weight / 100, away_from_zero(bias)
     known = torch.rand(target.shape).lt(0.7).to(target.device) if valid else None
     return LinearL1(x, weight, bias, target, known, rows, cell, packed, scale, squared, normalized, None)
 
 
 def away_from_zero(x: Tensor) -> Tensor:
-    """Moves values off zero by 4, farther than a fresh head predicts, so that no L1 sign hangs on a rounding error."""
+    """Moves values away from 0 by 4, more than an untrained head predicts, so that no L1 sign depends on rounding."""
     return x + torch.where(x < 0, -4, 4)
 
 
@@ -128,7 +128,7 @@ def masked_patch_embed(
     batch: int = 3, grid: tuple[int, int] = (5, 3), channels: int = 3, patch: int = 4, width: int = 21,
     *, share: float = 0.4, bias: bool = True, norm: bool = True, visible: Tensor | None = None, make: Make = FLOAT32,
 ) -> MaskedPatchEmbed:  # fmt: skip
-    """share: of the patches that are visible, at random unless `visible` is given."""
+    """share: fraction of patches that are visible, at random unless `visible` is given."""
     patches = batch * math.prod(grid)
     if visible is None:
         visible = torch.randperm(patches)[: round(share * patches)].sort().values.to(make.device)
@@ -143,7 +143,7 @@ def norm_attention(
     *, biases: bool = True, norm: bool = True, layer_scale: bool = False, bias: str | None = "table",
     hottest: float | None = None, residual: bool = False, post_norm: bool = False, make: Make = FLOAT32,
 ) -> NormAttention:  # fmt: skip
-    """bias, hottest: as of `window_attention`; biases: of the two layers."""
+    """bias, hottest: see `window_attention`; biases: whether both layers have one."""
     x = make(*shape, width) + 0.5
     layers = [t for out in (3 * width, width) for t in (make.weight(out, width), make.bias(out) if biases else None)]
     scale = make.norm_weight(width) if layer_scale else None
@@ -165,7 +165,7 @@ def norm_mlp(
     *, norm: bool = True, layer_scale: bool = False, residual: bool = False, post_norm: bool = False,
     make: Make = FLOAT32,
 ) -> NormMlp:  # fmt: skip
-    """out: None: as wide as x."""
+    """out: None for the width of x."""
     out = width if out is None else out
     layers = make.weight(hidden, width), make.bias(hidden), make.weight(out, hidden), make.bias(out)
     vectors = *make.norm(width, norm), make.norm_weight(width) if layer_scale else None
@@ -184,7 +184,7 @@ def relational_guidance(
     heads: int = 8, hidden: int = 24,
     *, keep: bool = True, packed: bool = False, rows: tuple[Rows, Rows] | None = None, make: Make = FLOAT32,
 ) -> RelationalGuidance:  # fmt: skip
-    """visible, shown: cells of each image, at random unless `rows` are given; shown None: all that are not visible."""
+    """visible, shown: cells of each image, at random unless `rows` are given; shown=None: all that are not visible."""
     if rows is None:
         seen = chosen(visible, cells)
         rows = make.rows(seen), make.rows(~seen if shown is None else chosen(shown, cells))
@@ -215,8 +215,8 @@ def structure_embed(
     shown: Sequence[int] = (3, 1, 6), grid: tuple[int, int] = (2, 3), channels: int = 1, patch: int = 4,
     mergings: int = 2, width: int = 6, *, rows: Tensor | None = None, make: Make = FLOAT32,
 ) -> StructureEmbed:  # fmt: skip
-    """shown: cells of each image, at random unless `rows` are given; width: of an embedded patch, a merging doubles it;
-    the cell is `patch << mergings` pixels wide."""
+    """shown: cells of each image, at random unless `rows` are given; width: of an embedded patch, doubled by a merging.
+    The cell is `patch << mergings` pixels wide."""
     cell, widths = patch << mergings, [width << i for i in range(mergings)]
     parameters = StructureParameters(
         *(make.weight(width, channels, patch, patch), make.bias(width), *make.norm(width)),
@@ -229,7 +229,7 @@ def structure_embed(
 
 
 def token_salience(shape: Sequence[int] = (2, 5, 3), *, length: float = 1.0, make: Make = FLOAT32) -> TokenSalience:
-    """length: about, of a token: the longer, the more it attends to itself alone."""
+    """length: approximate norm of a token; the longer, the more of its attention it pays to itself."""
     return TokenSalience(make(*shape) * (length / math.sqrt(shape[-1])))
 
 
@@ -238,7 +238,7 @@ def window_attention(
     window: tuple[int, int] = (3, 3), shift: tuple[int, int] = (1, 1),
     *, bias: str | None = "table", hottest: float | None = None, pad: bool = True, make: Make = FLOAT32,
 ) -> WindowAttention:  # fmt: skip
-    """width: of a head; bias: "table", "dense" or None; hottest: the largest logit scale, None: no cosines."""
+    """width: of a head; bias: "table", "dense" or None; hottest: the largest logit scale, None: no cosine attention."""
     windows = _biases(bias, window, heads, make)
     options = _logit_scale(hottest, heads, make), make(3 * heads * width) if pad else None
     qkv = make(*shape, 3 * heads * width)
@@ -246,7 +246,7 @@ def window_attention(
 
 
 def _biases(kind: str | None, window: tuple[int, int], heads: int, make: Make) -> tuple[Tensor | None, Tensor | None]:
-    """Relative positions' biases and their index."""
+    """Returns a relative position bias and its index."""
     n, entries = math.prod(window), (2 * window[0] - 1) * (2 * window[1] - 1)
     if kind == "table":
         return make(entries, heads), torch.randint(entries, (n, n)).to(make.device)
@@ -254,5 +254,5 @@ def _biases(kind: str | None, window: tuple[int, int], heads: int, make: Make) -
 
 
 def _logit_scale(hottest: float | None, heads: int, make: Make) -> Tensor | None:
-    """From 4.6 on it is clamped."""
+    """Returns logit scales from 1 to `hottest`; those above 4.6 are clamped by the op."""
     return None if hottest is None else torch.linspace(hottest, 1.0, heads).to(make.device, make.dtype)

@@ -34,7 +34,7 @@ class Arguments(NamedTuple):
 
     @property
     def factor(self) -> float:
-        """Factor of the difference (squared) or of its sign in the gradient."""
+        """Factor of the difference (if `squared`), or of its sign, in the gradient."""
         return 2 * self.scale if self.squared else self.scale
 
     def pixels(self, dtype: torch.dtype) -> Tensor:

@@ -1,10 +1,10 @@
-"""Patch mergings of `structure_embed` in the coordinates of the pixels: the same numbers from fewer multiplications.
+"""Patch mergings of `structure_embed` in the coordinates of the pixels: the same results with fewer multiplications.
 
-Numbers in parentheses are equations of docs/SPEC.md, "Mergings in the coordinates of the pixels", whose names are used
-here. Swin-B, first merging: 69 inputs in place of 512, second: 277 in place of 1024. A level is collapsed where that
-saves more multiplications in the rows than making A_i costs (`levels`).
+Numbers in parentheses are equations of docs/SPEC.md, "Mergings in the coordinates of the pixels", and names are those
+used there. For Swin-B the first merging has 69 inputs instead of 512, the second 277 instead of 1024. A level is
+collapsed if that saves more multiplications in the rows than computing A_i costs (`levels`).
 
-Coordinates have one more here, 1, and A_i a column more, a_i: a constant is then no case of its own, in any gemm.
+Here coordinates have one more entry, 1, and A_i one more column, a_i, so that no gemm needs a separate bias.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from sgmim_fast.ops.structure_embed import StructureParameters
 
 
 def levels(w: StructureParameters, cells: int, cost: int = 1) -> int:
-    """How many mergings to collapse, for so many shown cells; `cost` of a multiplication here, in those of the plain
-    mergings."""
+    """Returns the number of mergings to collapse for `cells` shown cells. cost: of a multiplication here, relative to
+    one of the plain mergings."""
     inner, rows = w.embed_weight[0].numel() + 1, cells * 4 ** len(w.merge_weights)
     for level, weight in enumerate(w.merge_weights):
         rows //= 4
         ins = weight.shape[1]
         collapsed = 4 * inner + 1
-        if rows * (ins - cost * collapsed) <= cost * ins * inner:  # both times 3 x the merging's width
+        if rows * (ins - cost * collapsed) <= cost * ins * inner:  # both sides divided by 3 x the merging's width
             return level
         inner = collapsed
     return len(w.merge_weights)
@@ -37,8 +37,8 @@ def levels(w: StructureParameters, cells: int, cost: int = 1) -> int:
 def forward(
     embedding: Embedding, statistics: list[Tensor], eps: float, collapsed: int
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Embedding and the collapsed mergings: their result, the inputs of all but the first, and the statistics, of which
-    the first two are filled."""
+    """Computes the embedding and the collapsed mergings. Returns their result, the inputs of all mergings but the
+    first, and the statistics, of which the first two are written in place."""
     w, kernels, inputs = embedding.w, torch.ops.sgmim_fast_cpu, []
     for part in embedding.parts(statistics):
         kernels.embed_norm(part.embed(), *embedding.norms, eps, None, *part.statistics)
@@ -63,9 +63,9 @@ def backward(
     collapsed: int,
     gradients: Gradients,
 ) -> Tensor | None:
-    """Gives the parameters' gradients and returns that of the patches, if it is wanted.
+    """Stores the parameters' gradients in `gradients`, and returns the patches' gradient if it is wanted.
 
-    What a row that was normalised gets through its statistics alone is a factor times xhat, (8). `inputs` are dropped.
+    Through its statistics alone, a normalised row gets a gradient that is a factor times xhat, (8). Clears `inputs`.
     """
     composed = compose(embedding, collapsed)
     z = [first_coordinates(embedding, statistics)]
@@ -74,7 +74,7 @@ def backward(
     dmatrices = [torch.empty(0)] * collapsed
     dz = None
     for i in reversed(range(collapsed)):
-        dmatrices[i] = gemm.wgrad(dx, z[i]).float()  # (6), three lines
+        dmatrices[i] = gemm.wgrad(dx, z[i]).float()  # (6), this and the next line
         above, dz = dz, gemm.dgrad(dx, composed[i + 1].matrix, torch.float32)
         width, below = embedding.w.merge_weights[i].shape[1], inputs[i - 1] if i > 0 else None
         scale, shares = torch.empty(dz.shape[0]), None if i > 0 else torch.empty(dz.shape[0], 4)
@@ -86,7 +86,7 @@ def backward(
     dembed, dbias, dnorm_weight, dnorm_bias, dpatches = _embedding_backward(
         embedding, statistics, shares, scale, dz, "structure" in gradients
     )
-    del z, dz, above, below, dx, shares  # of all rows, before the matrices
+    del z, dz, above, below, dx, shares  # free the rows before the matrices are allocated
     inputs.clear()
     dweights, dnorm_weights, dnorm_biases, (dmatrix, dbias_0, dnorm_weight_0, dnorm_bias_0) = compose_backward(
         embedding.w, composed, dmatrices
@@ -102,10 +102,10 @@ def backward(
 def _embedding_backward(
     embedding: Embedding, statistics: list[Tensor], shares: Tensor, scale: Tensor, dz: Tensor, needs_patches: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """What reaches the embedding's parameters through the first two statistics, and the patches' whole gradient.
+    """Returns the gradients of the embedding's parameters through the first two statistics, and the patches' gradient.
 
-    shares: sums of dz * z of the first merging, (merged rows, 4); scale: of its rows; dz: after (7), (merged rows,
-    q_1 + 1).
+    shares: sums of dz * z of the first merging, (merged rows, 4); scale: factors of its rows, (8); dz: after (7),
+    (merged rows, q_1 + 1).
     """
     w, count = embedding.w, embedding.cells.count
     width, rstd = w.embed_weight.shape[0], statistics[0][1]
@@ -123,18 +123,18 @@ def _embedding_backward(
     dnorm_weight, dnorm_bias, dbias = sums.split(width)
     if not needs_patches:
         return dembed, dbias, dnorm_weight, dnorm_bias, None
-    # The pixels are coordinates themselves, divided by the deviation of their patch.
+    # The pixels are themselves coordinates, divided by the standard deviation of their patch.
     direct = dz[: count // 4, :-2].reshape(count, -1)[:, :-1] * rstd[:, None]
     return dembed, dbias, dnorm_weight, dnorm_bias, torch.cat(dpatches) + direct
 
 
 def first_coordinates(embedding: Embedding, statistics: list[Tensor]) -> Tensor:
-    """z_1 by (1) and (2), (merged rows, q_1 + 1); zero for the hidden cell."""
+    """Returns z_1 by (1) and (2), (merged rows, q_1 + 1); zero for the hidden cell."""
     return _coordinates(embedding.patches, statistics[0][1], statistics[1][1])
 
 
 def next_coordinates(z: Tensor, rstd: Tensor) -> Tensor:
-    """z_i from z_(i-1) by (2), (n, q_i + 1)."""
+    """Returns z_i from z_(i-1) by (2), (n, q_i + 1)."""
     return _coordinates(z, None, rstd)
 
 
@@ -146,14 +146,14 @@ def _coordinates(x: Tensor, patch_rstd: Tensor | None, rstd: Tensor) -> Tensor:
 
 
 class Composed(NamedTuple):
-    """[A_i, a_i] of one level, and the centred weight W_i diag(g_i) C that made it (level 0: C [W_0, b_0])."""
+    """[A_i, a_i] of one level, and the centred weight W_i diag(g_i) C that it is made of (level 0: C [W_0, b_0])."""
 
     matrix: Tensor  # (d_i, q_i + 1), float32
-    centred: Tensor  # (d_i, 4 d_(i-1)), of the gemms' dtype; level 0: (D, q_0), float32
+    centred: Tensor  # (d_i, 4 d_(i-1)) in the gemms' dtype; level 0: (D, q_0), float32
 
 
 def compose(embedding: Embedding, count: int) -> list[Composed]:
-    """Levels 0 to `count` by (4) and (5)."""
+    """Returns levels 0 to `count` by (4) and (5)."""
     w = embedding.w
     embed = torch.cat([w.embed_weight.flatten(1), w.embed_bias[:, None]], 1).float()
     embed = embed - embed.mean(0)
@@ -173,7 +173,8 @@ def compose(embedding: Embedding, count: int) -> list[Composed]:
 def compose_backward(
     w: StructureParameters, composed: list[Composed], dmatrices: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """(9): gradients of A_1.. and a_1.. -> of merge weights, of their norms, and of the embedding and its norm."""
+    """From the gradients of [A_i, a_i], i >= 1, returns those of merge weights, of their norms, and of the embedding
+    and its norm, by (9)."""
     dweights, dnorm_weights, dnorm_biases = [], [], []
     weights, norm_weights, norm_biases = _float32(w, len(dmatrices))
     dmatrix = dmatrices[-1]
@@ -207,6 +208,6 @@ def compose_backward(
 
 
 def _float32(w: StructureParameters, count: int) -> list[list[Tensor]]:
-    """Weights, norm weights and norm biases of the first `count` mergings, as the kernels read them."""
+    """Returns weights, norm weights and norm biases of the first `count` mergings as the kernels read them."""
     lists = w.merge_weights, w.merge_norm_weights, w.merge_norm_biases
     return [[tensor.float().contiguous() for tensor in tensors[:count]] for tensors in lists]

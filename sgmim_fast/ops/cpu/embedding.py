@@ -1,7 +1,7 @@
-"""The structure encoder's patch embedding, a stretch of the shown cells at a time.
+"""The structure encoder's patch embedding, computed for one part of the shown cells at a time.
 
-At this level the tokens are the most and the widest per cell. A stretch fits in the cache, and its embedded patches are
-computed again where they are needed: the gemm has 16 inputs and costs less than keeping them.
+At this level tokens take the most memory per cell. A part fits in the cache, and its embedded patches are recomputed
+where they are needed: their gemm has 16 inputs per patch and costs less than storing them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sgmim_fast.ops.cpu import gemm
 from sgmim_fast.ops.structure_embed import Cells
 from sgmim_fast.ops.weights import weights_in
 
-PART_ELEMENTS = 1 << 20  # values of a part after the first merging's norm: 4 MiB of float32
+PART_ELEMENTS = 1 << 20  # elements of a part after the first merging's norm: 4 MiB in float32
 
 
 class Embedding:
@@ -28,7 +28,7 @@ class Embedding:
 
     @property
     def norms(self) -> list[Tensor]:
-        """Weights and biases of the patches' norm and of the first merging's."""
+        """Weights and biases of the patches' norm and of the first merging's norm."""
         w = self.w
         vectors = w.norm_weight, w.norm_bias, w.merge_norm_weights[0], w.merge_norm_biases[0]
         return [vector.float().contiguous() for vector in vectors]
@@ -47,18 +47,18 @@ class Embedding:
 
 @dataclass
 class Part:
-    """A stretch of the shown cells; the last one has the hidden cell too."""
+    """A range of the shown cells; the last part also has the hidden cell."""
 
     embedding: Embedding
-    embedded: slice  # its patches
+    embedded: slice  # rows of its embedded patches
     merged: slice  # its rows after the first merging
-    statistics: tuple[Tensor, Tensor]  # of its embedded patches and of its merged rows
+    statistics: tuple[Tensor, Tensor]  # of the embedded patches and of the merged rows
 
     def embed(self) -> Tensor:
         return gemm.linear(self.embedding.patches[self.embedded], self.embedding.weight, self.embedding.bias)
 
     def weight_gradient(self, dembedded: Tensor) -> Tensor:
-        """Share of the embedding's weight gradient, (D, S * e^2), float32."""
+        """Returns the part's contribution to the embedding's weight gradient, (D, S * e^2) float32."""
         return gemm.wgrad(dembedded, self.embedding.patches[self.embedded]).float()
 
     def patches_gradient(self, dembedded: Tensor) -> Tensor:

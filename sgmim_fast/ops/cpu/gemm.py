@@ -1,8 +1,8 @@
-"""The gemms of a CPU: our own where they are faster than the library's, csrc/cpu/linear.cpp and wgrad.cpp.
+"""Gemms on a CPU: our own where they are faster than the library's, csrc/cpu/linear.cpp and wgrad.cpp.
 
-They end in what follows them: bias, residual, GELU and its derivative. With AVX512-BF16 ours read float32 weights
-beside bfloat16 activations and write weights' gradients in float32: nothing is cast before or after. With AMX the
-library's are several times faster, so there it gets copies of the weights.
+Their epilogues are bias, residual, GELU and its derivative. With AVX512-BF16 our gemms read float32 weights with
+bfloat16 activations and write weight gradients in float32, so that nothing is cast before or after. With AMX the
+library's gemms are several times faster; they get copies of the weights.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from sgmim_fast.ops.weights import weights_in as in_one_dtype
 
 @functools.cache
 def reads_float32_weights() -> bool:
-    """Whether bfloat16 gemms take float32 weights."""
+    """Whether bfloat16 gemms read float32 weights."""
     return torch.ops.sgmim_fast_cpu.isa() == "avx512bf16" and not torch.cpu._is_amx_tile_supported()
 
 
 def weights_in(dtype: torch.dtype, *weights: Tensor | None, last: bool = False) -> list[Tensor | None]:
-    """See `Primitives.weights_in`."""
+    """Implements `Primitives.weights_in`."""
     as_they_are = dtype == torch.bfloat16 and reads_float32_weights()
     if as_they_are and all(weight is None or weight.dtype == torch.float32 for weight in weights):
         dtype = torch.float32
@@ -32,20 +32,21 @@ def weights_in(dtype: torch.dtype, *weights: Tensor | None, last: bool = False) 
 
 @functools.cache
 def _in_float32() -> bool:
-    """AMD with AVX-512, where float32 gemms went to oneDNN; elsewhere MKL's are as good."""
+    """Whether float32 gemms are our own: AMD with AVX-512, where the library's are oneDNN's. Elsewhere MKL is as
+    fast."""
     return torch.ops.sgmim_fast_cpu.isa().startswith("avx512") and gemm._mkl_is_slow()
 
 
 def ours(x: Tensor) -> bool:
-    """Whether fprop and dgrad of these rows are our own."""
+    """Whether fprop and dgrad of these rows use our own gemm."""
     rows, columns = x.shape
-    if x.dtype == torch.float32:  # fewer rows do not pay for the packing of weights
+    if x.dtype == torch.float32:  # with fewer rows, packing the weights does not pay
         return rows >= 192 and columns >= 32 and _in_float32()
     return x.dtype == torch.bfloat16 and rows > 0 and columns > 0 and columns % 2 == 0 and reads_float32_weights()
 
 
 def _read(weight: Tensor, x: Tensor) -> Tensor:
-    """As our gemms of these rows read it."""
+    """Returns the weight as our gemms with operand x read it."""
     return (weight.float() if x.dtype == torch.float32 else weight).contiguous()
 
 
@@ -57,11 +58,11 @@ def linear(
     residual: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """As `gemm.linear`, of any weight."""
+    """`gemm.linear` for a weight of any dtype."""
     if not ours(x):
         return gemm.linear(x, weight.to(x.dtype), bias, residual=residual, dtype=dtype)
     out = dtype or x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    inside = out in (torch.float32, x.dtype)  # what the kernel adds in and writes
+    inside = out in (torch.float32, x.dtype)  # the dtypes in which the kernel adds the residual and writes
     y = torch.empty(x.shape[0], weight.shape[0], dtype=out if inside else torch.float32)
     added = residual.to(out).contiguous() if inside and residual is not None else None
     bias = None if bias is None else bias.float().contiguous()
@@ -71,7 +72,7 @@ def linear(
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """See `Primitives.linear_gelu`."""
+    """Implements `Primitives.linear_gelu`."""
     if not ours(x):
         pre_activation = linear(x, weight, bias)
         activated = torch.empty_like(pre_activation)
@@ -84,8 +85,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
 
 
 def dgrad(dy: Tensor, weight: Tensor, dtype: torch.dtype | None = None, *, residual: Tensor | None = None) -> Tensor:
-    """As `gemm.dgrad`, of any weight; in `dtype`, that of dy if None, or with a residual (n, i), which is added, the
-    wider dtype of the two."""
+    """`gemm.dgrad` for a weight of any dtype; returns `dtype`, by default dy's, or the wider one of dy and residual."""
     dtype = dtype or (dy.dtype if residual is None else torch.promote_types(dy.dtype, residual.dtype))
     if not ours(dy):
         return gemm.dgrad(dy, weight.to(dy.dtype), residual).to(dtype)
@@ -97,10 +97,10 @@ def dgrad(dy: Tensor, weight: Tensor, dtype: torch.dtype | None = None, *, resid
 
 
 def dgrad_gelu(dy: Tensor, weight: Tensor, pre_activation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """See `Primitives.dgrad_gelu`."""
+    """Implements `Primitives.dgrad_gelu`."""
     activated, total = torch.empty_like(pre_activation), torch.empty(pre_activation.shape[1])
     if not ours(dy):
-        dpre_activation = dgrad(dy, weight)  # turns in place from the gradient after GELU into the one before it
+        dpre_activation = dgrad(dy, weight)  # gradient after GELU, overwritten with the gradient before it
         torch.ops.sgmim_fast_cpu.gelu_backward(pre_activation, dpre_activation, activated, total)
         return dpre_activation, activated, total
     dpre_activation = torch.empty_like(pre_activation)
@@ -109,12 +109,12 @@ def dgrad_gelu(dy: Tensor, weight: Tensor, pre_activation: Tensor) -> tuple[Tens
     return dpre_activation, activated, total
 
 
-# from which our float32 wgrad is used: oneDNN's copies both operands transposed, up to half of its time
+# Rows from which our float32 wgrad is used. oneDNN's copies both operands transposed, up to half of its time.
 MANY_ROWS = 1024
 
 
 def wgrad(dy: Tensor, x: Tensor) -> Tensor:
-    """As `gemm.wgrad`; ours are in float32."""
+    """`gemm.wgrad`; our own returns float32."""
     if dy.dtype == torch.float32:
         own = dy.shape[0] >= MANY_ROWS and _in_float32()
     else:

@@ -1,7 +1,7 @@
-"""The primitives on the CPU: gemms (`gemms`), and the C++ kernels of csrc/cpu between them.
+"""The primitives on the CPU: gemms (`gemm`), and the C++ kernels of csrc/cpu between them.
 
-The kernels write into buffers that are allocated here, so that tests can fill them with NaN, and gradients over what
-they are gradients of where that is possible.
+The kernels write into buffers that are allocated here, so that tests can fill them with NaN. Where possible, a gradient
+overwrites the gradient that it is computed from.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def layer_norms(norms: Sequence[Norm], eps: float, dtype: torch.dtype) -> list[t
 
 
 def _layer_norm(norm: Norm, eps: float, dtype: torch.dtype, add_to: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Of x[rows], or of add_to + x[rows], which then replaces the contents of `add_to`."""
+    """Normalises x[rows], or add_to + x[rows], which then overwrites `add_to`."""
     x, rows = norm.x.contiguous(), norm.rows
     count = x.shape[0] if rows is None else rows.shape[0]
     y, statistics = torch.empty(count, x.shape[1], dtype=dtype), torch.empty(2, count)
@@ -86,7 +86,7 @@ def layer_norms_backward(gradients: Sequence[NormGradient]) -> list[NormGradient
 def _layer_norm_backward(g: NormGradient) -> NormGradients:
     dy, residual = g.dy if g.more is None else g.dy.add_(g.more), None
     dx = torch.empty_like(dy) if g.keep else dy
-    if g.residual is not None:  # a wider one is not rounded, nor is dx then
+    if g.residual is not None:  # a residual of a wider dtype is not rounded, and dx gets its dtype
         wide = torch.promote_types(dy.dtype, g.residual.dtype)
         residual, dx = g.residual.to(wide).contiguous(), dx if wide == dy.dtype else torch.empty_like(dy, dtype=wide)
     y = torch.empty_like(dy) if g.again else None
@@ -102,7 +102,7 @@ def _layer_norm_backward(g: NormGradient) -> NormGradients:
 
 
 def vector(parameter: Tensor | None) -> Tensor | None:
-    """As the kernels read it."""
+    """Returns a parameter as the kernels read it, contiguous float32."""
     return None if parameter is None else parameter.float().contiguous()
 
 
@@ -150,7 +150,7 @@ def window_attention_backward(
 
 
 def _window_arguments(qkv: Tensor, w: Windows) -> tuple[Any, ...]:
-    """As the kernels read them."""
+    """Returns the leading arguments of both kernels."""
     index = None if w.index is None else w.index.contiguous()
     scale = None if w.logit_scale is None else factor(w.logit_scale, torch.float32).contiguous()
     pad = None if w.pad is None else w.pad.to(qkv.dtype).contiguous()
@@ -207,7 +207,7 @@ def linear_l1_backward(grad: Tensor, a: Any, weight: Tensor, differences: Tensor
     if a.squared:
         s, late, (sums,) = differences, scale, column_sums([differences])
     else:
-        # In float32 the scalar goes into the operand for nothing; in bfloat16 it would be rounded there, so it waits.
+        # In float32 the operand takes the scalar at no cost. In bfloat16 it would be rounded, so the results take it.
         early, late = (scale, None) if storage == torch.float32 else (1.0, scale)
         s, sums = torch.empty(differences.shape, dtype=storage), torch.empty(differences.shape[1])
         torch.ops.sgmim_fast_cpu.expand_signs(differences, early, s, sums)

@@ -1,7 +1,7 @@
-"""The structure encoder's first mergings on the CPU, primitives: csrc/cpu/structure_embed.cpp, the library's gemms.
+"""The structure encoder's first mergings on the CPU, primitives: csrc/cpu/structure_embed.cpp, and gemms.
 
-Each norm's result exists only between the norm and its gemm, in the forward and again in the backward. The first
-mergings work in the coordinates of the pixels (`collapsed_merges`), which saves most of their gemms.
+The result of a norm exists only between the norm and its gemm; the backward recomputes it. The first mergings use the
+coordinates of the pixels (`collapsed_merges`), which saves most of their multiplications.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def embed_backward(
 
 
 def _dtype(cells: Cells) -> torch.dtype:
-    """Of the collapsed mergings' gemms: bfloat16 where those read the composed weights unrounded."""
+    """Returns the dtype of the collapsed mergings' gemms: bfloat16 if those can read the composed weights unrounded."""
     return cells.dtype if gemm.reads_float32_weights() else torch.float32
 
 
 def _collapsed(cells: Cells) -> int:
-    """Mergings in the pixels' coordinates. A float32 gemm counts twice where the plain one would be in bfloat16."""
+    """Returns the number of collapsed mergings. Their multiplications cost double if in float32 instead of bfloat16."""
     return collapsed_merges.levels(cells.w, cells.rows.shape[0], 1 if cells.dtype == _dtype(cells) else 2)

@@ -1,4 +1,4 @@
-"""The primitives of `masked_patch_embed` on an NVIDIA GPU: csrc/cuda/masked_patch_embed.cu, and the library's gemms."""
+"""The primitives of `masked_patch_embed` on NVIDIA GPUs: csrc/cuda/masked_patch_embed.cu, and the library's gemms."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def place_tokens(
     tokens: Tensor, visible: Tensor, token: Tensor, norm: tuple[Tensor, Tensor] | None, eps: float,
     rows: int, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Cost: reads the tokens, writes every row once; 1 launch, and one for each vector that is not float32."""
+    """Cost: reads the tokens and writes every row once; 1 launch, and one for each vector that is not float32."""
     out, statistics = torch.empty(rows, tokens.shape[1], dtype=dtype, device=tokens.device), None
     if norm is not None:
         statistics = torch.empty(2, visible.shape[0], dtype=torch.float32, device=tokens.device)
@@ -51,7 +51,7 @@ def place_tokens_backward(
 
 
 def _inverse(tokens: Tensor) -> Tensor:
-    """Memory for the inverse of the list of visible patches."""
+    """Allocates the inverse of the list of visible patches."""
     return torch.empty(tokens.shape[0], dtype=torch.int64, device=tokens.device)
 
 

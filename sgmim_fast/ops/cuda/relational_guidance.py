@@ -1,8 +1,8 @@
-"""The primitives of `relational_guidance` on an NVIDIA GPU: the attention of csrc/cuda/relational_guidance.cu, and
-Triton's for all else.
+"""The primitives of `relational_guidance` on NVIDIA GPUs: the attention of csrc/cuda/relational_guidance.cu, and
+Triton's for everything else.
 
-On an H200 this attention was no faster than Triton's, so it has to be asked for: `backends.use("cuda")`, or
-`sgmim_fast.tune`, which takes it where it is the fastest.
+On an H200 this attention was no faster than Triton's. It is therefore chosen only by `backends.use("cuda")`, or by
+`sgmim_fast.tune` where it is the fastest.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`selective_mask` on an NVIDIA GPU: csrc/cuda/selective_mask.cu."""
+"""`selective_mask` on NVIDIA GPUs: csrc/cuda/selective_mask.cu."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
 def forward(
     seed: Tensor, masked: Sequence[int], gh: int, gw: int, scale: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Cost: writes mask, rows and offsets; 1 launch, and a copy of the offsets where the images' counts differ."""
+    """Cost: writes mask, rows and offsets; 1 launch, and a copy of the offsets if the images' counts differ."""
     device, batch = seed.device, len(masked)
     shape, visible, masked_rows = sizes(masked, gh, gw, scale)
     same = len(set(masked)) == 1
     if same:
         masked_offsets = torch.empty(batch + 1, dtype=torch.int64, device=device)
-    else:  # from page-locked memory, so that nothing waits
+    else:  # from page-locked memory, so that the copy does not synchronise
         starts = accumulate((count * scale**2 for count in masked), initial=0)
         pinned = torch.tensor(list(starts), dtype=torch.int64, pin_memory=device.type == "cuda")
         masked_offsets = pinned.to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""`standardize_structure` on an NVIDIA GPU: csrc/cuda/standardize_structure.cu."""
+"""`standardize_structure` on NVIDIA GPUs: csrc/cuda/standardize_structure.cu."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
 
 
 def forward(structure: Tensor, ignore: bool) -> Tensor:
-    """Cost: reads each map once where it fits into shared memory (H100: 224x224 float32), else six times; 1 launch."""
+    """Cost: reads each map once if it fits in shared memory (H100: 224x224 float32), else six times; 1 launch."""
     x = structure.reshape(structure.shape[0] * structure.shape[1], -1).contiguous()
     y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     nonfinite = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)

@@ -1,8 +1,8 @@
-"""The primitives of `window_attention` and `norm_attention` on an NVIDIA GPU, in bfloat16 and float16: the attention of
-csrc/cuda/window_attention.cu, and Triton's for all else.
+"""The primitives of `window_attention` and `norm_attention` on NVIDIA GPUs, in bfloat16 and float16: the attention of
+csrc/cuda/window_attention.cu, and Triton's for everything else.
 
-No GPU has measured it, so it has to be asked for: `backends.use("cuda")`, or `sgmim_fast.tune`, which takes it where it
-is the fastest.
+It has not run on a GPU yet. It is therefore chosen only by `backends.use("cuda")`, or by `sgmim_fast.tune` where it is
+the fastest.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from sgmim_fast import backends
 from sgmim_fast.ops.primitives import Request, Windows
 
-MOST_TOKENS = {32: 144, 64: 64}  # of a window, by channels of a head
+MOST_TOKENS = {32: 144, 64: 64}  # channels of a head -> tokens of a window
 LOOKS_AT_INDICES = True  # the kernel clamps them
 
 
@@ -55,7 +55,7 @@ def window_attention(qkv: Tensor, w: Windows) -> Tensor:
 def window_attention_backward(
     grad: Tensor, qkv: Tensor, w: Windows, wanted: Container[str]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cost: reads qkv and grad and writes dqkv once; 2 launches, and 3 for the gradient of a bias from a table."""
+    """Cost: reads qkv and grad and writes dqkv once; 2 launches, and 3 more for the gradient of a bias table."""
     from sgmim_fast.kernels.window_attention import other_sums
 
     arguments, groups, padded = _arguments(qkv, w, backward=True)
@@ -75,7 +75,8 @@ def window_attention_backward(
 
 
 def _arguments(qkv: Tensor, w: Windows, backward: bool) -> tuple[list[Any], int, bool]:
-    """Of both operators, up to what they write; how many groups of windows there are, and whether windows stick out."""
+    """Returns the leading arguments of both operators, the number of groups of windows, and whether windows stick
+    out."""
     height, width, (h, across) = qkv.shape[1], qkv.shape[2], w.window
     down, right = -(-height // h), -(-width // across)
     padded = height % h > 0 or width % across > 0
@@ -94,7 +95,7 @@ def _arguments(qkv: Tensor, w: Windows, backward: bool) -> tuple[list[Any], int,
 
 
 def _groups(device: torch.device, tokens: int, depth: int, heads: int, windows: int, backward: bool) -> int:
-    """So many that their blocks, one for each head, are on the GPU at once; none of them is empty."""
+    """Returns the number of groups whose blocks, one per head, are resident on the GPU at once. No group is empty."""
     multiprocessors, memory = 4, 1 << 18
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -105,6 +106,6 @@ def _groups(device: torch.device, tokens: int, depth: int, heads: int, windows: 
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """Contiguous, from an address that 16 bytes divide."""
+    """Returns x contiguous and at an address divisible by 16 bytes."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()

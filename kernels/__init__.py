@@ -1,1 +1,1 @@
-"""Triton kernels, one file per op; installed as `sgmim_fast.kernels`. Importing this package does not import Triton."""
+"""Triton kernels, one file per op; installs as `sgmim_fast.kernels`. Importing this package does not import Triton."""

@@ -1,7 +1,7 @@
-"""Conversions, gemms and GELU as every kernel writes them.
+"""Casts, gemms and GELU as device functions that all kernels share.
 
-`cast` and `dot` are Triton's own on a GPU. Its interpreter truncates float32 to bfloat16 where a GPU rounds to the
-nearest, takes integers for the bits of bfloat16 numbers, and multiplies those bits; there they are written out.
+On a GPU `cast` and `dot` are Triton's own. Triton's interpreter truncates float32 to bfloat16 where a GPU rounds to the
+nearest, reads integers as the bits of bfloat16 numbers, and multiplies those bits; for it, both are written out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def cast(x, DTYPE: tl.constexpr):
-    """x in DTYPE, rounded to the nearest, ties to even."""
+    """Returns x in DTYPE, rounded to the nearest, ties to even."""
     if _INTERPRETED and tl.bfloat16 == DTYPE:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         bits += (bits >> 16 & 1) + 0x7FFF
@@ -30,7 +30,7 @@ def cast(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def dot(a, b, total, PRECISION: tl.constexpr):
-    """total + a . b, summed in float32; PRECISION as `launch.tf32` gives it."""
+    """Returns total + a . b, accumulated in float32. PRECISION: from `launch.tf32`."""
     if _INTERPRETED:
         total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     else:
@@ -40,14 +40,15 @@ def dot(a, b, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def inside_of(index, count):
-    """The index, or the nearest of those from 0 to below `count`. Nobody looks at indices on a GPU before they are
-    used, so a wrong one gives a wrong result, but no access outside of a tensor."""
+    """Clamps an index to [0, count). On a GPU nothing checks indices before they are used: a wrong one leads to a wrong
+    result, but not to an access outside of a tensor."""
     return tl.minimum(tl.maximum(index, 0), count - 1)
 
 
 @triton.jit
 def _tail(x):
-    """1 - Phi(|x|), Phi the normal distribution, to 8e-8, and exp(-x^2 / 2). Abramowitz and Stegun 7.1.26."""
+    """Returns 1 - Phi(|x|), Phi the normal distribution function, to 8e-8, and exp(-x^2 / 2). Abramowitz, Stegun
+    7.1.26."""
     u = tl.abs(x) * 0.7071067811865476
     t = 1 / (1 + 0.3275911 * u)
     e = tl.exp(-u * u)
@@ -63,7 +64,7 @@ def gelu(x):
 
 @triton.jit
 def gelu_both(x):
-    """gelu(x) and its derivative."""
+    """Returns gelu(x) and its derivative."""
     tail, e = _tail(x)
     phi = tl.where(x >= 0, 1 - tail, tail)
     return x * phi, phi + x * 0.3989422804014327 * e

@@ -1,13 +1,12 @@
 """`python -m sgmim_fast.kernels.compile [--all]`: compiles the Triton kernels ahead of time, without a GPU.
 
-The launchers of the ops run forward and backward on CPU tensors with every launch caught. What a GPU would compile for
-their arguments is compiled for each architecture: at the sizes of Swin-B, SwinV2-B and ViT-B with a batch of 128 in
-bfloat16 autocast, or with `--all` with batches of 1 to 128 in every dtype. Of each launch a line says registers,
-spilled bytes (stack), shared memory, how many blocks of it a multiprocessor holds, and how many instructions its code
-has for tensor cores (mma; wgmma, of compute capability 9.0; tcgen05, of 10.0) and for bulk copies; a table at the end
-says of each kernel the least and the most. Exit code 1 where a kernel fails to compile, spills more than
-`configs.STACK` allows (with the Triton it was made with, or a newer one) or takes more shared memory than the
-architecture has.
+Forward and backward of every op run on CPU tensors with all launches intercepted. Each launch is compiled for each
+architecture as a GPU would compile it: at the sizes of Swin-B, SwinV2-B and ViT-B with a batch of 128 in bfloat16
+autocast, or with `--all` at batches of 1 to 128 in every dtype. A line per launch reports registers, spilled bytes
+(stack), shared memory, how many of its blocks a multiprocessor holds, and how many instructions it has for tensor cores
+(mma; wgmma, of compute capability 9.0; tcgen05, of 10.0) and for bulk copies; a table at the end has the minimum and
+maximum of each kernel. The exit code is 1 if a kernel fails to compile, spills more than `configs.STACK` allows (with
+the Triton version for which that was recorded, or a newer one) or needs more shared memory than the architecture has.
 """
 
 from __future__ import annotations
@@ -48,17 +47,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Launch(NamedTuple):
-    """What a launch compiles to: the kernel and all that its code depends on."""
+    """A kernel, and everything that its compiled code depends on."""
 
     kernel: Any
     signature: tuple[tuple[str, Any], ...]
     constants: tuple[tuple[Any, Any], ...]
-    aligned: tuple[tuple[int, ...], ...]  # arguments divisible by 16
+    aligned: tuple[tuple[int, ...], ...]  # arguments that are divisible by 16
     options: tuple[tuple[str, int], ...]
 
 
 def describe(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Launch:
-    """As Triton specialises a call: pointers, sizes that are 1 or divisible by 16, absent arguments."""
+    """Returns a call as Triton specialises it: pointers, sizes that are 1 or divisible by 16, absent arguments."""
     names = kernel.arg_names
     options = dict(options)
     launch_options = {key: options.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in options}
@@ -99,7 +98,7 @@ def describe(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Lau
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the launches to compile: widths of a model, rows of a batch."""
+    """A model and batch whose launches are compiled."""
 
     width: int
     stride: int
@@ -108,16 +107,16 @@ class Shape:
 
     @property
     def masked(self) -> int:
-        """Masked cells of an image."""
+        """Number of masked cells of an image."""
         return math.ceil(0.6 * self.grid**2)
 
 
-# Swin-B/192 and ViT-B/16, of which a small batch takes the small and a large one the large configurations.
+# Swin-B/192 and ViT-B/16; the batches make gemms of every shape class.
 SHAPES = [Shape(*model, batch) for model in ((1024, 32, 6), (768, 16, 14)) for batch in (1, 8, 128)]
 
 
-# Of window attention: map, window, shift and options. Swin-B, SwinV2-B and ViT-B, at 192 and other numbers of pixels:
-# two by two windows of a map, or one of all its tokens.
+# Window attention of Swin-B, SwinV2-B and ViT-B, at 192 and other numbers of pixels: map, window, shift and options. A
+# map has two by two windows, or one of all its tokens.
 WINDOWS: list[tuple[tuple[int, int], tuple[int, int], tuple[int, int], dict[str, Any]]] = [
     ((12, 12), (6, 6), (0, 0), {}),
     ((12, 12), (6, 6), (3, 3), {}),
@@ -126,7 +125,7 @@ WINDOWS: list[tuple[tuple[int, int], tuple[int, int], tuple[int, int], dict[str,
     ((31, 31), (16, 16), (8, 8), {"hottest": 1.0, "pad": True}),
     *(((1, 197), (1, 197), (0, 0), {"heads": 12, "width": 64, "bias": bias}) for bias in ("dense", None)),
 ]
-LAYERS = [(128, 384), (512, 2048), (768, 3072)]  # widths of norms and gemms in those models
+LAYERS = [(128, 384), (512, 2048), (768, 3072)]  # input and output widths of layers in those models
 
 
 def forward(op: str, a: Any) -> Any:
@@ -134,10 +133,10 @@ def forward(op: str, a: Any) -> Any:
 
 
 def both(op: str, a: Any, *unwanted: str) -> None:
-    """Forward and backward of a composition; unwanted: names of tensors that need no gradient."""
+    """Runs forward and backward of a composition. unwanted: names of tensors that need no gradient."""
     result = forward(op, a)
     result, saved = result if isinstance(result, tuple) else (result, [])
-    if op == "norm_linear":  # whose backward does not read what was added
+    if op == "norm_linear":  # its residual is not saved for the backward
         a = a._replace(residual=None)
     declared = cases.registered(op).declared
     wanted = {name for name, t in declared.tensors(a) if t.is_floating_point() and name not in unwanted}
@@ -147,7 +146,7 @@ def both(op: str, a: Any, *unwanted: str) -> None:
 
 
 def encoder(batch: int, mixed: bool, dtype: torch.dtype) -> None:
-    """Forward and backward of the ops that encoders are accelerated by."""
+    """Runs forward and backward of the ops of accelerated encoders."""
     make = cases.Make(torch.float32 if mixed else dtype, numbers=torch.zeros)
     for grid, window, shift, options in WINDOWS:
         if math.prod(window) <= most_tokens_on_a_gpu(dtype):
@@ -167,7 +166,7 @@ def encoder(batch: int, mixed: bool, dtype: torch.dtype) -> None:
 
 
 def branch(shape: Shape, mixed: bool, dtype: torch.dtype) -> None:
-    """Forward and backward of every op; mixed: float32 parameters, as under autocast."""
+    """Runs forward and backward of the branch's ops. mixed: whether parameters are float32, as under autocast."""
     width, stride, batch, side = shape.width, shape.stride, shape.batch, shape.grid
     cells, grid, cast = side * side, (side, side), dtype if mixed else None
     make = cases.Make(torch.float32 if mixed else dtype, numbers=torch.zeros)
@@ -212,9 +211,9 @@ def branch(shape: Shape, mixed: bool, dtype: torch.dtype) -> None:
 
 
 def launches(dtypes: list[str], architecture: int, everything: bool = True) -> list[Launch]:
-    """Every launch of the ops, through both paths of gemms, each once.
+    """Returns every distinct launch of the ops, with both implementations of gemms.
 
-    everything: also those of smaller batches, and of parameters in the dtype itself.
+    everything: whether to include smaller batches, and parameters in the dtype itself.
     """
     found: dict[Launch, None] = {}
 
@@ -223,7 +222,7 @@ def launches(dtypes: list[str], architecture: int, everything: bool = True) -> l
 
     with ExitStack() as stack:
         stack.enter_context(caught(note, Target(f"sm_{architecture}", 132)))
-        # a CPU without bfloat16 gemms stands for a GPU that has them
+        # Keeps bfloat16 calls in bfloat16 on a CPU without bfloat16 gemms, as on a GPU.
         stack.enter_context(compute_bfloat16_in(torch.bfloat16))
         for name in dtypes:
             dtype, mixed = DTYPES[name], name != "float32"
@@ -238,20 +237,20 @@ def launches(dtypes: list[str], architecture: int, everything: bool = True) -> l
     return list(found)
 
 
-# Instructions in PTX, by what the report calls them.
+# Name in the report -> instruction in PTX.
 INSTRUCTIONS = {
     "wgmma": r"\bwgmma\.mma_async\.",
     "tcgen05": r"\btcgen05\.mma\.",
     "mma": r"(?<![.\w])mma\.sync\.",
     "bulk": r"\bcp\.(?:async|reduce\.async)\.bulk\.tensor\.",
 }
-REGISTERS, THREADS, BLOCKS = 1 << 16, {80: 2048, 90: 2048, 100: 2048}, 32  # of a multiprocessor
+REGISTERS, THREADS, BLOCKS = 1 << 16, {80: 2048, 90: 2048, 100: 2048}, 32  # maxima of a multiprocessor
 
 
 def blocks_per_multiprocessor(facts: dict[str, int], launch: Launch, capability: int) -> int:
-    """How many programs of a launch a multiprocessor holds at once, by its registers, shared memory and threads.
+    """Returns how many blocks of a launch fit on a multiprocessor, by registers, shared memory and threads.
 
-    Of the shared memory 1 KiB of each block is the driver's.
+    The driver reserves 1 KiB of shared memory per block.
     """
     threads = 32 * dict(launch.options).get("num_warps", 4)
     registers = REGISTERS // (8 * math.ceil(facts["registers"] / 8) * threads)
@@ -260,7 +259,8 @@ def blocks_per_multiprocessor(facts: dict[str, int], launch: Launch, capability:
 
 
 def compile_for(launch: Launch, capability: int) -> dict[str, int]:
-    """Registers and spilled bytes per thread, shared memory in bytes, blocks of a multiprocessor, and instructions."""
+    """Returns registers and spilled bytes per thread, shared memory in bytes, blocks per multiprocessor,
+    instructions."""
     source = ASTSource(
         launch.kernel,
         dict(launch.signature),
@@ -274,7 +274,7 @@ def compile_for(launch: Launch, capability: int) -> dict[str, int]:
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
-    """As `cuobjdump` of Triton's own toolkit reports them."""
+    """Returns registers and stack as reported by `cuobjdump` of Triton's own toolkit."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -285,13 +285,13 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 
 def _leaves(kinds: Any) -> Iterator[str]:
-    """Of nested tuples."""
+    """Returns the leaves of nested tuples."""
     for kind in kinds:
         yield from (kind,) if isinstance(kind, str) else _leaves(kind)
 
 
 def report(launch: Launch, architecture: int) -> tuple[bool, str, str, dict[str, int]]:
-    """Whether a launch compiles within its limits, what it is called, the line about it, and its facts."""
+    """Returns whether a launch compiles within its limits, its name, its line in the report, and its facts."""
     name = f"{launch.kernel.fn.__module__.rpartition('.')[2]}.{launch.kernel.fn.__name__}"
     kinds = {kind for kind in _leaves([kind for _, kind in launch.signature]) if kind.startswith("*")}
     options = " ".join(f"{key}={value}" for key, value in launch.options)
@@ -305,7 +305,7 @@ def report(launch: Launch, architecture: int) -> tuple[bool, str, str, dict[str,
     head = f"sm_{architecture} {name} {tile} {options} {','.join(sorted(kinds))}"
     try:
         facts = compile_for(launch, architecture)
-    except Exception as error:  # whatever the compiler raises belongs into the report
+    except Exception as error:  # the compiler may raise anything; the report shows it
         return False, head, f"{head}: FAILED {type(error).__name__}: {str(error)[-300:]}", {}
     half = not kinds.isdisjoint(("*bf16", "*fp16"))
     limits = {
@@ -320,9 +320,9 @@ def report(launch: Launch, architecture: int) -> tuple[bool, str, str, dict[str,
 
 
 def rows(found: Iterable[tuple[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
-    """Of all launches with one name: the fewest blocks, the most spilled bytes, and which instructions each one has.
+    """Returns for each name the fewest blocks, the most spilled bytes, and the instructions that all its launches have.
 
-    That is what `tests/kernels/kernel_table.json` holds, which says how a change is told from it.
+    `tests/kernels/kernel_table.json` holds these rows.
     """
     table: dict[str, dict[str, int]] = {}
     for name, facts in found:
@@ -333,7 +333,7 @@ def rows(found: Iterable[tuple[str, dict[str, int]]]) -> dict[str, dict[str, int
 
 
 def summary(found: Iterable[tuple[str, dict[str, int]]]) -> Iterator[str]:
-    """Lines: of each kernel on each architecture, blocks from the fewest to the most, and so on."""
+    """Yields the lines of the table: minimum and maximum of each fact per kernel and architecture."""
     kernels: dict[str, list[dict[str, int]]] = {}
     for name, facts in found:
         kernels.setdefault(" ".join(name.split()[:2]), []).append(facts)
@@ -347,7 +347,7 @@ def summary(found: Iterable[tuple[str, dict[str, int]]]) -> Iterator[str]:
         yield f"{kernel:62}" + "".join(f"{cell:>10}" for cell in cells)
 
 
-_found: list[Launch] = []  # inherited by the processes that compile
+_found: list[Launch] = []  # inherited by the forked processes that compile
 
 
 def _report(task: tuple[int, int]) -> tuple[bool, str, str, dict[str, int]]:

@@ -1,8 +1,7 @@
-"""Launch configurations: fixed tables, so that nothing is tried out inside a training step.
+"""Launch configurations: fixed tables, so that nothing is tuned inside a training step.
 
-Nothing here has been measured on a GPU yet. The lines are choices by reasoning: tiles that fill the multiprocessors at
-a few thousand rows, and three stages of them in shared memory (`python -m sgmim_fast.kernels.compile` prints what they
-take).
+The gemms' tiles were chosen by reasoning, not by measurement: they fill the multiprocessors at a few thousand rows,
+with three stages in shared memory (`python -m sgmim_fast.kernels.compile` prints what they occupy).
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 
 class Config(NamedTuple):
-    """Of one launch of a gemm."""
+    """The configuration of a gemm's launch."""
 
     block_m: int
     block_n: int
@@ -23,7 +22,7 @@ class Config(NamedTuple):
     stages: int
 
 
-# (bytes of an operand's element, shape class) -> configuration, where `sgmim_fast.tune` has measured none
+# (bytes per element of the operands, shape class) -> configuration, unless `sgmim_fast.tune` has measured another one
 PRODUCTS = {
     (2, "large"): Config(128, 128, 64, 8, 3),
     (2, "medium"): Config(64, 128, 64, 4, 3),
@@ -34,8 +33,9 @@ PRODUCTS = {
 }
 _CHOSEN: contextvars.ContextVar[Config | None] = contextvars.ContextVar("sgmim_fast.tile", default=None)
 
-# (kernel, bytes of an operand's element) -> bytes that a thread may spill to its stack; every other kernel spills none.
-# Seen with Triton 3.9. Older ones spill more (3.5: 720 bytes of a gemm), which is reported but is no failure.
+# (kernel, bytes per element of the operands) -> bytes that a thread may spill to its stack; other kernels must not
+# spill. As compiled by Triton 3.9. Older versions spill more (3.5: 720 bytes in a gemm), which is reported but does not
+# fail.
 STACK_SINCE = 3, 9
 STACK = {
     ("layer_norm._layer_norm_backward_kernel", 2): 8,
@@ -53,20 +53,21 @@ STACK = {
     ("window_attention._window_attention_forward_kernel", 4): 16,
     ("window_attention._window_attention_keys_kernel", 2): 248,
 }
-# Compute capability, times ten -> bytes of shared memory that a block can have.
+# Compute capability, times ten -> maximum shared memory of a block in bytes.
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 
 def shape_class(m: int, n: int) -> str:
-    """Of a gemm (m, k) . (k, n), all problems of a launch counted as one with their rows together."""
+    """Returns the class of a gemm (m, k) . (k, n); the problems of a launch count as one with the sum of their rows."""
     if -(-m // 128) * -(-n // 128) >= 96:
         return "large"
     return "medium" if m * n >= 1 << 15 else "small"
 
 
 def tiles(element_size: int) -> list[Config]:
-    """Those that `sgmim_fast.tune` tries for an op's gemms: large ones with long rows first, down to such as keep all
-    multiprocessors busy where a gemm is small. Each leaves a thread 16 to 128 sums, and fits compute capability 8.0.
+    """Returns the tiles that `sgmim_fast.tune` tries for an op's gemms: from large ones with long rows down to small
+    ones that occupy all multiprocessors in a small gemm. Each thread has 16 to 128 accumulators; all fit capability
+    8.0.
     """
     wide = [(128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (64, 256, 64, 4, 3), (64, 128, 64, 4, 4)]
     small = [(64, 64, 64, 4, 4), (32, 128, 64, 4, 4), (32, 64, 64, 4, 4)]
@@ -76,7 +77,7 @@ def tiles(element_size: int) -> list[Config]:
 
 @contextlib.contextmanager
 def use(tile: Config) -> Iterator[None]:
-    """Within the block gemms go through our kernel, in this configuration."""
+    """Within the block, gemms use our kernel with this configuration."""
     token = _CHOSEN.set(tile)
     try:
         yield
@@ -85,10 +86,10 @@ def use(tile: Config) -> Iterator[None]:
 
 
 def chosen() -> Config | None:
-    """What `use` says."""
+    """Returns the configuration set by `use`, or None."""
     return _CHOSEN.get()
 
 
 def gemm(m: int, n: int, element_size: int) -> Config:
-    """The configuration of a gemm."""
+    """Returns the configuration of a gemm (m, k) . (k, n)."""
     return chosen() or PRODUCTS[element_size, shape_class(m, n)]

@@ -1,8 +1,8 @@
-"""GELU and its derivative as elementwise kernels, for what the library's gemms leave to be done.
+"""GELU and its derivative as elementwise kernels, the epilogues of the library's gemms.
 
-The exact GELU, with erf by Abramowitz and Stegun 7.1.26 (absolute error 1.5e-7, below what float32 resolves of GELU):
-one exponential and one reciprocal serve function and derivative, half the instructions of libdevice's erf. On an H200
-that is what decides: as the epilogue of a gemm in Triton, libdevice's erf took longer than the gemm itself.
+GELU is exact, with erf by Abramowitz and Stegun 7.1.26 (absolute error 1.5e-7, below GELU's resolution in float32). One
+exponential and one reciprocal serve the function and its derivative, half the instructions of libdevice's erf. On an
+H200 these decide: as the epilogue of a gemm in Triton, libdevice's erf took longer than the gemm itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sgmim_fast.kernels.arithmetic import cast, gelu, gelu_both
 from sgmim_fast.kernels.launch import cdiv, launch, programs_of_rows
 from sgmim_fast.kernels.sums import MOST_ADDED
 
-FLAT = 2048  # elements of a program
+FLAT = 2048  # elements per program
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def _gelu_forward_kernel(before, after, count, BLOCK: tl.constexpr):
 
 
 def gelu_forward(before: Tensor) -> Tensor:
-    """gelu(before), of a contiguous tensor. Cost: reads it once, writes as much; 1 launch."""
+    """Returns gelu(before) of a contiguous tensor. Cost: reads it once, writes as much; 1 launch."""
     after = torch.empty_like(before)
     count = before.numel()
     launch(_gelu_forward_kernel, (cdiv(count, FLAT),), before, after, count, BLOCK=FLAT)
@@ -57,7 +57,7 @@ def _gelu_backward_kernel(
 
 
 def gelu_backward(grad: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """grad * gelu'(before) in place of `grad`, gelu(before), and the former's partial sums over rows.
+    """Computes grad * gelu'(before), in place; returns it, gelu(before), and partial sums of the former over rows.
 
     Cost: reads two (rows, width) tensors and writes two; 1 launch.
     """

@@ -1,7 +1,8 @@
-"""Gemms on a GPU: several small ones in one launch, with what follows in the epilogue.
+"""Gemms on a GPU: several small ones in one launch, with fused epilogues.
 
-One kernel computes C = A . B, (M, K) times (K, N), for up to a handful of problems, told apart by the program's number,
-in the three kinds that a linear layer of weight W (outs, ins) has over its rows. `None` where an operand is not there:
+One kernel computes C = A . B, (M, K) times (K, N), for a few problems, which it distinguishes by the program's number,
+in the three kinds that a linear layer of weight W (outs, ins) needs over its rows. A dash marks an operand that is
+`None`:
 
             fprop, y = x . W^T           dgrad, dx = dy . W           wgrad, dW = dy^T . x
     a       x (rows, ins)                dy (rows, outs)              dy (rows, outs), transposed
@@ -9,16 +10,16 @@ in the three kinds that a linear layer of weight W (outs, ins) has over its rows
     c       y (rows, outs)               dx (rows, ins), or rows      dW (outs, ins)
                                          `index` of it
     bias    (outs,)                      -                            -
-    before  written: y before GELU       read: GELU's pre-activation  -
-    after   -                            written: GELU once more      -
+    before  written: pre-activation      read: pre-activation         -
+    after   -                            written: GELU of `before`    -
     residual, by rows `index`, added     -                            -
     scale   -                            times scale * factor         times scale * factor
-    sums    -                            dx's columns, for each tile  dy's columns: the bias's gradient
+    sums    -                            dx's column sums per tile    dy's column sums: the bias's gradient
 
-Which path: `SGMIM_FAST_TRITON_PRODUCTS=auto|triton|library`. "library" is torch (cuBLAS) and an elementwise kernel for
-an epilogue. "auto" is what `sgmim_fast.tune` has found faster for an op and shape, and else the library, as an H200
-measured it (benchmarks/NOTES.md): in Swin-B's step this kernel's gemms with their epilogues took twice as long as the
-library's and the elementwise kernels together.
+`SGMIM_FAST_TRITON_PRODUCTS=auto|triton|library` selects the implementation. "triton" is this kernel. "library" is
+PyTorch's gemm (cuBLAS), with an elementwise kernel as the epilogue. "auto" is what `sgmim_fast.tune` has measured to be
+faster for an op and shape, by default the library: on an H200, in Swin-B's step, this kernel's gemms with their
+epilogues took twice as long as the library's and the elementwise kernels together (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ FPROP, DGRAD, WGRAD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 @triton.jit
 def _sides(rows, ins, outs, KIND: tl.constexpr):
-    """M, N and K of a problem."""
+    """Returns M, N and K of a problem."""
     if KIND == FPROP:
         M, N, K = rows, outs, ins
     elif KIND == DGRAD:
@@ -56,7 +57,8 @@ def _sides(rows, ins, outs, KIND: tl.constexpr):
 
 @triton.jit
 def _swizzle(tile, down, across, GROUP: tl.constexpr):
-    """Row and column of a tile: in columns of GROUP tiles, so that neighbouring programs share operands in the L2."""
+    """Returns row and column of a tile, in columns of GROUP tiles, so that neighbouring programs share operands in
+    L2."""
     group = tile // (GROUP * across)
     height = tl.minimum(down - group * GROUP, GROUP)
     return group * GROUP + tile % (GROUP * across) % height, tile % (GROUP * across) // height
@@ -64,7 +66,7 @@ def _swizzle(tile, down, across, GROUP: tl.constexpr):
 
 @triton.jit
 def _load_a(a, m, k, M, K, KIND: tl.constexpr, DTYPE: tl.constexpr):
-    """(BLOCK_M, BLOCK_K)"""
+    """Loads (BLOCK_M, BLOCK_K)."""
     if KIND == WGRAD:
         x = tl.load(a + k.to(tl.int64)[:, None] * M + m[None, :], mask=(k < K)[:, None] & (m < M)[None, :], other=0)
         x = tl.trans(cast(x, DTYPE))
@@ -76,7 +78,7 @@ def _load_a(a, m, k, M, K, KIND: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _load_b(b, k, n, K, N, index, limit, KIND: tl.constexpr, DTYPE: tl.constexpr):
-    """(BLOCK_K, BLOCK_N)"""
+    """Loads (BLOCK_K, BLOCK_N)."""
     if KIND == FPROP:
         at = n.to(tl.int64)[:, None] * K + k[None, :]
         w = tl.trans(tl.load(b + at, mask=(n < N)[:, None] & (k < K)[None, :], other=0))
@@ -90,8 +92,8 @@ def _load_b(b, k, n, K, N, index, limit, KIND: tl.constexpr, DTYPE: tl.constexpr
 
 @triton.jit
 def _gemm_kernel(
-    a, b, c, bias, residual, before, after, index, limit, scale, sums, factor,  # see above; a, b, c of every problem
-    rows, ins, outs,  # of every problem
+    a, b, c, bias, residual, before, after, index, limit, scale, sums, factor,  # a, b, c and bias per problem
+    rows, ins, outs,  # per problem
     KIND: tl.constexpr, DTYPE: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +102,7 @@ def _gemm_kernel(
     A, B, C, R, I, O = a[0], b[0], c[0], rows[0], ins[0], outs[0]  # noqa: E741
     if bias is not None:
         Bias = bias[0]
-    first = 0  # tile of a problem
+    first = 0  # first tile of problem i
     for i in tl.static_range(len(a)):
         if program >= first:
             tile = program - first
@@ -133,7 +135,7 @@ def _gemm_kernel(
     if scale is not None:
         by = tl.load(scale).to(tl.float32) * factor
         total *= by
-        if KIND == WGRAD and sums is not None:  # sixteen equal columns; the first column of tiles writes one
+        if KIND == WGRAD and sums is not None:  # sixteen equal columns; the first column of tiles writes their mean
             bias_total = tl.sum(bias_total, 1) * 0.0625 * by
             tl.store(sums + m, cast(bias_total, sums.dtype.element_ty), mask=(m < M) & (n_tile + 0 * m == 0))
     total = _epilogue(total, at, row, m < M, n, N, inside, residual, before, after, index, limit, KIND, GELU)
@@ -149,10 +151,10 @@ def _epilogue(
     total, at, row, here, n, N, inside, residual, before, after, index, limit,
     KIND: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue; `at` are the places of the result's elements, `before` holds GELU's argument."""
+    """Applies the epilogue. `at`: offsets of the result's elements; `before`: the pre-activation."""
     if GELU:
         if KIND == FPROP:
-            total = cast(total, before.dtype.element_ty)  # as the backward will read it
+            total = cast(total, before.dtype.element_ty)  # rounded as the backward will read it
             tl.store(before + at, total, mask=inside)
             total = gelu(total.to(tl.float32))
         else:
@@ -180,12 +182,12 @@ def _add_rows_kernel(x, residual, index, limit, y, rows, width, ROWS: tl.constex
 
 
 def fused() -> bool:
-    """Whether gemms go through the kernel here; else through torch."""
+    """Whether gemms use this kernel rather than the library."""
     return configs.chosen() is not None or _wanted() == "triton"
 
 
 def may_vary() -> bool:
-    """Whether it is left to measurement which path gemms take."""
+    """Whether `sgmim_fast.tune` may choose the implementation of gemms."""
     return _wanted() == "auto"
 
 
@@ -197,7 +199,7 @@ def _wanted() -> str:
     return wanted
 
 
-_SIDES = {0: (0, 2), 1: (0, 1), 2: (2, 1)}  # of a shape (rows, ins, outs), by kind: height and width of the result
+_SIDES = {0: (0, 2), 1: (0, 1), 2: (2, 1)}  # kind -> positions of the result's height and width in (rows, ins, outs)
 
 
 def _config(kind: tl.constexpr, dtype: torch.dtype, shapes: list[tuple[int, int, int]]) -> configs.Config:
@@ -223,7 +225,7 @@ def _run(
     factor: float = 1.0,
     sums: Tensor | None = None,
 ) -> None:
-    """shapes: (rows, ins, outs) of every problem."""
+    """Launches the gemms of one kind. shapes: (rows, ins, outs) of every problem."""
     sides = _SIDES[kind.value]
     config = _config(kind, dtype, shapes)
     tiles = sum(cdiv(shape[sides[0]], config.block_m) * cdiv(shape[sides[1]], config.block_n) for shape in shapes)
@@ -260,7 +262,7 @@ def _run(
 
 
 def _add(product: Tensor, residual: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """product + residual[index], or + residual, in `dtype`, in place where that is the gemm's. Cost: 1 launch."""
+    """Returns product + residual[index], or + residual, in `dtype`, in place if that is product's. Cost: 1 launch."""
     y = product if product.dtype == dtype else torch.empty_like(product, dtype=dtype)
     if index is None:
         return torch.add(product, residual, out=y)
@@ -274,7 +276,7 @@ def _add(product: Tensor, residual: Tensor, index: Tensor | None, dtype: torch.d
 
 
 def linears(xs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-    """x . W^T for each pair of one dtype, (n, in) and (out, in). Cost: 1 launch; through the library one each."""
+    """fprop x . W^T of each pair, (n, in) and (out, in), of one dtype. Cost: 1 launch; library: 1 per pair."""
     dtype = xs[0].dtype
     if not fused():
         return [torch.nn.functional.linear(x, weight) for x, weight in zip(xs, weights, strict=True)]
@@ -293,9 +295,9 @@ def linear(
     rows: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x . W^T + bias + residual[rows], or + residual, in `dtype`, or if that is None in x's.
+    """fprop x . W^T + bias + residual[rows], or + residual, in `dtype`, by default x's.
 
-    Cost: 1 launch; through the library 1 for each residual or cast of the bias more.
+    Cost: 1 launch; library: 1 more for a residual, and for a cast of the bias.
     """
     dtype, residual = dtype or x.dtype, None if residual is None else residual.contiguous()
     if fused():
@@ -308,7 +310,7 @@ def linear(
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """h = x . W^T + bias and gelu(h). Cost: 1 launch; through the library 2."""
+    """Returns the pre-activation h = x . W^T + bias and gelu(h). Cost: 1 launch; library: 2."""
     if not fused():
         before = torch.nn.functional.linear(x, weight, bias)
         return before, gelu_forward(before)
@@ -320,7 +322,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
 
 
 def dgrads(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-    """dy . W for each pair of one dtype, (n, out) and (out, in). Cost: 1 launch; through the library one each."""
+    """dgrad dy . W of each pair, (n, out) and (out, in), of one dtype. Cost: 1 launch; library: 1 per pair."""
     dtype = dys[0].dtype
     if not fused():
         return [torch.mm(dy, weight) for dy, weight in zip(dys, weights, strict=True)]
@@ -340,9 +342,9 @@ def dgrad(dy: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
 
 
 def dgrad_gelu(dy: Tensor, weight: Tensor, pre_activation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dx = dy . W * gelu'(pre_activation), gelu(pre_activation), and the partial sums of dx over its rows.
+    """Returns dx = dy . W * gelu'(pre_activation), gelu(pre_activation), and partial sums of dx over its rows.
 
-    Cost: 1 launch; through the library 2.
+    Cost: 1 launch; library: 2.
     """
     if not fused():
         return gelu_backward(torch.mm(dy, weight), pre_activation)
@@ -357,9 +359,9 @@ def dgrad_gelu(dy: Tensor, weight: Tensor, pre_activation: Tensor) -> tuple[Tens
 def dgrad_of_signs(
     signs: Tensor, weight: Tensor, scale: Tensor, factor: float, dx: Tensor, rows: Tensor | None
 ) -> None:
-    """signs (n, out), int8 or differences, . W * scale * factor into the rows of dx, or all of it.
+    """Writes signs . W * scale * factor into dx, or its rows `rows`. signs: (n, out), int8, or differences.
 
-    Cost: 1 launch; through the library 4.
+    Cost: 1 launch; library: 4.
     """
     if fused():
         shape = signs.shape[0], weight.shape[1], weight.shape[0]
@@ -379,10 +381,10 @@ def wgrad_of_signs(
     dweight: Tensor,
     dbias: Tensor,
 ) -> None:
-    """signs^T (n, out), int8 or differences, . x[rows], or . x, times scale * factor, and the sum over their rows
-    likewise.
+    """Writes signs^T . x[rows], or . x, times scale * factor, and the sums of signs over rows times the same. signs:
+    (n, out), int8, or differences. x is cast to `dtype`, that of the gemms, when it is loaded.
 
-    x is rounded to `dtype`, that of the gemms, as it is read. Cost: 1 launch; through the library 7.
+    Cost: 1 launch; library: 7.
     """
     if fused():
         shape = signs.shape[0], x.shape[1], signs.shape[1]
@@ -396,9 +398,9 @@ def wgrad_of_signs(
 
 
 def wgrads(dys: Sequence[Tensor], xs: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """dy^T . x for each pair, (n, out) and (n, in), in the dtype given.
+    """wgrad dy^T . x of each pair, (n, out) and (n, in), in the given dtypes.
 
-    Cost: 1 launch; through the library one each, and what converts.
+    Cost: 1 launch; library: 1 per pair, and casts.
     """
     dtype = xs[0].dtype
     if fused() and len(set(dtypes)) == 1:
@@ -413,7 +415,7 @@ def wgrads(dys: Sequence[Tensor], xs: Sequence[Tensor], dtypes: Sequence[torch.d
 
 
 def _wgrad(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """dy^T . x through the library, which on a GPU writes what it has summed in float32 as float32."""
+    """dy^T . x by the library, which on a GPU can write its float32 accumulator as float32."""
     if dtype == torch.float32 and dy.dtype != dtype and dy.is_cuda:
         return torch.mm(dy.t(), x, out_dtype=dtype)
     return torch.mm(dy.t(), x).to(dtype)

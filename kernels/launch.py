@@ -1,4 +1,4 @@
-"""What every launcher needs: the device guard, the number of programs, and what the interpreter changes."""
+"""Helpers of every launcher: the device guard, the launch itself, and numbers of programs."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from triton.runtime import driver
 from sgmim_fast import backends
 from sgmim_fast.ops.target import listener, target
 
-INTERPRETED = backends.triton_interpreted()  # Triton looks at the same moment, where a kernel is defined
+INTERPRETED = backends.triton_interpreted()  # Triton reads its variable at the same time, when a kernel is defined
 
-MOST_COLUMNS = 1 << 14  # of a row that one program holds in its registers
+MOST_COLUMNS = 1 << 14  # longest row that one program holds in registers
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up: `triton.cdiv` in a tenth of its time on the host."""
+    """Returns a / b, rounded up: `triton.cdiv` in a tenth of its time on the host."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
-    """`triton.next_power_of_2`, likewise."""
+    """`triton.next_power_of_2`, faster on the host."""
     return 1 << (n - 1).bit_length()
 
 
 def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs `function` with the device of its first tensor as the current one, which is where Triton launches."""
+    """Decorator: makes the device of the first tensor current, as Triton launches on the current device."""
 
     @functools.wraps(function)
     def guarded(*args: Any) -> Any:
@@ -44,7 +44,7 @@ def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launches the kernel, unless there is nothing to do."""
+    """Launches the kernel unless the grid is empty, or passes the launch to `target.listener`."""
     if not all(grid):
         return
     if caught := listener():
@@ -55,16 +55,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         run(kernel, grid, args, options)
 
 
-# id of a kernel, device, options and what Triton may specialize in -> the kernel, compiled, and arguments from options
+# (id of a kernel, device, options, specialised arguments) -> the kernel, its compilation, and the arguments from
+# options
 _compiled: dict[tuple[Any, ...], tuple[Any, Any, list[Any]]] = {}
-_MOST_COMPILED = 4096  # lists of rows may be of any length
+_MOST_COMPILED = 4096  # lists of rows may have any length
 
 
 def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """Launches `kernel` (a `triton.JITFunction`), compiled where no launch like this one was there before.
+    """Launches `kernel` (a `triton.JITFunction`), and compiles it if no launch like this one came before.
 
-    `kernel[grid](...)` binds arguments and looks for what it has compiled anew at every launch, which takes 15 to 65 us
-    of the host; to find it here 5. Launching what is compiled, `compiled[grid](...)`, is Triton's.
+    At every launch `kernel[grid](...)` binds the arguments and looks up the compilation, which takes the host 15 to 65
+    us; the look-up here takes 5. `compiled[grid](...)`, which launches a compilation, is Triton's.
     """
     key = id(kernel), driver.active.get_current_device(), *options.items(), *map(_specialized, args)
     found = _compiled.get(key)
@@ -79,8 +80,8 @@ def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict
 
 
 def _specialized(value: Any) -> Any:
-    """At least all of an argument that Triton compiles for: dtype and alignment of a tensor, the type of a float, a
-    value of any other kind."""
+    """Returns at least what Triton specialises on: dtype and alignment of a tensor, the type of a float, the value of
+    any other argument."""
     kind = type(value)
     if kind is Tensor or kind is Parameter:
         return value.dtype if value.data_ptr() % 16 == 0 else (value.dtype, "unaligned")
@@ -92,13 +93,13 @@ def _specialized(value: Any) -> Any:
 
 
 def rows_per_program(count: int, device: torch.device, least: int = 8) -> int:
-    """Rows each program goes through where it sums over rows: two programs per multiprocessor, whatever the load."""
+    """Returns the rows of each program in a sum over rows, so that there are two programs per multiprocessor."""
     return max(least, cdiv(count, 2 * target(device).multiprocessors))
 
 
 def programs_of_rows(rows: int, width: int, device: torch.device, most: int) -> tuple[int, int]:
-    """Rows of a program, a multiple of 32 and at most `most`, and programs along the rows, where each has 256 columns:
-    so many that all of them together are about 16 for each multiprocessor.
+    """Returns the rows of each program, a multiple of 32 and at most `most`, and the number of programs along the rows,
+    each with 256 columns, so that there are about 16 programs per multiprocessor.
     """
     wanted = max(1, 16 * target(device).multiprocessors // cdiv(width, 256))
     each = min(cdiv(max(1, cdiv(rows, wanted)), 32) * 32, most)
@@ -106,6 +107,6 @@ def programs_of_rows(rows: int, width: int, device: torch.device, most: int) -> 
 
 
 def tf32() -> str:
-    """How float32 operands are multiplied: exactly, unless the user allows tf32 as for PyTorch's own gemms."""
-    # what the library itself looks at; `allow_tf32` raises once `fp32_precision` was set, which knows of both
+    """Returns the precision of float32 gemms: exact, unless the user allows tf32 for PyTorch's own gemms."""
+    # The setting that PyTorch itself reads. `allow_tf32` raises once `fp32_precision` has been set, which covers both.
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -1,6 +1,6 @@
-"""Sums over rows, in two stages of fixed order: partial sums per program, then one launch for all that an op needs.
+"""Sums over rows in two stages of fixed order: partial sums per program, then one launch for all sums of an op.
 
-No atomics: the same number of programs gives the same bits. What a sum's rounding loses is kept and added at the end.
+There are no atomics: the same number of programs yields the same bits.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 from sgmim_fast.kernels.arithmetic import cast
 from sgmim_fast.kernels.launch import cdiv, launch, programs_of_rows
 
-MOST_ADDED = 32
+MOST_ADDED = 32  # values that an accumulator adds in sequence, which bounds its rounding error
 
 
 class Sum(NamedTuple):
-    """A sum to be finished: `partials` (programs, n), contiguous, into `out` (n,) of any floating dtype."""
+    """A sum to finish: `partials` (programs, n), contiguous, into `out` (n,) of any floating-point dtype."""
 
     partials: Tensor
     out: Tensor
@@ -40,7 +40,7 @@ def _finish_kernel(partials, outs, scale, factor, counts, widths, BLOCK: tl.cons
             count = counts[i]
             width = widths[i]
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    count = tl.where(tl.program_id(0) * BLOCK < width, count, 0)  # another sum may be wider
+    count = tl.where(tl.program_id(0) * BLOCK < width, count, 0)  # the grid covers the widest sum
     parts = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(0, count, ROWS):
         row = first + tl.arange(0, ROWS)
@@ -55,10 +55,10 @@ def _finish_kernel(partials, outs, scale, factor, counts, widths, BLOCK: tl.cons
 
 
 def finish(sums: list[Sum], scale: Tensor | None = None, factor: float = 1.0) -> None:
-    """Adds the programs' parts of every sum, times `scale` (a tensor of one number) and `factor`.
+    """Adds the partial sums of every sum, and multiplies by `scale` (a tensor of one number) and `factor`.
 
-    Cost: reads the partials once; 1 launch for each dtype of the outs, which is one in every model whose norms and
-    biases have one, and 1 more where some have over a thousand parts, which one program would go through for long.
+    Cost: reads the partials once; 1 launch for each dtype of the outs (one if all norms and biases of a model share a
+    dtype), and 1 more if some sums have over a thousand parts, too many for one program.
     """
     long = [s.partials.shape[0] > 1024 and s.out.numel() > 1 for s in sums]
     if any(long):
@@ -70,7 +70,7 @@ def finish(sums: list[Sum], scale: Tensor | None = None, factor: float = 1.0) ->
 
 
 def finished(sums: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """The sums of partial sums (programs, n), each in a tensor (n,) of its own. Cost: as of `finish`."""
+    """Returns the totals of partial sums (programs, n), each in its own tensor (n,). Cost: see `finish`."""
     outs = [torch.empty(p.shape[1], dtype=dtype, device=p.device) for p, dtype in zip(sums, dtypes, strict=True)]
     finish([Sum(*pair) for pair in zip(sums, outs, strict=True)])
     return outs
@@ -122,9 +122,10 @@ def _columns_kernel(xs, partials, keep, counts, widths, per_program, ROWS: tl.co
 
 
 def column_sums(xs: Sequence[Tensor], keep: Tensor | None = None) -> list[Tensor]:
-    """Partial sums over rows of each (n, C) tensor of one dtype, (programs, C). keep: (n,), 0 leaves out.
+    """Returns partial sums over the rows of each (n, C) tensor of one dtype, (programs, C). keep: (n,), 0 excludes a
+    row.
 
-    Cost: reads the tensors once, 1 launch.
+    Cost: reads the tensors once; 1 launch.
     """
     rows, widest = max(x.shape[0] for x in xs), max(x.shape[1] for x in xs)
     per_program, _ = programs_of_rows(rows, widest, xs[0].device, most=8 * MOST_ADDED)

@@ -1,4 +1,4 @@
-"""`gather_patches` in Triton: the wanted cells of an NCHW tensor to packed rows, and back. One element per thread."""
+"""`gather_patches` in Triton: gathers cells of an NCHW tensor into packed rows, and back. One element per thread."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _kernel(
     t = patch % (SIDE * SIDE)
     if ZORDER:
         y, x = 0 * t, 0 * t
-        for level in tl.static_range(LEVELS):  # the row's bit below the column's at each level
+        for level in tl.static_range(LEVELS):  # at each level the row's bit is below the column's
             y += (t >> (2 * level) & 1) << level
             x += (t >> (2 * level + 1) & 1) << level
     else:
@@ -76,7 +76,7 @@ def _run(pixels: Tensor, rows: Tensor, packed: Tensor, cell: int, patch: int, zo
 
 @on_device
 def forward(pixels: Tensor, rows: Tensor, cell: int, patch: int, zorder: bool) -> Tensor:
-    """Cost: reads and writes the wanted pixels once; 1 launch."""
+    """Cost: reads and writes the selected pixels once; 1 launch."""
     side = cell // patch
     shape = rows.shape[0] * side * side, pixels.shape[1] * patch * patch
     packed = torch.empty(shape, dtype=pixels.dtype, device=pixels.device)
@@ -86,7 +86,7 @@ def forward(pixels: Tensor, rows: Tensor, cell: int, patch: int, zorder: bool) -
 
 @on_device
 def backward(grad: Tensor, rows: Tensor, shape: list[int], cell: int, patch: int, zorder: bool) -> Tensor:
-    """Cost: fills the map, then reads and writes the wanted pixels once; 1 launch and a fill. The rows are distinct."""
+    """Cost: fills the map, then reads and writes the selected pixels once; 1 launch and a fill. Rows are distinct."""
     pixels = torch.zeros(shape, dtype=grad.dtype, device=grad.device)
     _run(pixels, rows, grad.contiguous(), cell, patch, zorder, True)
     return pixels

@@ -1,5 +1,5 @@
-"""LayerNorm with its neighbours: a gather before it in the forward, a residual and a scatter after it in the backward,
-and sums over the rows that pass by; several norms of one width in one launch.
+"""LayerNorm fused with its neighbours: in the forward a gather before it and a residual after it; in the backward a
+residual, a scatter, and sums over rows. Several norms of one width share a launch.
 
 A row is read once and stays in registers.
 """
@@ -19,8 +19,8 @@ from sgmim_fast.kernels.sums import MOST_ADDED
 from sgmim_fast.ops.primitives import Norm, NormGradient, NormGradients
 from sgmim_fast.ops.target import target
 
-TILE = 1024  # numbers of a tensor that a program of the backward has at a time
-PROGRAMS = 8  # of the backward per multiprocessor; of 10 pairs measured on an H200 the best at all of Swin-B's widths
+TILE = 1024  # elements of a tensor that a program of the backward holds at a time
+PROGRAMS = 8  # of the backward, per multiprocessor; the best of 10 pairs measured on an H200, at all of Swin-B's widths
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def _normalise(
 
 
 def layer_norms(norms: Sequence[Norm], eps: float, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """Normalised rows of one width, (n, C), and the statistics (2, n), float32: mean and 1 / sqrt(var + eps).
+    """Returns normalised rows (n, C), all of one width, and statistics (2, n) in float32: mean and 1 / sqrt(var + eps).
 
     Cost: reads n rows, writes n rows; 1 launch.
     """
@@ -83,7 +83,7 @@ def layer_norms(norms: Sequence[Norm], eps: float, dtype: torch.dtype) -> list[t
 def normalise(
     norms: Sequence[Norm], ys: Sequence[Tensor], eps: float, counts: Sequence[int], y_rows: Tensor | None = None
 ) -> list[Tensor]:
-    """Writes the normalised rows into ys, or row by row into ys[y_rows], and returns the statistics."""
+    """Writes the normalised rows into ys, or ys[y_rows], and returns the statistics."""
     width = norms[0].x.shape[1]
     xs, weights, biases, rows, residuals = zip(*norms, strict=True)
     statistics = [torch.empty(2, n, dtype=torch.float32, device=ys[0].device) for n in counts]
@@ -135,7 +135,7 @@ def _differentiate(
     column = tl.arange(0, BLOCK)
     w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
     b = tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
-    # a tile each: added up over its rows once, behind the loop, and not across warps in every round of it
+    # Accumulators have a row per row of the tile: the sum across warps comes once, after the loop.
     dweight = tl.zeros([ROWS, BLOCK], tl.float32)
     dbias = tl.zeros([ROWS, BLOCK], tl.float32)
     if SUMS > 0:
@@ -182,9 +182,9 @@ def _differentiate(
 
 
 def layer_norms_backward(gradients: Sequence[NormGradient]) -> list[NormGradients]:
-    """Gradients through norms of one width, which ask for the same sums. dx has x's dtype.
+    """Returns gradients of norms of one width, which request the same sums. dx has x's dtype.
 
-    Cost: reads dy, x and the residual, writes dx and y, n rows each; 1 launch, and a fill where rows are scattered.
+    Cost: reads dy, x and the residual, writes dx and y, n rows each; 1 launch, and a fill if rows are scattered.
     """
     width, device = gradients[0].dy.shape[1], gradients[0].dy.device
     operands = zip(*(g[:8] for g in gradients), strict=True)
@@ -232,5 +232,5 @@ def _contiguous(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
 
 
 def _warps(block: int, least: int = 4) -> int:
-    """About 16 numbers of a row per thread and operand."""
+    """Returns warps for about 16 elements of a row per thread and operand."""
     return min(max(block // 512, least), 16)

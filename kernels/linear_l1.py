@@ -1,5 +1,5 @@
-"""`linear_l1` in Triton, primitives: the head's gemm, whose epilogue reads pixels where they are and keeps signs, or of
-`linear_l2` differences."""
+"""`linear_l1` in Triton, primitives: the head's gemm. Its epilogue reads the target in place and saves the signs of the
+differences, for `linear_l2` the differences."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _cell_moments_kernel(
     CELL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of each wanted cell's pixels: mean, and 1 / sqrt(unbiased variance + 1e-6), into (2, count)."""
+    """Writes mean and 1 / sqrt(unbiased variance + 1e-6) of each selected cell's pixels into moments (2, count)."""
     program = tl.program_id(0)
     row = inside_of(tl.load(rows + program), all_cells)
     n = tl.arange(0, BLOCK)
@@ -99,8 +99,8 @@ def _linear_l1_forward_kernel(
 
 
 def linear_l1(a: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Cost: reads x and W for each tile, the wanted pixels once, writes a byte per pixel, or of squared distances a
-    number; 2 launches, and of normalised pixels 1 more that reads them."""
+    """Cost: reads x and W per tile and the selected pixels once, writes a byte per pixel (of squared distances a number
+    of the weight's dtype); 2 launches, and for normalised pixels 1 more that reads them."""
     x, rows, target = a.x.contiguous(), a.rows.contiguous(), a.target
     count, (outs, width) = rows.shape[0], weight.shape
     kept = torch.empty(count, outs, dtype=weight.dtype if a.squared else torch.int8, device=x.device)
@@ -153,7 +153,7 @@ def linear_l1(a: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear_l1_backward(grad: Tensor, a: Any, weight: Tensor, differences: Tensor, gradients: Gradients) -> None:
-    """Cost: reads the signs twice, W and x once per tile; 2 launches, and where x is not packed a fill."""
+    """Cost: reads the signs twice, W and x once per tile; 2 launches, and a fill if x is not packed."""
     x, listed = a.x.contiguous(), None if a.packed else a.rows.contiguous()
     if "x" in gradients:
         gradients["x"] = dx = torch.empty_like(x) if a.packed else torch.zeros_like(x)

@@ -1,5 +1,4 @@
-"""The primitives in Triton: the library's gemms, or our own with what follows in their epilogues (`gemm`), and
-kernels between them."""
+"""The primitives in Triton: the library's gemms, or our own with fused epilogues (`gemm`), and kernels between them."""
 
 from __future__ import annotations
 
@@ -26,8 +25,8 @@ from sgmim_fast.ops.weights import weights_in  # noqa: F401
 from sgmim_fast.ops.window_attention import most_tokens_on_a_gpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LOOKS_AT_INDICES = True  # a GPU would have to be waited for: the kernels clamp them
-MOST_WIDTH = 128  # of an attention's head
+LOOKS_AT_INDICES = True  # the kernels clamp them: checking on the host would synchronise
+MOST_WIDTH = 128  # channels of an attention head
 
 batches_wgrads, guarded = gemm.fused, on_device
 
@@ -55,15 +54,14 @@ def takes(request: Request) -> tuple[bool, str]:
 
 
 def variants(request: Request) -> list[str]:
-    """Tiles of our gemms, in place of the library's; of as many bytes as a number has."""
+    """Returns the tiles with which our gemms can replace the library's, for the element size of the call's dtype."""
     has_gemms = bool(request.widths) or request.window is None
     tiles = configs.tiles(request.dtypes[-1].itemsize) if has_gemms and gemm.may_vary() else []
     return ["x".join(map(str, tile)) for tile in tiles]
 
 
 def varied(primitives: Any, bind: Callable[[Any], Callable[..., Any]], variant: str) -> Callable[..., Any]:
-    """What is bound to these primitives, or others with the same gemms, with its gemms in the tile that the variant
-    names."""
+    """Binds a function to these primitives, or to others with the same gemms, with our gemms in the variant's tile."""
     function, tile = bind(primitives), configs.Config(*map(int, variant.split("x")))
 
     def run(*args: Any) -> Any:
@@ -81,7 +79,7 @@ def linear_norm(
 
 
 def window_attention(qkv: Tensor, w: Windows) -> Tensor:
-    """A ViT's without bias goes through PyTorch's flash attention."""
+    """A ViT's attention without bias uses PyTorch's flash attention."""
     if qkv.is_cuda and whole_attention.takes(qkv, w):
         return whole_attention.whole_attention(qkv, w)
     return windows.window_attention(qkv, w)
@@ -100,7 +98,7 @@ def place_tokens(
     tokens: Tensor, visible: Tensor, token: Tensor, norm: tuple[Tensor, Tensor] | None, eps: float,
     rows: int, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Cost: writes the tokens in place; 3 launches at most."""
+    """Cost: writes the token to all rows, then the normalised tokens to theirs; 3 launches at most."""
     out = token.to(dtype).repeat(rows, 1)
     if norm is None:
         return out.index_copy_(0, visible, tokens.to(dtype)), None

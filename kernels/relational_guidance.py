@@ -1,4 +1,4 @@
-"""The attention of `relational_guidance` in Triton, primitives: one kernel each way."""
+"""The attention of `relational_guidance` in Triton, primitives: one kernel forward, one backward."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sgmim_fast.ops.primitives import Packed
 
 @triton.jit
 def _keys(shown_offsets, image, last, cells, KEEP: tl.constexpr):
-    """First row of an image's shown keys, their number, and of how many hidden cells the collapsed key stands for."""
+    """Returns the first row and number of an image's shown keys, and of the hidden cells that share the last key."""
     first, count = _range(shown_offsets, image, last, cells)
     hidden = cells - count if KEEP else 0 * count
     return first, count, hidden
@@ -25,7 +25,7 @@ def _keys(shown_offsets, image, last, cells, KEEP: tl.constexpr):
 
 @triton.jit
 def _range(offsets, image, rows, cells):
-    """An image's first row and their number, which are those of some of the `rows` whatever the offsets are."""
+    """Returns an image's first row and number of rows, clamped to the `rows` that exist for any offsets."""
     first = tl.minimum(tl.maximum(tl.load(offsets + image), 0), rows)
     end = tl.minimum(tl.maximum(tl.load(offsets + image + 1), first), rows)
     return first, tl.minimum(end - first, cells).to(tl.int32)
@@ -33,7 +33,7 @@ def _range(offsets, image, rows, cells):
 
 @triton.jit
 def _rows(x, row, here, width, head, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One head's part of rows, (rows, BLOCK_D), zero elsewhere."""
+    """Loads one head's part of rows, (rows, BLOCK_D), zero elsewhere."""
     d = tl.arange(0, BLOCK_D)
     at = row[:, None] * width + head * D + d[None, :]
     return tl.load(x + at, mask=here[:, None] & (d < D)[None, :], other=0.0)
@@ -41,7 +41,7 @@ def _rows(x, row, here, width, head, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _logits(q, k, j, count, hidden, scale, PRECISION: tl.constexpr):
-    """(queries, keys); the key after the last shown one counts as often as there are hidden cells."""
+    """Returns logits (queries, keys); the key after the last shown one stands for `hidden` cells."""
     s = dot(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32), PRECISION) * scale
     s += tl.where(j == count, tl.log(tl.maximum(hidden, 1).to(tl.float32)), 0.0)[None, :]
     there = (j < count) | ((j == count) & (hidden > 0))
@@ -50,7 +50,7 @@ def _logits(q, k, j, count, hidden, scale, PRECISION: tl.constexpr):
 
 @triton.jit
 def _lse(lse, row, there, visible, heads, head):
-    """Both parts of the rows' logsumexp."""
+    """Loads both parts of the rows' logsumexp."""
     at = row * heads + head
     row_max = tl.load(lse + at, mask=there, other=0.0)
     return row_max, tl.load(lse + visible * heads + at, mask=there, other=0.0)
@@ -79,7 +79,7 @@ def _relational_guidance_forward_kernel(
             value = _rows(v, key_row, j <= count, width, head, D, BLOCK_D)
             s = _logits(query, key, j, count, hidden, scale, PRECISION)
             higher = tl.maximum(top, tl.max(s, 1))
-            finite = tl.where(higher == float("-inf"), 0.0, higher)  # no key so far
+            finite = tl.where(higher == float("-inf"), 0.0, higher)  # -inf: no key so far
             p = tl.exp(s - finite[:, None])
             shrink = tl.exp(top - finite)
             norm = norm * shrink + tl.sum(p, 1)
@@ -102,11 +102,11 @@ def _relational_guidance_backward_kernel(
     KEEP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Programs below `key_blocks` sum over queries for dk and dv, the others over keys for dq; no sum is shared."""
+    """Programs below `key_blocks` sum over queries for dk and dv, the others over keys for dq; none share a sum."""
     block, head, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin, queries = _range(visible_offsets, image, visible, cells)
     first, count, hidden = _keys(shown_offsets, image, last, cells, KEEP)
-    single = count + (hidden > 0).to(tl.int32) == 1  # its weight is 1 whatever the logit, without a rounding
+    single = count + (hidden > 0).to(tl.int32) == 1  # a single key has weight 1 and no gradient: avoid rounding errors
     d = tl.arange(0, BLOCK_D)
     if block < key_blocks:
         j = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -163,10 +163,10 @@ def _relational_guidance_backward_kernel(
 
 
 def _options(q: Tensor, packed: Packed, backward: bool) -> dict[str, Any]:
-    """Blocks as small as the grid of cells allows: Swin's 36 cells need no more than 32 queries at a time.
+    """Returns block sizes, as small as the grid of cells allows: Swin's 36 cells need at most 32 queries at a time.
 
-    The backward holds five tiles of a head's width: in half precision eight warps keep them in registers; float32
-    products on the scalar units want whole rows of operands besides, and the backward spills even at 16 queries.
+    The backward holds five tiles of a head's width. In half precision, eight warps keep them in registers. Float32
+    gemms run on the scalar units and need whole rows of operands too, so that the backward spills even with 16 queries.
     """
     half, d, cells = q.dtype != torch.float32, q.shape[1] // packed.heads, packed.cells
     most = 64 if half else 16 if backward else 32
@@ -205,7 +205,7 @@ def guidance_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> tuple
 def guidance_attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, packed: Packed
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The last key's gradients are summed over the images in a fixed order.
+    """Sums the last key's gradients over the images in a fixed order.
 
     Cost: reads q, dout and out once per block of keys, k and v once per block of queries; 2 launches.
     """
@@ -233,7 +233,7 @@ def guidance_attention_backward(
 
 
 def _sizes(q: Tensor, k: Tensor, packed: Packed, *tensors: Tensor) -> tuple[Any, ...]:
-    """The tensors, and the numbers behind them."""
+    """Returns the tensors, followed by the sizes that the kernels take."""
     width = q.shape[1]
     numbers = q.shape[0], k.shape[0] - 1, packed.cells, packed.heads, width, (width // packed.heads) ** -0.5
     return *tensors, *numbers

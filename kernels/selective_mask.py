@@ -1,7 +1,7 @@
-"""`selective_mask` in Triton: draw, selection and row lists in one launch, one program per image.
+"""`selective_mask` in Triton: draw, selection and row lists in one launch, with one program per image.
 
-The count-th smallest key is found by bisection of its 32 bits, which takes 32 counts over keys in registers; equal keys
-are told apart by their unit, as a stable sort would. Row lists are positions from prefix sums.
+The count-th smallest key is found by bisection over its 32 bits, 32 counts over keys in registers. Of equal keys those
+of the first units are taken, as by a stable sort. Row lists are compacted by prefix sums.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _kernel(
     unit = tl.arange(0, UNITS)
     key = _keys(seed, image, unit)
     there = unit < units
-    threshold = tl.zeros([], tl.uint32)  # the largest number that fewer than `count` keys are below: the count-th key
+    threshold = tl.zeros([], tl.uint32)  # the largest number with fewer than `count` keys below it: the count-th key
     for bit in tl.static_range(32):
         higher = threshold | tl.full([], 1 << (31 - bit), tl.uint32)
         below = tl.sum((there & (key < higher)).to(tl.int32), 0)
@@ -65,7 +65,7 @@ def _kernel(
     chosen = there & (count > 0) & ((key < threshold) | (equal & (nth <= count - below)))
     drawn += image.to(tl.int64) * units
     tl.store(drawn + unit, chosen.to(tl.int8), mask=there)
-    tl.debug_barrier()  # other threads of this program read it
+    tl.debug_barrier()  # other threads of this program read `drawn`
 
     width = gw * scale
     for start in range(0, cells, CELLS):
@@ -91,7 +91,7 @@ def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
 def forward(
     seed: Tensor, masked: Sequence[int], gh: int, gw: int, scale: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Cost: writes mask, rows and offsets; 1 launch where all images have as many masked units, else 5 more."""
+    """Cost: writes mask, rows and offsets; 1 launch if all images have equally many masked units, else 5 more."""
     batch, device, units = len(masked), seed.device, gh * gw
     shape, visible, masked_rows = sizes(masked, gh, gw, scale)
     mask = torch.empty(shape, dtype=torch.bool, device=device)

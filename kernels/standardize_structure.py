@@ -1,8 +1,8 @@
-"""`standardize_structure` in Triton: order statistics by radix selection, one program per map, no sorting.
+"""`standardize_structure` in Triton: order statistics by radix selection, with one program per map and no sorting.
 
-Floats are compared as unsigned integers of the same order. Four passes over the map's bytes, most significant first,
-narrow both deciles down at once: a histogram of 256 counts says in which byte's bin each rank lies. Three more passes
-take the mean and the variance of what sorting would keep, ties counted right, and write the result.
+Floats are compared as unsigned integers in the same order. Four passes over the map, one per byte of the integers from
+the most significant, find both deciles at once: a histogram of 256 bins says which bin has the element of a rank. Three
+more passes compute mean and variance of the values in range, with the right share of ties, and write the result.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint16)
 
 @triton.jit
 def _read(x, at, inside, UINT16: tl.constexpr):
-    """Values, whether they are finite, and their keys: unsigned integers in the order of the values."""
+    """Returns values, whether they are finite, and their keys: unsigned integers in the order of the values."""
     value = tl.load(x + at, mask=inside, other=0).to(tl.float32)
     if UINT16:
         value *= 1 / 65536
     bits = value.to(tl.uint32, bitcast=True)
     finite = inside & ((bits & 0x7F800000) != 0x7F800000)
-    # not `~bits`, for which the interpreter of Triton 3.8 asks NumPy for an unsigned -1
+    # Not `~bits`: the interpreter of Triton 3.8 would ask NumPy for an unsigned -1.
     key = tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     return value, finite, key
 
 
 @triton.jit
 def _value(key):
-    """The value of one key."""
+    """Inverse of the key of `_read`."""
     bits = tl.where(key >> 31 == 1, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _digit(counts, rank):
-    """In which of 256 bins the element of this rank lies, and its rank there."""
+    """Returns which of 256 bins has the element of this rank, and its rank within the bin."""
     bins = tl.arange(0, 256)
     digit = tl.sum((tl.cumsum(counts, 0) <= rank).to(tl.int32), 0)
-    digit = tl.minimum(digit, 255)  # where there is no such element
+    digit = tl.minimum(digit, 255)  # if there is no such element
     return digit, rank - tl.sum(tl.where(bins < digit, counts, 0), 0)
 
 
@@ -54,7 +54,7 @@ def _kernel(x, y, nonfinite, n, UINT16: tl.constexpr, BLOCK: tl.constexpr):
     plane = tl.program_id(0).to(tl.int64)
     x += plane * n
     y += plane * n
-    low = tl.zeros([], tl.uint32)  # bits of both keys found so far
+    low = tl.zeros([], tl.uint32)  # leading bits of both keys found so far
     high = tl.zeros([], tl.uint32)
     low_rank = tl.zeros([], tl.int32)
     high_rank = tl.zeros([], tl.int32)
@@ -77,7 +77,7 @@ def _kernel(x, y, nonfinite, n, UINT16: tl.constexpr, BLOCK: tl.constexpr):
             high_counts = low_counts
             count = tl.sum(low_counts, 0).to(tl.int64)
             tl.store(nonfinite + plane, n - count)
-            # int(0.1 n) and int(0.9 n): both doubles are a little above the decimal numbers
+            # int(0.1 n) and int(0.9 n): both doubles are slightly greater than the decimal numbers
             first, last = count // 10, 9 * count // 10
             low_rank, high_rank = first.to(tl.int32), tl.maximum(last - 1, 0).to(tl.int32)
         digit, low_rank = _digit(low_counts, low_rank)
@@ -97,7 +97,7 @@ def _kernel(x, y, nonfinite, n, UINT16: tl.constexpr, BLOCK: tl.constexpr):
         up_to_low += (finite & (key <= low)).to(tl.int32)
         below_high += (finite & (key < high)).to(tl.int32)
     kept = last - first
-    lows = (tl.sum(up_to_low, 0) - first).to(tl.float64)  # how many of the lowest and of the highest value are kept
+    lows = (tl.sum(up_to_low, 0) - first).to(tl.float64)  # copies of the lowest and the highest value in range
     highs = (last - tl.sum(below_high, 0)).to(tl.float64)
     mean = (tl.sum(total, 0) + highs * spread) / kept.to(tl.float64)
     squares = tl.zeros([BLOCK], tl.float64)
@@ -128,7 +128,7 @@ def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
 
 @on_device
 def forward(structure: Tensor, ignore: bool) -> Tensor:
-    """Cost: reads the map seven times (through the L2), writes it once; 1 launch."""
+    """Cost: reads the map seven times (from L2), writes it once; 1 launch."""
     planes = structure.reshape(structure.shape[0] * structure.shape[1], -1).contiguous()
     y = torch.empty(planes.shape, dtype=torch.float32, device=structure.device)
     nonfinite = torch.empty(planes.shape[0], dtype=torch.int64, device=structure.device)

@@ -1,9 +1,10 @@
 """`structure_embed` in Triton: gather, patch embedding, its norm and the first merging's norm in one pass over pixels.
 
-A merging's norm is not fused with its gemm: each tile of columns would normalise the same rows again (8 to 16 times
-at these widths), between the loads and the tensor cores, and the backward needs the normalised rows for the weight
-gradient anyway. Cost with three mergings, half precision: forward 7 launches, backward 8; `benchmarks/cost_model.py`
-has bytes and predicted times, none is measured yet.
+A merging's norm is not fused with its gemm: each tile of columns would normalise the same rows again (8 to 16 times at
+these widths), between loads and tensor cores, and the backward needs the normalised rows anyway, for the wgrad. Cost
+with
+three mergings in half precision: 7 launches forward, 8 backward. `benchmarks/cost_model.py` has bytes and predicted
+times, `benchmarks/results/gpu-*` measured ones.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from sgmim_fast.ops.primitives import Gradients
 from sgmim_fast.ops.structure_embed import Cells, StructureParameters
 from sgmim_fast.ops.weights import weights_in
 
-# Arguments travel in groups: `image` (structure, rows, cells, across, all_cells, its four strides) and `parameters`
-# (weight and bias of the embedding, of the patches' norm, of the merging's). Four patches that are neighbours are a row
-# of the merging: a tile is (4 * ROWS, BLOCK_D) and, reshaped, (ROWS, 4, BLOCK_D).
+# Arguments are passed in groups: `image` (structure, rows, cells, across, all_cells, its four strides) and `parameters`
+# (weight and bias of the embedding, of the patches' norm, of the merging's). Four neighbouring patches are a row of the
+# merging: a tile is (4 * ROWS, BLOCK_D) and, reshaped, (ROWS, 4, BLOCK_D).
 
 
 @triton.jit
@@ -32,12 +33,12 @@ def _pixels(
     image, token, shown,
     CHANNELS: tl.constexpr, PATCH: tl.constexpr, MERGES: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Patches in Z-order inside their cell, (tokens, BLOCK_K)."""
+    """Loads patches (tokens, BLOCK_K), in Z-order within their cell."""
     structure, rows, cells, across, all_cells, sb, sc, sh, sw = image
     PER_CELL: tl.constexpr = 4**MERGES
     z = (token % PER_CELL).to(tl.int32)
     y, x = 0 * z, 0 * z
-    for level in tl.static_range(MERGES):  # the row's bit below the column's at each level
+    for level in tl.static_range(MERGES):  # at each level the row's bit is below the column's
         y += (z >> (2 * level) & 1) << level
         x += (z >> (2 * level + 1) & 1) << level
     cell = inside_of(tl.load(rows + token // PER_CELL, mask=shown, other=0), all_cells)
@@ -64,14 +65,14 @@ def _embed(
 
 @triton.jit
 def _vector(x, width, BLOCK_D: tl.constexpr):
-    """A parameter of the patches' norm, (1, BLOCK_D)."""
+    """Loads a parameter of the patches' norm, (1, BLOCK_D)."""
     d = tl.arange(0, BLOCK_D)
     return tl.load(x + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
 def _quarters(x, width, BLOCK_D: tl.constexpr):
-    """A parameter of the merging's norm, (1, 4, BLOCK_D)."""
+    """Loads a parameter of the merging's norm, (1, 4, BLOCK_D)."""
     d = tl.arange(0, BLOCK_D)
     at = tl.arange(0, 4)[:, None] * width + d[None, :]
     return tl.load(x + at, mask=(d < width)[None, :] & (at >= 0), other=0.0).to(tl.float32)[None, :, :]
@@ -79,7 +80,7 @@ def _quarters(x, width, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _row_sum(x):
-    """Over all but the first axis of a patch's or a merging's rows."""
+    """Sums over all axes but the first, for rows of patches (2-D) or of the merging (3-D)."""
     if len(x.shape) == 3:
         x = tl.sum(x, 2)
     return tl.sum(x, 1)
@@ -87,7 +88,7 @@ def _row_sum(x):
 
 @triton.jit
 def _of_rows(numbers, x):
-    """A number for each row, to be broadcast over x."""
+    """Expands one number per row to the dimensions of x."""
     numbers = numbers[:, None]
     if len(x.shape) == 3:
         numbers = numbers[:, :, None]
@@ -96,7 +97,7 @@ def _of_rows(numbers, x):
 
 @triton.jit
 def _statistics(x, inside, width, eps):
-    """x - mean, mean and 1 / sqrt(var + eps) of rows of `width` numbers."""
+    """Returns x - mean, mean and 1 / sqrt(var + eps) of rows of `width` elements."""
     mean = _row_sum(x) / width
     centred = tl.where(inside, x - _of_rows(mean, x), 0.0)
     return centred, mean, 1 / tl.sqrt_rn(_row_sum(centred * centred) / width + eps)
@@ -104,7 +105,7 @@ def _statistics(x, inside, width, eps):
 
 @triton.jit
 def _normalised(x, inside, statistics, row, here, count):
-    """xhat and 1 / sqrt(var + eps) from the statistics that the forward has kept, (2, count)."""
+    """Returns xhat and 1 / sqrt(var + eps) from saved statistics (2, count)."""
     mean = tl.load(statistics + row, mask=here, other=0.0)
     rstd = _of_rows(tl.load(statistics + count + row, mask=here, other=0.0), x)
     return tl.where(inside, (x - _of_rows(mean, x)) * rstd, 0.0), rstd
@@ -137,7 +138,7 @@ def _structure_embed_forward_kernel(
     tl.store(statistics + token, mean, mask=shown)
     tl.store(statistics + count + token, rstd, mask=shown)
     patches = centred * rstd[:, None] * _vector(norm_weight, width, BLOCK_D) + _vector(norm_bias, width, BLOCK_D)
-    # the merging's norm; the hidden cell has zeros for patches
+    # the merging's norm; the hidden cell's patches are zero
     merge = tl.reshape(tl.where(inside, patches, 0.0), [ROWS, 4, BLOCK_D])
     centred, mean, rstd = _statistics(merge, (d < width)[None, None, :], 4 * width, eps)
     tl.store(merge_statistics + row, mean, mask=row < merged)
@@ -172,7 +173,7 @@ def _structure_embed_backward_kernel(
         shown = token < tl.minimum(count, 4 * last)
         inside = shown[:, None] & (d < width)[None, :]
         inside_merged = (row < last)[:, None, None] & (d < width)[None, None, :] & (quarter >= 0)[None, :, None]
-        # the forward again
+        # recompute the forward
         pixels = _pixels(image, token, shown, CHANNELS, PATCH, MERGES, BLOCK_K)
         embedded = _embed(pixels, weight, bias, width, K, BLOCK_K, BLOCK_D, DTYPE, PRECISION)
         xhat, rstd = _normalised(embedded, inside, statistics, token, shown, count)
@@ -211,7 +212,7 @@ def _structure_embed_backward_kernel(
 
 
 def _image(cells: Cells) -> tuple[Any, ...]:
-    """The pixels, which cells of them, and how they lie."""
+    """Returns the group `image` of the kernels' arguments."""
     structure = cells.structure
     across = structure.shape[3] // cells.cell
     an_image = across * (structure.shape[2] // cells.cell)
@@ -257,8 +258,8 @@ def embed(cells: Cells, weight: Tensor, eps: float) -> tuple[Tensor, list[Tensor
 def embed_backward(
     dx: Tensor, cells: Cells, weight: Tensor, inputs: list[Tensor], statistics: list[Tensor], gradients: Gradients
 ) -> Tensor | None:
-    """Cost: reads dy and the shown pixels, writes the normalised rows, and the embedded patches' gradient if it is
-    wanted; 1 launch and the gemms."""
+    """Cost: reads dy and the shown pixels, writes the normalised rows, and the gradient of the embedded patches if
+    needed; 1 launch and the gemms."""
     (dy,), options, device = gemm.dgrads([dx], [weight]), _options(cells), dx.device
     width, rows_of_a_tile = cells.w.embed_weight.shape[0], options["ROWS"]
     per_program = cdiv(rows_per_program(cells.merged, device), rows_of_a_tile) * rows_of_a_tile

@@ -1,8 +1,9 @@
-"""`token_salience` in Triton: two passes over tiles of the inner products, none of which is written.
+"""`token_salience` in Triton: two passes over tiles of the inner products, which are never stored.
 
-The first pass finds each row's maximum and sum of exponentials as FlashAttention does. The second adds up, over the
-other tokens i, what i pays to j less what j pays to i: s_j - 1, in which the attention that a token pays itself cancels
-before anything is rounded. Both multiply; no sum waits for another program's, so that two runs give the same bits.
+The first pass computes each row's maximum and sum of exponentials as FlashAttention does. The second sums, over the
+other
+tokens i, what i pays to j minus what j pays to i: s_j - 1, in which the attention of a token to itself cancels before
+anything is rounded. Both passes compute the gemm. No program depends on another's sum, so two runs have the same bits.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def _products(
     x, rows, columns, tokens, depth,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
-    """x_i . x_j of a tile, in float32; x: the image's (tokens, depth)."""
+    """Returns x_i . x_j of a tile in float32. x: the image's (tokens, depth)."""
     out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, depth, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -40,8 +41,8 @@ def _rows_kernel(
     x, row_max, inverse, tokens, depth,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
-    """Of x_i . x_j over j: the maximum (B, N), and one over the sum of exp(x_i . x_j - maximum). Not the log of that
-    sum, whose rounding would be an error of every number of the row."""
+    """Stores, of x_i . x_j over j, the maximum (B, N) and the reciprocal of the sum of exp(x_i . x_j - maximum). The
+    logarithm of that sum would be rounded, with the same error for the whole row."""
     image = tl.program_id(1).to(tl.int64)
     x += image * tokens * depth
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -63,7 +64,7 @@ def _columns_kernel(
     x, row_max, inverse, sums, tokens, depth,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
-    """sums (B, N): over i of A_ij - A_ji, in float64; x_i . x_j gives both."""
+    """Stores sums (B, N) over i of A_ij - A_ji, in float64. The same x_i . x_j yields both terms."""
     image = tl.program_id(1).to(tl.int64)
     x += image * tokens * depth
     row_max += image * tokens
@@ -85,7 +86,7 @@ def _columns_kernel(
 
 @triton.jit
 def _stretch_kernel(sums, out, tokens, BLOCK: tl.constexpr):
-    """To [0, 1] in each image: 0 where all are equal, NaN where one is."""
+    """Rescales each image to [0, 1]: 0 where all are equal, NaN if one is."""
     image = tl.program_id(0).to(tl.int64)
     sums += image * tokens
     out += image * tokens
@@ -113,7 +114,7 @@ def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
 
 @on_device
 def forward(x: Tensor) -> Tensor:
-    """Cost: N^2 D multiply-adds twice; reads x N / 64 times through the L2, writes 5 N; 3 launches."""
+    """Cost: N^2 D multiply-adds twice; reads x N / 64 times (from L2), writes 5 N elements; 3 launches."""
     x = x.contiguous()
     images, tokens, depth = x.shape
     row_max, inverse, out = (torch.empty(images, tokens, dtype=torch.float32, device=x.device) for _ in range(3))

@@ -1,28 +1,28 @@
-"""`window_attention` in Triton: one kernel forward, one or two backward, and the sums of what windows share.
+"""`window_attention` in Triton: one kernel forward, one or two backward, and sums over windows.
 
-A program takes one head of a block of queries, and goes with it through a group of windows. It keeps their part of the
-bias, and in the backward of its gradient, in registers, and reads each window's tokens from where they are: shift,
-padding, partition and mask are arithmetic on coordinates. A tile has all keys, so a row's softmax is complete in it,
-and the backward computes it again from the logits: from a saved log-sum it would be less exact where logits are large.
+A program computes one head of a block of queries for a group of windows in turn. It keeps its part of the bias, and in
+the backward of the bias's gradient, in registers, and reads each window's tokens in place: shift, padding, partition
+and mask are arithmetic on coordinates. A tile has all keys, so a row's softmax is complete within it. The backward
+recomputes it from the logits: a saved logsumexp would be less exact where logits are large.
 
-Where one tile has all queries too (up to 64 tokens), the backward is one kernel. Above, a second one with a block of
-keys and all queries gives the gradients of keys and values, from the first one's maxima and sums: where one key has all
-the weight, its probability is only as exact as both kernels' logits are the same.
+If one tile also has all queries (up to 64 tokens), the backward is one kernel. Otherwise a second kernel, with a block
+of keys and all queries, computes the gradients of keys and values from the first one's row_max and row_sum. Where one
+key has all the weight, its probability is only as exact as the logits of both kernels agree.
 
-A program's tile, of a window of 2 x 3 tokens in blocks of QUERIES = 4 and KEYS = 8; a token is one row of qkv, found by
-`_places`:
+The tile of a program, for a window of 2 x 3 tokens in blocks of QUERIES = 4 and KEYS = 8; a token is one row of qkv,
+located by `_places`:
 
             keys j     0  1  2  3  4  5 | beyond the window: -inf
     queries i    0     .  .  .  .  .  . | -  -      logits (QUERIES, KEYS) = scale q . k^T + bias, of one head;
-                 1     .  .  .  .  .  . | -  -      APART less across a border of the grid, where the window is shifted
+                 1     .  .  .  .  .  . | -  -      plus APART across a border of the grid, in a shifted window
     block 0      2     .  .  .  .  .  . | -  -
                  3     .  .  .  .  .  . | -  -      softmax and both gemms with v (KEYS, D) stay in registers
     block 1      4 ...                              another program's, or none: 64 tokens are one block
 
-Cost, n tokens a window, rows of C channels: forward reads 3 rows and writes 1, keys and values once more per further
-block of queries (out of the L2); 4 n C operations a token in 1 launch. Backward reads 4 rows and writes
-3; 10 n C operations, 14 n C in two kernels; 1 or 2 launches, 1 for all sums over groups of windows, and 2 that
-gather a table's gradient from the dense one. Groups' sums of the bias: 4 n^2 bytes per program.
+Cost, with n tokens per window and rows of C channels. Forward: reads 3 rows and writes 1, and reads keys and values
+again (from L2) for each further block of queries; 4 n C operations per token; 1 launch. Backward: reads 4 rows and
+writes 3; 10 n C operations, or 14 n C in two kernels; 1 or 2 launches, 1 for all sums over groups of windows, and 2
+that gather a table's gradient from the dense one. Partial sums of the bias: 4 n^2 bytes per program.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ from sgmim_fast.ops.primitives import Windows
 from sgmim_fast.ops.target import target
 from sgmim_fast.ops.window_attention import APART, MAX_LOGIT_SCALE, TINY
 
-PROGRAMS = 8  # per multiprocessor: enough to hide latencies, few enough that groups' sums stay small
+PROGRAMS = 8  # per multiprocessor: enough to hide latency, few enough to keep the partial sums small
 
 _APART, _MAX_LOGIT_SCALE, _TINY = tl.constexpr(APART), tl.constexpr(MAX_LOGIT_SCALE), tl.constexpr(TINY)
 
 
 @triton.jit
 def _places(window, t, geometry, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr):
-    """The first row of a window's image, and of the window's tokens: their rows in the image, whether they exist, and a
-    number that differs across a border of the grid."""
+    """Returns the first row of a window's image, and for each of the window's tokens its row in the image, whether it
+    exists, and a number that differs across a border of the grid."""
     height, width, down, across, below, right = geometry
-    # row and column in one division each, of numbers that a loop over windows cannot keep in registers
+    # One division each for row and column. Both depend on the window: a loop would keep invariant ones in registers.
     first = window // across % down * (WINDOW_H * WINDOW_W)
     y = (first + t) // WINDOW_W
     x = first + window % across * WINDOW_W + t - y * WINDOW_W
@@ -64,7 +64,7 @@ def _places(window, t, geometry, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr)
 
 @triton.jit
 def _load(x, image, row, exists, width, start, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Columns from `start` on of an image's rows, (rows, BLOCK_D), zero elsewhere; offsets in an image have 32 bits."""
+    """Loads the columns from `start` of an image's rows, (rows, BLOCK_D), zero elsewhere, with 32-bit offsets."""
     d = tl.arange(0, BLOCK_D)
     at = x + (image * width + start) + (row[:, None] * width + d[None, :])
     return tl.load(at, mask=exists[:, None] & (d < D)[None, :], other=0.0)
@@ -72,7 +72,7 @@ def _load(x, image, row, exists, width, start, D: tl.constexpr, BLOCK_D: tl.cons
 
 @triton.jit
 def _load_padded(x, pad, image, row, exists, width, start, t, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The same with `pad` for tokens of the window outside of the grid."""
+    """`_load`, with `pad` for tokens of the window outside the grid."""
     value = _load(x, image, row, exists, width, start, D, BLOCK_D)
     if pad is not None:
         d = tl.arange(0, BLOCK_D)
@@ -90,7 +90,7 @@ def _store(x, value, image, row, exists, width, start, D: tl.constexpr, BLOCK_D:
 
 @triton.jit
 def _biases(bias, index, head, heads, entries, i, j, N: tl.constexpr):
-    """(queries, keys) of one head, float32, or None."""
+    """Loads the biases of one head, (queries, keys) in float32; None without bias."""
     biases = None
     if bias is not None:
         inside = (i < N)[:, None] & (j < N)[None, :]
@@ -105,7 +105,7 @@ def _biases(bias, index, head, heads, entries, i, j, N: tl.constexpr):
 
 @triton.jit
 def _scale(logit_scale, head, D: tl.constexpr):
-    """What a head's products or cosines are multiplied by."""
+    """Returns the factor of a head's inner products or cosines."""
     if logit_scale is None:
         scale = 1 / tl.sqrt_rn(D + 0.0 * head)
     else:
@@ -123,7 +123,7 @@ def _inverse_norm(x):
 def _load_keys(
     qkv, pad, image, row, exists, channels, head, t, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Keys and values of the tokens t of a window."""
+    """Loads keys and values of the tokens t of a window."""
     start = channels + head * D
     k = _load_padded(qkv, pad, image, row, exists, 3 * channels, start, t, N, D, BLOCK_D)
     v = _load_padded(qkv, pad, image, row, exists, 3 * channels, channels + start, t, N, D, BLOCK_D)
@@ -132,7 +132,7 @@ def _load_keys(
 
 @triton.jit
 def _inverse_norms(x, COSINE: tl.constexpr):
-    """1 / |x| of each row of x; 0, and not to be used, where logits are no cosines."""
+    """Returns 1 / |x| of each row of x, or unused zeros if logits are not cosines."""
     inverse = tl.zeros([x.shape[0]], tl.float32)
     if COSINE:
         inverse = _inverse_norm(x)
@@ -144,9 +144,9 @@ def _logits(
     q, k, q_inverse, k_inverse, q_side, k_side, biases, scale, j,
     N: tl.constexpr, SHIFTED: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(queries, keys), -inf where the tile is wider than the window."""
+    """Returns the logits (queries, keys), -inf where the tile is wider than the window."""
     s = dot(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32), PRECISION)
-    if COSINE:  # of products of the vectors as they are: nothing of unit length is rounded
+    if COSINE:  # scale the inner products, so that no unit vector is rounded
         s *= (q_inverse * scale)[:, None] * k_inverse[None, :]
     else:
         s *= scale
@@ -184,7 +184,7 @@ def _window_attention_forward_kernel(
 
 @triton.jit
 def _unit(x, inverse, COSINE: tl.constexpr):
-    """What logits are linear in."""
+    """Returns the vectors that the logits are linear in."""
     if COSINE:
         x = cast(x.to(tl.float32) * inverse[:, None], x.dtype)
     return x
@@ -192,7 +192,8 @@ def _unit(x, inverse, COSINE: tl.constexpr):
 
 @triton.jit
 def _unit_backward(dx, x, inverse):
-    """From the gradient of x / |x| that of x, and that of the logarithm of its factor."""
+    """Returns the gradient of x from that of x / |x|, and per row the gradient of the logarithm of the logits'
+    factor."""
     x = x.to(tl.float32) * inverse[:, None]
     along = tl.sum(dx * x, 1)
     return (dx - x * tl.where(inverse < 1 / _TINY, along, 0.0)[:, None]) * inverse[:, None], along
@@ -203,7 +204,7 @@ def _store_keys(
     p, ds, grad, q, q_inverse, k, k_inverse, scale, dqkv, image, k_row, k_exists, j, channels, head,
     N: tl.constexpr, COSINE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the keys and values of a tile with all queries; returns their sums over the padding."""
+    """Stores the gradients of keys and values of a tile with all queries; returns their sums over the padding."""
     none = tl.zeros([k.shape[0], k.shape[1]], tl.float32)
     dv = dot(tl.trans(cast(p, grad.dtype)), grad, none, PRECISION)
     dk = dot(tl.trans(ds), _unit(q, q_inverse, COSINE), none, PRECISION) * scale
@@ -217,7 +218,7 @@ def _store_keys(
 
 @triton.jit
 def _store_padding(dpad, dk, dv, program, channels, head, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A program's part for the padding row; its query is nobody's."""
+    """Stores a program's partial sums for the padding; a padded token has no query."""
     if dpad is not None:
         d = tl.arange(0, BLOCK_D)
         at = dpad + program.to(tl.int64) * 3 * channels + head * D + d
@@ -233,8 +234,8 @@ def _window_attention_backward_kernel(
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFTED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """For a block of queries dq and the group's sums for bias and scale; dk and dv too where it is all queries, and
-    maximum, sum and mean gradient of the softmaxes where not."""
+    """Computes dq of a block of queries, and the group's sums for bias and scale. If the block has all queries,
+    computes dk and dv too; else stores row_max, 1 / row_sum and mean gradient of each softmax."""
     N: tl.constexpr = WINDOW_H * WINDOW_W
     COSINE: tl.constexpr = logit_scale is not None
     head, channels = tl.program_id(0) % heads, heads * D
@@ -301,7 +302,7 @@ def _window_attention_keys_kernel(
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFTED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a block of keys, with all queries."""
+    """Computes dk and dv of a block of keys, with all queries."""
     N: tl.constexpr = WINDOW_H * WINDOW_W
     COSINE: tl.constexpr = logit_scale is not None
     head, channels = tl.program_id(0) % heads, heads * D
@@ -343,8 +344,8 @@ def _window_attention_entries_kernel(
     dense, index, partials, positions, per_program, entries, heads,
     ENTRIES: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums of `dense` (heads, positions) over a stretch of positions with the same entry, by products with 0 and 1.
-    Neighbouring positions have neighbouring entries, so that most blocks have none of a program's."""
+    """Sums `dense` (heads, positions) over a range of positions by entry, in gemms with a matrix of 0 and 1. Positions
+    next to each other have entries next to each other, so most blocks have none of the program's, and are skipped."""
     e = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
     h = tl.arange(0, HEADS)
     total = tl.zeros([ENTRIES, HEADS], tl.float32)
@@ -363,7 +364,8 @@ def _window_attention_entries_kernel(
 
 
 def table_sum(dense: Tensor, index: Tensor, table: Tensor) -> Tensor:
-    """Partial sums of the dense gradient, (heads * n * n,), for a table (entries, heads). Cost: 1 launch."""
+    """Returns partial sums of a table's gradient (entries, heads) from the dense one (heads * n * n,). Cost: 1
+    launch."""
     positions, (entries, heads) = index.numel(), table.shape
     per_program = max(256, cdiv(cdiv(positions, 16), 64) * 64)
     chunks = cdiv(positions, per_program)
@@ -386,10 +388,11 @@ def table_sum(dense: Tensor, index: Tensor, table: Tensor) -> Tensor:
 
 
 def _tile_sizes(tokens: int, dtype: torch.dtype, heavy: bool) -> tuple[int, int, int, int]:
-    """Tokens a tile has where it has all; queries, or keys, where it has a block of them; warps.
+    """Returns the tokens of a tile that has all of them, the queries and the keys of a tile with a block, and the
+    warps.
 
-    As many as registers hold: up to 64 tokens are one tile. `heavy`: with a shift, cosines or padding there is more to
-    hold than tiles.
+    Tiles are as large as registers allow; up to 64 tokens are one tile. heavy: whether shift, cosines or padding need
+    registers too.
     """
     whole = max(16, next_power_of_2(tokens))
     if whole <= 64:
@@ -398,7 +401,7 @@ def _tile_sizes(tokens: int, dtype: torch.dtype, heavy: bool) -> tuple[int, int,
 
 
 class _Windows:
-    """The windows of a call, and what every kernel of it gets."""
+    """The windows of a call, and the arguments that all of its kernels share."""
 
     def __init__(self, qkv: Tensor, windows: Windows):
         bias, index, logit_scale, pad, heads, window, shift = windows
@@ -422,11 +425,12 @@ class _Windows:
             "num_warps": warps,
             "num_stages": 1,
         }
-        # 3 blocks of 4 warps on a multiprocessor in place of 2: on an H200 up to 12 % faster, though it spills
+        # 3 blocks of 4 warps per multiprocessor instead of 2: up to 12 % faster on an H200, although it spills
         self.backward_options = {"maxnreg": 168} if self.whole == 64 and qkv.dtype.itemsize == 2 else {}
 
     def programs(self, block: int) -> tuple[int, int, int]:
-        """Blocks of so many tokens in a window; groups of windows, and windows of each."""
+        """Returns the number of blocks of `block` tokens in a window, of groups of windows, and of windows per
+        group."""
         blocks = cdiv(self.tokens, block)
         groups = cdiv(PROGRAMS * target(self.device).multiprocessors, self.heads * blocks)
         each = cdiv(self.count, max(1, min(groups, self.count)))
@@ -491,7 +495,8 @@ def window_attention_backward(
 def other_sums(
     dqkv: Tensor, w: Windows, sums: dict[str, Tensor], dpad: Tensor | None, wanted: Container[str]
 ) -> dict[str, Tensor]:
-    """Partial sums that follow from those of the kernels: of a bias from a table, of the padding and of qkv's bias.
+    """Returns partial sums that follow from those of the kernels: for a bias table, for the padding, and for qkv's
+    bias.
 
     dpad: partial sums over the tokens outside the grid; None if there are none.
     """

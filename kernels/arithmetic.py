@@ -47,8 +47,7 @@ def inside_of(index, count):
 
 @triton.jit
 def _tail(x):
-    """Returns 1 - Phi(|x|), Phi the normal distribution function, to 8e-8, and exp(-x^2 / 2). Abramowitz, Stegun
-    7.1.26."""
+    """1 - Phi(|x|), Phi the normal distribution function, to 8e-8, and exp(-x^2 / 2). Abramowitz and Stegun 7.1.26."""
     u = tl.abs(x) * 0.7071067811865476
     t = 1 / (1 + 0.3275911 * u)
     e = tl.exp(-u * u)

@@ -259,8 +259,7 @@ def blocks_per_multiprocessor(facts: dict[str, int], launch: Launch, capability:
 
 
 def compile_for(launch: Launch, capability: int) -> dict[str, int]:
-    """Returns registers and spilled bytes per thread, shared memory in bytes, blocks per multiprocessor,
-    instructions."""
+    """Returns registers and spilled bytes per thread, shared memory, blocks per multiprocessor, instructions."""
     source = ASTSource(
         launch.kernel,
         dict(launch.signature),

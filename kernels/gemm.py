@@ -57,8 +57,7 @@ def _sides(rows, ins, outs, KIND: tl.constexpr):
 
 @triton.jit
 def _swizzle(tile, down, across, GROUP: tl.constexpr):
-    """Returns row and column of a tile, in columns of GROUP tiles, so that neighbouring programs share operands in
-    L2."""
+    """Row and column of a tile, in columns of GROUP tiles, so that neighbouring programs share operands in L2."""
     group = tile // (GROUP * across)
     height = tl.minimum(down - group * GROUP, GROUP)
     return group * GROUP + tile % (GROUP * across) % height, tile % (GROUP * across) // height

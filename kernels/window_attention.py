@@ -192,8 +192,7 @@ def _unit(x, inverse, COSINE: tl.constexpr):
 
 @triton.jit
 def _unit_backward(dx, x, inverse):
-    """Returns the gradient of x from that of x / |x|, and per row the gradient of the logarithm of the logits'
-    factor."""
+    """Returns the gradient of x from that of x / |x|, and per row that of the logarithm of the logits' factor."""
     x = x.to(tl.float32) * inverse[:, None]
     along = tl.sum(dx * x, 1)
     return (dx - x * tl.where(inverse < 1 / _TINY, along, 0.0)[:, None]) * inverse[:, None], along
@@ -364,8 +363,7 @@ def _window_attention_entries_kernel(
 
 
 def table_sum(dense: Tensor, index: Tensor, table: Tensor) -> Tensor:
-    """Returns partial sums of a table's gradient (entries, heads) from the dense one (heads * n * n,). Cost: 1
-    launch."""
+    """Sums the dense gradient (heads * n * n,) to a table's (entries, heads), in partial sums. Cost: 1 launch."""
     positions, (entries, heads) = index.numel(), table.shape
     per_program = max(256, cdiv(cdiv(positions, 16), 64) * 64)
     chunks = cdiv(positions, per_program)
@@ -429,8 +427,7 @@ class _Windows:
         self.backward_options = {"maxnreg": 168} if self.whole == 64 and qkv.dtype.itemsize == 2 else {}
 
     def programs(self, block: int) -> tuple[int, int, int]:
-        """Returns the number of blocks of `block` tokens in a window, of groups of windows, and of windows per
-        group."""
+        """Returns how many blocks of `block` tokens a window has, how many groups there are, and windows per group."""
         blocks = cdiv(self.tokens, block)
         groups = cdiv(PROGRAMS * target(self.device).multiprocessors, self.heads * blocks)
         each = cdiv(self.count, max(1, min(groups, self.count)))

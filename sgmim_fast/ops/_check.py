@@ -15,8 +15,7 @@ from torch import Tensor
 
 
 def shape(name: str, tensor: Tensor, expected: Sequence[int | None], meaning: str) -> None:
-    """Raises ValueError unless the tensor has the expected shape; None matches any size. `meaning`: "(rows,
-    channels)"."""
+    """Raises ValueError unless the shape is as expected; None matches any size. `meaning`: "(rows, channels)"."""
     actual = tuple(tensor.shape)
     fits = len(actual) == len(expected) and all(e is None or a == e for a, e in zip(actual, expected, strict=True))
     if not fits:
@@ -46,8 +45,7 @@ def index(name: str, tensor: Tensor) -> None:
 
 
 def together(tensors: Iterable[tuple[str, Tensor]]) -> torch.device:
-    """Returns the device of all tensors. Raises ValueError if they differ, TypeError for a layout that is not
-    strided."""
+    """Returns the device of all tensors. Raises ValueError if devices differ, TypeError for a sparse layout."""
     device = None
     for name, tensor in tensors:
         if device is None:

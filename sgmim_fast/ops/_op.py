@@ -174,8 +174,7 @@ class Part:
         return device, made
 
     def chosen(self, args: Sequence[Any], signature: Any) -> Callable[..., Any]:
-        """Returns the function that computes this part. Checks the arguments unless their `_signature` passed
-        before."""
+        """Returns the function of this part. Checks the arguments unless their `_signature` passed before."""
         device = self._passed.get(signature)
         if device is None:
             device = self._checked(args)[0].type
@@ -422,8 +421,7 @@ class Op:
 
 
 class _Backward(Part):
-    """The backward of a composition: `grad`, the forward's arguments, `saved` and `needs`; the fake takes all of
-    them."""
+    """The backward of a composition, with arguments `grad`, the forward's, `saved` and `needs`."""
 
     def _checked(self, args: tuple) -> tuple[torch.device, Any]:
         grad, *rest = args

@@ -103,8 +103,7 @@ def linear(
     residual: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x (n, i) . weight (o, i)^T + bias (o,) + residual (n, o) in `dtype`, by default x's. bias is cast to x's
-    dtype."""
+    """x (n, i) . weight (o, i)^T + bias (o,), cast to x's dtype, + residual (n, o), in `dtype`, by default x's."""
     bias = None if bias is None else bias.to(x.dtype)
     product = _onednn(x, weight, bias) if _use_onednn(x, bias) else torch.nn.functional.linear(x, weight, bias)
     product = _added(product, residual)

@@ -51,8 +51,7 @@ class _Attention:
         return torch.cat([self.pack(grid[:, :, :-1], self.shown), last])
 
     def probabilities(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the softmax over the keys, 0 for queries without any, and the logsumexp of the logits in two
-        parts."""
+        """Returns the softmax over the keys, 0 for queries without any, and the logits' logsumexp in two parts."""
         logits = q @ k.mT * self.scale + self.bias
         row_max = logits.amax(-1, keepdim=True)
         row_max = torch.where(row_max.isfinite(), row_max, 0)

@@ -322,8 +322,7 @@ class Gradients:
 
 
 def absent(like: Tensor) -> Tensor:
-    """Returns the placeholder of an unwanted gradient in a backward's results, which must be tensors and must not
-    alias."""
+    """Returns a placeholder for an unwanted gradient: results of a backward must be tensors and must not alias."""
     return like.new_empty(0)
 
 
@@ -413,8 +412,7 @@ def before(p: Primitives, a: Any, rows: Tensor, dtype: torch.dtype) -> tuple[Ten
 def behind(
     p: Primitives, a: Any, rows: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """Computes the last layer, the post-norm if there is one, and the residual; also returns what its backward
-    needs."""
+    """Computes the last layer, a post-norm and the residual; returns the result and what a post-norm saves."""
     added = rows if a.residual else None
     dtype = result_dtype(rows, added, a.dtype, a.layer_scale)
     if not a.post_norm or a.norm_weight is None:
@@ -459,8 +457,7 @@ def before_backward(
     p: Primitives, a: Any, saved: list[Tensor], rows: Tensor, dy: Tensor | None, added: Tensor | None,
     weight: str, bias: str, gradients: Gradients, dtype: torch.dtype,
 ) -> Tensor | None:  # fmt: skip
-    """Stores the gradients of "x" and of a pre-norm; returns the first layer's input if `weight`'s gradient is
-    wanted."""
+    """Stores the gradients of "x" and of a pre-norm; returns the first layer's input if `weight` needs it."""
     again = weight in gradients
     if a.post_norm:
         a = a._replace(norm_weight=None)

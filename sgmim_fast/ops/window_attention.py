@@ -1,5 +1,4 @@
-"""`window_attention`: self-attention within the windows of a token grid (Swin, SwinV2), or over the whole grid
-(ViT)."""
+"""`window_attention`: self-attention within windows of a token grid (Swin, SwinV2), or over the whole grid (ViT)."""
 
 from __future__ import annotations
 

@@ -32,8 +32,7 @@ def weights_in(dtype: torch.dtype, *weights: Tensor | None, last: bool = False) 
 
 @functools.cache
 def _in_float32() -> bool:
-    """Whether float32 gemms are our own: AMD with AVX-512, where the library's are oneDNN's. Elsewhere MKL is as
-    fast."""
+    """Whether float32 gemms are our own: on AMD with AVX-512, instead of oneDNN's. Elsewhere MKL is as fast."""
     return torch.ops.sgmim_fast_cpu.isa().startswith("avx512") and gemm._mkl_is_slow()
 
 

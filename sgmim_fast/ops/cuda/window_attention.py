@@ -75,8 +75,7 @@ def window_attention_backward(
 
 
 def _arguments(qkv: Tensor, w: Windows, backward: bool) -> tuple[list[Any], int, bool]:
-    """Returns the leading arguments of both operators, the number of groups of windows, and whether windows stick
-    out."""
+    """Returns the leading arguments of both operators, the groups of windows, and whether windows stick out."""
     height, width, (h, across) = qkv.shape[1], qkv.shape[2], w.window
     down, right = -(-height // h), -(-width // across)
     padded = height % h > 0 or width % across > 0

@@ -1,7 +1,7 @@
-"""SwinV2's continuous relative position bias in Triton: two small layers, of which no hidden feature is written.
+"""`position_bias` in Triton: an MLP whose hidden features are never written.
 
-The forward has a program for a block of entries, the backward one for a block of hidden features, which goes through
-all entries: no sum needs a second launch.
+A program of the forward computes a block of entries. A program of the backward computes a block of hidden features and
+loops over all entries, so that no sum needs a second launch.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 from sgmim_fast.kernels.arithmetic import dot
 from sgmim_fast.kernels.launch import cdiv, launch, next_power_of_2, tf32
 
-ENTRIES, HIDDEN = 32, 32  # of a tile
+ENTRIES, HIDDEN = 32, 32  # per tile
 
 
 @triton.jit
 def _coordinates(coordinates, entry, entries):
-    """x and y of a block of entries, (entries, 1) each."""
+    """Loads x and y of a block of entries, (entries, 1) each."""
     x = tl.load(coordinates + 2 * entry, mask=entry < entries, other=0).to(tl.float32)
     y = tl.load(coordinates + 2 * entry + 1, mask=entry < entries, other=0).to(tl.float32)
     return x[:, None], y[:, None]
@@ -29,7 +29,7 @@ def _coordinates(coordinates, entry, entries):
 
 @triton.jit
 def _first_layer(fc1_weight, fc1_bias, j, hidden):
-    """The weights of x and of y, and the bias of a block of hidden features, (1, hidden) each."""
+    """Loads the weights of x and y and the bias of a block of hidden features, (1, hidden) each."""
     x = tl.load(fc1_weight + 2 * j, mask=j < hidden, other=0).to(tl.float32)
     y = tl.load(fc1_weight + 2 * j + 1, mask=j < hidden, other=0).to(tl.float32)
     bias = tl.load(fc1_bias + j, mask=j < hidden, other=0).to(tl.float32)
@@ -114,7 +114,7 @@ def position_bias(a: Any) -> tuple[Tensor, Tensor]:
 
 
 def position_bias_backward(grad: Tensor, slope: Tensor, a: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Cost: as of the forward; 1 launch."""
+    """Cost: as the forward; 1 launch."""
     tensors = [t.contiguous() for t in a[:4]]
     heads, hidden = a.fc2_weight.shape
     found = tuple(torch.empty(t.shape, dtype=a.dtype, device=t.device) for t in a[1:4])

@@ -228,7 +228,7 @@ def position_bias_backward(grad: Tensor, slope: Tensor, a: Any) -> tuple[Tensor,
 
 
 def _hidden_of_position_bias(a: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Coordinates, what the first layer's ReLU gives, and the second layer's weight, in one dtype."""
+    """Returns the coordinates, the hidden features (after ReLU), and the second layer's weight, in one dtype."""
     coordinates, fc1_weight, fc1_bias, fc2_weight = (t.to(a.dtype) for t in a[:4])
     coordinates = coordinates.reshape(-1, 2)
     return coordinates, (coordinates @ fc1_weight.mT + fc1_bias).relu_(), fc2_weight

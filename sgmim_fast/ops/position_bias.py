@@ -13,7 +13,7 @@ from sgmim_fast.ops.primitives import Gradients, Primitives, Request, sum_dtype
 
 
 class Arguments(NamedTuple):
-    """The arguments of the registered op, in the order of its schema."""
+    """The operator's arguments, see `position_bias`."""
 
     coordinates: Tensor
     fc1_weight: Tensor
@@ -23,7 +23,7 @@ class Arguments(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the computation and of its result."""
+        """dtype of the computation and of its result."""
         return sum_dtype(self.fc2_weight.dtype)
 
 
@@ -33,7 +33,7 @@ def position_bias(
     """Computes the continuous relative position bias of SwinV2 (arXiv 2111.09883, section 3.3).
 
     Plain PyTorch: `scale * F.linear(F.relu(F.linear(coordinates, fc1_weight, fc1_bias)), fc2_weight).sigmoid()`. The
-    hidden features are computed again in the backward pass and never written to memory.
+    backward recomputes the hidden features, which are never written to memory.
 
     Args:
         coordinates: (..., 2), floating point: the relative coordinates of each entry of the table.
@@ -47,7 +47,7 @@ def position_bias(
         every tensor.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is expected.
+        ValueError, TypeError: with the argument's name, its actual and the expected value.
     """
     return _op(coordinates, fc1_weight, fc1_bias, fc2_weight, scale)[0]
 

@@ -193,11 +193,11 @@ class Primitives(Protocol):
         over all tokens, including those outside the grid."""
 
     def position_bias(self, a: Any) -> tuple[Tensor, Tensor]:
-        """The table of `ops.position_bias` of arguments `a`, and its derivative by the logits, both (entries, heads)
+        """Returns the table of `ops.position_bias` and its derivative by the logits, both (entries, heads)
         in `a.dtype`."""
 
     def position_bias_backward(self, grad: Tensor, slope: Tensor, a: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of fc1_weight, fc1_bias and fc2_weight; `slope` is what `position_bias` gave."""
+        """Returns the gradients of fc1_weight, fc1_bias and fc2_weight. slope: the derivative from `position_bias`."""
 
     def embed(self, cells: Any, weight: Tensor | None, eps: float) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Computes the structure encoder of `ops.structure_embed` up to the merging that `embedded` returns.

@@ -20,23 +20,23 @@ FLAT = 2048  # elements per program
 
 
 @triton.jit
-def _gelu_forward_kernel(before, after, count, BLOCK: tl.constexpr):
+def _gelu_forward_kernel(pre_activation, activated, count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(before + at, mask=at < count, other=0.0).to(tl.float32)
-    tl.store(after + at, cast(gelu(x), after.dtype.element_ty), mask=at < count)
+    x = tl.load(pre_activation + at, mask=at < count, other=0.0).to(tl.float32)
+    tl.store(activated + at, cast(gelu(x), activated.dtype.element_ty), mask=at < count)
 
 
-def gelu_forward(before: Tensor) -> Tensor:
-    """Returns gelu(before) of a contiguous tensor. Cost: reads it once, writes as much; 1 launch."""
-    after = torch.empty_like(before)
-    count = before.numel()
-    launch(_gelu_forward_kernel, (cdiv(count, FLAT),), before, after, count, BLOCK=FLAT)
-    return after
+def gelu_forward(pre_activation: Tensor) -> Tensor:
+    """Returns gelu(pre_activation) of a contiguous tensor. Cost: reads it once, writes as much; 1 launch."""
+    activated = torch.empty_like(pre_activation)
+    count = pre_activation.numel()
+    launch(_gelu_forward_kernel, (cdiv(count, FLAT),), pre_activation, activated, count, BLOCK=FLAT)
+    return activated
 
 
 @triton.jit
 def _gelu_backward_kernel(
-    grad, before, after, partials, rows, width, per_program, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    grad, pre_activation, activated, partials, rows, width, per_program, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     program = tl.program_id(1)
@@ -46,27 +46,27 @@ def _gelu_backward_kernel(
         row = first + tl.arange(0, ROWS)
         inside = (row < last)[:, None] & (column < width)[None, :]
         at = row.to(tl.int64)[:, None] * width + column[None, :]
-        x = tl.load(before + at, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(pre_activation + at, mask=inside, other=0.0).to(tl.float32)
         dy = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
         y, slope = gelu_both(x)
-        tl.store(after + at, cast(y, after.dtype.element_ty), mask=inside)
+        tl.store(activated + at, cast(y, activated.dtype.element_ty), mask=inside)
         dy *= slope
         tl.store(grad + at, cast(dy, grad.dtype.element_ty), mask=inside)
         total += dy
     tl.store(partials + program.to(tl.int64) * width + column, tl.sum(total, 0), mask=column < width)
 
 
-def gelu_backward(grad: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes grad * gelu'(before), in place; returns it, gelu(before), and partial sums of the former over rows.
+def gelu_backward(grad: Tensor, pre_activation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns dx = grad * gelu'(pre_activation), in place of grad, gelu(pre_activation), and partial sums of dx.
 
     Cost: reads two (rows, width) tensors and writes two; 1 launch.
     """
-    rows, width = before.shape
-    after = torch.empty_like(before)
-    per_program, programs = programs_of_rows(rows, width, before.device, most=8 * MOST_ADDED)
-    partials = torch.empty(programs, width, dtype=torch.float32, device=before.device)
+    rows, width = pre_activation.shape
+    activated = torch.empty_like(pre_activation)
+    per_program, programs = programs_of_rows(rows, width, pre_activation.device, most=8 * MOST_ADDED)
+    partials = torch.empty(programs, width, dtype=torch.float32, device=pre_activation.device)
     launch(
-        _gelu_backward_kernel, (cdiv(width, 256), programs), grad, before, after, partials, rows, width, per_program,
-        ROWS=8, BLOCK=256,
+        _gelu_backward_kernel, (cdiv(width, 256), programs), grad, pre_activation, activated, partials, rows, width,
+        per_program, ROWS=8, BLOCK=256,
     )  # fmt: skip
-    return grad, after, partials
+    return grad, activated, partials

@@ -4,17 +4,16 @@ One kernel computes C = A . B, (M, K) times (K, N), for a few problems, which it
 in the three kinds that a linear layer of weight W (outs, ins) needs over its rows. A dash marks an operand that is
 `None`:
 
-            fprop, y = x . W^T           dgrad, dx = dy . W           wgrad, dW = dy^T . x
-    a       x (rows, ins)                dy (rows, outs)              dy (rows, outs), transposed
-    b       W (outs, ins), transposed    W (outs, ins)                x (rows, ins), or rows `index` of it
-    c       y (rows, outs)               dx (rows, ins), or rows      dW (outs, ins)
-                                         `index` of it
-    bias    (outs,)                      -                            -
-    before  written: pre-activation      read: pre-activation         -
-    after   -                            written: GELU of `before`    -
-    residual, by rows `index`, added     -                            -
-    scale   -                            times scale * factor         times scale * factor
-    sums    -                            dx's column sums per tile    dy's column sums: the bias's gradient
+                    fprop, y = x . W^T          dgrad, dx = dy . W              wgrad, dW = dy^T . x
+    a               x (rows, ins)               dy (rows, outs)                 dy (rows, outs), transposed
+    b               W (outs, ins), transposed   W (outs, ins)                   x (rows, ins), or x[index]
+    c               y (rows, outs)              dx (rows, ins), or dx[index]    dW (outs, ins)
+    bias            (outs,), added              -                               -
+    pre_activation  written                     read                            -
+    activated       -                           written, gelu(pre_activation)   -
+    residual        or residual[index], added   -                               -
+    scale           -                           multiplies, times factor        multiplies, times factor
+    sums            -                           dx's column sums per tile       dy's column sums (bias gradient)
 
 `SGMIM_FAST_TRITON_PRODUCTS=auto|triton|library` selects the implementation. "triton" is this kernel. "library" is
 PyTorch's gemm (cuBLAS), with an elementwise kernel as the epilogue. "auto" is what `sgmim_fast.tune` has measured to be
@@ -91,7 +90,8 @@ def _load_b(b, k, n, K, N, index, limit, KIND: tl.constexpr, DTYPE: tl.constexpr
 
 @triton.jit
 def _gemm_kernel(
-    a, b, c, bias, residual, before, after, index, limit, scale, sums, factor,  # a, b, c and bias per problem
+    a, b, c, bias,  # per problem
+    residual, pre_activation, activated, index, limit, scale, sums, factor,
     rows, ins, outs,  # per problem
     KIND: tl.constexpr, DTYPE: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -132,12 +132,14 @@ def _gemm_kernel(
     if bias is not None:
         total += tl.load(Bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if scale is not None:
-        by = tl.load(scale).to(tl.float32) * factor
-        total *= by
+        multiplier = tl.load(scale).to(tl.float32) * factor
+        total *= multiplier
         if KIND == WGRAD and sums is not None:  # sixteen equal columns; the first column of tiles writes their mean
-            bias_total = tl.sum(bias_total, 1) * 0.0625 * by
+            bias_total = tl.sum(bias_total, 1) * 0.0625 * multiplier
             tl.store(sums + m, cast(bias_total, sums.dtype.element_ty), mask=(m < M) & (n_tile + 0 * m == 0))
-    total = _epilogue(total, at, row, m < M, n, N, inside, residual, before, after, index, limit, KIND, GELU)
+    total = _epilogue(
+        total, at, row, m < M, n, N, inside, residual, pre_activation, activated, index, limit, KIND, GELU
+    )
     if KIND == DGRAD and sums is not None:
         tl.store(sums + m_tile.to(tl.int64) * N + n, tl.sum(total, 0), mask=n < N)
     if KIND == DGRAD and index is not None:
@@ -147,18 +149,18 @@ def _gemm_kernel(
 
 @triton.jit
 def _epilogue(
-    total, at, row, here, n, N, inside, residual, before, after, index, limit,
+    total, at, row, here, n, N, inside, residual, pre_activation, activated, index, limit,
     KIND: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
-    """Applies the epilogue. `at`: offsets of the result's elements; `before`: the pre-activation."""
+    """Applies the epilogue. at: offsets of the result's elements."""
     if GELU:
         if KIND == FPROP:
-            total = cast(total, before.dtype.element_ty)  # rounded as the backward will read it
-            tl.store(before + at, total, mask=inside)
+            total = cast(total, pre_activation.dtype.element_ty)  # rounded as the backward will read it
+            tl.store(pre_activation + at, total, mask=inside)
             total = gelu(total.to(tl.float32))
         else:
-            x = tl.load(before + at, mask=inside, other=0.0).to(tl.float32)
-            tl.store(after + at, cast(gelu(x), after.dtype.element_ty), mask=inside)
+            x = tl.load(pre_activation + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(activated + at, cast(gelu(x), activated.dtype.element_ty), mask=inside)
             total *= gelu_derivative(x)
     if residual is not None:
         place = row
@@ -217,8 +219,8 @@ def _run(
     *,
     bias: list[Tensor] | None = None,
     residual: Tensor | None = None,
-    before: Tensor | None = None,
-    after: Tensor | None = None,
+    pre_activation: Tensor | None = None,
+    activated: Tensor | None = None,
     index: Tensor | None = None,
     scale: Tensor | None = None,
     factor: float = 1.0,
@@ -237,8 +239,8 @@ def _run(
         tuple(c),
         None if bias is None else tuple(bias),
         residual,
-        before,
-        after,
+        pre_activation,
+        activated,
         index,
         (b[0] if kind is WGRAD else c[0] if residual is None else residual).shape[0],
         scale,
@@ -249,7 +251,7 @@ def _run(
         outs,
         KIND=kind,
         DTYPE=TYPES[dtype],
-        GELU=before is not None,
+        GELU=pre_activation is not None,
         PRECISION=tf32(),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -311,13 +313,13 @@ def linear(
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the pre-activation h = x . W^T + bias and gelu(h). Cost: 1 launch; library: 2."""
     if not fused():
-        before = torch.nn.functional.linear(x, weight, bias)
-        return before, gelu_forward(before)
-    before = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-    after = torch.empty_like(before)
+        pre_activation = torch.nn.functional.linear(x, weight, bias)
+        return pre_activation, gelu_forward(pre_activation)
+    pre_activation = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    activated = torch.empty_like(pre_activation)
     shape = x.shape[0], weight.shape[1], weight.shape[0]
-    _run(FPROP, x.dtype, [x], [weight], [after], [shape], bias=[bias], before=before)
-    return before, after
+    _run(FPROP, x.dtype, [x], [weight], [activated], [shape], bias=[bias], pre_activation=pre_activation)
+    return pre_activation, activated
 
 
 def dgrads(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
@@ -347,12 +349,22 @@ def dgrad_gelu(dy: Tensor, weight: Tensor, pre_activation: Tensor) -> tuple[Tens
     """
     if not fused():
         return gelu_backward(torch.mm(dy, weight), pre_activation)
-    dx, after = torch.empty_like(pre_activation), torch.empty_like(pre_activation)
+    dx, activated = torch.empty_like(pre_activation), torch.empty_like(pre_activation)
     shape = dy.shape[0], weight.shape[1], weight.shape[0]
     tiles = cdiv(shape[0], _config(DGRAD, dy.dtype, [shape]).block_m)
     partials = torch.empty(tiles, shape[1], dtype=torch.float32, device=dy.device)
-    _run(DGRAD, dy.dtype, [dy], [weight], [dx], [shape], before=pre_activation, after=after, sums=partials)
-    return dx, after, partials
+    _run(
+        DGRAD,
+        dy.dtype,
+        [dy],
+        [weight],
+        [dx],
+        [shape],
+        pre_activation=pre_activation,
+        activated=activated,
+        sums=partials,
+    )
+    return dx, activated, partials
 
 
 def dgrad_of_signs(
@@ -390,10 +402,10 @@ def wgrad_of_signs(
         options = {"index": rows, "scale": scale, "factor": factor, "sums": dbias}
         _run(WGRAD, dtype, [signs], [x], [dweight], [shape], **options)
         return
-    by = scale * factor
+    multiplier = scale * factor
     product = signs.to(dtype).t() @ (x if rows is None else x[rows]).to(dtype)
-    dweight.copy_(product * by)
-    finish_sums([Sum(column_sums([signs])[0], dbias)], by)
+    dweight.copy_(product * multiplier)
+    finish_sums([Sum(column_sums([signs])[0], dbias)], multiplier)
 
 
 def wgrads(dys: Sequence[Tensor], xs: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:

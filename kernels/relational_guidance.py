@@ -69,8 +69,8 @@ def _relational_guidance_forward_kernel(
         first, count, hidden = _keys(shown_offsets, image, last, cells, KEEP)
         row = begin + i
         query = _rows(q, row, i < queries, width, head, D, BLOCK_D)
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        norm = tl.zeros([BLOCK_M], tl.float32)
+        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
         total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for start in range(0, count + 1, BLOCK_N):
             j = start + tl.arange(0, BLOCK_N)
@@ -78,21 +78,21 @@ def _relational_guidance_forward_kernel(
             key = _rows(k, key_row, j <= count, width, head, D, BLOCK_D)
             value = _rows(v, key_row, j <= count, width, head, D, BLOCK_D)
             s = _logits(query, key, j, count, hidden, scale, PRECISION)
-            higher = tl.maximum(top, tl.max(s, 1))
-            finite = tl.where(higher == float("-inf"), 0.0, higher)  # -inf: no key so far
+            new_max = tl.maximum(row_max, tl.max(s, 1))
+            finite = tl.where(new_max == float("-inf"), 0.0, new_max)  # -inf: no key so far
             p = tl.exp(s - finite[:, None])
-            shrink = tl.exp(top - finite)
-            norm = norm * shrink + tl.sum(p, 1)
-            total = dot(cast(p, value.dtype), value, total * shrink[:, None], PRECISION)
-            top = higher
-        some = norm > 0
-        total /= tl.where(some, norm, 1.0)[:, None]
+            rescale = tl.exp(row_max - finite)
+            row_sum = row_sum * rescale + tl.sum(p, 1)
+            total = dot(cast(p, value.dtype), value, total * rescale[:, None], PRECISION)
+            row_max = new_max
+        any_key = row_sum > 0
+        total /= tl.where(any_key, row_sum, 1.0)[:, None]
         d = tl.arange(0, BLOCK_D)
         at = row[:, None] * width + head * D + d[None, :]
         tl.store(out + at, cast(total, out.dtype.element_ty), mask=(i < queries)[:, None] & (d < D)[None, :])
         at = row * heads + head
-        tl.store(lse + at, tl.where(some, top, 0.0), mask=i < queries)
-        tl.store(lse + visible * heads + at, tl.log(tl.where(some, norm, 1.0)), mask=i < queries)
+        tl.store(lse + at, tl.where(any_key, row_max, 0.0), mask=i < queries)
+        tl.store(lse + visible * heads + at, tl.log(tl.where(any_key, row_sum, 1.0)), mask=i < queries)
 
 
 @triton.jit

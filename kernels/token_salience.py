@@ -46,17 +46,17 @@ def _rows_kernel(
     image = tl.program_id(1).to(tl.int64)
     x += image * tokens * depth
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    most = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, tokens, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         logits = _products(x, rows, columns, tokens, depth, BLOCK_M, BLOCK_N, BLOCK_K, TF32)
         logits = tl.where(columns[None, :] < tokens, logits, float("-inf"))
-        higher = tl.maximum(most, tl.max(logits, 1))
-        total = total * tl.exp(most - higher) + tl.sum(tl.exp(logits - higher[:, None]), 1)
-        most = higher
-    tl.store(row_max + image * tokens + rows, most, mask=rows < tokens)
-    tl.store(inverse + image * tokens + rows, 1 / total, mask=rows < tokens)
+        new_max = tl.maximum(maximum, tl.max(logits, 1))
+        row_sum = row_sum * tl.exp(maximum - new_max) + tl.sum(tl.exp(logits - new_max[:, None]), 1)
+        maximum = new_max
+    tl.store(row_max + image * tokens + rows, maximum, mask=rows < tokens)
+    tl.store(inverse + image * tokens + rows, 1 / row_sum, mask=rows < tokens)
 
 
 @triton.jit
@@ -70,16 +70,16 @@ def _columns_kernel(
     row_max += image * tokens
     inverse += image * tokens
     columns = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    most_j = tl.load(row_max + columns, mask=columns < tokens, other=0)
+    max_j = tl.load(row_max + columns, mask=columns < tokens, other=0)
     inverse_j = tl.load(inverse + columns, mask=columns < tokens, other=0)
     total = tl.zeros([BLOCK_N], tl.float64)
     for start in range(0, tokens, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         logits = _products(x, rows, columns, tokens, depth, BLOCK_M, BLOCK_N, BLOCK_K, TF32)
-        most_i = tl.load(row_max + rows, mask=rows < tokens, other=0)
+        max_i = tl.load(row_max + rows, mask=rows < tokens, other=0)
         inverse_i = tl.load(inverse + rows, mask=rows < tokens, other=0)
-        received = tl.exp(logits - most_i[:, None]) * inverse_i[:, None]
-        paid = tl.exp(logits - most_j[None, :]) * inverse_j[None, :]
+        received = tl.exp(logits - max_i[:, None]) * inverse_i[:, None]
+        paid = tl.exp(logits - max_j[None, :]) * inverse_j[None, :]
         total += tl.sum(tl.where((rows < tokens)[:, None], received - paid, 0.0).to(tl.float64), 0)
     tl.store(sums + image * tokens + columns, total, mask=columns < tokens)
 
@@ -92,19 +92,19 @@ def _stretch_kernel(sums, out, tokens, BLOCK: tl.constexpr):
     out += image * tokens
     low = tl.full([BLOCK], float("inf"), tl.float64)
     high = tl.full([BLOCK], float("-inf"), tl.float64)
-    lost = tl.zeros([BLOCK], tl.int32)
+    nans = tl.zeros([BLOCK], tl.int32)
     for start in range(0, tokens, BLOCK):
         at = start + tl.arange(0, BLOCK)
         s = tl.load(sums + at, mask=at < tokens, other=0)
-        lost += (s != s).to(tl.int32)
+        nans += (s != s).to(tl.int32)
         low = tl.where((at < tokens) & (s < low), s, low)
         high = tl.where((at < tokens) & (s > high), s, high)
-    least, most, any_lost = tl.min(low, 0), tl.max(high, 0), tl.sum(lost, 0) > 0
+    lowest, highest, any_nan = tl.min(low, 0), tl.max(high, 0), tl.sum(nans, 0) > 0
     for start in range(0, tokens, BLOCK):
         at = start + tl.arange(0, BLOCK)
         s = tl.load(sums + at, mask=at < tokens, other=0)
-        s = tl.where(least == most, 0.0, (s - least) / (most - least))
-        tl.store(out + at, tl.where(any_lost, float("nan"), s).to(tl.float32), mask=at < tokens)
+        s = tl.where(lowest == highest, 0.0, (s - lowest) / (highest - lowest))
+        tl.store(out + at, tl.where(any_nan, float("nan"), s).to(tl.float32), mask=at < tokens)
 
 
 def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:

@@ -234,7 +234,7 @@ def _window_attention_backward_kernel(
     QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Computes dq of a block of queries, and the group's sums for bias and scale. If the block has all queries,
-    computes dk and dv too; else stores row_max, 1 / row_sum and mean gradient of each softmax."""
+    computes dk and dv too; else stores row_max, 1 / row_sum and delta = sum(p dp) of each softmax."""
     N: tl.constexpr = WINDOW_H * WINDOW_W
     COSINE: tl.constexpr = logit_scale is not None
     head, channels = tl.program_id(0) % heads, heads * D
@@ -256,13 +256,13 @@ def _window_attention_backward_kernel(
         q_inverse, k_inverse = _inverse_norms(q, COSINE), _inverse_norms(k, COSINE)
         s = _logits(q, k, q_inverse, k_inverse, q_side, k_side, biases, scale, j, N, SHIFTED, COSINE, PRECISION)
         grad = _load(dout, image, q_row, q_exists, channels, head * D, D, BLOCK_D)
-        top = tl.max(s, 1)
-        p = tl.exp(s - top[:, None])
+        row_max = tl.max(s, 1)
+        p = tl.exp(s - row_max[:, None])
         inverse_sum = 1 / tl.sum(p, 1)
         p *= inverse_sum[:, None]
         dp = dot(grad, tl.trans(v), tl.zeros([QUERIES, KEYS], tl.float32), PRECISION)
-        mean = tl.sum(p * dp, 1)
-        ds = p * (dp - mean[:, None])
+        delta = tl.sum(p * dp, 1)
+        ds = p * (dp - delta[:, None])
         if dbias is not None:
             bias_sum += ds
         ds = cast(ds, q.dtype)
@@ -281,9 +281,9 @@ def _window_attention_backward_kernel(
                 v_sum += dv
         else:
             at = softmaxes + (window * heads + head) * N + i
-            tl.store(at, top, mask=i < N)
+            tl.store(at, row_max, mask=i < N)
             tl.store(at + windows * heads * N, inverse_sum, mask=i < N)
-            tl.store(at + 2 * windows * heads * N, mean, mask=i < N)
+            tl.store(at + 2 * windows * heads * N, delta, mask=i < N)
     if dbias is not None:
         at = dbias + (group * heads + head).to(tl.int64) * N * N + i[:, None] * N + j[None, :]
         tl.store(at, bias_sum, mask=(i < N)[:, None] & (j < N)[None, :])
@@ -321,12 +321,12 @@ def _window_attention_keys_kernel(
         s = _logits(q, k, q_inverse, k_inverse, q_side, k_side, biases, scale, j, N, SHIFTED, COSINE, PRECISION)
         grad = _load(dout, image, q_row, q_exists, channels, head * D, D, BLOCK_D)
         at = softmaxes + (window * heads + head) * N + i
-        top = tl.load(at, mask=i < N, other=0.0)
+        row_max = tl.load(at, mask=i < N, other=0.0)
         inverse_sum = tl.load(at + windows * heads * N, mask=i < N, other=0.0)
-        mean = tl.load(at + 2 * windows * heads * N, mask=i < N, other=0.0)
-        p = tl.exp(s - top[:, None]) * inverse_sum[:, None]
+        delta = tl.load(at + 2 * windows * heads * N, mask=i < N, other=0.0)
+        p = tl.exp(s - row_max[:, None]) * inverse_sum[:, None]
         dp = dot(grad, tl.trans(v), tl.zeros([QUERIES, KEYS], tl.float32), PRECISION)
-        ds = cast(p * (dp - mean[:, None]), q.dtype)
+        ds = cast(p * (dp - delta[:, None]), q.dtype)
         dk, dv = _store_keys(
             p, ds, grad, q, q_inverse, k, k_inverse, scale, dqkv, image, k_row, k_exists, j, channels, head,
             N, COSINE, D, BLOCK_D, PRECISION,

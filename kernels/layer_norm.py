@@ -113,7 +113,7 @@ def normalise(
 
 @triton.jit
 def _layer_norm_backward_kernel(
-    dys, mores, xs, rows, statistics, weights, biases, residuals, dxs, ys, partials, counts, limits, strides,
+    dys, dy2s, xs, rows, statistics, weights, biases, residuals, dxs, ys, partials, counts, limits, strides,
     width, per_program, ROWS: tl.constexpr, BLOCK: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -121,7 +121,7 @@ def _layer_norm_backward_kernel(
         programs = tl.cdiv(counts[i], per_program)
         if (program >= 0) & (program < programs):
             _differentiate(
-                program, dys[i], mores[i], xs[i], rows[i], statistics[i], weights[i], biases[i], residuals[i], dxs[i],
+                program, dys[i], dy2s[i], xs[i], rows[i], statistics[i], weights[i], biases[i], residuals[i], dxs[i],
                 ys[i], partials[i], counts[i], limits[i], strides[i], width, per_program, ROWS, BLOCK, SUMS,
             )  # fmt: skip
         program -= programs
@@ -129,7 +129,7 @@ def _layer_norm_backward_kernel(
 
 @triton.jit
 def _differentiate(
-    program, dy, more, x, rows, statistics, weight, bias, residual, dx, y, partials, count, limit, stride,
+    program, dy, dy2, x, rows, statistics, weight, bias, residual, dx, y, partials, count, limit, stride,
     width, per_program, ROWS: tl.constexpr, BLOCK: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
@@ -148,8 +148,8 @@ def _differentiate(
         inside = (row < last)[:, None] & (column < width)[None, :]
         at = row.to(tl.int64)[:, None] * width + column[None, :]
         grad = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-        if more is not None:
-            grad += tl.load(more + at, mask=inside, other=0.0).to(tl.float32)
+        if dy2 is not None:
+            grad += tl.load(dy2 + at, mask=inside, other=0.0).to(tl.float32)
         place = at
         if rows is not None:
             place = inside_of(tl.load(rows + row, mask=row < last, other=0), limit)[:, None] * width + column[None, :]
@@ -188,11 +188,11 @@ def layer_norms_backward(gradients: Sequence[NormGradient]) -> list[NormGradient
     """
     width, device = gradients[0].dy.shape[1], gradients[0].dy.device
     operands = zip(*(g[:8] for g in gradients), strict=True)
-    grads, xs, statistics, weights, biases, rows, mores, residuals = operands
+    grads, xs, statistics, weights, biases, rows, dy2s, residuals = operands
     dxs = [
         (torch.empty if g.rows is None else torch.zeros)(g.x.shape, dtype=g.x.dtype, device=device) for g in gradients
     ]
-    ys = [torch.empty_like(g.dy) if g.again else None for g in gradients]
+    ys = [torch.empty_like(g.dy) if g.recompute else None for g in gradients]
     counts = [g.dy.shape[0] for g in gradients]
     tile, multiple = max(1, TILE // next_power_of_2(width)), PROGRAMS * target(device).multiprocessors
     per_program = min(cdiv(max(8, cdiv(sum(counts), multiple)), tile), MOST_ADDED) * tile
@@ -204,7 +204,7 @@ def layer_norms_backward(gradients: Sequence[NormGradient]) -> list[NormGradient
         _layer_norm_backward_kernel,
         (sum(programs),),
         grads,
-        mores,
+        dy2s,
         _contiguous(xs),
         rows,
         statistics,

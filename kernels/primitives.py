@@ -25,7 +25,7 @@ from sgmim_fast.ops.weights import weights_in  # noqa: F401
 from sgmim_fast.ops.window_attention import most_tokens_on_a_gpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LOOKS_AT_INDICES = True  # the kernels clamp them: checking on the host would synchronise
+CHECKS_INDICES = True  # the kernels clamp them: checking on the host would synchronise
 MOST_WIDTH = 128  # channels of an attention head
 
 batches_wgrads, guarded = gemm.fused, on_device
@@ -114,5 +114,5 @@ def place_tokens_backward(
     sums, dtokens = {"mask_token": column_sums([dout], masked)[0]}, dout[visible].to(dtype)
     if norm is None:
         return dtokens, sums | {"bias": column_sums([dtokens])[0]}
-    (found,) = layer_norms_backward([NormGradient(dtokens, tokens, statistics, *norm, again=False, sum_dx=True)])
+    (found,) = layer_norms_backward([NormGradient(dtokens, tokens, statistics, *norm, recompute=False, sum_dx=True)])
     return found.dx, sums | {"norm_weight": found.weight, "norm_bias": found.bias, "bias": found.dx_sum}

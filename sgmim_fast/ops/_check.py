@@ -44,7 +44,7 @@ def index(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected one dimension")
 
 
-def together(tensors: Iterable[tuple[str, Tensor]]) -> torch.device:
+def same_device(tensors: Iterable[tuple[str, Tensor]]) -> torch.device:
     """Returns the device of all tensors. Raises ValueError if devices differ, TypeError for a sparse layout."""
     device = None
     for name, tensor in tensors:

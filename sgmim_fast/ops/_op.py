@@ -167,7 +167,7 @@ class Part:
         torch.library.register_fake(f"sgmim_fast::{qualifier}", self._checked_fake, lib=LIBRARY)
 
     def _checked(self, args: Sequence[Any]) -> tuple[torch.device, Any]:
-        device = _check.together(self.declared.tensors(args))
+        device = _check.same_device(self.declared.tensors(args))
         made = self.declared.make(args)
         if self.check is not None:
             self.check(made)
@@ -282,11 +282,11 @@ class Op:
 
     def _bound_forward(self, primitives: Any) -> Callable[..., Any]:
         forward, make, indices = self._composition[0], self.declared.make, self._indices
-        look = indices is not None and not primitives.LOOKS_AT_INDICES
+        check = indices is not None and not primitives.CHECKS_INDICES
 
         def run(*args: Any) -> Any:
             a = make(args)
-            if look:
+            if check:
                 indices(a)
             return forward(primitives, a)
 
@@ -426,7 +426,7 @@ class _Backward(Part):
     def _checked(self, args: tuple) -> tuple[torch.device, Any]:
         grad, *rest = args
         tensors = [("grad", grad), *self.declared.tensors(rest[:-2])]
-        return _check.together([*tensors, *((f"saved[{i}]", t) for i, t in enumerate(rest[-2]))]), args
+        return _check.same_device([*tensors, *((f"saved[{i}]", t) for i, t in enumerate(rest[-2]))]), args
 
 
 class _Gradient(torch.autograd.Function):

@@ -23,7 +23,7 @@ from sgmim_fast.ops.plain_attention import (  # noqa: F401 - primitives
 from sgmim_fast.ops.primitives import Gradients, Norm, NormGradient, NormGradients, Request, sum_dtype
 from sgmim_fast.ops.weights import weights_in
 
-LOOKS_AT_INDICES = False
+CHECKS_INDICES = False
 
 
 def takes(request: Request) -> tuple[bool, str]:
@@ -115,15 +115,15 @@ def layer_norms_backward(gradients: Sequence[NormGradient]) -> list[NormGradient
 
 def _layer_norm_backward(g: NormGradient) -> NormGradients:
     x, mean, rstd = _rows(g), g.statistics[0, :, None], g.statistics[1, :, None]
-    dy = (g.dy if g.more is None else g.dy + g.more).to(mean.dtype)
+    dy = (g.dy if g.dy2 is None else g.dy + g.dy2).to(mean.dtype)
     xhat = (x.to(mean.dtype) - mean) * rstd
     slope = dy * g.weight
     dx = (slope - slope.mean(-1, keepdim=True) - xhat * (slope * xhat).mean(-1, keepdim=True)) * rstd
     if g.residual is not None:
         dx = dx + g.residual
     return NormGradients(
-        scattered(dx, g.x, g.rows) if g.rows is not None and g.wanted else dx.to(g.dy.dtype if g.sum_dx else dx.dtype),
-        _apply_norm(x, g.statistics, g.weight, g.bias, g.dy.dtype) if g.again else None,
+        scattered(dx, g.x, g.rows) if g.rows is not None and g.need_dx else dx.to(g.dy.dtype if g.sum_dx else dx.dtype),
+        _apply_norm(x, g.statistics, g.weight, g.bias, g.dy.dtype) if g.recompute else None,
         (dy * xhat).sum(0),
         dy.sum(0),
         *([g.residual.sum(0, dtype=mean.dtype)] if g.sum_residual else [None]),

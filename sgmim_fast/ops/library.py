@@ -54,7 +54,7 @@ def layer_norms_backward(gradients: Sequence[NormGradient]) -> list[NormGradient
 
 def _layer_norm_backward(g: NormGradient) -> NormGradients:
     x, accumulator = g.x if g.rows is None else g.x[g.rows], g.statistics.dtype
-    dy = (g.dy if g.more is None else g.dy + g.more).to(accumulator)
+    dy = (g.dy if g.dy2 is None else g.dy + g.dy2).to(accumulator)
     mean, rstd = g.statistics[:, :, None]
     weight, bias, x = g.weight.to(accumulator), g.bias.to(accumulator), x.to(accumulator)
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
@@ -63,8 +63,8 @@ def _layer_norm_backward(g: NormGradient) -> NormGradients:
     if g.residual is not None:
         dx = dx + g.residual
     return NormGradients(
-        scattered(dx, g.x, g.rows) if g.rows is not None and g.wanted else dx.to(g.dy.dtype if g.sum_dx else dx.dtype),
-        torch.addcmul(bias, (x - mean) * rstd, weight).to(g.dy.dtype) if g.again else None,
+        scattered(dx, g.x, g.rows) if g.rows is not None and g.need_dx else dx.to(g.dy.dtype if g.sum_dx else dx.dtype),
+        torch.addcmul(bias, (x - mean) * rstd, weight).to(g.dy.dtype) if g.recompute else None,
         dweight,
         dbias,
         *([g.residual.sum(0, dtype=accumulator)] if g.sum_residual else [None]),

@@ -141,7 +141,7 @@ def _backward(p: Primitives, a: Arguments, statistics: list[Tensor], grad: Tenso
     if "x" in gradients or a.norm_weight is not None:
         (weight,) = scaled_weights(p, a.layer_scale, storage, a.weight, last=True)
         (dy,) = p.dgrads([grad], [weight])
-    y = normalized_backward(p, dy, x, statistics, a, gradients, storage, again="weight" in gradients)
+    y = normalized_backward(p, dy, x, statistics, a, gradients, storage, recompute="weight" in gradients)
     gradients.weight("weight", grad, y)
 
 

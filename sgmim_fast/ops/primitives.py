@@ -35,19 +35,19 @@ class Norm(NamedTuple):
 class NormGradient(NamedTuple):
     """The backward of a `Norm`: its inputs and which results to compute."""
 
-    dy: Tensor  # (m, C) in storage, gradient of the normalised rows; may be overwritten, unless `keep`
+    dy: Tensor  # (m, C) in storage, gradient of the normalised rows; may be overwritten, unless `keep_dy`
     x: Tensor
     statistics: Tensor
     weight: Tensor
     bias: Tensor
     rows: Tensor | None = None
-    more: Tensor | None = None  # (m, C) in storage, a second gradient that is added to dy
+    dy2: Tensor | None = None  # (m, C) in storage, a second gradient that is added to dy
     residual: Tensor | None = None  # (m, C), added to dx
-    again: bool = True  # whether to recompute and return the normalised rows
-    wanted: bool = True  # whether to compute dx
+    recompute: bool = True  # whether to recompute and return the normalised rows
+    need_dx: bool = True  # whether to compute dx
     sum_residual: bool = False  # whether to sum the residual over rows
     sum_dx: bool = False  # whether to sum dx + residual over rows
-    keep: bool = False
+    keep_dy: bool = False
 
 
 class NormGradients(NamedTuple):
@@ -97,7 +97,7 @@ class Request(NamedTuple):
 class Primitives(Protocol):
     """The functions that a backend's module defines."""
 
-    LOOKS_AT_INDICES: bool  # whether the kernels themselves raise for indices out of range, or clamp them
+    CHECKS_INDICES: bool  # whether the kernels themselves raise for indices out of range, or clamp them
 
     def takes(self, request: Request) -> tuple[bool, str]:
         """Whether the backend can run the request, and the reason if it cannot."""
@@ -351,8 +351,8 @@ def scaled_weights(
     return [
         None
         if t is None
-        else torch.mul(t, by, out=torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format))
-        for t, by in zip((weight, *bias), factors, strict=False)
+        else torch.mul(t, factor, out=torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format))
+        for t, factor in zip((weight, *bias), factors, strict=False)
     ]
 
 
@@ -379,18 +379,19 @@ def normalized(
 
 def normalized_backward(
     p: Primitives, dy: Tensor | None, x: Tensor, statistics: list[Tensor], a: Any, gradients: Gradients,
-    dtype: torch.dtype, *, again: bool, residual: Tensor | None = None, residual_bias: str = "",
+    dtype: torch.dtype, *, recompute: bool, residual: Tensor | None = None, residual_bias: str = "",
 ) -> Tensor | None:  # fmt: skip
-    """Stores the gradients of "x" and of the norm's parameters; with `again` returns the layer's input.
+    """Stores the gradients of "x" and of the norm's parameters.
 
+    recompute: whether to return the layer's input.
     residual: added to the gradient of x in the norm's backward; without a norm `first_dgrad` has added it.
     residual_bias: name of the vector whose gradient is the sum of the residual's rows.
     """
     if a.norm_weight is None:
         if dy is not None:
             gradients["x"] = dy
-        return x.to(dtype).contiguous() if again else None
-    norm = NormGradient(dy, x, *statistics, a.norm_weight, a.norm_bias, residual=residual, again=again)
+        return x.to(dtype).contiguous() if recompute else None
+    norm = NormGradient(dy, x, *statistics, a.norm_weight, a.norm_bias, residual=residual, recompute=recompute)
     summed = residual is not None and residual_bias in gradients
     (found,) = p.layer_norms_backward([norm._replace(sum_residual=summed)])
     gradients["x"] = found.dx
@@ -400,16 +401,16 @@ def normalized_backward(
     return found.y
 
 
-def before(p: Primitives, a: Any, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+def branch_input(p: Primitives, a: Any, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     """Returns the input of the first layer of a residual branch (attention or MLP of a block), and pre-norm statistics.
 
-    `a`: arguments with norm_weight, norm_bias, eps, residual, post_norm and dtype; `rows`: its x. `behind` ends the
-    branch; `behind_backward` and `before_backward` are their backwards.
+    `a`: arguments with norm_weight, norm_bias, eps, residual, post_norm and dtype; `rows`: its x. `branch_output`
+    ends the branch; both have a backward.
     """
     return normalized(p, rows, None if a.post_norm else a.norm_weight, a.norm_bias, a.eps, dtype)
 
 
-def behind(
+def branch_output(
     p: Primitives, a: Any, rows: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
     """Computes the last layer, a post-norm and the residual; returns the result and what a post-norm saves."""
@@ -422,18 +423,18 @@ def behind(
     return out, [statistics, t]
 
 
-def behind_backward(
+def branch_output_backward(
     p: Primitives, a: Any, saved: list[Tensor], grad: Tensor, dtype: torch.dtype, bias: str, gradients: Gradients
 ) -> tuple[Tensor, Tensor | None]:
     """From the gradient of the branch's result, returns that of the last layer's in `dtype`, and the residual's
-    gradient of x, not rounded. Stores the gradients of a post-norm, and of the layer's `bias` unless `before_backward`
-    does."""
+    gradient of x, not rounded. Stores the gradients of a post-norm, and of the layer's `bias`, unless
+    `branch_input_backward` does."""
     added, grad = grad, grad.to(dtype).contiguous()
     if torch.promote_types(dtype, added.dtype) == dtype:
         added = grad
     if a.post_norm and a.norm_weight is not None:
         statistics, t = saved
-        norm = NormGradient(grad, t, statistics, a.norm_weight, a.norm_bias, again=False, sum_dx=True, keep=True)
+        norm = NormGradient(grad, t, statistics, a.norm_weight, a.norm_bias, recompute=False, sum_dx=True, keep_dy=True)
         (found,) = p.layer_norms_backward([norm])
         gradients.norm("norm_weight", "norm_bias", found)
         gradients.sums({bias: found.dx_sum})
@@ -446,19 +447,23 @@ def behind_backward(
 def first_dgrad(
     p: Primitives, a: Any, dy: Tensor, weight: Tensor, added: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """dgrad of the first layer of a half, and what is left to be added to the gradient of x: `added`, where there is a
-    norm before the layer, whose backward adds it."""
+    """dgrad of the first layer of a half, with x's own gradient `added` unless the backward of a norm before it does so.
+
+    Returns the gradient and what remains to be added.
+    """
     if added is None or (a.norm_weight is not None and not a.post_norm):
         return p.dgrads([dy], [weight])[0], added
     return p.dgrad(dy, weight, added), None
 
 
-def before_backward(
+def branch_input_backward(
     p: Primitives, a: Any, saved: list[Tensor], rows: Tensor, dy: Tensor | None, added: Tensor | None,
     weight: str, bias: str, gradients: Gradients, dtype: torch.dtype,
 ) -> Tensor | None:  # fmt: skip
     """Stores the gradients of "x" and of a pre-norm; returns the first layer's input if `weight` needs it."""
-    again = weight in gradients
+    recompute = weight in gradients
     if a.post_norm:
         a = a._replace(norm_weight=None)
-    return normalized_backward(p, dy, rows, saved, a, gradients, dtype, again=again, residual=added, residual_bias=bias)
+    return normalized_backward(
+        p, dy, rows, saved, a, gradients, dtype, recompute=recompute, residual=added, residual_bias=bias
+    )

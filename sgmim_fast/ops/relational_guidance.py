@@ -223,9 +223,9 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     dquery, dkey, dvalue = p.dgrads([dq, dk, dv], [wq, wk, wv])
     vectors = w.query_norm_weight, w.query_norm_bias
     of_query = NormGradient(dquery, a.features, s.query_statistics, *vectors, a.wanted, residual=dt)
-    of_query = of_query._replace(wanted="features" in gradients)
+    of_query = of_query._replace(need_dx="features" in gradients)
     vectors = w.context_norm_weight, w.context_norm_bias
-    of_context = NormGradient(dkey, a.structure, s.context_statistics, *vectors, more=dvalue)
+    of_context = NormGradient(dkey, a.structure, s.context_statistics, *vectors, dy2=dvalue)
     query, context = p.layer_norms_backward([of_query, of_context])
     gradients["features"], gradients["structure"] = query.dx, context.dx
     gradients.norm("query_norm_weight", "query_norm_bias", query)
@@ -256,7 +256,7 @@ def _fake(a: Arguments) -> tuple[Tensor, list[Tensor]]:
     return empty(visible, width, dtype=a.dtype or a.features.dtype), list(saved)
 
 
-def _look_at_indices(a: Arguments) -> None:
+def _check_indices(a: Arguments) -> None:
     _check.image_rows("visible", *a.rows[:2], a.cells)
     _check.image_rows("shown", *a.rows[2:], a.cells)
 
@@ -269,6 +269,6 @@ _op = Op(
     fake=_fake,
     check=_check_arguments,
     request=lambda a: Request((a.dtype or a.features.dtype,), (a.features.shape[1], a.parameters.fc1_weight.shape[0])),
-    indices=_look_at_indices,
+    indices=_check_indices,
     saves=True,
 )

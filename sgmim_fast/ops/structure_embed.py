@@ -191,7 +191,7 @@ def _request(a: Arguments) -> Request:
     return Request((a.dtype or a.structure.dtype,), (width,), embedding)
 
 
-def _look_at_indices(a: Arguments) -> None:
+def _check_indices(a: Arguments) -> None:
     cells = a.structure.shape[0] * (a.structure.shape[2] // a.cell) * (a.structure.shape[3] // a.cell)
     _check.rows("rows", a.rows, cells)
 
@@ -204,6 +204,6 @@ _op = Op(
     fake=_fake,
     check=_check_arguments,
     request=_request,
-    indices=_look_at_indices,
+    indices=_check_indices,
     saves=True,
 )

@@ -60,7 +60,7 @@ def weights_in(dtype: torch.dtype, *weights: Tensor | None, last: bool = False) 
     backward uses the forward's values if a weight changed in between without autograd's notice. A forward never reuses
     the copies of an earlier one: a change through `.data`, or a new gathering by FSDP, cannot be detected.
     """
-    found = [None if weight is None else _as_it_is(weight, dtype, last) for weight in weights]
+    found = [None if weight is None else _cached(weight, dtype, last) for weight in weights]
     missing = [i for i, weight in enumerate(weights) if weight is not None and found[i] is None]
     if missing:
         for i, copy in zip(missing, _copies([weights[i] for i in missing], dtype), strict=True):
@@ -79,7 +79,7 @@ def _keep(weight: Tensor, copy: Tensor) -> None:
         _kept[key] = weakref.ref(weight, lambda _: _kept.pop(key, None)), weight._version, copy
 
 
-def _as_it_is(weight: Tensor, dtype: torch.dtype, last: bool) -> Tensor | None:
+def _cached(weight: Tensor, dtype: torch.dtype, last: bool) -> Tensor | None:
     """Returns the weight itself if its dtype fits, or an existing copy (with `last` the one kept for the backward, else
     the model's); None if a copy has to be made."""
     if last:

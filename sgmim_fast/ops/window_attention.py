@@ -133,7 +133,7 @@ def request(qkv: Tensor, windows: Windows) -> Request:
     return Request((qkv.dtype,), window=(windows.window[0] * windows.window[1], qkv.shape[3] // 3 // windows.heads))
 
 
-def look_at_indices(a: Any) -> None:
+def check_indices(a: Any) -> None:
     if a.index is not None:
         _check.rows("index", a.index, a.bias.shape[0], distinct=False)
 
@@ -146,5 +146,5 @@ _op = Op(
     fake=lambda a: a.qkv.new_empty(*a.qkv.shape[:3], a.qkv.shape[3] // 3),
     check=_check_arguments,
     request=lambda a: request(a.qkv, Windows(*a[1:])),
-    indices=look_at_indices,
+    indices=check_indices,
 )

@@ -32,7 +32,7 @@ def test_residual_and_sums(size, case):
     statistics = torch.stack([x.mean(1), 1 / (x.var(1, correction=0) + 1e-5).sqrt()])
     vectors, dy = [torch.randn(size[1]) for _ in range(2)], torch.randn(size).to(storage)
     added = {} if of_residual is None else {"residual": torch.randn(size).to(of_residual)}
-    g = NormGradient(dy, x, statistics, *vectors, sum_residual=sum_residual, sum_dx=sum_dx, keep=keep, **added)
+    g = NormGradient(dy, x, statistics, *vectors, sum_residual=sum_residual, sum_dx=sum_dx, keep_dy=keep, **added)
     exact = [t.double() if isinstance(t, torch.Tensor) else t for t in g]
     (truth,), (usual,) = _plain.layer_norms_backward([NormGradient(*exact)]), _plain.layer_norms_backward([g])
     before = dy.clone()

@@ -44,7 +44,7 @@ def test_signatures(name, primitive):
 def test_constants(name):
     if name == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    assert isinstance(importlib.import_module(MODULES[name]).LOOKS_AT_INDICES, bool)
+    assert isinstance(importlib.import_module(MODULES[name]).CHECKS_INDICES, bool)
 
 
 @pytest.mark.parametrize(("op", "module"), OWN)

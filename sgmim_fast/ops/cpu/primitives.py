@@ -29,7 +29,7 @@ from sgmim_fast.ops.primitives import (
 from sgmim_fast.ops.window_attention import factor, logit_scale_gradient
 
 DTYPES = (torch.float32, torch.bfloat16)
-LOOKS_AT_INDICES = True
+CHECKS_INDICES = True
 
 
 def takes(request: Request) -> tuple[bool, str]:
@@ -84,8 +84,8 @@ def layer_norms_backward(gradients: Sequence[NormGradient]) -> list[NormGradient
 
 
 def _layer_norm_backward(g: NormGradient) -> NormGradients:
-    dy, residual = g.dy if g.more is None else g.dy.add_(g.more), None
-    dx = torch.empty_like(dy) if g.keep else dy
+    dy, residual = g.dy if g.dy2 is None else g.dy.add_(g.dy2), None
+    dx = torch.empty_like(dy) if g.keep_dy else dy
     if g.residual is not None:  # a residual of a wider dtype is not rounded, and dx gets its dtype
         wide = torch.promote_types(dy.dtype, g.residual.dtype)
         residual, dx = g.residual.to(wide).contiguous(), dx if wide == dy.dtype else torch.empty_like(dy, dtype=wide)
@@ -95,7 +95,7 @@ def _layer_norm_backward(g: NormGradient) -> NormGradients:
     torch.ops.sgmim_fast_cpu.layer_norm_backward(
         dy, g.x.contiguous(), g.rows, *statistics, *vectors, residual, g.sum_residual, g.sum_dx, dx, y, sums
     )
-    if g.rows is not None and g.wanted:
+    if g.rows is not None and g.need_dx:
         dx = scattered(dx, g.x, g.rows)
     of_residual = sums[2] if g.sum_residual else None
     return NormGradients(dx, y, sums[0], sums[1], of_residual, sums[-1] if g.sum_dx else None)

@@ -11,7 +11,7 @@ from sgmim_fast.ops._plain import batches_wgrads, dgrads, finish, linear, wgrads
 from sgmim_fast.ops.weights import weights_in  # noqa: F401
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LOOKS_AT_INDICES = True
+CHECKS_INDICES = True
 
 
 def can_run(part: str, a: Any) -> tuple[bool, str]:

@@ -17,7 +17,7 @@ from sgmim_fast import backends
 from sgmim_fast.ops.primitives import Request, Windows
 
 MOST_TOKENS = {32: 144, 64: 64}  # channels of a head -> tokens of a window
-LOOKS_AT_INDICES = True  # the kernel clamps them
+CHECKS_INDICES = True  # the kernel clamps them
 
 
 def __getattr__(name: str) -> Any:

@@ -154,7 +154,7 @@ class Primitives(Protocol):
         `pre_activation`, and partial sums of that gradient over rows."""
 
     def wgrads(self, dys: Sequence[Tensor], xs: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-        """wgrad of several layers: dy (n, O)^T . x (n, I) from storage, each in its dtype or the accumulator's."""
+        """wgrad of several layers: dy (n, O)^T . x (n, I) from storage, in `dtypes`, or the accumulator dtype."""
 
     def layer_norms(self, norms: Sequence[Norm], eps: float, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """Returns the normalised rows + residual of each, (m, C) in `dtype`, and statistics (2, m): mean and
@@ -193,8 +193,8 @@ class Primitives(Protocol):
         over all tokens, including those outside the grid."""
 
     def position_bias(self, a: Any) -> tuple[Tensor, Tensor]:
-        """Returns the table of `ops.position_bias` and its derivative by the logits, both (entries, heads)
-        in `a.dtype`."""
+        """Returns the table of `ops.position_bias` and its derivative by the logits, both (entries, heads) in
+        `a.dtype`."""
 
     def position_bias_backward(self, grad: Tensor, slope: Tensor, a: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the gradients of fc1_weight, fc1_bias and fc2_weight. slope: the derivative from `position_bias`."""

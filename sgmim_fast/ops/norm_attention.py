@@ -16,11 +16,11 @@ from sgmim_fast.ops.primitives import (
     Primitives,
     Request,
     Windows,
-    branch_input,
-    branch_input_backward,
-    branch_output,
-    branch_output_backward,
     first_dgrad,
+    half_input,
+    half_input_backward,
+    half_output,
+    half_output_backward,
     result_dtype,
     scaled_weights,
     storage_dtype,
@@ -133,13 +133,13 @@ def _check_arguments(a: Arguments) -> None:
 
 def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
     storage, rows = storage_dtype(a.x, a.dtype), a.rows
-    y, statistics = branch_input(p, a, rows, storage)
+    y, statistics = half_input(p, a, rows, storage)
     qkv_weight, qkv_bias = p.weights_in(storage, a.qkv_weight, a.qkv_bias)
     weight, bias = scaled_weights(p, a.layer_scale, storage, a.proj_weight, a.proj_bias)
     qkv = p.linear(y, qkv_weight, qkv_bias).view(*a.x.shape[:3], 3 * a.x.shape[3])
     del y
     attended = p.window_attention(qkv, a.windows(qkv_bias))
-    out, saved = branch_output(p, a, rows, attended.flatten(0, -2), weight, bias)
+    out, saved = half_output(p, a, rows, attended.flatten(0, -2), weight, bias)
     return unflattened(out, a.x), [qkv, attended, *statistics, *saved]
 
 
@@ -147,7 +147,7 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     qkv, attended, *norm = saved
     storage = qkv.dtype
     gradients.scaled(a.layer_scale, "proj_weight", a.proj_weight, "proj_bias", a.proj_bias)
-    dout, added = branch_output_backward(p, a, norm, grad.flatten(0, -2), storage, "proj_bias", gradients)
+    dout, added = half_output_backward(p, a, norm, grad.flatten(0, -2), storage, "proj_bias", gradients)
     gradients.weight("proj_weight", dout, attended.flatten(0, -2))
     (qkv_weight,) = p.weights_in(storage, a.qkv_weight, last=True)
     (weight,) = scaled_weights(p, a.layer_scale, storage, a.proj_weight, last=True)
@@ -160,7 +160,7 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     dqkv = dqkv.flatten(0, -2)
     gradients.sums(sums)
     dy, added = first_dgrad(p, a, dqkv, qkv_weight, added)
-    y = branch_input_backward(p, a, norm, a.rows, dy, added, "qkv_weight", "proj_bias", gradients, storage)
+    y = half_input_backward(p, a, norm, a.rows, dy, added, "qkv_weight", "proj_bias", gradients, storage)
     gradients.weight("qkv_weight", dqkv, y)
 
 

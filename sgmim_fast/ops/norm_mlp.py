@@ -14,11 +14,11 @@ from sgmim_fast.ops.norm_linear import check_layer_scale, check_norm, fake_norm,
 from sgmim_fast.ops.primitives import (
     Gradients,
     Primitives,
-    branch_input,
-    branch_input_backward,
-    branch_output,
-    branch_output_backward,
     first_dgrad,
+    half_input,
+    half_input_backward,
+    half_output,
+    half_output_backward,
     result_dtype,
     scaled_weights,
     storage_dtype,
@@ -101,18 +101,18 @@ def _check_arguments(a: Arguments) -> None:
 
 def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
     storage, rows = storage_dtype(a.x, a.dtype), a.x.flatten(0, -2)
-    y, statistics = branch_input(p, a, rows, storage)
+    y, statistics = half_input(p, a, rows, storage)
     w1, b1 = p.weights_in(storage, a.fc1_weight, a.fc1_bias)
     w2, b2 = scaled_weights(p, a.layer_scale, storage, a.fc2_weight, a.fc2_bias)
     pre_activation, activated = p.linear_gelu(y, w1, b1)
-    out, norm = branch_output(p, a, rows, activated, w2, b2)
+    out, norm = half_output(p, a, rows, activated, w2, b2)
     return unflattened(out, a.x), [pre_activation, *statistics, *norm]
 
 
 def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gradients: Gradients) -> None:
     (pre_activation, *norm), dy = saved, None
     gradients.scaled(a.layer_scale, "fc2_weight", a.fc2_weight, "fc2_bias", a.fc2_bias)
-    grad, added = branch_output_backward(p, a, norm, grad.flatten(0, -2), pre_activation.dtype, "fc2_bias", gradients)
+    grad, added = half_output_backward(p, a, norm, grad.flatten(0, -2), pre_activation.dtype, "fc2_bias", gradients)
     (w1,) = p.weights_in(pre_activation.dtype, a.fc1_weight, last=True)
     (w2,) = scaled_weights(p, a.layer_scale, pre_activation.dtype, a.fc2_weight, last=True)
     dpre_activation, activated, fc1_bias = p.dgrad_gelu(grad, w2, pre_activation)
@@ -121,7 +121,7 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     del activated  # one of the largest tensors here
     if "x" in gradients or a.norm_weight is not None:
         dy, added = first_dgrad(p, a, dpre_activation, w1, added)
-    y = branch_input_backward(
+    y = half_input_backward(
         p, a, norm, a.x.flatten(0, -2), dy, added, "fc1_weight", "fc2_bias", gradients, pre_activation.dtype
     )
     gradients.weight("fc1_weight", dpre_activation, y)

@@ -401,16 +401,16 @@ def normalized_backward(
     return found.y
 
 
-def branch_input(p: Primitives, a: Any, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+def half_input(p: Primitives, a: Any, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     """Returns the input of the first layer of a residual branch (attention or MLP of a block), and pre-norm statistics.
 
-    `a`: arguments with norm_weight, norm_bias, eps, residual, post_norm and dtype; `rows`: its x. `branch_output`
+    `a`: arguments with norm_weight, norm_bias, eps, residual, post_norm and dtype; `rows`: its x. `half_output`
     ends the branch; both have a backward.
     """
     return normalized(p, rows, None if a.post_norm else a.norm_weight, a.norm_bias, a.eps, dtype)
 
 
-def branch_output(
+def half_output(
     p: Primitives, a: Any, rows: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
     """Computes the last layer, a post-norm and the residual; returns the result and what a post-norm saves."""
@@ -423,12 +423,12 @@ def branch_output(
     return out, [statistics, t]
 
 
-def branch_output_backward(
+def half_output_backward(
     p: Primitives, a: Any, saved: list[Tensor], grad: Tensor, dtype: torch.dtype, bias: str, gradients: Gradients
 ) -> tuple[Tensor, Tensor | None]:
     """From the gradient of the branch's result, returns that of the last layer's in `dtype`, and the residual's
     gradient of x, not rounded. Stores the gradients of a post-norm, and of the layer's `bias`, unless
-    `branch_input_backward` does."""
+    `half_input_backward` does."""
     added, grad = grad, grad.to(dtype).contiguous()
     if torch.promote_types(dtype, added.dtype) == dtype:
         added = grad
@@ -456,7 +456,7 @@ def first_dgrad(
     return p.dgrad(dy, weight, added), None
 
 
-def branch_input_backward(
+def half_input_backward(
     p: Primitives, a: Any, saved: list[Tensor], rows: Tensor, dy: Tensor | None, added: Tensor | None,
     weight: str, bias: str, gradients: Gradients, dtype: torch.dtype,
 ) -> Tensor | None:  # fmt: skip

@@ -89,7 +89,7 @@ def _layer_norm_backward(g: NormGradient) -> NormGradients:
     if g.residual is not None:  # a residual of a wider dtype is not rounded, and dx gets its dtype
         wide = torch.promote_types(dy.dtype, g.residual.dtype)
         residual, dx = g.residual.to(wide).contiguous(), dx if wide == dy.dtype else torch.empty_like(dy, dtype=wide)
-    y = torch.empty_like(dy) if g.again else None
+    y = torch.empty_like(dy) if g.recompute else None
     sums = torch.empty(2 + g.sum_residual + g.sum_dx, dy.shape[1])
     statistics, vectors = (g.statistics[0], g.statistics[1]), (vector(g.weight), vector(g.bias))
     torch.ops.sgmim_fast_cpu.layer_norm_backward(

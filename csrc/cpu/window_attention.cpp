@@ -1,11 +1,12 @@
-// Attention inside the windows of a token grid: cyclic shift, padding, partition and their reverse are index
-// arithmetic on the rows of qkv, so nothing is rolled, padded or copied, and no (windows, heads, n, n) tensor exists.
+// Attention inside the windows of a token grid. Cyclic shift, padding, window partition and their reverse are index
+// arithmetic on the rows of qkv: nothing is rolled, padded or copied, and no (windows, heads, n, n) tensor exists.
 //
-// One (window, head) at a time lives in float scratch, 48 queries at once. Logits are kept transposed, (keys, queries):
-// the softmax then runs along vectors of queries and needs no sum across a vector. The backward computes the
-// probabilities again, which from a saved log-sum would be less exact: with SwinV2's logits of up to 100 its rounding
-// alone is 1e-5 of them. Gradients that are summed over windows (bias, padding row, logit scale, the bias of qkv) go
-// through blocks of windows that depend on the shape alone: the same bits for any number of threads.
+// Each (window, head) is computed in float scratch memory, 48 queries at a time. Logits are stored transposed, (keys,
+// queries): the softmax then runs along vectors of queries and needs no reduction across lanes. The backward recomputes
+// the softmax from the logits. Starting from a saved logsumexp would be less accurate: with SwinV2's logits of up to
+// 100 its rounding alone is 1e-5 of the probabilities. Gradients that are summed over windows (bias, padding row, logit
+// scale, qkv bias) are summed per block of windows. Blocks depend on the shape alone, so that the result has the same
+// bits for any number of threads.
 #include "cpu/launch.h"
 #include "cpu/window_grid.h"
 
@@ -25,7 +26,7 @@ template <class T>
 void window_attention_tasks(
     const WindowGrid* grid,
     const T* qkv,  // (batch * height * width, 3 * channels)
-    const T* pad,  // (3 * channels), or null: zeros
+    const T* pad,  // (3 * channels,): qkv of a padding token, or null: zeros
     T* out,        // (batch * height * width, channels)
     const WindowTasks* tasks, int64_t begin, int64_t end) {
   WindowHead<T> w(*grid, qkv, pad);
@@ -114,7 +115,8 @@ void window_attention_backward_tasks(
 #ifdef SGMIM_ONCE
 namespace sgmim {
 
-// The grid of a call, and the bias times log2(e), spread out per head, transposed in blocks, rows padded with zeros.
+// The grid of one call and its dense bias: the bias of every head times log2(e), in the layout of WindowGrid::bias_at,
+// with rows padded with zeros.
 class GridWithBias {
  public:
   GridWithBias(
@@ -161,7 +163,8 @@ class GridWithBias {
     });
   }
 
-  // sums, as `bias_at` has them, as the gradient of what came in, in an order of its own for each number.
+  // Converts `sums`, the gradient of the dense bias, to the gradient of the bias argument. Every entry is summed in an
+  // order that depends on the index alone.
   void gradient(const float* sums, const Tensor& to) const {
     const int64_t all = grid.tokens() * grid.padded_tokens;
     float* out = data<float>(to);
@@ -177,15 +180,15 @@ class GridWithBias {
     });
   }
 
-  // What a head has of the bias.
+  // Bytes of one head's dense bias.
   int64_t bytes() const { return grid.bias ? grid.tokens() * grid.padded_tokens * 4 : 0; }
 
   WindowGrid grid;
 
  private:
   Aligned<float> dense_{0};
-  std::vector<int32_t> places_;                  // which entry each number of a head is, as `bias_at` has them, or -1
-  int64_t entries_ = 0, stride_ = 0, next_ = 0;  // of a head, from one to the next, and to those of the next head
+  std::vector<int32_t> places_;                  // bias entry of each element of a head's dense bias, -1 for padding
+  int64_t entries_ = 0, stride_ = 0, next_ = 0;  // entries of a head, stride between them, stride between heads
 };
 
 static void window_attention(
@@ -204,8 +207,8 @@ static void window_attention(
   });
 }
 
-// dbias: as bias; dpad: (3 * channels); dlogit_scale: (heads,), of the scale's logarithm; dqkv_bias: (3 * channels), of
-// what qkv and pad have both had added. Each may be missing.
+// Computes dqkv and, where they are given: dbias, of bias's shape; dpad (3 * channels,); dlogit_scale (heads,), the
+// gradient of the logarithm of the scale; dqkv_bias (3 * channels,), the gradient of a bias added to both qkv and pad.
 static void window_attention_backward(
     const Tensor& dout, const Tensor& qkv, const std::optional<Tensor>& bias, const std::optional<Tensor>& index,
     const std::optional<Tensor>& logit_scale, const std::optional<Tensor>& pad, int64_t heads,
@@ -224,7 +227,7 @@ static void window_attention_backward(
   const int64_t bias_size = dbias.has_value() ? heads * call.grid.tokens() * call.grid.padded_tokens : 0;
   const int64_t numbers = bias_size + (dpad.has_value() ? width : 0) + (dlogit_scale.has_value() ? heads : 0);
   const int64_t size = (numbers + 15) / 16 * 16, doubles = dqkv_bias.has_value() ? width : 0;
-  // Each block has sums of its own to be filled and added up, no more than 2M floats in all.
+  // Each block of windows accumulates into its own sums, which are reduced at the end: at most 2M floats in all.
   const int64_t most = (int64_t{2} << 20) / std::max<int64_t>(size + 2 * doubles, 1);
   const WindowTasks tasks(call.grid, call.bytes() + bias_size / heads * 4, most);
   const int64_t blocks = tasks.blocks;

@@ -1,16 +1,16 @@
-// One window and head of window_attention: where its tokens are in the grid, copies of its matrices, its logits, and what
-// is written in the end.
+// Parts of window_attention for one window and one head: the grid rows of its tokens, packed copies of its operands,
+// its logits, and the writing of its results and gradients.
 //
 // Included once per instruction set, after vec.h and small_gemm.h.
 namespace sgmim {
 namespace SGMIM_ISA {
 
-constexpr float TINY = 1e-12f;    // least norm of a vector, as in torch.nn.functional.normalize
-constexpr float APART = -100.0f;  // added to the logits of tokens that are not neighbours, as in timm
+constexpr float TINY = 1e-12f;    // lower bound of a norm, the eps of torch.nn.functional.normalize
+constexpr float APART = -100.0f;  // mask value for tokens that only the cyclic shift has made neighbours, as in timm
 
 SGMIM_INLINE int64_t padded(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
-// f(Number<3>, first) for three vectors of the columns at a time, and likewise for those that are left.
+// Calls f(Number<3>, first) for every three vectors of columns, and f(Number<1 or 2>, first) for the remainder.
 template <class F>
 SGMIM_INLINE void by_three_vectors(int64_t columns, const F& f) {
   int64_t first = 0;
@@ -21,15 +21,16 @@ SGMIM_INLINE void by_three_vectors(int64_t columns, const F& f) {
     f(Number<1>{}, first);
 }
 
-// The end of the logits' gemm, (keys, queries): x = sum * factors + bias, in powers of two, and each query's highest.
+// Epilogue of the logits' gemm, which computes them transposed, (keys, queries): logit = sum * scales + bias + mask, in
+// base 2 (times log2(e), so that the softmax can use exp2). Stores the logits and updates each query's maximum.
 struct Logits {
-  float* p;                                          // (keys, QUERIES)
-  float* highest;                                    // (QUERIES,)
-  const float *of_queries, *of_keys;                 // factors; of_keys may be null
+  float* p;                                          // (keys, QUERIES): the logits
+  float* highest;                                    // (QUERIES,): row_max of each query
+  const float *of_queries, *of_keys;                 // scales of the queries (null: 1) and of the keys (null: 1)
   const float* bias;                                 // (keys, bias_row), times log2(e), or null
   int64_t bias_row;
-  const float* apart;                                // (4, ns): what keys of a group add to each query, or null
-  const int64_t* group;
+  const float* apart;                                // (4, ns): mask of each query for the keys of a group, or null
+  const int64_t* group;                              // group of each key, see WindowGrid::locate
   int64_t ns;
 
   template <int ROWS, int VECTORS>
@@ -62,8 +63,8 @@ struct Exact {
   SGMIM_INLINE vf of(vf x) { return exp2(x); }
 };
 
-// Of V vectors of queries, columns of (n, QUERIES): exponentials in place of the logits p, the inverse of their sums, and
-// the mean of dp by the softmax. Exponential::of(x) is 2^x.
+// Softmax of V vectors of queries, which are columns of (n, QUERIES). Replaces the logits p by their exponentials, and
+// computes 1 / row_sum and the mean of dp weighted by the softmax. Exponential::of(x) is 2^x.
 template <class Exponential, int V>
 SGMIM_INLINE void softmax_and_mean(
     float* p, const float* dp, const float* highest, int64_t n, vf (&inverse)[V], vf (&mean)[V]) {
@@ -86,7 +87,7 @@ SGMIM_INLINE void softmax_and_mean(
   }
 }
 
-// Results of queries, (count, ds), times what is the inverse of their sums of exponentials, into the rows of the grid.
+// Scatters the results of `count` queries, (count, ds), multiplied by 1 / row_sum, to their rows of the grid.
 template <class T>
 SGMIM_INLINE void write_results(
     const float* results, const float* inverse, const int64_t* rows, int64_t count, int64_t ds, int64_t d,
@@ -96,24 +97,26 @@ SGMIM_INLINE void write_results(
       store_part(out + rows[r] * width + i, load(results + r * ds + i) * inverse[r], part(i, d));
 }
 
-// C (rows, columns) (+)= A . B, A row by row, both of C's and B's rows `columns` long: out of line, to be chosen from.
+// C (rows, columns) (+)= A . B for row-major A; B and C have a row stride of `columns`. Not inlined, so that callers
+// can choose between ADD and overwriting through a function pointer.
 template <bool ADD, class U>
 void gemm_of_head(const U* a, int64_t a_stride, const U* b, int64_t columns, float* c, int64_t rows, int64_t depth) {
   gemm<ADD>(a, a_stride, 1, b, columns, c, columns, rows, columns, depth);
 }
 
-// sums += x, its first `count` numbers.
+// Adds the first `count` elements of x to `sums`.
 SGMIM_INLINE void add_in_double(vf x, int64_t count, double* sums) {
   float of[LANES];
   store(of, x);
-  if (count == LANES)  // in vectors
+  if (count == LANES)  // a constant trip count, which the compiler vectorizes
     for (int64_t l = 0; l < LANES; ++l) sums[l] += of[l];
   else
     for (int64_t l = 0; l < count; ++l) sums[l] += of[l];
 }
 
-// Gradients of a head's queries, keys and values, (n, ds) each, into the grid and the sums: as in `column_sums` sixteen
-// rows at a time are added in float, and those sums in double.
+// Scatters the gradients of a head's queries, keys and values, (n, ds) each, to the grid, and adds them to the sums of
+// the qkv bias and of the padding row. As in `column_sums`, blocks of 16 rows are summed in float and the blocks in
+// double.
 template <class T>
 void write_gradients(
     const float* dq, const float* dk, const float* dv, const std::vector<int64_t>& rows, int64_t d, int64_t ds,
@@ -134,7 +137,7 @@ void write_gradients(
           store_part(to, q, count);
           store_part(to + width, k, count);
           store_part(to + 2 * width, v, count);
-        } else if (sums.pad) {  // of its queries nobody sees the result
+        } else if (sums.pad) {  // no gradient for its query: the result of a padding token is discarded
           float* to = sums.pad + width + column + i;
           store_part(to, load_part(to, count) + k, count);
           store_part(to + width, load_part(to + width, count) + v, count);
@@ -149,7 +152,8 @@ void write_gradients(
   }
 }
 
-// The tokens of one window after the other: where they are in the grid, and which of them are neighbours.
+// Iterates over windows and heads. Holds the grid row of each token of the current window and its shift mask, and
+// prefetches the rows of the next head.
 template <class T>
 class WindowTokens {
  public:
@@ -157,7 +161,7 @@ class WindowTokens {
       : n(grid.tokens()), ns(grid.padded_tokens), d(grid.head_width), rows(n), grid_(grid), qkv_(qkv), pad_(pad),
         group_(n), next_rows_(n), next_group_(n), apart_(4 * ns) {}
 
-  // work(task, head) for the heads of each window of tasks.
+  // Calls work(task, head) for every window and head of the tasks [begin, end).
   template <class F>
   void for_each(const WindowTasks& tasks, int64_t begin, int64_t end, const F& work) {
     for (int64_t task = begin; task < end; ++task) {
@@ -183,7 +187,7 @@ class WindowTokens {
     }
   }
 
-  // Fetches the lines that are written in the end, of the tokens [first, first + count).
+  // Prefetches the cache lines of dqkv to which the gradients of the tokens [first, first + count) will be written.
   void fetch_to_write(const T* dqkv, int64_t head, int64_t first, int64_t count) const {
     for (int64_t t = first; t < first + count; ++t)
       for (int64_t part = 0; part < 3 && rows[t] >= 0; ++part)
@@ -191,17 +195,19 @@ class WindowTokens {
           __builtin_prefetch(dqkv + (rows[t] * 3 + part) * grid_.channels() + head * d + i, 1);
   }
 
-  const int64_t n, ns, d;     // tokens of a window, the same padded to whole vectors; width of a head
-  std::vector<int64_t> rows;  // (n,): where the tokens are in the grid, -1 outside
+  const int64_t n, ns, d;     // tokens of a window, n padded to whole vectors, width of a head
+  std::vector<int64_t> rows;  // (n,): row of each token in the grid, -1 for a token of the padding
 
  protected:
-  // A row of a token from `column` on, or of what is outside the grid; null for zeros.
+  // Returns a pointer to the token's row of `source` at `column`; to that of `outside` if the token is padding, or null
+  // if there is no such row either, which means zeros.
   const T* row(const T* source, int64_t t, int64_t width, int64_t column, const T* outside) const {
     return rows[t] >= 0 ? source + rows[t] * width + column : outside ? outside + column : nullptr;
   }
 
-  // Fetches what the next head reads of a token whose row has been loaded `from` there: pages apart, which no
-  // prefetcher of the hardware guesses. Into L2, but for the head beside this one in a window that leaves room in L1.
+  // Prefetches the next head's part of a token whose current part was loaded from `from`. These lines are pages apart,
+  // a pattern that hardware prefetchers do not predict. They go into L2; only for the adjacent head of the same window,
+  // and where a window has at most QUERIES tokens and leaves room, they go into L1.
   SGMIM_INLINE_LAMBDA void fetch_next(const T* source, const T* from, int64_t t, int64_t width, int64_t column) const {
     if (n <= QUERIES && next_ == rows.data()) {
       for (int64_t i = 0; i < d && from; i += 64 / sizeof(T)) __builtin_prefetch(from + d + i);
@@ -225,12 +231,12 @@ class WindowTokens {
  private:
   bool masked_ = false;
   std::vector<int64_t> group_, next_rows_, next_group_;  // (n,)
-  const int64_t* next_ = nullptr;                        // rows of the next head's tokens, or null
+  const int64_t* next_ = nullptr;                        // grid rows that the next head reads, or null
   int64_t head_ = 0, next_head_ = 0;
-  Aligned<float> apart_;                                 // (4, ns), what keys of a group add to each query
+  Aligned<float> apart_;                                 // (4, ns): mask of each query for the keys of a group
 };
 
-// Copies of the matrices of one window and head, their rows padded with zeros.
+// Float copies of the operands of one window and head, with rows padded with zeros to whole vectors.
 template <class T>
 class WindowHead : public WindowTokens<T> {
  public:
@@ -246,7 +252,7 @@ class WindowHead : public WindowTokens<T> {
     grad_t = qt + d * ns;
   }
 
-  // Queries (scaled), keys and values of a head.
+  // Loads queries, keys and values of a head, scales the queries and, with a logit scale, normalizes queries and keys.
   void load_head(int64_t head) {
     const int64_t width = grid_.channels();
     scale = grid_.logit_scale ? grid_.logit_scale[head] : 1.0f / __builtin_sqrtf(d);
@@ -262,20 +268,21 @@ class WindowHead : public WindowTokens<T> {
     transpose(q, qt);
   }
 
-  // The gradient of the result; 0 outside the grid.
+  // Loads the gradient of the result, 0 for padding tokens.
   void load_grad(int64_t head, const T* dout) {
     load_rows(dout, grid_.channels(), head * d, static_cast<const T*>(nullptr), grad);
     transpose(grad, grad_t);
   }
 
-  // Logits of the queries [first, first + count), (n, QUERIES), in powers of two, and the highest of each.
+  // Computes the logits of the queries [first, first + count), (n, QUERIES), in base 2, and the row_max of each query.
   void logits(int64_t head, int64_t first, int64_t count, float* p, float* highest) const {
     const Logits end = this->logits_end(head, first, p, highest, nullptr, nullptr);
     gemm_with(k, ds, 1, qt + first, ns, n, padded(count), d, end);
   }
 
-  // Gradient of the scaled unit vectors `x` as the gradient of what came in, in place; without cosines only scaled.
-  // Returns the sum of gradient . x: for the queries that is the gradient of the logit scale's logarithm.
+  // Backward of `normalize`, in place: g is the gradient of x = factor * input / |input| and becomes that of the input.
+  // Without a logit scale g is only multiplied by `factor`. Returns the sum of g . x over the tokens, which for the
+  // queries is the gradient of the logarithm of the logit scale.
   float normalize_backward(const float* x, const float* norms, float factor, float* g, int64_t count) const {
     float total = 0;
     for (int64_t t = 0; t < count; ++t, x += ds, g += ds) {
@@ -298,7 +305,7 @@ class WindowHead : public WindowTokens<T> {
  private:
   using WindowTokens<T>::grid_, WindowTokens<T>::qkv_, WindowTokens<T>::pad_;
 
-  // Rows of (*, width) that the window's tokens are, columns [column, column + d); `outside` is the row past the grid.
+  // Gathers columns [column, column + d) of the tokens' rows of `source`, (*, width); padding tokens read `outside`.
   void load_rows(const T* source, int64_t width, int64_t column, const T* outside, float* out) const {
     for (int64_t t = 0; t < n; ++t, out += ds) {
       const T* from = this->row(source, t, width, column, outside);
@@ -332,14 +339,14 @@ class WindowHead : public WindowTokens<T> {
   }
 
  public:
-  const int64_t ds;                    // d, padded to whole vectors
+  const int64_t ds;                    // d padded to whole vectors
   float scale;                         // of the queries
   float *q, *k, *v, *grad;             // (n, ds)
-  float *qt, *grad_t;                  // (d, ns)
+  float *qt, *grad_t;                  // (d, ns): transposed
 
  private:
-  std::vector<float> norms_;           // (2, n) of queries and keys
-  Aligned<float> floats_;              // the matrices
+  std::vector<float> norms_;           // (2, n): norms of queries and keys
+  Aligned<float> floats_;              // storage of the matrices
 };
 
 }  // namespace SGMIM_ISA

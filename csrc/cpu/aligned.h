@@ -5,13 +5,13 @@
 #include <utility>
 
 namespace sgmim {
-// Numbers that begin at a cache line: a vector of 64 bytes then lies in one, where its row is padded to it.
+// An array that is aligned to cache lines: where rows are padded to 64 bytes, no vector crosses a line.
 template <class T>
 class Aligned {
  public:
-  // Zeros.
+  // Initialized to zeros.
   explicit Aligned(int64_t count) : storage_(new T[count + LINE]()) {}
-  // Anything: all that is read has been written.
+  // Uninitialized, for arrays that are written before they are read.
   static Aligned unset(int64_t count) { return {std::unique_ptr<T[]>(new T[count + LINE])}; }
 
   T* data() { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(storage_.get()) + 63) / 64 * 64); }

@@ -1,7 +1,7 @@
-// Patch mergings in the coordinates of the pixels, between their gemms: docs/SPEC.md, "Mergings in the coordinates of the
-// pixels", whose numbers of equations stand here in parentheses. One pass over each row.
+// Operations between the gemms of patch mergings in the coordinates of the pixels, see docs/SPEC.md, "Mergings in the
+// coordinates of the pixels". Numbers in parentheses refer to its equations. Each row is processed in one pass.
 //
-// Rows of coordinates have one more at their end, of the constant a_i: (n, q_i + 1), the last one 1.
+// Rows of coordinates z_i end with a 1, the coordinate of the constant a_i: (n, q_i + 1).
 #include "cpu/launch.h"
 #undef SGMIM_THIS_FILE
 #define SGMIM_THIS_FILE "cpu/collapsed_merges.cpp"
@@ -13,20 +13,22 @@
 #define SGMIM_COLLAPSED_MERGES
 namespace sgmim {
 struct Coordinates {
-  int64_t q, stride, rows;         // coordinates of a neighbour and their stride; merged rows with neighbours
-  const float *patch_rstd, *rstd;  // (4 * rows,), of the first merging, whose neighbours are pixels, or null; (merged,)
-  int64_t wide;                    // of the result: q_i + 1
+  int64_t q, stride, rows;         // coordinates in a row of x, row stride of x, merged rows of shown cells
+  const float *patch_rstd, *rstd;  // (4 * rows,): r_0 if x are pixels (first merging), else null; (merged rows,): r_i
+  int64_t wide;                    // columns of the result, q_i + 1
 };
 struct CoordinatesBackward {
-  int64_t wide, width;                 // q_i + 1; numbers of a row that was normalised
-  const float* above;                  // (rows / 4, above_wide): the dz of the level above, scaled already; or null
+  int64_t wide, width;                 // q_i + 1; n_i, the width of a normalised row
+  const float* above;                  // (rows / 4, above_wide): dz of the level above, already scaled by (7), or null
   int64_t above_wide;
   const float *mean, *rstd;            // (rows,)
-  float *dz, *scale, *block_sums;      // (rows, wide), scaled in place by (7); (rows,) by (8); (rows, 4) or null
+  // dz (rows, wide): scaled in place by (7). scale (rows,): -r_i c_i / n_i of (8). block_sums (rows, 4): dz . z of each
+  // merged token, or null.
+  float *dz, *scale, *block_sums;
 };
 struct Composition {
   const float *weight, *norm_weight, *norm_bias;  // W_i (outs, wide), g_i and β_i (wide,)
-  float* constant;                                // (outs,): a_i, or its gradient
+  float* constant;                                // (outs,): a_i in the forward, its gradient in the backward
   int64_t wide;
 };
 }  // namespace sgmim
@@ -35,7 +37,8 @@ struct Composition {
 namespace sgmim {
 namespace SGMIM_ISA {
 
-// By (2), for the first merging from pixels by (1), too.
+// Computes z_i by (2). For the first merging x are pixels, and z_0 is computed by (1) on the way. In the rows of hidden
+// cells only the last coordinate, 1, is not 0.
 template <class T>
 void coordinates_rows(const T* x, T* z, const Coordinates* c, int64_t begin, int64_t end) {
   std::vector<float> row(c->wide + LANES);
@@ -61,7 +64,7 @@ void coordinates_rows(const T* x, T* z, const Coordinates* c, int64_t begin, int
 template <class T>
 void coordinates_backward_rows(
     const T* z, const T* x, T* dx, const CoordinatesBackward* c, int64_t begin, int64_t end) {
-  const int64_t inside = c->wide - 1, q = inside / 4;  // of a row, of a neighbour
+  const int64_t inside = c->wide - 1, q = inside / 4;  // coordinates of a row without the last; of a merged token
   std::vector<float> shares(c->wide + LANES);
   for (int64_t r = begin; r < end; ++r) {
     float* dz = c->dz + r * c->wide;
@@ -93,7 +96,7 @@ void coordinates_backward_rows(
   }
 }
 
-// Rows of W_i diag(g_i) C, and a_i, by (5).
+// Computes rows of W_i diag(g_i) C, and a_i, by (5).
 template <class T>
 void centre_rows(T* centred, const Composition* c, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
@@ -113,7 +116,8 @@ void centre_rows(T* centred, const Composition* c, int64_t begin, int64_t end) {
   }
 }
 
-// By (9): what was the gradient of `centre_rows` becomes that of W_i; sums: of g_i and β_i, wide each.
+// Backward of `centre_rows` by (9): replaces the gradient of its result by that of W_i, and adds those of g_i and β_i
+// to sums, (2, wide).
 static void centre_backward_rows(float* dcentred, float* sums, const Composition* c, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const float *weight = c->weight + r * c->wide, constant = c->constant[r];
@@ -155,7 +159,7 @@ static void coordinates(
   });
 }
 
-// x and dx (rows, width), or missing.
+// x and dx: (rows, width), both or neither.
 static void coordinates_backward(
     const Tensor& dz, const Tensor& z, const std::optional<Tensor>& above, const Tensor& mean, const Tensor& rstd,
     const std::optional<Tensor>& x, int64_t width, const Tensor& scale, const std::optional<Tensor>& block_sums,

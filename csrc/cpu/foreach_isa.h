@@ -1,16 +1,17 @@
 // Compiles the file named by SGMIM_THIS_FILE once per instruction set, from one source.
 //
-// A kernel file starts like this and puts its kernels into namespace sgmim::SGMIM_ISA:
+// A kernel file puts its kernels into namespace sgmim::SGMIM_ISA and starts like this:
 //     #undef SGMIM_THIS_FILE
 //     #define SGMIM_THIS_FILE "cpu/linear_l1.cpp"
 //     #include "cpu/foreach_isa.h"
 //     #include "cpu/vec.h"
-// This header includes the file again for AVX-512 (with and without bfloat16 instructions) and AVX2, and leaves the baseline set up for the rest of the outer
-// pass. What must exist once (launchers, registration) stands under `#ifdef SGMIM_ONCE` and reaches the kernels
-// through SGMIM_SELECT(kernel), which picks by what the machine can run. No -march flag is needed anywhere.
+// This header includes the file again for AVX-512 (with and without bfloat16 instructions) and AVX2, and then defines
+// the macros of the baseline for the rest of the outer pass. Code that must exist once (launchers, registration) is
+// under `#ifdef SGMIM_ONCE` and calls the kernels through SGMIM_SELECT(kernel), which selects what the machine can run.
+// No -march flag is needed.
 //
-// Standard headers must be included before this one, outside any instruction set: an inline function of theirs
-// compiled for AVX-512 could be the copy the linker keeps for everybody.
+// Standard headers must be included before this one, outside any instruction set: otherwise the linker might keep, for
+// all callers, a copy of one of their inline functions that was compiled for AVX-512.
 #ifndef SGMIM_FOREACH_ISA
 #define SGMIM_FOREACH_ISA
 

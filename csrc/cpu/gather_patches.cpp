@@ -1,7 +1,7 @@
-// Copies the wanted cells of an NCHW map straight into packed patch rows, and back. Reads and writes each value once.
+// Copies the listed cells of an NCHW map directly into packed patch rows, and back. Reads and writes each value once.
 //
-// A copy knows only the size of an element, so there is one body for each size. No vector code of our own: a
-// patch row is `patch` neighbours, which memcpy moves.
+// Copies depend only on the size of an element, so there is one instantiation per size. There is no vector code: a row
+// of a patch is `patch` adjacent elements, which memcpy copies.
 #include "cpu/launch.h"
 #include "patch_copy.h"
 
@@ -27,7 +27,8 @@ void for_patch_rows(const CellGrid& grid, const int64_t* rows, int64_t begin, in
   }
 }
 
-// pixels (B, C, H, W) of any strides; packed (n * side * side, C * patch * patch).
+// Checks the arguments and describes the map: pixels (B, C, H, W) with any strides; packed (n * side * side, C * patch
+// * patch), where side = cell / patch.
 CellGrid grid_of(const Tensor& pixels, const Tensor& packed, const Tensor& rows, int64_t cell, int64_t patch, bool zorder) {
   SGMIM_CHECK(pixels.dim() == 4, "the map must have 4 dimensions, got ", pixels.dim());
   SGMIM_CHECK(

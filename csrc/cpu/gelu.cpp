@@ -1,4 +1,4 @@
-// GELU, its derivative with the gradient of the bias before it (gelu_at.h), and column sums of a matrix.
+// GELU, its backward with the gradient of the bias before it (gelu_at.h), and column sums of a matrix.
 #include "cpu/launch.h"
 #undef SGMIM_THIS_FILE
 #define SGMIM_THIS_FILE "cpu/gelu.cpp"
@@ -17,7 +17,7 @@ void gelu_range(const T* x, T* y, int64_t begin, int64_t end) {
   if (i < end) store_tail(y + i, gelu_at<T>(load_tail(x + i, end - i)).value, end - i);
 }
 
-// x: (rows, width) what GELU was applied to. dy becomes dx in place; y is GELU(x) again; sums: column sums of dx.
+// x: (rows, width), the pre-activation. Replaces dy by dx, recomputes y = GELU(x), and adds dx to the column sums.
 template <class T>
 void gelu_backward_rows(const T* x, T* dy, T* y, float* sums, int64_t width, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {

@@ -1,9 +1,9 @@
-// GELU and its derivative at a vector. Included once per instruction set, after vec.h.
+// GELU and its derivative for a vector. Included once per instruction set, after vec.h.
 //
-// With cdf and pdf of the normal distribution, GELU(x) = x cdf(x) and its derivative is cdf(x) + x pdf(x). For y = |x|
-// let tail = cdf(-y) = e^(-y^2/2) R(y); R is a polynomial in 1 / (y + k) over 0 <= y <= 12.5, made for this file by a
-// weighted least-squares fit of its relative error. Then GELU(x) = max(x, 0) - y tail, and the derivative is
-// tail - y pdf, or for positive x what is missing to 1: no cancellation in the tail, one exponential.
+// With cdf and pdf of the normal distribution, GELU(x) = x cdf(x), and its derivative is cdf(x) + x pdf(x). For y = |x|
+// let tail = cdf(-y) = e^(-y^2/2) R(y). R is a polynomial in 1 / (y + k) over 0 <= y <= 12.5, made for this file by a
+// weighted least-squares fit of its relative error. Then GELU(x) = max(x, 0) - y tail. The derivative is tail - y pdf
+// for x < 0 and 1 - (tail - y pdf) for x > 0. This has no cancellation in the tail, and needs one exponential.
 namespace sgmim {
 namespace SGMIM_ISA {
 
@@ -34,7 +34,8 @@ SGMIM_INLINE Gelu gelu_at(vf x) {
     e = e * r + 0.2402264625f;
     e = e * r + 0.6931471825f;
     e = e * r + 1.0f;
-    // a division, which the memory hides: t multiplies an error of s by what an estimate could not bear near x = 0
+    // A division, whose latency memory accesses hide. An approximate reciprocal would not do: t amplifies the error of
+    // s too much near x = 0.
     const vf s = 1.0f / (y + 4.75f), t = (y - 4.75f) * s;
     ratio = set1(-0.001306835445575f) * t + 0.000225932846661f;
     ratio = ratio * t + 0.0115433027967811f;

@@ -1,8 +1,9 @@
-// Packing of a gemm's operands into panels of units, see gemm_tile.h. Included once per instruction set, after it.
+// Packing of a gemm's operands into panels of units, see gemm_tile.h. Included once per instruction set, after that
+// file.
 namespace sgmim {
 namespace SGMIM_ISA {
 
-// The upper halves of floats, rounded to bfloat16, as whole integers.
+// LANES elements as bfloat16 (floats are rounded), one per 32-bit lane, in its lower half.
 SGMIM_INLINE vu half_bits(const Bf16* p) {
   vh h;
   __builtin_memcpy(&h, p, sizeof h);
@@ -15,15 +16,15 @@ SGMIM_INLINE vu half_bits(const float* p) {
   return half_bits(rounded);
 }
 
-// Units of T for LANES columns, of one row (float) or of two rows under each other (bfloat16).
+// Units of T for LANES columns: elements of one row (float), or pairs from two rows, `next` elements apart (bfloat16).
 template <class T, class S>
 SGMIM_INLINE vf unit_of_rows(const S* row, int64_t next) {
   if (sizeof(T) == 4) return load(row);
   return (vf)(half_bits(row) | half_bits(row + next) << 16);
 }
 
-// Rows of `row_stride` numbers, summed over: n <= PANEL columns of `rows` of them -> (units, WIDTH), zeros past n and
-// past the rows.
+// Packs an operand whose rows run along the summed dimension: `rows` rows of n <= WIDTH columns, `row_stride` elements
+// apart, become (units, WIDTH), with zeros past n and past the rows.
 template <class T, int64_t WIDTH, class S>
 SGMIM_INLINE void pack_rows(const S* from, int64_t row_stride, int64_t rows, int64_t n, float* to) {
   S buffer[2][WIDTH + LANES] = {};
@@ -32,7 +33,7 @@ SGMIM_INLINE void pack_rows(const S* from, int64_t row_stride, int64_t rows, int
     int64_t next = row_stride;
     for (int64_t u = 0; u < UNIT<T>; ++u)  // rows may be pages apart
       for (int64_t i = 0; i < WIDTH; i += 64 / sizeof(S)) __builtin_prefetch(row + (8 + u) * row_stride + i);
-    if (n < WIDTH || r + UNIT<T> > rows) {  // what would be read past the matrix is zero in the buffer
+    if (n < WIDTH || r + UNIT<T> > rows) {  // go through a buffer that has zeros past the matrix
       for (int64_t u = 0; u < UNIT<T>; ++u) {
         if (r + u < rows)
           __builtin_memcpy(buffer[u], row + u * row_stride, n * sizeof(S));
@@ -47,7 +48,7 @@ SGMIM_INLINE void pack_rows(const S* from, int64_t row_stride, int64_t rows, int
 }
 
 #if SGMIM_VECTOR_BYTES == 64
-// 16 units of numbers next to each other.
+// 16 units of consecutive elements.
 template <class T, class S>
 SGMIM_INLINE __m512i units_of_row(const S* p) {
 #if defined(SGMIM_HAS_BF16)
@@ -57,7 +58,7 @@ SGMIM_INLINE __m512i units_of_row(const S* p) {
   return _mm512_loadu_si512(p);
 }
 
-// Masked forms, since GCC 12 warns about the unused operand of the others.
+// Transposes 16 x 16 units. Uses the masked intrinsics, since GCC 12 warns about an unused operand in the others.
 SGMIM_INLINE void transpose16(__m512i* r) {
   __m512i t[16];
   for (int i = 0; i < 8; ++i) {
@@ -70,7 +71,7 @@ SGMIM_INLINE void transpose16(__m512i* r) {
     r[i + 2] = _mm512_maskz_unpacklo_epi64(0xff, t[i + 1], t[i + 3]);
     r[i + 3] = _mm512_maskz_unpackhi_epi64(0xff, t[i + 1], t[i + 3]);
   }
-  // r[4 i + j]: of rows 4 i to 4 i + 3 the columns j, 4 + j, 8 + j and 12 + j, in blocks of four
+  // r[4 i + j] now holds columns j, 4 + j, 8 + j and 12 + j of the rows 4 i to 4 i + 3, in blocks of four.
   for (int j = 0; j < 4; ++j) {
     const __m512i even = _mm512_maskz_shuffle_i32x4(0xffff, r[j], r[4 + j], 0x88), odd = _mm512_maskz_shuffle_i32x4(0xffff, r[j], r[4 + j], 0xdd);
     const __m512i even2 = _mm512_maskz_shuffle_i32x4(0xffff, r[8 + j], r[12 + j], 0x88);
@@ -83,8 +84,8 @@ SGMIM_INLINE void transpose16(__m512i* r) {
   for (int i = 0; i < 16; ++i) r[i] = t[i];
 }
 
-// Of rows that are columns of the panel: n <= PANEL of them, summed over `depth` numbers, whole units, that lie next to
-// each other -> (units, PANEL), zeros past n.
+// Packs an operand whose rows are the columns of the panel: n <= PANEL rows of `depth` elements, whole units, become
+// (units, PANEL), with zeros past n.
 template <class T, class S>
 SGMIM_INLINE void pack_columns(const S* from, int64_t row_stride, int64_t depth, int64_t n, float* to) {
   constexpr int64_t NUMBERS = 16 * UNIT<T>;

@@ -1,15 +1,15 @@
-// A register tile of a gemm, over packed operands. Included once per instruction set, after vec.h.
+// Register tile of a gemm over packed operands. Included once per instruction set, after vec.h.
 //
-// An operand's unit has four bytes, whatever its type: a float or, with AVX512-BF16, two bfloat16 that are neighbours
-// along the summed dimension, which one instruction multiplies and adds up. Without that instruction there are units of
-// float only. A panel of the right operand has PANEL columns: (depth, PANEL) units.
+// Operands consist of units of four bytes: a float or, with AVX512-BF16, two bfloat16 that are adjacent along the
+// summed dimension, which one instruction multiplies and accumulates. Without that instruction units are always floats.
+// A panel of the right operand has PANEL columns: (depth, PANEL) units.
 namespace sgmim {
 namespace SGMIM_ISA {
 
 constexpr int64_t TILE_ROWS = 6, TILE_VECTORS = LANES == 16 ? 4 : 2, PANEL = TILE_VECTORS * LANES;
-constexpr int64_t DEPTH = 512;  // units of the summed dimension at a time: a panel of so many stays in L2
+constexpr int64_t DEPTH = 512;  // units of the summed dimension per step: a panel of this depth stays in L2
 
-// How many numbers of the summed dimension a unit has.
+// Elements of the summed dimension in a unit.
 template <class T>
 constexpr int64_t UNIT = 4 / sizeof(T);
 
@@ -21,7 +21,7 @@ SGMIM_INLINE vf multiply_add(vf sum, float left, vf right) {
   return sum + set1(left) * right;
 }
 
-// c (ROWS, VECTORS * LANES) (+)= a . b. Row m of a is at a + m * a_row, its unit k at k * a_unit of it, in bytes.
+// c (ROWS, VECTORS * LANES) (+)= a . b. Unit k of row m of a is at a + m * a_row + k * a_unit, in bytes.
 template <class T, int ROWS, int VECTORS>
 SGMIM_INLINE void gemm_tile_of(
     const char* a, int64_t a_row, int64_t a_unit, const float* b, int64_t depth, float* c, int64_t c_row, bool add) {
@@ -42,7 +42,7 @@ SGMIM_INLINE void gemm_tile_of(
   };
   int64_t k = 0;
   for (; k + 16 <= depth; k += 16) {
-    // the rows below these, whose tile is next: where rows are not packed, their lines of 16 units are far apart
+    // Prefetch the rows of the next tile: where rows are not packed, their lines of 16 units are far apart.
     for (int m = 0; m < ROWS; ++m) __builtin_prefetch(row[m] + TILE_ROWS * a_row + k * a_unit);
     for (int u = 0; u < 16; ++u) add_unit(k + u);
   }
@@ -51,7 +51,7 @@ SGMIM_INLINE void gemm_tile_of(
     for (int n = 0; n < VECTORS; ++n) store(c + m * c_row + n * LANES, sum[m][n]);
 }
 
-// The same for 1 to TILE_ROWS rows and 1 to PANEL columns; what c has behind those, up to PANEL, is undefined.
+// The same for 1 to TILE_ROWS rows and 1 to PANEL columns. Columns of c from there to PANEL are undefined afterwards.
 template <class T>
 void gemm_tile(
     int64_t rows, int64_t columns, const char* a, int64_t a_row, int64_t a_unit, const float* b, int64_t depth,

@@ -1,31 +1,32 @@
-// The instruction set the CPU kernels run with, chosen once per process.
+// The instruction set of the CPU kernels, chosen once per process.
 #pragma once
 
 #include <cstdint>
 
-// SGMIM_BASELINE_ONLY leaves the others out: for ThreadSanitizer, since threads share the same with each of them.
-// SGMIM_WIDEST_ONLY leaves out what is between it and the widest: for AddressSanitizer where a machine runs that one.
+// SGMIM_BASELINE_ONLY compiles the baseline alone: for ThreadSanitizer, since all sets share memory between threads in
+// the same way. SGMIM_WIDEST_ONLY compiles the baseline and the widest set: for AddressSanitizer on machines that have
+// it.
 #if defined(__x86_64__) && !defined(SGMIM_BASELINE_ONLY)
 #define SGMIM_MANY_ISAS
 #endif
 
 namespace sgmim {
 
-// bfloat16 as stored: the upper half of a float.
+// Storage of a bfloat16: the upper half of a float's bits.
 struct Bf16 {
   uint16_t bits;
 };
 
 enum class Isa { baseline = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
 
-// The best set this machine has; SGMIM_FAST_CPU_ISA=baseline|avx2|avx512|avx512bf16 lowers it (never raises it).
+// Returns the best set of this machine, or a lower one: SGMIM_FAST_CPU_ISA=baseline|avx2|avx512|avx512bf16.
 Isa isa();
 
 const char* isa_name(Isa isa);
 
 }  // namespace sgmim
 
-// The kernel for this machine. Its name goes into parentheses of its own, for the commas of templates: SGMIM_SELECT((name<A, B>)).
+// SGMIM_SELECT((name<A, B>)) selects the kernel for this machine. The inner parentheses protect commas of templates.
 #define SGMIM_UNWRAP(...) __VA_ARGS__
 #if defined(SGMIM_WIDEST_ONLY)
 #define SGMIM_SELECT(kernel)                                                              \

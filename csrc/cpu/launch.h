@@ -1,4 +1,5 @@
-// What every CPU launcher needs: typed pointers out of stable-ABI tensors, and loops over torch's own threads.
+// Utilities of the CPU launchers: typed pointers from stable-ABI tensors, argument checks, and loops over torch's
+// threads.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +23,7 @@ T* data(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? static_cast<T*>(tensor->data_ptr()) : nullptr;
 }
 
-// Calls body(float{}) or body(Bf16{}) for the tensor's dtype; anything else is an error.
+// Calls body(float{}) or body(Bf16{}), according to the tensor's dtype; raises for any other.
 template <class Body>
 void dispatch_float(const Tensor& tensor, const char* name, const Body& body) {
   if (tensor.scalar_type() == ScalarType::Float) {
@@ -34,8 +35,8 @@ void dispatch_float(const Tensor& tensor, const char* name, const Body& body) {
   }
 }
 
-// Kernels read and write through raw pointers, so each launcher checks every tensor it is given before: contiguous, of
-// `count` values of a dtype. (That all are on the CPU the dispatcher has seen to.)
+// Checks that a tensor is contiguous and has `count` values of a dtype. Kernels use raw pointers, so each launcher
+// checks every tensor first. (The dispatcher ensures that all of them are on the CPU.)
 inline void check_packed(const Tensor& tensor, const char* name, ScalarType type, int64_t count) {
   SGMIM_CHECK(
       tensor.scalar_type() == type, name, " must be ", torch::headeronly::toString(type), ", got ",
@@ -49,12 +50,12 @@ inline void check_packed(const std::optional<Tensor>& tensor, const char* name, 
   if (tensor.has_value()) check_packed(*tensor, name, type, count);
 }
 
-// Contiguous rows of a width.
+// Checks that a tensor is a contiguous matrix.
 inline void check_matrix(const Tensor& tensor, const char* name) {
   SGMIM_CHECK(tensor.dim() == 2 && tensor.is_contiguous(), name, " must be contiguous rows, got ", tensor.dim(), " dimensions");
 }
 
-// Row numbers index raw memory, and come from the caller: each must be in [0, limit).
+// Checks that all indices are in [0, limit): they come from the caller, and index raw memory.
 inline void check_rows(const Tensor& rows, int64_t limit, const char* name) {
   check_packed(rows, name, ScalarType::Long, rows.numel());
   const int64_t* row = data<int64_t>(rows);
@@ -63,7 +64,7 @@ inline void check_rows(const Tensor& rows, int64_t limit, const char* name) {
     SGMIM_CHECK(0 <= row[i] && row[i] < limit, name, " has ", row[i], "; expected indices from 0 to below ", limit);
 }
 
-// For each of `limit` numbers its place among the distinct rows, or -1.
+// Returns the inverse of a list of distinct rows: the position of each of `limit` row numbers in the list, or -1.
 inline std::vector<int64_t> places(const Tensor& rows, int64_t limit, const char* name) {
   check_rows(rows, limit, name);
   std::vector<int64_t> place(limit, -1);
@@ -76,7 +77,7 @@ inline std::vector<int64_t> places(const Tensor& rows, int64_t limit, const char
   return place;
 }
 
-// Offsets of packed rows: from 0 to `count`, never falling.
+// Checks offsets of packed rows: they start at 0, never decrease and end at `count`.
 inline void check_offsets(const Tensor& offsets, int64_t count, const char* name) {
   check_packed(offsets, name, ScalarType::Long, offsets.numel());
   const int64_t* at = data<int64_t>(offsets);
@@ -86,7 +87,7 @@ inline void check_offsets(const Tensor& offsets, int64_t count, const char* name
   SGMIM_CHECK(rising, name, " does not rise; expected offsets from 0 to the number of rows, ", count);
 }
 
-// Rows of images of so many cells, whose offsets have been checked: each in its own image, ascending.
+// Checks that the rows of each image, of `cells` cells, are in that image and ascending. `offsets` have been checked.
 inline void check_image_rows(const Tensor& rows, const Tensor& offsets, int64_t cells, const char* name) {
   const int64_t *row = data<int64_t>(rows), *at = data<int64_t>(offsets);
   const int64_t images = offsets.numel() - 1;
@@ -100,17 +101,18 @@ inline void check_image_rows(const Tensor& rows, const Tensor& offsets, int64_t 
   }
 }
 
-// body(begin, end) over [0, count) on torch's threads, at least `grain` items each.
+// Calls body(begin, end) over [0, count) on torch's threads, with at least `grain` items each.
 template <class Body>
 void parallel(int64_t count, int64_t grain, const Body& body) {
   if (count > 0) torch::stable::parallel_for(0, count, std::max<int64_t>(grain, 1), body);
 }
 
-// Column sums over rows, the same bits whatever the number of threads: the rows are cut into blocks that depend on
-// the shape alone, each block sums into its own buffer, and the buffers are added in order. A few rows at a time are
-// summed in float, those sums in double: 150,000 rows have the error of sixteen.
+// Computes column sums over rows, with the same bits for any number of threads: the rows are divided into blocks that
+// depend on the shape alone, each block sums into its own buffer, and the buffers are added in order. Sixteen rows at a
+// time are summed in float, and these sums in double, so that the sum over 150,000 rows has the error of that over
+// sixteen.
 //
-// body(begin, end, partial) adds rows [begin, end) into `partial`, `width` zeroed floats.
+// body(begin, end, partial) adds rows [begin, end) to `partial`, `width` zeroed floats.
 template <class Body>
 void column_sums(int64_t rows, int64_t width, float* out, const Body& body) {
   constexpr int64_t FEW = 16;

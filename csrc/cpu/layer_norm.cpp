@@ -1,26 +1,25 @@
-// LayerNorm over rows, with what surrounds it in the guidance branch: the gather of the rows it reads, the residual
-// added before it, the residual gradient added after it. Used by relational_guidance and structure_embed.
+// LayerNorm over rows, fused with the operations around it in the guidance branch: the gather of its input rows, the
+// residual added before it, and the residual gradient added after it. Used by relational_guidance and structure_embed.
 //
-// Forward:  t = x[rows] + addend;  y = (t - mean) * rstd * weight + bias + residual.  Reads t (+ addend, residual),
-//           writes y (and t).
-// Backward: dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + residual, g = dy * weight, and column sums for the
-//           weight and bias, the residual and dx; y is written again for the weight gradient of the gemm that read it.
-//           Residual and dx may be float32 beside bfloat16, as a residual stream is: nothing of it is rounded.
+// Forward:  t = x[rows] + addend;  y = (t - mean) * rstd * weight + bias + residual.  Writes y and, with an addend, t.
+// Backward: dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + residual, where g = dy * weight; also the column sums of
+//           dweight, dbias, the residual and dx. Recomputes y for the wgrad of the gemm that read it. The residual and
+//           dx may be float32 where dy is bfloat16, as in a float32 residual stream, which is never rounded.
 #include "cpu/launch.h"
 
 #ifndef SGMIM_NORM_BACKWARD
 #define SGMIM_NORM_BACKWARD
 namespace sgmim {
-// What the backward reads and writes.
+// Arguments of the backward.
 template <class X, class T, class R>
 struct NormBackward {
   const T* dy;          // (count, width)
-  const X* x;           // (*, width): what was normalised
+  const X* x;           // (*, width): the input of the norm
   const int64_t* rows;  // (count,) rows of x, or null
   const float *mean, *rstd, *weight, *bias;
   const R* residual;  // (count, width): added to dx, or null
   R* dx;              // (count, width); may be dy
-  T* y;               // (count, width): the forward's output again, or null
+  T* y;               // (count, width): receives the forward's output again, or null
   bool sum_residual, sum_dx;
   int64_t width;
 };
@@ -46,7 +45,7 @@ void layer_norm_rows(
     const T* residual,    // (count, width): added to what is normalised, or null
     float eps,
     T* y,         // (count, width)
-    T* sum,       // (count, width): x[rows] + addend; null without addend
+    T* sum,       // (count, width): receives x[rows] + addend; null without addend
     float* mean,  // (count,)
     float* rstd,  // (count,)
     int64_t width, int64_t begin, int64_t end) {
@@ -75,9 +74,9 @@ void layer_norm_rows(
   }
 }
 
-// ROWS rows together, so that the column sums, (2 to 4, width): of dweight, dbias and, where they are wanted, the residual
-// and dx, are read and written once for them. The second pass computes again what the first one had: a store takes twice
-// as long as a load.
+// Backward of ROWS rows together, so that the column sums are read and written once for all of them. sums (2 to 4,
+// width): of dweight, dbias and, where requested, the residual and dx. The second pass recomputes the values of the
+// first instead of storing them: a store takes twice as long as a load.
 template <int ROWS, class X, class T, class R>
 SGMIM_INLINE void norm_backward_few(const NormBackward<X, T, R>& n, int64_t first, float* sums) {
   const int64_t width = n.width, at = first * width;
@@ -94,7 +93,7 @@ SGMIM_INLINE void norm_backward_few(const NormBackward<X, T, R>& n, int64_t firs
     vf dweight = load_part(sums + i, count), dbias = load_part(sums + width + i, count);
     for (int r = 0; r < ROWS; ++r) {
       const vf normal = (load_part(from[r] + i, count) - mean[r]) * rstd[r];
-      const vf grad = load_part(n.dy + at + r * width + i, count), g = grad * w;  // past the width both are zero
+      const vf grad = load_part(n.dy + at + r * width + i, count), g = grad * w;  // lanes past the width are zero
       if (n.y) store_part(n.y + at + r * width + i, normal * w + b, count);
       dweight += grad * normal;
       dbias += grad;
@@ -156,7 +155,7 @@ void statistics_rows(
 
 #ifdef SGMIM_ONCE
 
-// What both directions read: x (*, width), at `rows` or all of it.
+// Checks the arguments that forward and backward share: `count` rows of x (*, width), those in `rows` or all of them.
 static void check_norm(
     const Tensor& x, const std::optional<Tensor>& rows, const Tensor& weight, const Tensor& bias, const Tensor& mean,
     const Tensor& rstd, int64_t count, int64_t width) {
@@ -231,7 +230,7 @@ static void layer_norm_backward(
   });
 }
 
-// The statistics alone, (2, count): mean and 1 / sqrt(variance + eps).
+// Computes the statistics alone, (2, count): mean and 1 / sqrt(variance + eps).
 static void row_statistics(const Tensor& x, double eps, const Tensor& statistics) {
   check_matrix(x, "x");
   const int64_t width = x.size(1), count = x.size(0);

@@ -1,38 +1,39 @@
-// fprop and dgrad of a linear layer from weights as they lie: y (n, outs) = x . weight. In float32 with AVX-512, in
-// bfloat16 with AVX512-BF16.
+// fprop and dgrad of a linear layer, y (n, outs) = x . weight, without a transposed copy of the weight. In float32 with
+// AVX-512, in bfloat16 with AVX512-BF16.
 //
-// Weights of a bfloat16 gemm may be float32: they are rounded while a panel of them is packed, so that no copy in
-// bfloat16 is written and read again. The sums leave the registers as float32 and go through an epilogue while they are
-// in L1: bias and residual; GELU; or GELU's derivative with the gradient of the bias before it.
+// The weight of a bfloat16 gemm may be float32: it is rounded while a panel is packed, so that no bfloat16 copy is
+// written and read again. Accumulators are stored as float32 and go through an epilogue while they are in L1: bias and
+// residual; GELU; or the derivative of GELU with the gradient of the bias before it.
 //
-// A unit of work is a block of y, a chunk of rows by the PANEL columns of a panel, whatever the number of threads. Those
-// of a panel are next to each other, so that each thread packs about its share of the panels. Of many rows each thread
-// has its own, and packs all of the few weights: rows that two cores read cost more, above all where these share no L3.
+// A unit of work is a block of y, one chunk of rows by the PANEL columns of one panel of the weight, whatever the
+// number of threads. The units of a panel are consecutive, so that each thread packs about its share of the panels.
+// With many rows each thread instead computes rows of its own and packs the whole weight, which is small beside them:
+// rows that two cores read cost more than packing, above all on cores that share no L3.
 #include "cpu/aligned.h"
 #include "cpu/launch.h"
 
 #ifndef SGMIM_LINEAR
 #define SGMIM_LINEAR
 namespace sgmim {
-constexpr int64_t CHUNK = 240;       // rows of y in a unit at most: 40 tiles
-constexpr int64_t MANY_ROWS = 4;     // times `outs`, from which on each thread has rows of its own,
-constexpr int64_t MANY_CHUNKS = 16;  // if there are so many chunks of them for each: about as many for all
-constexpr int64_t PACKED = 1 << 17;  // units of packed weights at a time: half of a megabyte, for which L2 has room
+constexpr int64_t CHUNK = 240;       // most rows of y in a unit of work: 40 tiles
+constexpr int64_t MANY_ROWS = 4;     // each thread has rows of its own from n = MANY_ROWS * outs on,
+constexpr int64_t MANY_CHUNKS = 16;  // provided there are this many chunks per thread, which balances the load
+constexpr int64_t PACKED = 1 << 17;  // 4-byte units of weights that are packed at a time: 512 KiB, which fit L2
 
 enum class Epilogue { none, gelu, gelu_backward };
 
-// What is done with the sums, in float32, before they are rounded.
+// Epilogue and its operands. It is computed in float32, before the result is rounded.
 struct EpilogueOf {
   Epilogue kind = Epilogue::none;
   const float* bias = nullptr;     // (outs,), or null
-  const void* residual = nullptr;  // (n, outs) like y, or null
-  void* y = nullptr;               // (n, outs): the result; of gelu the pre-activation; of gelu_backward its gradient
-  const void* pre_activation = nullptr;  // (n, outs) like x, of gelu_backward
-  void* activated = nullptr;       // (n, outs) like x, of both: GELU of the pre-activation
-  float* partial = nullptr;        // (chunks, outs), of gelu_backward: column sums
+  const void* residual = nullptr;  // (n, outs), dtype of y, or null
+  void* y = nullptr;               // (n, outs): the result; gelu: the pre-activation; gelu_backward: its gradient
+  const void* pre_activation = nullptr;  // (n, outs), dtype of x; read by gelu_backward
+  void* activated = nullptr;       // (n, outs), dtype of x: GELU of the pre-activation; written by both GELU epilogues
+  float* partial = nullptr;        // (chunks, outs): column sums of y per chunk; written by gelu_backward
 };
 
-// Rows of y in chunks that are all about as long.
+// Division of the rows of y into chunks of about equal size.
 struct Chunks {
   static constexpr int64_t TILE = 6;  // TILE_ROWS
 
@@ -71,8 +72,8 @@ namespace SGMIM_ISA {
 
 static_assert(Chunks::TILE == TILE_ROWS);
 
-// Fetches what the epilogue of these rows and columns will read and write, while the gemm is at work: each row has a
-// few lines of it, pages apart.
+// Prefetches the cache lines that the epilogue of these rows and columns will read and write, so that they arrive
+// during the gemm. Each row has a few lines, pages apart from those of the next.
 template <class X, class Y>
 SGMIM_INLINE void fetch(
     const EpilogueOf& e, int64_t outs, int64_t first, int64_t rows, int64_t column, int64_t width) {
@@ -90,7 +91,8 @@ SGMIM_INLINE void fetch(
   }
 }
 
-// Of `rows` rows from `first`, all in one chunk, and `width` columns from `column`; sums (rows, PANEL).
+// Applies the epilogue to rows [first, first + rows), all of one chunk, and columns [column, column + width), whose
+// accumulators are `sums`, (rows, PANEL).
 template <class X, class Y>
 SGMIM_INLINE void epilogue(
     const EpilogueOf& e, int64_t outs, int64_t chunk, int64_t first, int64_t rows, int64_t column, int64_t width,
@@ -114,7 +116,7 @@ SGMIM_INLINE void epilogue(
       if (e.bias) sum += load_part(e.bias + column + i, n);
       if (e.residual) sum += load_part(static_cast<const Y*>(e.residual) + at, n);
       store_part(y, sum, n);
-      if (e.kind == Epilogue::gelu) store_part(activated, gelu_at<X>(load_part(y, n)).value, n);  // of what is kept
+      if (e.kind == Epilogue::gelu) store_part(activated, gelu_at<X>(load_part(y, n)).value, n);  // of the rounded y
     }
     if (e.kind == Epilogue::gelu_backward) {
       float* partial = e.partial + chunk * outs + column + i;
@@ -123,19 +125,19 @@ SGMIM_INLINE void epilogue(
   }
 }
 
-// The units of work [begin, end). Of whole panels as many at a time as L2 holds packed. weight: (outs, ins) or,
+// Computes the units of work [begin, end). Packs as many whole panels at a time as fit L2. weight: (outs, ins) or, if
 // TRANSPOSED, (ins, outs).
 template <class X, class W, class Y, bool TRANSPOSED>
 void linear_units(const Linear* g, int64_t begin, int64_t end) {
   const int64_t units = g->ins / UNIT<X>, chunks = g->chunks.count;
-  const int64_t fit = units > DEPTH ? 1 : PACKED / std::max<int64_t>(units * PANEL, 1);  // `sums` are of one panel
+  const int64_t fit = units > DEPTH ? 1 : PACKED / std::max<int64_t>(units * PANEL, 1);  // `sums` has room for one
   const int64_t most = std::clamp<int64_t>(fit, 1, (end - begin + chunks - 1) / chunks);
   auto packed = Aligned<float>::unset(most * units * PANEL), sums = Aligned<float>::unset(g->chunks.rows * PANEL);
   const X* x = static_cast<const X*>(g->x);
   const W* weight = static_cast<const W*>(g->weight);
   for (int64_t at = begin; at < end;) {
     const int64_t panel = at / chunks, begin_chunk = at % chunks, whole = begin_chunk > 0 ? 0 : (end - at) / chunks;
-    const int64_t groups = (whole + most - 1) / most;  // about as long
+    const int64_t groups = (whole + most - 1) / most;  // of about equal size
     const int64_t to = panel + (whole > 0 ? (whole + groups - 1) / groups : 1);
     const int64_t end_chunk = whole > 0 ? chunks : std::min(chunks, begin_chunk + end - at);
     for (int64_t p = panel; p < to; ++p) {
@@ -175,7 +177,7 @@ void linear_units(const Linear* g, int64_t begin, int64_t end) {
 namespace sgmim {
 
 #if defined(SGMIM_MANY_ISAS)
-// Of the chunks [begin, end) alone.
+// Returns the gemm restricted to the chunks [begin, end).
 template <class X, class Y>
 static Linear rows_of(const Linear& g, int64_t begin, int64_t end) {
   const int64_t first = begin * g.chunks.rows;
@@ -216,7 +218,7 @@ static void launch_of(const Linear& g, bool transposed) {
 }
 #endif
 
-// Runs the gemm; `transposed`: weight is (ins, outs), as in a dgrad.
+// Checks the arguments and runs the gemm. `transposed`: weight is (ins, outs), as in a dgrad.
 static void launch(
     [[maybe_unused]] const Tensor& x, [[maybe_unused]] const Tensor& weight, [[maybe_unused]] bool transposed,
     [[maybe_unused]] const Tensor& y, [[maybe_unused]] EpilogueOf epilogue) {

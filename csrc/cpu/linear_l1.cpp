@@ -1,9 +1,10 @@
-// L1 or L2 between predicted cells and the pixels of a map read in place, and what the backward needs of every
-// difference: its sign, or the difference itself in the prediction's place.
+// L1 or L2 loss between predicted cells and the pixels of a map, which are read in place. Saves for the backward the
+// sign of every difference (L1), or the difference itself in place of the prediction (L2).
 //
-// One row is one cell: channel * cell^2 + i * cell + j (pixel-shuffle order). Reads the predictions and the pixels
-// once (normalised pixels stay in cache between the passes); writes one byte per prediction, or the prediction; the row
-// sums go to float64, so the total does not depend on the threads.
+// A row of the prediction is one cell, in pixel-shuffle order: channel * cell^2 + i * cell + j. Predictions and pixels
+// are read from memory once (normalised pixels stay in cache between the passes); one byte per prediction, or the
+// prediction, is written. Row sums are float64 and are added in order, so the total does not depend on the number of
+// threads.
 #include "cpu/launch.h"
 #undef SGMIM_THIS_FILE
 #define SGMIM_THIS_FILE "cpu/linear_l1.cpp"
@@ -17,10 +18,10 @@ namespace sgmim {
 // A map of pixels (images, channels, height, width), read cell by cell.
 struct Pixels {
   const float* values;
-  const bool* valid;  // like values, contiguous, or null: everything counts
+  const bool* valid;  // (images, channels, height, width), contiguous, or null: all pixels are valid
   int64_t channels, height, width, cell;
   int64_t strides[4];
-  bool normalized;  // less the mean of a cell's pixels, over their deviation
+  bool normalized;  // whether the pixels of each cell are standardised: minus their mean, divided by their deviation
 };
 }  // namespace sgmim
 #endif
@@ -28,7 +29,7 @@ struct Pixels {
 namespace sgmim {
 namespace SGMIM_ISA {
 
-// row(c, i): the i-th row of a cell's pixels in channel c, in `scratch` where they do not stand side by side.
+// One cell of a map. row(c, i) returns its i-th row of pixels in channel c, copied to `scratch` if not contiguous.
 struct Cell {
   const Pixels* map;
   int64_t image, y, x;
@@ -52,7 +53,7 @@ struct Cell {
   }
 };
 
-// Of all pixels of a cell: their mean, and 1 / sqrt(unbiased variance + 1e-6). Two passes.
+// Computes the mean of all pixels of a cell and 1 / sqrt(unbiased variance + 1e-6), in two passes.
 SGMIM_INLINE void pixel_moments(const Cell& cell, float& mean, float& inverse) {
   const int64_t s = cell.map->cell, channels = cell.map->channels;
   const double count = channels * s * s;
@@ -81,11 +82,11 @@ SGMIM_INLINE void pixel_moments(const Cell& cell, float& mean, float& inverse) {
 
 template <class T>
 void distance_rows(
-    T* prediction,         // (count, channels * cell^2); without signs the differences replace it
+    T* prediction,         // (count, channels * cell^2); if signs is null, replaced by the differences
     const int64_t* cells,  // (count,) indices into images x cell rows x cell columns
     const Pixels* map,
-    int8_t* signs,   // (count, channels * cell^2): sign of prediction - pixel, 0 where not valid; null: squares
-    double* sums,    // (count,) sum of |prediction - pixel|, or of its square
+    int8_t* signs,   // (count, channels * cell^2): sign of prediction - pixel, 0 where not valid; null for L2
+    double* sums,    // (count,): sum of |prediction - pixel|, or of its square
     int64_t begin, int64_t end) {
   const int64_t s = map->cell;
   std::vector<float> scratch(s + LANES);
@@ -114,7 +115,7 @@ void distance_rows(
             continue;
           }
           sum += vabs(d);
-          // comparisons give -1 where true
+          // vector comparisons return -1 for true
           const vb sign = __builtin_convertvector((d < 0.0f) - (d > 0.0f), vb);
           __builtin_memcpy(signs + at + j, &sign, n);
         }
@@ -125,7 +126,8 @@ void distance_rows(
   }
 }
 
-// Signs times `scale` as the gemms' operand, and their column sums (exact in float up to 2^24 rows).
+// Writes the signs times `scale`, as an operand of gemms, and adds the unscaled signs to the column sums, which are
+// exact in float up to 2^24 rows.
 template <class T>
 void expand_sign_rows(
     const int8_t* signs, float scale, T* out, float* sums, int64_t width, int64_t begin, int64_t end) {

@@ -1,5 +1,5 @@
-// The tokens of a masked stem, each row of the result written once: the visible patches' embeddings, normalised where
-// the stem has a LayerNorm, and the mask token everywhere else. The backward reads each row of the gradient once.
+// Tokens of a masked stem: the embeddings of the visible patches, normalised if the stem has a LayerNorm, and the mask
+// token everywhere else. Each row of the result is written once; the backward reads each row of the gradient once.
 #include "cpu/launch.h"
 #undef SGMIM_THIS_FILE
 #define SGMIM_THIS_FILE "cpu/masked_patch_embed.cpp"
@@ -10,9 +10,9 @@
 #ifndef SGMIM_STEM_NORM
 #define SGMIM_STEM_NORM
 namespace sgmim {
-// The LayerNorm after the embedding; null pointers where there is none.
+// The LayerNorm after the embedding; all pointers are null if there is none.
 struct StemNorm {
-  const float *weight, *bias;  // (width,); the backward does without the bias
+  const float *weight, *bias;  // (width,); bias is null in the backward, which does not need it
   float *mean, *rstd;          // (visible,)
 };
 }  // namespace sgmim
@@ -24,7 +24,7 @@ namespace SGMIM_ISA {
 template <class T, class Y>
 void place_token_rows(
     const T* embedded,        // (visible, width)
-    const int64_t* position,  // (rows,) row of `embedded`, or -1 where the patch is masked
+    const int64_t* position,  // (rows,): row of `embedded`, or -1 for a masked patch
     const float* token,       // (width,)
     const StemNorm* norm, float eps,
     Y* out,  // (rows, width)
@@ -52,11 +52,11 @@ void place_token_rows(
 template <class T, class Y>
 void place_token_backward_rows(
     const Y* dout,            // (rows, width)
-    const T* embedded,        // (visible, width); unused without norm
+    const T* embedded,        // (visible, width); not read without a norm
     const int64_t* position,  // (rows,)
     const StemNorm* norm,
     T* dembedded,  // (visible, width)
-    float* sums,   // (4, width): of the gradients of the token, the norm's weight and bias, and of dembedded
+    float* sums,   // (4, width): gradients of the mask token, norm weight and norm bias, and column sums of dembedded
     int64_t width, int64_t begin, int64_t end) {
   std::vector<float> scratch(2 * (width + LANES));
   float *g = scratch.data(), *xhat = g + width + LANES;

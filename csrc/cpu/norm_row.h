@@ -1,4 +1,5 @@
-// One row of a LayerNorm, in pieces that work on a float scratch row in cache. Rows may have any width.
+// Operations on one row of a LayerNorm, most of which work on a float copy of the row in cache. Rows may have any
+// width.
 //
 // Included once per instruction set, after vec.h.
 namespace sgmim {
@@ -31,7 +32,7 @@ SGMIM_INLINE void store_row(const float* t, T* out, int64_t width) {
   for (int64_t i = 0; i < width; i += LANES) store_part(out + i, load(t + i), part(i, width));
 }
 
-// sums += t, for column sums kept by the caller.
+// Adds the row t to the caller's column sums.
 SGMIM_INLINE void accumulate_row(const float* t, float* sums, int64_t width) {
   for (int64_t i = 0; i < width; i += LANES) {
     const int64_t n = part(i, width);
@@ -39,8 +40,8 @@ SGMIM_INLINE void accumulate_row(const float* t, float* sums, int64_t width) {
   }
 }
 
-// step(i, n, sum) for the n <= LANES numbers at i of a row. `sum` counts from 0 to 3: a sum over the row is kept in four
-// parts, since one addition waits for the last one.
+// Calls step(i, n, sum) for every vector of a row: n <= LANES elements at i. `sum`, 0 to 3, selects one of four partial
+// sums: independent accumulators hide the latency of the additions.
 template <class Step>
 SGMIM_INLINE void for_row(int64_t width, const Step& step) {
   int64_t i = 0;
@@ -52,7 +53,7 @@ SGMIM_INLINE void for_row(int64_t width, const Step& step) {
 
 SGMIM_INLINE float total(const vf* sums) { return hsum((sums[0] + sums[1]) + (sums[2] + sums[3])); }
 
-// 0 past the first n numbers.
+// Sets the lanes from n on to 0.
 SGMIM_INLINE vf only(vf v, int64_t n) {
   for (int64_t l = n; l < LANES; ++l) v[l] = 0;
   return v;
@@ -67,7 +68,7 @@ SGMIM_INLINE float inverse_deviation(const float* t, int64_t width, float mean, 
   return 1.0f / __builtin_sqrtf(total(squares) / width + eps);
 }
 
-// Mean and 1 / sqrt(variance + eps), two passes over the row in cache. Scratch lanes past the width must be zero.
+// Computes the mean and 1 / sqrt(variance + eps) in two passes over the row. Lanes of t past the width must be zero.
 SGMIM_INLINE void moments(const float* t, int64_t width, float eps, float& mean, float& rstd) {
   vf sums[4] = {};
   for_row(width, [&](int64_t i, int64_t, int sum) SGMIM_INLINE_LAMBDA { sums[sum] += load(t + i); });
@@ -87,7 +88,7 @@ SGMIM_INLINE void affine_row(const float* xhat, const float* weight, const float
   }
 }
 
-// g: dy on entry, dx on return. Adds this row's share to the gradients of weight and bias.
+// Replaces dy in g by dx, and adds this row's terms to the gradients of weight and bias.
 SGMIM_INLINE void norm_backward_row(
     float* g, const float* xhat, const float* weight, float rstd, float* dweight, float* dbias, int64_t width) {
   vf sum = {}, dot = {};
@@ -96,7 +97,7 @@ SGMIM_INLINE void norm_backward_row(
     const vf dy = load(g + i), x = load(xhat + i);
     store_part(dbias + i, load_part(dbias + i, n) + dy, n);
     store_part(dweight + i, load_part(dweight + i, n) + dy * x, n);
-    const vf d = dy * load_part(weight + i, n);  // lanes past the width: the weight is zero there
+    const vf d = dy * load_part(weight + i, n);  // lanes past the width are zero, since the weight is
     store(g + i, d);
     sum += d;
     dot += d * x;

@@ -1,21 +1,22 @@
-// What relational guidance has between its gemms: the attention of an image's visible cells over its shown cells plus
-// one collapsed key for all hidden ones.
+// Attention of relational guidance: an image's visible cells attend to its shown cells and to one key that represents
+// all hidden cells.
 //
-// Per image and head, V queries and K shown keys of width d (scale d^-1/2): everything of one head lives in
-// float scratch (V=14, K=22, d=128: 60 KB; 76, 120, 96: 190 KB), so each tensor is read and written once. The hidden
-// cells share one key and one value; its logit gets log(number of hidden cells), since n equal logits l sum to n e^l.
+// Per image and head there are V queries and K shown keys of width d (scale d^-1/2). All matrices of one head are in
+// float scratch memory (V=14, K=22, d=128: 60 KB; 76, 120, 96: 190 KB), so each tensor is read and written once. The
+// hidden cells share one key and one value. log(number of hidden cells) is added to their logit, since n equal logits l
+// contribute n e^l to the sum of exponentials.
 #include "cpu/aligned.h"
 #include "cpu/launch.h"
 
 #include <cmath>
 
-// Here, outside any instruction set, because of its inline functions.
+// Defined outside of any instruction set, because of its inline functions (see foreach_isa.h).
 #ifndef SGMIM_ATTENTION_SHAPE
 #define SGMIM_ATTENTION_SHAPE
 namespace sgmim {
 struct AttentionShape {
-  const int64_t* query_offsets;  // (images + 1,) packed rows of q, per image
-  const int64_t* key_offsets;    // (images + 1,) packed rows of k and v, per image; row key_offsets[images] is hidden
+  const int64_t* query_offsets;  // (images + 1,): first packed row of q of each image
+  const int64_t* key_offsets;    // (images + 1,): the same of k and v, whose row key_offsets[images] is the hidden one
   int64_t images, cells, heads, width;
   bool keep_hidden;
 
@@ -38,7 +39,7 @@ struct AttentionShape {
 namespace sgmim {
 namespace SGMIM_ISA {
 
-// Float scratch for the matrices of one head, rows padded to whole vectors and zero there.
+// Float scratch memory for the matrices of one head, with rows padded with zeros to whole vectors.
 class Scratch {
  public:
   float* take(int64_t rows, int64_t columns) {
@@ -74,7 +75,7 @@ SGMIM_INLINE void transpose(
     for (int64_t c = 0; c < columns; ++c) out[c * out_stride + r] = source[r * source_stride + c];
 }
 
-// Keys (or values) of one image and head: the shown rows, then the hidden one where there are hidden cells.
+// Loads the keys (or values) of one image and head: the shown rows, then the hidden row if there are hidden cells.
 template <class T>
 SGMIM_INLINE void load_keys(
     const T* source, const AttentionShape& shape, int64_t image, int64_t head, float* out, int64_t out_stride) {
@@ -89,10 +90,10 @@ SGMIM_INLINE void load_keys(
 template <class T>
 void attention_heads(
     const T* q,                   // (visible rows, width)
-    const T* k,                   // (shown rows + 1, width), the last row is the hidden cells'
+    const T* k,                   // (shown rows + 1, width), the last row being that of the hidden cells
     const T* v,                   // like k
     T* out,                       // (visible rows, width)
-    float* lse,  // (2, visible rows, heads): logsumexp of the logits, the largest one and the rest apart
+    float* lse,  // (2, visible rows, heads): logsumexp of the logits in two parts, row_max and log(row_sum)
     const AttentionShape* shape, int64_t begin, int64_t end) {
   const int64_t d = shape->head_width(), ds = Scratch::padded(d);
   const float scale = 1.0f / __builtin_sqrtf(d);
@@ -124,7 +125,7 @@ void attention_heads(
         store(row + j, e);
         sum += e;
       }
-      const float total = hsum(sum);  // 0 only where nothing at all is shown and the hidden cells are dropped
+      const float total = hsum(sum);  // 0 only if no cell is shown and hidden cells are dropped
       const int64_t at = (first + r) * shape->heads + head;
       lse[at] = total > 0 ? highest : 0.0f;
       lse[shape->rows() * shape->heads + at] = total > 0 ? __builtin_logf(total) : 0.0f;
@@ -143,9 +144,9 @@ void attention_backward_heads(
     const T* q, const T* k, const T* v,
     const float* lse,  // (2, visible rows, heads)
     T* dq,             // (visible rows, width)
-    T* dk,             // (shown rows + 1, width): the shown rows are written here
+    T* dk,             // (shown rows + 1, width), of which this writes the shown rows
     T* dv,             // like dk
-    float* hidden_dk,  // (images, width): each image's share of the hidden row's gradient
+    float* hidden_dk,  // (images, width): each image's term of the hidden row's gradient
     float* hidden_dv, const AttentionShape* shape, int64_t begin, int64_t end) {
   const int64_t d = shape->head_width(), ds = Scratch::padded(d), width = shape->width;
   const float scale = 1.0f / __builtin_sqrtf(d);
@@ -168,7 +169,7 @@ void attention_backward_heads(
     transpose(key, ds, keys, d, kt, ks);
     small_gemm(grad, ds, kt, ks, dp, ks, queries, ks, d);
 
-    // p, from the logits and the saved logsumexp
+    // p = exp(logits - logsumexp)
     load_keys(k, *shape, image, head, key, ds);
     transpose(key, ds, keys, d, kt, ks);
     small_gemm(query, ds, kt, ks, p, ks, queries, ks, d);
@@ -178,7 +179,8 @@ void attention_backward_heads(
       const int64_t lse_at = (first + r) * shape->heads + head;
       const float highest = lse[lse_at], log_sum = lse[shape->rows() * shape->heads + lse_at];
       for (int64_t j = 0; j < ks; j += LANES) store(row + j, exp(load(row + j) - highest - log_sum));
-      // dout . out is the same sum and already there, but rounded otherwise: of a single key the gradient is exactly 0
+      // The sum equals dout . out, but is rounded differently: computed like this, a single key's gradient is exactly
+      // 0.
       for (int64_t j = keys; j < ks; ++j) row[j] = drow[j] = 0.0f;
       vf dot = {};
       for (int64_t j = 0; j < ks; j += LANES) dot += load(row + j) * load(drow + j);
@@ -192,19 +194,19 @@ void attention_backward_heads(
     store_matrix(result, ds, shown, d, 1.0f, dv + first_key * width + head * d, width);
     if (hidden > 0) store_matrix(result + shown * ds, ds, 1, d, 1.0f, hidden_dv + image * width + head * d, width);
 
-    // dk = ds^T . q  (q is scaled already)
+    // dk = ds^T . q, where q is already scaled
     transpose(dp, ks, queries, keys, pt, qs);
     small_gemm(pt, qs, query, ds, result, ds, keys, ds, queries);
     store_matrix(result, ds, shown, d, 1.0f, dk + first_key * width + head * d, width);
     if (hidden > 0) store_matrix(result + shown * ds, ds, 1, d, 1.0f, hidden_dk + image * width + head * d, width);
 
-    // dq = ds . k, scaled
+    // dq = scale * ds . k
     small_gemm(dp, ks, key, ds, result, ds, queries, ds, keys);
     store_matrix(result, ds, queries, d, scale, dq + at, width);
   }
 }
 
-// Sums the images' shares of the hidden row, in order.
+// Sums the images' terms of the hidden row, in order.
 template <class T>
 void hidden_row(const float* shares, T* row, int64_t images, int64_t width) {
   for (int64_t i = 0; i < width; i += LANES) {
@@ -237,7 +239,7 @@ static AttentionShape attention_shape(
           keep_hidden};
 }
 
-// query_rows, key_rows: the cells that the rows are of, looked at to find mistakes alone.
+// query_rows and key_rows are the cells of the packed rows. They are only checked.
 static void attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& query_rows, const Tensor& query_offsets,
     const Tensor& key_rows, const Tensor& key_offsets, int64_t cells, int64_t heads, bool keep_hidden,

@@ -1,7 +1,7 @@
-// Draws the masks of a batch and lists their rows: in each image the units with the smallest random keys are masked.
+// Draws the masks of a batch and lists their rows. In each image the units with the smallest random keys are masked.
 //
-// The keys are a function of (seed, image, unit), and the row lists begin where the static counts say, so images are
-// independent of each other and of the number of threads.
+// The keys are a function of (seed, image, unit), and the offsets of the row lists follow from the given counts, so
+// images are independent of each other and of the number of threads.
 #include "cpu/launch.h"
 #include "philox.h"
 
@@ -9,7 +9,7 @@ namespace sgmim {
 
 namespace {
 
-// key << 32 | unit: keys that are equal are told apart by the unit.
+// Fills `keys` with key << 32 | unit: the unit breaks ties between equal keys.
 void draw_keys(uint32_t key0, uint32_t key1, uint32_t image, std::vector<uint64_t>& keys) {
   for (size_t unit = 0; unit < keys.size(); unit += 4) {
     const Philox random = philox({{static_cast<uint32_t>(unit / 4), image, 0, 0}}, key0, key1);
@@ -18,11 +18,11 @@ void draw_keys(uint32_t key0, uint32_t key1, uint32_t image, std::vector<uint64_
   }
 }
 
-// One image: its mask, and its rows on both sides.
+// Writes the mask of one image, and its visible and masked rows.
 void write_image(
-    const std::vector<uint8_t>& drawn,  // (gh * gw) units
+    const std::vector<uint8_t>& drawn,  // (gh * gw,): 1 for masked units
     int64_t gh, int64_t gw, int64_t scale,
-    int64_t cell,  // number of the image's first cell
+    int64_t cell,  // index of the image's first cell
     bool* mask,    // (gh * scale, gw * scale)
     int64_t* visible, int64_t* masked) {
   for (int64_t y = 0; y < gh; ++y) {

@@ -1,12 +1,12 @@
-// C (+)= A . B for the small matrices of one attention head, all in cache. Register tile: 6 rows x 2 vectors, with
-// AVX-512 3. (Of 4, as of 64 columns, 2 and 2 are faster.)
+// C (+)= A . B for the small matrices of one attention head, which are all in cache. The register tile has 6 rows x 2
+// vectors, with AVX-512 6 x 3. (Four vectors, as of 64 columns, are split into 2 + 2, which is faster than 3 + 1.)
 //
-// Included once per instruction set, after vec.h. A: (rows, depth), element (m, t) at a[m * a_stride + t * a_step], so
-// that A^T is A with the two exchanged; B: (depth, columns); C: (rows, columns). B and C have rows padded to whole
-// vectors, so `columns` is a multiple of LANES. Elements are floats or, with AVX512-BF16, pairs of bfloat16 that are
-// neighbours along the summed dimension, which one instruction multiplies and adds to a float.
+// Included once per instruction set, after vec.h. A is (rows, depth), with element (m, t) at a[m * a_stride + t *
+// a_step], so that exchanging the two strides transposes A; B is (depth, columns); C is (rows, columns). Rows of B and
+// C are padded to whole vectors: `columns` is a multiple of LANES. Elements are floats or, with AVX512-BF16, pairs of
+// bfloat16 that are adjacent along the summed dimension; one instruction multiplies a pair and adds it to a float.
 //
-// What becomes of a tile is its `end`: end(m, n, sum) has `sum`, (rows, vectors), of C's rows from m, columns from n.
+// A tile's accumulators go to an epilogue: end(m, n, sum) receives `sum`, (rows, vectors), of the tile of C at (m, n).
 namespace sgmim {
 namespace SGMIM_ISA {
 
@@ -30,7 +30,7 @@ SGMIM_INLINE void product_tile(
     const End& end) {
   vf sum[ROWS][VECTORS] = {};
   for (int64_t t = 0; t < depth; ++t) {
-    vf right[VECTORS];  // in this order 6 x 2 sums, 2 of these and one element of A are all that 16 registers hold
+    vf right[VECTORS];  // in this order 6 x 2 accumulators, 2 vectors of B and 1 element of A just fit 16 registers
     for (int v = 0; v < VECTORS; ++v) __builtin_memcpy(&right[v], b + t * b_stride + v * LANES, sizeof(vf));
     for (int r = 0; r < ROWS; ++r) {
       const vf left = spread(a[r * a_stride + t * a_step]);
@@ -62,7 +62,7 @@ struct Number {
   static constexpr int value = N;
 };
 
-// tile(Number<6>, first) for six of the rows at a time, and likewise for those that are left.
+// Calls tile(Number<6>, first) for every six rows, and tile(Number<1 to 5>, first) for the remainder.
 template <class F>
 SGMIM_INLINE void by_six_rows(int64_t rows, const F& tile) {
   int64_t first = 0;
@@ -85,7 +85,7 @@ SGMIM_INLINE void gemm_with(
   });
 }
 
-// The end of a gemm that writes C, or adds to it.
+// Epilogue that writes C or, if ADD, adds to it.
 template <bool ADD>
 struct Into {
   float* c;
@@ -108,7 +108,7 @@ SGMIM_INLINE void gemm(
   gemm_with(a, a_stride, a_step, b, b_stride, rows, columns, depth, Into<ADD>{c, c_stride});
 }
 
-// C = A . B, A row by row.
+// C = A . B for row-major A.
 SGMIM_INLINE void small_gemm(
     const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t rows,
     int64_t columns, int64_t depth) {

@@ -1,11 +1,11 @@
-// The trimmed standardisation of structure maps, plane by plane, without sorting.
+// Trimmed standardisation of structure maps, plane by plane, without sorting.
 //
-// The two values at the ends of the kept ranks are found exactly by radix selection: a histogram of the upper 11 bits
-// of every value, then two more digits for the few values that share the bin of an end. Sums over what lies between,
-// in double, and the result take one pass each. A plane stays in cache, so the passes cost arithmetic only.
+// Radix selection finds the values of the first and last kept ranks exactly: a histogram of the upper 11 bits of every
+// value, then two more digits for the few values in the bins of the two ranks. The sums over the values between them,
+// in double, and the output take one pass each. A plane stays in cache, so the passes cost arithmetic only.
 //
-// Values are ordered by an int32 key: the bits of a float, with the others flipped under a set sign bit. Infinities and
-// NaN are the first and the last four bins of that order, so the histogram counts them for nothing.
+// Values are ordered by an int32 key: the bits of the float, with all but the sign bit flipped for negative values.
+// Infinities and NaN fill the first and last four bins of that order, so the histogram counts them at no cost.
 #include "cpu/launch.h"
 
 #include <cmath>
@@ -20,17 +20,17 @@
 #define SGMIM_RADIX
 namespace sgmim {
 
-constexpr int64_t BINS = 2048;    // of the upper 11 bits of a key
+constexpr int64_t BINS = 2048;    // one per value of a key's upper 11 bits
 constexpr int64_t NONFINITE = 4;  // bins of infinities and NaN at either end
 
-// Number of the bin that holds `rank`; `rank` becomes the rank inside it.
+// Returns the bin that contains `rank`, and reduces `rank` to the rank within it.
 inline int64_t find_bin(const int64_t* counts, int64_t& rank) {
   int64_t bin = 0;
   while (rank >= counts[bin]) rank -= counts[bin++];
   return bin;
 }
 
-// Copies the keys whose bits from `shift` on are `prefix`, in place if out == keys. Returns their number.
+// Copies the keys whose bits from `shift` on equal `prefix`; works in place if out == keys. Returns their number.
 inline int64_t keep(const int32_t* keys, int64_t count, int shift, int32_t prefix, int32_t* out) {
   int64_t kept = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -41,13 +41,13 @@ inline int64_t keep(const int32_t* keys, int64_t count, int shift, int32_t prefi
   return kept;
 }
 
-// A key, and how many of those equal to it stand before the rank that it was asked for.
+// The key of a rank, and the number of equal keys at lower ranks.
 struct Selected {
   int32_t key;
   int64_t before;
 };
 
-// The key of a rank among those with the upper 11 bits `prefix`. scratch: as many keys.
+// Returns the key of a rank among the keys with the upper 11 bits `prefix`. scratch: room for `count` keys.
 inline Selected select_key(const int32_t* keys, int64_t count, int32_t prefix, int64_t rank, int32_t* scratch) {
   for (const auto& [shift, bits] : {std::pair{10, 11}, std::pair{0, 10}}) {
     count = keep(keys, count, shift + bits, prefix, scratch);
@@ -90,9 +90,9 @@ SGMIM_INLINE V keys_of(V bits) {
   return bits ^ (bits >> 31 & 0x7fffffff);
 }
 
-// counts[bin] for the BINS bins in ascending order of the values.
+// Counts the values of each of the BINS bins, in ascending order of the values.
 static void histogram(const float* x, int64_t size, int64_t* counts) {
-  // four tables, since neighbours often share a bin and a counter takes several cycles from one increment to the next
+  // Four tables: neighbouring values often share a bin, and consecutive increments of one counter take several cycles.
   uint32_t tables[4][BINS] = {};
   int64_t i = 0;
   for (; i + 4 <= size; i += 4) {
@@ -102,12 +102,12 @@ static void histogram(const float* x, int64_t size, int64_t* counts) {
   }
   for (; i < size; ++i) ++tables[0][load_as<uint32_t>(x + i) >> 21];
   for (int64_t bin = 0; bin < BINS; ++bin) {
-    const int64_t top = bin < BINS / 2 ? BINS - 1 - bin : bin - BINS / 2;  // negative values: downwards
+    const int64_t top = bin < BINS / 2 ? BINS - 1 - bin : bin - BINS / 2;  // bits of negative values, descending
     counts[bin] = int64_t{tables[0][top]} + tables[1][top] + tables[2][top] + tables[3][top];
   }
 }
 
-// The keys with upper bits `low` or `high`. Returns their number. out: size + LANES keys
+// Collects the keys with upper bits `low` or `high`, and returns their number. out: room for size + LANES keys.
 static int64_t candidates(const float* x, int64_t size, int32_t low, int32_t high, int32_t* out) {
   int64_t count = 0, i = 0;
   for (; i + LANES <= size; i += LANES) {
@@ -129,7 +129,7 @@ static int64_t candidates(const float* x, int64_t size, int32_t low, int32_t hig
   return count;
 }
 
-// Sums of x - shift and of its square over the values with low < key < high.
+// Computes the sums of x - shift and of its square over the values with low < key < high.
 static void sum_between(
     const float* x, int64_t size, int32_t low, int32_t high, double shift, double& sum, double& squares) {
   vd s = {}, q = {};
@@ -159,7 +159,7 @@ static void sum_between(
 void standardize_planes(
     const float* input,  // (planes, size)
     float* output,       // (planes, size)
-    int64_t* nonfinite,  // (planes,) how many values are infinite or NaN
+    int64_t* nonfinite,  // (planes,): number of infinite or NaN values
     int64_t size, int64_t begin, int64_t end) {
   std::vector<int32_t> buffer(2 * (size + LANES));
   int32_t *keys = buffer.data(), *scratch = keys + size + LANES;
@@ -185,7 +185,7 @@ void standardize_planes(
     const Selected low = select_key(keys, count, low_bin, first_rank, scratch);
     const Selected high = select_key(keys, count, high_bin, last_rank, scratch);
     const double a = value_of(low.key), b = value_of(high.key);
-    double mean = 0, variance = 0;  // of the differences from a
+    double mean = 0, variance = 0;  // of the kept values minus a
     if (low.key != high.key) {
       sum_between(x, size, low.key, high.key, a, mean, variance);
       const double last_copies = high.before + 1;

@@ -1,8 +1,9 @@
-// Norms of the structure encoder's first level: LayerNorm of each embedded patch, then, over four of them side by side,
-// the LayerNorm of the first patch merging. One pass, the tokens between the two never stored.
+// Norms of the structure encoder's first level: the LayerNorm of each embedded patch, and then the LayerNorm of the
+// first patch merging over four of them, concatenated. Both are computed in one pass; the tokens between them are not
+// stored.
 //
-// The patches of one cell are in Z-order, so the four tokens of a merging are one row of 4 x width values. The cells
-// past the embedded ones are hidden: their tokens are zero after the first norm, whatever the map holds.
+// The patches of a cell are in Z-order, so the four tokens of a merging are one row of 4 * width values. The cells
+// after the embedded ones are hidden: their tokens are zero after the first norm, whatever their pixels.
 #include "cpu/launch.h"
 #undef SGMIM_THIS_FILE
 #define SGMIM_THIS_FILE "cpu/structure_embed.cpp"
@@ -13,13 +14,13 @@
 #ifndef SGMIM_TWO_NORMS
 #define SGMIM_TWO_NORMS
 namespace sgmim {
-// Weights, biases and statistics of both norms. width: of one token; the second norm is 4 * width wide.
+// Weights, biases and statistics of both norms. width: of one token; rows of the second norm have 4 * width values.
 struct TwoNorms {
   const float *weight, *bias;              // (width,)
   const float *merge_weight, *merge_bias;  // (4 * width,)
-  float *mean, *rstd;                      // (4 * embedded,), the rows of the statistics
+  float *mean, *rstd;                      // (4 * embedded,)
   float *merge_mean, *merge_rstd;          // (embedded + hidden,)
-  int64_t width, embedded;                 // merged rows that have embedded patches; the rows after them are hidden
+  int64_t width, embedded;                 // embedded: merged rows of embedded patches; the rows after them are hidden
 };
 }  // namespace sgmim
 #endif
@@ -30,12 +31,12 @@ namespace SGMIM_ISA {
 template <class T>
 void embed_norm_rows(
     const T* x,  // (embedded, 4 * width)
-    T* y,        // (embedded + hidden, 4 * width), or null: only the statistics are wanted
+    T* y,        // (embedded + hidden, 4 * width), or null: only the statistics are computed
     const TwoNorms* norms, float eps, int64_t begin, int64_t end) {
   const int64_t width = norms->width, wide = 4 * width;
   std::vector<float> row(wide + LANES), token(width + LANES);
   for (int64_t r = begin; r < end; ++r) {
-    std::fill(row.begin() + wide, row.end(), 0.0f);  // the row before was normalised, these lanes with it
+    std::fill(row.begin() + wide, row.end(), 0.0f);  // normalize_row also changed the lanes past the previous row
     if (r < norms->embedded) {
       for (int64_t k = 0; k < 4; ++k) {
         float &mean = norms->mean[4 * r + k], &rstd = norms->rstd[4 * r + k];
@@ -54,14 +55,15 @@ void embed_norm_rows(
   }
 }
 
-// The gradient that reaches the embedded patches through the statistics alone: the merged rows' normalised values
-// times `merged_scale` of their row, and the patches' own times `patch_scale`.
+// Computes the gradient that the embedded patches receive through the statistics alone: the merged rows' normalised
+// values times `merged_scale` of their row, through the first norm, plus the patches' own normalised values times
+// `patch_scale`.
 template <class T>
 void embed_statistics_backward_rows(
     T* x,                       // (embedded, 4 * width); dx replaces it
     const float* merged_scale,  // (embedded,)
     const float* patch_scale,   // (4 * embedded,)
-    float* sums,                // width each: dweight, dbias, column sums of dx
+    float* sums,                // (3, width): dweight, dbias, column sums of dx
     const TwoNorms* norms, int64_t begin, int64_t end) {
   const int64_t width = norms->width;
   std::vector<float> xhat(width + LANES), g(width + LANES);
@@ -86,10 +88,10 @@ void embed_statistics_backward_rows(
 
 template <class T>
 void embed_norm_backward_rows(
-    T* dy,       // (embedded + hidden, 4 * width); dx replaces it, row by row
+    T* dy,       // (embedded + hidden, 4 * width); dx replaces the embedded rows
     const T* x,  // (embedded, 4 * width)
-    T* y,        // (embedded + hidden, 4 * width): the forward's output again
-    float* sums,  // 4 * width each: dmerge_weight, dmerge_bias; width each: dweight, dbias, column sums of dx
+    T* y,        // (embedded + hidden, 4 * width): receives the forward's output again
+    float* sums,  // (11 * width,): dmerge_weight, dmerge_bias (4 * width each), dweight, dbias, column sums of dx
     const TwoNorms* norms, int64_t begin, int64_t end) {
   const int64_t width = norms->width, wide = 4 * width;
   std::vector<float> xhat(wide + LANES), merged(wide + LANES), g(wide + LANES);
@@ -110,9 +112,9 @@ void embed_norm_backward_rows(
     affine_row(merged.data(), norms->merge_weight, norms->merge_bias, y + r * wide, wide);
     load_row(dy + r * wide, g.data(), wide);
     norm_backward_row(g.data(), merged.data(), norms->merge_weight, norms->merge_rstd[r], sums, sums + wide, wide);
-    if (!embedded) continue;  // the zeros of a hidden cell have no gradient
+    if (!embedded) continue;  // the zeros of a hidden cell are constant
     for (int64_t k = 0; k < 4; ++k) {
-      // row scratch of one token: `merged` is free now
+      // `merged` is no longer needed, and serves as scratch memory for one token.
       load_row(g.data() + k * width, merged.data(), width);
       norm_backward_row(merged.data(), xhat.data() + k * width, norms->weight, norms->rstd[4 * r + k], token_sums,
                         token_sums + width, width);
@@ -126,7 +128,7 @@ void embed_norm_backward_rows(
 
 #ifdef SGMIM_ONCE
 
-// (2, count) of float32, rows of it contiguous.
+// Checks that `statistics` is float32, (2, count), with contiguous rows.
 static void check_statistics(const Tensor& statistics, const char* name) {
   SGMIM_CHECK(
       statistics.dim() == 2 && statistics.size(0) == 2 && statistics.scalar_type() == ScalarType::Float &&
@@ -134,7 +136,7 @@ static void check_statistics(const Tensor& statistics, const char* name) {
       name, " must be float32, two contiguous rows");
 }
 
-// x (4 * embedded, width). The merging's vectors may be missing.
+// Checks and collects the arguments of both norms. x: (4 * embedded, width). merge_weight and merge_bias are optional.
 static TwoNorms two_norms(
     const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& merge_weight,
     const std::optional<Tensor>& merge_bias, const Tensor& statistics, const Tensor& merge_statistics) {

@@ -1,13 +1,14 @@
-// How much attention the tokens of an image get from each other, without their attention matrix.
+// Salience of the tokens of an image: the attention that each receives from the others, without an attention matrix in
+// memory.
 //
-// Six tokens attend to all others at a time: their inner products, 6 x N floats that stay in cache, become exponentials
-// in place, and each row divided by its sum is added to what the columns get and taken from what the row has: s_j - 1,
-// without the attention that a token pays itself, which is close to 1 where tokens are long. The sums are in double, so
-// that tokens which are all the same come to 0. The tokens of an image are copied once into panels of two vectors of
-// tokens, channel by channel, as the right-hand side of the products.
+// Six queries are processed at a time. Their logits, 6 x N floats that stay in cache, become exponentials in place.
+// Each row, divided by its sum, is added to the column sums s, and its total is subtracted from the sum of its own
+// token: this gives s_j - 1. The attention of a token to itself would cancel and is left out, since it is close to 1
+// for tokens of large norm. The sums are in double, so that those of equal tokens are 0. The tokens of an image are
+// packed once into panels of two vectors of tokens, channel by channel, as the right operand of the gemm.
 //
-// The rows of an image are cut into blocks that depend on its shape alone, whose column sums are added in order: the
-// same bits whatever the number of threads.
+// The rows of an image are divided into blocks that depend on its shape alone, and the blocks' column sums are added in
+// order: the result has the same bits for any number of threads.
 #include "cpu/launch.h"
 
 #include <cmath>
@@ -21,13 +22,13 @@
 namespace sgmim {
 namespace SGMIM_ISA {
 
-constexpr int64_t PANEL = 2 * LANES;  // tokens
+constexpr int64_t PANEL = 2 * LANES;  // tokens in a panel
 
 SGMIM_INLINE int64_t padded(int64_t tokens) { return (tokens + PANEL - 1) / PANEL * PANEL; }
 
 int64_t padded_tokens(int64_t tokens) { return padded(tokens); }
 
-// out: panels (ceil(tokens / PANEL), depth, PANEL), with zeros behind the last token.
+// Packs x (tokens, depth) into panels (ceil(tokens / PANEL), depth, PANEL), with zeros after the last token.
 void pack_tokens(const float* x, float* out, int64_t tokens, int64_t depth) {
   for (int64_t first = 0; first < tokens; first += PANEL)
     for (int64_t t = 0; t < depth; ++t)
@@ -41,7 +42,7 @@ constexpr int64_t HALF = LANES / 2;  // doubles in a vector
 typedef float hf __attribute__((vector_size(SGMIM_VECTOR_BYTES / 2)));
 typedef double vd __attribute__((vector_size(SGMIM_VECTOR_BYTES)));
 
-// sums[n] += row[n]; returns the sum of the row, of whole vectors.
+// Adds a row, padded to whole vectors, to `sums`, and returns the sum of its elements.
 SGMIM_INLINE double add_row(const float* row, double* sums, int64_t stride) {
   vd total = {};
   for (int64_t n = 0; n < stride; n += HALF) {
@@ -59,13 +60,14 @@ SGMIM_INLINE double add_row(const float* row, double* sums, int64_t stride) {
   return result;
 }
 
-// Adds what the tokens [begin, end) pay to each other token to `sums`, and takes it from theirs.
+// For the queries [begin, end): adds their attention to each other token to `sums`, and subtracts it from their own
+// sums.
 void attend_rows(
     const float* x,       // (tokens, depth)
-    const float* panels,  // of pack_tokens
+    const float* panels,  // written by pack_tokens
     double* sums,         // (padded(tokens),)
     int64_t tokens, int64_t depth, int64_t begin, int64_t end) {
-  constexpr int64_t SPAN = 256;  // channels summed in one go, which bounds what rounding adds up to
+  constexpr int64_t SPAN = 256;  // channels that are summed sequentially, which bounds the rounding error
   const int64_t stride = padded(tokens);
   std::vector<float> logits(6 * stride);
   by_six_rows(end - begin, [&](auto count, int64_t first) SGMIM_INLINE_LAMBDA {
@@ -85,7 +87,7 @@ void attend_rows(
       for (int64_t n = tokens; n < stride; ++n) row[n] = -INFINITY;
       vf most = load(row);
       for (int64_t n = LANES; n < stride; n += LANES) most = vmax(most, load(row + n));
-      const float top = hmax(most);  // passes over NaN, which stays in the row
+      const float top = hmax(most);  // may ignore NaN, which remains in the row
       vf total = {};
       for (int64_t n = 0; n < stride; n += LANES) {
         const vf e = exp(load(row + n) - top);
@@ -105,7 +107,7 @@ void attend_rows(
 
 #ifdef SGMIM_ONCE
 
-// To [0, 1]: 0 where all are equal, NaN where one is.
+// Scales the sums of an image to [0, 1]: all 0 if they are equal, all NaN if one is NaN.
 static void stretch(const double* sums, float* out, int64_t tokens) {
   double low = INFINITY, high = -INFINITY;
   bool all_numbers = true;
@@ -128,7 +130,8 @@ static void token_salience(const Tensor& x, const Tensor& salience) {
   const auto pack = SGMIM_SELECT((pack_tokens));
   const auto attend = SGMIM_SELECT((attend_rows));
   const int64_t stride = SGMIM_SELECT((padded_tokens))(tokens), size = stride * depth;
-  // images together whose panels take a few MB: all threads find work, and memory does not grow with the batch
+  // Images are processed in groups whose panels take a few MB: enough work for all threads, while memory does not grow
+  // with the batch.
   const int64_t together = std::max<int64_t>(1, (int64_t{1} << 20) / size);
   std::vector<float> panels(std::min(together, images) * size);
   std::vector<double> sums(std::min(together, images) * blocks * stride);

@@ -1,7 +1,7 @@
 // Float vectors of the current instruction set: loads, stores, reductions and exp.
 //
-// Included once per instruction set by each kernel file, so there is no include guard. Everything is a compiler vector
-// type: one source for SSE2, AVX2, AVX-512 and NEON. bfloat16 is widened on load and rounded to nearest on store.
+// Included once per instruction set by each kernel file, so there is no include guard. Based on the compiler's vector
+// types: one source for SSE2, AVX2, AVX-512 and NEON. bfloat16 is widened on load and rounded to nearest on store.
 namespace sgmim {
 namespace SGMIM_ISA {
 
@@ -18,7 +18,7 @@ typedef uint16_t vh __attribute__((vector_size(SGMIM_VECTOR_BYTES / 2)));
 
 SGMIM_INLINE vf set1(float x) { return x - vf{}; }
 
-// The four bytes of x in every lane, whatever number they are.
+// Broadcasts the four bytes of x to every lane, bit for bit.
 SGMIM_INLINE vf set_bits(float x) {
   int32_t bits;
   __builtin_memcpy(&bits, &x, 4);
@@ -41,7 +41,7 @@ SGMIM_INLINE void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
 
 SGMIM_INLINE void store(Bf16* p, vf v) {
 #if defined(SGMIM_HAS_BF16)
-  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);  // numbers below 1e-38 become 0
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);  // flushes subnormals, below 1.2e-38, to 0
 #else
   vu bits = (vu)v;
   vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -52,7 +52,7 @@ SGMIM_INLINE void store(Bf16* p, vf v) {
   __builtin_memcpy(p, &h, sizeof h);
 }
 
-// The last `n` < LANES elements of a row: missing lanes are zero, and are not written.
+// Loads and stores of the last `n` < LANES elements of a row: the other lanes are zero, and are not written.
 template <class T>
 SGMIM_INLINE vf load_tail(const T* p, int64_t n) {
   T buffer[LANES] = {};
@@ -67,11 +67,11 @@ SGMIM_INLINE void store_tail(T* p, vf v, int64_t n) {
   __builtin_memcpy(p, buffer, n * sizeof(T));
 }
 
-SGMIM_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }  // one instruction; b where one of them is NaN
+SGMIM_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }  // one instruction; returns b if either is NaN
 SGMIM_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
 SGMIM_INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 
-// 1 / a of positive normal numbers: to 11 bits at least, to 1 ulp where the second is wanted.
+// 1 / a of positive normal numbers, with at least 11 correct bits.
 #if SGMIM_VECTOR_BYTES == 64
 SGMIM_INLINE vf rough_inverse(vf a) { return (vf)_mm512_maskz_rcp14_ps(0xffff, (__m512)a); }
 #elif SGMIM_VECTOR_BYTES == 32
@@ -102,7 +102,7 @@ SGMIM_INLINE float hmax(vf v) {
 #endif
 typedef int32_t v4i __attribute__((vector_size(16)));
 
-// A 4 x 4 block: to = from^T.
+// Transposes a 4 x 4 block: to = from^T.
 SGMIM_INLINE void transpose4(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
   v4 a, b, c, d;
   __builtin_memcpy(&a, from, 16);
@@ -137,7 +137,7 @@ SGMIM_INLINE vf exp(vf x) {
   return underflow ? vf{} : p * (vf)exponent;
 }
 
-// 2^x for x <= 127; below -126 the result is 0. What is left of x without its integer is exact: 1 ulp.
+// 2^x for x <= 127; below -126 the result is 0. The reduced argument, x minus its nearest integer, is exact: 1 ulp.
 SGMIM_INLINE vf exp2(vf x) {
   const vi underflow = x < -126.0f;
   x = vmin(set1(127.0f), x);  // in this order NaN stays NaN

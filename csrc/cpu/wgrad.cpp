@@ -1,33 +1,34 @@
-// wgrad of a linear layer: dw (o, i) = dy (n, o)^T . x (n, i), in float32 from float32 or bfloat16.
+// wgrad of a linear layer: dw (o, i) = dy (n, o)^T . x (n, i), in float32, from float32 or bfloat16 operands.
 //
-// The sum is over the rows, which the library's gemms do from transposed copies of both operands; here a panel of rows
-// is packed as it lies. From bfloat16 the result is float32, as the parameter's gradient is, and never rounded.
+// The sum runs over the rows. The library's gemms make transposed copies of both operands for it; here panels of rows
+// are packed without a transpose. The result of bfloat16 operands is float32, like the parameter's gradient, and is
+// never rounded.
 //
-// A chunk of rows at a time is packed, dy in tiles of TILE_ROWS columns and x in panels of PANEL columns, and then
-// added to dw, block by block: every number is summed in the same order, whatever the number of threads. As few
-// chunks as L2 allows, all about as long: each reads and writes dw once.
+// The rows are processed in chunks. Of a chunk dy is packed in tiles of TILE_ROWS columns and x in panels of PANEL
+// columns; then their product is added to dw, block by block. Every element is summed in the same order, whatever the
+// number of threads. Each chunk reads and writes dw once, so chunks are as few as L2 allows, and of about equal size.
 #include "cpu/aligned.h"
 #include "cpu/launch.h"
 
 #ifndef SGMIM_WGRAD
 #define SGMIM_WGRAD
 namespace sgmim {
-// One chunk of rows. The packed operands are (tiles, units, TILE_ROWS) and (panels, units, PANEL).
+// wgrad of one chunk of rows. The packed operands are (tiles, units, TILE_ROWS) and (panels, units, PANEL).
 struct Wgrad {
   const void *dy, *x;
   int64_t rows, outs, ins;
   float *packed_dy, *packed_x;
   float* dw;  // (outs, ins)
   bool add;
-  bool by_panel;  // which blocks of dw are next to each other: those of a panel, or those of dy's columns
+  bool by_panel;  // whether consecutive blocks of dw share a panel of x, or a block of dy's columns
 };
-// How a kernel cuts the columns of dy and x: the launcher shares out such blocks.
+// Block sizes of a kernel, which the launcher needs to distribute the blocks over threads.
 struct WgradShape {
-  int64_t unit, block, panel;  // numbers in a unit, columns of dy and of x in a block
+  int64_t unit, block, panel;  // rows in a unit, columns of dy in a block, columns of x in a panel
 };
-constexpr int64_t WGRAD_UNITS = 1024;  // of a chunk at most: a tile of dy stays in L1, a panel of x in L2
-constexpr int64_t WGRAD_CHAIN = 256;  // units that are added up one by one: the error grows with the root of their count
-constexpr int64_t WGRAD_BLOCK = 96;  // columns of dy: 16 tiles of 6
+constexpr int64_t WGRAD_UNITS = 1024;  // most units of a chunk: a tile of dy stays in L1, a panel of x in L2
+constexpr int64_t WGRAD_CHAIN = 256;  // units summed sequentially: the error grows with the root of their number
+constexpr int64_t WGRAD_BLOCK = 96;  // columns of dy in a block: 16 tiles of 6
 }  // namespace sgmim
 #endif
 
@@ -47,7 +48,7 @@ void wgrad_shape(WgradShape* shape) {
   *shape = {UNIT<T>, WGRAD_BLOCK, PANEL};
 }
 
-// Blocks of dy's columns: in each the tiles one after the other. A few units at a time, which stay in L1.
+// Packs the blocks [begin, end) of dy's columns, tile after tile, in steps of a few units, which stay in L1.
 template <class T>
 void wgrad_pack_dy(const Wgrad* g, int64_t begin, int64_t end) {
   constexpr int64_t FEW = 32;
@@ -62,7 +63,7 @@ void wgrad_pack_dy(const Wgrad* g, int64_t begin, int64_t end) {
       for (int64_t t = 0; t < count; t += TILE_ROWS) {
         float* to = g->packed_dy + (first + t) * units + from * TILE_ROWS;
         int64_t k = 0;
-        for (; k < few - 1; ++k)  // eight numbers are one copy, of which the next one overwrites two
+        for (; k < few - 1; ++k)  // one copy of 8 floats, of which the next iteration overwrites the last two
           __builtin_memcpy(to + k * TILE_ROWS, line + k * WGRAD_BLOCK + t, 8 * sizeof(float));
         __builtin_memcpy(to + k * TILE_ROWS, line + k * WGRAD_BLOCK + t, TILE_ROWS * sizeof(float));
       }
@@ -79,7 +80,7 @@ void wgrad_pack_x(const Wgrad* g, int64_t begin, int64_t end) {
         g->packed_x + p * PANEL * units);
 }
 
-// Blocks of dw.
+// Computes the blocks [begin, end) of dw.
 template <class T>
 void wgrad_multiply(const Wgrad* g, int64_t begin, int64_t end) {
   const int64_t units = (g->rows + UNIT<T> - 1) / UNIT<T>;
@@ -91,7 +92,7 @@ void wgrad_multiply(const Wgrad* g, int64_t begin, int64_t end) {
     const int64_t last = std::min(first + WGRAD_BLOCK, g->outs), width = std::min(PANEL, g->ins - column);
     for (int64_t o = first; o < last; o += TILE_ROWS) {
       const int64_t rows = std::min(TILE_ROWS, last - o);
-      for (int64_t m = 0; m < rows; ++m)  // what will be written, in rows that are pages apart
+      for (int64_t m = 0; m < rows; ++m)  // prefetch the tile of dw, whose rows are pages apart
         for (int64_t i = 0; i < width; i += LANES) __builtin_prefetch(g->dw + (o + m) * g->ins + column + i, 1);
       for (int64_t k = 0; k < units; k += WGRAD_CHAIN) {
         gemm_tile<T>(
@@ -139,7 +140,8 @@ static void wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw) {
           data<T>(dy) + first * outs, data<T>(x) + first * ins, std::min(depth, n - first), outs, ins,
           packed_dy.data(), packed_x.data(), data<float>(dw), first > 0,
           ins > outs};
-      // in one region, so that threads wait once; each packs about what it will multiply of the wider operand
+      // One parallel region packs both operands, with one barrier. Of the wider operand each thread packs about the
+      // part that it will multiply.
       const int64_t shares = std::max(blocks, panels);
       parallel(shares, 1, [&](int64_t begin, int64_t end) {
         pack_dy(&g, begin * blocks / shares, end * blocks / shares);

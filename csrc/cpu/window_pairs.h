@@ -1,16 +1,17 @@
-// window_attention in bfloat16 where there are instructions for it: VDPBF16PS adds the products of two bfloat16 to each
-// float, so what a gemm sums over lies in pairs: rows as they are, `interleaved` (two rows at a time) or `transposed`
-// pair by pair. Probabilities and the gradient of the logits are rounded to bfloat16 for the gemms that read them, as
-// in plain PyTorch; the logits, their softmax and all sums are float32.
+// window_attention in bfloat16 with AVX512-BF16. VDPBF16PS adds the products of two pairs of bfloat16 to each float, so
+// operands are stored as pairs along the summed dimension: rows as loaded where a gemm sums over channels,
+// `interleaved` (two rows at a time) where it sums over tokens, or `transposed` pair by pair. Probabilities and the
+// gradient of the logits are rounded to bfloat16 for the gemms that read them, as in plain PyTorch. The logits, their
+// softmax and all sums are float32.
 //
-// As in window_head.h the logits are kept transposed, (keys, queries), QUERIES at a time. Queries and keys are multiplied
-// as they come: scale and cosines' norms are factors of the logits, so unit vectors are never rounded.
+// As in window_head.h the logits are stored transposed, (keys, queries), QUERIES at a time. The gemms multiply queries
+// and keys as loaded; the scale and the inverse norms are applied to the logits. Unit vectors are thus never rounded.
 //
-// Included once, after vec.h, small_gemm.h and window_head.h, for the instruction set that has SGMIM_HAS_BF16.
+// Included once, after vec.h, small_gemm.h and window_head.h, for the instruction set that defines SGMIM_HAS_BF16.
 namespace sgmim {
 namespace SGMIM_ISA {
 
-// 2^power, as `coarse_exp2`.
+// 2^power with the accuracy of `coarse_exp2`, for any power.
 SGMIM_INLINE vf coarse_exp(vf power) {
   const __m512 whole = _mm512_maskz_roundscale_ps(0xffff, (__m512)power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)coarse_exp2(power - (vf)whole), whole);
@@ -20,7 +21,7 @@ struct Coarse {
   SGMIM_INLINE vf of(vf x) { return coarse_exp(x); }
 };
 
-// Numbers of two rows as pairs.
+// Rounds two rows to bfloat16 and interleaves them: lane i holds the pair (low[i], high[i]).
 SGMIM_INLINE __m512i pairs_of(vf low, vf high) {
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
   alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
@@ -28,7 +29,7 @@ SGMIM_INLINE __m512i pairs_of(vf low, vf high) {
   return _mm512_maskz_permutexvar_epi16(~0u, _mm512_load_si512(order), both);
 }
 
-// to (columns, rows) = from^T for 16 x 16 pairs.
+// Transposes a block of 16 x 16 pairs: to (columns, rows) = from^T.
 SGMIM_INLINE void transpose16(const Pair* from, int64_t from_stride, Pair* to, int64_t to_stride) {
   __m512i a[16], b[16];
   for (int r = 0; r < 16; ++r) a[r] = _mm512_loadu_si512(from + r * from_stride);
@@ -55,8 +56,7 @@ SGMIM_INLINE void transpose16(const Pair* from, int64_t from_stride, Pair* to, i
   }
 }
 
-// Copies of the matrices of one window and head. Rows and tokens are padded with zeros: ds is a multiple of 32, ns of
-// 16.
+// Copies of the operands of one window and head as pairs, padded with zeros: ds is a multiple of 32, ns of 16.
 class WindowPairs : public WindowTokens<Bf16> {
  public:
   WindowPairs(const WindowGrid& grid, const Bf16* qkv, const Bf16* pad)
@@ -67,7 +67,7 @@ class WindowPairs : public WindowTokens<Bf16> {
     of_keys = of_queries + ns;
   }
 
-  // Queries, keys and values of a head, and the factors of the logits.
+  // Loads queries, keys and values of a head, and computes the scales of the logits.
   void load_head(int64_t head) {
     const int64_t width = grid_.channels();
     scale = cosines() ? grid_.logit_scale[head] : 1.0f / __builtin_sqrtf(d);
@@ -81,7 +81,7 @@ class WindowPairs : public WindowTokens<Bf16> {
     transpose(q, qt);
   }
 
-  // The gradient of the result, 0 outside the grid, and what else the backward reads.
+  // Loads the gradient of the result, 0 for padding tokens, and interleaves the operands of the backward's gemms.
   void load_grad(int64_t head, const Bf16* dout) {
     load_rows(dout, grid_.channels(), head * d, static_cast<const Bf16*>(nullptr), grad);
     transpose(grad, grad_t);
@@ -92,14 +92,15 @@ class WindowPairs : public WindowTokens<Bf16> {
 
   void load_values() { interleave(v, v2); }
 
-  // Logits of the queries [first, first + count), (n, QUERIES), in powers of two, and the highest of each.
+  // Computes the logits of the queries [first, first + count), (n, QUERIES), in base 2, and the row_max of each query.
   void logits(int64_t head, int64_t first, int64_t count, float* p, float* highest) const {
     const Logits end = logits_end(head, first, p, highest, of_queries + first, cosines() ? of_keys : nullptr);
     gemm_with(k, ds / 2, 1, qt + first, ns, n, padded(count), ds / 2, end);
   }
 
-  // Gradients of the factors' products as gradients of what came in: g (n, ds) in place. Returns the sum of gradient . x
-  // over the scaled unit vectors x: for the queries that is the gradient of the logit scale's logarithm.
+  // Converts g (n, ds), the gradient of the scaled (with cosines: and normalized) queries or keys x, to the gradient of
+  // the inputs, in place. Returns the sum of gradient . x, which for the queries is the gradient of the logarithm of
+  // the logit scale.
   float finish(bool keys, float* g) {
     const Pair* x = keys ? k : q;
     const float factor = keys ? 1.0f : scale, *by = keys ? of_keys : of_queries, *norm = norms_.data() + keys * ns;
@@ -152,7 +153,7 @@ class WindowPairs : public WindowTokens<Bf16> {
       for (int64_t i = 0; i < ds / 2; i += 16) transpose16(in + t * ds / 2 + i, ds / 2, out + i * ns + t, ns);
   }
 
-  // out (ns / 2, ds): each number of an even row with the one below it.
+  // out (ns / 2, ds): pairs of an even row's element and the one below it.
   void interleave(const Pair* in, Pair* out) const {
     alignas(64) static const uint16_t order[2][32] = {
         {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
@@ -169,13 +170,13 @@ class WindowPairs : public WindowTokens<Bf16> {
  public:
   const int64_t ds;
   float scale;                                // of the queries
-  float *of_queries, *of_keys;                // (ns,) factors of the logits; of_keys of cosines alone
-  Pair *q, *k, *v, *grad;                     // (ns, ds / 2): rows as they come
+  float *of_queries, *of_keys;                // (ns,): scales of the logits; of_keys only with a logit scale
+  Pair *q, *k, *v, *grad;                     // (ns, ds / 2): rows as loaded
   Pair *q2, *k2, *v2, *grad2;                 // (ns / 2, ds): interleaved
   Pair *qt, *grad_t;                          // (ds / 2, ns): transposed
 
  private:
-  Aligned<float> by_, norms_;                 // (2, ns)
+  Aligned<float> by_, norms_;                 // (2, ns): of queries and keys
   Aligned<Pair> pairs_;
 };
 

@@ -1,7 +1,7 @@
-// Attention of an image's visible rows over its shown keys and one key that stands for all hidden cells, forward and
-// backward, one block of QUERIES x KEYS at a time: the bodies of csrc/cuda/relational_guidance.cu.
+// Attention of an image's visible rows over its shown keys and one key that represents all hidden cells, forward and
+// backward, in tiles of QUERIES x KEYS. Device functions of csrc/cuda/relational_guidance.cu.
 //
-// The group has gemm(), see group.h.
+// The group must have gemm(), see group.h.
 #pragma once
 
 #include <cassert>
@@ -13,26 +13,26 @@
 namespace sgmim {
 
 constexpr int32_t QUERIES = 32, KEYS = 32;
-constexpr int32_t MOST_LANES = 8;  // threads that share a row
+constexpr int32_t MOST_LANES = 8;  // most threads that share a row
 
-// q, out, dout, dq (visible, heads * depth); k, v, dk, dv (shown + 1, heads * depth), the last row being the hidden
-// cells'. lse (2, visible, heads): logsumexp of the logits, the largest one and the rest apart. What a pass does not
-// use may be null.
+// Arguments of both passes. q, out, dout, dq: (visible, heads * depth). k, v, dk, dv: (shown + 1, heads * depth), of
+// which the last row is that of the hidden cells. lse (2, visible, heads): logsumexp of the logits in two parts,
+// row_max and log(row_sum). Pointers that a pass does not use may be null.
 template <class T>
 struct Attention {
   const T *q, *k, *v, *dout;
   T *out, *dq, *dk, *dv;
   float* lse;
-  float* hidden_sums;  // (2, images, heads * depth): memory for the last rows of dk and dv, a part per image
+  float* hidden_sums;  // (2, images, heads * depth): workspace, each image's terms of the last rows of dk and dv
   const int64_t *visible_offsets, *shown_offsets;
-  int64_t images, queries, last;  // rows of q; `last`: number of the last row of k
+  int64_t images, queries, last;  // queries: rows of q; last: index of the last row of k
   int32_t cells, heads, depth;
   float scale;
-  bool keep;  // whether hidden cells take part
-  bool aligned;  // whether depth is a multiple of 16 and every matrix begins on 16 bytes
+  bool keep;  // whether hidden cells are attended to
+  bool aligned;  // whether depth is a multiple of 16 and every matrix is aligned to 16 bytes
 };
 
-// The rows of one image, and the head that a block works on.
+// The packed rows of one image, and the head that a block computes.
 struct Place {
   int64_t image, first_query, first_key;
   int32_t queries, shown, hidden, head;
@@ -53,7 +53,8 @@ SGMIM_HOST_DEVICE Place place_of(const Attention<T>& a, int64_t image, int32_t h
   return p;
 }
 
-// Takes pieces of a group's memory, which must be on a boundary of 32 bytes, or counts their bytes if it is null.
+// Allocator for arrays in the group's memory, which must be aligned to 32 bytes. If `first` is null, it only counts
+// bytes.
 struct Memory {
   char* first;
   int64_t used = 0;
@@ -65,16 +66,16 @@ struct Memory {
   }
 };
 
-// Tiles in the group's memory that forward and backward have: a block of QUERIES x KEYS logits, and what it is made of.
-// Rows are padded by 16 bytes, so that neighbouring rows begin in different banks.
+// Tiles in the group's memory that forward and backward share: QUERIES x KEYS logits and their operands. Rows are
+// padded by 16 bytes, so that adjacent rows start in different banks.
 template <class T>
 struct Tiles {
   T *q, *k, *v;    // (32, depth)
-  T* p;            // (QUERIES, KEYS): the softmax, before it is divided by its sum in the forward
+  T* p;            // (QUERIES, KEYS): the softmax; in the forward before its division by row_sum
   float* s;        // (QUERIES, KEYS): logits
-  float* part;     // (QUERIES, MOST_LANES): of a reduction over a row, what each of its threads has
+  float* part;     // (QUERIES, MOST_LANES): partial results of a row reduction, one per thread of the row
   float* row_max;  // (QUERIES,): largest logit
-  int32_t depth, stride, sum_stride;  // depth rounded up to 16; from row to row of (32, depth) in T and in float
+  int32_t depth, stride, sum_stride;  // depth rounded up to 16; row strides of (32, depth) tiles of T and of float
 
   static constexpr int32_t P_STRIDE = KEYS + 16 / sizeof(T), S_STRIDE = KEYS + 4;
 
@@ -96,10 +97,10 @@ struct Tiles {
 template <class T>
 struct ForwardTiles : Tiles<T> {
   float* out;        // (QUERIES, depth): p . v
-  float* row_sum;    // (QUERIES,): of p, over the blocks of keys so far
-  float* block_sum;  // (QUERIES, MOST_LANES): over one block, as `part`
+  float* row_sum;    // (QUERIES,): sums of p over the blocks of keys so far
+  float* block_sum;  // (QUERIES, MOST_LANES): partial sums of p over one block of keys
 
-  // Bytes; assigns the pointers.
+  // Assigns the pointers and returns the size in bytes.
   SGMIM_HOST_DEVICE int64_t lay_out(char* first, int32_t true_depth) {
     Memory memory{first};
     this->take_from(memory, true_depth);
@@ -115,10 +116,10 @@ struct BackwardTiles : Tiles<T> {
   T* dout;                 // (QUERIES, depth)
   T* ds;                   // (QUERIES, KEYS): gradient of q . k
   float* dp;               // (QUERIES, KEYS)
-  float *log_sum, *delta;  // (QUERIES,): with row_max both parts of lse; sums of dout * out
-  float *dq, *dk, *dv;     // (32, depth): dq of a block of queries, or dk, in its place, and dv of one of keys
+  float *log_sum, *delta;  // (QUERIES,): log(row_sum), the second part of lse; row sums of dout * out
+  float *dq, *dk, *dv;     // (32, depth): dq of a block of queries, or dk and dv of one of keys; dq and dk share memory
 
-  // Bytes; assigns the pointers.
+  // Assigns the pointers and returns the size in bytes.
   SGMIM_HOST_DEVICE int64_t lay_out(char* first, int32_t true_depth) {
     Memory memory{first};
     this->take_from(memory, true_depth);
@@ -134,8 +135,8 @@ struct BackwardTiles : Tiles<T> {
   }
 };
 
-// Rows [begin, begin + 32) of one head into a tile, zeros from row `count` on and beyond the depth. row(i): number of
-// the i-th row of the matrix.
+// Loads rows [begin, begin + 32) of one head into a tile, with zeros from row `count` on and beyond the depth. row(i)
+// returns the index of the i-th row in the matrix.
 template <class Group, class T, class Row>
 SGMIM_HOST_DEVICE void load_rows(
     const Group& group, const Attention<T>& a, int32_t head, const T* matrix, int32_t begin, int32_t count,
@@ -165,7 +166,8 @@ SGMIM_HOST_DEVICE void clear(const Group& group, float* tile, int32_t count) {
   for (int32_t i = group.rank(); i < count; i += group.size()) tile[i] = 0;
 }
 
-// The first `rows` rows of a float tile, over divisors[row] where they are given and not 0, to rows of a matrix.
+// Stores the first `rows` rows of a float tile to a matrix, divided by divisors[row] if divisors is given and that is
+// not 0.
 template <class Group, class T, class Row>
 SGMIM_HOST_DEVICE void store_rows(
     const Group& group, const Attention<T>& a, int32_t head, const float* tile, const float* divisors, int32_t rows,
@@ -178,7 +180,7 @@ SGMIM_HOST_DEVICE void store_rows(
   }
 }
 
-// body(row, lane, lanes): every thread's share of the 32 rows of a tile, `lanes` threads to a row.
+// Calls body(row, lane, lanes) for this thread's rows of a tile of 32 rows; `lanes` threads share a row.
 template <class Group, class Body>
 SGMIM_HOST_DEVICE void each_row(const Group& group, const Body& body) {
   const int32_t lanes =
@@ -186,7 +188,7 @@ SGMIM_HOST_DEVICE void each_row(const Group& group, const Body& body) {
   for (int32_t i = group.rank(); i < QUERIES * lanes; i += group.size()) body(i / lanes, i % lanes, lanes);
 }
 
-// A logit from q . k: -infinity where there is no such key; the last key's counts once per hidden cell.
+// Returns the logit of q . k: -infinity beyond the last key; log(number of hidden cells) is added for the hidden key.
 SGMIM_HOST_DEVICE float logit(float dot, int32_t key, const Place& place, float scale, float log_hidden) {
   if (key < place.shown) return dot * scale;
   return key == place.shown && place.hidden > 0 ? dot * scale + log_hidden : -INFINITY;
@@ -194,7 +196,7 @@ SGMIM_HOST_DEVICE float logit(float dot, int32_t key, const Place& place, float 
 
 SGMIM_HOST_DEVICE float log_of(int32_t hidden) { return logf(static_cast<float>(hidden > 1 ? hidden : 1)); }
 
-// Attention of the queries [begin, begin + QUERIES) of an image; begin < queries.
+// Computes the attention of the queries [begin, begin + QUERIES) of an image; begin < queries.
 template <class Group, class T>
 SGMIM_HOST_DEVICE void attend(
     const Group& group, const Attention<T>& a, const Place& place, int32_t begin, const ForwardTiles<T>& t) {
@@ -226,7 +228,7 @@ SGMIM_HOST_DEVICE void attend(
       t.part[row * MOST_LANES + lane] = block_max;
     });
     group.sync();
-    // The first key of every block is there, so the new maximum is finite.
+    // Every block has at least one key, so the new maximum is finite.
     each_row(group, [&](int32_t row, int32_t lane, int32_t lanes) {
       float row_max = t.row_max[row], total = 0;
       for (int32_t l = 0; l < lanes; ++l) row_max = fmaxf(row_max, t.part[row * MOST_LANES + l]);
@@ -265,8 +267,8 @@ SGMIM_HOST_DEVICE void attend(
   }
 }
 
-// Loads what the backward needs of queries [begin, begin + QUERIES): q, dout, both parts of lse, and delta. Ends with a
-// barrier.
+// Loads what the backward needs for the queries [begin, begin + QUERIES): q, dout and both parts of lse; computes
+// delta. Ends with a barrier.
 template <class Group, class T>
 SGMIM_HOST_DEVICE void load_queries(
     const Group& group, const Attention<T>& a, const Place& place, int32_t begin, const BackwardTiles<T>& t) {
@@ -297,8 +299,8 @@ SGMIM_HOST_DEVICE void load_queries(
   group.sync();
 }
 
-// From q, k, v and dout: p, the attention's weights, and ds, the gradient of q . k, for the queries from
-// `begin` and the keys from `first` on. The tiles are in place, behind a barrier. Ends with a barrier.
+// Computes p, the softmax, and ds, the gradient of q . k, from the tiles q, k, v and dout, for the queries from `begin`
+// and the keys from `first` on. Starts with a barrier, after which the tiles are complete, and ends with one.
 template <class Group, class T>
 SGMIM_HOST_DEVICE void weights_and_gradients(
     const Group& group, const Attention<T>& a, const Place& place, int32_t begin, int32_t first, float log_hidden,
@@ -310,7 +312,7 @@ SGMIM_HOST_DEVICE void weights_and_gradients(
   group.template gemm<false, true>(
       t.dout, t.stride, t.v, t.stride, t.dp, Tiles<T>::S_STRIDE, QUERIES, KEYS, t.depth);
   group.sync();
-  // of a single key, whose weight is 1 whatever the logit, exactly 0
+  // The gradient of a single key's logit is exactly 0: its softmax is 1, whatever the logit.
   const float scale = place.shown + (place.hidden > 0) == 1 ? 0 : a.scale;
   each_row(group, [&](int32_t row, int32_t lane, int32_t lanes) {
     for (int32_t j = lane; j < KEYS; j += lanes) {
@@ -324,7 +326,7 @@ SGMIM_HOST_DEVICE void weights_and_gradients(
   group.sync();
 }
 
-// dq of the queries [begin, begin + QUERIES) of an image; begin < queries.
+// Computes dq of the queries [begin, begin + QUERIES) of an image; begin < queries.
 template <class Group, class T>
 SGMIM_HOST_DEVICE void attend_backward_queries(
     const Group& group, const Attention<T>& a, const Place& place, int32_t begin, const BackwardTiles<T>& t) {
@@ -336,7 +338,7 @@ SGMIM_HOST_DEVICE void attend_backward_queries(
   for (int32_t first = 0; first < keys; first += KEYS) {
     load_rows(group, a, place.head, a.k, first, keys, key_row, t, t.k);
     load_rows(group, a, place.head, a.v, first, keys, key_row, t, t.v);
-    weights_and_gradients(group, a, place, begin, first, log_hidden, t);  // begins with a barrier
+    weights_and_gradients(group, a, place, begin, first, log_hidden, t);  // starts with a barrier
     group.template gemm<false, false>(
         t.ds, Tiles<T>::P_STRIDE, t.k, t.stride, t.dq, t.sum_stride, QUERIES, t.depth, KEYS);
     group.sync();
@@ -346,8 +348,8 @@ SGMIM_HOST_DEVICE void attend_backward_queries(
   store_rows(group, a, place.head, t.dq, static_cast<const float*>(nullptr), rows, out_row, t, a.dq);
 }
 
-// dk and dv of the keys [first, first + KEYS) of an image; first <= shown. The hidden cells' go to hidden_sums, which
-// has a part for every image, zeros where they take no part.
+// Computes dk and dv of the keys [first, first + KEYS) of an image; first <= shown. Those of the hidden key go to the
+// image's part of hidden_sums: zeros if no hidden cell is attended to.
 template <class Group, class T>
 SGMIM_HOST_DEVICE void attend_backward_keys(
     const Group& group, const Attention<T>& a, const Place& place, int32_t first, const BackwardTiles<T>& t) {
@@ -372,7 +374,7 @@ SGMIM_HOST_DEVICE void attend_backward_keys(
   const auto row_of = [&](int32_t j) { return place.first_key + first + j; };
   store_rows(group, a, place.head, t.dk, static_cast<const float*>(nullptr), rows, row_of, t, a.dk);
   store_rows(group, a, place.head, t.dv, static_cast<const float*>(nullptr), rows, row_of, t, a.dv);
-  if (rows == KEYS) return;  // the hidden cells' key comes in a later block
+  if (rows == KEYS) return;  // the hidden key is in a later block
   const int64_t width = int64_t{a.heads} * a.depth;
   for (int32_t d = group.rank(); d < a.depth; d += group.size()) {
     const int64_t at = place.image * width + int64_t{place.head} * a.depth + d;
@@ -381,7 +383,7 @@ SGMIM_HOST_DEVICE void attend_backward_keys(
   }
 }
 
-// The last rows of dk and dv: the images' parts added up in the images' order, shared out among any group's threads.
+// Computes the last rows of dk and dv: sums the images' parts in order. Works with any group.
 template <class Group, class T>
 SGMIM_HOST_DEVICE void add_hidden(const Group& group, const Attention<T>& a) {
   const int64_t width = int64_t{a.heads} * a.depth;
@@ -394,11 +396,11 @@ SGMIM_HOST_DEVICE void add_hidden(const Group& group, const Attention<T>& a) {
   }
 }
 
-// How the backward of all images and heads is cut up: sums over queries for dk and dv, sums over keys for dq, so that
-// no sum is shared.
+// Division of the backward of all images and heads: parts that sum over queries, for dk and dv, and parts that sum over
+// keys, for dq. No sum is shared between parts.
 struct Parts {
   int32_t of_keys, of_queries;  // of one image and head
-  int64_t all;
+  int64_t all;                  // of all images and heads
 };
 
 template <class T>
@@ -407,7 +409,7 @@ SGMIM_HOST_DEVICE Parts parts_of(const Attention<T>& a) {
   return {of_keys, of_queries, a.images * a.heads * (of_keys + of_queries)};
 }
 
-// dq, dk and dv by `blocks` groups, of which this is number `block`; `launch` is all of them together.
+// Computes dq, dk and dv with `blocks` groups, of which this is number `block`; `launch` is the group of all threads.
 template <class Group, class Launch, class T>
 SGMIM_HOST_DEVICE void attend_backward(
     const Group& group, const Launch& launch, const Attention<T>& a, int64_t block, int64_t blocks,
@@ -419,7 +421,7 @@ SGMIM_HOST_DEVICE void attend_backward(
     const int32_t part = static_cast<int32_t>(i % together), begin = (part - parts.of_keys) * QUERIES;
     if (part < parts.of_keys && part * KEYS <= place.shown) attend_backward_keys(group, a, place, part * KEYS, t);
     if (0 <= begin && begin < place.queries) attend_backward_queries(group, a, place, begin, t);
-    group.sync();  // the next part writes the tiles
+    group.sync();  // the next part overwrites the tiles
   }
   launch.sync();
   add_hidden(launch, a);

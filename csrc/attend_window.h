@@ -1,25 +1,26 @@
-// Attention inside the windows of a token grid, one window of one head at a time, forward and backward, on tensor
-// cores: the bodies of csrc/cuda/window_attention.cu. A group of TILES warps walks over windows of up to 16 * TILES
-// tokens, a warp for 16 queries (and, in the backward, 16 keys), and finds tokens where they are: shift, padding and
-// partition are arithmetic on coordinates. While it computes one window, the next one's rows arrive.
+// Attention inside the windows of a token grid on tensor cores, forward and backward. Device functions of
+// csrc/cuda/window_attention.cu. A group of TILES warps iterates over windows of one head, of up to 16 * TILES tokens.
+// Each warp computes 16 queries (and, in the backward, 16 keys). Shift, padding and partition are index arithmetic on
+// the rows of qkv. The rows of the next window are copied asynchronously while one window is computed.
 //
-// Logits stay in registers, a row's with four neighbouring lanes: in the forward as many as CHUNK tiles of keys, in the
-// backward all of them, where the softmax is computed again: from a saved log-sum it would be less exact where logits
-// are large. For the gradients of keys and values the warps exchange probabilities and their gradients, rounded once to
-// T, by way of memory, which also has the gradient of the bias, summed over the windows of the group.
+// Logits stay in registers; four adjacent lanes share a row. The forward holds CHUNK tiles of keys at a time, the
+// backward all of them. The backward recomputes the softmax: from a saved logsumexp it would be less accurate where
+// logits are large. For the gradients of keys and values the warps exchange probabilities and logit gradients, rounded
+// once to T, through shared memory, which also holds the gradient of the bias, summed over the windows of the group.
 //
-// The group has, beside rank() and sync() of csrc/group.h, of the block, for each of its warps
-//   sync_warp()                       a barrier of the warp
-//   across(value, mask)               what the lane whose number differs in the bits of `mask` has for value
-//   load<transposed>(f, row)          ldmatrix.x4: four 8 x 8 matrices of 16-bit numbers; lane i has the row i % 8 of
-//                                     matrix i / 8, which begins on 16 bytes. f[m] of lane 4 g + t: row g, columns 2 t
+// Beside rank() and sync() of csrc/group.h, which are those of the block, the group must have, for each of its warps,
+//   sync_warp()                       barrier of the warp
+//   across(value, mask)               the `value` of the lane whose index is this lane's xor `mask`
+//   load<transposed>(f, row)          ldmatrix.x4: four 8 x 8 matrices of 16-bit elements; lane i passes row i % 8 of
+//                                     matrix i / 8, aligned to 16 bytes. f[m] of lane 4 g + t: row g, columns 2 t
 //                                     and 2 t + 1 of matrix m, or, transposed, rows 2 t and 2 t + 1 of column g
 //   mma<T>(c, a, b0, b1)              m16n8k16: c (16, 8) += a (16, 16) . b (16, 8), fragments as in the PTX ISA
 //   pack<T>(x, y)                     two numbers rounded to T, x in the lower half
 //   exp2(x), reciprocal(x)            2^x and 1 / x, to the last place or two
-//   anew(x)                           x; the compiler does not keep what it makes of it from one window to the next
-//   copy(to, from, there)             begins to copy 16 bytes into the group's memory; zeros if not `there`
-//   wait()                            for this thread's copies
+//   anew(x)                           returns x, opaque to the compiler, so that it does not keep what it derives from x
+//                                     in registers from one window to the next
+//   copy(to, from, there)             starts to copy 16 bytes into the group's memory; zeros if not `there`
+//   wait()                            waits for this thread's copies
 #pragma once
 
 #include <cmath>
@@ -28,30 +29,31 @@
 
 namespace sgmim {
 
-constexpr float LOG2_E = 1.4426950408889634f, NO_NEIGHBOURS = -100.0f;  // as window_attention.py's APART
-constexpr float LONGEST_SCALE = 4.605170185988092f, LEAST_NORM = 1e-12f;  // its MAX_LOGIT_SCALE and TINY
+constexpr float LOG2_E = 1.4426950408889634f, NO_NEIGHBOURS = -100.0f;    // APART of window_attention.py
+constexpr float LONGEST_SCALE = 4.605170185988092f, LEAST_NORM = 1e-12f;  // MAX_LOGIT_SCALE and TINY of it
 
-// qkv, dqkv (images, height, width, 3 * heads * depth), out, dout a third as wide, pad (3 * heads * depth). What a pass
-// does not use, and what nobody wants, is null.
+// Arguments of both passes. qkv, dqkv: (images, height, width, 3 * heads * depth). out, dout: (images, height, width,
+// heads * depth). pad: (3 * heads * depth,). Pointers that a pass does not use, and gradients not requested, are null.
 template <class T>
 struct WindowCall {
   const T *qkv, *pad, *dout;
-  const float* bias;         // as spread_bias() writes it
-  const float* logit_scale;  // (heads,), or null: no cosines
+  const float* bias;         // in the layout of spread_bias()
+  const float* logit_scale;  // (heads,), or null: dot products instead of cosines
   T *out, *dqkv;
   float *dbias, *dscale, *dpad;  // (groups, heads, tokens, tokens), (groups, heads), (groups, 3 * heads * depth)
-  int32_t height, width, down, across;  // of the grid, and windows along it
+  int32_t height, width, down, across;  // tokens, and windows, along the grid's sides
   int32_t window_h, window_w, shift_h, shift_w, heads;
-  int32_t windows, each;  // of all images; of a group
-  float most_inverse;     // 1 / norm up to which a vector is brought to unit length in T
+  int32_t windows, each;  // number of windows of all images, and of a group
+  float most_inverse;     // largest 1 / norm that the backward applies in T; vectors of smaller norm count as 0
 
   SGMIM_HOST_DEVICE int32_t tokens() const { return window_h * window_w; }
 };
 
-// Numbers of `bias` in fragments: (heads, warps, tiles of 8 keys, lanes, 4).
+// Size of the bias in fragment layout: (heads, warps, tiles of 8 keys, lanes, 4).
 SGMIM_HOST_DEVICE int64_t spread_size(int64_t heads, int64_t tiles) { return heads * tiles * tiles * 256; }
 
-// One of them: in powers of 2, and -infinity beyond the window's keys. index: null where bias is (heads, n, n).
+// Returns element `at` of the bias in fragment layout: in base 2, and -infinity beyond the window's keys. index: null
+// if the bias is (heads, n, n).
 SGMIM_HOST_DEVICE float spread_bias(
     const float* bias, const int64_t* index, int64_t entries, int64_t heads, int32_t tiles, int32_t n, int64_t at) {
   const int64_t c = at % 4, lane = at / 4 % 32, tile = at / 128 % (2 * tiles), warp = at / 128 / (2 * tiles) % tiles;
@@ -60,26 +62,26 @@ SGMIM_HOST_DEVICE float spread_bias(
   if (j >= n) return -INFINITY;
   if (bias == nullptr || i >= n) return 0;
   if (index == nullptr) return bias[(head * n + i) * n + j] * LOG2_E;
-  int64_t entry = index[i * n + j];  // Python has looked, or is told to trust: nothing outside is read
+  int64_t entry = index[i * n + j];  // not checked on a GPU, so clamped: nothing outside of the bias is read
   entry = entry < 0 ? 0 : entry < entries ? entry : entries - 1;
   return bias[entry * heads + head] * LOG2_E;
 }
 
 enum Matrix { Q, K, V, GRAD };
 
-// Rows are 16 bytes longer than they need be, so that eight of them lie in different banks.
+// Shared memory of a block. Rows are padded by 16 bytes, so that eight of them are in different banks.
 template <class T, int32_t TILES, int32_t DEPTH, bool BACKWARD>
 struct alignas(16) WindowMemory {
   static constexpr int32_t TOKENS = 16 * TILES;
-  T matrices[2][BACKWARD ? 4 : 3][TOKENS][DEPTH + 8];  // of two windows, in turns
-  T exchange[BACKWARD ? TOKENS : 1][TOKENS + 8];       // (queries, keys): probabilities, then their logits' gradient
+  T matrices[2][BACKWARD ? 4 : 3][TOKENS][DEPTH + 8];  // double buffer: the current window and the next one
+  T exchange[BACKWARD ? TOKENS : 1][TOKENS + 8];       // (queries, keys): probabilities, then the logits' gradient
   float dbias[BACKWARD ? 2 * TILES : 1][TILES][128];   // in fragments: (tiles of 8 keys, warps, lanes x 4)
-  int32_t rows[2][TOKENS];                             // of qkv, -1 where there is no such token
-  int32_t sides[2][TOKENS];                            // differ across a border of the grid
+  int32_t rows[2][TOKENS];                             // rows of qkv, -1 for padding tokens
+  int32_t sides[2][TOKENS];                            // groups of tokens that the cyclic shift has brought together
   float inverses[2][TOKENS];                           // 1 / norm of queries and keys
-  float sums[BACKWARD ? TILES : 1][2 * DEPTH + 1];     // a warp's for the padding's key and value, and for the scale
-  float scale;                                         // what products or cosines are multiplied by
-  int32_t head, last;                                  // and the end of the group's windows
+  float sums[BACKWARD ? TILES : 1][2 * DEPTH + 1];     // per warp: gradients of the padding's k and v, and of the scale
+  float scale;                                         // of the dot products or cosines
+  int32_t head, last;                                  // last: end of the group's windows
 };
 
 template <class Group, class T, int32_t TILES, int32_t DEPTH, bool BACKWARD>
@@ -90,7 +92,7 @@ class WindowHead {
   SGMIM_HOST_DEVICE WindowHead(const Group& group, const WindowCall<T>& a, Memory& memory)
       : group_(group), a_(a), m_(memory) {}
 
-  // The windows of one group, of one head.
+  // Computes the windows of group `number` for one head.
   SGMIM_HOST_DEVICE void walk(int32_t head, int32_t number) {
     rank_ = group_.rank();
     const int32_t first = number * a_.each;
@@ -109,7 +111,7 @@ class WindowHead {
     }
     group_.sync();
     look_again();
-    b_ = -1;  // before the first window there is only one to fetch
+    b_ = -1;  // the first iteration only fetches
     for (int32_t window = first - 1; window < m_.last; ++window) {
       group_.wait();
       group_.sync();
@@ -121,7 +123,7 @@ class WindowHead {
     }
   }
 
-  // Writes what was summed over the windows of the group.
+  // Writes the gradients that were summed over the windows of the group.
   SGMIM_HOST_DEVICE void finish(int32_t number) {
     group_.sync();
     look_again();
@@ -132,7 +134,7 @@ class WindowHead {
       if (i < 2 * DEPTH && a_.dpad != nullptr) {
         float* const to = a_.dpad + 3 * number * channels + int64_t{head_} * DEPTH + i % DEPTH;
         to[(1 + i / DEPTH) * channels] = total;
-        if (i < DEPTH) to[0] = 0;  // of the padding's queries nobody sees the result
+        if (i < DEPTH) to[0] = 0;  // the results of padding queries are discarded, so these have no gradient
       } else if (i == 2 * DEPTH && a_.dscale != nullptr) {
         a_.dscale[int64_t{number} * a_.heads + head_] = a_.logit_scale[head_] <= LONGEST_SCALE ? total : 0.0f;
       }
@@ -151,12 +153,12 @@ class WindowHead {
   static constexpr int32_t TOKENS = Memory::TOKENS, THREADS = 32 * TILES, PARTS = DEPTH / 8;
   static constexpr int32_t CHUNK = BACKWARD ? TILES : TILES % 3 == 0 ? 3 : 4;  // tiles of 16 keys at a time
   using Rows = T[TOKENS][DEPTH + 8];
-  using Result = float[DEPTH / 8][4];  // 16 rows, as mma leaves them
-  using Own = uint32_t[DEPTH / 16][4];  // 16 rows as the first operand
-  using Logits = float[2 * CHUNK][4];   // of 16 queries
+  using Result = float[DEPTH / 8][4];   // accumulator fragments of 16 rows
+  using Own = uint32_t[DEPTH / 16][4];  // 16 rows as fragments of the left operand
+  using Logits = float[2 * CHUNK][4];   // accumulator fragments of 16 queries' logits
 
   struct Corner {
-    int32_t image, top, left;  // image: its first row
+    int32_t image, top, left;  // image: the first row of its tokens
   };
 
   SGMIM_HOST_DEVICE Corner corner(int32_t window) const {
@@ -165,10 +167,10 @@ class WindowHead {
         window / all * a_.height * a_.width, of_image / across * a_.window_h, of_image % across * a_.window_w};
   }
 
-  // So that what is made of a thread's number is not kept in registers, from window to window, beside the logits.
+  // Recomputes everything derived from the thread's index, so that it does not occupy registers beside the logits.
   SGMIM_HOST_DEVICE void look_again() {
     rank_ = group_.anew(group_.rank());
-    lane_ = rank_ & 31;  // of bits: the compiler does not know that it is positive
+    lane_ = rank_ & 31;  // instead of %, since the compiler does not know that rank_ is not negative
     warp_ = rank_ >> 5;
     g_ = lane_ >> 2;
     t_ = lane_ & 3;
@@ -190,8 +192,8 @@ class WindowHead {
       forward();
   }
 
-  // Begins to load a window's rows: queries and gradients of tokens that do not exist are zero, their keys and values
-  // the padding's; beyond the window everything is.
+  // Starts to load a window's rows. Padding tokens have zero queries and gradients, and the keys and values of `pad`.
+  // Rows beyond the window are zero.
   SGMIM_HOST_DEVICE void fetch(int32_t window, int32_t b) {
     const Corner at = corner(window);
     const int64_t channels = int64_t{a_.heads} * DEPTH;
@@ -223,7 +225,7 @@ class WindowHead {
 
   SGMIM_HOST_DEVICE Rows& rows(int32_t matrix) const { return m_.matrices[b_][matrix]; }
 
-  // Norms of queries and keys, a row per thread.
+  // Computes the inverse norms of queries and keys, a row per thread.
   SGMIM_HOST_DEVICE void measure() {
     for (int32_t i = rank_; i < 2 * TOKENS; i += THREADS) {
       const T* const row = rows(i / TOKENS)[i % TOKENS];
@@ -238,7 +240,8 @@ class WindowHead {
     }
   }
 
-  // Where a lane's row of 16 x 16 numbers begins, with matrices one below the other first, or beside each other.
+  // Address of the row that this lane passes to load() for a 16 x 16 block: the four 8 x 8 matrices in column-major
+  // order (down_first) or in row-major order (across_first).
   SGMIM_HOST_DEVICE const T* down_first(const T* corner, int32_t stride) const {
     return corner + (lane_ & 15) * stride + (lane_ >> 4) * 8;
   }
@@ -246,14 +249,14 @@ class WindowHead {
     return corner + ((lane_ >> 4) * 8 + (lane_ & 7)) * stride + (lane_ >> 3 & 1) * 8;
   }
 
-  // This warp's rows of `left` as fragments.
+  // Loads this warp's rows of `left` as fragments.
   SGMIM_HOST_DEVICE void load_own(Own& f, int32_t left) const {
     SGMIM_UNROLL
     for (int32_t k = 0; k < DEPTH / 16; ++k)
       group_.template load<false>(f[k], down_first(&rows(left)[16 * warp_][16 * k], DEPTH + 8));
   }
 
-  // (16, 16): the rows in `left` times rows [16 j, 16 j + 16) of `right`, transposed.
+  // s (16, 16) = the rows in `left` . (rows [16 j, 16 j + 16) of `right`)^T.
   SGMIM_HOST_DEVICE void product(float (&s)[2][4], const Own& left, int32_t right, int32_t j) const {
     SGMIM_UNROLL
     for (int32_t c = 0; c < 8; ++c) s[c / 4][c % 4] = 0;
@@ -277,7 +280,7 @@ class WindowHead {
     }
   }
 
-  // Logits of this warp's queries and the keys from tile `first` on, in powers of 2.
+  // Computes the logits of this warp's queries and the keys from tile `first` on, in base 2.
   SGMIM_HOST_DEVICE void logits(int32_t first, Logits& s) const {
     Own q;
     load_own(q, Q);
@@ -307,13 +310,14 @@ class WindowHead {
         if (own[c / 2] != sides[16 * first + 8 * j + 2 * t_ + c % 2]) s[j][c] += NO_NEIGHBOURS * LOG2_E;
   }
 
-  // Over the four lanes that share a row.
+  // Sums x over the four lanes that share a row.
   SGMIM_HOST_DEVICE float sum_of_row(float x) const {
     x += group_.across(x, 1);
     return x + group_.across(x, 2);
   }
 
-  // 2^(s - the largest logit so far). What was computed before has to shrink; totals: a lane's parts of rows' sums.
+  // Step of the online softmax: updates row_max (`tops`), replaces s by 2^(s - row_max), and updates this lane's part
+  // of row_sum (`totals`). shrink: the factor by which the caller has to rescale earlier results.
   SGMIM_HOST_DEVICE void exponentials(Logits& s, float (&tops)[2], float (&totals)[2], float (&shrink)[2]) const {
     SGMIM_UNROLL
     for (int32_t r = 0; r < 2; ++r) {
@@ -333,7 +337,7 @@ class WindowHead {
     }
   }
 
-  // Columns [16 j, 16 j + 16) of s as the first operand.
+  // Converts columns [16 j, 16 j + 16) of s to a fragment of the left operand.
   SGMIM_HOST_DEVICE void as_left(uint32_t (&f)[4], const Logits& s, int32_t j) const {
     SGMIM_UNROLL
     for (int32_t i = 0; i < 4; ++i)
@@ -368,8 +372,8 @@ class WindowHead {
     for (int32_t i = 0; i < DEPTH / 2; ++i) x[i / 4][i % 4] *= by[i % 4 / 2];
   }
 
-  // Columns `first` on of the matrix `to` in the rows of this warp's tokens, by way of the warp's rows of a matrix that
-  // nobody reads any more: whole sectors are written then.
+  // Stores x to the columns from `first` on of the matrix `to`, in the rows of this warp's tokens. It goes through this
+  // warp's rows of a matrix in shared memory that is no longer read, so that whole sectors are written.
   SGMIM_HOST_DEVICE void store(const Result& x, int32_t through, T* to, int64_t width, int64_t first) const {
     Rows& own = rows(through);
     group_.sync_warp();
@@ -389,7 +393,7 @@ class WindowHead {
     }
   }
 
-  // This warp's rows of the exchange.
+  // Writes s, multiplied by a factor per row, to this warp's rows of the exchange buffer.
   SGMIM_HOST_DEVICE void give(const Logits& s, const float (&by)[2]) const {
     SGMIM_UNROLL
     for (int32_t j = 0; j < 2 * TILES; ++j)
@@ -400,7 +404,7 @@ class WindowHead {
       }
   }
 
-  // This warp's columns of the exchange, transposed, times the rows of a matrix.
+  // x += (this warp's columns of the exchange buffer)^T . the rows of the matrix `right`.
   SGMIM_HOST_DEVICE void take(Result& x, int32_t right) const {
     SGMIM_UNROLL
     for (int32_t j = 0; j < TILES; ++j) {
@@ -410,7 +414,8 @@ class WindowHead {
     }
   }
 
-  // From the gradient of x / |x| that of x, of the rows of this warp, and that of the logarithm of its factor.
+  // Backward of x / |x| for this warp's rows: replaces the gradient of the result by that of x, and adds the gradient
+  // of the logarithm of the scale to dscale.
   SGMIM_HOST_DEVICE void unit_backward(Result& dx, int32_t matrix, float* dscale) const {
     float total = 0;
     SGMIM_UNROLL
@@ -440,7 +445,7 @@ class WindowHead {
     return inverse <= a_.most_inverse ? inverse : 0.0f;
   }
 
-  // Sums over the tokens outside of the grid, into the warp's memory.
+  // Adds the gradients of padding tokens to this warp's sums.
   SGMIM_HOST_DEVICE void add_padding(const Result& x, float* sums) const {
     if (!sticks_out_ || a_.dpad == nullptr) return;
     bool outside[2];
@@ -456,7 +461,7 @@ class WindowHead {
     }
   }
 
-  // This lane's four numbers of the bias's gradient, for a tile of 8 keys.
+  // This lane's four elements of the gradient of the bias, for a tile of 8 keys.
   SGMIM_HOST_DEVICE float* dbias(int32_t j) const { return m_.dbias[j][warp_] + 4 * lane_; }
 
   SGMIM_HOST_DEVICE void backward() {
@@ -484,7 +489,7 @@ class WindowHead {
       }
       for (int32_t r = 0; r < 2; ++r) means[r] = sum_of_row(means[r]);
       SGMIM_UNROLL
-      for (int32_t j = 0; j < TILES; ++j) {  // once more: registers do not hold both
+      for (int32_t j = 0; j < TILES; ++j) {  // recomputes dp: registers cannot hold it beside s
         product(dp, grad, V, j);
         SGMIM_UNROLL
         for (int32_t h = 0; h < 2; ++h) {
@@ -495,14 +500,14 @@ class WindowHead {
         }
       }
     }
-    group_.sync();  // probabilities are there; nobody reads values any more
+    group_.sync();  // probabilities have been written; values are no longer read
     {
       Result dv = {};
       take(dv, GRAD);
       add_padding(dv, m_.sums[warp_] + DEPTH);
       store(dv, V, a_.dqkv, 3 * channels, 2 * channels);
     }
-    group_.sync();  // nor probabilities, nor the gradient
+    group_.sync();  // probabilities and the gradient are no longer read
     const int32_t token = 16 * warp_ + g_;
     const float units[2] = {unit_factor(Q, token), unit_factor(Q, token + 8)};
     give(s, units);
@@ -521,7 +526,7 @@ class WindowHead {
       if (a_.logit_scale != nullptr) unit_backward(dq, Q, &m_.sums[warp_][2 * DEPTH]);
       store(dq, GRAD, a_.dqkv, 3 * channels, 0);
     }
-    group_.sync();  // the logits' gradient is there; nobody reads other warps' keys any more
+    group_.sync();  // the logits' gradient has been written; keys of other warps are no longer read
     {
       Result dk = {};
       take(dk, Q);

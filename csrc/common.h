@@ -1,7 +1,7 @@
-// What every native source of sgmim_fast starts from: the LibTorch stable ABI, and checks with one readable sentence.
+// Included by every native source of sgmim_fast: the LibTorch stable ABI, and checks with readable messages.
 //
-// Users' mistakes are caught in Python, with ValueError and TypeError. The checks here are the last line of defence
-// of a kernel that reads raw memory: they arrive in Python as a RuntimeError.
+// Python checks users' arguments and raises ValueError and TypeError. The checks here protect kernels, which use raw
+// pointers, from any other caller; they raise RuntimeError in Python.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -1,4 +1,4 @@
-// One image's mask and row lists, drawn by a group of threads: the body of csrc/cuda/selective_mask.cu.
+// Draws one image's mask and row lists by a group of threads. Device function of csrc/cuda/selective_mask.cu.
 #pragma once
 
 #include "group.h"
@@ -7,7 +7,7 @@
 
 namespace sgmim {
 
-constexpr int32_t MOST_UNITS = 16384;  // counts of two kinds share the halves of a word
+constexpr int32_t MOST_UNITS = 16384;  // two counts share a word, 16 bits each
 
 struct MaskGrid {
   int32_t rows, columns;  // units
@@ -16,7 +16,7 @@ struct MaskGrid {
 
 SGMIM_HOST_DEVICE int32_t units_of(const MaskGrid& grid) { return grid.rows * grid.columns; }
 SGMIM_HOST_DEVICE int64_t cells_of(const MaskGrid& grid) { return int64_t{units_of(grid)} * grid.scale * grid.scale; }
-// Words of the group's memory for one image: a key per unit, later a count per unit and one more; a histogram.
+// Words of the group's memory for one image: a key per unit, later units + 1 counts in the same place; and a histogram.
 SGMIM_HOST_DEVICE uint32_t mask_memory(const MaskGrid& grid) { return units_of(grid) + 1 + DIGITS + 2; }
 
 // keys[unit] = word unit % 4 of Philox at counter (unit / 4, image, 0, 0).
@@ -30,14 +30,14 @@ SGMIM_HOST_DEVICE void draw_keys(
   }
 }
 
-// Replaces the keys by the number of masked units before each unit, and after the last one, in raster order.
-// Masked are the `masked` smallest keys; of equal keys those of the lower units.
+// Replaces the keys by the number of masked units before each unit in raster order; keys[units] becomes their total.
+// The units with the `masked` smallest keys are masked; among equal keys those of lower index.
 template <class Group>
 SGMIM_HOST_DEVICE void count_masked(const Group& group, uint32_t units, uint32_t masked, uint32_t* keys, uint32_t* counts) {
-  Prefix last{0, 0};  // the largest masked key; `ties` of its copies are masked
+  Prefix last{0, 0};  // the largest masked key; `ties` of the units with this key are masked
   if (masked > 0) last = select_key(group, keys, units, masked - 1, counts);
   const uint32_t ties = masked > 0 ? last.rank + 1 : 0;
-  uint32_t running = 0;  // units so far below the largest masked key, and in the upper half those equal to it
+  uint32_t running = 0;  // lower half: units so far with a key below the largest masked one; upper half: equal to it
   for (uint32_t first = 0; first < units; first += group.size()) {
     const uint32_t unit = first + group.rank();
     const uint32_t key = unit < units ? keys[unit] : 0xffffffffu;
@@ -52,9 +52,9 @@ SGMIM_HOST_DEVICE void count_masked(const Group& group, uint32_t units, uint32_t
   group.sync();
 }
 
-// memory: mask_memory(grid) words. first_masked, first_visible: where the image's rows begin in the two lists.
-// mask: the image's (rows * scale, columns * scale). A cell's place in a list is a sum of counts of whole units, of its
-// own unit row and of its own row of cells, so every cell is written at once, without another scan.
+// Draws the mask of an image, (rows * scale, columns * scale), and writes its rows to both lists, from first_masked and
+// first_visible on. memory: mask_memory(grid) words. A cell's position in a list follows from the counts of whole units
+// in the unit rows above, of its own unit row and of its own row of cells, so no second scan is needed.
 template <class Group>
 SGMIM_HOST_DEVICE void draw_mask(
     const Group& group, uint32_t key0, uint32_t key1, int64_t image, uint32_t masked, const MaskGrid& grid,
@@ -70,7 +70,7 @@ SGMIM_HOST_DEVICE void draw_mask(
   const int64_t first_row = image * cells;
   for (uint32_t cell = group.rank(); cell < cells; cell += group.size()) {
     const uint32_t y = cell / width, x = cell % width;
-    const uint32_t row = y / scale * grid.columns, unit = row + x / scale;  // the row's first unit, and the cell's own
+    const uint32_t row = y / scale * grid.columns, unit = row + x / scale;  // first unit of the row, unit of the cell
     const bool is_masked = before[unit + 1] > before[unit];
     const uint32_t above = scale * before[row] + y % scale * (before[row + grid.columns] - before[row]);
     const uint32_t place = scale * (above + before[unit] - before[row]) + (is_masked ? x % scale : 0);

@@ -1,24 +1,25 @@
-// What the block-level algorithms ask of the threads they run on, and the macros that compile them for both machines.
+// Interface of the thread groups that the block-level device functions run on, and macros that compile these functions
+// for the GPU and the host.
 //
-// A body is a template over its group, and every thread of the group calls it with the same arguments. A group has
-//   rank(), size()       this thread's number, and how many there are
-//   sync()               a barrier; what any thread wrote to the group's memory before it, all see after it
-//   scan(value, total)   sum of the values of the threads of lower rank; total: of all of them
-//   sum(value)           sum of a double over the group, in a fixed order, the same bits in every thread
-//   add(counter, n)      an atomic addition to a counter in the group's memory
-// scan and sum are no barriers for the rest of the memory. All of these but add() must be reached by all threads of the
-// group, so a body branches around them only on values that are the same in every thread.
+// A device function is a template over its group. Every thread of the group calls it with the same arguments. A group
+// has
+//   rank(), size()       index of this thread, and number of threads
+//   sync()               barrier; writes to the group's memory before it are visible to all threads after it
+//   scan(value, total)   exclusive prefix sum: sum over the threads of lower rank; total: sum over all threads
+//   sum(value)           sum of a double over the group, in a fixed order, with the same bits in every thread
+//   add(counter, n)      atomic addition to a counter in the group's memory
+// scan and sum are not barriers for other memory. All of these but add() must be reached by all threads of the group,
+// so branches around them may depend only on values that are the same in every thread.
 //
-// Some groups also multiply matrices in their memory:
+// Some groups also have a gemm of matrices in their memory:
 //   gemm<ta, tb>(a, la, b, lb, c, lc, m, n, k)      c (m, n) float += a (m, k) . b (k, n)
-// a is stored (k, m) if ta, b (n, k) if tb; la, lb, lc: elements from row to row; m, n, k multiples of 16. It is no
-// barrier: one must lie before it, for the operands, and one behind it.
+// a is stored as (k, m) if ta, b as (n, k) if tb; la, lb, lc are row strides; m, n, k are multiples of 16. It contains
+// no barrier: callers need one before it, for the operands, and one after it.
 //
-// A whole launch can be a group too, whose threads meet across blocks; such a group has rank(), size() and sync()
-// alone.
+// All threads of a launch can be a group too, with rank(), size() and a sync() across blocks alone.
 //
-// cuda/groups.h has a warp, a block and a launch, cuda/gemm.h a block with gemms; the tests have a group of one
-// and a group of host threads.
+// cuda/groups.h has a warp, a block and a launch, and cuda/gemm.h a block with gemms. The tests have groups of one or
+// several host threads.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +30,7 @@
 #else
 #define SGMIM_HOST_DEVICE inline
 #endif
-#ifdef __CUDA_ARCH__  // of nvcc's passes only the device's know it
+#ifdef __CUDA_ARCH__  // defined in nvcc's device passes only
 #define SGMIM_PRAGMA(text) _Pragma(#text)
 #define SGMIM_UNROLL SGMIM_PRAGMA(unroll)
 #define SGMIM_UNROLL_BY(n) SGMIM_PRAGMA(unroll n)
@@ -40,12 +41,12 @@
 
 namespace sgmim {
 
-// What one access moves at most.
+// The largest single memory access.
 struct alignas(16) Sixteen {
   uint64_t words[2];
 };
 
-// MANY neighbours; 16 bytes of them are one access.
+// MANY adjacent elements; if these are 16 bytes, they are loaded and stored by one access.
 template <class T, int32_t MANY>
 struct Few {
   T values[MANY];
@@ -63,7 +64,7 @@ struct Few {
   }
   SGMIM_HOST_DEVICE void store(T* to) const {
     if constexpr (sizeof *this == sizeof(Sixteen)) {
-#ifdef __CUDA_ARCH__  // of a struct's assignment nvcc may make two accesses
+#ifdef __CUDA_ARCH__  // nvcc may compile the assignment of a struct to two accesses
       uint4 bits;
       memcpy(&bits, this, sizeof bits);
       __stwb(reinterpret_cast<uint4*>(to), bits);

@@ -1,4 +1,4 @@
-// Whether and where a number stands in a list of distinct numbers, by an inverse of the list that nobody has to clear.
+// Look-up of numbers in a list of distinct numbers, through an inverse of the list that needs no initialization.
 #pragma once
 
 #include <cassert>
@@ -7,8 +7,8 @@
 
 namespace sgmim {
 
-// inverse[list[i]] = i, shared out among the group's threads; those of the `numbers` that are not in the list keep what
-// was there.
+// Writes inverse[list[i]] = i with all threads of the group. Elements of `inverse`, of which there are `numbers`, that
+// do not correspond to the list keep their values.
 template <class Group>
 SGMIM_HOST_DEVICE void invert(
     const Group& group, const int64_t* list, int64_t count, int64_t numbers, int64_t* inverse) {
@@ -18,8 +18,8 @@ SGMIM_HOST_DEVICE void invert(
   }
 }
 
-// The place of a number in the list, or -1. Of a number that is not listed the inverse may say anything: the list
-// itself has the last word.
+// Returns the position of a number in the list, or -1. The inverse is arbitrary for numbers that are not in the list,
+// so the result is verified against the list.
 SGMIM_HOST_DEVICE int64_t find(const int64_t* list, int64_t count, const int64_t* inverse, int64_t number) {
   const int64_t i = inverse[number];
   return 0 <= i && i < count && list[i] == number ? i : -1;

@@ -1,7 +1,7 @@
-// How the pixels of a patch are moved: 16 bytes at a time on both sides where alignment allows it.
+// Memory accesses that copy the pixels of a patch: 16 bytes at a time on both sides where alignment allows it.
 //
-// Where pixels of a row are neighbours in the tensor, as they are packed, an element stands for several of them
-// (`widen`). Where channels are (channels last), a few pixels of a few channels are transposed in registers
+// If the pixels of a row are adjacent in the tensor, as they are in packed rows, an element represents several of them
+// (`widen`). If channels are adjacent (channels last), a few pixels of a few channels are transposed in registers
 // (`Transposed`).
 #pragma once
 
@@ -9,8 +9,9 @@
 
 namespace sgmim {
 
-// How many pixels of `size` bytes one access can move, a power of two: 16 bytes at most, never across the end of a
-// patch's row, and every address a multiple of what it moves. addresses: of both tensors, or-ed together.
+// Returns the number of pixels of `size` bytes that one access can copy, a power of two: at most 16 bytes, never across
+// the end of a patch's row, and with every address aligned to the access. addresses: bitwise or of both tensors'
+// addresses.
 inline int32_t pixels_per_access(const CellGrid& grid, int64_t size, uint64_t addresses) {
   int32_t pixels = 1;
   if (grid.stride_column != 1) return pixels;
@@ -19,7 +20,7 @@ inline int32_t pixels_per_access(const CellGrid& grid, int64_t size, uint64_t ad
   return pixels;
 }
 
-// The same grid in elements of so many pixels.
+// Returns the same grid in elements of `pixels` pixels.
 inline CellGrid widen(CellGrid grid, int32_t pixels) {
   grid.stride_image /= pixels;
   grid.stride_channel /= pixels;
@@ -28,10 +29,10 @@ inline CellGrid widen(CellGrid grid, int32_t pixels) {
   return grid;
 }
 
-// What one access moves: `Element`s of PIXELS neighbours in a patch's row and CHANNELS channels. `outside` points into
-// the tensor, `inside` into a packed row.
+// An access copies `Element`s of PIXELS adjacent pixels in a patch's row and of CHANNELS channels. `outside` points
+// into the tensor, `inside` into a packed row. Straight copies one element, which may represent several pixels.
 template <class T>
-struct Straight {  // one element, which may stand for several pixels
+struct Straight {
   using Element = T;
   static constexpr int32_t PIXELS = 1, CHANNELS = 1;
   static SGMIM_HOST_DEVICE void pack(const CellGrid&, const T* outside, T* inside) { *inside = *outside; }
@@ -39,8 +40,8 @@ struct Straight {  // one element, which may stand for several pixels
   static SGMIM_HOST_DEVICE void clear(const CellGrid&, T* outside) { *outside = T{}; }
 };
 
-// 16 bytes of pixels of each of several channels. In the tensor these are as many words of 16 bytes: either all
-// channels of the pixels, one after the other, or of each pixel a word of channels.
+// Copies 16 bytes of pixels of each of several channels. In the tensor these are as many words of 16 bytes: either all
+// channels of consecutive pixels, or one word of channels of each pixel.
 template <class T, int32_t MANY>
 struct Transposed {
   using Element = T;
@@ -87,8 +88,9 @@ struct Transposed {
   }
 };
 
-// MANY of the `Transposed` that fits a tensor of `size` bytes per element, 0 if none does: 3 for the channels of a
-// colour image, or 16 bytes of channels. Other numbers of channels, and patches narrower than 16 bytes, go one by one.
+// Returns MANY of the `Transposed` that fits a tensor of `size` bytes per element, or 0 if none does: 3 for the
+// channels of a colour image, or 16 bytes of channels. For other numbers of channels, and for patches narrower than 16
+// bytes, pixels are copied one by one.
 inline int32_t channels_per_access(const CellGrid& grid, int64_t size, uint64_t addresses) {
   if (grid.stride_channel != 1 || (size != 2 && size != 4)) return 0;
   const int64_t pixels = 16 / size;

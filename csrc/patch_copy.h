@@ -1,4 +1,4 @@
-// The patches of cells from an NCHW tensor to packed rows, and back.
+// Copies patches of cells from an NCHW tensor to packed rows, and back.
 #pragma once
 
 #include "inverse.h"
@@ -6,14 +6,14 @@
 
 namespace sgmim {
 
-// Accesses that move a patch.
+// Number of accesses that copy a patch.
 template <class Access>
 SGMIM_HOST_DEVICE int32_t accesses_per_patch(const CellGrid& grid) {
   return grid.channels / Access::CHANNELS * grid.patch * (grid.width / Access::PIXELS);
 }
 
-// Copies one patch from the NCHW tensor to its packed row, shared out among the group's threads. packed_row counts the
-// rows of the packed matrix, which is contiguous; it belongs to the cell of this number.
+// Copies one patch of a cell from the NCHW tensor to its row of the packed matrix, which is contiguous. All threads of
+// the group take part.
 template <class Access, class Group, class Element = typename Access::Element>
 SGMIM_HOST_DEVICE void copy_patch(
     const Group& group, const CellGrid& grid, int64_t cell_number, int64_t packed_row, const Element* tensor,
@@ -30,8 +30,8 @@ SGMIM_HOST_DEVICE void copy_patch(
   }
 }
 
-// Gives a cell of the tensor the values of a packed one, or zeros if that is null: this lane's share of it, row of
-// pixels by row of pixels, as they lie in the tensor.
+// Writes a cell of the tensor from a packed cell, or zeros if that is null. This lane writes its share of the accesses,
+// which follow the tensor's rows of pixels.
 template <class Access, class Element = typename Access::Element>
 SGMIM_HOST_DEVICE void fill_cell(
     const CellGrid& grid, int64_t cell_number, int32_t lane, int32_t lanes, const Element* packed, Element* tensor) {
@@ -51,8 +51,9 @@ SGMIM_HOST_DEVICE void fill_cell(
   }
 }
 
-// The copy back: every cell of the tensor, with zeros where `list` (count,) does not name it. `lanes` threads share a
-// cell and divide the group's size; `inverse` has room for every cell, and no need of a value.
+// Copies packed cells back and writes every cell of the tensor, zeros for cells that are not in `list`, (count,).
+// `lanes` threads share a cell; `lanes` divides the group's size. inverse (cells,): workspace, which may be
+// uninitialized.
 template <class Access, class Group, class Element = typename Access::Element>
 SGMIM_HOST_DEVICE void fill_cells(
     const Group& group, const CellGrid& grid, const int64_t* list, int64_t count, int64_t cells, int32_t lanes,
@@ -61,7 +62,7 @@ SGMIM_HOST_DEVICE void fill_cells(
   group.sync();
   for (int64_t cell = group.rank() / lanes; cell < cells; cell += group.size() / lanes) {
     const int64_t place = find(list, count, inverse, cell);
-    const int64_t first = place * patches_per_cell(grid);  // of its patches
+    const int64_t first = place * patches_per_cell(grid);  // first packed row of the cell
     const Element* const from = place < 0 ? nullptr : packed + first * elements_per_patch(grid);
     fill_cell<Access>(grid, cell, group.rank() % lanes, lanes, from, tensor);
   }

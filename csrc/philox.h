@@ -1,5 +1,5 @@
 // Philox 4x32-10, the counter-based random number generator of Salmon, Moraes, Dror and Shaw, "Parallel random numbers:
-// as easy as 1, 2, 3" (2011). Plain C++, for the host and for the device.
+// as easy as 1, 2, 3" (2011). Plain C++ for the host and the device.
 #pragma once
 
 #include "group.h"

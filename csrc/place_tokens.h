@@ -1,9 +1,9 @@
-// The tokens of a masked stem, each row of the result written once: the visible patches' embeddings, normalised where
-// the stem has a LayerNorm, and the mask token everywhere else; and back, each row of the gradient read once. The
-// bodies of csrc/cuda/masked_patch_embed.cu.
+// Tokens of a masked stem: the embeddings of the visible patches, normalised if the stem has a LayerNorm, and the mask
+// token everywhere else. Each row of the result is written once; the backward reads each row of the gradient once.
+// Device functions of csrc/cuda/masked_patch_embed.cu.
 //
-// Groups of three sizes: a row is shared by a small one, of which nothing but rank(), size() and sum() is asked,
-// several of those make a block, and the blocks a launch.
+// There are groups of three sizes: a small one per row, which needs rank(), size() and sum() alone; a block of several
+// such groups; and the launch, which is all blocks.
 #pragma once
 
 #include <cmath>
@@ -13,31 +13,31 @@
 
 namespace sgmim {
 
-// Elements of type T; the pointers of the norm are null where there is none.
+// Arguments of both passes; the pointers of the norm are null if there is none.
 template <class T>
 struct Tokens {
-  const T* embedded;           // (count, width); the backward without a norm does without
-  const int64_t* visible;      // (count,) rows of the tokens, in any order
-  int64_t* inverse;            // (rows,) memory to work in
-  const float *weight, *bias;  // (width,) of the norm
+  const T* embedded;           // (count, width); not read by a backward without a norm
+  const int64_t* visible;      // (count,): rows of the visible tokens, in any order
+  int64_t* inverse;            // (rows,): workspace
+  const float *weight, *bias;  // (width,): of the norm
   float* statistics;           // (2, count): mean and 1 / standard deviation
   int64_t count, rows;
   int32_t width;
   float eps;
 };
 
-// Which of the groups of one size this is.
+// Index of a group among the groups of its size, and their number.
 struct Turn {
   int64_t number, of;
 };
 
-// body(d): every thread's share of `width` neighbours, MANY at a time from the d-th on.
+// Calls body(d) for this thread's share of `width` adjacent elements, in steps of MANY elements from d on.
 template <int32_t MANY, class Group, class Body>
 SGMIM_HOST_DEVICE void each_few(const Group& group, int32_t width, const Body& body) {
   for (int32_t d = group.rank() * MANY; d < width; d += group.size() * MANY) body(d);
 }
 
-// The norm of one row, and its statistics at `place`.
+// Normalises row `place` of the embeddings into `to`, and stores its statistics.
 template <int32_t MANY, class Group, class T>
 SGMIM_HOST_DEVICE void normalise_row(const Group& group, const Tokens<T>& t, int64_t place, T* to) {
   using Row = Few<T, MANY>;
@@ -73,7 +73,7 @@ SGMIM_HOST_DEVICE void normalise_row(const Group& group, const Tokens<T>& t, int
   }
 }
 
-// out (rows, width); token (width,).
+// Forward. out: (rows, width); token: (width,).
 template <int32_t MANY, class Group, class Launch, class T>
 SGMIM_HOST_DEVICE void place_tokens(
     const Group& group, const Turn& turn, const Launch& launch, const Tokens<T>& t, const float* token, T* out) {
@@ -101,9 +101,10 @@ SGMIM_HOST_DEVICE void place_tokens(
   }
 }
 
-// The sums over rows: of the gradients of the mask token, the norm's weight and bias, and of dembedded.
+// Column sums of the backward: gradients of the mask token, norm weight and norm bias, and the column sums of
+// dembedded.
 constexpr int32_t SUMS = 4;
-constexpr int64_t MOST_PARTS = 512;  // each a block's work; with more of them adding up the parts takes longer
+constexpr int64_t MOST_PARTS = 512;  // parts of the rows, one per block; more parts take longer to add up
 constexpr int32_t COLUMNS = 32, PHASES = 8;
 
 SGMIM_HOST_DEVICE int64_t rows_per_part(int64_t rows) {
@@ -111,13 +112,13 @@ SGMIM_HOST_DEVICE int64_t rows_per_part(int64_t rows) {
 }
 SGMIM_HOST_DEVICE int64_t parts_of(int64_t rows) { return (rows + rows_per_part(rows) - 1) / rows_per_part(rows); }
 
-// Floats of a block's memory: sums of each of its groups, and of the last step.
+// Floats of a block's memory: the sums of each of its groups, or the partial sums of add_parts.
 SGMIM_HOST_DEVICE int64_t place_memory(int32_t width, int32_t groups) {
   const int64_t sums = int64_t{groups} * SUMS * width;
   return sums > COLUMNS * PHASES ? sums : COLUMNS * PHASES;
 }
 
-// One row's share of the sums and, if it is visible, its row of dembedded. sums (SUMS, width), of which each thread
+// Adds one row's terms to sums, (SUMS, width), and, if the row is visible, computes its row of dembedded. Each thread
 // adds to columns of its own.
 template <int32_t MANY, class Group, class T>
 SGMIM_HOST_DEVICE void sum_row(
@@ -163,8 +164,8 @@ SGMIM_HOST_DEVICE void sum_row(
   });
 }
 
-// 1. What a block has of the sums over the rows of a part, in partials[part]; and the rows of dembedded. Every group
-// sums rows of its own, in its place of `memory`.
+// Step 1: a block sums over the rows of one part into partials[part], and computes their rows of dembedded. Each group
+// of the block sums rows of its own, in its part of `memory`.
 template <int32_t MANY, class Group, class Block, class T>
 SGMIM_HOST_DEVICE void sum_part(
     const Group& group, const Turn& in_block, const Block& block, int64_t part, const Tokens<T>& t, const T* dout,
@@ -188,7 +189,8 @@ SGMIM_HOST_DEVICE void sum_part(
   block.sync();
 }
 
-// 2. COLUMNS of the sums from `first` on, over all parts: every PHASES-th part by one thread, then the phases.
+// Step 2: a block sums COLUMNS columns from `first` on over all parts. Per column each of PHASES threads sums every
+// PHASES-th part; then their results are added.
 template <class Block>
 SGMIM_HOST_DEVICE void add_parts(
     const Block& block, int64_t first, int64_t all, int64_t parts, const float* partials, float* sums, float* memory) {
@@ -209,9 +211,9 @@ SGMIM_HOST_DEVICE void add_parts(
   block.sync();
 }
 
-// dout (rows, width), dembedded (count, width), sums (SUMS, width); partials (parts_of(rows), SUMS, width) is memory to
-// work in. `memory` is the block's. What is added to what depends on the shape and on the number of groups in a block
-// alone.
+// Backward. dout: (rows, width); dembedded: (count, width); sums: (SUMS, width); partials: (parts_of(rows), SUMS,
+// width), workspace; memory: of the block. The order of summation depends on the shape and on the number of groups in a
+// block alone.
 template <int32_t MANY, class Group, class Block, class Launch, class T>
 SGMIM_HOST_DEVICE void place_tokens_backward(
     const Group& group, const Turn& in_block, const Block& block, const Turn& turn, const Launch& launch,

@@ -1,4 +1,4 @@
-// Selection of the element of a rank among 32-bit keys: four passes, one byte each, the most significant first.
+// Radix selection of the element of a given rank among 32-bit keys: four passes, one byte each, most significant first.
 #pragma once
 
 #include "group.h"
@@ -7,15 +7,15 @@ namespace sgmim {
 
 constexpr uint32_t DIGITS = 256;
 
-// The upper bytes of a key that are known so far, and the rank that is looked for among the keys that begin so.
-// After the last byte: the key, and how many of its copies stand before the rank.
+// The upper bytes of a key that are known so far, and the wanted rank among the keys that start with them. After the
+// last byte: the key, and the number of equal keys at lower ranks.
 struct Prefix {
   uint32_t bits, rank;
 };
 
-// Adds the byte whose keys hold the rank. counts: COPIES counters per digit, side by side, complete (a barrier lies
-// behind the last addition); their total is above the rank. found: 2 words of the group's memory.
-// Ends with a barrier: counts and found may be written again.
+// Appends the next byte of the wanted key to the prefix. counts: COPIES adjacent counters per digit; the caller has put
+// a barrier after the last addition, and their total is greater than the rank. found: 2 words of the group's memory.
+// Ends with a barrier, after which counts and found may be overwritten.
 template <uint32_t COPIES, class Group>
 SGMIM_HOST_DEVICE Prefix find_digit(const Group& group, const uint32_t* counts, Prefix prefix, uint32_t* found) {
   uint32_t running = 0;
@@ -25,7 +25,7 @@ SGMIM_HOST_DEVICE Prefix find_digit(const Group& group, const uint32_t* counts, 
     if (digit < DIGITS)
       for (uint32_t copy = 0; copy < COPIES; ++copy) count += counts[digit * COPIES + copy];
     const uint32_t before = running + group.scan(count, total);
-    if (before <= prefix.rank && prefix.rank - before < count) {  // true for one digit
+    if (before <= prefix.rank && prefix.rank - before < count) {  // true for exactly one digit
       found[0] = digit;
       found[1] = prefix.rank - before;
     }
@@ -37,8 +37,8 @@ SGMIM_HOST_DEVICE Prefix find_digit(const Group& group, const uint32_t* counts, 
   return longer;
 }
 
-// The key of a rank (0: the smallest) among `count` keys in the group's memory; rank < count.
-// counts: DIGITS + 2 words of the group's memory. Ends with a barrier.
+// Returns the key of a rank (0: the smallest) among `count` keys in the group's memory; rank < count. counts: DIGITS +
+// 2 words of the group's memory. Ends with a barrier.
 template <class Group>
 SGMIM_HOST_DEVICE Prefix
 select_key(const Group& group, const uint32_t* keys, uint32_t count, uint32_t rank, uint32_t* counts) {

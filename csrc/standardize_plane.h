@@ -1,9 +1,9 @@
-// The trimmed standardisation of one map by a group of threads: the body of csrc/cuda/standardize_structure.cu.
+// Trimmed standardisation of one map by a group of threads. Device function of csrc/cuda/standardize_structure.cu.
 //
-// The values at both ends of the kept ranks are found by radix selection, byte by byte, both at once. One more pass
-// sums what lies strictly between them, in double and relative to the lower end; as both ends are among the kept values,
-// the variance is at least (upper - lower)^2 / 2n, so the difference of squares loses a factor of 2n of double's
-// precision at most. The last pass writes the result.
+// Radix selection finds the values of the first and last kept ranks, byte by byte, both in the same passes. One more
+// pass sums the values strictly between them, in double and relative to the lower one. As both are among the kept
+// values, the variance is at least (upper - lower)^2 / 2n, so the difference of squares loses at most a factor of 2n of
+// double's precision. The last pass writes the result.
 #pragma once
 
 #include <cmath>
@@ -21,7 +21,7 @@ SGMIM_HOST_DEVICE To bit_cast(const From& from) {
   return to;
 }
 
-// How a map's elements are stored, and their exact values.
+// Storage formats of a map's elements. value() is exact.
 struct Float32 {
   using Raw = float;
   static SGMIM_HOST_DEVICE float value(Raw raw) { return raw; }
@@ -33,7 +33,7 @@ struct BFloat16 {
 struct Float16 {
   using Raw = uint16_t;
   static SGMIM_HOST_DEVICE float value(Raw raw) {
-    // the exponent's bias grows from 15 to 127 by a product, which is right for denormals too
+    // A multiplication changes the exponent's bias from 15 to 127, which is right for subnormals too.
     const float magnitude = bit_cast<float>((uint32_t{raw} & 0x7fff) << 13) * 5.192296858534828e33f;  // 2^112
     const uint32_t special = (raw & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;
     return bit_cast<float>(bit_cast<uint32_t>(magnitude) | special | (uint32_t{raw} & 0x8000) << 16);
@@ -44,7 +44,7 @@ struct UInt16 {
   static SGMIM_HOST_DEVICE float value(Raw raw) { return raw * (1.0f / 65536); }
 };
 
-// Unsigned integers in the order of the floats; infinities and NaN are the outermost on their side.
+// Maps floats to unsigned integers of the same order; infinities and NaN are at the ends.
 SGMIM_HOST_DEVICE uint32_t key_of(float value) {
   const uint32_t bits = bit_cast<uint32_t>(value);
   return bits >> 31 ? ~bits : bits | 0x80000000u;
@@ -52,7 +52,7 @@ SGMIM_HOST_DEVICE uint32_t key_of(float value) {
 SGMIM_HOST_DEVICE float value_of(uint32_t key) { return bit_cast<float>(key >> 31 ? key & 0x7fffffffu : ~key); }
 SGMIM_HOST_DEVICE bool is_finite(float value) { return (bit_cast<uint32_t>(value) & 0x7f800000u) != 0x7f800000u; }
 
-// body(i, x[i]) for this thread's share of x; four loads are under way at a time.
+// Calls body(i, x[i]) for this thread's share of x, with four loads in flight.
 template <class Group, class Raw, class Body>
 SGMIM_HOST_DEVICE void each(const Group& group, const Raw* x, uint32_t n, const Body& body) {
   const uint32_t step = group.size();
@@ -64,11 +64,12 @@ SGMIM_HOST_DEVICE void each(const Group& group, const Raw* x, uint32_t n, const 
   for (; i < n; i += step) body(i, x[i]);
 }
 
-// A digit has COPIES counters, which neighbouring threads take in turn: real maps have few different upper bytes.
+// A digit has COPIES counters, which adjacent threads use in turn: the upper bytes of real maps have few values, so
+// that one counter would be contended.
 constexpr uint32_t COPIES = 8;
-constexpr uint32_t PLANE_MEMORY = 2 * DIGITS * COPIES + 2;  // words of the group's memory, for both ends
+constexpr uint32_t PLANE_MEMORY = 2 * DIGITS * COPIES + 2;  // words of the group's memory, for both ranks
 
-// One pass of the selection of both ends: the histograms of byte `level` among the finite values whose upper
+// One pass of the selection of both ranks: computes the histograms of byte `level` of the finite values whose upper
 // bytes are those found so far. Ends with a barrier.
 template <class Input, class Group>
 SGMIM_HOST_DEVICE void count_digits(
@@ -83,7 +84,7 @@ SGMIM_HOST_DEVICE void count_digits(
     const uint32_t key = key_of(value), at = (key >> shift & 0xff) * COPIES + copy;
     if (level == 0) {
       if (is_finite(value)) group.add(&counts[at], 1);
-    } else if (is_finite(value)) {  // 0x7f8 is 12 bits: the first byte alone does not tell
+    } else if (is_finite(value)) {  // checked again: 0x7f8 has 12 bits, so the first byte alone does not tell
       const uint32_t above = key >> (shift + 8);
       if (above == low) group.add(&counts[at], 1);
       if (above == high) group.add(&counts[DIGITS * COPIES + at], 1);
@@ -92,8 +93,8 @@ SGMIM_HOST_DEVICE void count_digits(
   group.sync();
 }
 
-// x (n,) in the group's memory or elsewhere, y (n,), n < 2^31 - 4096. counts: PLANE_MEMORY words of the group's memory.
-// *nonfinite: how many values are infinite or NaN; those become 0.
+// Standardises x (n,) into y (n,), n < 2^31 - 4096. x may be in the group's memory or elsewhere. counts: PLANE_MEMORY
+// words of the group's memory. *nonfinite: receives the number of infinite or NaN values, which become 0.
 template <class Input, class Group>
 SGMIM_HOST_DEVICE void standardize_plane(
     const Group& group, const typename Input::Raw* x, uint32_t n, uint32_t* counts, float* y, int64_t* nonfinite) {
@@ -120,7 +121,7 @@ SGMIM_HOST_DEVICE void standardize_plane(
   }
 
   const double origin = value_of(low.bits), spread = value_of(high.bits) - origin;
-  double mean = 0, variance = 0;  // of the differences from the lower end
+  double mean = 0, variance = 0;  // of the kept values minus `origin`
   if (low.bits != high.bits) {
     double sum = 0, squares = 0;
     each(group, x, n, [&](uint32_t, typename Input::Raw raw) {
@@ -132,7 +133,7 @@ SGMIM_HOST_DEVICE void standardize_plane(
         squares += difference * difference;
       }
     });
-    const double copies = high.rank + 1;  // of the upper end that are kept; those of the lower end add nothing
+    const double copies = high.rank + 1;  // kept values equal to the upper one; those equal to the lower one add 0
     mean = (group.sum(sum) + copies * spread) / kept;
     variance = (group.sum(squares) + copies * spread * spread - kept * mean * mean) / (kept - 1);
   }

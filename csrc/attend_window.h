@@ -17,8 +17,8 @@
 //   mma<T>(c, a, b0, b1)              m16n8k16: c (16, 8) += a (16, 16) . b (16, 8), fragments as in the PTX ISA
 //   pack<T>(x, y)                     two numbers rounded to T, x in the lower half
 //   exp2(x), reciprocal(x)            2^x and 1 / x, to the last place or two
-//   anew(x)                           returns x, opaque to the compiler, so that it does not keep what it derives from x
-//                                     in registers from one window to the next
+//   anew(x)                           returns x, opaque to the compiler: nothing that it derives from x is kept in
+//                                     registers from one window to the next
 //   copy(to, from, there)             starts to copy 16 bytes into the group's memory; zeros if not `there`
 //   wait()                            waits for this thread's copies
 #pragma once

@@ -1,5 +1,5 @@
-// The GPU twin of csrc/cpu/gather_patches.cpp: wanted cells of an NCHW tensor to packed patch rows, and back.
-// patch_copy.h holds the body of the kernel; the tests run the same body on the host.
+// CUDA version of csrc/cpu/gather_patches.cpp: copies the listed cells of an NCHW tensor to packed patch rows, and
+// back. patch_copy.h has the device functions, which the tests also run on the host.
 #include <cassert>
 #include <type_traits>
 
@@ -13,13 +13,13 @@ namespace {
 
 constexpr uint32_t THREADS = 256;
 
-// The threads of one row of a block.
+// The threads of one row (threadIdx.y) of a block.
 struct BlockRow {
   __device__ int32_t rank() const { return static_cast<int32_t>(threadIdx.x); }
   __device__ int32_t size() const { return static_cast<int32_t>(blockDim.x); }
 };
 
-// Registers: 42 to 74. No shared memory. Reads and writes each wanted value once, and a number per cell.
+// Registers: 42 to 74. No shared memory. Reads and writes each listed value once, and reads an index per packed row.
 template <class Access>
 __global__ void __launch_bounds__(THREADS) pack_patches(
     CellGrid grid, const int64_t* cells, int64_t count, int64_t packed_rows, const typename Access::Element* tensor,
@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(THREADS) pack_patches(
   }
 }
 
-// Registers: 48 to 102. No shared memory. Reads the packed values once, writes every pixel once, and 8 bytes per cell
-// with two reads of as many.
+// Registers: 48 to 102. No shared memory. Reads the packed values once and writes every pixel once. For each cell it
+// writes 8 bytes of the inverse, and reads as many twice.
 template <class Access>
 __global__ void __launch_bounds__(THREADS, 2) unpack_patches(
     CellGrid grid, const int64_t* rows, int64_t count, int64_t cells, int32_t lanes, int64_t* inverse,
@@ -42,14 +42,14 @@ __global__ void __launch_bounds__(THREADS, 2) unpack_patches(
   fill_cells<Access>(LaunchGroup{}, grid, rows, count, cells, lanes, inverse, packed, tensor);
 }
 
-// A power of two of threads, 32 at most, as many as have something to do.
+// Returns the smallest power of two of threads, at most 32, that is not below the number of accesses.
 inline uint32_t threads_for(int32_t accesses) {
   uint32_t threads = 1;
   while (threads < WARP && static_cast<int32_t>(threads) < accesses) threads *= 2;
   return threads;
 }
 
-// The tensors of one call. `inverse` comes with the way back alone.
+// The tensors of one call. `inverse` is null in the forward.
 struct Copy {
   CellGrid grid;
   Tensor tensor, rows, packed;
@@ -121,15 +121,15 @@ void copy(
   Copy{grid, tensor, rows, packed, inverse, cells}.run();
 }
 
-// input (B, C, H, W) of any strides; rows (n,) int64 numbers of cells; out (n * side * side, C * patch * patch).
+// input: (B, C, H, W) with any strides; rows: (n,) int64 indices of cells; out: (n * side * side, C * patch * patch).
 void gather_patches(
     const Tensor& input, const Tensor& rows, const Tensor& out, int64_t cell, int64_t patch, bool zorder) {
   copy(input, rows, out, nullptr, cell, patch, zorder);
 }
 
-// Every pixel of grad_input is written. inverse (cells,) int64 is memory to work in. The rows may stand in any order,
-// so a cell finds its row through their inverse, which the launch makes before its blocks meet: no fill, no second
-// launch.
+// Writes every pixel of grad_input. inverse (cells,), int64: workspace. The rows may be in any order, so each cell
+// finds its row through their inverse. The kernel computes the inverse before a barrier across blocks, so that neither
+// a fill nor a second launch is needed.
 void gather_patches_backward(
     const Tensor& grad_out, const Tensor& rows, const Tensor& inverse, const Tensor& grad_input, int64_t cell,
     int64_t patch, bool zorder) {

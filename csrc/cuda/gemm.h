@@ -1,4 +1,4 @@
-// Gemms of matrices in shared memory, and what goes with them: dtypes and alignment.
+// A block with gemms of matrices in shared memory, dispatch over dtypes, and a check of alignment.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,7 +13,7 @@
 
 namespace sgmim {
 
-// A block whose gemms run on tensor cores, a 16 x 16 tile per warp, or for float32 in full precision beside them.
+// A block whose gemms use tensor cores, a 16 x 16 tile per warp, or, for float32, CUDA cores in full precision.
 struct GemmGroup : BlockGroup {
   template <bool ta, bool tb, class T>
   __device__ void gemm(
@@ -48,7 +48,7 @@ struct GemmGroup : BlockGroup {
   }
 };
 
-// Calls body(float{}), body(__half{}) or body(__nv_bfloat16{}) for the dtype of a matrix on a GPU.
+// Calls body(float{}), body(__half{}) or body(__nv_bfloat16{}), according to the dtype of a matrix on a GPU.
 template <class Body>
 void dispatch_float(const Tensor& tensor, const char* name, const Body& body) {
   SGMIM_CHECK(tensor.is_cuda() && tensor.dim() == 2, name, " must be on a GPU, (rows, channels)");

@@ -1,5 +1,5 @@
-// The groups of threads that the bodies run on: a warp, a block, or a whole launch. csrc/group.h says what they
-// promise.
+// The groups of threads that the device functions run on: a warp, a block, or all threads of a launch. csrc/group.h
+// documents their interface.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -10,7 +10,7 @@ namespace sgmim {
 
 constexpr uint32_t WARP = 32, EVERY_LANE = 0xffffffffu;
 
-// Sum of the values of the lower lanes; total: of all lanes.
+// Returns the sum of the values of the lower lanes; total: the sum over all lanes.
 __device__ inline uint32_t scan_warp(uint32_t value, uint32_t& total) {
   const uint32_t lane = threadIdx.x % WARP;
   uint32_t inclusive = value;
@@ -23,7 +23,7 @@ __device__ inline uint32_t scan_warp(uint32_t value, uint32_t& total) {
   return inclusive - value;
 }
 
-// In each step both lanes of a pair add the same two numbers, so all lanes end with the same bits.
+// In each step both lanes of a pair add the same two numbers, so all lanes get the same bits.
 __device__ inline double sum_warp(double value) {
 #pragma unroll
   for (uint32_t step = WARP / 2; step > 0; step /= 2) value += __shfl_xor_sync(EVERY_LANE, value, step);
@@ -40,9 +40,9 @@ struct WarpGroup {
   __device__ void add(uint32_t* counter, uint32_t n) const { atomicAdd(counter, n); }
 };
 
-// All threads of a block, numbered along x, a multiple of 32 of them.
+// All threads of a block, numbered along x; their number is a multiple of 32.
 struct BlockGroup {
-  double* scratch;  // shared memory, 32 numbers: one per warp, free at every call
+  double* scratch;  // shared memory for 32 numbers, one per warp; not used between calls
 
   __device__ int32_t rank() const { return threadIdx.x; }
   __device__ int32_t size() const { return blockDim.x; }
@@ -57,7 +57,7 @@ struct BlockGroup {
       before += warp < threadIdx.x / WARP ? totals[warp] : 0;
       total += totals[warp];
     }
-    __syncthreads();  // the next call writes the scratch again
+    __syncthreads();  // the next call overwrites scratch
     return before;
   }
   __device__ double sum(double value) const {
@@ -72,7 +72,7 @@ struct BlockGroup {
   __device__ void add(uint32_t* counter, uint32_t n) const { atomicAdd(counter, n); }
 };
 
-// All threads of a launch by launch_together().
+// All threads of a cooperative launch, see launch_together().
 struct LaunchGroup {
   __device__ int32_t rank() const { return blockIdx.x * blockDim.x + threadIdx.x; }
   __device__ int32_t size() const { return gridDim.x * blockDim.x; }

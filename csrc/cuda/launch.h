@@ -1,5 +1,5 @@
-// What every CUDA launcher needs: the device guard, torch's current stream, checks of raw memory, and a launch whose
-// errors name what is wrong.
+// Utilities of the CUDA launchers: the device guard, torch's current stream, checks of tensors, and launches with clear
+// error messages.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,7 +15,7 @@ namespace sgmim {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-// Makes the tensors' GPU the current one until it goes out of scope; every launcher needs one.
+// Makes the tensors' GPU the current device until it goes out of scope. Every launcher needs one.
 using torch::stable::accelerator::DeviceGuard;
 
 inline cudaStream_t current_stream(const Tensor& tensor) {
@@ -29,7 +29,7 @@ T* pointer(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
-// A contiguous tensor of `count` values of a dtype, on the GPU of `other`.
+// Checks that a tensor is contiguous, has `count` values of a dtype, and is on the GPU of `other`.
 inline void check_packed(const Tensor& tensor, const char* name, ScalarType type, const Tensor& other, int64_t count) {
   SGMIM_CHECK(
       tensor.is_cuda() && tensor.get_device_index() == other.get_device_index(), name, " must be on GPU ",
@@ -51,7 +51,8 @@ inline int device_attribute(cudaDeviceAttr attribute, const Tensor& tensor) {
 #define SGMIM_TEXT(...) SGMIM_TEXT_(__VA_ARGS__)
 #define SGMIM_TEXT_(...) #__VA_ARGS__
 
-// The error of a GPU that the library has no code for. Python looks first (backends.py); this is for other callers.
+// Raises a clear error for a GPU that the library has no code for. Python checks this first (backends.py), so this is
+// for other callers.
 inline void check_architecture(cudaError_t error, const Tensor& tensor) {
   if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorUnsupportedPtxVersion) return;
   cudaGetLastError();
@@ -62,7 +63,7 @@ inline void check_architecture(cudaError_t error, const Tensor& tensor) {
       SGMIM_TEXT(__CUDA_ARCH_LIST__), "; install sgmim_fast again with TORCH_CUDA_ARCH_LIST naming it");
 }
 
-// Bytes of shared memory that a block of this kernel can ask for beyond the kernel's own variables.
+// Returns the bytes of dynamic shared memory that a block of this kernel can request.
 template <class... Parameters>
 int64_t most_dynamic_memory(void (*kernel)(Parameters...), const Tensor& tensor) {
   cudaFuncAttributes attributes;
@@ -73,7 +74,7 @@ int64_t most_dynamic_memory(void (*kernel)(Parameters...), const Tensor& tensor)
          static_cast<int64_t>(attributes.sharedSizeBytes);
 }
 
-// Lets the kernel's blocks have `memory` bytes of shared memory beyond its own variables.
+// Allows the kernel's blocks `memory` bytes of dynamic shared memory.
 template <class... Parameters>
 void allow_memory(void (*kernel)(Parameters...), int64_t memory, const Tensor& tensor) {
   if (memory == 0) return;
@@ -87,8 +88,8 @@ inline void check_launch(cudaError_t error, const Tensor& tensor) {
   STD_CUDA_CHECK(error);
 }
 
-// Launches the kernel on the current stream of the tensor's GPU, which a DeviceGuard has made the current one.
-// memory: bytes of shared memory beyond the kernel's own variables.
+// Launches the kernel on the current stream of the tensor's GPU, which a DeviceGuard has made the current device.
+// memory: bytes of dynamic shared memory.
 template <class... Parameters, class... Arguments>
 void launch(
     void (*kernel)(Parameters...), int64_t blocks, dim3 threads, int64_t memory, const Tensor& tensor,
@@ -99,8 +100,8 @@ void launch(
   check_launch(cudaGetLastError(), tensor);
 }
 
-// The same for a kernel whose blocks meet (LaunchGroup::sync), which all have to be on the GPU at once for that: as
-// many as `blocks` or as it holds, so the kernel loops over its work.
+// Cooperative launch, for a kernel with barriers across blocks (LaunchGroup::sync), which must all be resident at once.
+// It has at most `blocks` blocks, and no more than the GPU holds, so the kernel loops over its work.
 template <class... Parameters, class... Arguments>
 void launch_together(
     void (*kernel)(Parameters...), int64_t blocks, uint32_t threads, int64_t memory, const Tensor& tensor,

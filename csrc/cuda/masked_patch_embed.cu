@@ -1,5 +1,6 @@
-// The GPU twin of csrc/cpu/masked_patch_embed.cpp: embedded patches and mask tokens to their places, and back, one
-// launch each; a warp per row. place_tokens.h holds the bodies; the tests run them on the host.
+// CUDA version of csrc/cpu/masked_patch_embed.cpp: writes embedded patches and mask tokens to their rows, and the
+// backward; one launch each, with a warp per row. place_tokens.h has the device functions, which the tests also run on
+// the host.
 #include "cuda/groups.h"
 #include "cuda/launch.h"
 #include "cuda/gemm.h"
@@ -9,10 +10,10 @@ namespace sgmim {
 
 namespace {
 
-constexpr uint32_t WARPS = 8;              // of a block, at most
-constexpr int64_t MOST_MEMORY = 96 << 10;  // bytes of a block: within what every GPU since compute capability 8.0 has
+constexpr uint32_t WARPS = 8;              // most warps of a block
+constexpr int64_t MOST_MEMORY = 96 << 10;  // bytes per block: available on all GPUs from compute capability 8.0 on
 
-// Warps of a block of the backward, each with sums of its own in shared memory; 0 if not one fits.
+// Returns the warps of a block of the backward, each of which has sums of its own in shared memory; 0 if not one fits.
 int32_t warps_for(int64_t width) {
   int32_t warps = WARPS;
   while (warps > 0 && warps * SUMS * width * int64_t{sizeof(float)} > MOST_MEMORY) warps /= 2;
@@ -24,16 +25,16 @@ __device__ inline Turn warp_of_launch() {
   return {int64_t{blockIdx.x} * warps + threadIdx.x / WARP, int64_t{gridDim.x} * warps};
 }
 
-// Registers: 47 to 110. No shared memory. Reads the embedded rows once (the norm twice more, of the first-level cache),
-// writes every row of the result, and for each row 8 bytes of inverse with two reads of as many.
+// Registers: 47 to 110. No shared memory. Reads the embedded rows once (the norm twice more, from L1) and writes every
+// row of the result. For each row it writes 8 bytes of the inverse, and reads as many twice.
 template <int32_t MANY, class T>
 __global__ void __launch_bounds__(WARPS * WARP, 2) place(Tokens<T> tokens, const float* token, T* out) {
   place_tokens<MANY>(WarpGroup{}, warp_of_launch(), LaunchGroup{}, tokens, token, out);
 }
 
-// Registers: 63 to 91. Shared memory: 16 * width bytes per warp.
-// Reads the gradient once and the embedded rows of a norm (again from the first-level cache), writes dembedded, and at
-// most 512 times 16 * width bytes of sums, which it reads once.
+// Registers: 63 to 91. Shared memory: 16 * width bytes per warp. Reads the gradient once, and the embedded rows if
+// there is a norm (a second time from L1). Writes dembedded, and at most 512 times 16 * width bytes of sums, which it
+// reads once.
 template <int32_t MANY, class T>
 __global__ void __launch_bounds__(WARPS * WARP, 2)
     take(Tokens<T> tokens, const T* dout, T* dembedded, float* partials, float* sums) {
@@ -44,7 +45,7 @@ __global__ void __launch_bounds__(WARPS * WARP, 2)
       partials, sums, memory);
 }
 
-// Checks what both passes have, and describes it. all: out or its gradient, (rows, width).
+// Checks the tensors that both passes share, and collects them. all: out or its gradient, (rows, width).
 template <class T>
 Tokens<T> describe(
     const std::optional<Tensor>& embedded, const Tensor& visible, const Tensor& inverse,
@@ -78,7 +79,8 @@ bool wide(const Tokens<T>& tokens, std::initializer_list<const void*> others) {
   return tokens.width % (16 / sizeof(T)) == 0 && on_sixteen_bytes(others) && on_sixteen_bytes({tokens.embedded});
 }
 
-// embedded (n, width) and out (rows, width) of one dtype; token, weight, bias (width,), statistics (2, n) float32.
+// embedded (n, width) and out (rows, width) have one dtype. token, weight, bias (width,) and statistics (2, n) are
+// float32.
 void run_place(
     const Tensor& embedded, const Tensor& visible, const Tensor& inverse, const Tensor& token,
     const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps, const Tensor& out,
@@ -103,8 +105,9 @@ void run_place(
   });
 }
 
-// dout (rows, width), embedded and dembedded (n, width) of one dtype; sums (4, width) float32: of the gradients of the
-// token, the norm's weight and bias (zeros where there is none) and of dembedded. partials (parts, 4, width) float32.
+// dout (rows, width), embedded and dembedded (n, width) have one dtype. sums (4, width), float32: gradients of the mask
+// token, norm weight and norm bias (zeros without a norm), and column sums of dembedded. partials (parts, 4, width),
+// float32: workspace.
 void run_take(
     const Tensor& dout, const std::optional<Tensor>& embedded, const Tensor& visible, const Tensor& inverse,
     const std::optional<Tensor>& weight, const std::optional<Tensor>& statistics, const Tensor& dembedded,
@@ -129,7 +132,7 @@ void run_take(
   });
 }
 
-// Parts of the sums over so many rows; -1 where rows of this width do not fit.
+// Returns the number of parts of the sums over `rows` rows, or -1 if rows of this width do not fit.
 int64_t place_tokens_parts(int64_t rows, int64_t width) { return warps_for(width) > 0 ? parts_of(rows) : -1; }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// The group of csrc/attend_window.h: a block of warps with the tensor cores' own instructions (compute capability 8.0
-// and newer), whose fragments, unlike those of nvcuda::wmma, have a layout that can be computed with.
+// The group of csrc/attend_window.h: a block of warps with the instructions of the tensor cores (compute capability 8.0
+// and later). Their fragments have a documented layout, unlike those of nvcuda::wmma, so kernels can compute on them.
 #pragma once
 
 #include <cuda_bf16.h>

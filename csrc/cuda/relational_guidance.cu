@@ -1,5 +1,6 @@
-// The attention of relational_guidance, forward and backward, one launch each: a block per 32 queries (and, in the
-// backward, per 32 keys) of one head of one image. attend.h holds the bodies; the tests run them on the host.
+// Attention of relational_guidance, forward and backward, one launch each: a block per 32 queries (and, in the
+// backward, per 32 keys) of one head of one image. attend.h has the device functions, which the tests also run on the
+// host.
 #include <cmath>
 
 #include "attend.h"
@@ -13,24 +14,24 @@ namespace {
 constexpr uint32_t THREADS = 128;
 
 // Registers: 75 to 150. Shared memory at depth 128: 52,480 bytes in half precision, 79,104 in float32.
-// Reads k and v once per block of queries, q once; writes out and lse.
+// Reads q once, and k and v once per block of queries; writes out and lse.
 template <class T>
 __global__ void __launch_bounds__(THREADS, 2) attention(Attention<T> a, int32_t parts) {
   extern __shared__ __align__(32) char memory[];
   const uint32_t head = blockIdx.x / parts;  // of all images
   const int32_t begin = static_cast<int32_t>(blockIdx.x % parts) * QUERIES;
   const Place place = place_of(a, head / a.heads, static_cast<int32_t>(head % a.heads));
-  if (begin >= place.queries) return;  // the whole block
+  if (begin >= place.queries) return;  // all threads of the block
   ForwardTiles<T> tiles;
   tiles.lay_out(memory, a.depth);
   attend(GemmGroup{}, a, place, begin, tiles);
 }
 
-// As many blocks as the GPU holds at once. When all are done they meet, and sum the hidden cells' key and value over
-// the images, in an order that the number of blocks does not change.
-// Registers: 80 to 139. Shared memory at depth 128: 84,224 bytes in half precision, 121,088 in float32.
-// Reads q, dout and out once per block of keys, k and v once per block of queries; writes dq, dk, dv, and of every
-// image two rows of float32, which it reads once.
+// Has as many blocks as the GPU holds at once. After a barrier across blocks they sum the gradients of the hidden key
+// and value over the images, in an order that does not depend on the number of blocks. Registers: 80 to 139. Shared
+// memory at depth 128: 84,224 bytes in half precision, 121,088 in float32. Reads q, dout and out once per block of
+// keys, and k and v once per block of queries. Writes dq, dk and dv, and per image two rows of float32, which it reads
+// once.
 template <class T>
 __global__ void __launch_bounds__(THREADS, 1) attention_backward(Attention<T> a) {
   extern __shared__ __align__(32) char memory[];
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(THREADS, 1) attention_backward(Attention<T> a)
   attend_backward(GemmGroup{}, LaunchGroup{}, a, blockIdx.x, gridDim.x, tiles);
 }
 
-// Checks the tensors that both passes have, and describes them.
+// Checks the tensors that both passes share, and collects them.
 template <class T>
 Attention<T> describe(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
@@ -90,7 +91,7 @@ void attention_forward(
   });
 }
 
-// hidden_sums (2, images, C) float32 is memory to work in.
+// hidden_sums (2, images, C), float32: workspace.
 void attention_gradients(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
     const Tensor& visible_offsets, const Tensor& shown_offsets, const Tensor& dq, const Tensor& dk, const Tensor& dv,

@@ -1,5 +1,5 @@
-// Draws the masks of a batch and lists their rows, in one launch: a warp per image where images are small, else a block.
-// draw_mask.h holds the body; the tests run it on the host.
+// Draws the masks of a batch and lists their rows in one launch, with a warp per image if images are small, else with a
+// block. draw_mask.h has the device function, which the tests also run on the host.
 #include "cuda/groups.h"
 #include "cuda/launch.h"
 #include "draw_mask.h"
@@ -8,14 +8,14 @@ namespace sgmim {
 
 namespace {
 
-constexpr uint32_t WARPS = 4;         // images per block, if each has a warp
-constexpr int64_t WARP_CELLS = 1024;  // an image up to here gets a warp
-constexpr uint32_t BLOCK = 512;       // threads of an image that gets a block
+constexpr uint32_t WARPS = 4;         // warps, and images, of a block of draw_by_warps
+constexpr int64_t WARP_CELLS = 1024;  // most cells of an image that is drawn by a warp
+constexpr uint32_t BLOCK = 512;       // threads of a block that draws one image
 
 struct MaskBatch {
   MaskGrid grid;
   int64_t images;
-  int64_t masked;  // units per image, or -1: the offsets of the masked rows are there already and tell
+  int64_t masked;  // masked units per image, or -1: given by masked_offsets, which are an input then
   const int64_t* seed;
   bool* mask;
   int64_t *masked_rows, *masked_offsets, *visible_rows, *visible_offsets;
@@ -44,24 +44,25 @@ __device__ void draw_image(const Group& group, const MaskBatch& batch, int64_t i
       batch.mask + image * cells, batch.masked_rows, batch.visible_rows);
 }
 
-// Both kernels write 9 bytes per cell and 16 per image, and read 16 bytes of seed; latency decides the time.
+// Both kernels write 9 bytes per cell and 16 per image, and read 16 bytes of seed. They are bound by latency.
 // Shared memory: 1036 + 4 * units bytes per image. Registers: 36 to 48.
 
 __global__ void __launch_bounds__(WARPS * WARP) draw_by_warps(MaskBatch batch) {
   extern __shared__ uint32_t memory[];
   const int64_t image = int64_t{blockIdx.x} * WARPS + threadIdx.x / WARP;
-  if (image >= batch.images) return;  // the whole warp
+  if (image >= batch.images) return;  // all lanes of the warp
   draw_image(WarpGroup{}, batch, image, memory + threadIdx.x / WARP * mask_memory(batch.grid));
 }
 
-// 256 bytes of shared memory more.
+// Uses 256 more bytes of shared memory.
 __global__ void __launch_bounds__(BLOCK) draw_by_blocks(MaskBatch batch) {
   extern __shared__ uint32_t memory[];
   __shared__ double scratch[WARP];
   draw_image(BlockGroup{scratch}, batch, blockIdx.x, memory);
 }
 
-// masked: units per image, or -1 with masked_offsets (images + 1,) filled in. mask (images, gh * scale, gw * scale).
+// masked: masked units per image, or -1 if masked_offsets, (images + 1,), is an input. mask: (images, gh * scale,
+// gw * scale).
 void selective_mask(
     const Tensor& seed, int64_t masked, int64_t gh, int64_t gw, int64_t scale, const Tensor& mask,
     const Tensor& visible, const Tensor& visible_offsets, const Tensor& masked_rows, const Tensor& masked_offsets) {

@@ -1,6 +1,6 @@
-// The trimmed standardisation of structure maps, a block per map, in one launch. A map that fits is read once into
-// shared memory; of a larger one the six passes read the L2.
-// standardize_plane.h holds the body; the tests run it on the host.
+// Trimmed standardisation of structure maps in one launch, with a block per map. A map that fits shared memory is read
+// once; for a larger one the six passes read L2.
+// standardize_plane.h has the device function, which the tests also run on the host.
 #include "cuda/groups.h"
 #include "cuda/launch.h"
 #include "standardize_plane.h"
@@ -9,7 +9,7 @@ namespace sgmim {
 
 namespace {
 
-// Copies a map into shared memory, 16 bytes at a time where the map begins and ends on such a boundary.
+// Copies a map into shared memory, 16 bytes at a time if its address and size are multiples of 16.
 template <class Raw>
 __device__ void load_plane(const Raw* x, uint32_t n, Raw* copy) {
   const uint64_t bytes = n * sizeof(Raw);
@@ -54,7 +54,7 @@ void run(const Tensor& input, const Tensor& output, const Tensor& nonfinite) {
       fits ? bytes : 0, input, pointer<const Raw>(input), pointer<float>(output), pointer<int64_t>(nonfinite), n);
 }
 
-// input (planes, n) float32, bfloat16, float16 or uint16; output (planes, n) float32; nonfinite (planes,) int64.
+// input: (planes, n) float32, bfloat16, float16 or uint16; output: (planes, n) float32; nonfinite: (planes,) int64.
 void standardize_structure(const Tensor& input, const Tensor& output, const Tensor& nonfinite) {
   SGMIM_CHECK(input.is_cuda() && input.dim() == 2, "the maps must be on a GPU, (planes, values)");
   const int64_t planes = input.size(0), n = input.size(1);

@@ -1,5 +1,5 @@
-// The attention of window_attention, forward and backward, one launch each beside the one that spreads the bias: a
-// block per head and group of windows. attend_window.h holds the bodies; the tests run them on the host.
+// Attention of window_attention, forward and backward, one launch each after the one that spreads the bias, with a
+// block per head and group of windows. attend_window.h has the device functions, which the tests also run on the host.
 #include "attend_window.h"
 #include "cuda/gemm.h"
 #include "cuda/mma.h"
@@ -8,7 +8,7 @@ namespace sgmim {
 
 namespace {
 
-// Blocks that a multiprocessor's registers are to hold: 168 for each thread, 96 or 128 in the forward.
+// Blocks per multiprocessor that registers must allow: at most 168 registers per thread, 96 or 128 in the forward.
 template <int32_t TILES, int32_t DEPTH, bool BACKWARD>
 constexpr int32_t BLOCKS = (BACKWARD ? 12 : DEPTH == 32 ? 20 : 16) / TILES;
 
@@ -20,7 +20,7 @@ __global__ void spread(
   out[at] = spread_bias(bias, index, entries, heads, tiles, n, at);
 }
 
-// Reads every window's rows once, and the bias, which the L1 or L2 has, for each; writes the result once.
+// Reads every window's rows once, and for each window the bias, from L1 or L2; writes the result once.
 template <class T, int32_t TILES, int32_t DEPTH, bool BACKWARD>
 __global__ void __launch_bounds__(WARP * TILES, (BLOCKS<TILES, DEPTH, BACKWARD>))
     window_attention(const __grid_constant__ WindowCall<T> a) {
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(WARP * TILES, (BLOCKS<TILES, DEPTH, BACKWARD>)
 
 int64_t tiles_of(int64_t tokens) { return tokens <= 48 ? 3 : tokens <= 64 ? 4 : 9; }
 
-// body(tiles, depth) with constants: above 64 tokens registers hold no more than 32 channels of a head.
+// Calls body(tiles, depth) with constants. Above 64 tokens registers hold no more than 32 channels of a head.
 template <class Body>
 auto with_shape(int64_t tokens, int64_t depth, const Body& body) {
   SGMIM_CHECK(
@@ -48,7 +48,7 @@ auto with_shape(int64_t tokens, int64_t depth, const Body& body) {
   return tokens > 48 ? with_tiles(integral_constant<int32_t, 4>{}) : with_tiles(integral_constant<int32_t, 3>{});
 }
 
-// Bytes of shared memory of a block.
+// Returns the bytes of shared memory of a block.
 int64_t memory_of(int64_t tokens, int64_t depth, bool backward) {
   return with_shape(tokens, depth, [&](auto tiles, auto d) -> int64_t {
     return backward ? sizeof(WindowMemory<uint16_t, tiles.value, d.value, true>)
@@ -56,7 +56,8 @@ int64_t memory_of(int64_t tokens, int64_t depth, bool backward) {
   });
 }
 
-// Blocks that a multiprocessor with so many bytes of shared memory holds; a block takes 1 KB more than it asks for.
+// Returns the number of blocks that a multiprocessor with `memory` bytes of shared memory holds. Each takes 1 KB more
+// than it requests.
 int64_t blocks_of(int64_t tokens, int64_t depth, bool backward, int64_t memory) {
   const int64_t most = with_shape(tokens, depth, [&](auto tiles, auto d) -> int64_t {
     return backward ? BLOCKS<tiles.value, d.value, true> : BLOCKS<tiles.value, d.value, false>;
@@ -64,7 +65,7 @@ int64_t blocks_of(int64_t tokens, int64_t depth, bool backward, int64_t memory) 
   return std::min(most, memory / (memory_of(tokens, depth, backward) + 1024));
 }
 
-// Numbers of the spread bias of all heads.
+// Returns the size of the spread bias of all heads.
 int64_t spread_numbers(int64_t tokens, int64_t heads) { return spread_size(heads, tiles_of(tokens)); }
 
 using Maybe = std::optional<Tensor>;
@@ -76,9 +77,9 @@ P* maybe_pointer(const Maybe& tensor, const char* name, ScalarType type, const T
   return static_cast<P*>(tensor->data_ptr());
 }
 
-// Spreads the bias and runs one of the two passes. bias (entries, heads), or (heads, tokens, tokens) if there is no
-// index, and logit_scale float32; pad as a row of qkv; each: windows of a group, of which there are `groups`.
-// backward: what it has beside; the call's other pointers are those of its tensors.
+// Spreads the bias and runs one of the two passes. bias: (entries, heads), or (heads, tokens, tokens) without an index;
+// logit_scale: (heads,); both float32. pad: like a row of qkv. The windows are divided into `groups` groups of equal
+// size. rest(call): sets the pointers that only this pass uses.
 template <bool BACKWARD, class Rest>
 void run(
     const Tensor& qkv, const Maybe& bias, const Maybe& index, const Maybe& logit_scale, const Maybe& pad, int64_t heads,
@@ -153,7 +154,8 @@ void run_forward(
       [&](auto& a) { a.out = static_cast<decltype(a.out)>(out.data_ptr()); });
 }
 
-// dbias (groups, heads, tokens, tokens), dscale (groups, heads) and dpad (groups, 3 * channels) float32: parts of sums.
+// dbias (groups, heads, tokens, tokens), dscale (groups, heads) and dpad (groups, 3 * channels), float32: partial sums
+// per group.
 void run_backward(
     const Tensor& dout, const Tensor& qkv, const Maybe& bias, const Maybe& index, const Maybe& logit_scale,
     const Maybe& pad, int64_t heads, int64_t window_h, int64_t window_w, int64_t shift_h, int64_t shift_w,

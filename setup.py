@@ -3,25 +3,25 @@
 ``sgmim_fast/_C``       csrc/cpu/*.cpp; needs a C++17 compiler (gcc or clang)
 ``sgmim_fast/_C_cuda``  csrc/cuda/*.cu; needs a CUDA toolkit too, of the major version that torch is built for
 
-Both use the LibTorch stable ABI and nothing of Python's C API, so one binary serves every Python and every torch from
-2.10 on; ``torch.ops.load_library`` loads them. The compilers are called directly, and torch is not imported here. What
-is left out, and why, goes to ``sgmim_fast/_build_info.json``, which ``python -m sgmim_fast.env`` reads.
+Both use the LibTorch stable ABI and no Python C API, so one binary works with every Python and every torch from 2.10
+on; ``torch.ops.load_library`` loads them. This script calls the compilers directly and does not import torch. It writes
+which library is left out, and why, to ``sgmim_fast/_build_info.json``, which ``python -m sgmim_fast.env`` reads.
 
 Environment variables:
 SGMIM_FAST_NO_EXT=1     build nothing, install pure Python
 SGMIM_FAST_NO_CUDA=1    leave the CUDA library out
-SGMIM_FAST_SANITIZE=1   CPU library with AddressSanitizer and UBSan (=thread: with ThreadSanitizer), no CUDA library. It
-                        is meant to go elsewhere:
+SGMIM_FAST_SANITIZE=1   CPU library with AddressSanitizer and UBSan (=thread: with ThreadSanitizer), no CUDA library.
+                        Build it into a folder of its own:
                         SGMIM_FAST_SANITIZE=1 python setup.py build_ext --build-lib DIR --build-temp DIR/objects;
                         to use it, preload libasan.so and set SGMIM_FAST_LIBRARY=DIR/sgmim_fast/_C.abi3.so
-CXX, CXXFLAGS, LDFLAGS  C++ compiler (default: the first of c++, g++, clang++) and flags added to the ones below
+CXX, CXXFLAGS, LDFLAGS  C++ compiler (default: the first of c++, g++, clang++), and additional flags
 CUDA_HOME, CUDA_PATH    the toolkit (default: nvcc on PATH, which may be a wrapper script, then /usr/local/cuda*)
-TORCH_CUDA_ARCH_LIST    default "8.0;9.0;10.0+PTX", less what the toolkit does not know; of an editable installation
-                        only what the GPUs that nvidia-smi sees need
-MAX_JOBS                compilers that run at a time (default: number of cores)
+TORCH_CUDA_ARCH_LIST    default "8.0;9.0;10.0+PTX" without what the toolkit does not know; for an editable installation
+                        only the architectures of the GPUs that nvidia-smi lists
+MAX_JOBS                number of compilers that run in parallel (default: number of cores)
 
-Objects of an earlier build whose sources, headers, flags and torch are the same are used again. `pip install -v` shows
-what is being compiled.
+Objects of an earlier build are reused if their sources, the headers, the flags and torch have not changed.
+`pip install -v` shows what is compiled.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 HEADERS = glob("csrc/**/*.h", recursive=True)
-# 2.10 in the bytes major, minor, patch, ...: hides whatever torch 2.10 does not have.
+# Version 2.10, a byte each for major, minor, patch, ...: hides whatever torch 2.10 does not have.
 FLAGS = ["-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Icsrc"]
 
 
@@ -57,31 +57,32 @@ def is_set(name: str) -> bool:
 
 
 SANITIZERS = "thread" if os.environ.get("SGMIM_FAST_SANITIZE") == "thread" else "address,undefined"
-# null pointers and those outside of a block are what AddressSanitizer sees, and checking them twice compiles for long
+# AddressSanitizer detects null pointers and accesses outside of a block; checking them twice takes long to compile.
 UNCHECKED = [] if SANITIZERS == "thread" else ["-fno-sanitize=null,pointer-overflow"]
 SANITIZE = [f"-fsanitize={SANITIZERS}", *UNCHECKED] if is_set("SGMIM_FAST_SANITIZE") else []
-# instruction sets that the sanitized tests do not run on this machine: each takes a quarter of the time to compile
+# Leaves out instruction sets that the sanitized tests do not run on this machine: each takes a quarter of the time to
+# compile.
 CPU = Path("/proc/cpuinfo")
 WIDEST = ["-DSGMIM_WIDEST_ONLY"] if CPU.exists() and "avx512_bf16" in CPU.read_text() else []
 FEWER = ["-DSGMIM_BASELINE_ONLY"] if SANITIZERS == "thread" else WIDEST
 
 
 def find_torch() -> Path | None:
-    """The folder of the torch to compile against; nothing is imported."""
+    """Returns the folder of the torch to compile against, without importing it."""
     spec = importlib.util.find_spec("torch")
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
 def torch_cuda() -> str | None:
-    """CUDA version of the torch that will run the library: the one installed here, which an isolated build hides, else
-    the one compiled against. None where that torch has no CUDA."""
+    """Returns the CUDA version of the torch that will run the library, or None if that torch has no CUDA: the one
+    installed here, which an isolated build hides, else the one to compile against."""
     installed = Path(sysconfig.get_path("platlib"), "torch")
     folder = installed if (installed / "version.py").is_file() else find_torch()
     return runpy.run_path(str(folder / "version.py"))["cuda"] if folder else None
 
 
 def find_compiler() -> tuple[list[str], str]:
-    """The C++ compiler's command, or [] and the reason why there is none."""
+    """Returns the C++ compiler's command, or [] and the reason why there is none."""
     if wanted := shlex.split(os.environ.get("CXX", "")):
         return (wanted, "") if shutil.which(wanted[0]) else ([], f"no C++ compiler: CXX={wanted[0]} is not found")
     found = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
@@ -89,7 +90,7 @@ def find_compiler() -> tuple[list[str], str]:
 
 
 def find_nvcc() -> tuple[str, str]:
-    """The path of nvcc, or "" and the reason why there is none."""
+    """Returns the path of nvcc, or "" and the reason why there is none."""
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if home := os.environ.get(name):
             nvcc = Path(home, "bin", "nvcc")
@@ -100,7 +101,7 @@ def find_nvcc() -> tuple[str, str]:
 
 
 def answer(*command: str) -> str:
-    """What a tool prints, "" if it fails."""
+    """Returns the standard output of a command, or "" if it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     return "" if done.returncode else done.stdout
 
@@ -110,18 +111,18 @@ def torch_version(torch: Path) -> str:
 
 
 def visible_gpus() -> list[str]:
-    """Compute capabilities of this machine's GPUs, such as ["9.0"]."""
+    """Returns the compute capabilities of this machine's GPUs, such as ["9.0"]."""
     query = ("--query-gpu=compute_cap", "--format=csv,noheader")
     found = answer("nvidia-smi", *query) if shutil.which("nvidia-smi") else ""
     return sorted(set(re.findall(r"^\d+\.\d+$", found, re.MULTILINE)), key=float)
 
 
 def architectures(nvcc: str) -> list[str]:
-    """Such as ["8.0", "9.0+PTX"]."""
+    """Returns the architectures to compile for, such as ["8.0", "9.0+PTX"]."""
     if wanted := re.findall(r"[^;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "")):
         return wanted
     known = answer(nvcc, "--list-gpu-code").split()
-    # a wheel may go elsewhere
+    # This machine's GPUs matter for editable installations alone: a wheel may be used elsewhere.
     here = visible_gpus() if {"editable_wheel", "develop", "--inplace", "-i"} & set(sys.argv) else []
     if here and all(float(arch) >= 8 and "sm_" + arch.replace(".", "") in known for arch in here):
         return here
@@ -130,7 +131,7 @@ def architectures(nvcc: str) -> list[str]:
 
 
 def gencode(arch: str) -> list[str]:
-    """nvcc's flags for one entry of `architectures`."""
+    """Returns nvcc's flags for one entry of `architectures`."""
     match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
     if not match:
         raise CompileError(f"TORCH_CUDA_ARCH_LIST has {arch!r}; expected numbers such as 9.0 or 9.0+PTX")
@@ -139,7 +140,7 @@ def gencode(arch: str) -> list[str]:
 
 
 def plan() -> dict[str, dict[str, str]]:
-    """For "cpu" and for "cuda" the tools to be used, or the reason under "skipped"."""
+    """Returns for "cpu" and for "cuda" the tools to use, or under "skipped" why the library is left out."""
     compiler, missing = find_compiler()
     if is_set("SGMIM_FAST_NO_EXT"):
         missing = "SGMIM_FAST_NO_EXT was set"
@@ -171,7 +172,7 @@ PLAN = plan()
 
 
 def record(folder: Path) -> None:
-    """Writes the build info into the package, and says in a line what is left out."""
+    """Writes the build info into the package, and prints which library is left out."""
     (folder / "_build_info.json").write_text(json.dumps(PLAN, indent=1) + "\n")
     if reason := PLAN["cpu"].get("skipped"):
         print(f"sgmim_fast: no native library is built: {reason}", file=sys.stderr)
@@ -180,7 +181,7 @@ def record(folder: Path) -> None:
 
 
 class BuildPy(build_py):
-    """Also removes the libraries of an earlier build, and records this one."""
+    """Also removes the libraries of an earlier build, and writes the build info."""
 
     def run(self) -> None:
         super().run()
@@ -191,7 +192,7 @@ class BuildPy(build_py):
 
 
 class BuildExt(build_ext):
-    """Compiles the sources side by side, each only if it, a header or the flags have changed, and links them."""
+    """Compiles the sources in parallel, each only if it, a header or the flags have changed, and links them."""
 
     def run(self) -> None:
         super().run()
@@ -199,7 +200,7 @@ class BuildExt(build_ext):
             record(Path("sgmim_fast"))
 
     def finalize_options(self) -> None:
-        # one place, whoever asks: what `pip install` has compiled is not compiled again by `build_ext --inplace`
+        # The same folder for every command, so that `build_ext --inplace` reuses the objects of `pip install`.
         self.build_temp = self.build_temp or str(Path("build", "objects"))
         super().finalize_options()
 
@@ -218,8 +219,8 @@ class BuildExt(build_ext):
             host = [nvcc, *(["-ccbin", *cxx] if len(cxx) == 1 else []), "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
             gpu = [option for arch in architectures(nvcc) for option in gencode(arch)]
             self.compilers[".cu"] = [*host, *include, "-DUSE_CUDA", "-O3", "-Xptxas=-v", *gpu]
-            # nvcc links, since it knows where its toolkit is. The CUDA runtime is linked in and hidden: the library
-            # then runs with any torch of that CUDA major version, whichever runtime torch brings.
+            # nvcc links, since it knows where its toolkit is. The CUDA runtime is linked statically and hidden, so that
+            # the library runs with any torch of that CUDA major version, whichever runtime torch ships.
             hide = ["-cudart", "static", "-Xlinker", "--exclude-libs=ALL"]
             self.linkers[".cu"] = ([*host, "-shared", *hide], [*libraries, "-ltorch_cuda"])
         self.all, self.compiled, self.begun = sum(len(ext.sources) for ext in self.extensions), 0, time.monotonic()
@@ -227,7 +228,7 @@ class BuildExt(build_ext):
             compiling = [(ext, pool.map(self.compile, ext.sources)) for ext in self.extensions]
             for ext, objects in compiling:
                 objects = list(objects)
-                if ext.sources[0].endswith(".cu"):  # what benchmarks/cuda_report.py reads
+                if ext.sources[0].endswith(".cu"):  # benchmarks/cuda_report.py reads this log
                     logs = (Path(o).with_suffix(".log").read_text() for o in objects)
                     Path(self.build_temp, "ptxas.log").write_text("".join(logs))
                 before, after = self.linkers[Path(ext.sources[0]).suffix]
@@ -237,7 +238,7 @@ class BuildExt(build_ext):
 
     def compile(self, source: str) -> str:
         command = [*self.compilers[Path(source).suffix], "-c", source, "-o"]
-        # other flags, other objects; of an isolated build torch is in another folder each time
+        # The key identifies flags and torch. Isolated builds change torch's folder, so its version replaces the path.
         key = shlex.join(command).replace(str(self.torch), torch_version(self.torch))
         folder = f"{zlib.crc32(key.encode()):08x}"
         target = Path(self.build_temp, folder, source).with_suffix(".o")

@@ -1,5 +1,5 @@
-// The bodies of the CUDA kernels with the host as the device. host_build.py compiles this file; it knows neither
-// torch nor CUDA.
+// Python module that runs the device functions of the CUDA kernels on the host. host_build.py compiles this file, which
+// needs neither torch nor CUDA.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -25,14 +25,14 @@ namespace {
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
-// A "group" of threads that never wait for each other, played one rank after another.
+// A "group" of threads without barriers: the tests run one rank after another.
 struct Rank {
   int32_t rank_, size_;
   int32_t rank() const { return rank_; }
   int32_t size() const { return size_; }
 };
 
-// A tensor and its packed cells, and the accesses that fit both: run(access, grid) with one of them.
+// A tensor and its packed cells. each() calls run(access, grid) with the access that fits both.
 template <class Element>
 struct Patches {
   sgmim::CellGrid grid;
@@ -46,7 +46,7 @@ struct Patches {
     inside = packed.mutable_data();
   }
 
-  // Returns how many pixels and channels an access moves.
+  // Returns the numbers of pixels and channels that an access copies.
   template <class Run>
   py::tuple each(const Run& run) const {
     using namespace sgmim;
@@ -91,7 +91,7 @@ py::tuple pack_patches(
   });
 }
 
-// inverse (cells,): with anything in it.
+// inverse (cells,): may have any content.
 template <class Element>
 py::tuple unpack_patches(
     py::array_t<Element> packed, py::array_t<int64_t> cells, Array<int64_t> inverse, py::array_t<Element> tensor,
@@ -107,7 +107,7 @@ py::tuple unpack_patches(
   });
 }
 
-// The key of each rank of `ranks`, and how many of its copies stand before that rank.
+// Returns the key of each rank of `ranks`, and the number of equal keys at lower ranks.
 py::tuple select_key(Array<uint32_t> keys, Array<uint32_t> ranks, int32_t threads) {
   Array<uint32_t> found(ranks.size()), before(ranks.size());
   std::vector<uint32_t> counts(sgmim::DIGITS + 2, 12345);
@@ -124,7 +124,7 @@ py::tuple select_key(Array<uint32_t> keys, Array<uint32_t> ranks, int32_t thread
   return py::make_tuple(found, before);
 }
 
-// The number of masked units before each unit, for keys given from outside.
+// Returns the number of masked units before each unit, for given keys.
 Array<uint32_t> count_masked(Array<uint32_t> keys, uint32_t masked, int32_t threads) {
   const uint32_t units = static_cast<uint32_t>(keys.size());
   Array<uint32_t> before(units + 1);
@@ -136,7 +136,8 @@ Array<uint32_t> count_masked(Array<uint32_t> keys, uint32_t masked, int32_t thre
   return before;
 }
 
-// mask (images, rows * scale, columns * scale); the lists of both sides are as long as they must be.
+// mask: (images, rows * scale, columns * scale). masked_rows and visible_rows have the length that follows from
+// `masked`.
 void draw_masks(
     uint64_t key0, uint64_t key1, Array<int64_t> masked, int32_t rows, int32_t columns, int32_t scale, Array<bool> mask,
     Array<int64_t> masked_rows, Array<int64_t> visible_rows, int32_t threads) {
@@ -156,7 +157,7 @@ void draw_masks(
   }
 }
 
-// x (planes, n) as stored, y (planes, n) float32, nonfinite (planes,).
+// x: (planes, n) in the storage type of Input; y: (planes, n) float32; nonfinite: (planes,).
 template <class Input>
 void standardize(Array<typename Input::Raw> x, Array<float> y, Array<int64_t> nonfinite, int32_t threads) {
   std::vector<uint32_t> counts(sgmim::PLANE_MEMORY, 12345);
@@ -175,7 +176,7 @@ Array<float> values(Array<typename Input::Raw> raw) {
   return result;
 }
 
-// bfloat16 as the bodies see it: converted by casts only.
+// bfloat16 for the device functions, which convert by casts only.
 struct Half {
   uint16_t bits;
   Half() = default;
@@ -186,7 +187,7 @@ struct Half {
   explicit operator float() const { return sgmim::BFloat16::value(bits); }
 };
 
-// NumPy has no bfloat16: its arrays hold the bits.
+// NumPy has no bfloat16, so its arrays contain the bits.
 template <class T>
 using Matrix = Array<std::conditional_t<sizeof(T) == 2, uint16_t, T>>;
 template <class T>
@@ -220,7 +221,7 @@ sgmim::Attention<T> describe(
   return a;
 }
 
-// Tiles in memory of their own, with NaN in it.
+// Tiles with memory of their own, filled with NaN.
 template <class Tiles>
 struct OwnTiles {
   Tiles tiles;
@@ -282,7 +283,8 @@ P* maybe(Array<std::remove_const_t<P>>& array) {
   return array.size() > 0 ? array.mutable_data() : nullptr;
 }
 
-// Every block after the other, its memory full of NaN; shape: tiles of 16 tokens, and depth of a head.
+// Runs one block after another, with memory filled with NaN. depth: of a head; the number of tiles follows from the
+// tokens.
 template <class T, bool BACKWARD>
 void walk_windows(const sgmim::WindowCall<T>& a, int32_t groups, int32_t depth, bool backwards) {
   const auto run = [&](auto tiles, auto d) {
@@ -315,7 +317,7 @@ void walk_windows(const sgmim::WindowCall<T>& a, int32_t groups, int32_t depth, 
     run(integral_constant<int32_t, 9>{}, integral_constant<int32_t, 32>{});
 }
 
-// What is of size 0 is missing. dout, dqkv and the sums: of the backward alone, which needs no out.
+// Arrays of size 0 are treated as None. dout, dqkv and the sums belong to the backward, which does not need `out`.
 template <class T>
 void window_attention(
     Array<uint16_t> qkv, Array<float> bias, Array<int64_t> index, Array<float> logit_scale, Array<uint16_t> pad,
@@ -357,7 +359,7 @@ void window_attention(
     walk_windows<T, false>(a, sizes.groups, depth, backwards);
 }
 
-// weight, bias, statistics: of the norm, or of size 0.
+// weight, bias, statistics: of the norm; of size 0 without a norm.
 template <class T>
 sgmim::Tokens<T> describe_tokens(
     const Matrix<T>& embedded, const Array<int64_t>& visible, Array<int64_t>& inverse, const Array<float>& weight,
@@ -369,7 +371,7 @@ sgmim::Tokens<T> describe_tokens(
       eps};
 }
 
-// run(constant): with how many elements an access moves.
+// Calls run(constant) with the number of elements that an access copies.
 template <class T, class Run>
 void with_many(int32_t width, std::initializer_list<const void*> pointers, const Run& run) {
   constexpr int32_t MANY = 16 / sizeof(T);

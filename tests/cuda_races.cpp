@@ -1,5 +1,6 @@
-// Runs the bodies of the CUDA kernels in groups of host threads under the thread sanitizer, which reports any two
-// accesses that no barrier orders, and compares the results with those of a group of one. host_build.py compiles it.
+// Runs the device functions of the CUDA kernels in groups of host threads under the thread sanitizer, which reports
+// conflicting accesses that no barrier orders, and compares the results with those of one thread. host_build.py
+// compiles this program.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -88,7 +89,7 @@ std::vector<float> attend(int32_t threads) {
   return all;
 }
 
-// The cells 4, 1 and 7 of nine, back in a map whose other cells are zero.
+// Copies the cells 4, 1 and 7 of nine back to a map; the other cells become zero.
 std::vector<uint32_t> unpack(int32_t threads) {
   constexpr int32_t SIDE = 3, CELL = 4, WIDTH = SIDE * CELL;
   const int64_t cells[] = {4, 1, 7}, strides[] = {WIDTH * WIDTH, WIDTH * WIDTH, WIDTH, 1};
@@ -103,8 +104,8 @@ std::vector<uint32_t> unpack(int32_t threads) {
   return map;
 }
 
-// Tokens of 11 patches, 5 of them visible, with a norm over 18 numbers; and the gradients. Two warps of three lanes in
-// a block, so that no thread reads only what it wrote itself.
+// Forward and backward of the tokens of 11 patches, 5 of them visible, with a norm over 18 channels. A block has two
+// warps of three lanes, so that every thread reads values that others have written.
 std::vector<float> place(int32_t blocks) {
   constexpr int32_t ROWS = 11, COUNT = 5, WIDTH = 18, WARPS = 2, LANES = 3;
   const int64_t visible[COUNT] = {7, 0, 10, 3, 4};
@@ -136,7 +137,7 @@ int main() {
   check(place(1) == place(3), "tokens, or their gradients,");
   check(unpack(1) == unpack(3), "a map's gradient");
   check(attend(1) == attend(3), "attention");
-  attend(64);  // two threads to a row: sums in another order, for the sanitizer alone
+  attend(64);  // two threads per row sum in another order, so this is for the sanitizer alone
   for (int32_t rows : {1, 3, 17})
     for (uint32_t count : {0, 1, rows * 5}) {
       const sgmim::MaskGrid grid{rows, 5, 2};
@@ -147,7 +148,7 @@ int main() {
   std::srand(1);
   for (size_t n : {1, 2, 7, 1000}) {
     std::vector<float> x(n);
-    for (float& value : x) value = static_cast<float>(std::rand() % 50) / 7;  // integers' sums: the same in any order
+    for (float& value : x) value = static_cast<float>(std::rand() % 50) / 7;  // integers: same sums in any order
     for (float& value : x) value = static_cast<float>(static_cast<int>(value));
     if (n > 100) x[n / 2] = INFINITY;
     int64_t bad_one = -1, bad_many = -1;

@@ -1,5 +1,5 @@
-// Host threads as a group: csrc/group.h says what one promises. A group of one needs no thread of its own; larger ones
-// show what a missing barrier does, and the thread sanitizer finds it (cuda_races.cpp).
+// A group of host threads, with the interface of csrc/group.h. A group of one runs in the calling thread. In larger
+// ones a missing barrier shows in the results, and the thread sanitizer detects it (cuda_races.cpp).
 #pragma once
 
 #include <pthread.h>
@@ -49,7 +49,7 @@ class HostGroup {
     });
     return total;
   }
-  // As csrc/attend.h asks for.
+  // The gemm that csrc/attend.h needs.
   template <bool ta, bool tb, class T>
   void gemm(
       const T* a, int32_t la, const T* b, int32_t lb, float* c, int32_t lc, int32_t m, int32_t n, int32_t k) const {
@@ -65,8 +65,8 @@ class HostGroup {
   void add(uint32_t* counter, uint32_t n) const { __atomic_fetch_add(counter, n, __ATOMIC_RELAXED); }
 
  private:
-  // A warp's shuffles order no other memory. So that the sanitizer takes a body that relies on it for the race it is,
-  // the exchange goes through relaxed atomics there.
+  // A warp's shuffles order no other memory. With the sanitizer the exchange therefore uses relaxed atomics, so that
+  // code which relies on such an order is reported as a race.
 #ifdef __SANITIZE_THREAD__
   static constexpr std::memory_order ORDER = std::memory_order_relaxed;
 #else
@@ -94,7 +94,7 @@ class HostGroup {
   int32_t rank_;
 };
 
-// body(group) in every thread of a group.
+// Calls body(group) in every thread of a group.
 template <class Body>
 void run_group(int32_t size, const Body& body) {
   HostGroup::Shared shared(size);
@@ -104,13 +104,13 @@ void run_group(int32_t size, const Body& body) {
   for (std::thread& other : others) other.join();
 }
 
-// A thread of a launch: its warp, block and launch, and the numbers of the warp in the block and of the block.
+// A thread of a launch: its warp, block and launch, the index of the warp in the block, and the index of the block.
 struct HostThread {
   HostGroup warp, block, launch;
   int32_t warp_number, block_number;
 };
 
-// body(thread) in every thread of `blocks` blocks of `warps` warps of `lanes` threads.
+// Calls body(thread) in every thread of `blocks` blocks of `warps` warps of `lanes` threads.
 template <class Body>
 void run_launch(int32_t blocks, int32_t warps, int32_t lanes, const Body& body) {
   HostGroup::Shared launch(blocks * warps * lanes);

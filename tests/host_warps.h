@@ -1,7 +1,7 @@
-// A block of warps on the host, as csrc/attend_window.h asks for: each thread is a context of its own, all of them in
-// one thread of the host, in turns. A warp goes on by itself up to the block's next barrier, so a barrier that is
-// missing shows: what other warps have not written yet is read, or what they still need is gone. Tensor cores are played
-// by the fragments' layouts in the PTX ISA, "Matrix Fragments for mma.m16n8k16" and "ldmatrix".
+// A block of warps on the host, with the interface of csrc/attend_window.h. Each thread is a context of its own; one
+// host thread runs all of them in turns. A warp runs alone up to the block's next barrier, so that a missing barrier
+// shows in the results: the warp reads what others have not written yet, or overwrites what they still need. Tensor
+// cores are emulated with the fragment layouts of the PTX ISA, "Matrix Fragments for mma.m16n8k16" and "ldmatrix".
 #pragma once
 
 #include <ucontext.h>
@@ -51,7 +51,7 @@ class HostWarpThread {
     exchange(own, [&](const auto& of) {
       for (int32_t i = 0; i < 4; ++i) {
         const int32_t row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
-        for (int32_t k = 0; k < 16; ++k) {  // a_i: row g or, where i is 2, 3, 6, 7, g + 8; columns 2 t, and + 8 from a_4
+        for (int32_t k = 0; k < 16; ++k) {  // a_i: row g, or g + 8 if i is 2, 3, 6, 7; columns 2 t, and + 8 from a_4
           const T left = of(row % 8 * 4 + k % 8 / 2).a[k / 8 * 4 + row / 8 * 2 + k % 2];
           const T right = of(column * 4 + k % 8 / 2).b[k / 8 * 2 + k % 2];
           c[i] += static_cast<float>(left) * static_cast<float>(right);
@@ -72,7 +72,7 @@ class HostWarpThread {
   void wait() const;
 
  private:
-  // use(of): of(lane) is the value of a lane of this warp.
+  // Calls use(of), where of(lane) returns the value of a lane of this warp.
   template <class Value, class Use>
   void exchange(const Value& value, const Use& use) const;
 
@@ -86,7 +86,7 @@ class HostBlock {
  public:
   explicit HostBlock(int32_t warps) : threads_(32 * warps), warps_(warps), values_(32 * warps) {}
 
-  // body(thread) in every thread; backwards: the last one begins.
+  // Calls body(thread) in every thread; backwards: the threads run in reverse order.
   void run(const std::function<void(const HostWarpThread&)>& body, bool backwards) {
     body_ = &body;
     step_ = backwards ? size() - 1 : 1;
@@ -135,7 +135,7 @@ class HostBlock {
     block.yield(false);
   }
 
-  // To the next thread of the warp, or of the block.
+  // Switches to the next thread of the warp, or of the block.
   void yield(bool of_warp) {
     const int32_t from = now_;
     do now_ = of_warp ? now_ / 32 * 32 + (now_ + step_) % 32 : (now_ + step_) % size();
@@ -179,7 +179,7 @@ inline void HostWarpThread::copy(void* to, const void* from, bool there) const {
   block_.threads_[rank_].copies.push_back({to, there ? from : nullptr});
 }
 
-// Nothing arrives before it is waited for.
+// Copies take effect here, so that reading the target before wait() shows.
 inline void HostWarpThread::wait() const {
   for (const HostBlock::Copy& copy : block_.threads_[rank_].copies)
     if (copy.from != nullptr)

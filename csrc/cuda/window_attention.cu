@@ -78,8 +78,8 @@ P* maybe_pointer(const Maybe& tensor, const char* name, ScalarType type, const T
 }
 
 // Spreads the bias and runs one of the two passes. bias: (entries, heads), or (heads, tokens, tokens) without an index;
-// logit_scale: (heads,); both float32. pad: like a row of qkv. The windows are divided into `groups` groups of equal
-// size. rest(call): sets the pointers that only this pass uses.
+// logit_scale: (heads,); both float32. pad: like a row of qkv. The windows are divided into `groups` groups of
+// consecutive windows. rest(call): sets the pointers that only this pass uses.
 template <bool BACKWARD, class Rest>
 void run(
     const Tensor& qkv, const Maybe& bias, const Maybe& index, const Maybe& logit_scale, const Maybe& pad, int64_t heads,

@@ -1,8 +1,8 @@
-// SwinV2's continuous relative position bias, scale * sigmoid(W2 relu(W1 c + b1)) of pairs of coordinates c, forward and
-// backward. The hidden features, (entries, hidden), are computed where they are needed and never written.
+// SwinV2's continuous relative position bias, scale * sigmoid(W2 relu(W1 c + b1)) for pairs of coordinates c, forward
+// and backward. The hidden features, (entries, hidden), are recomputed where they are needed and are not stored.
 //
-// The forward has entries in its vectors and the backward hidden features, so that neither sums across a vector. Each
-// sum is computed by one thread, in the order of its terms: the result is the same for any number of threads.
+// The forward vectorizes over entries and the backward over hidden features, so that neither needs a reduction across
+// lanes. Each sum is computed by one thread in a fixed order, so the result is the same for any number of threads.
 #include "cpu/aligned.h"
 #include "cpu/launch.h"
 #undef SGMIM_THIS_FILE
@@ -14,20 +14,20 @@
 namespace sgmim {
 namespace SGMIM_ISA {
 
-constexpr int64_t HEADS = 8;   // whose sums stay in registers
-constexpr int64_t BLOCK = 16;  // of entries or hidden features: whole vectors of any instruction set
-constexpr int64_t FEW = 32;    // entries that are summed by themselves, for the error of a shorter sum
+constexpr int64_t HEADS = 8;   // heads whose accumulators stay in registers
+constexpr int64_t BLOCK = 16;  // entries or hidden features of a block: whole vectors in every instruction set
+constexpr int64_t FEW = 32;    // entries of a partial sum: shorter sums have smaller rounding errors
 
-// The input of the ReLU.
+// Computes the input of the ReLU.
 template <class A, class B>
 SGMIM_INLINE vf pre_activation(A x, A y, B weight_x, B weight_y, B bias) {
   return (x * weight_x + bias) + y * weight_y;
 }
 
-// In this order of the arguments of vmax a NaN stays one.
+// This order of vmax's arguments preserves NaN.
 SGMIM_INLINE vf relu(vf x) { return vmax(vf{}, x); }
 
-// Blocks of entries, [begin, end).
+// Computes the blocks of entries [begin, end): the table, and as slope its derivative with respect to the logits.
 static void position_bias_blocks(
     const float* coordinates,  // (entries, 2)
     const float* fc1_weight,   // (hidden, 2)
@@ -45,7 +45,7 @@ static void position_bias_blocks(
     }
     for (int64_t head = 0; head < heads; head += HEADS) {
       const int64_t together = heads - head < HEADS ? heads - head : HEADS;
-      const float* weight[HEADS];  // of a head past the last one that of the last one, whose sum is then ignored
+      const float* weight[HEADS];  // heads past the last one use its weights, and their results are ignored
       for (int64_t h = 0; h < HEADS; ++h) weight[h] = fc2_weight + (head + (h < together ? h : together - 1)) * hidden;
       vf logits[HEADS] = {};
       for (int64_t j = 0; j < hidden; ++j) {
@@ -63,7 +63,7 @@ static void position_bias_blocks(
   }
 }
 
-// Gradients of the weights that belong to blocks of hidden features, [begin, end).
+// Computes the gradients of the weights of the blocks of hidden features [begin, end).
 static void position_bias_backward_blocks(
     const float* dlogits,  // (entries, heads)
     const float* coordinates, const float* fc1_weight, const float* fc1_bias, const float* fc2_weight,
@@ -124,7 +124,7 @@ static void position_bias_backward_blocks(
 
 #ifdef SGMIM_ONCE
 
-// Sizes of the op, checked.
+// Checks the arguments that both directions share, and has their sizes.
 struct PositionBias {
   int64_t entries, hidden, heads;
 
@@ -138,7 +138,7 @@ struct PositionBias {
   }
 };
 
-// body(begin, end) over blocks of `count` entries or hidden features.
+// Calls body(begin, end) in parallel over the blocks of `count` entries or hidden features.
 template <class Body>
 static void over_blocks(int64_t count, const Body& body) {
   parallel((count + SGMIM_ISA::BLOCK - 1) / SGMIM_ISA::BLOCK, 2, body);

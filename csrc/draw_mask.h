@@ -33,7 +33,8 @@ SGMIM_HOST_DEVICE void draw_keys(
 // Replaces the keys by the number of masked units before each unit in raster order; keys[units] becomes their total.
 // The units with the `masked` smallest keys are masked; among equal keys those of lower index.
 template <class Group>
-SGMIM_HOST_DEVICE void count_masked(const Group& group, uint32_t units, uint32_t masked, uint32_t* keys, uint32_t* counts) {
+SGMIM_HOST_DEVICE void count_masked(const Group& group, uint32_t units, uint32_t masked, uint32_t* keys,
+                                    uint32_t* counts) {
   Prefix last{0, 0};  // the largest masked key; `ties` of the units with this key are masked
   if (masked > 0) last = select_key(group, keys, units, masked - 1, counts);
   const uint32_t ties = masked > 0 ? last.rank + 1 : 0;

@@ -28,7 +28,8 @@ struct Drawn {
 
 Drawn draw(const sgmim::MaskGrid& grid, uint32_t count, int32_t threads) {
   const int64_t cells = sgmim::cells_of(grid), hidden = int64_t{count} * grid.scale * grid.scale;
-  Drawn drawn{std::unique_ptr<bool[]>(new bool[cells]), std::vector<int64_t>(hidden), std::vector<int64_t>(cells - hidden)};
+  Drawn drawn{std::unique_ptr<bool[]>(new bool[cells]), std::vector<int64_t>(hidden),
+              std::vector<int64_t>(cells - hidden)};
   std::vector<uint32_t> memory(sgmim::mask_memory(grid));
   run_group(threads, [&](const HostGroup& group) {
     sgmim::draw_mask(
@@ -65,7 +66,8 @@ std::vector<float> attend(int32_t threads) {
   a.out = all.data(), a.dq = a.out + QUERIES * DEPTH, a.dk = a.dq + QUERIES * DEPTH, a.dv = a.dk + ROWS * DEPTH;
   a.lse = a.dv + ROWS * DEPTH, a.hidden_sums = a.lse + 2 * QUERIES;
   a.visible_offsets = visible, a.shown_offsets = shown;
-  a.images = 1, a.queries = QUERIES, a.last = SHOWN, a.cells = 45, a.heads = 1, a.depth = DEPTH, a.scale = 0.2f, a.keep = true;
+  a.images = 1, a.queries = QUERIES, a.last = SHOWN, a.cells = 45, a.heads = 1, a.depth = DEPTH,
+  a.scale = 0.2f, a.keep = true;
   constexpr int32_t BLOCKS = 2;
   std::vector<float> memory[1 + BLOCKS];
   const auto lay_out = [&](auto& tiles, std::vector<float>& own) {

@@ -179,14 +179,17 @@ static void coordinates_backward(
   check_packed(block_sums, "block_sums", ScalarType::Float, 4 * rows);
   check_packed(x, "x", z.scalar_type(), rows * width);
   check_packed(dx, "dx", z.scalar_type(), rows * width);
-  SGMIM_CHECK(wide % 4 == 2 && x.has_value() == dx.has_value(), "dz has ", wide, " columns, or one of x and dx is missing");
+  SGMIM_CHECK(wide % 4 == 2 && x.has_value() == dx.has_value(), "dz has ", wide,
+              " columns, or one of x and dx is missing");
   const CoordinatesBackward c{
       wide, width, data<float>(above), above_wide, data<float>(mean), data<float>(rstd), data<float>(dz),
       data<float>(scale), data<float>(block_sums)};
   dispatch_float(z, "z", [&](auto type) {
     using T = decltype(type);
     const auto kernel = SGMIM_SELECT((coordinates_backward_rows<T>));
-    parallel(rows, 16, [&](int64_t begin, int64_t end) { kernel(data<T>(z), data<T>(x), data<T>(dx), &c, begin, end); });
+    parallel(rows, 16, [&](int64_t begin, int64_t end) {
+      kernel(data<T>(z), data<T>(x), data<T>(dx), &c, begin, end);
+    });
   });
 }
 

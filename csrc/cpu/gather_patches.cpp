@@ -29,7 +29,8 @@ void for_patch_rows(const CellGrid& grid, const int64_t* rows, int64_t begin, in
 
 // Checks the arguments and describes the map: pixels (B, C, H, W) with any strides; packed (n * side * side, C * patch
 // * patch), where side = cell / patch.
-CellGrid grid_of(const Tensor& pixels, const Tensor& packed, const Tensor& rows, int64_t cell, int64_t patch, bool zorder) {
+CellGrid grid_of(const Tensor& pixels, const Tensor& packed, const Tensor& rows, int64_t cell, int64_t patch,
+                 bool zorder) {
   SGMIM_CHECK(pixels.dim() == 4, "the map must have 4 dimensions, got ", pixels.dim());
   SGMIM_CHECK(
       0 < patch && patch <= cell && cell <= INT16_MAX && cell % patch == 0, "cell ", cell,
@@ -55,7 +56,8 @@ void dispatch_size(const Tensor& tensor, const Body& body) {
   }
 }
 
-void gather_patches(const Tensor& input, const Tensor& rows, const Tensor& out, int64_t cell, int64_t patch, bool zorder) {
+void gather_patches(const Tensor& input, const Tensor& rows, const Tensor& out, int64_t cell, int64_t patch,
+                    bool zorder) {
   const CellGrid grid = grid_of(input, out, rows, cell, patch, zorder);
   check_rows(rows, input.size(0) * cells_per_image(grid), "rows");
   dispatch_size(input, [&](auto type) {

@@ -73,7 +73,8 @@ SGMIM_INLINE void transpose16(__m512i* r) {
   }
   // r[4 i + j] now holds columns j, 4 + j, 8 + j and 12 + j of the rows 4 i to 4 i + 3, in blocks of four.
   for (int j = 0; j < 4; ++j) {
-    const __m512i even = _mm512_maskz_shuffle_i32x4(0xffff, r[j], r[4 + j], 0x88), odd = _mm512_maskz_shuffle_i32x4(0xffff, r[j], r[4 + j], 0xdd);
+    const __m512i even = _mm512_maskz_shuffle_i32x4(0xffff, r[j], r[4 + j], 0x88),
+                  odd = _mm512_maskz_shuffle_i32x4(0xffff, r[j], r[4 + j], 0xdd);
     const __m512i even2 = _mm512_maskz_shuffle_i32x4(0xffff, r[8 + j], r[12 + j], 0x88);
     const __m512i odd2 = _mm512_maskz_shuffle_i32x4(0xffff, r[8 + j], r[12 + j], 0xdd);
     t[j] = _mm512_maskz_shuffle_i32x4(0xffff, even, even2, 0x88);

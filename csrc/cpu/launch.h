@@ -52,7 +52,8 @@ inline void check_packed(const std::optional<Tensor>& tensor, const char* name, 
 
 // Checks that a tensor is a contiguous matrix.
 inline void check_matrix(const Tensor& tensor, const char* name) {
-  SGMIM_CHECK(tensor.dim() == 2 && tensor.is_contiguous(), name, " must be contiguous rows, got ", tensor.dim(), " dimensions");
+  SGMIM_CHECK(tensor.dim() == 2 && tensor.is_contiguous(), name, " must be contiguous rows, got ", tensor.dim(),
+              " dimensions");
 }
 
 // Checks that all indices are in [0, limit): they come from the caller, and index raw memory.

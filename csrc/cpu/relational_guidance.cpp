@@ -232,7 +232,8 @@ static AttentionShape attention_shape(
   check_packed(k, "k", q.scalar_type(), k.numel());
   check_packed(v, "v", q.scalar_type(), k.numel());
   check_packed(lse, "lse", ScalarType::Float, 2 * q.size(0) * heads);
-  SGMIM_CHECK(query_offsets.numel() == key_offsets.numel(), "visible.offsets and shown.offsets must be of as many images");
+  SGMIM_CHECK(query_offsets.numel() == key_offsets.numel(),
+              "visible.offsets and shown.offsets must be of as many images");
   check_offsets(query_offsets, q.size(0), "visible.offsets");
   check_offsets(key_offsets, k.size(0) - 1, "shown.offsets");
   return {data<int64_t>(query_offsets), data<int64_t>(key_offsets), query_offsets.numel() - 1, cells, heads, q.size(1),

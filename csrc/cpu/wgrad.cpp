@@ -97,7 +97,8 @@ void wgrad_multiply(const Wgrad* g, int64_t begin, int64_t end) {
       for (int64_t k = 0; k < units; k += WGRAD_CHAIN) {
         gemm_tile<T>(
             rows, width, reinterpret_cast<const char*>(g->packed_dy + o * units + k * TILE_ROWS), 4, 4 * TILE_ROWS,
-            g->packed_x + column * units + k * PANEL, std::min(WGRAD_CHAIN, units - k), k ? chain : total, PANEL, false);
+            g->packed_x + column * units + k * PANEL, std::min(WGRAD_CHAIN, units - k), k ? chain : total, PANEL,
+            false);
         for (int64_t i = 0; k > 0 && i < rows * PANEL; i += LANES) store(total + i, load(total + i) + load(chain + i));
       }
       for (int64_t m = 0; m < rows; ++m)

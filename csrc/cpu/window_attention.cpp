@@ -121,11 +121,12 @@ class GridWithBias {
  public:
   GridWithBias(
       const Tensor& qkv, const std::optional<Tensor>& bias, const std::optional<Tensor>& index,
-      const std::optional<Tensor>& logit_scale, const std::optional<Tensor>& pad, int64_t heads, int64_t window_h, int64_t window_w, int64_t shift_h,
-      int64_t shift_w) {
+      const std::optional<Tensor>& logit_scale, const std::optional<Tensor>& pad, int64_t heads, int64_t window_h,
+      int64_t window_w, int64_t shift_h, int64_t shift_w) {
     SGMIM_CHECK(qkv.dim() == 4 && heads > 0 && qkv.size(3) % (3 * heads) == 0, "qkv must be (B, H, W, 3 * heads * d)");
     check_packed(qkv, "qkv", qkv.scalar_type(), qkv.numel());
-    SGMIM_CHECK(0 < window_h && window_h <= INT16_MAX && 0 < window_w && window_w <= INT16_MAX, "a window of ", window_h, " x ", window_w, " tokens");
+    SGMIM_CHECK(0 < window_h && window_h <= INT16_MAX && 0 < window_w && window_w <= INT16_MAX,
+                "a window of ", window_h, " x ", window_w, " tokens");
     check_packed(logit_scale, "logit_scale", ScalarType::Float, heads);
     check_packed(pad, "pad", qkv.scalar_type(), qkv.size(3));
     SGMIM_CHECK(0 <= shift_h && shift_h < window_h && 0 <= shift_w && shift_w < window_w, "shift is not in the window");

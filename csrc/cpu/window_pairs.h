@@ -156,8 +156,10 @@ class WindowPairs : public WindowTokens<Bf16> {
   // out (ns / 2, ds): pairs of an even row's element and the one below it.
   void interleave(const Pair* in, Pair* out) const {
     alignas(64) static const uint16_t order[2][32] = {
-        {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
-        {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
+        {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42,
+         11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+        {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58,
+         27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
     for (int64_t t = 0; t < n; t += 2, in += ds, out += ds)
       for (int64_t i = 0; i < ds; i += 32) {
         const __m512i above = _mm512_load_si512(in + i / 2), below = _mm512_load_si512(in + ds / 2 + i / 2);

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(THREADS) pack_patches(
 }
 
 // Registers: 48 to 102. No shared memory. Reads the packed values once and writes every pixel once. For each cell it
-// writes 8 bytes of the inverse, and reads as many twice.
+// writes 8 bytes of the inverse, and makes two reads of 8 bytes.
 template <class Access>
 __global__ void __launch_bounds__(THREADS, 2) unpack_patches(
     CellGrid grid, const int64_t* rows, int64_t count, int64_t cells, int32_t lanes, int64_t* inverse,

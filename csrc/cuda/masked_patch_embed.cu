@@ -26,7 +26,7 @@ __device__ inline Turn warp_of_launch() {
 }
 
 // Registers: 47 to 110. No shared memory. Reads the embedded rows once (the norm twice more, from L1) and writes every
-// row of the result. For each row it writes 8 bytes of the inverse, and reads as many twice.
+// row of the result. For each row it writes 8 bytes of the inverse, and makes two reads of 8 bytes.
 template <int32_t MANY, class T>
 __global__ void __launch_bounds__(WARPS * WARP, 2) place(Tokens<T> tokens, const float* token, T* out) {
   place_tokens<MANY>(WarpGroup{}, warp_of_launch(), LaunchGroup{}, tokens, token, out);

@@ -60,7 +60,7 @@ struct Memory {
   int64_t used = 0;
 
   template <class E>
-  SGMIM_HOST_DEVICE void take(E*& pointer, int32_t elements) {
+  SGMIM_HOST_DEVICE void allocate(E*& pointer, int32_t elements) {
     pointer = reinterpret_cast<E*>(first + used);
     used += (elements * static_cast<int64_t>(sizeof(E)) + 31) / 32 * 32;
   }
@@ -80,17 +80,17 @@ struct Tiles {
   static constexpr int32_t P_STRIDE = KEYS + 16 / sizeof(T), S_STRIDE = KEYS + 4;
 
  protected:
-  SGMIM_HOST_DEVICE void take_from(Memory& memory, int32_t true_depth) {
+  SGMIM_HOST_DEVICE void allocate_tiles(Memory& memory, int32_t true_depth) {
     depth = (true_depth + 15) / 16 * 16;
     stride = depth + 16 / static_cast<int32_t>(sizeof(T));
     sum_stride = depth + 4;
-    memory.take(q, QUERIES * stride);
-    memory.take(k, KEYS * stride);
-    memory.take(v, KEYS * stride);
-    memory.take(p, QUERIES * P_STRIDE);
-    memory.take(s, QUERIES * S_STRIDE);
-    memory.take(part, QUERIES * MOST_LANES);
-    memory.take(row_max, QUERIES);
+    memory.allocate(q, QUERIES * stride);
+    memory.allocate(k, KEYS * stride);
+    memory.allocate(v, KEYS * stride);
+    memory.allocate(p, QUERIES * P_STRIDE);
+    memory.allocate(s, QUERIES * S_STRIDE);
+    memory.allocate(part, QUERIES * MOST_LANES);
+    memory.allocate(row_max, QUERIES);
   }
 };
 
@@ -103,10 +103,10 @@ struct ForwardTiles : Tiles<T> {
   // Assigns the pointers and returns the size in bytes.
   SGMIM_HOST_DEVICE int64_t lay_out(char* first, int32_t true_depth) {
     Memory memory{first};
-    this->take_from(memory, true_depth);
-    memory.take(out, QUERIES * this->sum_stride);
-    memory.take(row_sum, QUERIES);
-    memory.take(block_sum, QUERIES * MOST_LANES);
+    this->allocate_tiles(memory, true_depth);
+    memory.allocate(out, QUERIES * this->sum_stride);
+    memory.allocate(row_sum, QUERIES);
+    memory.allocate(block_sum, QUERIES * MOST_LANES);
     return memory.used;
   }
 };
@@ -122,14 +122,14 @@ struct BackwardTiles : Tiles<T> {
   // Assigns the pointers and returns the size in bytes.
   SGMIM_HOST_DEVICE int64_t lay_out(char* first, int32_t true_depth) {
     Memory memory{first};
-    this->take_from(memory, true_depth);
-    memory.take(dout, QUERIES * this->stride);
-    memory.take(ds, QUERIES * this->P_STRIDE);
-    memory.take(dp, QUERIES * this->S_STRIDE);
-    memory.take(log_sum, QUERIES);
-    memory.take(delta, QUERIES);
-    memory.take(dk, KEYS * this->sum_stride);
-    memory.take(dv, KEYS * this->sum_stride);
+    this->allocate_tiles(memory, true_depth);
+    memory.allocate(dout, QUERIES * this->stride);
+    memory.allocate(ds, QUERIES * this->P_STRIDE);
+    memory.allocate(dp, QUERIES * this->S_STRIDE);
+    memory.allocate(log_sum, QUERIES);
+    memory.allocate(delta, QUERIES);
+    memory.allocate(dk, KEYS * this->sum_stride);
+    memory.allocate(dv, KEYS * this->sum_stride);
     dq = dk;
     return memory.used;
   }
@@ -238,8 +238,8 @@ SGMIM_HOST_DEVICE void attend(
         total += p;
       }
       t.block_sum[row * MOST_LANES + lane] = total;
-      const float shrink = expf(t.row_max[row] - row_max);
-      for (int32_t d = lane; d < t.depth; d += lanes) t.out[row * t.sum_stride + d] *= shrink;
+      const float rescale = expf(t.row_max[row] - row_max);
+      for (int32_t d = lane; d < t.depth; d += lanes) t.out[row * t.sum_stride + d] *= rescale;
     });
     group.sync();
     group.template gemm<false, false>(

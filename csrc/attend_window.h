@@ -110,12 +110,12 @@ class WindowHead {
       for (int32_t i = rank_; i < 2 * TILES * TILES * 128; i += THREADS) dbias[i] = 0;
     }
     group_.sync();
-    look_again();
+    recompute_indices();
     b_ = -1;  // the first iteration only fetches
     for (int32_t window = first - 1; window < m_.last; ++window) {
       group_.wait();
       group_.sync();
-      look_again();
+      recompute_indices();
       const int32_t next = b_ == 0;
       if (window + 1 < m_.last) fetch(window + 1, next);
       if (b_ >= 0) attend(window);
@@ -126,7 +126,7 @@ class WindowHead {
   // Writes the gradients that were summed over the windows of the group.
   SGMIM_HOST_DEVICE void finish(int32_t number) {
     group_.sync();
-    look_again();
+    recompute_indices();
     const int64_t channels = int64_t{a_.heads} * DEPTH;
     for (int32_t i = rank_; i <= 2 * DEPTH; i += THREADS) {
       float total = 0;
@@ -168,7 +168,7 @@ class WindowHead {
   }
 
   // Recomputes everything derived from the thread's index, so that it does not occupy registers beside the logits.
-  SGMIM_HOST_DEVICE void look_again() {
+  SGMIM_HOST_DEVICE void recompute_indices() {
     rank_ = group_.anew(group_.rank());
     lane_ = rank_ & 31;  // instead of %, since the compiler does not know that rank_ is not negative
     warp_ = rank_ >> 5;
@@ -180,8 +180,8 @@ class WindowHead {
   SGMIM_HOST_DEVICE void attend(int32_t window) {
     const Corner at = corner(window);
     const int32_t below = at.top + a_.window_h, right = at.left + a_.window_w;
-    at_border_ = below > a_.down * a_.window_h - a_.shift_h || right > a_.across * a_.window_w - a_.shift_w;
-    sticks_out_ = below > a_.height || right > a_.width;
+    has_mask_ = below > a_.down * a_.window_h - a_.shift_h || right > a_.across * a_.window_w - a_.shift_w;
+    has_padding_ = below > a_.height || right > a_.width;
     if (a_.logit_scale != nullptr) {
       measure();
       group_.sync();
@@ -302,7 +302,7 @@ class WindowHead {
           s[2 * j + h][c] = qk[h][c] * (factors[c / 2] * inverses[16 * j + 8 * h + c % 2]) + biases.values[c];
       }
     }
-    if (!at_border_) return;
+    if (!has_mask_) return;
     SGMIM_UNROLL
     for (int32_t j = 0; j < 2 * CHUNK; ++j)
       SGMIM_UNROLL
@@ -316,23 +316,23 @@ class WindowHead {
     return x + group_.across(x, 2);
   }
 
-  // Step of the online softmax: updates row_max (`tops`), replaces s by 2^(s - row_max), and updates this lane's part
-  // of row_sum (`totals`). shrink: the factor by which the caller has to rescale earlier results.
-  SGMIM_HOST_DEVICE void exponentials(Logits& s, float (&tops)[2], float (&totals)[2], float (&shrink)[2]) const {
+  // Step of the online softmax: updates row_max, replaces s by 2^(s - row_max), and updates this lane's part of
+  // row_sum. rescale: the factors by which the caller has to multiply earlier results.
+  SGMIM_HOST_DEVICE void exponentials(Logits& s, float (&row_max)[2], float (&row_sum)[2], float (&rescale)[2]) const {
     SGMIM_UNROLL
     for (int32_t r = 0; r < 2; ++r) {
-      float top = tops[r];
+      float max = row_max[r];
       SGMIM_UNROLL
-      for (int32_t j = 0; j < 2 * CHUNK; ++j) top = fmaxf(top, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
-      top = fmaxf(top, group_.across(top, 1));
-      top = fmaxf(top, group_.across(top, 2));
-      shrink[r] = group_.exp2(tops[r] - top);
-      tops[r] = top;
-      totals[r] *= shrink[r];
+      for (int32_t j = 0; j < 2 * CHUNK; ++j) max = fmaxf(max, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
+      max = fmaxf(max, group_.across(max, 1));
+      max = fmaxf(max, group_.across(max, 2));
+      rescale[r] = group_.exp2(row_max[r] - max);
+      row_max[r] = max;
+      row_sum[r] *= rescale[r];
       SGMIM_UNROLL
       for (int32_t i = 0; i < 4 * CHUNK; ++i) {
         float& x = s[i / 2][2 * r + i % 2];
-        totals[r] += x = group_.exp2(x - top);
+        row_sum[r] += x = group_.exp2(x - max);
       }
     }
   }
@@ -345,15 +345,15 @@ class WindowHead {
   }
 
   SGMIM_HOST_DEVICE void forward() {
-    float tops[2] = {-INFINITY, -INFINITY}, totals[2] = {}, by[2];
+    float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {}, scale[2];
     Result x = {};
     SGMIM_UNROLL_BY(1)
     for (int32_t first = 0; first < TILES; first += CHUNK) {  // every window has a key in the first chunk
-      look_again();
+      recompute_indices();
       Logits s;
       logits(first, s);
-      exponentials(s, tops, totals, by);
-      multiply(x, by);
+      exponentials(s, row_max, row_sum, scale);
+      multiply(x, scale);
       SGMIM_UNROLL
       for (int32_t j = 0; j < CHUNK; ++j) {
         uint32_t p[4];
@@ -361,15 +361,15 @@ class WindowHead {
         accumulate(x, p, V, first + j);
       }
     }
-    look_again();
-    for (int32_t r = 0; r < 2; ++r) by[r] = group_.reciprocal(sum_of_row(totals[r]));
-    multiply(x, by);
+    recompute_indices();
+    for (int32_t r = 0; r < 2; ++r) scale[r] = group_.reciprocal(sum_of_row(row_sum[r]));
+    multiply(x, scale);
     store(x, Q, a_.out, int64_t{a_.heads} * DEPTH, 0);
   }
 
-  SGMIM_HOST_DEVICE void multiply(Result& x, const float (&by)[2]) const {
+  SGMIM_HOST_DEVICE void multiply(Result& x, const float (&scale)[2]) const {
     SGMIM_UNROLL
-    for (int32_t i = 0; i < DEPTH / 2; ++i) x[i / 4][i % 4] *= by[i % 4 / 2];
+    for (int32_t i = 0; i < DEPTH / 2; ++i) x[i / 4][i % 4] *= scale[i % 4 / 2];
   }
 
   // Stores x to the columns from `first` on of the matrix `to`, in the rows of this warp's tokens. It goes through this
@@ -394,18 +394,18 @@ class WindowHead {
   }
 
   // Writes s, multiplied by a factor per row, to this warp's rows of the exchange buffer.
-  SGMIM_HOST_DEVICE void give(const Logits& s, const float (&by)[2]) const {
+  SGMIM_HOST_DEVICE void write_exchange(const Logits& s, const float (&scale)[2]) const {
     SGMIM_UNROLL
     for (int32_t j = 0; j < 2 * TILES; ++j)
       SGMIM_UNROLL
       for (int32_t r = 0; r < 2; ++r) {
-        const uint32_t pair = group_.template pack<T>(s[j][2 * r] * by[r], s[j][2 * r + 1] * by[r]);
+        const uint32_t pair = group_.template pack<T>(s[j][2 * r] * scale[r], s[j][2 * r + 1] * scale[r]);
         memcpy(&m_.exchange[16 * warp_ + g_ + 8 * r][8 * j + 2 * t_], &pair, sizeof pair);
       }
   }
 
   // x += (this warp's columns of the exchange buffer)^T . the rows of the matrix `right`.
-  SGMIM_HOST_DEVICE void take(Result& x, int32_t right) const {
+  SGMIM_HOST_DEVICE void accumulate_exchange(Result& x, int32_t right) const {
     SGMIM_UNROLL
     for (int32_t j = 0; j < TILES; ++j) {
       uint32_t left[4];
@@ -447,7 +447,7 @@ class WindowHead {
 
   // Adds the gradients of padding tokens to this warp's sums.
   SGMIM_HOST_DEVICE void add_padding(const Result& x, float* sums) const {
-    if (!sticks_out_ || a_.dpad == nullptr) return;
+    if (!has_padding_ || a_.dpad == nullptr) return;
     bool outside[2];
     for (int32_t r = 0; r < 2; ++r) {
       const int32_t token = 16 * warp_ + g_ + 8 * r;
@@ -469,14 +469,14 @@ class WindowHead {
     const float ones[2] = {1, 1};
     Logits s;
     {
-      float tops[2] = {-INFINITY, -INFINITY}, totals[2] = {}, by[2];
+      float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {}, scale[2];
       logits(0, s);
-      exponentials(s, tops, totals, by);
-      for (int32_t r = 0; r < 2; ++r) by[r] = group_.reciprocal(sum_of_row(totals[r]));
+      exponentials(s, row_max, row_sum, scale);
+      for (int32_t r = 0; r < 2; ++r) scale[r] = group_.reciprocal(sum_of_row(row_sum[r]));
       SGMIM_UNROLL
-      for (int32_t i = 0; i < 8 * TILES; ++i) s[i / 4][i % 4] *= by[i % 4 / 2];
+      for (int32_t i = 0; i < 8 * TILES; ++i) s[i / 4][i % 4] *= scale[i % 4 / 2];
     }
-    give(s, ones);
+    write_exchange(s, ones);
     {
       Own grad;
       load_own(grad, GRAD);
@@ -503,14 +503,14 @@ class WindowHead {
     group_.sync();  // probabilities have been written; values are no longer read
     {
       Result dv = {};
-      take(dv, GRAD);
+      accumulate_exchange(dv, GRAD);
       add_padding(dv, m_.sums[warp_] + DEPTH);
       store(dv, V, a_.dqkv, 3 * channels, 2 * channels);
     }
     group_.sync();  // probabilities and the gradient are no longer read
     const int32_t token = 16 * warp_ + g_;
     const float units[2] = {unit_factor(Q, token), unit_factor(Q, token + 8)};
-    give(s, units);
+    write_exchange(s, units);
     {
       Result dq = {};
       SGMIM_UNROLL
@@ -529,7 +529,7 @@ class WindowHead {
     group_.sync();  // the logits' gradient has been written; keys of other warps are no longer read
     {
       Result dk = {};
-      take(dk, Q);
+      accumulate_exchange(dk, Q);
       multiply(dk, {m_.scale, m_.scale});
       if (a_.logit_scale != nullptr) unit_backward(dk, K, nullptr);
       add_padding(dk, m_.sums[warp_]);
@@ -541,7 +541,7 @@ class WindowHead {
   const WindowCall<T>& a_;
   Memory& m_;
   int32_t rank_, lane_, warp_, g_, t_, head_, b_ = 0;
-  bool at_border_ = false, sticks_out_ = false;
+  bool has_mask_ = false, has_padding_ = false;
 };
 
 }  // namespace sgmim

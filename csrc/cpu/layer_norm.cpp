@@ -63,13 +63,14 @@ void layer_norm_rows(
       store(t + i, v);
       sums[part] += v;
     });
-    const float at = total(sums) / width, by = inverse_deviation(t, width, at, eps);
-    mean[r] = at;
-    rstd[r] = by;
+    const float row_mean = total(sums) / width, row_rstd = inverse_deviation(t, width, row_mean, eps);
+    mean[r] = row_mean;
+    rstd[r] = row_rstd;
     for_row(width, [&](int64_t i, int64_t n, int) SGMIM_INLINE_LAMBDA {
-      vf normal = (load(t + i) - at) * by * load_part(weight + i, n) + load_part(bias + i, n);
-      if (residual) normal += load_part(residual + r * width + i, n);
-      store_part(y + r * width + i, normal, n);
+      const vf xhat = (load(t + i) - row_mean) * row_rstd;
+      vf result = xhat * load_part(weight + i, n) + load_part(bias + i, n);
+      if (residual) result += load_part(residual + r * width + i, n);
+      store_part(y + r * width + i, result, n);
     });
   }
 }

@@ -116,21 +116,21 @@ void attention_heads(
       float* row = p + r * ks;
       if (hidden > 0) row[shown] += __builtin_logf(hidden);
       for (int64_t j = keys; j < ks; ++j) row[j] = -__builtin_inff();
-      vf top = set1(-__builtin_inff());
-      for (int64_t j = 0; j < ks; j += LANES) top = vmax(top, load(row + j));
-      const float highest = keys ? hmax(top) : 0.0f;
+      vf max = set1(-__builtin_inff());
+      for (int64_t j = 0; j < ks; j += LANES) max = vmax(max, load(row + j));
+      const float row_max = keys ? hmax(max) : 0.0f;
       vf sum = {};
       for (int64_t j = 0; j < ks; j += LANES) {
-        const vf e = exp(load(row + j) - highest);
+        const vf e = exp(load(row + j) - row_max);
         store(row + j, e);
         sum += e;
       }
-      const float total = hsum(sum);  // 0 only if no cell is shown and hidden cells are dropped
+      const float row_sum = hsum(sum);  // 0 only if no cell is shown and hidden cells are dropped
       const int64_t at = (first + r) * shape->heads + head;
-      lse[at] = total > 0 ? highest : 0.0f;
-      lse[shape->rows() * shape->heads + at] = total > 0 ? __builtin_logf(total) : 0.0f;
-      const float inverse = total > 0 ? 1.0f / total : 0.0f;
-      for (int64_t j = 0; j < ks; j += LANES) store(row + j, load(row + j) * inverse);
+      lse[at] = row_sum > 0 ? row_max : 0.0f;
+      lse[shape->rows() * shape->heads + at] = row_sum > 0 ? __builtin_logf(row_sum) : 0.0f;
+      const float inverse_sum = row_sum > 0 ? 1.0f / row_sum : 0.0f;
+      for (int64_t j = 0; j < ks; j += LANES) store(row + j, load(row + j) * inverse_sum);
     }
     load_keys(v, *shape, image, head, keys_rows, ds);
     small_gemm(p, ks, keys_rows, ds, o, ds, queries, ds, keys);
@@ -177,15 +177,15 @@ void attention_backward_heads(
       float *row = p + r * ks, *drow = dp + r * ks;
       if (hidden > 0) row[shown] += __builtin_logf(hidden);
       const int64_t lse_at = (first + r) * shape->heads + head;
-      const float highest = lse[lse_at], log_sum = lse[shape->rows() * shape->heads + lse_at];
-      for (int64_t j = 0; j < ks; j += LANES) store(row + j, exp(load(row + j) - highest - log_sum));
+      const float row_max = lse[lse_at], log_sum = lse[shape->rows() * shape->heads + lse_at];
+      for (int64_t j = 0; j < ks; j += LANES) store(row + j, exp(load(row + j) - row_max - log_sum));
       // The sum equals dout . out, but is rounded differently: computed like this, a single key's gradient is exactly
       // 0.
       for (int64_t j = keys; j < ks; ++j) row[j] = drow[j] = 0.0f;
       vf dot = {};
       for (int64_t j = 0; j < ks; j += LANES) dot += load(row + j) * load(drow + j);
-      const float mean = hsum(dot);
-      for (int64_t j = 0; j < ks; j += LANES) store(drow + j, load(row + j) * (load(drow + j) - mean));
+      const float delta = hsum(dot);
+      for (int64_t j = 0; j < ks; j += LANES) store(drow + j, load(row + j) * (load(drow + j) - delta));
     }
 
     // dv = p^T . dout

@@ -78,24 +78,26 @@ void attend_rows(
         const float* panel = panels + n * depth + t * PANEL;
         const int64_t span = std::min(SPAN, depth - t);
         if (t == 0)
-          product_tile<ROWS, 2>(rows, depth, 1, panel, PANEL, span, 0, 0, Into<false>{logits.data() + n, stride});
+          register_tile<ROWS, 2>(
+              rows, depth, 1, panel, PANEL, span, 0, 0, StoreEpilogue<false>{logits.data() + n, stride});
         else
-          product_tile<ROWS, 2>(rows + t, depth, 1, panel, PANEL, span, 0, 0, Into<true>{logits.data() + n, stride});
+          register_tile<ROWS, 2>(
+              rows + t, depth, 1, panel, PANEL, span, 0, 0, StoreEpilogue<true>{logits.data() + n, stride});
       }
     for (int r = 0; r < ROWS; ++r) {
       float* row = logits.data() + r * stride;
       for (int64_t n = tokens; n < stride; ++n) row[n] = -INFINITY;
-      vf most = load(row);
-      for (int64_t n = LANES; n < stride; n += LANES) most = vmax(most, load(row + n));
-      const float top = hmax(most);  // may ignore NaN, which remains in the row
+      vf max = load(row);
+      for (int64_t n = LANES; n < stride; n += LANES) max = vmax(max, load(row + n));
+      const float row_max = hmax(max);  // may ignore NaN, which remains in the row
       vf total = {};
       for (int64_t n = 0; n < stride; n += LANES) {
-        const vf e = exp(load(row + n) - top);
+        const vf e = exp(load(row + n) - row_max);
         store(row + n, e);
         total += e;
       }
-      const vf share = set1(1.0f / hsum(total));
-      for (int64_t n = 0; n < stride; n += LANES) store(row + n, load(row + n) * share);
+      const vf inverse_sum = set1(1.0f / hsum(total));
+      for (int64_t n = 0; n < stride; n += LANES) store(row + n, load(row + n) * inverse_sum);
       float& own = row[begin + first + r];
       own = own == own ? 0.0f : own;
       sums[begin + first + r] -= add_row(row, sums, stride);

@@ -33,27 +33,27 @@ void window_attention_tasks(
   const int64_t n = w.n, d = w.d, ds = w.ds;
   Aligned<float> floats(n * QUERIES + QUERIES * ds);
   float *p = floats.data(), *o = p + n * QUERIES;
-  alignas(64) float highest[QUERIES], inverse[QUERIES];
+  alignas(64) float row_max[QUERIES], inverse_sum[QUERIES];
   w.for_each(*tasks, begin, end, [&](int64_t, int64_t head) SGMIM_INLINE_LAMBDA {
     w.load_head(head);
     for (int64_t first = 0; first < n; first += QUERIES) {
       const int64_t count = n - first < QUERIES ? n - first : QUERIES;
-      w.logits(head, first, count, p, highest);
+      w.logits(head, first, count, p, row_max);
       by_three_vectors(count, [&](auto vectors, int64_t c) SGMIM_INLINE_LAMBDA {
         constexpr int V = decltype(vectors)::value;
-        vf top[V], sum[V] = {};
-        for (int v = 0; v < V; ++v) top[v] = load(highest + c + v * LANES);
+        vf max[V], sum[V] = {};
+        for (int v = 0; v < V; ++v) max[v] = load(row_max + c + v * LANES);
         for (int64_t j = 0; j < n; ++j)
           for (int v = 0; v < V; ++v) {
             float* at = p + j * QUERIES + c + v * LANES;
-            const vf e = exp2(load(at) - top[v]);
+            const vf e = exp2(load(at) - max[v]);
             store(at, e);
             sum[v] += e;
           }
-        for (int v = 0; v < V; ++v) store(inverse + c + v * LANES, 1.0f / sum[v]);
+        for (int v = 0; v < V; ++v) store(inverse_sum + c + v * LANES, 1.0f / sum[v]);
       });
       gemm<false>(p, 1, QUERIES, w.v, ds, o, ds, count, ds, n);
-      write_results(o, inverse, w.rows.data() + first, count, ds, d, grid->channels(), out + head * d);
+      write_results(o, inverse_sum, w.rows.data() + first, count, ds, d, grid->channels(), out + head * d);
     }
   });
 }
@@ -69,7 +69,7 @@ void window_attention_backward_tasks(
   const int64_t n = w.n, ns = w.ns, d = w.d, ds = w.ds, width = grid->channels();
   Aligned<float> floats(2 * n * QUERIES + 3 * n * ds);
   float *p = floats.data(), *dp = p + n * QUERIES, *dq = dp + n * QUERIES, *dk = dq + n * ds, *dv = dk + n * ds;
-  alignas(64) float highest[QUERIES];
+  alignas(64) float row_max[QUERIES];
   w.for_each(*tasks, begin, end, [&](int64_t task, int64_t head) SGMIM_INLINE_LAMBDA {
     const WindowSums& mine = sums[tasks->block(task)];
     w.load_head(head);
@@ -77,17 +77,17 @@ void window_attention_backward_tasks(
     for (int64_t first = 0; first < n; first += QUERIES) {
       const int64_t count = n - first < QUERIES ? n - first : QUERIES, row = grid->bias_row(first);
       w.fetch_to_write(dqkv, head, first, count);
-      w.logits(head, first, count, p, highest);
+      w.logits(head, first, count, p, row_max);
       gemm<false>(w.v, ds, 1, w.grad_t + first, ns, dp, QUERIES, n, padded(count), d);
       by_three_vectors(count, [&](auto vectors, int64_t c) SGMIM_INLINE_LAMBDA {
         constexpr int V = decltype(vectors)::value;
-        vf mean[V], inverse[V];
-        softmax_and_mean<Exact>(p + c, dp + c, highest + c, n, inverse, mean);
+        vf delta[V], inverse_sum[V];
+        softmax_and_delta<Exact>(p + c, dp + c, row_max + c, n, inverse_sum, delta);
         float* dbias = mine.bias ? mine.bias + grid->bias_at(head, first, 0) + c : nullptr;
         for (int64_t j = 0; j < n; ++j)
           for (int v = 0; v < V; ++v) {
             const int64_t at = j * QUERIES + c + v * LANES;
-            const vf x = load(p + at) * inverse[v], dx = x * (load(dp + at) - mean[v]);
+            const vf x = load(p + at) * inverse_sum[v], dx = x * (load(dp + at) - delta[v]);
             store(p + at, x);
             store(dp + at, dx);
             if (dbias) store(dbias + j * row + v * LANES, load(dbias + j * row + v * LANES) + dx);
@@ -150,13 +150,13 @@ class GridWithBias {
           places_[grid.bias_at(0, first, j) + i - first] = at ? at[i * n + j] : i * n + j;
     entries_ = entries;
     stride_ = at ? heads : 1;
-    next_ = at ? 1 : entries;
+    head_stride_ = at ? 1 : entries;
     const float* values = data<float>(bias);
     float* dense = dense_.data();
     parallel(heads, 1, [&](int64_t begin, int64_t end) {
       std::vector<float> column(entries);
       for (int64_t head = begin; head < end; ++head) {
-        const float* from = values + head * next_;
+        const float* from = values + head * head_stride_;
         for (int64_t e = 0; e < entries; ++e) column[e] = from[e * stride_] * LOG2E;
         for (int64_t place = 0; place < n * ns; ++place)
           dense[head * n * ns + place] = places_[place] >= 0 ? column[places_[place]] : 0.0f;
@@ -175,7 +175,7 @@ class GridWithBias {
         std::fill(column.begin(), column.end(), 0.0f);
         for (int64_t place = 0; place < all; ++place)
           if (places_[place] >= 0) column[places_[place]] += sums[head * all + place];
-        float* into = out + head * next_;
+        float* into = out + head * head_stride_;
         for (int64_t e = 0; e < entries_; ++e) into[e * stride_] = column[e];
       }
     });
@@ -189,7 +189,7 @@ class GridWithBias {
  private:
   Aligned<float> dense_{0};
   std::vector<int32_t> places_;                  // bias entry of each element of a head's dense bias, -1 for padding
-  int64_t entries_ = 0, stride_ = 0, next_ = 0;  // entries of a head, stride between them, stride between heads
+  int64_t entries_ = 0, stride_ = 0, head_stride_ = 0;  // entries of a head, their stride, stride between heads
 };
 
 static void window_attention(

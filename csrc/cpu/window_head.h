@@ -23,38 +23,38 @@ SGMIM_INLINE void by_three_vectors(int64_t columns, const F& f) {
 
 // Epilogue of the logits' gemm, which computes them transposed, (keys, queries): logit = sum * scales + bias + mask, in
 // base 2 (times log2(e), so that the softmax can use exp2). Stores the logits and updates each query's maximum.
-struct Logits {
+struct LogitsEpilogue {
   float* p;                                          // (keys, QUERIES): the logits
-  float* highest;                                    // (QUERIES,): row_max of each query
-  const float *of_queries, *of_keys;                 // scales of the queries (null: 1) and of the keys (null: 1)
+  float* row_max;                                    // (QUERIES,): the largest logit of each query
+  const float *query_scale, *key_scale;              // factors of the queries' and of the keys' logits; null: 1
   const float* bias;                                 // (keys, bias_row), times log2(e), or null
   int64_t bias_row;
-  const float* apart;                                // (4, ns): mask of each query for the keys of a group, or null
+  const float* mask;                                 // (4, ns): mask of each query for the keys of a group, or null
   const int64_t* group;                              // group of each key, see WindowGrid::locate
   int64_t ns;
 
   template <int ROWS, int VECTORS>
   __attribute__((always_inline)) void operator()(int64_t j, int64_t c, vf (&x)[ROWS][VECTORS]) const {
     for (int v = 0; v < VECTORS; ++v) {
-      const vf by = of_queries ? load(of_queries + c + v * LANES) * LOG2E : set1(LOG2E);
-      for (int r = 0; r < ROWS; ++r) x[r][v] *= by;
+      const vf scale = query_scale ? load(query_scale + c + v * LANES) * LOG2E : set1(LOG2E);
+      for (int r = 0; r < ROWS; ++r) x[r][v] *= scale;
     }
-    if (of_keys)
+    if (key_scale)
       for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) x[r][v] *= of_keys[j + r];
+        for (int v = 0; v < VECTORS; ++v) x[r][v] *= key_scale[j + r];
     if (bias)
       for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < VECTORS; ++v) x[r][v] += load(bias + (j + r) * bias_row + c + v * LANES);
-    if (apart)
+    if (mask)
       for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) x[r][v] += load(apart + group[j + r] * ns + c + v * LANES);
+        for (int v = 0; v < VECTORS; ++v) x[r][v] += load(mask + group[j + r] * ns + c + v * LANES);
     for (int v = 0; v < VECTORS; ++v) {
-      vf top = load(highest + c + v * LANES);
+      vf max = load(row_max + c + v * LANES);
       for (int r = 0; r < ROWS; ++r) {
         store(p + (j + r) * QUERIES + c + v * LANES, x[r][v]);
-        top = vmax(top, x[r][v]);
+        max = vmax(max, x[r][v]);
       }
-      store(highest + c + v * LANES, top);
+      store(row_max + c + v * LANES, max);
     }
   }
 };
@@ -66,35 +66,35 @@ struct Exact {
 // Softmax of V vectors of queries, which are columns of (n, QUERIES). Replaces the logits p by their exponentials, and
 // computes 1 / row_sum and the mean of dp weighted by the softmax. Exponential::of(x) is 2^x.
 template <class Exponential, int V>
-SGMIM_INLINE void softmax_and_mean(
-    float* p, const float* dp, const float* highest, int64_t n, vf (&inverse)[V], vf (&mean)[V]) {
-  vf top[V], sum[V] = {};
+SGMIM_INLINE void softmax_and_delta(
+    float* p, const float* dp, const float* row_max, int64_t n, vf (&inverse_sum)[V], vf (&delta)[V]) {
+  vf max[V], sum[V] = {};
   for (int v = 0; v < V; ++v) {
-    top[v] = load(highest + v * LANES);
-    mean[v] = vf{};
+    max[v] = load(row_max + v * LANES);
+    delta[v] = vf{};
   }
   for (int64_t j = 0; j < n; ++j)
     for (int v = 0; v < V; ++v) {
       const int64_t at = j * QUERIES + v * LANES;
-      const vf e = Exponential::of(load(p + at) - top[v]);
+      const vf e = Exponential::of(load(p + at) - max[v]);
       store(p + at, e);
       sum[v] += e;
-      mean[v] += e * load(dp + at);
+      delta[v] += e * load(dp + at);
     }
   for (int v = 0; v < V; ++v) {
-    inverse[v] = 1.0f / sum[v];
-    mean[v] *= inverse[v];
+    inverse_sum[v] = 1.0f / sum[v];
+    delta[v] *= inverse_sum[v];
   }
 }
 
 // Scatters the results of `count` queries, (count, ds), multiplied by 1 / row_sum, to their rows of the grid.
 template <class T>
 SGMIM_INLINE void write_results(
-    const float* results, const float* inverse, const int64_t* rows, int64_t count, int64_t ds, int64_t d,
+    const float* results, const float* inverse_sum, const int64_t* rows, int64_t count, int64_t ds, int64_t d,
     int64_t width, T* out) {
   for (int64_t r = 0; r < count; ++r)
     for (int64_t i = 0; i < d && rows[r] >= 0; i += LANES)
-      store_part(out + rows[r] * width + i, load(results + r * ds + i) * inverse[r], part(i, d));
+      store_part(out + rows[r] * width + i, load(results + r * ds + i) * inverse_sum[r], part(i, d));
 }
 
 // C (rows, columns) (+)= A . B for row-major A; B and C have a row stride of `columns`. Not inlined, so that callers
@@ -159,7 +159,7 @@ class WindowTokens {
  public:
   WindowTokens(const WindowGrid& grid, const T* qkv, const T* pad)
       : n(grid.tokens()), ns(grid.padded_tokens), d(grid.head_width), rows(n), grid_(grid), qkv_(qkv), pad_(pad),
-        group_(n), next_rows_(n), next_group_(n), apart_(4 * ns) {}
+        group_(n), next_rows_(n), next_group_(n), mask_(4 * ns) {}
 
   // Calls work(task, head) for every window and head of the tasks [begin, end).
   template <class F>
@@ -169,7 +169,7 @@ class WindowTokens {
       for (int64_t window = tasks.first_window(task); window < tasks.last_window(task); ++window) {
         masked_ = grid_.locate(window, rows.data(), group_.data());
         for (int64_t g = 0; g < 4 && masked_; ++g)
-          for (int64_t t = 0; t < n; ++t) apart_.data()[g * ns + t] = group_[t] == g ? 0.0f : APART * LOG2E;
+          for (int64_t t = 0; t < n; ++t) mask_.data()[g * ns + t] = group_[t] == g ? 0.0f : APART * LOG2E;
         for (int64_t head = first; head < last; ++head) {
           head_ = head;
           next_ = rows.data();
@@ -217,12 +217,12 @@ class WindowTokens {
     }
   }
 
-  Logits logits_end(
-      int64_t head, int64_t first, float* p, float* highest, const float* of_queries, const float* of_keys) const {
-    std::fill_n(highest, QUERIES, -__builtin_inff());
+  LogitsEpilogue logits_epilogue(
+      int64_t head, int64_t first, float* p, float* row_max, const float* query_scale, const float* key_scale) const {
+    std::fill_n(row_max, QUERIES, -__builtin_inff());
     const float* bias = grid_.bias ? grid_.bias + grid_.bias_at(head, first, 0) : nullptr;
-    const float* apart = masked_ ? apart_.data() + first : nullptr;
-    return {p, highest, of_queries, of_keys, bias, grid_.bias_row(first), apart, group_.data(), ns};
+    const float* mask = masked_ ? mask_.data() + first : nullptr;
+    return {p, row_max, query_scale, key_scale, bias, grid_.bias_row(first), mask, group_.data(), ns};
   }
 
   const WindowGrid& grid_;
@@ -233,7 +233,7 @@ class WindowTokens {
   std::vector<int64_t> group_, next_rows_, next_group_;  // (n,)
   const int64_t* next_ = nullptr;                        // grid rows that the next head reads, or null
   int64_t head_ = 0, next_head_ = 0;
-  Aligned<float> apart_;                                 // (4, ns): mask of each query for the keys of a group
+  Aligned<float> mask_;                                  // (4, ns): mask of each query for the keys of a group
 };
 
 // Float copies of the operands of one window and head, with rows padded with zeros to whole vectors.
@@ -275,9 +275,9 @@ class WindowHead : public WindowTokens<T> {
   }
 
   // Computes the logits of the queries [first, first + count), (n, QUERIES), in base 2, and the row_max of each query.
-  void logits(int64_t head, int64_t first, int64_t count, float* p, float* highest) const {
-    const Logits end = this->logits_end(head, first, p, highest, nullptr, nullptr);
-    gemm_with(k, ds, 1, qt + first, ns, n, padded(count), d, end);
+  void logits(int64_t head, int64_t first, int64_t count, float* p, float* row_max) const {
+    const LogitsEpilogue epilogue = this->logits_epilogue(head, first, p, row_max, nullptr, nullptr);
+    gemm_with(k, ds, 1, qt + first, ns, n, padded(count), d, epilogue);
   }
 
   // Backward of `normalize`, in place: g is the gradient of x = factor * input / |input| and becomes that of the input.
@@ -319,8 +319,8 @@ class WindowHead : public WindowTokens<T> {
       vf squares = {};
       for (int64_t i = 0; i < ds; i += LANES) squares += load(x + i) * load(x + i);
       norms[t] = __builtin_sqrtf(hsum(squares));
-      const float by = factor / (norms[t] > TINY ? norms[t] : TINY);
-      for (int64_t i = 0; i < ds; i += LANES) store(x + i, load(x + i) * by);
+      const float multiplier = factor / (norms[t] > TINY ? norms[t] : TINY);
+      for (int64_t i = 0; i < ds; i += LANES) store(x + i, load(x + i) * multiplier);
     }
   }
 

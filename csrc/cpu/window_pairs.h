@@ -60,11 +60,12 @@ SGMIM_INLINE void transpose16(const Pair* from, int64_t from_stride, Pair* to, i
 class WindowPairs : public WindowTokens<Bf16> {
  public:
   WindowPairs(const WindowGrid& grid, const Bf16* qkv, const Bf16* pad)
-      : WindowTokens(grid, qkv, pad), ds((d + 31) / 32 * 32), by_(2 * ns), norms_(2 * ns), pairs_(10 * ns * ds / 2) {
+      : WindowTokens(grid, qkv, pad), ds((d + 31) / 32 * 32), scales_(2 * ns), norms_(2 * ns),
+        pairs_(10 * ns * ds / 2) {
     Pair** const matrices[] = {&q, &k, &v, &grad, &q2, &k2, &v2, &grad2, &qt, &grad_t};
     for (int i = 0; i < 10; ++i) *matrices[i] = pairs_.data() + i * ns * ds / 2;
-    of_queries = by_.data();
-    of_keys = of_queries + ns;
+    query_scale = scales_.data();
+    key_scale = query_scale + ns;
   }
 
   // Loads queries, keys and values of a head, and computes the scales of the logits.
@@ -75,8 +76,8 @@ class WindowPairs : public WindowTokens<Bf16> {
     load_rows(qkv_, 3 * width, width + head * d, pad_, k);
     load_rows(qkv_, 3 * width, 2 * width + head * d, pad_, v);
     for (int64_t t = 0; t < n; ++t) {
-      of_queries[t] = cosines() ? scale * inverse_norm(q + t * ds / 2, norms_.data() + t) : scale;
-      if (cosines()) of_keys[t] = inverse_norm(k + t * ds / 2, norms_.data() + ns + t);
+      query_scale[t] = cosines() ? scale * inverse_norm(q + t * ds / 2, norms_.data() + t) : scale;
+      if (cosines()) key_scale[t] = inverse_norm(k + t * ds / 2, norms_.data() + ns + t);
     }
     transpose(q, qt);
   }
@@ -93,17 +94,19 @@ class WindowPairs : public WindowTokens<Bf16> {
   void load_values() { interleave(v, v2); }
 
   // Computes the logits of the queries [first, first + count), (n, QUERIES), in base 2, and the row_max of each query.
-  void logits(int64_t head, int64_t first, int64_t count, float* p, float* highest) const {
-    const Logits end = logits_end(head, first, p, highest, of_queries + first, cosines() ? of_keys : nullptr);
-    gemm_with(k, ds / 2, 1, qt + first, ns, n, padded(count), ds / 2, end);
+  void logits(int64_t head, int64_t first, int64_t count, float* p, float* row_max) const {
+    const LogitsEpilogue epilogue =
+        logits_epilogue(head, first, p, row_max, query_scale + first, cosines() ? key_scale : nullptr);
+    gemm_with(k, ds / 2, 1, qt + first, ns, n, padded(count), ds / 2, epilogue);
   }
 
   // Converts g (n, ds), the gradient of the scaled (with cosines: and normalized) queries or keys x, to the gradient of
   // the inputs, in place. Returns the sum of gradient . x, which for the queries is the gradient of the logarithm of
   // the logit scale.
-  float finish(bool keys, float* g) {
+  float scale_backward(bool keys, float* g) {
     const Pair* x = keys ? k : q;
-    const float factor = keys ? 1.0f : scale, *by = keys ? of_keys : of_queries, *norm = norms_.data() + keys * ns;
+    const float factor = keys ? 1.0f : scale, *scales = keys ? key_scale : query_scale;
+    const float* norm = norms_.data() + keys * ns;
     float total = 0;
     if (!cosines() && keys) return total;
     for (int64_t t = 0; t < n; ++t, x += ds / 2, g += ds) {
@@ -114,11 +117,11 @@ class WindowPairs : public WindowTokens<Bf16> {
       }
       vf dot = {};
       for (int64_t i = 0; i < ds; i += LANES) dot += load(row + i) * load(g + i);
-      float along = hsum(dot) * by[t];
+      float along = hsum(dot) * scales[t];
       total += along;
       if (!(norm[t] > TINY)) along = 0;
       for (int64_t i = 0; i < ds; i += LANES)
-        store(g + i, (load(g + i) - load(row + i) * (by[t] * along / (factor * factor))) * by[t]);
+        store(g + i, (load(g + i) - load(row + i) * (scales[t] * along / (factor * factor))) * scales[t]);
     }
     return total;
   }
@@ -172,13 +175,13 @@ class WindowPairs : public WindowTokens<Bf16> {
  public:
   const int64_t ds;
   float scale;                                // of the queries
-  float *of_queries, *of_keys;                // (ns,): scales of the logits; of_keys only with a logit scale
+  float *query_scale, *key_scale;             // (ns,): scales of the logits; key_scale only with a logit scale
   Pair *q, *k, *v, *grad;                     // (ns, ds / 2): rows as loaded
   Pair *q2, *k2, *v2, *grad2;                 // (ns / 2, ds): interleaved
   Pair *qt, *grad_t;                          // (ds / 2, ns): transposed
 
  private:
-  Aligned<float> by_, norms_;                 // (2, ns): of queries and keys
+  Aligned<float> scales_, norms_;             // (2, ns): of queries and keys
   Aligned<Pair> pairs_;
 };
 
@@ -192,29 +195,29 @@ void window_attention_tasks<Bf16>(
   Aligned<Pair> pairs((n + 1) / 2 * QUERIES);
   float *p = floats.data(), *o = p + n * QUERIES;
   Pair* p2 = pairs.data();
-  alignas(64) float highest[QUERIES], inverse[QUERIES];
+  alignas(64) float row_max[QUERIES], inverse_sum[QUERIES];
   w.for_each(*tasks, begin, end, [&](int64_t, int64_t head) SGMIM_INLINE_LAMBDA {
     w.load_head(head);
     w.load_values();
     for (int64_t first = 0; first < n; first += QUERIES) {
       const int64_t count = n - first < QUERIES ? n - first : QUERIES;
-      w.logits(head, first, count, p, highest);
+      w.logits(head, first, count, p, row_max);
       by_three_vectors(count, [&](auto vectors, int64_t c) SGMIM_INLINE_LAMBDA {
         constexpr int V = decltype(vectors)::value;
-        vf top[V], sum[V] = {};
-        for (int v = 0; v < V; ++v) top[v] = load(highest + c + v * LANES);
+        vf max[V], sum[V] = {};
+        for (int v = 0; v < V; ++v) max[v] = load(row_max + c + v * LANES);
         for (int64_t j = 0; j < n; j += 2)
           for (int v = 0; v < V; ++v) {
             const float* at = p + j * QUERIES + c + v * LANES;
-            const vf low = coarse_exp(load(at) - top[v]);
-            const vf high = j + 1 < n ? coarse_exp(load(at + QUERIES) - top[v]) : vf{};
+            const vf low = coarse_exp(load(at) - max[v]);
+            const vf high = j + 1 < n ? coarse_exp(load(at + QUERIES) - max[v]) : vf{};
             sum[v] += low + high;
             _mm512_store_si512(p2 + j / 2 * QUERIES + c + v * LANES, pairs_of(low, high));
           }
-        for (int v = 0; v < V; ++v) store(inverse + c + v * LANES, 1.0f / sum[v]);
+        for (int v = 0; v < V; ++v) store(inverse_sum + c + v * LANES, 1.0f / sum[v]);
       });
       gemm<false>(p2, 1, QUERIES, w.v2, ds, o, ds, count, ds, (n + 1) / 2);
-      write_results(o, inverse, w.rows.data() + first, count, ds, d, grid->channels(), out + head * d);
+      write_results(o, inverse_sum, w.rows.data() + first, count, ds, d, grid->channels(), out + head * d);
     }
   });
 }
@@ -229,7 +232,7 @@ void window_attention_backward_tasks<Bf16>(
   Aligned<Pair> pairs((2 * n + 2 * two) / 2 * QUERIES);
   float *p = floats.data(), *dp = p + n * QUERIES, *dq = dp + n * QUERIES, *dk = dq + n * ds, *dv = dk + n * ds;
   Pair *ds2 = pairs.data(), *pt = ds2 + two * QUERIES, *dst = pt + n * QUERIES / 2;
-  alignas(64) float highest[QUERIES];
+  alignas(64) float row_max[QUERIES];
   w.for_each(*tasks, begin, end, [&](int64_t task, int64_t head) SGMIM_INLINE_LAMBDA {
     const WindowSums& mine = sums[tasks->block(task)];
     w.load_head(head);
@@ -238,27 +241,27 @@ void window_attention_backward_tasks<Bf16>(
       const int64_t count = n - first < QUERIES ? n - first : QUERIES, halved = (count + 1) / 2;
       const int64_t row = grid->bias_row(first);
       w.fetch_to_write(dqkv, head, first, count);
-      w.logits(head, first, count, p, highest);
+      w.logits(head, first, count, p, row_max);
       gemm<false>(w.v, ds / 2, 1, w.grad_t + first, ns, dp, QUERIES, n, padded(count), ds / 2);
       by_three_vectors(count, [&](auto vectors, int64_t c) SGMIM_INLINE_LAMBDA {
         constexpr int V = decltype(vectors)::value;
-        vf mean[V], inverse[V], by[V];
-        softmax_and_mean<Coarse>(p + c, dp + c, highest + c, n, inverse, mean);
-        for (int v = 0; v < V; ++v) by[v] = load(w.of_queries + first + c + v * LANES);
+        vf delta[V], inverse_sum[V], query_scale[V];
+        softmax_and_delta<Coarse>(p + c, dp + c, row_max + c, n, inverse_sum, delta);
+        for (int v = 0; v < V; ++v) query_scale[v] = load(w.query_scale + first + c + v * LANES);
         float* dbias = mine.bias ? mine.bias + grid->bias_at(head, first, 0) + c : nullptr;
         for (int64_t j = 0; j < n; j += 2)
           for (int v = 0; v < V; ++v) {
             vf change[2] = {};
             for (int64_t h = 0; h < 2 && j + h < n; ++h) {
               const int64_t at = (j + h) * QUERIES + c + v * LANES;
-              const vf x = load(p + at) * inverse[v], dx = x * (load(dp + at) - mean[v]);
+              const vf x = load(p + at) * inverse_sum[v], dx = x * (load(dp + at) - delta[v]);
               store(reinterpret_cast<Bf16*>(pt) + at, x);
-              store(reinterpret_cast<Bf16*>(dst) + at, dx * by[v]);
+              store(reinterpret_cast<Bf16*>(dst) + at, dx * query_scale[v]);
               if (dbias) {
                 float* to = dbias + (j + h) * row + v * LANES;
                 store(to, load(to) + dx);
               }
-              change[h] = w.cosines() ? dx * w.of_keys[j + h] : dx;
+              change[h] = w.cosines() ? dx * w.key_scale[j + h] : dx;
             }
             _mm512_store_si512(ds2 + j / 2 * QUERIES + c + v * LANES, pairs_of(change[0], change[1]));
           }
@@ -268,9 +271,9 @@ void window_attention_backward_tasks<Bf16>(
       sum(dst, QUERIES / 2, w.q2 + first / 2 * ds, ds, dk, n, halved);
       gemm<false>(ds2, 1, QUERIES, w.k2, ds, dq + first * ds, ds, count, ds, two);
     }
-    const float along = w.finish(false, dq);
+    const float along = w.scale_backward(false, dq);
     if (mine.logit_scale) mine.logit_scale[head] += along;
-    w.finish(true, dk);
+    w.scale_backward(true, dk);
     write_gradients(dq, dk, dv, w.rows, d, ds, head * d, width, dqkv, mine);
   });
 }

@@ -10,8 +10,8 @@
 //
 // Beside rank() and sync() of csrc/group.h, which are those of the block, the group must have, for each of its warps,
 //   sync_warp()                       barrier of the warp
-//   across(value, mask)               the `value` of the lane whose index is this lane's xor `mask`
-//   load<transposed>(f, row)          ldmatrix.x4: four 8 x 8 matrices of 16-bit elements; lane i passes row i % 8 of
+//   shuffle_xor(value, mask)          the `value` of the lane whose index is this lane's xor `mask`
+//   ldmatrix<transposed>(f, row)      ldmatrix.x4: four 8 x 8 matrices of 16-bit elements; lane i passes row i % 8 of
 //                                     matrix i / 8, aligned to 16 bytes. f[m] of lane 4 g + t: row g, columns 2 t
 //                                     and 2 t + 1 of matrix m, or, transposed, rows 2 t and 2 t + 1 of column g
 //   mma<T>(c, a, b0, b1)              m16n8k16: c (16, 8) += a (16, 16) . b (16, 8), fragments as in the PTX ISA
@@ -19,8 +19,8 @@
 //   exp2(x), reciprocal(x)            2^x and 1 / x, to the last place or two
 //   anew(x)                           returns x, opaque to the compiler: nothing that it derives from x is kept in
 //                                     registers from one window to the next
-//   copy(to, from, there)             starts to copy 16 bytes into the group's memory; zeros if not `there`
-//   wait()                            waits for this thread's copies
+//   copy_async(to, from, there)       starts to copy 16 bytes into the group's memory; zeros if not `there`
+//   wait_copies()                     waits for this thread's copies
 #pragma once
 
 #include <cmath>
@@ -29,8 +29,9 @@
 
 namespace sgmim {
 
-constexpr float LOG2_E = 1.4426950408889634f, NO_NEIGHBOURS = -100.0f;    // APART of window_attention.py
-constexpr float LONGEST_SCALE = 4.605170185988092f, LEAST_NORM = 1e-12f;  // MAX_LOGIT_SCALE and TINY of it
+constexpr float LOG2_E = 1.4426950408889634f;
+// Constants of sgmim_fast/ops/window_attention.py.
+constexpr float APART = -100.0f, MAX_LOGIT_SCALE = 4.605170185988092f, TINY = 1e-12f;
 
 // Arguments of both passes. qkv, dqkv: (images, height, width, 3 * heads * depth). out, dout: (images, height, width,
 // heads * depth). pad: (3 * heads * depth,). Pointers that a pass does not use, and gradients not requested, are null.
@@ -100,7 +101,7 @@ class WindowHead {
       m_.head = head;
       m_.last = a_.windows - first < a_.each ? a_.windows : first + a_.each;
       m_.scale = a_.logit_scale == nullptr ? 1 / sqrtf(static_cast<float>(DEPTH))
-                                           : expf(fminf(a_.logit_scale[head], LONGEST_SCALE));
+                                           : expf(fminf(a_.logit_scale[head], MAX_LOGIT_SCALE));
     }
     for (int32_t i = rank_; i < 2 * TOKENS; i += THREADS) m_.inverses[i / TOKENS][i % TOKENS] = 1;
     if constexpr (BACKWARD) {
@@ -113,7 +114,7 @@ class WindowHead {
     recompute_indices();
     b_ = -1;  // the first iteration only fetches
     for (int32_t window = first - 1; window < m_.last; ++window) {
-      group_.wait();
+      group_.wait_copies();
       group_.sync();
       recompute_indices();
       const int32_t next = b_ == 0;
@@ -136,7 +137,7 @@ class WindowHead {
         to[(1 + i / DEPTH) * channels] = total;
         if (i < DEPTH) to[0] = 0;  // the results of padding queries are discarded, so these have no gradient
       } else if (i == 2 * DEPTH && a_.dscale != nullptr) {
-        a_.dscale[int64_t{number} * a_.heads + head_] = a_.logit_scale[head_] <= LONGEST_SCALE ? total : 0.0f;
+        a_.dscale[int64_t{number} * a_.heads + head_] = a_.logit_scale[head_] <= MAX_LOGIT_SCALE ? total : 0.0f;
       }
     }
     if (a_.dbias == nullptr) return;
@@ -183,7 +184,7 @@ class WindowHead {
     has_mask_ = below > a_.down * a_.window_h - a_.shift_h || right > a_.across * a_.window_w - a_.shift_w;
     has_padding_ = below > a_.height || right > a_.width;
     if (a_.logit_scale != nullptr) {
-      measure();
+      compute_inverse_norms();
       group_.sync();
     }
     if constexpr (BACKWARD)
@@ -208,12 +209,12 @@ class WindowHead {
       const int64_t start = int64_t{head_} * DEPTH + column;
       const bool padded = inside && !exists && a_.pad != nullptr;
       const T* const from = (padded ? a_.pad : a_.qkv + 3 * channels * (exists ? row : 0)) + start;
-      group_.copy(&m_.matrices[b][Q][token][column], from, exists);
-      group_.copy(&m_.matrices[b][K][token][column], from + channels, exists || padded);
-      group_.copy(&m_.matrices[b][V][token][column], from + 2 * channels, exists || padded);
+      group_.copy_async(&m_.matrices[b][Q][token][column], from, exists);
+      group_.copy_async(&m_.matrices[b][K][token][column], from + channels, exists || padded);
+      group_.copy_async(&m_.matrices[b][V][token][column], from + 2 * channels, exists || padded);
       if constexpr (BACKWARD) {
         const T* const grad = a_.dout + channels * (exists ? row : 0) + start;
-        group_.copy(&m_.matrices[b][GRAD][token][column], grad, exists);
+        group_.copy_async(&m_.matrices[b][GRAD][token][column], grad, exists);
       }
       if (column == 0) {
         m_.rows[b][token] = row;
@@ -226,7 +227,7 @@ class WindowHead {
   SGMIM_HOST_DEVICE Rows& rows(int32_t matrix) const { return m_.matrices[b_][matrix]; }
 
   // Computes the inverse norms of queries and keys, a row per thread.
-  SGMIM_HOST_DEVICE void measure() {
+  SGMIM_HOST_DEVICE void compute_inverse_norms() {
     for (int32_t i = rank_; i < 2 * TOKENS; i += THREADS) {
       const T* const row = rows(i / TOKENS)[i % TOKENS];
       float total = 0;
@@ -236,11 +237,11 @@ class WindowHead {
         SGMIM_UNROLL
         for (int32_t c = 0; c < 8; ++c) total += static_cast<float>(few.values[c]) * static_cast<float>(few.values[c]);
       }
-      m_.inverses[i / TOKENS][i % TOKENS] = 1 / fmaxf(sqrtf(total), LEAST_NORM);
+      m_.inverses[i / TOKENS][i % TOKENS] = 1 / fmaxf(sqrtf(total), TINY);
     }
   }
 
-  // Address of the row that this lane passes to load() for a 16 x 16 block: the four 8 x 8 matrices in column-major
+  // Address of the row that this lane passes to ldmatrix() for a 16 x 16 block: the four 8 x 8 matrices in column-major
   // order (down_first) or in row-major order (across_first).
   SGMIM_HOST_DEVICE const T* down_first(const T* corner, int32_t stride) const {
     return corner + (lane_ & 15) * stride + (lane_ >> 4) * 8;
@@ -253,7 +254,7 @@ class WindowHead {
   SGMIM_HOST_DEVICE void load_own(Own& f, int32_t left) const {
     SGMIM_UNROLL
     for (int32_t k = 0; k < DEPTH / 16; ++k)
-      group_.template load<false>(f[k], down_first(&rows(left)[16 * warp_][16 * k], DEPTH + 8));
+      group_.template ldmatrix<false>(f[k], down_first(&rows(left)[16 * warp_][16 * k], DEPTH + 8));
   }
 
   // s (16, 16) = the rows in `left` . (rows [16 j, 16 j + 16) of `right`)^T.
@@ -263,7 +264,7 @@ class WindowHead {
     SGMIM_UNROLL
     for (int32_t k = 0; k < DEPTH / 16; ++k) {
       uint32_t f[4];
-      group_.template load<false>(f, across_first(&rows(right)[16 * j][16 * k], DEPTH + 8));
+      group_.template ldmatrix<false>(f, across_first(&rows(right)[16 * j][16 * k], DEPTH + 8));
       group_.template mma<T>(s[0], left[k], f[0], f[1]);
       group_.template mma<T>(s[1], left[k], f[2], f[3]);
     }
@@ -274,7 +275,7 @@ class WindowHead {
     SGMIM_UNROLL
     for (int32_t e = 0; e < DEPTH / 16; ++e) {
       uint32_t f[4];
-      group_.template load<true>(f, down_first(&rows(right)[16 * j][16 * e], DEPTH + 8));
+      group_.template ldmatrix<true>(f, down_first(&rows(right)[16 * j][16 * e], DEPTH + 8));
       group_.template mma<T>(x[2 * e], left, f[0], f[1]);
       group_.template mma<T>(x[2 * e + 1], left, f[2], f[3]);
     }
@@ -307,13 +308,13 @@ class WindowHead {
     for (int32_t j = 0; j < 2 * CHUNK; ++j)
       SGMIM_UNROLL
       for (int32_t c = 0; c < 4; ++c)
-        if (own[c / 2] != sides[16 * first + 8 * j + 2 * t_ + c % 2]) s[j][c] += NO_NEIGHBOURS * LOG2_E;
+        if (own[c / 2] != sides[16 * first + 8 * j + 2 * t_ + c % 2]) s[j][c] += APART * LOG2_E;
   }
 
   // Sums x over the four lanes that share a row.
   SGMIM_HOST_DEVICE float sum_of_row(float x) const {
-    x += group_.across(x, 1);
-    return x + group_.across(x, 2);
+    x += group_.shuffle_xor(x, 1);
+    return x + group_.shuffle_xor(x, 2);
   }
 
   // Step of the online softmax: updates row_max, replaces s by 2^(s - row_max), and updates this lane's part of
@@ -324,8 +325,8 @@ class WindowHead {
       float max = row_max[r];
       SGMIM_UNROLL
       for (int32_t j = 0; j < 2 * CHUNK; ++j) max = fmaxf(max, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
-      max = fmaxf(max, group_.across(max, 1));
-      max = fmaxf(max, group_.across(max, 2));
+      max = fmaxf(max, group_.shuffle_xor(max, 1));
+      max = fmaxf(max, group_.shuffle_xor(max, 2));
       rescale[r] = group_.exp2(row_max[r] - max);
       row_max[r] = max;
       row_sum[r] *= rescale[r];
@@ -409,7 +410,7 @@ class WindowHead {
     SGMIM_UNROLL
     for (int32_t j = 0; j < TILES; ++j) {
       uint32_t left[4];
-      group_.template load<true>(left, across_first(&m_.exchange[16 * j][16 * warp_], TOKENS + 8));
+      group_.template ldmatrix<true>(left, across_first(&m_.exchange[16 * j][16 * warp_], TOKENS + 8));
       accumulate(x, left, right, j);
     }
   }
@@ -427,7 +428,7 @@ class WindowHead {
       SGMIM_UNROLL
       for (int32_t i = 0; i < DEPTH / 4; ++i)
         along += dx[i / 2][2 * r + i % 2] * static_cast<float>(row[i / 2 * 8 + i % 2]) * inverse;
-      const float whole = sum_of_row(along), back = inverse < 1 / LEAST_NORM ? whole : 0.0f;
+      const float whole = sum_of_row(along), back = inverse < 1 / TINY ? whole : 0.0f;
       total += whole;
       SGMIM_UNROLL
       for (int32_t i = 0; i < DEPTH / 4; ++i) {
@@ -436,7 +437,7 @@ class WindowHead {
       }
     }
     if (dscale == nullptr) return;
-    for (int32_t mask = 4; mask < 32; mask *= 2) total += group_.across(total, mask);
+    for (int32_t mask = 4; mask < 32; mask *= 2) total += group_.shuffle_xor(total, mask);
     if (lane_ == 0) *dscale += total;
   }
 
@@ -456,7 +457,7 @@ class WindowHead {
     SGMIM_UNROLL
     for (int32_t i = 0; i < DEPTH / 4; ++i) {
       float total = (outside[0] ? x[i / 2][i % 2] : 0.0f) + (outside[1] ? x[i / 2][i % 2 + 2] : 0.0f);
-      for (int32_t mask = 4; mask < 32; mask *= 2) total += group_.across(total, mask);
+      for (int32_t mask = 4; mask < 32; mask *= 2) total += group_.shuffle_xor(total, mask);
       if (g_ == 0) sums[i / 2 * 8 + 2 * t_ + i % 2] += total;
     }
   }

@@ -27,8 +27,8 @@ struct Tokens {
 };
 
 // Index of a group among the groups of its size, and their number.
-struct Turn {
-  int64_t number, of;
+struct GroupIndex {
+  int64_t index, count;
 };
 
 // Calls body(d) for this thread's share of `width` adjacent elements, in steps of MANY elements from d on.
@@ -76,11 +76,12 @@ SGMIM_HOST_DEVICE void normalise_row(const Group& group, const Tokens<T>& t, int
 // Forward. out: (rows, width); token: (width,).
 template <int32_t MANY, class Group, class Launch, class T>
 SGMIM_HOST_DEVICE void place_tokens(
-    const Group& group, const Turn& turn, const Launch& launch, const Tokens<T>& t, const float* token, T* out) {
+    const Group& group, const GroupIndex& in_launch, const Launch& launch, const Tokens<T>& t, const float* token,
+    T* out) {
   using Row = Few<T, MANY>;
   invert(launch, t.visible, t.count, t.rows, t.inverse);
   launch.sync();
-  for (int64_t row = turn.number; row < t.rows; row += turn.of) {
+  for (int64_t row = in_launch.index; row < t.rows; row += in_launch.count) {
     const int64_t place = find(t.visible, t.count, t.inverse, row);
     T* const to = out + row * t.width;
     if (place < 0) {
@@ -168,22 +169,22 @@ SGMIM_HOST_DEVICE void sum_row(
 // of the block sums rows of its own, in its part of `memory`.
 template <int32_t MANY, class Group, class Block, class T>
 SGMIM_HOST_DEVICE void sum_part(
-    const Group& group, const Turn& in_block, const Block& block, int64_t part, const Tokens<T>& t, const T* dout,
+    const Group& group, const GroupIndex& in_block, const Block& block, int64_t part, const Tokens<T>& t, const T* dout,
     T* dembedded, float* partials, float* memory) {
   const int64_t all = int64_t{SUMS} * t.width, per_part = rows_per_part(t.rows);
-  float* const mine = memory + in_block.number * all;
+  float* const mine = memory + in_block.index * all;
   for (int32_t i = 0; i < SUMS; ++i)
     each_few<MANY>(group, t.width, [&](int32_t d) {
       SGMIM_UNROLL
       for (int32_t j = 0; j < MANY; ++j) mine[i * t.width + d + j] = 0;
     });
   const int64_t end = (part + 1) * per_part < t.rows ? (part + 1) * per_part : t.rows;
-  for (int64_t row = part * per_part + in_block.number; row < end; row += in_block.of)
+  for (int64_t row = part * per_part + in_block.index; row < end; row += in_block.count)
     sum_row<MANY>(group, t, dout + row * t.width, find(t.visible, t.count, t.inverse, row), dembedded, mine);
   block.sync();
   for (int64_t i = block.rank(); i < all; i += block.size()) {
     float total = 0;
-    for (int64_t other = 0; other < in_block.of; ++other) total += memory[other * all + i];
+    for (int64_t other = 0; other < in_block.count; ++other) total += memory[other * all + i];
     partials[part * all + i] = total;
   }
   block.sync();
@@ -216,15 +217,16 @@ SGMIM_HOST_DEVICE void add_parts(
 // block alone.
 template <int32_t MANY, class Group, class Block, class Launch, class T>
 SGMIM_HOST_DEVICE void place_tokens_backward(
-    const Group& group, const Turn& in_block, const Block& block, const Turn& turn, const Launch& launch,
-    const Tokens<T>& t, const T* dout, T* dembedded, float* partials, float* sums, float* memory) {
+    const Group& group, const GroupIndex& in_block, const Block& block, const GroupIndex& in_launch,
+    const Launch& launch, const Tokens<T>& t, const T* dout, T* dembedded, float* partials, float* sums,
+    float* memory) {
   invert(launch, t.visible, t.count, t.rows, t.inverse);
   launch.sync();
   const int64_t parts = parts_of(t.rows), all = int64_t{SUMS} * t.width;
-  for (int64_t part = turn.number; part < parts; part += turn.of)
+  for (int64_t part = in_launch.index; part < parts; part += in_launch.count)
     sum_part<MANY>(group, in_block, block, part, t, dout, dembedded, partials, memory);
   launch.sync();
-  for (int64_t first = turn.number * COLUMNS; first < all; first += turn.of * COLUMNS)
+  for (int64_t first = in_launch.index * COLUMNS; first < all; first += in_launch.count * COLUMNS)
     add_parts(block, first, all, parts, partials, sums, memory);
 }
 

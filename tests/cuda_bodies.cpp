@@ -397,8 +397,8 @@ void place_tokens(
     const auto [blocks, warps, lanes] = shape;
     const int64_t all = int64_t{blocks} * warps, per_block = warps;
     run_launch(blocks, warps, lanes, [&](const HostThread& t) {
-      const sgmim::Turn turn{t.block_number * per_block + t.warp_number, all};
-      sgmim::place_tokens<decltype(many)::value>(t.warp, turn, t.launch, tokens, token.data(), to);
+      const sgmim::GroupIndex in_launch{t.block_number * per_block + t.warp_number, all};
+      sgmim::place_tokens<decltype(many)::value>(t.warp, in_launch, t.launch, tokens, token.data(), to);
     });
   });
 }
@@ -418,8 +418,9 @@ void place_tokens_backward(
     std::vector<std::vector<float>> memory(blocks, std::vector<float>(sgmim::place_memory(width, warps), NAN));
     run_launch(blocks, warps, lanes, [&](const HostThread& t) {
       sgmim::place_tokens_backward<decltype(many)::value>(
-          t.warp, sgmim::Turn{t.warp_number, per_block}, t.block, sgmim::Turn{t.block_number, all}, t.launch, tokens,
-          read<T>(dout), to, partials.mutable_data(), sums.mutable_data(), memory[t.block_number].data());
+          t.warp, sgmim::GroupIndex{t.warp_number, per_block}, t.block, sgmim::GroupIndex{t.block_number, all},
+          t.launch, tokens, read<T>(dout), to, partials.mutable_data(), sums.mutable_data(),
+          memory[t.block_number].data());
     });
   });
 }

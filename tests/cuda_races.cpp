@@ -121,13 +121,13 @@ std::vector<float> place(int32_t blocks) {
       embedded.data(), visible, inverse.data(), ones.data(), ones.data(), statistics.data(), COUNT, ROWS, WIDTH, 1e-5f};
   std::vector<std::vector<float>> memory(blocks, std::vector<float>(sgmim::place_memory(WIDTH, WARPS)));
   run_launch(blocks, WARPS, LANES, [&](const HostThread& t) {
-    const sgmim::Turn turn{t.block_number * WARPS + t.warp_number, blocks * WARPS};
-    sgmim::place_tokens<1>(t.warp, turn, t.launch, tokens, ones.data(), out.data());
+    const sgmim::GroupIndex in_launch{t.block_number * WARPS + t.warp_number, blocks * WARPS};
+    sgmim::place_tokens<1>(t.warp, in_launch, t.launch, tokens, ones.data(), out.data());
   });
   run_launch(blocks, WARPS, LANES, [&](const HostThread& t) {
     sgmim::place_tokens_backward<1>(
-        t.warp, sgmim::Turn{t.warp_number, WARPS}, t.block, sgmim::Turn{t.block_number, blocks}, t.launch, tokens,
-        dout.data(), dembedded.data(), partials.data(), sums.data(), memory[t.block_number].data());
+        t.warp, sgmim::GroupIndex{t.warp_number, WARPS}, t.block, sgmim::GroupIndex{t.block_number, blocks}, t.launch,
+        tokens, dout.data(), dembedded.data(), partials.data(), sums.data(), memory[t.block_number].data());
   });
   for (const auto* values : {&dembedded, &statistics, &sums}) out.insert(out.end(), values->begin(), values->end());
   return out;

@@ -23,13 +23,13 @@ class HostWarpThread {
   int32_t anew(int32_t x) const { return x; }
   void sync() const;
   void sync_warp() const;
-  float across(float value, int32_t mask) const {
+  float shuffle_xor(float value, int32_t mask) const {
     float found;
     exchange(value, [&](const auto& of) { found = of(lane() ^ mask); });
     return found;
   }
   template <bool TRANSPOSED>
-  void load(uint32_t (&f)[4], const void* row) const {
+  void ldmatrix(uint32_t (&f)[4], const void* row) const {
     exchange(static_cast<const uint16_t*>(row), [&](const auto& row_of) {
       for (int32_t m = 0; m < 4; ++m) {
         const int32_t g = lane() / 4, t = lane() % 4;
@@ -68,8 +68,8 @@ class HostWarpThread {
   }
   float exp2(float x) const { return std::exp2(x); }
   float reciprocal(float x) const { return 1 / x; }
-  void copy(void* to, const void* from, bool there) const;
-  void wait() const;
+  void copy_async(void* to, const void* from, bool there) const;
+  void wait_copies() const;
 
  private:
   // Calls use(of), where of(lane) returns the value of a lane of this warp.
@@ -175,12 +175,12 @@ void HostWarpThread::exchange(const Value& value, const Use& use) const {
   sync_warp();
 }
 
-inline void HostWarpThread::copy(void* to, const void* from, bool there) const {
+inline void HostWarpThread::copy_async(void* to, const void* from, bool there) const {
   block_.threads_[rank_].copies.push_back({to, there ? from : nullptr});
 }
 
 // Copies take effect here, so that reading the target before wait() shows.
-inline void HostWarpThread::wait() const {
+inline void HostWarpThread::wait_copies() const {
   for (const HostBlock::Copy& copy : block_.threads_[rank_].copies)
     if (copy.from != nullptr)
       std::memcpy(copy.to, copy.from, 16);

@@ -12,7 +12,7 @@ class Aligned {
   // Initialized to zeros.
   explicit Aligned(int64_t count) : storage_(new T[count + LINE]()) {}
   // Uninitialized, for arrays that are written before they are read.
-  static Aligned unset(int64_t count) { return {std::unique_ptr<T[]>(new T[count + LINE])}; }
+  static Aligned uninitialized(int64_t count) { return {std::unique_ptr<T[]>(new T[count + LINE])}; }
 
   T* data() { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(storage_.get()) + 63) / 64 * 64); }
   const T* data() const { return const_cast<Aligned*>(this)->data(); }

@@ -63,7 +63,7 @@ void layer_norm_rows(
       store(t + i, v);
       sums[part] += v;
     });
-    const float row_mean = total(sums) / width, row_rstd = inverse_deviation(t, width, row_mean, eps);
+    const float row_mean = total(sums) / width, row_rstd = compute_rstd(t, width, row_mean, eps);
     mean[r] = row_mean;
     rstd[r] = row_rstd;
     for_row(width, [&](int64_t i, int64_t n, int) SGMIM_INLINE_LAMBDA {

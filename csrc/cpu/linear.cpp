@@ -23,7 +23,7 @@ constexpr int64_t PACKED = 1 << 17;  // 4-byte units of weights that are packed 
 enum class Epilogue { none, gelu, gelu_backward };
 
 // Epilogue and its operands. It is computed in float32, before the result is rounded.
-struct EpilogueOf {
+struct EpilogueArgs {
   Epilogue kind = Epilogue::none;
   const float* bias = nullptr;     // (outs,), or null
   const void* residual = nullptr;  // (n, outs), dtype of y, or null
@@ -51,7 +51,7 @@ struct Linear {
   const void* weight;
   int64_t n, ins, outs;
   Chunks chunks;
-  EpilogueOf epilogue;
+  EpilogueArgs epilogue;
 };
 }  // namespace sgmim
 #endif
@@ -75,8 +75,8 @@ static_assert(Chunks::TILE == TILE_ROWS);
 // Prefetches the cache lines that the epilogue of these rows and columns will read and write, so that they arrive
 // during the gemm. Each row has a few lines, pages apart from those of the next.
 template <class X, class Y>
-SGMIM_INLINE void fetch(
-    const EpilogueOf& e, int64_t outs, int64_t first, int64_t rows, int64_t column, int64_t width) {
+SGMIM_INLINE void prefetch(
+    const EpilogueArgs& e, int64_t outs, int64_t first, int64_t rows, int64_t column, int64_t width) {
   const auto lines = [&](const void* matrix, int64_t at, int64_t size) SGMIM_INLINE_LAMBDA {
     if (!matrix) return;
     const char* from = static_cast<const char*>(matrix) + at * size;
@@ -95,7 +95,7 @@ SGMIM_INLINE void fetch(
 // accumulators are `sums`, (rows, PANEL).
 template <class X, class Y>
 SGMIM_INLINE void epilogue(
-    const EpilogueOf& e, int64_t outs, int64_t chunk, int64_t first, int64_t rows, int64_t column, int64_t width,
+    const EpilogueArgs& e, int64_t outs, int64_t chunk, int64_t first, int64_t rows, int64_t column, int64_t width,
     const float* sums) {
   for (int64_t i = 0; i < width; i += LANES) {
     const int64_t n = part(i, width);
@@ -132,7 +132,8 @@ void linear_units(const Linear* g, int64_t begin, int64_t end) {
   const int64_t units = g->ins / UNIT<X>, chunks = g->chunks.count;
   const int64_t fit = units > DEPTH ? 1 : PACKED / std::max<int64_t>(units * PANEL, 1);  // `sums` has room for one
   const int64_t most = std::clamp<int64_t>(fit, 1, (end - begin + chunks - 1) / chunks);
-  auto packed = Aligned<float>::unset(most * units * PANEL), sums = Aligned<float>::unset(g->chunks.rows * PANEL);
+  auto packed = Aligned<float>::uninitialized(most * units * PANEL);
+  auto sums = Aligned<float>::uninitialized(g->chunks.rows * PANEL);
   const X* x = static_cast<const X*>(g->x);
   const W* weight = static_cast<const W*>(g->weight);
   for (int64_t at = begin; at < end;) {
@@ -157,7 +158,7 @@ void linear_units(const Linear* g, int64_t begin, int64_t end) {
             const int64_t column = p * PANEL, width = std::min(PANEL, g->outs - column);
             const int64_t rows = std::min(TILE_ROWS, last - r);
             float* tile = sums.data() + (units > DEPTH ? (r - first) * PANEL : 0);
-            if (k + depth == units) fetch<X, Y>(g->epilogue, g->outs, r, rows, column, width);
+            if (k + depth == units) prefetch<X, Y>(g->epilogue, g->outs, r, rows, column, width);
             gemm_tile<X>(
                 rows, width, reinterpret_cast<const char*>(x + r * g->ins) + 4 * k, sizeof(X) * g->ins, 4,
                 packed.data() + ((p - panel) * units + k) * PANEL, depth, tile, PANEL, k > 0);
@@ -179,7 +180,7 @@ namespace sgmim {
 #if defined(SGMIM_MANY_ISAS)
 // Returns the gemm restricted to the chunks [begin, end).
 template <class X, class Y>
-static Linear rows_of(const Linear& g, int64_t begin, int64_t end) {
+static Linear restrict_to_chunks(const Linear& g, int64_t begin, int64_t end) {
   const int64_t first = begin * g.chunks.rows;
   const auto from = [&](auto* matrix, int64_t size) {
     return matrix ? (decltype(matrix))((uintptr_t)matrix + first * g.outs * size) : matrix;
@@ -188,7 +189,7 @@ static Linear rows_of(const Linear& g, int64_t begin, int64_t end) {
   own.x = static_cast<const X*>(g.x) + first * g.ins;
   own.n = std::min(end * g.chunks.rows, g.n) - first;
   own.chunks.count = end - begin;
-  EpilogueOf& e = own.epilogue;
+  EpilogueArgs& e = own.epilogue;
   e.residual = from(e.residual, sizeof(Y));
   e.y = from(e.y, sizeof(Y));
   e.pre_activation = from(e.pre_activation, sizeof(X));
@@ -198,13 +199,13 @@ static Linear rows_of(const Linear& g, int64_t begin, int64_t end) {
 }
 
 template <class X, class W, class Y>
-static void launch_of(const Linear& g, bool transposed) {
+static void launch_typed(const Linear& g, bool transposed) {
   const auto run = [&](auto kernel, int64_t panel) {
     const int64_t panels = (g.outs + panel - 1) / panel;
     if (g.n < MANY_ROWS * g.outs || g.chunks.count < MANY_CHUNKS * torch::stable::get_num_threads())
       return parallel(panels * g.chunks.count, 1, [&](int64_t begin, int64_t end) { kernel(&g, begin, end); });
     parallel(g.chunks.count, 1, [&](int64_t begin, int64_t end) {
-      const Linear own = rows_of<X, Y>(g, begin, end);
+      const Linear own = restrict_to_chunks<X, Y>(g, begin, end);
       kernel(&own, 0, panels * own.chunks.count);
     });
   };
@@ -221,7 +222,7 @@ static void launch_of(const Linear& g, bool transposed) {
 // Checks the arguments and runs the gemm. `transposed`: weight is (ins, outs), as in a dgrad.
 static void launch(
     [[maybe_unused]] const Tensor& x, [[maybe_unused]] const Tensor& weight, [[maybe_unused]] bool transposed,
-    [[maybe_unused]] const Tensor& y, [[maybe_unused]] EpilogueOf epilogue) {
+    [[maybe_unused]] const Tensor& y, [[maybe_unused]] EpilogueArgs epilogue) {
   const bool wide = x.scalar_type() == ScalarType::Float;
   SGMIM_CHECK(
       isa() == Isa::avx512bf16 || (wide && isa() == Isa::avx512), "needs ", wide ? "AVX-512" : "AVX512-BF16",
@@ -240,10 +241,12 @@ static void launch(
   if (wide) {
     check_packed(weight, "weight", ScalarType::Float, outs * ins);
     check_packed(y, "y", ScalarType::Float, n * outs);
-    return launch_of<float, float, float>(g, transposed);
+    return launch_typed<float, float, float>(g, transposed);
   }
   dispatch_float(weight, "weight", [&](auto weight_type) {
-    dispatch_float(y, "y", [&](auto type) { launch_of<Bf16, decltype(weight_type), decltype(type)>(g, transposed); });
+    dispatch_float(y, "y", [&](auto type) {
+      launch_typed<Bf16, decltype(weight_type), decltype(type)>(g, transposed);
+    });
   });
 #endif
 }
@@ -254,7 +257,7 @@ static void linear(
   check_matrix(y, "y");
   check_packed(bias, "bias", ScalarType::Float, y.size(1));
   check_packed(residual, "residual", y.scalar_type(), y.numel());
-  EpilogueOf e;
+  EpilogueArgs e;
   e.bias = data<float>(bias);
   e.residual = residual.has_value() ? residual->data_ptr() : nullptr;
   launch(x, weight, transposed, y, e);
@@ -266,7 +269,7 @@ static void linear_gelu(
   check_packed(pre_activation, "pre_activation", x.scalar_type(), pre_activation.numel());
   check_packed(bias, "bias", ScalarType::Float, pre_activation.size(1));
   check_packed(activated, "activated", x.scalar_type(), pre_activation.numel());
-  EpilogueOf e;
+  EpilogueArgs e;
   e.kind = Epilogue::gelu;
   e.bias = data<float>(bias);
   e.activated = activated.data_ptr();
@@ -283,7 +286,7 @@ static void dgrad_gelu(
   check_packed(activated, "activated", dy.scalar_type(), pre_activation.numel());
   check_packed(sums, "sums", ScalarType::Float, outs);
   std::vector<float> partial(chunks * outs, 0.0f);
-  EpilogueOf e;
+  EpilogueArgs e;
   e.kind = Epilogue::gelu_backward;
   e.pre_activation = pre_activation.data_ptr();
   e.activated = activated.data_ptr();

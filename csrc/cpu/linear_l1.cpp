@@ -72,7 +72,7 @@ SGMIM_INLINE void pixel_moments(const Cell& cell, float& mean, float& inverse) {
       vf part_sum = {};
       for (int64_t j = 0; j < s; j += LANES) {
         const int64_t n = part(j, s);
-        const vf d = only(load_part(pixels + j, n) - mean, n);
+        const vf d = zero_tail(load_part(pixels + j, n) - mean, n);
         part_sum += d * d;
       }
       squares += hsum(part_sum);
@@ -103,7 +103,7 @@ void distance_rows(
         const bool* valid = cell.valid(c, i);
         for (int64_t j = 0; j < s; j += LANES) {
           const int64_t n = part(j, s);
-          const vf target = only((load_part(pixels + j, n) - mean) * inverse, n);
+          const vf target = zero_tail((load_part(pixels + j, n) - mean) * inverse, n);
           vf d = load_part(prediction + at + j, n) - target;
           if (valid) {
             for (int64_t l = 0; l < n; ++l)

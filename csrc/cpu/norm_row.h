@@ -54,15 +54,15 @@ SGMIM_INLINE void for_row(int64_t width, const Step& step) {
 SGMIM_INLINE float total(const vf* sums) { return hsum((sums[0] + sums[1]) + (sums[2] + sums[3])); }
 
 // Sets the lanes from n on to 0.
-SGMIM_INLINE vf only(vf v, int64_t n) {
+SGMIM_INLINE vf zero_tail(vf v, int64_t n) {
   for (int64_t l = n; l < LANES; ++l) v[l] = 0;
   return v;
 }
 
-SGMIM_INLINE float inverse_deviation(const float* t, int64_t width, float mean, float eps) {
+SGMIM_INLINE float compute_rstd(const float* t, int64_t width, float mean, float eps) {
   vf squares[4] = {};
   for_row(width, [&](int64_t i, int64_t n, int sum) SGMIM_INLINE_LAMBDA {
-    const vf d = load(t + i) - mean, inside = n == LANES ? d : only(d, n);
+    const vf d = load(t + i) - mean, inside = n == LANES ? d : zero_tail(d, n);
     squares[sum] += inside * inside;
   });
   return 1.0f / __builtin_sqrtf(total(squares) / width + eps);
@@ -73,7 +73,7 @@ SGMIM_INLINE void moments(const float* t, int64_t width, float eps, float& mean,
   vf sums[4] = {};
   for_row(width, [&](int64_t i, int64_t, int sum) SGMIM_INLINE_LAMBDA { sums[sum] += load(t + i); });
   mean = total(sums) / width;
-  rstd = inverse_deviation(t, width, mean, eps);
+  rstd = compute_rstd(t, width, mean, eps);
 }
 
 SGMIM_INLINE void normalize_row(float* t, int64_t width, float mean, float rstd) {

@@ -133,8 +133,8 @@ static void wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw) {
     const int64_t blocks = (outs + shape.block - 1) / shape.block, panels = (ins + shape.panel - 1) / shape.panel;
     const int64_t all = (n + shape.unit - 1) / shape.unit, chunks = (all + WGRAD_UNITS - 1) / WGRAD_UNITS;
     const int64_t units = chunks ? (all + chunks - 1) / chunks : 0, depth = units * shape.unit;
-    auto packed_dy = Aligned<float>::unset(blocks * shape.block * units);
-    auto packed_x = Aligned<float>::unset(panels * shape.panel * units);
+    auto packed_dy = Aligned<float>::uninitialized(blocks * shape.block * units);
+    auto packed_x = Aligned<float>::uninitialized(panels * shape.panel * units);
     if (n == 0) std::fill_n(data<float>(dw), dw.numel(), 0.0f);
     for (int64_t first = 0; first < n; first += depth) {
       const Wgrad g{

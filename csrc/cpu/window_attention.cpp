@@ -76,7 +76,7 @@ void window_attention_backward_tasks(
     w.load_grad(head, dout);
     for (int64_t first = 0; first < n; first += QUERIES) {
       const int64_t count = n - first < QUERIES ? n - first : QUERIES, row = grid->bias_row(first);
-      w.fetch_to_write(dqkv, head, first, count);
+      w.prefetch_gradients(dqkv, head, first, count);
       w.logits(head, first, count, p, row_max);
       gemm<false>(w.v, ds, 1, w.grad_t + first, ns, dp, QUERIES, n, padded(count), d);
       by_three_vectors(count, [&](auto vectors, int64_t c) SGMIM_INLINE_LAMBDA {

@@ -188,7 +188,7 @@ class WindowTokens {
   }
 
   // Prefetches the cache lines of dqkv to which the gradients of the tokens [first, first + count) will be written.
-  void fetch_to_write(const T* dqkv, int64_t head, int64_t first, int64_t count) const {
+  void prefetch_gradients(const T* dqkv, int64_t head, int64_t first, int64_t count) const {
     for (int64_t t = first; t < first + count; ++t)
       for (int64_t part = 0; part < 3 && rows[t] >= 0; ++part)
         for (int64_t i = 0; i < d; i += 64 / sizeof(T))
@@ -208,7 +208,8 @@ class WindowTokens {
   // Prefetches the next head's part of a token whose current part was loaded from `from`. These lines are pages apart,
   // a pattern that hardware prefetchers do not predict. They go into L2; only for the adjacent head of the same window,
   // and where a window has at most QUERIES tokens and leaves room, they go into L1.
-  SGMIM_INLINE_LAMBDA void fetch_next(const T* source, const T* from, int64_t t, int64_t width, int64_t column) const {
+  SGMIM_INLINE_LAMBDA void prefetch_next(
+      const T* source, const T* from, int64_t t, int64_t width, int64_t column) const {
     if (n <= QUERIES && next_ == rows.data()) {
       for (int64_t i = 0; i < d && from; i += 64 / sizeof(T)) __builtin_prefetch(from + d + i);
     } else if (next_ && next_[t] >= 0) {
@@ -309,7 +310,7 @@ class WindowHead : public WindowTokens<T> {
   void load_rows(const T* source, int64_t width, int64_t column, const T* outside, float* out) const {
     for (int64_t t = 0; t < n; ++t, out += ds) {
       const T* from = this->row(source, t, width, column, outside);
-      this->fetch_next(source, from, t, width, column);
+      this->prefetch_next(source, from, t, width, column);
       for (int64_t i = 0; i < ds; i += LANES) store(out + i, from ? load_part(from + i, part(i, d)) : vf{});
     }
   }

@@ -132,7 +132,7 @@ class WindowPairs : public WindowTokens<Bf16> {
   void load_rows(const Bf16* source, int64_t width, int64_t column, const Bf16* outside, Pair* out) const {
     for (int64_t t = 0; t < n; ++t, out += ds / 2) {
       const Bf16* from = row(source, t, width, column, outside);
-      fetch_next(source, from, t, width, column);
+      prefetch_next(source, from, t, width, column);
       for (int64_t i = 0; i < d; i += 32) {
         const __mmask32 lanes = d - i >= 32 ? ~0u : (1u << (d - i)) - 1;
         _mm512_store_si512(out + i / 2, from ? _mm512_maskz_loadu_epi16(lanes, from + i) : __m512i{});
@@ -240,7 +240,7 @@ void window_attention_backward_tasks<Bf16>(
     for (int64_t first = 0; first < n; first += QUERIES) {
       const int64_t count = n - first < QUERIES ? n - first : QUERIES, halved = (count + 1) / 2;
       const int64_t row = grid->bias_row(first);
-      w.fetch_to_write(dqkv, head, first, count);
+      w.prefetch_gradients(dqkv, head, first, count);
       w.logits(head, first, count, p, row_max);
       gemm<false>(w.v, ds / 2, 1, w.grad_t + first, ns, dp, QUERIES, n, padded(count), ds / 2);
       by_three_vectors(count, [&](auto vectors, int64_t c) SGMIM_INLINE_LAMBDA {

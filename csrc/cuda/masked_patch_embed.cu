@@ -20,7 +20,7 @@ int32_t warps_for(int64_t width) {
   return warps;
 }
 
-__device__ inline Turn warp_of_launch() {
+__device__ inline GroupIndex warp_of_launch() {
   const uint32_t warps = blockDim.x / WARP;
   return {int64_t{blockIdx.x} * warps + threadIdx.x / WARP, int64_t{gridDim.x} * warps};
 }
@@ -39,9 +39,9 @@ template <int32_t MANY, class T>
 __global__ void __launch_bounds__(WARPS * WARP, 2)
     take(Tokens<T> tokens, const T* dout, T* dembedded, float* partials, float* sums) {
   extern __shared__ __align__(16) float memory[];
-  const Turn in_block{threadIdx.x / WARP, blockDim.x / WARP};
+  const GroupIndex in_block{threadIdx.x / WARP, blockDim.x / WARP};
   place_tokens_backward<MANY>(
-      WarpGroup{}, in_block, BlockGroup{}, Turn{blockIdx.x, gridDim.x}, LaunchGroup{}, tokens, dout, dembedded,
+      WarpGroup{}, in_block, BlockGroup{}, GroupIndex{blockIdx.x, gridDim.x}, LaunchGroup{}, tokens, dout, dembedded,
       partials, sums, memory);
 }
 

@@ -20,10 +20,10 @@ struct MmaGroup {
     asm volatile("" : "+r"(x));
     return x;
   }
-  __device__ float across(float value, int32_t mask) const { return __shfl_xor_sync(EVERY_LANE, value, mask); }
+  __device__ float shuffle_xor(float value, int32_t mask) const { return __shfl_xor_sync(EVERY_LANE, value, mask); }
 
   template <bool TRANSPOSED>
-  __device__ void load(uint32_t (&f)[4], const void* row) const {
+  __device__ void ldmatrix(uint32_t (&f)[4], const void* row) const {
     const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
     if constexpr (TRANSPOSED)
       asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -72,12 +72,12 @@ struct MmaGroup {
     return y;
   }
 
-  __device__ void copy(void* to, const void* from, bool there) const {
+  __device__ void copy_async(void* to, const void* from, bool there) const {
     const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :: "r"(at), "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0) : "memory");
   }
-  __device__ void wait() const { asm volatile("cp.async.wait_all;" ::: "memory"); }
+  __device__ void wait_copies() const { asm volatile("cp.async.wait_all;" ::: "memory"); }
 };
 
 }  // namespace sgmim

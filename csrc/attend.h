@@ -53,8 +53,7 @@ SGMIM_HOST_DEVICE Place place_of(const Attention<T>& a, int64_t image, int32_t h
   return p;
 }
 
-// Allocator for arrays in the group's memory, which must be aligned to 32 bytes. If `first` is null, it only counts
-// bytes.
+// Allocator for arrays in the group's memory, which must be aligned to 32 bytes. Only counts bytes if `first` is null.
 struct Memory {
   char* first;
   int64_t used = 0;
@@ -166,8 +165,7 @@ SGMIM_HOST_DEVICE void clear(const Group& group, float* tile, int32_t count) {
   for (int32_t i = group.rank(); i < count; i += group.size()) tile[i] = 0;
 }
 
-// Stores the first `rows` rows of a float tile to a matrix, divided by divisors[row] if divisors is given and that is
-// not 0.
+// Stores the first `rows` rows of a float tile to a matrix, divided by divisors[row] where it is given and positive.
 template <class Group, class T, class Row>
 SGMIM_HOST_DEVICE void store_rows(
     const Group& group, const Attention<T>& a, int32_t head, const float* tile, const float* divisors, int32_t rows,

@@ -1,8 +1,7 @@
 // Interface of the thread groups that the block-level device functions run on, and macros that compile these functions
 // for the GPU and the host.
 //
-// A device function is a template over its group. Every thread of the group calls it with the same arguments. A group
-// has
+// A device function is a template over its group; every thread of the group calls it with equal arguments. A group has
 //   rank(), size()       index of this thread, and number of threads
 //   sync()               barrier; writes to the group's memory before it are visible to all threads after it
 //   scan(value, total)   exclusive prefix sum: sum over the threads of lower rank; total: sum over all threads

@@ -102,8 +102,7 @@ SGMIM_HOST_DEVICE void place_tokens(
   }
 }
 
-// Column sums of the backward: gradients of the mask token, norm weight and norm bias, and the column sums of
-// dembedded.
+// Column sums of the backward: gradients of the mask token, norm weight and norm bias, and the sums of dembedded.
 constexpr int32_t SUMS = 4;
 constexpr int64_t MOST_PARTS = 512;  // parts of the rows, one per block; more parts take longer to add up
 constexpr int32_t COLUMNS = 32, PHASES = 8;

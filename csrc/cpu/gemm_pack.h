@@ -1,5 +1,4 @@
-// Packing of a gemm's operands into panels of units, see gemm_tile.h. Included once per instruction set, after that
-// file.
+// Packing of a gemm's operands into panels of units. Included once per instruction set, after gemm_tile.h (see there).
 namespace sgmim {
 namespace SGMIM_ISA {
 

@@ -3,9 +3,8 @@
 
 #include <cstdint>
 
-// SGMIM_BASELINE_ONLY compiles the baseline alone: for ThreadSanitizer, since all sets share memory between threads in
-// the same way. SGMIM_WIDEST_ONLY compiles the baseline and the widest set: for AddressSanitizer on machines that have
-// it.
+// SGMIM_BASELINE_ONLY compiles the baseline alone: for ThreadSanitizer, since threads share memory in the same way with
+// every set. SGMIM_WIDEST_ONLY compiles the baseline and the widest set: for AddressSanitizer where a machine has it.
 #if defined(__x86_64__) && !defined(SGMIM_BASELINE_ONLY)
 #define SGMIM_MANY_ISAS
 #endif

@@ -2,7 +2,7 @@
 // residual added before it, and the residual gradient added after it. Used by relational_guidance and structure_embed.
 //
 // Forward:  t = x[rows] + addend;  y = (t - mean) * rstd * weight + bias + residual.  Writes y and, with an addend, t.
-// Backward: dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + residual, where g = dy * weight; also the column sums of
+// Backward: dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + residual, where g = dy * weight; also column sums for
 //           dweight, dbias, the residual and dx. Recomputes y for the wgrad of the gemm that read it. The residual and
 //           dx may be float32 where dy is bfloat16, as in a float32 residual stream, which is never rounded.
 #include "cpu/launch.h"

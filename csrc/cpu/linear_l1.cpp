@@ -3,8 +3,7 @@
 //
 // A row of the prediction is one cell, in pixel-shuffle order: channel * cell^2 + i * cell + j. Predictions and pixels
 // are read from memory once (normalised pixels stay in cache between the passes); one byte per prediction, or the
-// prediction, is written. Row sums are float64 and are added in order, so the total does not depend on the number of
-// threads.
+// prediction, is written. Row sums are float64 and are added in order: the total does not depend on the threads.
 #include "cpu/launch.h"
 #undef SGMIM_THIS_FILE
 #define SGMIM_THIS_FILE "cpu/linear_l1.cpp"

@@ -1,5 +1,4 @@
-// Operations on one row of a LayerNorm, most of which work on a float copy of the row in cache. Rows may have any
-// width.
+// Operations on one row of a LayerNorm, of any width. Most of them work on a float copy of the row in cache.
 //
 // Included once per instruction set, after vec.h.
 namespace sgmim {

@@ -179,8 +179,7 @@ void attention_backward_heads(
       const int64_t lse_at = (first + r) * shape->heads + head;
       const float row_max = lse[lse_at], log_sum = lse[shape->rows() * shape->heads + lse_at];
       for (int64_t j = 0; j < ks; j += LANES) store(row + j, exp(load(row + j) - row_max - log_sum));
-      // The sum equals dout . out, but is rounded differently: computed like this, a single key's gradient is exactly
-      // 0.
+      // The sum equals dout . out, but is rounded differently: like this, a single key's gradient is exactly 0.
       for (int64_t j = keys; j < ks; ++j) row[j] = drow[j] = 0.0f;
       vf dot = {};
       for (int64_t j = 0; j < ks; j += LANES) dot += load(row + j) * load(drow + j);

@@ -33,8 +33,7 @@ struct WindowGrid {
   int64_t windows() const { return batch * down() * across(); }
 
   // Computes the grid row of each token of a window, -1 for padding, and its group: tokens of different groups are in
-  // one window only because of the cyclic shift, and are masked from each other. Returns whether there are several
-  // groups.
+  // one window only because of the cyclic shift, and are masked from each other. Returns whether there is more than 1.
   bool locate(int64_t window, int64_t* rows, int64_t* group) const {
     const int64_t column = window % across(), row = window / across() % down();
     const int64_t first = window / (across() * down()) * height * width;

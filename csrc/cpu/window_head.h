@@ -115,8 +115,7 @@ SGMIM_INLINE void add_in_double(vf x, int64_t count, double* sums) {
 }
 
 // Scatters the gradients of a head's queries, keys and values, (n, ds) each, to the grid, and adds them to the sums of
-// the qkv bias and of the padding row. As in `column_sums`, blocks of 16 rows are summed in float and the blocks in
-// double.
+// the qkv bias and of the padding row. As in `column_sums`, 16 rows at a time are summed in float, then in double.
 template <class T>
 void write_gradients(
     const float* dq, const float* dk, const float* dv, const std::vector<int64_t>& rows, int64_t d, int64_t ds,

@@ -1,5 +1,5 @@
-// window_attention in bfloat16 with AVX512-BF16. VDPBF16PS adds the products of two pairs of bfloat16 to each float, so
-// operands are stored as pairs along the summed dimension: rows as loaded where a gemm sums over channels,
+// window_attention in bfloat16 with AVX512-BF16. VDPBF16PS adds the dot product of two pairs of bfloat16 to each float,
+// so operands are stored as pairs along the summed dimension: rows as loaded where a gemm sums over channels,
 // `interleaved` (two rows at a time) where it sums over tokens, or `transposed` pair by pair. Probabilities and the
 // gradient of the logits are rounded to bfloat16 for the gemms that read them, as in plain PyTorch. The logits, their
 // softmax and all sums are float32.

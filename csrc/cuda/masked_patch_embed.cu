@@ -1,6 +1,5 @@
-// CUDA version of csrc/cpu/masked_patch_embed.cpp: writes embedded patches and mask tokens to their rows, and the
-// backward; one launch each, with a warp per row. place_tokens.h has the device functions, which the tests also run on
-// the host.
+// CUDA version of csrc/cpu/masked_patch_embed.cpp: tokens of a masked stem, forward and backward, one launch each, with
+// a warp per row. place_tokens.h has the device functions, which the tests also run on the host.
 #include "cuda/groups.h"
 #include "cuda/launch.h"
 #include "cuda/gemm.h"
@@ -32,9 +31,9 @@ __global__ void __launch_bounds__(WARPS * WARP, 2) place(Tokens<T> tokens, const
   place_tokens<MANY>(WarpGroup{}, warp_of_launch(), LaunchGroup{}, tokens, token, out);
 }
 
-// Registers: 63 to 91. Shared memory: 16 * width bytes per warp. Reads the gradient once, and the embedded rows if
-// there is a norm (a second time from L1). Writes dembedded, and at most 512 times 16 * width bytes of sums, which it
-// reads once.
+// Registers: 63 to 91. Shared memory: 16 * width bytes per warp.
+// Reads the gradient once, and the embedded rows if there is a norm (a second time from L1). Writes dembedded, and at
+// most 512 times 16 * width bytes of sums, which it reads once.
 template <int32_t MANY, class T>
 __global__ void __launch_bounds__(WARPS * WARP, 2)
     take(Tokens<T> tokens, const T* dout, T* dembedded, float* partials, float* sums) {
@@ -79,8 +78,7 @@ bool wide(const Tokens<T>& tokens, std::initializer_list<const void*> others) {
   return tokens.width % (16 / sizeof(T)) == 0 && on_sixteen_bytes(others) && on_sixteen_bytes({tokens.embedded});
 }
 
-// embedded (n, width) and out (rows, width) have one dtype. token, weight, bias (width,) and statistics (2, n) are
-// float32.
+// embedded (n, width) and out (rows, width) have one dtype; token, weight, bias (width,), statistics (2, n): float32.
 void run_place(
     const Tensor& embedded, const Tensor& visible, const Tensor& inverse, const Tensor& token,
     const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps, const Tensor& out,

@@ -1,6 +1,5 @@
-// Attention of relational_guidance, forward and backward, one launch each: a block per 32 queries (and, in the
-// backward, per 32 keys) of one head of one image. attend.h has the device functions, which the tests also run on the
-// host.
+// Attention of relational_guidance, forward and backward, one launch each, with a block per 32 queries (and, in the
+// backward, per 32 keys) of one head and image. attend.h has the device functions. The tests also run them on the host.
 #include <cmath>
 
 #include "attend.h"
@@ -28,10 +27,10 @@ __global__ void __launch_bounds__(THREADS, 2) attention(Attention<T> a, int32_t 
 }
 
 // Has as many blocks as the GPU holds at once. After a barrier across blocks they sum the gradients of the hidden key
-// and value over the images, in an order that does not depend on the number of blocks. Registers: 80 to 139. Shared
-// memory at depth 128: 84,224 bytes in half precision, 121,088 in float32. Reads q, dout and out once per block of
-// keys, and k and v once per block of queries. Writes dq, dk and dv, and per image two rows of float32, which it reads
-// once.
+// and value over the images, in an order that does not depend on the number of blocks.
+// Registers: 80 to 139. Shared memory at depth 128: 84,224 bytes in half precision, 121,088 in float32.
+// Reads q, dout and out once per block of keys, and k and v once per block of queries. Writes dq, dk and dv, and two
+// rows of float32 per image, which it reads once.
 template <class T>
 __global__ void __launch_bounds__(THREADS, 1) attention_backward(Attention<T> a) {
   extern __shared__ __align__(32) char memory[];

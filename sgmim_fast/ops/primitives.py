@@ -447,7 +447,7 @@ def half_output_backward(
 def first_dgrad(
     p: Primitives, a: Any, dy: Tensor, weight: Tensor, added: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """dgrad of the first layer of a half, with x's own gradient `added` unless the backward of a norm before it does so.
+    """dgrad of the first layer of a half, plus x's own gradient `added` unless a norm before the layer adds it.
 
     Returns the gradient and what remains to be added.
     """

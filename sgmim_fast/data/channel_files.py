@@ -1,4 +1,4 @@
-"""Reading structure maps of several channels, surface normals, and class ids."""
+"""Reads structure maps of several channels, surface normals, and class ids."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from sgmim_fast.data.pair import Normals, Structure
 from sgmim_fast.data.report import BrokenFile
 from sgmim_fast.data.structure_file import SPARSE, StructureFile
 
-# offset of the bit depth in a PNG, and Pillow's modes of several channels
+# byte offset of the bit depth in a PNG file, and Pillow's modes with several channels
 BITS_OF_PNG, BANDS = 24, ("LA", "RGB", "RGBA", "RGBX")
-BITS = 258  # tag of TIFF
+BITS = 258  # TIFF tag BitsPerSample
 SHORTEST, UNIT = (
     0.1,
     (0.9, 1.1),
-)  # lengths of vectors: shorter ones are missing values; the median must lie in this range
+)  # vectors shorter than SHORTEST are missing values; the median length of the others must lie within UNIT
 
 
 class ChannelsFile(StructureFile):
     """A structure map of several channels.
 
-    Formats: .npy of (C, H, W) or (H, W, C); PNG with grey and alpha, RGB or RGBA, of 8 or 16 bits, where alpha is a
-    channel like the others; TIFF with a grey page per channel, or RGB(A) of 8 bits; EXR. Integers are divided as in
-    `StructureFile`.
+    The supported formats are .npy of shape (C, H, W) or (H, W, C); PNG with grey and alpha, RGB or RGBA, of 8 or 16
+    bits, where alpha is a channel like the others; TIFF with one grey page per channel, or RGB(A) of 8 bits; and EXR.
+    Integers are scaled as in `StructureFile`.
 
     Args:
         channels: number of channels.
-        name, content, missing: see `StructureFile`; values may be missing in some channels only.
+        name, content, missing: see `StructureFile`. A pixel may have values in some channels and none in others.
 
     Raises:
         BrokenFile: the file cannot be decoded, or has another number of channels.
@@ -52,7 +52,7 @@ class ChannelsFile(StructureFile):
         super().__init__(name, content, missing=missing)
 
     def _arranged(self, pixels: np.ndarray) -> np.ndarray:
-        """(H, W, C)."""
+        """Rearranges the pixels to (H, W, C)."""
         self._check_dtype(pixels)
         if pixels.ndim == 2:
             pixels = pixels[None]
@@ -78,9 +78,9 @@ class ChannelsFile(StructureFile):
 
 
 def _read_deep_png(content: bytes) -> np.ndarray:
-    """(C, H, W) of a 16-bit colour PNG, which Pillow would reduce to 8 bits."""
+    """Reads a 16-bit colour PNG as (C, H, W) with torchvision, since Pillow would reduce it to 8 bits."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torchvision has deprecated it
+        warnings.simplefilter("ignore", DeprecationWarning)  # torchvision has deprecated its decoder
         try:
             from torchvision.io import ImageReadMode, decode_image
         except ImportError:
@@ -110,10 +110,11 @@ def _read_pages(image: Image.Image, kind: str) -> np.ndarray:
 
 
 class NormalsFile(ChannelsFile):
-    """Surface normals, x to the right; y and z may have any direction.
+    """A map of surface normals. x points to the right; y and z may have either direction.
 
-    8- and 16-bit integers encode (n + 1) / 2, scaled to their range. Pixels that are `missing` in all channels, vectors
-    near 0, NaN and infinities are missing values. Vectors are normalised to unit length.
+    8- and 16-bit integers encode (n + 1) / 2, scaled to the range of the dtype. A pixel is missing if it equals
+    `missing` in all channels, has a NaN or infinite component, or has a length near 0. Vectors are normalised to unit
+    length.
 
     Raises:
         BrokenFile: the file cannot be decoded, or does not hold unit vectors.
@@ -148,7 +149,7 @@ class NormalsFile(ChannelsFile):
             raise TypeError(f"{self.kind} has dtype {pixels.dtype}; expected uint8, uint16 or floating-point numbers")
 
     def _vectors(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Vectors (h, w, 3) float32, and their lengths, 0 where a value is missing."""
+        """Returns the vectors, (h, w, 3) float32, and their lengths, (h, w), which are 0 at missing values."""
         vectors = pixels.astype(np.float32)
         known = np.isfinite(vectors).all(2)
         if pixels.dtype.kind != "f":
@@ -165,14 +166,16 @@ class NormalsFile(ChannelsFile):
 
 
 class SemanticFile(StructureFile):
-    """Class ids from 0 to classes - 1: grey of 8 or 16 bits, the indices of a palette image, .npy of integers.
+    """A map of class ids from 0 to classes - 1.
+
+    The file is a grey image of 8 or 16 bits, a palette image whose indices are the ids, or .npy of integers.
 
     Args:
         classes: number of classes.
-        ignore: id of unlabelled pixels; None: none.
+        ignore: id of unlabelled pixels. None: all pixels are labelled.
 
     Raises:
-        BrokenFile: the file cannot be decoded, or an id is out of range.
+        BrokenFile: the file cannot be decoded, an id is out of range, or no pixel is labelled.
     """
 
     kind = "label map"

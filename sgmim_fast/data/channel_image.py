@@ -1,4 +1,4 @@
-"""Images of any number of channels: multispectral, thermal, microscopy, and the like."""
+"""Images with any number of channels, such as multispectral, thermal and microscopy images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _UNSIGNED = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 
 
 class _Channels(ChannelsFile):
-    """The file, whose values are data everywhere."""
+    """A file of several channels in which no value is missing."""
 
     kind = "image"
 
@@ -30,16 +30,16 @@ class _Channels(ChannelsFile):
 
 
 class ChannelImage(ImageFile):
-    """An image of so many channels, in any format of `ChannelsFile`: .npy, PNG of 8 or 16 bits, TIFF with a page for
-    each channel or of RGB(A), EXR.
+    """An image with a given number of channels, in any format of `ChannelsFile`: .npy, PNG of 8 or 16 bits, TIFF with
+    one page per channel or with RGB(A), or EXR.
 
     Args:
-        name: path, or what to call it; its suffix tells the format.
-        content: what is in the file; None: it is read from `name`.
-        channels: their number.
+        name: path, or a name for messages; the suffix selects the format.
+        content: the file's bytes. None: the file `name` is read.
+        channels: number of channels.
 
     Raises:
-        BrokenFile: whatever is wrong with the file, such as another number of channels or another dtype.
+        BrokenFile: the file cannot be decoded, or has another number of channels, another dtype or non-finite values.
     """
 
     def __init__(self, name: str | os.PathLike[str], content: bytes | None = None, *, channels: int) -> None:
@@ -48,11 +48,12 @@ class ChannelImage(ImageFile):
 
     @property
     def kind(self) -> str:
-        """How its values are stored."""
+        """Number of channels and stored dtype, for reports."""
         return f"{self._values.shape[2]} channels of {self._values.dtype}"
 
     def decode(self, shrink: float = 1.0) -> Tensor:
-        """(C, H, W), whatever `shrink`: uint8; float32 from 0 to 1 of 16 bits, and of floating-point files as it is."""
+        """Returns (C, H, W) at full size; `shrink` is ignored. 8-bit files give uint8, 16-bit files float32 in [0, 1],
+        and floating-point files float32 with unchanged values."""
         values = np.ascontiguousarray(np.moveaxis(self._values, 2, 0))
         if values.dtype != np.uint8:
             values = values.astype(np.float32) / _UNSIGNED.get(values.dtype, 1)

@@ -26,15 +26,16 @@ TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 
 
 class Reader:
-    """Reads an image, a map or a pair, and returns a report on it."""
+    """Reads single images, single maps or pairs, and reports on each."""
 
     def __init__(self, kind: StructureKind, missing: float | None) -> None:
         self.kind, self.missing = kind, missing
 
     def read(self, image: tuple[str, ...] | None, structure: tuple[str, ...] | None) -> Report:
-        """
+        """Reads one image, one map, or both.
+
         Args:
-            image, structure: (name,) of a file, or (name, content); None: absent.
+            image, structure: (name,) of a file, or (name, content). None: absent.
         """
         report = Report()
         files: list[ImageFile | StructureFile] = []
@@ -57,7 +58,7 @@ class Reader:
 
 
 class Entries(Dataset):
-    """Map-style data set of reports on (image, map) files, one of which may be None."""
+    """Map-style data set of reports on (image, map) file names. One name of each entry may be None."""
 
     def __init__(self, entries: list[tuple[str | None, str | None]], reader: Reader) -> None:
         self.entries, self.reader = entries, reader
@@ -71,7 +72,7 @@ class Entries(Dataset):
 
 
 class Samples(IterableDataset):
-    """Iterable data set of reports on the samples of shards, which are split over workers."""
+    """Iterable data set of reports on the samples of shards. The shards are split over the workers."""
 
     def __init__(self, urls: list[str], reader: Reader) -> None:
         self.urls, self.reader = urls, reader
@@ -117,15 +118,15 @@ def check(
     workers: int = 0,
     progress: bool = False,
 ) -> Report:
-    """Reads all files of a folder of images and of an optional mirrored folder of maps, paired or not.
+    """Reads all files of a folder of images and of an optional mirrored folder of maps, with or without a partner.
 
     Args:
         images, structure, missing, kind: see `FolderPairs`.
-        workers: worker processes; 0: read in this process.
-        progress: show a progress bar.
+        workers: number of worker processes. 0: reads in this process.
+        progress: shows a progress bar.
 
     Raises:
-        DataError: no files, or no pairs.
+        DataError: there are no files, or no pairs.
     """
     report = Report()
     found = find_files(images, "images", IMAGE_SUFFIXES, report)
@@ -148,7 +149,7 @@ def check_shards(
     workers: int = 0,
     progress: bool = False,
 ) -> Report:
-    """Reads all samples of shards, complete or not; see `ShardPairs` and `check`.
+    """Reads all samples of shards, including incomplete ones. For the arguments see `ShardPairs` and `check`.
 
     Raises:
         DataError: a local shard does not exist.
@@ -187,7 +188,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises UserError, or DataError, for what the user can put right."""
+    """Runs the command. Raises UserError or DataError for errors that the user can correct."""
     if args.action == "stats":
         return stats.run(args)
     workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
@@ -214,7 +215,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _shards(folder: str) -> list[str]:
-    """The shards that an argument names; empty for a folder of images or maps."""
+    """Returns the shards that a command-line argument names, or an empty list for a folder of images or maps."""
     if not os.path.isdir(folder):
         return [folder] if folder.endswith(TARS) or "{" in folder or ":" in folder else []
     found = sorted(str(path) for path in Path(folder).rglob("*") if path.name.endswith(TARS) and path.is_file())

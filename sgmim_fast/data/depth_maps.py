@@ -1,6 +1,6 @@
-"""Generating structure maps for a folder of images with a depth-estimation model.
+"""Generates structure maps for a folder of images with a depth-estimation model.
 
-`generate` writes a mirrored tree of 16-bit PNG for `data.FolderPairs`, and metadata about their origin.
+`generate` writes a mirrored tree of 16-bit PNG files for `data.FolderPairs`, and a JSON file about their origin.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from sgmim_fast.data.report import BrokenFile, DataError, some
 MODEL = "depth-anything/Depth-Anything-V2-Small-hf"
 PROVENANCE = "structure.json"
 LARGEST = 2**16 - 1
-WAITING = 4  # batches of images that may wait for others of their size
+WAITING = 4  # batches of images that may be buffered until enough images of equal size have come
 SCALING = (
     "each map on its own: its least value is stored as 1, its greatest as 65535, linearly between; both are in the "
     "file's text chunk 'range'. 0 is not used: it means 'no value'. sgmim_fast.data divides by 65536."
@@ -59,12 +59,12 @@ INVERSE, METRIC = "relative inverse depth, larger is nearer", "depth, larger is 
 class Generated:
     """Results of `generate`."""
 
-    written: int = 0  # maps
-    kept: int = 0  # maps that existed already
+    written: int = 0  # number of maps written
+    kept: int = 0  # number of maps that existed already
     broken: dict[str, str] = field(default_factory=dict)  # image without a map -> reason
 
     def summary(self) -> str:
-        """One line."""
+        """Returns the results as one line."""
         names = some([f"{name} ({reason})" for name, reason in self.broken.items()])
         return (
             f"{self.written} maps written, {self.kept} kept, {len(self.broken)} broken images"
@@ -84,26 +84,29 @@ def generate(
     compression: int = 0,
     progress: bool = False,
 ) -> Generated:
-    """Predicts a map for every image of a folder tree, and writes it to `out`, under the same relative path, as 16-bit
-    PNG.
+    """Predicts a map for every image of a folder tree, and writes it to `out` as a 16-bit PNG under the same relative
+    path.
 
     Existing maps are kept and files are written atomically, so an interrupted call can be repeated.
-    `out`/structure.json names the model and explains the values. Broken images are left out and named.
+    `out`/structure.json names the model and explains the values. Broken images are skipped and listed in the result.
 
     Args:
-        images: folder; images in any format of `data.IMAGE_SUFFIXES`, at any depth.
+        images: folder of images in any format of `data.IMAGE_SUFFIXES`, searched recursively.
         out: folder for the maps, not inside `images`; created if it does not exist.
         model: name of a depth-estimation model on huggingface.co, or a folder written by `save_pretrained`.
-        batch: batch size; images whose sizes differ after preprocessing are not batched.
-        device: a torch device; "auto": a GPU if available.
+        batch: batch size. Only images of equal size after preprocessing form a batch.
+        device: a torch device. "auto": a GPU if available.
         revision: branch, tag or commit of the model's repository.
-        workers: data loader workers.
+        workers: number of data loader workers.
         compression: zlib level of the PNG, 0 to 9. Uncompressed maps are up to several times as large, and load far
             faster (benchmarks/NOTES.md, "Loading").
-        progress: show a progress bar.
+        progress: shows a progress bar.
+
+    Returns:
+        The numbers of maps written and kept, and the broken images.
 
     Raises:
-        DataError: no images, the model cannot be loaded, or `out` has maps of another model.
+        DataError: there are no images, the model cannot be loaded, or `out` has maps of another model.
     """
     images, out = Path(images), Path(out)
     found = find_files(images, "images", IMAGE_SUFFIXES)
@@ -143,7 +146,7 @@ def generate(
 def _load(model: str, revision: str | None) -> tuple[BaseImageProcessor, PreTrainedModel]:
     try:
         given = {"revision": revision, "trust_remote_code": False}
-        AutoConfig.from_pretrained(model, **given)  # has the clearest error messages
+        AutoConfig.from_pretrained(model, **given)  # first, since its error messages are the clearest
         processor = AutoImageProcessor.from_pretrained(model, **given)
         return processor, AutoModelForDepthEstimation.from_pretrained(model, weights_only=True, **given)
     except (OSError, ValueError) as error:
@@ -196,7 +199,7 @@ def _check_provenance(path: Path, note: dict[str, Any]) -> None:
 
 
 class Prepared(Dataset):
-    """Preprocessed images: (name, pixel values or error message, size)."""
+    """Map-style data set of preprocessed images: (name, pixel values or error message, (height, width))."""
 
     def __init__(self, root: Path, names: list[str], processor: BaseImageProcessor):
         self.root, self.names, self.processor = root, names, processor
@@ -221,7 +224,7 @@ Group = list[tuple[str, Tensor, tuple[int, int]]]
 def _groups(
     prepared: Iterable[tuple[str, Tensor | str, tuple[int, int]]], batch: int, result: Generated
 ) -> Iterator[Group]:
-    """Yields lists of up to `batch` images of equal shape."""
+    """Yields lists of up to `batch` images of equal shape; adds broken images to `result`."""
     waiting: dict[torch.Size, Group] = {}
     for name, pixels, size in prepared:
         if isinstance(pixels, str):
@@ -242,7 +245,7 @@ def _predict(network: PreTrainedModel, processor: BaseImageProcessor, group: Gro
     outputs = network(pixel_values=torch.stack([pixels for _, pixels, _ in group]).to(device))
     sizes = [size for _, _, size in group]
     resize = processor.post_process_depth_estimation
-    source = {"source_sizes": sizes} if "source_sizes" in inspect.signature(resize).parameters else {}  # to cut padding
+    source = {"source_sizes": sizes} if "source_sizes" in inspect.signature(resize).parameters else {}  # crops padding
     return [result["predicted_depth"].float().cpu() for result in resize(outputs, target_sizes=sizes, **source)]
 
 
@@ -265,7 +268,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of the command `sgmim-fast structure`."""
+    """Adds the arguments of the command `sgmim-fast structure`."""
     parser.add_argument("images", type=Path, help="folder of images, of any depth")
     parser.add_argument("out", type=Path, help="folder for the maps; run again to go on where it stopped")
     parser.add_argument("--model", default=MODEL, help="name on huggingface.co, or a folder (default: %(default)s)")
@@ -279,12 +282,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """The command `sgmim-fast structure`."""
+    """Runs the command `sgmim-fast structure`."""
     result = generate(**vars_of(args), progress=sys.stderr.isatty())
     print(f"{result.summary()}; see {args.out / PROVENANCE}")
 
 
 def vars_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `add_arguments`, without others of the parser."""
+    """Returns the arguments that `add_arguments` adds, without the parser's other ones."""
     names = ("images", "out", "model", "revision", "batch", "device", "workers", "compression")
     return {name: getattr(args, name) for name in names}

@@ -1,4 +1,4 @@
-"""Finding the files of folder trees, and matching those of two mirrored trees."""
+"""Finds the files of a folder tree, and matches the files of two mirrored trees."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ import numpy as np
 from sgmim_fast.data.report import DataError, Report
 
 Found = dict[str, list[str]]  # relative path without suffix -> suffixes
-# Lossy formats, which change the values of a map
+# Lossy formats, which are refused for maps because they change the values
 LOSSY = (".jpg", ".jpeg", ".jfif", ".webp", ".avif")
 
 
 def find_files(root: Path, argument: str, suffixes: tuple[str, ...], report: Report | None = None) -> Found:
-    """Finds the files of a tree with these suffixes, sorted, without dotfiles.
-
-    Symbolic links to folders are followed, but each real folder is visited once. `report` gets the links that are left
-    out, and maps in lossy formats.
+    """Finds the files of a tree that have one of these suffixes, sorted, without dotfiles. `argument` is the name of
+    `root` in messages. Symbolic links to folders are followed, but each real folder is visited once. Links to folders
+    that were visited already, and maps in lossy formats, are added to `report`.
 
     Raises:
         DataError: the folder does not exist, or has no such file.
@@ -51,8 +50,8 @@ def find_files(root: Path, argument: str, suffixes: tuple[str, ...], report: Rep
 
 
 def _walk(root: Path, report: Report) -> Iterator[tuple[str, list[str]]]:
-    """Yields the folders of a tree, relative to it, with their files. Links to folders come last, so that each folder
-    is found by its own path first."""
+    """Yields each folder of a tree, relative to `root`, with its files. Links to folders come last, so that a folder
+    is reported by its own path rather than by a link's."""
     seen: set[tuple[int, int]] = set()
     waiting = deque([""])
     while waiting:
@@ -73,13 +72,14 @@ def _walk(root: Path, report: Report) -> Iterator[tuple[str, list[str]]]:
 def match(
     images: Found, maps: Found, images_root: Path, maps_root: Path, kind: str, report: Report, suffix: str = ".png"
 ) -> np.ndarray:
-    """Matches images and maps by relative path without suffix. Returns (pairs, 2) paths as bytes.
+    """Matches images and maps by relative path without suffix. Returns a (pairs, 2) array of relative paths as bytes.
 
-    Files without a partner go into `report`, as does the second of two maps for one image.
+    Files without a partner are added to `report`, as is the second of two maps for one image.
 
     Args:
-        kind: the word for a map in messages.
-        suffix: of the example in messages.
+        images, maps, images_root, maps_root: results of `find_files`, and the roots of their trees.
+        kind: word for a map in messages.
+        suffix: suffix of the example in messages.
 
     Raises:
         DataError: no image has a map.

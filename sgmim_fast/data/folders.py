@@ -1,4 +1,4 @@
-"""Pairs from two mirrored folder trees."""
+"""Data set of pairs from two mirrored folder trees."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ from sgmim_fast.data.structure_kind import DEPTH, StructureKind
 
 
 class FolderPairs(Pairs):
-    """Pairs of images and structure maps with the same relative path, except for the suffix, in two folder trees.
+    """Pairs of an image and a structure map that have the same relative path, except for the suffix, in two folder
+    trees.
 
-    Files without a partner and unreadable files are left out and named in `report`. A pair that turns out to be broken
-    while training is replaced by the next good one, and named in the item's "skipped". An image and its map may differ
+    Files without a partner and unreadable files are left out and listed in `report`. A pair that turns out to be broken
+    during training is replaced by the next good one, and named in the item's "skipped". An image and its map may differ
     in resolution, but not in aspect ratio.
 
     Args:
-        images: folder of images, in any format of `IMAGE_SUFFIXES`. They are read as RGB and rotated as EXIF says.
-        structure: folder of maps, in any format of `MAP_SUFFIXES`; see `StructureFile` for units and missing values.
-            None: images alone, for SimMIM; transforms then take and return no map.
-        transform: takes (image, structure) and returns both, the image normalised, such as `PairTransform`. Its random
-            numbers come from torch's CPU generator, seeded per item from (seed, epoch, index). None: `Normalize`.
-        report: file to write `Report.write`'s list to.
-        seed: of the transform.
-        missing: integer that marks missing values in maps; None: none.
-        kind: what the maps hold.
-        channels: of the images, which are then `ChannelImage`s; None: photographs, RGB.
+        images: folder of images in any format of `IMAGE_SUFFIXES`. They are read as RGB and rotated according to EXIF.
+        structure: folder of maps in any format of `MAP_SUFFIXES`; see `StructureFile` for units and missing values.
+            None: images alone, for SimMIM; the transform then takes and returns no map.
+        transform: callable that takes (image, structure) and returns both, the image normalised, such as
+            `PairTransform`. torch's CPU generator is seeded for each item from (seed, epoch, index). None: `Normalize`.
+        report: file to which `Report.write` writes its list. None: no file.
+        seed: seed of the transform.
+        missing: integer that marks missing values in maps. None: no integer does.
+        kind: kind of the structure maps.
+        channels: number of channels of the images, which are then read by `ChannelImage`. None: RGB photographs.
 
     Raises:
-        DataError: no files, no pairs, or none of the pairs tried can be read.
+        DataError: there are no files, no pairs, or none of the pairs tried can be read.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class FolderPairs(Pairs):
             self.report.write(report)
 
     def name(self, index: int) -> str:
-        """Path of the image relative to the tree."""
+        """Returns the path of the image relative to `images`."""
         return os.fsdecode(self._entries[index, 0])
 
     def _read(self, index: int) -> tuple[ImageFile] | tuple[ImageFile, StructureFile]:

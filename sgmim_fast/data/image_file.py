@@ -1,4 +1,4 @@
-"""Image files with lazy decoding, at the resolution that is needed."""
+"""Image files that are decoded lazily, at the resolution that a crop needs."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ from sgmim_fast.data import limits
 from sgmim_fast.data.report import BrokenFile
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".avif", ".jfif")
-ORIENTATION = 0x0112  # tag of EXIF
-BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF, and a value
+ORIENTATION = 0x0112  # EXIF tag
+BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags BitsPerSample and PhotometricInterpretation; a value of it
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # Pillow's grey modes of more than 8 bits
-OF_16_BITS = ("PNG", "PPM")  # formats whose 16-bit integers Pillow may return as 32 bits
+OF_16_BITS = ("PNG", "PPM")  # formats whose 16-bit integers Pillow may return as 32-bit integers
 FOUR_INKS = ("CMYK", "YCCK")
-SMALLEST_SHRINK = 2.0  # libjpeg-turbo takes longer for 5/8 to 7/8 of the size than for all of it
+SMALLEST_SHRINK = 2.0  # libjpeg-turbo is slower at 5/8 to 7/8 of the size than at full size
 
 
 class ImageFile:
-    """An image in any format of `IMAGE_SUFFIXES`. JPEGs that EXIF does not rotate are decoded in `decode` only.
+    """An image in any format of `IMAGE_SUFFIXES`.
+
+    JPEGs that EXIF does not rotate are decoded by `decode`, other files by the constructor.
 
     Args:
         name: path, or a name for messages.
-        content: the file's bytes; None: read from `name`.
+        content: the file's bytes. None: the file `name` is read.
 
     Raises:
-        BrokenFile: the file cannot be decoded; raised here or by `decode`.
+        BrokenFile: the file cannot be decoded. `decode` may raise it, too.
     """
 
     def __init__(self, name: str | os.PathLike[str], content: bytes | None = None):
@@ -53,12 +55,12 @@ class ImageFile:
 
     @property
     def kind(self) -> str:
-        """The stored bit depth, for reports."""
+        """Stored bit depth, for reports."""
         return "8 bits" if self._pixels is None or self._pixels.dtype == np.uint8 else "16 bits or float, grey"
 
     def decode(self, shrink: float = 1.0) -> Tensor:
-        """Decodes to (3, h, w) RGB, rotated as EXIF says, with h and w at least `shrink` times the full size. uint8, or
-        float32 in [0, 1] for images of more than 8 bits."""
+        """Decodes to (3, h, w) RGB, rotated according to EXIF. h and w are at least `shrink` times the full size. The
+        dtype is uint8, or float32 in [0, 1] for images of more than 8 bits."""
         pixels = self._pixels
         try:
             if pixels is None:
@@ -69,7 +71,7 @@ class ImageFile:
 
 
 def _is_upright_jpeg(content: bytes) -> bool:
-    """Whether it is an RGB or grey JPEG that EXIF does not rotate."""
+    """Returns whether the content is an RGB or grey JPEG that EXIF does not rotate."""
     if not content.startswith(b"\xff\xd8") or simplejpeg.decode_jpeg_header(content, strict=False)[2] in FOUR_INKS:
         return False
     if b"Exif\0" not in content[:4096]:
@@ -79,11 +81,11 @@ def _is_upright_jpeg(content: bytes) -> bool:
 
 
 def _decode_jpeg(content: bytes, height: int, width: int) -> np.ndarray:
-    """(h, w, 3), at least of that height and width."""
+    """Decodes a JPEG to (h, w, 3) uint8, where h and w are at least `height` and `width`."""
     try:
         return simplejpeg.decode_jpeg(
             content,
-            fastupsample=True,  # fast chroma upsampling, as resizing smooths the result
+            fastupsample=True,  # fast chroma upsampling suffices, since resizing smooths the result
             min_height=height,
             min_width=width,
             min_factor=SMALLEST_SHRINK,
@@ -93,9 +95,9 @@ def _decode_jpeg(content: bytes, height: int, width: int) -> np.ndarray:
 
 
 def _decode_all(content: bytes) -> np.ndarray:
-    """(H, W, 3) of any format: uint8, or float32 from 0 to 1."""
+    """Decodes any format with Pillow to (H, W, 3): uint8, or float32 in [0, 1]."""
     with warnings.catch_warnings(), limits.open_image(io.BytesIO(content)) as image:
-        warnings.simplefilter("ignore")  # about metadata
+        warnings.simplefilter("ignore")  # Pillow warns about metadata
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode in DEEP:
             return np.repeat(_to_unit(image)[..., None], 3, 2)
@@ -103,7 +105,7 @@ def _decode_all(content: bytes) -> np.ndarray:
 
 
 def _to_unit(image: Image.Image) -> np.ndarray:
-    """(H, W) float32 from 0 to 1 of a grey image of more than 8 bits, which Pillow would clip to them."""
+    """Converts a grey image of more than 8 bits, which Pillow would clip to 8 bits, to (H, W) float32 in [0, 1]."""
     values = np.array(image, dtype=np.float32)
     if image.mode == "F":
         if not (values.min() >= 0 and values.max() <= 1):  # also False for NaN
@@ -111,6 +113,6 @@ def _to_unit(image: Image.Image) -> np.ndarray:
         return values
     if image.mode == "I" and image.format not in OF_16_BITS:
         raise ValueError("has integers of 32 bits or with a sign, of no known range; expected 8 or 16 bits, or 0 to 1")
-    tags = getattr(image, "tag_v2", {})  # of TIFF
+    tags = getattr(image, "tag_v2", {})  # TIFF only
     values /= 2 ** tags.get(BITS, (16,))[0] - 1
     return 1 - values if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else values

@@ -1,8 +1,8 @@
-"""Limits on the memory that decoding a file may take: small files can expand to any size.
+"""Limits on the memory that decoding a file may use, since small files can expand to any size.
 
-Set by environment variables: `SGMIM_FAST_MAX_PIXELS` of an image or map (default: Pillow's limit, 89 million),
-`SGMIM_FAST_MAX_FILE_MIB` of a file or a member of a shard (512), `SGMIM_FAST_MAX_EXPANSION` of a compressed shard, as a
-multiple of its size (100).
+Environment variables set them: `SGMIM_FAST_MAX_PIXELS`, pixels of an image or map (default: Pillow's limit, 89
+million); `SGMIM_FAST_MAX_FILE_MIB`, MiB of a file or a member of a shard (512); `SGMIM_FAST_MAX_EXPANSION`, size of a
+decompressed shard as a multiple of its compressed size (100).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _DEFAULTS = {PIXELS: 89_478_485, FILE_MIB: 512, EXPANSION: 100}
 
 
 def limit(name: str) -> int:
-    """A limit, from the environment or the default. Raises ValueError unless it is a positive number."""
+    """Returns a limit, from the environment or the default. Raises ValueError unless it is a positive integer."""
     text = os.environ.get(name, "")
     if text and not (text.isdecimal() and int(text)):
         raise ValueError(f"{name} is {text!r}; expected a positive number")
@@ -26,22 +26,22 @@ def limit(name: str) -> int:
 
 
 def check_pixels(height: int, width: int) -> None:
-    """Raises ValueError for an image of too many pixels."""
+    """Raises ValueError if an image has too many pixels."""
     if height * width > limit(PIXELS):
         raise ValueError(f"has {height}×{width} pixels, more than {limit(PIXELS)} ({PIXELS})")
 
 
 def check_bytes(size: int) -> None:
-    """Raises ValueError for a file of too many bytes."""
+    """Raises ValueError if a file has too many bytes."""
     if size > limit(FILE_MIB) * 2**20:
         raise ValueError(f"has {size / 2**20:.0f} MiB, more than {limit(FILE_MIB)} ({FILE_MIB})")
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
-    """Reads a regular file; pipes and devices, which may be endless, are refused.
+    """Reads a regular file. Pipes and devices are refused, since they may be endless.
 
     Raises:
-        OSError, ValueError: the file cannot be read, or exceeds the limit.
+        OSError, ValueError: the file cannot be read, is not a regular file, is empty, or exceeds the limit.
     """
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
@@ -55,11 +55,11 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
 
 
 def open_image(file: object) -> Image.Image:
-    """Opens an image with Pillow without decoding it, under our limit on pixels in place of Pillow's."""
+    """Opens an image with Pillow without decoding it, and applies our limit on pixels instead of Pillow's."""
     if PIXELS in os.environ:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, limit(PIXELS))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # check_pixels refuses them
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # check_pixels refuses such images
         image = Image.open(file)
     check_pixels(image.height, image.width)
     return image

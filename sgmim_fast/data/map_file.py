@@ -1,4 +1,4 @@
-"""Maps with a number per pixel: reading PNG, TIFF, NumPy, PFM and EXR, and writing PNG that loads fast."""
+"""Reads maps from PNG, TIFF, NumPy, PFM and EXR files, and writes PNG files that load fast."""
 
 from __future__ import annotations
 
@@ -23,20 +23,22 @@ MAP_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".exr", ".pfm")
 
 
 class MapFile:
-    """A map as stored: `pixels` (H, W), integers or floating point, and `size` (height, width).
+    """A map with its values as stored in the file.
 
-    Subclasses for several channels have `pixels` (H, W, C).
+    Attributes:
+        pixels: (H, W), integers or floating point; (H, W, C) in subclasses for several channels.
+        size: (height, width).
 
     Args:
-        name: path, or a name for messages; the suffix gives the format.
-        content: the file's bytes; None: read from `name`.
+        name: path, or a name for messages; the suffix selects the format.
+        content: the file's bytes. None: the file `name` is read.
 
     Raises:
         BrokenFile: the file cannot be decoded, or has an unsupported dtype or number of channels.
     """
 
-    kind: ClassVar[str] = "map"  # the word for it in messages
-    palette: ClassVar[bool] = False  # whether the indices of a palette image are valid map values
+    kind: ClassVar[str] = "map"  # word for the map in messages
+    palette: ClassVar[bool] = False  # whether palette images are accepted, with their indices as values
 
     def __init__(self, name: str | os.PathLike[str], content: bytes | None = None) -> None:
         self.name = os.fspath(name)
@@ -53,7 +55,7 @@ class MapFile:
         self.size: tuple[int, int] = self.pixels.shape[:2]  # height, width
 
     def _arranged(self, pixels: np.ndarray) -> np.ndarray:
-        """(H, W), (1, H, W) or (H, W, 1) -> (H, W)."""
+        """Rearranges (H, W), (1, H, W) or (H, W, 1) to (H, W)."""
         self._check_dtype(pixels)
         if pixels.ndim == 3 and 1 in (pixels.shape[0], pixels.shape[2]):
             pixels = pixels.squeeze(0 if pixels.shape[0] == 1 else 2)
@@ -81,7 +83,7 @@ class MapFile:
 
 
 def full_pages(image: Image.Image) -> list[int]:
-    """Indices of the pages of a TIFF that are not reduced versions of another page; [0] for other formats."""
+    """Returns the indices of a TIFF's pages that are not reduced versions of another page; [0] for other formats."""
     if image.format != "TIFF":
         return [0]
     pages = []
@@ -94,7 +96,7 @@ def full_pages(image: Image.Image) -> list[int]:
 
 
 def class_ids(pixels: np.ndarray) -> np.ndarray:
-    """Class ids of a label map; booleans become 0 and 1.
+    """Returns the class ids of a label map; booleans become 0 and 1.
 
     Raises:
         TypeError: the dtype is not an integer or bool.
@@ -107,7 +109,7 @@ def class_ids(pixels: np.ndarray) -> np.ndarray:
 
 
 def out_of_range(pixels: np.ndarray) -> str:
-    """A message that names the ids of these pixels."""
+    """Returns a message that lists the first ids among these pixels, with their counts."""
     ids, counts = np.unique(pixels, return_counts=True)
     named = [f"{id} ({count} pixels)" for id, count in zip(ids[:NAMED], counts[:NAMED], strict=True)]
     return f"class ids out of range: {', '.join(named)}{', ...' if len(ids) > NAMED else ''}"
@@ -145,25 +147,28 @@ def _read_exr(name: str, content: bytes | None) -> np.ndarray:
 
 
 def encode_png(pixels: np.ndarray, *, compression: int = 0, text: dict[str, str] | None = None) -> bytes:
-    """Encodes (H, W) uint16 as a grey PNG.
+    """Encodes a map as a 16-bit grey PNG.
 
-    Other encoders filter rows, which decoders have to undo, even without compression. Uncompressed files written here
-    have unfiltered rows and load several times as fast (benchmarks/NOTES.md, "Loading").
+    Other encoders filter rows even without compression, and decoders have to undo the filter. This function leaves the
+    rows of uncompressed files unfiltered, so that they load several times as fast (benchmarks/NOTES.md, "Loading").
 
     Args:
         pixels: (H, W) uint16.
-        compression: zlib level, 0 to 9; above 0, rows are filtered with Up.
+        compression: zlib level, 0 to 9. Above 0, rows are filtered with Up.
         text: tEXt chunks, keyword -> Latin-1 text.
+
+    Returns:
+        The bytes of the file.
     """
     height, width = pixels.shape
-    rows = np.zeros((height, 1 + 2 * width), np.uint8)  # filter type, then the row
+    rows = np.zeros((height, 1 + 2 * width), np.uint8)  # each row begins with its filter type
     rows[:, 1:] = pixels.astype(">u2").view(np.uint8)
     if compression:
         rows[1:, 1:] -= rows[:-1, 1:].copy()
         rows[:, 0] = UP
     header = struct.pack(
         ">IIBBBBB", width, height, 16, 0, 0, 0, 0
-    )  # bit depth 16, grey, and the only permitted methods
+    )  # bit depth 16, grey, deflate, adaptive filtering, not interlaced
     notes = [_chunk(b"tEXt", f"{key}\0{value}".encode("latin-1")) for key, value in (text or {}).items()]
     image = _chunk(b"IDAT", zlib.compress(rows.tobytes(), compression))
     return b"".join([b"\x89PNG\r\n\x1a\n", _chunk(b"IHDR", header), *notes, image, _chunk(b"IEND", b"")])

@@ -1,4 +1,4 @@
-"""Images and structure maps as torchvision tv_tensors, and the items of data sets."""
+"""Structure maps as torchvision tv_tensors, and the items of data sets."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from torchvision.transforms.v2 import functional as F
 
 
 class Structure(tv_tensors.Mask):
-    """A structure map (C, H, W), float32, NaN where it has no value.
+    """A structure map, (C, H, W) float32, NaN at missing values.
 
-    torchvision's v2 transforms crop, flip and resize it with its image. Resizing is nearest-neighbour, so that missing
-    values do not spread.
+    torchvision's v2 transforms crop, flip and resize it together with its image. It is resized by nearest neighbour, so
+    that missing values do not spread.
     """
 
 
 class Normals(Structure):
-    """Surface normals (3, H, W). A horizontal flip changes the sign of x, which points along the rows."""
+    """A map of surface normals, (3, H, W). A horizontal flip negates x, which points along the rows."""
 
 
 def resample(pixels: Tensor, box: Sequence[float], size: int | Sequence[int]) -> Tensor:
-    """Nearest-neighbour resampling of the box (top, left, height, width), in fractional pixels, of (..., H, W) to
-    `size`, a side or (height, width). Keeps the tensor subclass."""
+    """Resamples the box (top, left, height, width), in fractional pixels, of (..., H, W) by nearest neighbour to
+    `size`, which is the length of each side or (height, width). Keeps the tensor subclass."""
     shape = (size, size) if isinstance(size, int) else (size[0], size[-1])
     rows, columns = map(torch.from_numpy, under_centres(box, shape, pixels.shape[-2:]))
     return tv_tensors.wrap(pixels.as_subclass(Tensor)[..., rows[:, None], columns], like=pixels)
 
 
 def under_centres(box: Sequence[float], size: Sequence[int], limits: Sequence[int]) -> list[np.ndarray]:
-    """Rows and columns of an image of size `limits` that are nearest to the pixel centres of the resampled box."""
+    """Returns the rows and columns of an image of size `limits` that are nearest to the pixel centres of the box
+    resampled to `size`."""
     return [
         np.clip((start + (np.arange(count) + 0.5) * (length / count)).astype(np.int64), 0, limit - 1)
         for start, length, count, limit in zip(box[:2], box[2:], size, limits, strict=True)
@@ -64,10 +65,10 @@ def _flip(normals: Normals, *_: Any, **__: Any) -> Normals:
 
 
 class Item(TypedDict, total=False):
-    """An item of the data sets, for default_collate."""
+    """An item of the data sets, suitable for default_collate."""
 
-    image: tv_tensors.Image  # (3, H, W), or as many channels as the files have, float32, normalised
-    structure: Structure  # (C, H, W) float32, not standardised, NaN = missing; not of images alone
+    image: tv_tensors.Image  # (channels, H, W) float32, normalised; 3 channels unless the data set says otherwise
+    structure: Structure  # (C, H, W) float32, not standardised, NaN = missing; absent in data sets without maps
     name: str
     skipped: str  # broken files that this item replaces, separated by newlines
     labels: tv_tensors.Mask  # (H, W) int64; `Scenes(labels=True)` only
@@ -76,10 +77,12 @@ class Item(TypedDict, total=False):
 def make_item(
     tensors: Sequence[Tensor], name: str, skipped: Sequence[str] = (), channels: int = 1, image_channels: int = 3
 ) -> Item:
-    """The item of what a transform returned: image, and perhaps structure of so many channels, and perhaps labels.
+    """Makes an item of the outputs of a transform: the image, optionally followed by the structure map and the labels.
+
+    `channels` and `image_channels` are the expected numbers of channels of the structure map and of the image.
 
     Raises:
-        TypeError: an output has another type, dtype or shape.
+        TypeError: the image or the structure map has another type, dtype or shape.
     """
     image, *maps = tensors
     check_tensor("image", image, torch.float32, (image_channels,))
@@ -93,7 +96,7 @@ def make_item(
 
 
 def check_tensor(what: str, tensor: Any, dtype: torch.dtype, channels: tuple[int, ...]) -> None:
-    """Raises TypeError unless a transform returned a tensor of this dtype with these sizes before height and width."""
+    """Raises TypeError unless an output of a transform is a tensor of this dtype with the shape (*channels, H, W)."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"transform returned a {type(tensor).__name__} for {what}; expected a tensor")
     if tensor.dtype != dtype or tensor.ndim != len(channels) + 2 or tensor.shape[:-2] != channels:

@@ -1,4 +1,4 @@
-"""Base class of map-style data sets of pairs: skips broken files, and seeds random transforms."""
+"""Base class of map-style data sets of pairs, which skips broken files and seeds random transforms."""
 
 from __future__ import annotations
 
@@ -17,48 +17,44 @@ from sgmim_fast.data.seeds import Epoch, Seeded, seeded
 from sgmim_fast.data.structure_file import StructureFile
 from sgmim_fast.data.transform import Normalize, decode, transformed
 
-SAMPLED = 8  # number of pairs that are read at construction
-GIVE_UP = 100  # consecutive broken pairs
+SAMPLED = 8  # number of pairs that the constructor reads
+GIVE_UP = 100  # number of consecutive broken pairs after which an item raises
 
 Pair = tuple[ImageFile | Tensor] | tuple[ImageFile | Tensor, StructureFile | Tensor]
 
 
 class Pairs(Seeded, Dataset, ABC):
-    """Pairs of an image and a map, without broken ones.
+    """Map-style data set of pairs of an image and a map, which skips broken ones.
 
-    Some pairs are read at construction, which raises if all of them are broken. A pair that turns out to be broken
-    later is replaced by the next good one, and named in the item's "skipped".
+    The constructor reads some pairs, and raises if all of them are broken. A pair that turns out to be broken later is
+    replaced by the next good one, and named in the item's "skipped".
 
     Args:
-        transform: takes (image, map) and returns both. None: normalises the image.
-        seed: the transform's random numbers depend on (seed, epoch, index).
+        transform: callable that takes (image, map) and returns both. None: `Normalize`.
+        seed: seed of the transform, whose random numbers depend on (seed, epoch, index).
     """
 
     def __init__(self, transform: Callable[..., Sequence[Tensor]] | None, seed: int) -> None:
         super().__init__(seed)
         self.transform = Normalize() if transform is None else transform
         self.report = Report()
-        # an array of numbers or bytes, whose memory worker processes share, unlike that of Python objects
+        # An array of numbers or bytes: forked workers share its memory, but copy that of Python objects.
         self._entries = np.empty(0, dtype=np.int64)
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """The "name" of the item."""
+        """Returns the "name" of an item."""
 
     @abstractmethod
     def _read(self, index: int) -> Pair:
-        """Raises BrokenFile."""
+        """Reads a pair. Raises BrokenFile."""
 
     @abstractmethod
     def _item(self, tensors: Sequence[Tensor], name: str, skipped: Sequence[str]) -> Any:
-        """Makes the item of the transform's outputs."""
+        """Makes an item of the transform's outputs."""
 
     def _use(self, entries: np.ndarray) -> None:
-        """Sets the entries of the data set, and reads a few of them.
-
-        Raises:
-            DataError: none of these can be used.
-        """
+        """Sets the entries of the data set, and reads a few of them. Raises DataError if all of these are broken."""
         self._entries = entries
         self.report.used = len(self)
         self._try_some()
@@ -74,7 +70,7 @@ class Pairs(Seeded, Dataset, ABC):
             raise DataError(f"none of {len(tried)} pairs tried can be used; the last: {faults[-1]}")
 
     def _fault(self, index: int) -> BrokenFile | None:
-        """Reads a pair and returns its error or None; counts its kinds in `report`."""
+        """Reads a pair and returns its error, or None; counts its storage formats in `report`."""
         try:
             pair = self._read(index)
             decode(*pair)
@@ -84,8 +80,16 @@ class Pairs(Seeded, Dataset, ABC):
         return None
 
     def verify(self) -> Iterator[int]:
-        """Reads every pair, removes the broken ones, and updates `report`. Yields the number of pairs read so far, for
-        a progress bar: `for done in dataset.verify(): ...`. To be called before workers start."""
+        """Reads every pair, removes the broken ones, and updates `report`.
+
+        Call this before workers start: `for done in dataset.verify(): ...`.
+
+        Yields:
+            The number of pairs read so far, for a progress bar.
+
+        Raises:
+            DataError: all pairs are broken.
+        """
         good = np.ones(len(self), dtype=bool)
         self.report.kinds.clear()
         for index in range(len(self)):
@@ -99,7 +103,7 @@ class Pairs(Seeded, Dataset, ABC):
             raise DataError(f"none of {len(good)} pairs can be used; {self.report.summary()}")
 
     def part(self, indices: Sequence[int]) -> Pairs:
-        """A data set of these pairs only; broken ones are replaced by others of this part."""
+        """Returns a data set of these pairs only. A broken pair is replaced by another one of the part."""
         some = copy.copy(self)
         some._entries, some._epoch = self._entries[list(indices)], Epoch()
         some.report = copy.deepcopy(self.report)
@@ -127,7 +131,7 @@ class Pairs(Seeded, Dataset, ABC):
 
 
 def kinds(*files: ImageFile | StructureFile | Tensor) -> list[str]:
-    """The storage formats of a pair's files, for reports."""
+    """Returns the storage formats of a pair's files, for reports."""
     return [
         f"images of {file.kind}" if isinstance(file, ImageFile) else f"{file.kind}s of {file.pixels.dtype}"
         for file in files

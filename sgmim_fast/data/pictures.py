@@ -1,4 +1,4 @@
-"""Drawing items of a data set, to check by eye that images and maps match; and helpers of all figures."""
+"""Draws items of a data set, to check by eye that images and maps match. Also has helpers that all figures share."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from sgmim_fast.data.pair import Item
 from sgmim_fast.data.report import DataError
 from sgmim_fast.data.structure_kind import DEPTH, Depth, StructureKind
 
-# normalisation of images
+# ImageNet's mean and standard deviation, (3, 1, 1) each
 MEAN, STD = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])[:, :, None, None]
-MISSING = "magenta"  # not in the colour map
+MISSING = "magenta"  # a colour that the colour map does not contain
 MISSING_RGB = torch.tensor(matplotlib.colors.to_rgb(MISSING))[:, None, None]
-ACROSS = 4  # pairs in a row
+ACROSS = 4  # pairs per row of the figure
 
 
 def sheet(
@@ -39,10 +39,10 @@ def sheet(
     """Draws images beside their structure maps, missing values in magenta.
 
     Args:
-        dataset: map-style (draws `count` evenly spaced items) or iterable (draws the first ones).
-        path: of the figure; the suffix gives the format.
+        dataset: map-style (draws `count` evenly spaced items) or iterable (draws the first `count` items).
+        path: path of the figure; the suffix selects the format.
         count: number of pairs.
-        mean, std: normalisation of the images.
+        mean, std: mean and standard deviation with which the images were normalised.
         kind: kind of the structure maps.
 
     Raises:
@@ -67,7 +67,7 @@ def sheet(
         if "structure" not in item:
             continue
         structure = item["structure"].as_subclass(Tensor)
-        if isinstance(kind, Depth):  # on its own scale
+        if isinstance(kind, Depth):  # each map has its own colour scale
             axis[1].imshow(np.ma.masked_invalid(structure[0].numpy()), cmap=colours, interpolation="nearest")
         else:
             picture = kind.colours(kind.standardize(structure[None])[0])[0]
@@ -79,8 +79,10 @@ def sheet(
 
 
 def visible(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(..., 3, H, W) from 0 to 1 of normalised (..., C, H, W): three channels as they were; of others the first three,
-    or the first one in grey, within 2.5 deviations of their mean."""
+    """Converts normalised images (..., C, H, W) to displayable ones, (..., 3, H, W) in [0, 1].
+
+    The normalisation of three channels is undone. Of more channels the first three are shown, of fewer the first one in
+    grey; 0 to 1 then spans 2.5 standard deviations on either side of the mean."""
     if image.shape[-3] == 3:
         return (image * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]).clamp(0, 1)
     shown = image[..., :3, :, :] if image.shape[-3] > 3 else image[..., :1, :, :].expand(*image.shape[:-3], 3, -1, -1)
@@ -88,6 +90,6 @@ def visible(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tenso
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Saves a figure; creates its folder."""
+    """Saves a figure, and creates its folder if needed."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)

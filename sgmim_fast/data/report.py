@@ -1,4 +1,4 @@
-"""Reports on data sets: what is used, what is left out, and why."""
+"""Reports on data sets: the number of pairs used, the files left out, and the reasons."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 NAMED = 3  # number of files of each kind that a summary names
 _OBJECT = re.compile(
     r"\s*<[\w.]+ object at 0x[0-9a-f]+>"
-)  # objects in messages of decoders, which got a file's content instead of its name
+)  # decoders that read from memory print the file object in their messages, instead of the file's name
 
 
 class DataError(ValueError):
@@ -20,12 +20,12 @@ class DataError(ValueError):
 
 
 class BrokenFile(Exception):
-    """A file cannot be used. Data sets catch this error, report it and continue."""
+    """A file cannot be used. Data sets catch this error, report it, and continue."""
 
     def __init__(self, name: str | os.PathLike[str], reason: object):
         self.name = os.fspath(name)
         self.reason = " ".join(_OBJECT.sub("", str(reason)).split())
-        if not any(map(str.isalpha, self.reason)):  # a bare number, or empty
+        if not any(map(str.isalpha, self.reason)):  # the message is a bare number, or empty
             self.reason = f"{type(reason).__name__} {self.reason}".strip()
         super().__init__(self.name, self.reason)
 
@@ -34,23 +34,23 @@ class BrokenFile(Exception):
 
     @property
     def line(self) -> str:
-        """Name, tab and reason, as in an item's "skipped" and in reports; tabs and newlines in the name are escaped."""
+        """Name, tab and reason, as in an item's "skipped" and in reports. Tabs and newlines in the name are escaped."""
         return f"{escaped(self.name)}\t{self.reason}"
 
 
 @dataclass
 class Report:
-    """Counts the pairs of a data set, and names what was left out.
+    """Counts the pairs of a data set, and lists the files that were left out.
 
-    `broken` has the files found so far: `FolderPairs.verify` reads every file, and a training loop adds the "skipped"
-    of its items by `add_skipped`.
+    `broken` has the broken files found so far. `FolderPairs.verify` reads every file, and a training loop adds the
+    "skipped" of its items with `add_skipped`.
     """
 
-    used: int = 0  # pairs
+    used: int = 0  # number of pairs
     images_without_map: list[str] = field(default_factory=list)
     maps_without_image: list[str] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)  # file -> reason
-    again: list[str] = field(default_factory=list)  # links to folders that are in the tree by another path
+    again: list[str] = field(default_factory=list)  # links to folders that the tree also contains under another path
     kinds: Counter[str] = field(
         default_factory=Counter
     )  # storage format, such as "images of 8 bits" -> number of files read so far
@@ -65,13 +65,13 @@ class Report:
         self.kinds.update(other.kinds)
 
     def add_skipped(self, skipped: str | Iterable[str]) -> None:
-        """Adds the broken files of an item's "skipped", or of those of a batch."""
+        """Adds the broken files in the "skipped" of an item, or of the items of a batch."""
         for line in skipped_lines([skipped] if isinstance(skipped, str) else skipped):
             name, _, reason = line.partition("\t")
             self.broken.setdefault(name, reason)
 
     def summary(self) -> str:
-        """One line: number of pairs, what is left out with the first names, and storage formats."""
+        """Returns one line: number of pairs, files left out (count and first names), and storage formats."""
         left_out = [
             f"{len(names)} {kind} ({some(names)})"
             for kind, names in (
@@ -88,7 +88,7 @@ class Report:
         )
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes the summary, and a line per file that was left out: kind, tab, name."""
+        """Writes the summary, and one line for each file left out: kind, tab, name; for broken files tab, reason."""
         lines = [self.summary()]
         lines += [f"image without a map\t{escaped(name)}" for name in self.images_without_map]
         lines += [f"map without an image\t{escaped(name)}" for name in self.maps_without_image]
@@ -98,20 +98,20 @@ class Report:
 
 
 def skipped_lines(batch: Iterable[str]) -> list[str]:
-    """Name, tab and reason of the broken files in the "skipped" of a batch's items."""
+    """Returns a line "name, tab, reason" for each broken file in the "skipped" of a batch's items."""
     return [line for lines in batch for line in lines.split("\n") if line]
 
 
 def skipped_names(batch: Iterable[str]) -> list[str]:
-    """The broken files that the "skipped" of a batch's items name."""
+    """Returns the names of the broken files in the "skipped" of a batch's items."""
     return [line.partition("\t")[0] for line in skipped_lines(batch)]
 
 
 def escaped(name: str) -> str:
-    """A file name with tabs and newlines escaped."""
+    """Returns a file name with tabs and newlines escaped."""
     return name.replace("\\", r"\\").replace("\t", r"\t").replace("\n", r"\n") if set("\t\n") & set(name) else name
 
 
 def some(names: list[str]) -> str:
-    """The first names, with "..." if there are more."""
+    """Joins the first names, with "..." if there are more."""
     return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")

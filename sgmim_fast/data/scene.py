@@ -1,7 +1,7 @@
-"""A scene of spheres, boxes and cards in a room, rendered with its exact depth.
+"""Renders a scene of spheres, boxes and cards in a room, with its exact depth.
 
-The camera is at the origin and looks along z; x goes right, y down. A pixel sees along (u, v, 1), so the distance along
-a ray in units of that vector is the depth z. A card is a box without thickness; the room is a box seen from inside.
+The camera is at the origin and faces +z; x points right, y down. The ray of a pixel has the direction (u, v, 1), so
+that the ray parameter of a hit is its depth z. A card is a box without thickness; the room is a box seen from inside.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-BACKGROUND, SPHERE, BOX, PLANE = range(4)  # classes of the labels
-NEAREST, FARTHEST = 2.0, 7.0  # centres of objects, in depth
+BACKGROUND, SPHERE, BOX, PLANE = range(4)  # class ids of the labels
+NEAREST, FARTHEST = 2.0, 7.0  # range of the depth of objects' centres
 PATTERNS = ("plain", "checks", "stripes", "dots", "clouds")
 
 
 @dataclass
 class Texture:
-    """Two colours mixed by a pattern that fills space, so that a surface cuts through it."""
+    """A solid texture: two colours mixed by a pattern in space, evaluated at the points of a surface."""
 
     colours: Array  # (2, 3), 0 to 1
     pattern: str
-    waves: Array  # (3, 3): rows are wave vectors, in 2π per unit of length
+    waves: Array  # (3, 3): rows are wave vectors, in units of 2π per unit of length
     phase: Array  # (3,)
 
     def __call__(self, points: Array) -> Array:
-        """(3, P) in the object's frame -> colours (3, P)."""
+        """Returns the colours, (3, P), at points (3, P) in the object's frame."""
         if self.pattern == "plain":
             return np.broadcast_to(self.colours[0][:, None], points.shape)
         waves = self.waves @ points + self.phase[:, None]
@@ -49,26 +49,26 @@ class Solid:
 
     kind: int  # SPHERE, BOX, PLANE or BACKGROUND
     centre: Array  # (3,)
-    half: Array  # (3,): half the lengths of a box's edges; of a sphere three times its radius
+    half: Array  # (3,): half the lengths of a box's edges; for a sphere its radius, three times
     axes: Array  # (3, 3): columns are the directions of the edges
     texture: Texture
 
     @property
     def reach(self) -> float:
-        """Radius of a sphere around the centre that holds all of it."""
+        """Radius of the bounding sphere around the centre."""
         return float(self.half[0] if self.kind == SPHERE else np.linalg.norm(self.half))
 
 
 @dataclass
 class Scene:
-    """A scene. Its directional light is equally strong everywhere, so that colours do not depend on depth."""
+    """A scene. It has a directional light of constant intensity, so that colours do not depend on depth."""
 
     solids: list[Solid]  # the room first
-    focal: float  # in widths of the picture
+    focal: float  # focal length, in image widths
     light: Array  # (3,): unit vector towards the light
-    ambient: float  # share of the light that comes from everywhere
-    exposure: Array  # (3,)
-    noise: float  # standard deviation of the sensor's noise
+    ambient: float  # share of ambient light
+    exposure: Array  # (3,): gain of each colour channel
+    noise: float  # standard deviation of the sensor noise
 
 
 def draw_scene(rng: Generator) -> Scene:
@@ -90,17 +90,17 @@ def _draw_object(rng: Generator, focal: float) -> Solid:
     kind = int(rng.integers(SPHERE, PLANE + 1))
     depth = rng.uniform(NEAREST, FARTHEST)
     centre = depth * np.array([*rng.uniform(-0.6, 0.6, 2) / focal, 1.0])
-    size = rng.uniform(0.35, 1.2)  # does not depend on depth either
+    size = rng.uniform(0.35, 1.2)  # independent of depth
     half = size * (np.ones(3) if kind == SPHERE else rng.uniform(0.4, 1.0, 3))
     if kind == PLANE:
         half[2] = 0
     solid = Solid(kind, centre, half, _rotation(rng, np.pi), _texture(rng, size))
-    solid.centre[2] = max(depth, solid.reach + 0.5)  # not around the camera
+    solid.centre[2] = max(depth, solid.reach + 0.5)  # keeps the camera outside the object
     return solid
 
 
 def _rotation(rng: Generator, most: float) -> Array:
-    """About a random axis, by an angle up to `most`. (Rodrigues' formula)"""
+    """Returns a rotation about a random axis by an angle between ±`most`, by Rodrigues' formula."""
     axis = rng.normal(size=3)
     x, y, z = axis / np.linalg.norm(axis)
     cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
@@ -115,14 +115,15 @@ def _texture(rng: Generator, size: float) -> Texture:
 
 
 def render(scene: Scene, size: int, rng: Generator) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int64]]:
-    """Colours (3, size, size), depth (size, size) and labels (size, size) of a scene; `rng` is for the noise."""
+    """Returns the colours (3, size, size), depth (size, size) and labels (size, size) of a scene. `rng` draws the
+    noise."""
     step = 1 / (scene.focal * size)
     along = (np.arange(size) + 0.5 - size / 2) * step
     rays = np.stack([*np.meshgrid(along, along), np.ones((size, size))])
     colour, depth = np.empty((3, size * size)), np.full(size * size, np.inf)
     labels = np.zeros(size * size, np.int64)
     pixels = np.arange(size * size).reshape(size, size)
-    for solid in reversed(scene.solids):  # the room last: little of it is left to be coloured
+    for solid in reversed(scene.solids):  # the room last, since objects hide much of it by then
         rows, columns = (slice(0, size),) * 2
         if solid.kind != BACKGROUND:
             rows, columns = (_extent(solid, axis, step, size) for axis in (1, 0))
@@ -136,7 +137,7 @@ def render(scene: Scene, size: int, rng: Generator) -> tuple[NDArray[np.uint8], 
         points = solid.axes.T @ (distance * ways - solid.centre[:, None])
         if walls is None:
             lit = (solid.axes.T @ scene.light) @ points / solid.half[0]
-        else:  # each wall has one brightness from either side
+        else:  # a face has one brightness on the side that the ray hits
             sides = (solid.axes.T @ scene.light)[walls[seen]]
             lit = np.where(((solid.axes.T @ ways)[walls[seen], np.arange(len(seen))]) > 0, -sides, sides)
         depth[part], labels[part] = distance, solid.kind
@@ -152,7 +153,7 @@ def render(scene: Scene, size: int, rng: Generator) -> tuple[NDArray[np.uint8], 
 
 
 def _extent(solid: Solid, axis: int, step: float, size: int) -> slice:
-    """Pixels along x (0) or y (1) in which the solid can be: all of it lies between these depths and positions."""
+    """Returns a range of pixels along x (0) or y (1) that contains the projection of the solid's bounding cube."""
     near, far = solid.centre[2] - solid.reach, solid.centre[2] + solid.reach
     low, high = solid.centre[axis] - solid.reach, solid.centre[axis] + solid.reach
     first, last = low / (near if low < 0 else far), high / (near if high > 0 else far)
@@ -161,16 +162,18 @@ def _extent(solid: Solid, axis: int, step: float, size: int) -> slice:
 
 
 def _hit_sphere(sphere: Solid, rays: Array) -> tuple[Array, None]:
-    """Distance of the first hit along each ray (3, P), infinite for none; it has no walls."""
+    """Returns the ray parameter (P,) of the first hit of each ray (3, P), infinite without one, and None, since a
+    sphere has no faces."""
     square = (rays * rays).sum(0)
     nearest = (sphere.centre @ rays) / square
-    beside = nearest * rays - sphere.centre[:, None]  # from the centre to the nearest point of the ray
+    beside = nearest * rays - sphere.centre[:, None]  # from the centre to the ray's closest point
     inside = sphere.half[0] ** 2 - (beside * beside).sum(0)
     return np.where(inside > 0, nearest - np.sqrt(np.maximum(inside, 0) / square), np.inf), None
 
 
 def _hit_box(box: Solid, rays: Array) -> tuple[Array, NDArray[np.int64]]:
-    """The same for a box, from outside, or the room, from inside; and which of the three pairs of walls was hit."""
+    """Returns the ray parameter (P,) of the first hit of each ray (3, P), infinite without one, and the axis (P,) of
+    the face that was hit. Rays start outside a box, and inside the room."""
     inverse = 1 / (box.axes.T @ rays)
     middle, reach = (box.axes.T @ box.centre)[:, None] * inverse, box.half[:, None] * np.abs(inverse)
     if box.kind == BACKGROUND:

@@ -1,4 +1,4 @@
-"""Procedural scenes with exact depth as a data set: nothing to download."""
+"""Data set of procedural scenes with exact depth, which needs no download."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from sgmim_fast.data.transform import Normalize
 
 
 class Scenes(Seeded, Dataset):
-    """Textured spheres, boxes and cards in a room, under random light, hiding one another, with exact depth.
+    """Scenes of textured spheres, boxes and cards that occlude one another in a room under random light, with exact
+    depth.
 
-    Scene i does not depend on the length of the data set. Depth is in units in which objects measure about 1, and does
-    not influence colours.
+    Scene i does not depend on the length of the data set. Objects measure about 1 in the unit of depth. Colours do not
+    depend on depth.
 
     Args:
         count: number of scenes.
         size: pixels along each side.
-        seed: of the scenes and of the transform.
-        transform: takes and returns image (normalised), structure, and labels if any. Seeded per item from (seed,
-            epoch, index). None: `Normalize`.
-        labels: items also have "labels", (size, size) int64: 0 room, 1 sphere, 2 box, 3 plane (card).
+        seed: seed of the scenes and of the transform.
+        transform: callable that takes and returns the image, the structure map, and the labels if there are any, and
+            normalises the image. torch's CPU generator is seeded for each item from (seed, epoch, index). None:
+            `Normalize`.
+        labels: whether items also have "labels", (size, size) int64: 0 room, 1 sphere, 2 box, 3 plane (card).
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class Scenes(Seeded, Dataset):
         return self.count
 
     def scene(self, index: int) -> Scene:
-        """The objects of scene `index`."""
+        """Returns scene `index`."""
         return draw_scene(np.random.default_rng((self.seed, index)))
 
     def __getitem__(self, index: int) -> Item:

@@ -1,4 +1,4 @@
-"""Seeding: random numbers depend on the run's seed and their purpose only, not on processes or earlier calls."""
+"""Seeds random numbers from the run's seed and their purpose alone, independent of processes and earlier calls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def mix(*parts: int | str) -> int:
-    """Hashes several parts into one seed, as in `mix(seed, "masks", step)`."""
+    """Hashes several parts into one seed of 56 bits, for example `mix(seed, "masks", step)`."""
     known = repr([part if isinstance(part, str) else int(part) for part in parts])
     return int.from_bytes(hashlib.blake2b(known.encode(), digest_size=7).digest(), "big")
 
@@ -19,7 +19,7 @@ def mix(*parts: int | str) -> int:
 @contextlib.contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
     """Context manager that seeds torch's CPU generator with `mix(*numbers)`, and restores its state afterwards."""
-    generator = torch.default_generator  # torch.manual_seed would seed the devices too
+    generator = torch.default_generator  # torch.manual_seed would also seed the devices
     before = generator.get_state()
     generator.manual_seed(mix(*numbers))
     try:
@@ -29,7 +29,7 @@ def seeded(*numbers: int) -> Iterator[None]:
 
 
 class Epoch:
-    """The epoch, in shared memory, so that running DataLoader workers see it change."""
+    """The epoch number, in shared memory, so that running DataLoader workers see its changes."""
 
     def __init__(self) -> None:
         self._number = torch.zeros(1, dtype=torch.int64).share_memory_()
@@ -44,11 +44,11 @@ class Epoch:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._number.share_memory_()  # for copies; a pickle sent to a worker refers to the shared memory already
+        self._number.share_memory_()  # for deep copies; what a worker unpickles refers to the shared memory already
 
 
 class Seeded:
-    """A data set whose random transforms depend on (seed, epoch, item)."""
+    """Base class of data sets whose random transforms depend on (seed, epoch, item)."""
 
     def __init__(self, seed: int):
         if seed < 0:
@@ -57,5 +57,5 @@ class Seeded:
         self._epoch = Epoch()
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, on which random crops depend. Running workers see the change, too."""
+        """Sets the epoch, on which random transforms depend. Running workers see the change."""
         self._epoch.set(epoch)

@@ -1,4 +1,4 @@
-"""Pairs from WebDataset shards: tar files that are streamed from disks or over a network."""
+"""Data set of pairs from WebDataset shards, which are tar files streamed from disk or over a network."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ from sgmim_fast.data.structure_kind import DEPTH, StructureKind
 from sgmim_fast.data.tar_files import files
 from sgmim_fast.data.transform import Normalize, transformed
 
-TRIED = 100  # samples of the first shard that are tried at construction
+TRIED = 100  # number of samples of the first shard that the constructor tries
 Sample = dict[str, Any]  # "__key__", "__url__", and suffix -> content
 
 
 class ShardPairs(Seeded, IterableDataset):
     """Pairs from tar files in which KEY.jpg (or another image) and KEY.depth.png (or .npy, ...) follow each other.
 
-    Shards are split over processes and workers, so there must be at least as many; the order depends on (seed, epoch)
-    and on their number. Rank and world size come from torch.distributed or its environment variables: no sampler and
-    no wrapper may split the data again. Broken and incomplete samples are left out, and named in the next item's
-    "skipped", for `report.add_skipped`.
+    Shards are split over all workers of all processes, so there must be at least as many shards as workers. The order
+    of pairs depends on (seed, epoch) and on the number of workers. Rank and world size are read from torch.distributed
+    or its environment variables; do not split the data again with a sampler or wrapper. Broken and incomplete samples
+    are left out, and named in the next item's "skipped", for `report.add_skipped`.
 
     Args:
         urls: paths or URLs as in webdataset: one, with braces such as "train-{0000..1023}.tar", or a list.
-        transform: see `FolderPairs`; seeded per item from (seed, epoch, name).
-        length: pairs per epoch, on all processes together; shards with fewer pairs are read repeatedly, in different
-            orders. None: an epoch is one pass, after which processes may have taken different numbers of steps.
-        structure: the part of a map's name between key and suffix. None: images alone, see `FolderPairs`.
-        shuffle: size of each worker's shuffle buffer; 0: no shuffling.
-        seed: of order and transform.
-        missing: integer that marks missing values in maps; None: none.
+        transform: see `FolderPairs`; seeded for each item from (seed, epoch, pass, name).
+        length: pairs per epoch over all processes. If the shards have fewer pairs, they are read repeatedly, in
+            different orders. None: an epoch is one pass, and processes may yield different numbers of pairs.
+        structure: part of a map's name between key and suffix. None: images alone, see `FolderPairs`.
+        shuffle: size of each worker's shuffle buffer. 0: no shuffling.
+        seed: seed of the order and of the transform.
+        missing: integer that marks missing values in maps. None: no integer does.
         kind: kind of the structure maps.
 
     Raises:
-        DataError: a local shard does not exist, or the first shard has no pair; in iteration: fewer shards than
-            workers, or no pair in all shards of a worker.
+        DataError: a local shard does not exist, or the first shard has no pair. Iteration raises it if there are fewer
+            shards than workers, or if no shard of a worker has a pair.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class ShardPairs(Seeded, IterableDataset):
         )
 
     def __len__(self) -> int:
-        """Pairs per epoch on this process."""
+        """Returns the number of pairs per epoch on this process. Raises TypeError without a `length`."""
         if self.length is None:
             raise TypeError("shards have no length: give one, length=")
         return self.length // _webdataset().utils.pytorch_worker_info()[1]
@@ -119,11 +119,11 @@ class ShardPairs(Seeded, IterableDataset):
                 raise DataError(f"no pair that can be used in {len(self.urls[part::parts])} shards of one worker")
 
     def _one_pass(self, number: int, part: int, parts: int) -> Iterator[Item]:
-        """The items of part `part` of `parts` of the shards; `number` counts passes within an epoch."""
+        """Yields the items of part `part` of `parts` of the shards. `number` counts the passes within an epoch."""
         epoch, urls = self._epoch.get(), list(self.urls)
         rng = random.Random(f"{self.seed} {epoch} {number}")
         if self.shuffle:
-            rng.shuffle(urls)  # the same in all workers
+            rng.shuffle(urls)  # to the same order in all workers
         rng.seed(f"{self.seed} {epoch} {number} {part}")
         skipped: list[str] = []
         found = samples(urls[part::parts], lambda broken: skipped.append(broken.line))
@@ -140,7 +140,7 @@ class ShardPairs(Seeded, IterableDataset):
                 skipped.append(broken.line)
 
     def check_parts(self, processes: int, workers: int) -> None:
-        """Raises DataError for fewer shards than workers of all processes."""
+        """Raises DataError if there are fewer shards than workers on all processes together."""
         if len(self.urls) < processes * workers:
             raise DataError(
                 f"{len(self.urls)} shards cannot be split over {processes} processes with {workers} workers each; "
@@ -148,7 +148,7 @@ class ShardPairs(Seeded, IterableDataset):
             )
 
     def _files(self, sample: Sample) -> tuple[str, ImageFile] | tuple[str, ImageFile, StructureFile]:
-        """Name, image and map of a sample."""
+        """Returns name, image and map of a sample. Raises BrokenFile."""
         name, image, structure = members(sample, self.structure)
         if self.structure is None:
             if image is None:
@@ -176,7 +176,7 @@ def expand(urls: Sequence[str]) -> list[str]:
 
 
 def truncated(urls: Sequence[str]) -> dict[str, str]:
-    """Local shards that are truncated, with reasons; tarfile may not raise for them."""
+    """Returns the local shards that are truncated, with reasons. tarfile does not always raise for them."""
     ends = "truncated: the size of a tar file is a multiple of 512 bytes"
     return {url: ends for url in _local(urls) if url.endswith(".tar") and os.path.getsize(url) % tarfile.BLOCKSIZE}
 
@@ -186,7 +186,7 @@ def _local(urls: Sequence[str]) -> list[str]:
 
 
 def samples(urls: Sequence[str], skip: Callable[[BrokenFile], None]) -> Iterator[Sample]:
-    """Yields the samples of shards in order. `skip` is called for what cannot be read."""
+    """Yields the samples of shards in order. Calls `skip` for each shard or member that cannot be read."""
     webdataset = _webdataset()
     for url in urls:
 
@@ -205,7 +205,7 @@ def samples(urls: Sequence[str], skip: Callable[[BrokenFile], None]) -> Iterator
 
 
 def members(sample: Sample, structure: str | None) -> tuple[str, tuple[str, bytes] | None, tuple[str, bytes] | None]:
-    """The name of a sample, and (name, content) of its image and of its map, or None.
+    """Returns the name of a sample, and (name, content) of its image and of its map, None where it has none.
 
     Raises:
         BrokenFile: the map has a lossy format.
@@ -225,7 +225,7 @@ def members(sample: Sample, structure: str | None) -> tuple[str, tuple[str, byte
 
 
 def _wanted(name: str) -> bool:
-    """Whether it is an image or a map."""
+    """Returns whether a member is an image or a map, judged by its suffix."""
     suffix = os.path.splitext(name)[1].lower()
     return suffix in IMAGE_SUFFIXES or suffix in MAP_SUFFIXES
 

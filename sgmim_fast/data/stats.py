@@ -1,4 +1,4 @@
-"""`sgmim-fast data stats`: the mean and the deviation of each channel of a folder of images."""
+"""`sgmim-fast data stats`: measures mean and standard deviation of each channel of a folder of images."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from sgmim_fast.errors import UserError
 
 
 class Stats(NamedTuple):
-    """Of the pixels of all images together, each image counting as many times as it has pixels."""
+    """Statistics over the pixels of all images together."""
 
-    mean: list[float]
+    mean: list[float]  # of each channel
     std: list[float]
-    images: int
+    images: int  # number of images read
     broken: dict[str, str]  # name -> reason
 
 
@@ -38,7 +38,8 @@ class _Sums(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor | tuple[str, str]:
-        """(3, C) float64: pixels, sum, and sum of squares of each channel; or name and reason."""
+        """Returns the number of pixels, the sum and the sum of squares of each channel, (3, C) float64; or name and
+        reason of a broken image."""
         path = self.paths[index]
         try:
             image = ImageFile(path) if self.channels is None else ChannelImage(path, channels=self.channels)
@@ -51,21 +52,21 @@ class _Sums(Dataset):
 
 
 def suffixes(channels: int | None) -> tuple[str, ...]:
-    """Of the files that are images."""
+    """Returns the suffixes of image files, for `ImageFile` or for `ChannelImage`."""
     return IMAGE_SUFFIXES if channels is None else MAP_SUFFIXES
 
 
 def measure(images: Path, channels: int | None = None, *, workers: int = 0, progress: bool = False) -> Stats:
-    """Reads all images of a folder, which are 0 to 1 where they are integers.
+    """Measures the images of a folder. Integers are scaled to [0, 1].
 
     Args:
-        images: the folder.
-        channels: of `ChannelImage`; None: photographs, RGB.
-        workers: processes that read; 0: this one.
-        progress: shows a bar.
+        images: folder of images, searched recursively.
+        channels: number of channels, for `ChannelImage`. None: RGB photographs.
+        workers: number of worker processes. 0: reads in this process.
+        progress: shows a progress bar.
 
     Raises:
-        DataError: there are none, or none can be read.
+        DataError: there are no images, or none can be read.
     """
     found = find_files(images, "images", suffixes(channels), Report())
     paths = [str(images / (stem + end)) for stem, ends in found.items() for end in ends]
@@ -90,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises UserError, or DataError, for what the user can put right."""
+    """Runs the command. Raises UserError or DataError for errors that the user can correct."""
     workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
     for name, least in (("workers", 0), ("channels", 1)):
         value = getattr(args, name)

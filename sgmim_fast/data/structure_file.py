@@ -1,4 +1,4 @@
-"""Reading structure maps from files."""
+"""Reads structure maps of one channel, such as depth, from files."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from sgmim_fast.data.pair import Structure, under_centres
 from sgmim_fast.data.report import BrokenFile
 
 SPARSE = 16  # stride of the rows and columns that are checked first
-SHAPE_TOLERANCE = 0.02  # relative, of width / height: maps of other resolutions are rounded to whole pixels
+SHAPE_TOLERANCE = 0.02  # relative, of width / height, since maps of other resolutions are rounded to whole pixels
 
 
 class StructureFile(MapFile):
-    """A structure map as stored: (H, W), integers or floating point.
+    """A structure map, (H, W), of integers or floating-point numbers.
 
-    Integers are divided by 2^16 (docs/SPEC.md, "Standardising the structure map"), those of 8 bits by 2^8.
+    Integers are divided by 2^16 (docs/SPEC.md, "Standardising the structure map"), 8-bit integers by 2^8.
 
     Args:
-        name: path, or a name for messages; the suffix gives the format.
-        content: the file's bytes; None: read from `name`.
-        missing: integer that marks missing values; None: none. In floating-point maps NaN and infinities mark them.
+        name: path, or a name for messages; the suffix selects the format.
+        content: the file's bytes. None: the file `name` is read.
+        missing: integer that marks missing values. None: no integer does. In floating-point maps NaN and infinities
+            mark them.
 
     Raises:
-        BrokenFile: whatever is wrong with the file, such as three channels or another dtype.
+        BrokenFile: the file cannot be decoded, has several channels or an unsupported dtype, or is constant.
     """
 
     kind = "structure map"
@@ -40,7 +41,7 @@ class StructureFile(MapFile):
         self._check_values()
 
     def _check_values(self) -> None:
-        """Raises BrokenFile if the map is constant or has no value: there is nothing to learn from it."""
+        """Raises BrokenFile if the map is constant or has no value, since nothing can be learnt from it."""
         found = [self._varies(plane) for plane in np.moveaxis(np.atleast_3d(self.pixels), 2, 0)]
         if None in found:
             return
@@ -51,24 +52,24 @@ class StructureFile(MapFile):
         raise BrokenFile(self.name, f"{self.kind} {value} everywhere")
 
     def _varies(self, plane: np.ndarray) -> float | None:
-        """The value of a constant plane, NaN for one without values, None for others."""
-        for pixels in (plane[::SPARSE, ::SPARSE], plane):  # in most maps, some of the first differ
+        """Returns the value of a constant plane, NaN for a plane without values, and None otherwise."""
+        for pixels in (plane[::SPARSE, ::SPARSE], plane):  # a sparse grid suffices for most maps
             valid = pixels[np.isfinite(pixels) if pixels.dtype.kind == "f" else pixels != self.missing]
             if valid.size and (valid != valid[0]).any():
                 return None
         return float(valid[0]) if valid.size else np.nan
 
     def decode(self) -> Structure:
-        """The whole map, (C, H, W)."""
+        """Returns the whole map, (C, H, W)."""
         return self._to_structure(self.pixels)
 
     def resample(self, box: Sequence[float], size: int) -> Structure:
-        """Nearest-neighbour resampling of the box (top, left, height, width) to (C, size, size)."""
+        """Resamples the box (top, left, height, width) to (C, size, size) by nearest neighbour."""
         rows, columns = under_centres(box, (size, size), self.size)
         return self._to_structure(self.pixels[rows].take(columns, 1))
 
     def check_shape(self, image: tuple[int, int]) -> None:
-        """Raises BrokenFile unless the aspect ratio of an image (height, width) is that of the map."""
+        """Raises BrokenFile unless an image of size (height, width) has the aspect ratio of the map."""
         (height, width), (map_height, map_width) = image, self.size
         slack = max(SHAPE_TOLERANCE, 1 / min(map_height, map_width))
         if abs(height * map_width / (width * map_height) - 1) > slack:
@@ -81,7 +82,7 @@ class StructureFile(MapFile):
         return Structure(torch.from_numpy(self._values(pixels)[None]))
 
     def _values(self, pixels: np.ndarray) -> np.ndarray:
-        """Converts to float32, NaN where a value is missing."""
+        """Converts to float32, with NaN at missing values."""
         values = pixels.astype(np.float32)
         if pixels.dtype.kind == "f":
             values[~np.isfinite(values)] = np.nan

@@ -1,4 +1,4 @@
-"""Kinds of structure maps: how depth, channels, normals and labels are read, standardised and drawn."""
+"""Kinds of structure maps, which define how depth, channels, normals and labels are read, standardised and drawn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sgmim_fast.data.structure_file import StructureFile
 from sgmim_fast.errors import UserError
 from sgmim_fast.ops import standardize_structure
 
-GOLDEN = 0.618034  # golden ratio: hues of consecutive classes are far apart
+GOLDEN = 0.618034  # golden ratio; as a step between hues it keeps consecutive classes far apart
 
 
 def standardize_valid(structure: Tensor, limit: float | None = None) -> tuple[Tensor, Tensor]:
@@ -28,11 +28,11 @@ def standardize_valid(structure: Tensor, limit: float | None = None) -> tuple[Te
 
     Args:
         structure: (B, S, H, W), NaN = missing.
-        limit: clamp standardised values to ± this; None: no clamping. In a map that is flat except for a few pixels,
-            these lie tens of deviations away, and one such map dominates the loss of a batch.
+        limit: clamps standardised values to ± this. None: no clamping. In a map that is flat except for a few pixels,
+            these pixels are tens of standard deviations from the mean, and one such map dominates the loss of a batch.
 
     Returns:
-        The maps, standardised over their valid values (see `sgmim_fast.standardize_structure`) and 0 elsewhere; and the
+        The maps, standardised over their valid values (see `sgmim_fast.standardize_structure`) and 0 elsewhere, and the
         model's `structure_valid`, (B, S, H, W) bool, True = valid.
     """
     standardized = standardize_structure(structure, nonfinite="ignore")
@@ -42,13 +42,13 @@ def standardize_valid(structure: Tensor, limit: float | None = None) -> tuple[Te
 
 
 class StructureKind(ABC):
-    """A kind of structure maps.
+    """Base class of the kinds of structure maps.
 
     Attributes:
-        name: its name in settings.
-        channels: channels of the model's input, `structure_channels`.
-        stored: channels of the items of data sets.
-        word: the word for a map in messages.
+        name: name in settings.
+        channels: number of channels of the model's input, `structure_channels`.
+        stored: number of channels of the items of data sets.
+        word: word for a map in messages.
     """
 
     name: ClassVar[str]
@@ -67,12 +67,12 @@ class StructureKind(ABC):
 
     @abstractmethod
     def standardize(self, structure: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps (B, stored, H, W), NaN = missing -> the model's input (B, channels, H, W) float32, 0 where missing, and
-        its validity, bool. On any device, without synchronising."""
+        """Standardises maps (B, stored, H, W), NaN = missing, on any device, without synchronising. Returns the model's
+        input, (B, channels, H, W) float32, 0 at missing values, and its validity, bool of the same shape."""
 
     @abstractmethod
     def colours(self, structure: Tensor) -> Tensor:
-        """Colours (B, 3, H, W) in [0, 1] of the model's inputs or predictions, on the CPU."""
+        """Returns colours, (B, 3, H, W) in [0, 1], for the model's inputs or predictions, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class Channels(StructureKind):
         return standardize_valid(structure, self.limit)
 
     def colours(self, structure: Tensor) -> Tensor:
-        """One channel by a colour map; the first three of several channels as red, green and blue."""
-        shown = Normalize(-2, 2, clip=True)(structure[:, :3].numpy())  # the same scale in all pictures
+        """Draws one channel with a colour map, and the first three of several channels as red, green and blue."""
+        shown = Normalize(-2, 2, clip=True)(structure[:, :3].numpy())  # all pictures have the same scale
         if shown.shape[1] == 1:
             rgba = matplotlib.colormaps["inferno"](shown[:, 0])
             return torch.from_numpy(rgba[..., :3]).permute(0, 3, 1, 2).float()
@@ -104,7 +104,7 @@ class Channels(StructureKind):
 
 @dataclass(frozen=True)
 class Depth(Channels):
-    """Depth, disparity, or any other map of one channel."""
+    """Maps of one channel: depth, disparity, or anything else."""
 
     channels: int = 1
     name = "depth"
@@ -115,13 +115,14 @@ class Depth(Channels):
         return StructureFile(name, content, missing=missing)
 
 
-DEPTH = Depth()  # as published
+DEPTH = Depth()  # the published kind
 
 
 @dataclass(frozen=True)
 class Surface(StructureKind):
-    """Surface normals, unit vectors times sqrt(3), so that their mean square over channels is 1. (Standardising between
-    deciles would amplify the noise of a wall, whose normals are equal.)"""
+    """Surface normals. Unit vectors are multiplied by sqrt(3), so that their mean square over channels is 1.
+
+    Standardising between deciles, as for depth, would amplify the noise of a wall, whose normals are equal."""
 
     channels: int = 3
     name = "normals"
@@ -142,14 +143,14 @@ class Surface(StructureKind):
 
 @dataclass(frozen=True)
 class Semantic(StructureKind):
-    """Classes, one-hot: (1 - m) / d in the channel of the class, -m / d in the others, m = 1 / classes and
-    d = sqrt(m (1 - m)), so that mean and variance over the channels of a pixel are 0 and 1. (Between deciles, a class
-    on less than a tenth of an image has no variance.)
+    """Class ids, encoded one-hot: (1 - m) / d in the channel of the class and -m / d in the others, with
+    m = 1 / classes and d = sqrt(m (1 - m)), so that mean and variance over the channels of a pixel are 0 and 1.
+    (Between deciles, as for depth, a class on less than a tenth of an image would have no variance.)
 
-    Items have ids, (1, H, W); the one-hot channels are computed on the device.
+    Items of data sets have ids, (1, H, W); `standardize` computes the one-hot channels on the device.
     """
 
-    channels: int  # classes
+    channels: int  # number of classes
     ignore: int | None = 255  # id of unlabelled pixels
     name = "semantic"
     word = SemanticFile.kind
@@ -161,7 +162,7 @@ class Semantic(StructureKind):
     def read(
         self, name: str | os.PathLike[str], content: bytes | None = None, *, missing: float | None = 0
     ) -> StructureFile:
-        """`missing` is ignored, since 0 is a class."""
+        """Reads a file. `missing` is ignored, since 0 is a class."""
         return SemanticFile(name, content, classes=self.channels, ignore=self.ignore)
 
     def standardize(self, structure: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,7 +173,7 @@ class Semantic(StructureKind):
         return torch.where(valid, one_hot, 0), valid.repeat(1, self.channels, 1, 1)
 
     def colours(self, structure: Tensor) -> Tensor:
-        """A colour per most likely class."""
+        """Draws each pixel in the colour of its most likely class."""
         palette = torch.tensor([colorsys.hsv_to_rgb(i * GOLDEN % 1, 0.75, 0.9) for i in range(self.channels)])
         return palette[structure.argmax(1)].permute(0, 3, 1, 2)
 
@@ -189,14 +190,14 @@ def structure_kind(
     limit: float | None = None,
     prefix: str = "",
 ) -> StructureKind:
-    """Creates a kind by its name, one of `NAMES`.
+    """Creates a kind of structure maps by its name, one of `NAMES`.
 
     Args:
         channels, classes, ignore, limit: arguments of the kinds that have them.
-        prefix: prefix of the settings in messages.
+        prefix: prefix of the names of settings in messages.
 
     Raises:
-        UserError: an argument that the kind needs is missing, or one is given that it does not have.
+        UserError: an argument that the kind needs is missing, or an argument is given that the kind does not have.
     """
     for what, of, least, value in (("channels", "channels", 1, channels), ("classes", "semantic", 2, classes)):
         if name == of and (value is None or value < least):
@@ -216,7 +217,7 @@ def structure_kind(
 def structure_of(
     batch: Mapping[str, Any], device: torch.device, kind: StructureKind
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """`standardize` of a batch's maps, on the device; (None, None) for a batch without maps."""
+    """Moves a batch's maps to the device and standardises them. Returns (None, None) for a batch without maps."""
     if "structure" not in batch:
         return None, None
     return kind.standardize(batch["structure"].to(device, non_blocking=True))

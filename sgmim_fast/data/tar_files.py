@@ -1,4 +1,4 @@
-"""Streaming the members of tar shards, with limits on their size."""
+"""Streams the members of tar shards, with limits on their size."""
 
 from __future__ import annotations
 
@@ -14,27 +14,29 @@ from typing import Any, BinaryIO
 from sgmim_fast.data import limits
 from sgmim_fast.data.report import BrokenFile
 
-OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # by magic bytes
-ALWAYS = 64 * 2**20  # bytes that any shard may expand to
-META = re.compile(r"__[^/]*__($|/)")  # webdataset's names of metadata
+OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # magic bytes -> decompressor
+ALWAYS = 64 * 2**20  # bytes to which any shard may expand, whatever its compressed size
+META = re.compile(r"__[^/]*__($|/)")  # names that webdataset uses for metadata
 
 
 def files(
     stream: BinaryIO, url: str, wanted: Callable[[str], bool], skip: Callable[[BrokenFile], None]
 ) -> Iterator[dict]:
-    """Yields the members that webdataset groups to samples: {"fname", "data", "__url__"}.
+    """Yields the members that webdataset groups into samples: {"fname", "data", "__url__"}.
 
     Args:
-        stream: of a tar file, plain or compressed by gzip, bzip2 or xz.
-        wanted: whether the content of a member of this name is needed; otherwise it is b"".
-        skip: called for each member that is left out.
+        stream: stream of a tar file, plain or compressed by gzip, bzip2 or xz.
+        url: name of the tar file.
+        wanted: predicate of a member's name; the content of other members is not read, and yielded as b"".
+        skip: called for each member that exceeds the size limit.
 
     Raises:
-        OSError, EOFError, ValueError, tarfile.TarError, lzma.LZMAError, zlib.error: the rest cannot be read.
+        OSError, EOFError, ValueError, tarfile.TarError, lzma.LZMAError, zlib.error: the rest of the tar file cannot be
+            read.
     """
     with tarfile.open(fileobj=_Expanded(stream), mode="r|") as tar:
         for member in tar:
-            tar.members = []  # tarfile would keep all of them
+            tar.members = []  # tarfile would keep a record of every member
             if not member.isreg() or META.match(member.name):
                 continue
             content = b""
@@ -65,7 +67,7 @@ class _Counted(io.RawIOBase):
 
 
 class _Expanded:
-    """Decompresses a stream, up to a multiple of its size."""
+    """Decompresses a stream. Raises ValueError when the output exceeds a multiple of the input's size."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.raw = _Counted(stream)

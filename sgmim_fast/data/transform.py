@@ -1,4 +1,4 @@
-"""Joint transforms of images and structure maps for pre-training. SPEC "Published recipes"."""
+"""Joint transforms of images and structure maps for pre-training (docs/SPEC.md, "Published recipes")."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from sgmim_fast.data.image_file import ImageFile
 from sgmim_fast.data.pair import resample
 from sgmim_fast.data.structure_file import StructureFile
 
-TRIES = 10  # attempts to draw a crop that fits, as in torchvision
+TRIES = 10  # number of attempts to draw a crop that fits, as in torchvision
 
 
 class Normalize:
-    """Converts the image to float32 in [0, 1], subtracts the mean and divides by the standard deviation. Maps are
-    unchanged.
+    """Converts the image to float32 in [0, 1], subtracts `mean` and divides by `std`. Leaves maps unchanged.
 
-    The default transform of data sets.
+    This is the default transform of data sets.
     """
 
     def __init__(
@@ -36,22 +35,22 @@ class Normalize:
         return self.normalize(image.as_subclass(Tensor)), *maps
 
     def normalize(self, image: Tensor) -> tv_tensors.Image:
-        """(3, H, W), uint8 or floating point in [0, 1] -> contiguous float32."""
+        """Normalises (3, H, W), uint8 or floating point in [0, 1]. Returns contiguous float32."""
         most = 1 if image.is_floating_point() else 255
         image = image.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         return tv_tensors.Image(image.sub_(self.mean * most).div_(self.std * most))
 
 
 def decode(*files: Tensor | ImageFile | StructureFile) -> list[Tensor]:
-    """Decodes those that are files."""
+    """Decodes the files among the arguments, and returns tensors unchanged."""
     return [file if isinstance(file, Tensor) else file.decode() for file in files]
 
 
 def transformed(
     transform: Callable[..., Sequence[Tensor]], image: ImageFile | Tensor, *maps: StructureFile | Tensor
 ) -> Sequence[Tensor]:
-    """Applies a transform to an image and its maps. Subclasses of `Normalize` get files and decode them as needed;
-    other transforms get tensors."""
+    """Applies a transform to an image and its maps. `Normalize` and its subclasses are given files, which they decode
+    as needed; other transforms are given tensors."""
     if isinstance(transform, Normalize):
         return transform(image, *maps)
     image, *maps = decode(image, *maps)
@@ -60,10 +59,10 @@ def transformed(
 
 
 class PairTransform(Normalize):
-    """Crops, flips and resizes an image and its maps jointly, at random, to size × size; normalises the image.
+    """Crops and flips an image and its maps jointly at random, resizes them to size × size, and normalises the image.
 
     The image is resized bilinearly with antialiasing, maps by nearest neighbour (see `Structure`). A map may have
-    another resolution than its image. Random numbers come from torch's CPU generator. Encoded images are decoded after
+    another resolution than its image. Random numbers come from torch's CPU generator. Image files are decoded after
     the crop is drawn, at the smallest scale at which the crop is not smaller than the result.
 
     Args:
@@ -71,7 +70,7 @@ class PairTransform(Normalize):
         scale: range of the crop's area, relative to the image's.
         ratio: range of the crop's aspect ratio, width / height.
         flip: probability of a horizontal flip.
-        mean, std: of the image's channels, ImageNet's by default.
+        mean, std: mean and standard deviation of the image's channels, ImageNet's by default.
     """
 
     def __init__(
@@ -100,31 +99,32 @@ class PairTransform(Normalize):
     def evaluation(
         cls, size: int, *, mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD
     ) -> PairTransform:
-        """Nothing random: the largest square in the middle, resized."""
+        """Creates a deterministic transform, which crops the largest central square and resizes it."""
         transform = cls(size, mean=mean, std=std)
         transform._middle = True
         return transform
 
     def __call__(self, image: Tensor | ImageFile, *maps: Tensor | StructureFile) -> tuple[Tensor, ...]:
-        """
+        """Transforms an image and its maps.
+
         Args:
-            image: (3, H, W), uint8 or floating from 0 to 1, or a file.
+            image: (3, H, W), uint8 or floating point in [0, 1], or a file.
             maps: (..., h, w) of any dtype, such as structure and labels, or files.
 
         Returns:
-            The image (3, size, size), float32, and the maps (..., size, size).
+            The image, (3, size, size) float32, and the maps, (..., size, size).
         """
         height, width = image.size if isinstance(image, ImageFile) else image.shape[-2:]
         (top, left, bottom, right), flipped = self._draw(height, width)
         if isinstance(image, ImageFile):
             image = image.decode(min(1.0, max(self.size / (bottom - top), self.size / (right - left))))
-            # outwards to whole pixels of what may be a smaller image; the maps are cut at exactly the same place
+            # The decoded image may be smaller. Round the box outwards to whole pixels; maps are cropped to this box.
             down, across = image.shape[-2] / height, image.shape[-1] / width
             height, width = image.shape[-2:]
             top, bottom = math.floor(top * down), min(math.ceil(bottom * down), height)
             left, right = math.floor(left * across), min(math.ceil(right * across), width)
         box = (top, left, bottom - top, right - left)
-        # on plain tensors: each operation on torchvision's costs tens of microseconds more
+        # A plain tensor, since each operation on a tv_tensor costs tens of microseconds more.
         part = image.as_subclass(Tensor)[:, top:bottom, left:right]
         image = F.resize_image(part, [self.size, self.size], antialias=True)
         cut = []
@@ -139,10 +139,10 @@ class PairTransform(Normalize):
         return self.normalize(image), *cut
 
     def _draw(self, height: int, width: int) -> tuple[tuple[int, int, int, int], bool]:
-        """Top, left, bottom and right of the crop, and whether to flip.
+        """Draws the top, left, bottom and right of the crop, and whether to flip.
 
-        The crop is distributed as that of torchvision's RandomResizedCrop; one call of the generator instead of a dozen
-        saves up to a tenth of the time of an item.
+        The crop has the distribution of torchvision's RandomResizedCrop. Calling the generator once instead of a dozen
+        times saves up to a tenth of the time of an item.
         """
         if self._middle:
             side = min(height, width)

@@ -31,10 +31,10 @@ from sgmim_fast.pretrain.config import Config, Mask, Model, Optim
 
 
 def create_model(config: Config) -> SGMIM:
-    """Creates the model; initialisation uses torch's default generator.
+    """Creates the model of a configuration. The initialisation uses torch's default generator.
 
     Raises:
-        UserError: unknown timm name (the message names similar ones), or sizes that do not fit together.
+        UserError: timm does not know the encoder (the message names similar ones), or sizes do not fit together.
     """
     settings, size = config.model, config.data.size
     base = settings.encoder.split(".")[0]
@@ -72,10 +72,10 @@ def create_model(config: Config) -> SGMIM:
 
 
 def check(config: Config) -> None:
-    """Validates settings: ranges, and that images divide into tokens and mask units.
+    """Validates the settings: their ranges, and that the image size is a multiple of the stride and of the mask unit.
 
     Raises:
-        UserError: names the setting, its value and what is expected.
+        UserError: a setting is invalid. The message has the setting, its value and what is expected.
     """
     size, stride, unit = config.data.size, config.model.stride, config.mask.unit
     at_least(config, 1, (*OF_EVERY_RUN_1, "model.stride", "data.size", "data.epoch_images", "mask.unit"))
@@ -135,10 +135,10 @@ def _check_salience(settings: Mask) -> None:
 
 
 def structure_kind(config: Config) -> data.StructureKind:
-    """The kind of structure maps that `config.data` describes.
+    """Returns the kind of structure maps that `config.data` describes.
 
     Raises:
-        UserError: a setting that the kind needs is missing, or one is given that it does not have.
+        UserError: a setting that the kind needs is missing, or a setting is given that the kind does not have.
     """
     settings = config.data
     given = {"channels": settings.channels, "classes": settings.classes, "ignore": settings.ignore}
@@ -146,7 +146,7 @@ def structure_kind(config: Config) -> data.StructureKind:
 
 
 def normalisation(config: Config) -> dict[str, tuple[float, ...]]:
-    """`mean` and `std` of the channels of the images."""
+    """Returns the keyword arguments `mean` and `std`, with which the channels of the images are normalised."""
     settings = config.data
     if settings.mean is None or settings.std is None:
         return {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
@@ -181,10 +181,11 @@ def _check_channels(config: Config) -> None:
 
 
 def check_windows(model: object, size: int) -> None:
-    """Validates that every stage of a Swin divides into windows: timm would pad, which the published models never do.
+    """Validates that the tokens of every stage of a Swin divide into windows. timm would pad them, which the published
+    models never do.
 
     Raises:
-        UserError: names the stage.
+        UserError: a stage does not divide. The message has its number.
     """
     for stage, layer in enumerate(getattr(model, "layers", ())):
         block = layer.blocks[0]
@@ -197,10 +198,10 @@ def check_windows(model: object, size: int) -> None:
 
 
 def create_dataset(config: Config) -> Dataset:
-    """Creates the data set of the configuration, whose items are `sgmim_fast.data.Item`.
+    """Creates the data set of a configuration. Its items are of the type `sgmim_fast.data.Item`.
 
     Raises:
-        UserError: none or several sources are given.
+        UserError: no source, several sources or half of a source is given, or settings do not fit the source.
         DataError: the source is unusable.
     """
     settings, seed = config.data, config.run.seed
@@ -222,7 +223,7 @@ def create_dataset(config: Config) -> Dataset:
         return data.Scenes(settings.scenes, settings.size, seed=seed)
     cut = {"scale": settings.scale, "ratio": settings.ratio, "flip": settings.flip}
     transform = data.PairTransform(settings.size, **cut, **normalisation(config))
-    guided = config.model.guidance  # SimMIM needs no maps
+    guided = config.model.guidance  # without guidance, which is SimMIM, no maps are read
     if settings.shards is not None:
         if settings.epoch_images is None:
             raise UserError("data.epoch_images is missing; with shards it says how many images count as an epoch")
@@ -241,10 +242,13 @@ def create_dataset(config: Config) -> Dataset:
 
 
 def hold_out(config: Config, dataset: Dataset) -> tuple[Dataset, Dataset | None]:
-    """Splits a data set for training and evaluation. The second is None if nothing is held out; its crops are central.
+    """Splits a data set into training and held-out data.
+
+    Returns:
+        The training data, and the held-out data, which uses central crops instead of random ones, or None.
 
     Raises:
-        UserError: nothing would be left to train on.
+        UserError: no training data would be left.
         DataError: the folders of held-out data are unusable.
     """
     settings = config.data
@@ -272,13 +276,14 @@ def _without_chance(dataset: Dataset, config: Config) -> Dataset:
 
 
 class Scores(NamedTuple):
-    """What is random about masks that are drawn by salience: the rest of them depends on the images."""
+    """Random numbers of salience-based masks. The masks themselves depend on the images, too."""
 
-    noise: Tensor  # (images, units)
-    seed: int  # of what else is random, with the first image's place in the step
-    first: int = 0
+    noise: Tensor  # (images, units), uniform in [0, 1); part of the units' scores
+    seed: int  # with `first`, the seed of the generator for the other random numbers
+    first: int = 0  # index of the first image within the step
 
     def part(self, first: int, count: int) -> Scores:
+        """Returns the random numbers of `count` images from `first` on."""
         return Scores(self.noise[first : first + count], self.seed, self.first + first)
 
 
@@ -288,13 +293,13 @@ Drawn = SelectiveMask | Scores
 def draw_masks(
     settings: Mask, size: int, images: int, seed: int, step: int, device: torch.device, stride: int | None = None
 ) -> SelectiveMask:
-    """Draws the masks of all images of a step on the device, without synchronising.
+    """Draws random masks for all images of a step on the device, without synchronising.
 
     Args:
-        size: pixels along an image, a multiple of the mask unit.
-        images: number of images of the step, on all processes together.
-        stride: the encoder's stride. If it divides the unit, masks are drawn on the grid of cells, which saves the
-            model that step.
+        size: pixels along each side of an image, a multiple of the mask unit.
+        images: number of images of the step, over all processes.
+        stride: the encoder's stride. If it divides the unit, the masks are returned on the grid of cells, so that the
+            model need not resize them.
     """
     generator = torch.Generator(device).manual_seed(mix(seed, "masks", step))
     options = {"shown": read_shown(settings.shown), "scale": _scale(settings.unit, stride)}
@@ -302,8 +307,11 @@ def draw_masks(
 
 
 def draw_step(config: Config, images: int, seed: int, step: int, device: torch.device) -> Drawn:
-    """Masks of all images of a step, over all processes, on the device, or what is random of them; nothing waits for
-    it. They depend on the seed and the step alone."""
+    """Draws the masks of all images of a step, over all processes, on the device, without synchronising.
+
+    The result depends on `seed` and `step` alone. With salience-based masking it contains the random numbers of the
+    masks, from which `masks_of` computes them.
+    """
     settings, size = config.mask, config.data.size
     if settings.masking == "random":
         return draw_masks(settings, size, images, seed, step, device, stride=config.model.stride)
@@ -313,14 +321,14 @@ def draw_step(config: Config, images: int, seed: int, step: int, device: torch.d
 
 
 def masks_of(drawn: Drawn, config: Config, model: SGMIM, images: Tensor) -> SelectiveMask:
-    """The masks of these images, of what was drawn for them; with salience the host waits for the device."""
+    """Returns the masks of the images from what `draw_step` drew for them. Salience-based masking synchronises."""
     if isinstance(drawn, SelectiveMask):
         return drawn
     settings = config.mask
     generator = torch.Generator(images.device).manual_seed(mix(drawn.seed, drawn.first))
     own = {name: getattr(settings, name) for name in ("masking", "ratio", "spread", "threshold", "adaptive")}
     own |= {"shown": read_shown(settings.shown), "scale": _scale(settings.unit, config.model.stride)}
-    salience = model.salience(images).nan_to_num(0)  # the loss of an image that is not finite tells, and is left out
+    salience = model.salience(images).nan_to_num(0)  # the loss of a non-finite image is not finite: the step is skipped
     units = config.data.size // settings.unit
     return selective_mask(len(images), units, salience=salience, noise=drawn.noise, generator=generator, **own)
 
@@ -330,7 +338,7 @@ def _scale(unit: int, stride: int | None) -> int:
 
 
 def read_shown(text: str) -> str | float:
-    """Parses the setting `mask.shown` for `selective_mask`."""
+    """Parses the setting `mask.shown`. Returns the argument of `selective_mask`: a number or a name."""
     try:
         return float(text)
     except ValueError:
@@ -338,10 +346,12 @@ def read_shown(text: str) -> str | float:
 
 
 def create_optimizer(model: SGMIM, settings: Optim) -> torch.optim.AdamW:
-    """Fused AdamW. No weight decay on vectors, biases, mask and class token, positions and position tables.
+    """Creates a fused AdamW, without weight decay on vectors, biases, mask and class token, positions and position
+    tables.
 
-    With `layer_decay` the encoder's layers, those of timm's `param_groups_layer_decay`, learn more slowly from the
-    last, whose rate it multiplies once, to the stem; heads, branch and mask token learn at the whole rate.
+    `layer_decay` lowers the learning rate of the encoder's layers, which are those of timm's
+    `param_groups_layer_decay`: it multiplies the last layer's rate once, and that of each earlier layer once more.
+    Heads, branch and mask token have the full rate.
     """
     decay, names = settings.weight_decay, model.no_weight_decay()
     groups = param_groups_weight_decay(model, decay, no_weight_decay_list=names)
@@ -357,12 +367,13 @@ def create_optimizer(model: SGMIM, settings: Optim) -> torch.optim.AdamW:
 
 
 def learning_rate(settings: Optim, step: int, steps_per_epoch: int, total_batch: int) -> float:
-    """The learning rate of a step, counted from 0 over the whole run.
+    """Returns the learning rate of a step.
 
-    All rates of `settings` are multiplied by total_batch / 512. Warm-up is linear and replaces the start of the
-    schedule without shifting it, as in timm's `CosineLRScheduler` (warmup_prefix=False) and SimMIM.
+    All rates of `settings` are multiplied by total_batch / 512. The linear warm-up replaces the start of the schedule
+    without shifting it, as in timm's `CosineLRScheduler` (warmup_prefix=False) and SimMIM.
 
     Args:
+        step: index of the optimizer step, counted from 0 over the whole run.
         steps_per_epoch: optimizer steps per epoch.
         total_batch: images per optimizer step, over all processes and accumulated backward passes.
     """
@@ -378,18 +389,20 @@ def learning_rate(settings: Optim, step: int, steps_per_epoch: int, total_batch:
 
 
 def find(run: Path, name: str | None = None) -> Saved:
-    """Finds a checkpoint of a pre-training run, see `engine.checkpoint.find`."""
+    """Finds a checkpoint of a pre-training run; see `engine.checkpoint.find`."""
     return checkpoint.find(run, name, Config, "pretrain")
 
 
 def trained(config: Config) -> Config:
-    """The configuration without initial weights, which a checkpoint replaces: nothing is downloaded or read."""
+    """Returns the configuration without the sources of initial weights, so that none are downloaded or read. A
+    checkpoint replaces them."""
     arguments = without_sources(config.model.arguments)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, arguments=arguments))
 
 
 def load(saved: Saved) -> SGMIM:
-    """The model of a checkpoint, on the CPU, in evaluation mode; with the averages of its weights where there are."""
+    """Loads the model of a checkpoint, on the CPU, in evaluation mode. Where the checkpoint has averaged weights, these
+    are loaded."""
     with torch.random.fork_rng(devices=[]):
         model = create_model(trained(saved.config))
     model.load_state_dict(checkpoint.read(saved.path, "model") | checkpoint.averages(saved.path))

@@ -12,80 +12,81 @@ from sgmim_fast.salience import SPREAD, THRESHOLD
 
 @dataclass(frozen=True)
 class Model:
-    """`create_encoder`, `Decoder` and `SGMIM`."""
+    """Arguments of `create_encoder`, `Decoder` and `SGMIM`."""
 
     encoder: str = "swin_base_patch4_window7_224"  # a timm name
-    arguments: dict[str, Any] = field(default_factory=dict)  # further ones of timm.create_model; img_size is data.size
-    stride: int = 32  # pixels along an output token of the encoder
+    arguments: dict[str, Any] = field(default_factory=dict)  # further arguments of timm.create_model, except img_size
+    stride: int = 32  # pixels along each side of an output token of the encoder
     guidance: bool = True  # False: SimMIM
     hidden_context: Literal["keep", "drop"] = "keep"
     position_embedding: bool = False
-    accelerate: bool = True  # timm's blocks through fused ops
+    accelerate: bool = True  # compute timm's blocks through fused ops
     init: str | None = None  # weights to start from: a file, "timm:NAME", or the folder of a run
-    init_partial: bool = False  # load what fits of them; otherwise what does not is listed and ends the run
-    target: Literal["pixels", "normalized_patch"] = "pixels"  # of the image
-    loss: Literal["l1", "l2"] = "l1"  # of the image
-    encoder_positions: Literal["timm", "sincos"] = "timm"  # sincos: fixed, as MAE's
-    visible_only: bool = False  # the encoder sees visible patches alone, as MAE's; not what the paper does
-    decoder_depth: int = 8  # with visible_only
+    init_partial: bool = False  # load only the weights that fit; False: weights that do not fit are an error
+    target: Literal["pixels", "normalized_patch"] = "pixels"  # target of the image loss
+    loss: Literal["l1", "l2"] = "l1"  # image loss
+    encoder_positions: Literal["timm", "sincos"] = "timm"  # position embedding; sincos: fixed, as in MAE
+    visible_only: bool = False  # encode visible patches alone, as MAE does; the paper does not
+    decoder_depth: int = 8  # number of blocks of the decoder; the decoder is used with visible_only alone
     decoder_width: int = 512
     decoder_heads: int = 16
 
 
 @dataclass(frozen=True)
 class Data:
-    """Where images and maps come from: two mirrored folders, shards, or procedural scenes."""
+    """Source of images and maps: two mirrored folders, shards, or procedural scenes."""
 
-    images: str | None = None  # a folder
-    structure: str | None = None  # the mirrored folder of maps
-    shards: str | None = None  # WebDataset shards, as "train-{000..099}.tar"
-    epoch_images: int | None = None  # of shards, whose number is not known: images that count as an epoch
-    scenes: int = 0  # that many procedural scenes
-    val: float = 0.0  # share of the images to hold out for evaluation; scenes are added
-    val_images: str | None = None  # or a folder of images of its own for that
-    val_structure: str | None = None  # and the mirrored folder of maps
-    missing: float | None = 0.0  # integer that means "no value" in maps; None: none does
-    structure_kind: Literal["depth", "channels", "normals", "semantic"] = "depth"  # what maps hold: docs/DATA.md
-    channels: int | None = None  # of maps of the kind "channels"
-    classes: int | None = None  # in maps of the kind "semantic"
-    ignore: int | None = 255  # id in those that means that no class is known; None: none does
-    limit: float | None = None  # standardised depth and channels are cut off at ± this; None, as published: nowhere
-    image_channels: int | None = None  # of images that are no photographs: .npy, PNG, TIFF; docs/DATA.md
-    mean: tuple[float, ...] | None = None  # of each channel, of integers as 0 to 1; None: ImageNet's, of photographs
-    std: tuple[float, ...] | None = None
-    probe: str | None = None  # a folder with images/ and labels/ that frozen features are probed on
-    probe_kind: Literal["depth", "semantic"] = "depth"  # what the labels hold
-    probe_classes: int | None = None  # in labels of the kind "semantic"
-    size: int = 192  # pixels along an image
-    scale: tuple[float, float] = (0.67, 1.0)  # area of a crop, share of the image's
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width by height of a crop
-    flip: bool = True
+    images: str | None = None  # folder of images
+    structure: str | None = None  # mirrored folder of structure maps
+    shards: str | None = None  # WebDataset shards, such as "train-{000..099}.tar"
+    epoch_images: int | None = None  # images per epoch; required with shards, whose number of images is not known
+    scenes: int = 0  # number of procedural scenes
+    val: float = 0.0  # share of the images to hold out for evaluation; of scenes, as many are added
+    val_images: str | None = None  # alternatively, a separate folder of images for evaluation
+    val_structure: str | None = None  # mirrored folder of structure maps of val_images
+    missing: float | None = 0.0  # integer that marks missing values in maps; None: no integer does
+    structure_kind: Literal["depth", "channels", "normals", "semantic"] = "depth"  # kind of the maps: docs/DATA.md
+    channels: int | None = None  # number of channels of maps of the kind "channels"
+    classes: int | None = None  # number of classes in maps of the kind "semantic"
+    ignore: int | None = 255  # id of unlabelled pixels in maps of the kind "semantic"; None: all are labelled
+    limit: float | None = None  # clamps standardised depth and channels to ± this; None, as published: no clamping
+    image_channels: int | None = None  # channels of images in .npy, PNG or TIFF; None: RGB photographs; docs/DATA.md
+    mean: tuple[float, ...] | None = None  # mean of each channel, integers scaled to [0, 1]; None: ImageNet's
+    std: tuple[float, ...] | None = None  # standard deviation of each channel, likewise
+    probe: str | None = None  # folder with images/ and labels/ for a linear probe of frozen features
+    probe_kind: Literal["depth", "semantic"] = "depth"  # kind of the probe's labels
+    probe_classes: int | None = None  # number of classes in labels of the kind "semantic"
+    size: int = 192  # pixels along each side of an image
+    scale: tuple[float, float] = (0.67, 1.0)  # range of the crop's area, relative to the image's
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # range of the crop's aspect ratio, width / height
+    flip: bool = True  # random horizontal flips
     workers: int | None = None  # data loader workers per training process; None: as the cores allow, at most 8
 
 
 @dataclass(frozen=True)
 class Mask:
-    """`selective_mask`."""
+    """Arguments of `selective_mask`."""
 
-    unit: int = 32  # pixels along a mask unit
-    ratio: float = 0.6  # share of masked units; with --set mask.masking=salience 0.75, unless it is given
-    masking: Literal["random", "salience"] = "random"  # SPEC "Salience-based masking"
-    spread: float = SPREAD  # of "salience": the ratio of an image is within ± this of `ratio`
-    threshold: float = THRESHOLD  # of "salience": patches above it count as salient
-    adaptive: Literal["image", "batch", "none"] = "image"  # of "salience": whose ratio an image has
+    unit: int = 32  # pixels along each side of a mask unit
+    ratio: float = 0.6  # share of masked units; with --set mask.masking=salience the default is 0.75
+    masking: Literal["random", "salience"] = "random"  # docs/SPEC.md "Salience-based masking"
+    spread: float = SPREAD  # salience: the ratio of an image is within ± this of `ratio`
+    threshold: float = THRESHOLD  # salience: patches above it count as salient
+    adaptive: Literal["image", "batch", "none"] = "image"  # salience: ratio per image, batch mean, or `ratio` for all
     shown: str = "masked"  # where the structure is shown: "masked", "visible", "all" or the share hidden at random
 
 
 @dataclass(frozen=True)
 class Optim:
-    """docs/SPEC.md "Published recipes". Learning rates are for a total batch of 512 and scaled to the run's."""
+    """Optimizer and schedule (docs/SPEC.md "Published recipes"). Learning rates are for a total batch of 512, and are
+    scaled in proportion to the run's total batch."""
 
     epochs: float = 800
-    batch: int = 128  # images per process and backward
-    accumulate: int = 1  # backwards per step
-    lr: float = 1e-4
-    warmup_lr: float = 5e-7
-    min_lr: float = 0.0  # cosine's end
+    batch: int = 128  # images per process and backward pass
+    accumulate: int = 1  # gradient accumulation: backward passes per step
+    lr: float = 1e-4  # after the warm-up
+    warmup_lr: float = 5e-7  # at the first step
+    min_lr: float = 0.0  # at the end of the cosine schedule
     schedule: Literal["cosine", "multistep"] = "multistep"
     warmup_epochs: float = 10
     milestones: tuple[float, ...] = (700,)  # epochs after which multistep multiplies by gamma
@@ -93,9 +94,9 @@ class Optim:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    clip: float = 5.0  # largest gradient norm; 0: none
-    ema: float = 0.0  # decay of the weights' moving average, which is tested, drawn and exported; 0: none
-    layer_decay: float = 1.0  # of the rate from one layer of the encoder to the one before: for model.init
+    clip: float = 5.0  # largest gradient norm; 0: no clipping
+    ema: float = 0.0  # decay of the weights' moving average, which is evaluated, drawn and exported; 0: no average
+    layer_decay: float = 1.0  # factor of the rate from each encoder layer to the one before it, for use with model.init
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Config:
     run: Run = field(default_factory=Run)
 
 
-# the recipes by name: docs/SPEC.md "Published recipes"; and MAE's, with guidance: "Visible tokens only"
+# Recipes by name: those of docs/SPEC.md "Published recipes", and MAE's with guidance ("Visible tokens only").
 _SWIN_BASE = {"encoder": "swin_base_patch4_window7_224", "arguments": {"window_size": 6}}
 _800 = {"epochs": 800, "lr": 1e-4, "warmup_lr": 5e-7, "schedule": "multistep", "milestones": [700]}
 _BEIT = {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False, "use_abs_pos_emb": False, "init_values": 0.1}
@@ -139,7 +140,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model": {"encoder": "swin_large_patch4_window7_224", "arguments": {"window_size": 12}},
         "optim": _800,
     },
-    # the paper gives no recipe of its own for SwinV2: Swin's of 800 epochs
+    # The paper has no recipe for SwinV2; this is Swin's of 800 epochs.
     "swinv2_base": {"model": {"encoder": "swinv2_base_window12_192", "arguments": {"window_size": 12}}, "optim": _800},
     "vit_base_800ep": {
         "model": {
@@ -153,7 +154,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "vit_small_mae": _mae("vit_small_patch16_224"),
     "vit_base_mae": _mae("vit_base_patch16_224"),
     "vit_large_mae": _mae("vit_large_patch16_224"),
-    # for 1,000 to 100,000 images of one's own on one GPU, best from weights: docs/SMALL_DATA.md; not measured
+    # For 1,000 to 100,000 images on one GPU, preferably from initial weights (docs/SMALL_DATA.md). Not measured.
     "small_data": {
         "model": {"encoder": "vit_small_patch16_224", "arguments": {"drop_path_rate": 0.1}, "stride": 16},
         "data": {"size": 224, "val": 0.05, "limit": 3.0},
@@ -162,7 +163,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             **{"schedule": "cosine", "warmup_epochs": 10, "layer_decay": 0.75, "ema": 0.999},
         },
     },
-    # procedural scenes and a small encoder: minutes on a CPU, to see everything work
+    # A small encoder on procedural scenes, which exercises everything within minutes on a CPU.
     "tiny_demo": {
         "model": {
             "encoder": "swinv2_tiny_window8_256",
@@ -181,9 +182,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str) -> Config:
-    """A published recipe, or the demo.
+    """Returns the configuration of a preset, which is one of `PRESETS`.
 
     Raises:
-        UserError: there is none of that name; the nearest ones are named.
+        UserError: there is no preset of that name. The message has similar names.
     """
     return settings.preset(Config(), PRESETS, name)

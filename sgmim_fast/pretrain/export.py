@@ -27,13 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Raises UserError for errors that the user can correct."""
+    """Runs the command. Raises UserError for errors that the user can correct."""
     card = export(find(args.run, args.checkpoint), args.out, args.num_classes)
     print(f"wrote {args.out} and {card}")
 
 
 def export(saved: Saved, out: Path, num_classes: int | None = None) -> Path:
-    """Writes the encoder (see `sgmim_fast.checkpoints.export_timm`) and its model card; returns the card's path.
+    """Writes the encoder of a checkpoint to `out` (see `sgmim_fast.checkpoints.export_timm`), and its model card to the
+    same path with the suffix .md, which is returned. `num_classes` is the timm model's; None: timm's default.
 
     Raises:
         UserError: the suffix is not .safetensors, or the file cannot be written.

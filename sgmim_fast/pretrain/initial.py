@@ -1,8 +1,9 @@
-"""Weights to start pre-training from: `--init FILE | timm:NAME | RUN`.
+"""Loads initial weights for pre-training: `--init FILE | timm:NAME | RUN`.
 
-A file may be one of `export_timm`, any other of the encoder's timm model, or a checkpoint of the published code. What
-it holds is given the names of `SGMIM`, resized to the model (positions, tables, the channels of the stem), and loaded
-if all of it fits. What the weights do not have, such as a branch, starts at random.
+A file may be written by `export_timm`, contain any other weights of the encoder's timm model, or be a checkpoint of the
+published code. Its tensors are renamed to the names of `SGMIM`, resized to the model (positions, position tables,
+channels of the stem), and loaded if all of them fit. Parameters that the file lacks, such as the branch's, keep their
+random initialisation.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ from sgmim_fast.pretrain.config import Config
 
 TIMM = "timm:"
 _ENCODER, _TOKEN = "encoder.model.", "encoder.mask_token"
-# what pre-training has none of: classifiers, pooling with parameters, and norms behind a pooling
+# layers that pre-training does not have: classifiers, pooling with parameters, and a norm after the pooling
 _CLASSIFIERS = re.compile(r"^(head|head_dist|fc|classifier|attn_pool|pre_logits)(\.|$)")
 _STEM = "patch_embed.proj.weight"
 _NORM = re.compile(r"^fc_norm\.")
 
 
 def load(model: SGMIM, config: Config) -> list[str]:
-    """Loads `model.init` of a configuration.
+    """Loads the weights that `config.model.init` names into the model.
 
     Returns:
-        Lines about what was loaded, resized, and left at random.
+        Messages about the tensors that were loaded, resized, and left at their random initialisation.
 
     Raises:
-        UserError: there are no such weights, or they do not fit and `model.init_partial` is not set; what does not fit
-            is listed.
+        UserError: there are no such weights, or some do not fit and `model.init_partial` is not set. The message lists
+            those that do not fit.
     """
     what = str(config.model.init)
     state, source, known = _read(model, config, what)
@@ -53,7 +54,7 @@ def load(model: SGMIM, config: Config) -> list[str]:
     found = {_ENCODER + name: value for name, value in fitted.items()} | rest
     expected = {k: v for k, v in own.items() if not weights.is_buffer(k)}
     fits = {k: v for k, v in found.items() if k in expected and v.shape == expected[k].shape}
-    # of the encoder everything is wanted; of heads and branch what there is
+    # All of the encoder's parameters are required; of heads and branch, those that the file has.
     wanted = {k: v for k, v in expected.items() if k.startswith(_ENCODER) or k in found}
     problems = weights.differences(found, wanted)
     if not any(name.startswith(_ENCODER) for name in fits):
@@ -75,8 +76,8 @@ def _missing(part: str, expected: Mapping[str, Tensor], fits: Mapping[str, Tenso
 
 
 def _read(model: SGMIM, config: Config, what: str) -> tuple[dict[str, Tensor], nn.Module, bool]:
-    """Tensors under the names of `SGMIM`; the timm model that those of the encoder belong to, of which only sizes
-    count; and whether it is known to be that."""
+    """Reads the weights. Returns the tensors by their names in `SGMIM`; a timm model with the sizes for which the
+    encoder's tensors were made; and whether the source names that model, rather than it being assumed."""
     if what.startswith(TIMM):
         state, source = _of_timm(what.removeprefix(TIMM))
         return _of_encoder(state, model), source, True
@@ -104,7 +105,7 @@ def _of_timm(name: str) -> tuple[dict[str, Tensor], nn.Module]:
         raise UserError(f"--init timm:{name}: timm has no weights of that name; it has {', '.join(tags) or 'none'}")
     try:
         source = timm.create_model(name, pretrained=True)
-    except (OSError, RuntimeError, ValueError) as error:  # those of huggingface_hub and of a file that is none
+    except (OSError, RuntimeError, ValueError) as error:  # raised by huggingface_hub, and for an invalid file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"--init timm:{name}: cannot get the weights: {reason}; huggingface_hub keeps what it has loaded in "
@@ -118,7 +119,7 @@ def _create(name: str, **arguments: object) -> nn.Module:
 
 
 def _own_names(state: Mapping[str, Tensor], model: SGMIM) -> dict[str, Tensor]:
-    """Of a file: names of the published code, of SGMIM, or of a timm model."""
+    """Renames the tensors of a file, which has names of the published code, of SGMIM or of a timm model."""
     state = {name.removeprefix("module."): value for name, value in state.items()}
     if any(name.startswith(_ENCODER) for name in state):
         return state
@@ -133,13 +134,13 @@ def _own_names(state: Mapping[str, Tensor], model: SGMIM) -> dict[str, Tensor]:
         if weights.is_buffer(name) or name.startswith("encoder.depth_patch_embed."):
             continue
         if ours in own and value.ndim == 4 and own[ours].ndim == 2:
-            value = value.flatten(1)  # a head, which is a 1 x 1 convolution there
+            value = value.flatten(1)  # heads are 1 x 1 convolutions in the published code
         found[ours] = value
     return found
 
 
 def _of_encoder(state: Mapping[str, Tensor], model: SGMIM) -> dict[str, Tensor]:
-    """A timm model's, with the norm where the encoder has it."""
+    """Renames the tensors of a timm model. A norm after the pooling becomes the final norm if the encoder has that."""
     own = model.encoder.model.state_dict()
     behind_pooling = "norm.weight" in own and "norm.weight" not in state
     found = {}
@@ -156,7 +157,7 @@ def _of_encoder(state: Mapping[str, Tensor], model: SGMIM) -> dict[str, Tensor]:
 def _adapted(
     state: dict[str, Tensor], target: nn.Module, channels: int, what: str
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The stem for images of so many channels, as timm adapts one of 3."""
+    """Adapts a stem for 3 channels to another number of channels, as timm does; returns the tensors and messages."""
     weight = state.get(_STEM)
     if weight is None or weight.ndim != 4 or weight.shape[1] == channels:
         return state, []

@@ -25,20 +25,20 @@ from sgmim_fast.reference import pixel_mask
 
 
 class Panels(NamedTuple):
-    """Images (normalised), structure maps (standardised), masks and predictions for a picture, on the CPU."""
+    """Images (normalised), structure maps (standardised), masks and predictions for a picture, all on the CPU."""
 
     images: Tensor  # (B, 3, H, W)
-    masked: Tensor  # (B, 1, H, W) bool, True where the image was masked
-    image: Tensor  # (B, 3, H, W), predicted
+    masked: Tensor  # (B, 1, H, W) bool, True = masked
+    image: Tensor  # (B, 3, H, W), predicted image
     structure: Tensor | None  # (B, S, H, W); None without maps
     valid: Tensor | None  # (B, S, H, W) bool
-    shown: Tensor  # (B, 1, H, W) bool, True where the structure branch could read the map
-    guess: Tensor | None  # (B, S, H, W), predicted structure; None without guidance
+    shown: Tensor  # (B, 1, H, W) bool, True = shown: the branch may read the map
+    guess: Tensor | None  # (B, S, H, W), predicted structure map; None without guidance
 
 
 @torch.no_grad()
 def panels(model: SGMIM, batch: dict[str, Any], config: Config, device: torch.device) -> Panels:
-    """Predicts a batch of `sgmim_fast.data`, with masks that depend on the seed alone."""
+    """Predicts a batch of items of `sgmim_fast.data`, with masks that depend on the seed alone."""
     training = model.training
     model.eval()
     images = batch["image"].to(device)
@@ -60,9 +60,10 @@ def grid(
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> None:
-    """One row per pair. Grey is hidden, white is not known; predictions stand only where they were asked for.
+    """Draws one row per pair. Grey pixels were masked or hidden, white ones are missing. The reconstruction has
+    predictions at masked pixels, and the predicted structure at visible ones; elsewhere both have the true values.
 
-    mean, std: what the images were normalised with.
+    mean, std: mean and standard deviation with which the images were normalised.
     """
 
     def colours(image: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Raises UserError or DataError for errors that the user can correct."""
+    """Runs the command. Raises UserError or DataError for errors that the user can correct."""
     if args.count < 1:
         raise UserError(f"--count is {args.count}; expected at least 1")
     saved = build.find(args.run, args.checkpoint)
@@ -120,6 +121,6 @@ def run(args: argparse.Namespace) -> None:
     try:
         title = f"{args.run}, step {saved.facts['step']}"
         grid(found, args.out, title, build.structure_kind(config), **build.normalisation(config))
-    except (OSError, ValueError) as error:  # matplotlib says with ValueError which endings it knows
+    except (OSError, ValueError) as error:  # matplotlib raises ValueError for unknown suffixes
         raise UserError(f"cannot write {args.out}: {error}") from error
     print(f"wrote {args.out}")

@@ -1,8 +1,8 @@
-"""A linear probe of frozen features, on labelled pairs, again and again while training.
+"""A linear probe of frozen features on labelled pairs, measured repeatedly during pre-training.
 
-From an encoder token of an unmasked image to the mean of the labels in its cell: ridge regression, in closed form, on
-every other image, measured on the rest. A curve that rises says that the features get better; one that has turned, that
-it is time to stop.
+Ridge regression, in closed form, predicts the mean of the labels in a cell from the encoder's token of that cell in the
+unmasked image. It is fitted on every other image and evaluated on the rest. While the metric rises, the features
+improve; when it falls, it is time to stop.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from sgmim_fast.model import SGMIM
 from sgmim_fast.pretrain import build
 from sgmim_fast.pretrain.config import Config
 
-RIDGE = 1e-3  # of the features' mean variance
+RIDGE = 1e-3  # ridge penalty, relative to the features' mean variance
 
 
 def kind_of(config: Config) -> StructureKind:
-    """What the labels hold."""
+    """Returns the kind of the probe's labels."""
     settings = config.data
     classes = {"classes": settings.probe_classes} if settings.probe_kind == "semantic" else {}
     return data.structure_kind(settings.probe_kind, **{"channels": None, "classes": None, "ignore": 255, **classes})
 
 
 def create(config: Config) -> Dataset:
-    """The labelled pairs of `data.probe`, cut and resized without chance.
+    """Creates the data set of the labelled pairs in `data.probe`, with deterministic crops.
 
     Raises:
-        UserError, DataError: there is something wrong with them.
+        UserError, DataError: a folder is missing, or there are fewer than 2 usable pairs.
     """
     settings = config.data
     folders = [Path(settings.probe, name) for name in ("images", "labels")]
@@ -58,17 +58,17 @@ def create(config: Config) -> Dataset:
 
 @torch.no_grad()
 def measure(model: SGMIM, dataset: Dataset, config: Config, accelerator: Accelerator) -> dict[str, float]:
-    """How well the labels of every other image are predicted, by a probe that was fitted to the others.
+    """Fits the probe on the images of even index, and evaluates it on those of odd index.
 
     Returns:
-        of depth "probe_r2", the share of the standardised depth's variance that is explained; of classes
-        "probe_accuracy", the share of cells whose most frequent class is found.
+        For depth "probe_r2", the explained share of the variance of the standardised depth; for classes
+        "probe_accuracy", the share of cells whose most frequent class is predicted.
     """
     training = model.training
     model.eval()
     device, moments = accelerator.device, None
     for x, y in _cells(model, dataset, range(0, len(dataset), 2), config, accelerator):
-        x = torch.cat((x, torch.ones_like(x[:, :1])), 1)  # a bias
+        x = torch.cat((x, torch.ones_like(x[:, :1])), 1)  # the column of ones is for the bias
         new = x.T @ x, x.T @ y
         moments = new if moments is None else tuple(old + more for old, more in zip(moments, new, strict=True))
     if not moments[0][-1, -1]:
@@ -92,7 +92,7 @@ def measure(model: SGMIM, dataset: Dataset, config: Config, accelerator: Acceler
 def _cells(
     model: SGMIM, dataset: Dataset, indices: range, config: Config, accelerator: Accelerator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens (n, C) and labels (n, channels) of the cells in which all pixels have a label, float64, batch by batch."""
+    """Yields for each batch the tokens (n, C) and labels (n, channels), float64, of its fully labelled cells."""
     batch, stride, kind = config.optim.batch, config.model.stride, kind_of(config)
     sampler = [indices[i : i + batch] for i in range(0, len(indices), batch)]
     options: dict[str, Any] = {"batch_sampler": sampler, "generator": torch.Generator().manual_seed(0)}

@@ -1,4 +1,4 @@
-"""`sgmim-fast pretrain`: pre-training as a `Task`, evaluated by the losses on held-out pairs."""
+"""`sgmim-fast pretrain`: pre-training as a `Task`, evaluated by the losses on held-out pairs and by a linear probe."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from sgmim_fast.salience import RATIO
 
 
 class Pretraining(Task):
-    """SG-MIM; without its guidance SimMIM, or MAE where the encoder sees visible patches alone."""
+    """Pre-training with SG-MIM; without guidance it is SimMIM, or MAE if the encoder sees visible patches alone."""
 
     config: Config
     command = "pretrain"
     losses = ("loss", "image_loss", "structure_loss")
     tested_each_epoch = True
-    held_out: Dataset | None = None  # what is tested on; `create_dataset` sets it
-    probed: Dataset | None = None  # labelled pairs, likewise
+    held_out: Dataset | None = None  # held-out data for the losses; set by `create_dataset`
+    probed: Dataset | None = None  # labelled pairs for the probe; set by `create_dataset`
 
     @cached_property
     def kind(self) -> StructureKind:
@@ -77,7 +77,7 @@ class Pretraining(Task):
 
     @property
     def capturable(self) -> bool:
-        """With salience the host asks for the number of masked units."""
+        """Salience-based masking synchronises, to read the number of masked units."""
         return self.config.mask.masking == "random"
 
     def draw(self, step: int, images: int, device: torch.device) -> Drawn:
@@ -103,7 +103,7 @@ class Pretraining(Task):
             return model(images, structure, mask, return_losses=True, structure_valid=valid)
 
     def shards(self, model: SGMIM) -> Iterable[nn.Module]:
-        """The blocks of the encoder and, where there is one, of the decoder."""
+        """Yields the blocks of the encoder, and of the decoder if there is one."""
         encoder = model.encoder.model
         for stage in getattr(encoder, "layers", [encoder]):
             yield from stage.blocks
@@ -111,7 +111,8 @@ class Pretraining(Task):
             yield from model.decoder.blocks
 
     def evaluate(self, model: SGMIM, accelerator: Accelerator) -> tuple[float, dict[str, float]]:
-        """The losses on held-out data, and the probe of frozen features; the score is the loss, where there is one."""
+        """Returns the score, and the losses on held-out data and the probe's metric. The score is the held-out loss, or
+        without held-out data 1 - the probe's metric."""
         score, metrics = None, {}
         if self.held_out is not None:
             found = held_out_losses(model, self.held_out, self.config, accelerator)
@@ -122,7 +123,7 @@ class Pretraining(Task):
         return score, metrics
 
     def examples(self, dataset: Dataset, number: int) -> dict[str, Any]:
-        """Held-out pairs if there are any, else training pairs."""
+        """Returns held-out pairs if there are any, else training pairs."""
         return super().examples(self.held_out or dataset, number)
 
     def draw_picture(self, model: SGMIM, examples: dict[str, Any], accelerator: Accelerator) -> pictures.Panels:
@@ -162,22 +163,22 @@ class Pretraining(Task):
 
 @torch.no_grad()
 def held_out_losses(model: SGMIM, dataset: Dataset, config: Config, accelerator: Accelerator) -> Sequence[float]:
-    """Total, image and structure loss, averaged over the images. All processes have to call it.
+    """Computes the total, image and structure loss in evaluation mode, averaged over the images of the data set.
 
-    Each image has one mask, which depends on the seed alone. The model is in evaluation mode meanwhile.
+    All processes have to call this function. The masks depend on the seed alone, one for each image.
     """
     batch, device, count = config.optim.batch, accelerator.device, len(dataset)
     rank, processes = accelerator.process_index, accelerator.num_processes
     seed = mix(config.run.seed, "held out")
     drawn = build.draw_step(config, count, seed, 0, device)
-    # sharded models are computed by all processes together: one without images left repeats the last ones for nothing
+    # All processes compute a sharded model together, so one without images left repeats the last batch, uncounted.
     starts = range(rank * batch, math.ceil(count / batch / processes) * processes * batch, processes * batch)
     firsts = [min(start, (count - 1) // batch * batch) for start in starts]
     batches = loader.read(
         dataset,
         min(loader.workers(config.data), len(firsts)),
         batch_sampler=[range(first, min(first + batch, count)) for first in firsts],
-        generator=torch.Generator().manual_seed(0),  # leaves the default generator alone
+        generator=torch.Generator().manual_seed(0),  # keeps the loader from advancing the default generator
     )
     total = torch.zeros(4, device=device)
     training = model.training
@@ -207,7 +208,7 @@ def _losses(
 
 SHORT = {name: f"data.{name}" for name in ("images", "structure", "shards", "val_images", "val_structure")}
 SHORT |= {"init": "model.init", "probe": "data.probe"}
-# the source that is given, in place of a preset's
+# setting that the user gives -> settings of the preset that it replaces
 INSTEAD = {
     "data.images": {"data.scenes": 0, "data.shards": None},
     "data.shards": {"data.scenes": 0, "data.images": None, "data.structure": None},
@@ -230,5 +231,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises UserError or DataError for errors that the user can correct."""
+    """Runs the command. Raises UserError or DataError for errors that the user can correct."""
     return COMMAND.execute(args)

@@ -1,4 +1,4 @@
-"""`sgmim-fast tune`: measures what is fastest on this machine for a recipe's model, batch and precision."""
+"""`sgmim-fast tune`: measures the fastest implementation of each op on this machine, for a recipe's model and batch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Raises UserError for errors that the user can correct."""
+    """Runs the command. Raises UserError for errors that the user can correct."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda; torch sees no CUDA device")
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _writable(folder: Path) -> None:
-    """Before minutes are spent on what could not be kept."""
+    """Raises UserError unless the folder is writable, before minutes are spent on results that could not be saved."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -2,6 +2,6 @@
 
 `config`: the configuration, and the published protocols · `build`: creates model, parameter groups, data sets and
 metrics · `task`: fine-tuning as an `engine.task.Task`, and the command · `evaluate`: `sgmim-fast evaluate` ·
-`encoder`, `weights`: feature maps of timm encoders, weights resized for other image and window sizes · `heads` ·
-`losses`, `metrics` · `inference` · `data`.
+`encoder`: feature maps of timm encoders · `heads` · `losses`, `metrics` · `inference`: sliding windows ·
+`pictures`: figures of predictions · `data`: labelled data sets.
 """

@@ -21,12 +21,12 @@ from sgmim_fast.finetune.heads import DenseModel
 from sgmim_fast.finetune.heads import create_model as with_head
 from sgmim_fast.finetune.metrics import DepthMetrics, SegmentationMetrics
 
-LEAST_PADDING = 0.02  # share of a crop from which on padding is reported
-_TASKS = {"nyu": "depth", "kitti": "depth", "ade20k": "segmentation"}  # of data sets for a single task
+LEAST_PADDING = 0.02  # padded share of a crop from which on `padding` reports it
+_TASKS = {"nyu": "depth", "kitti": "depth", "ade20k": "segmentation"}  # data sets that support one task only
 
 
 def check(config: Config) -> None:
-    """Validates settings. Raises UserError that names the setting, its value and what is expected."""
+    """Validates the settings. Raises UserError with the setting, its value and what is expected."""
     settings, optim = config.data, config.optim
     at_least(config, 1, (*OF_EVERY_RUN_1, "model.head_channels", "evaluation.images"))
     at_least(config, 0, (*OF_EVERY_RUN_0, "data.classes", "optim.min_lr", "optim.warmup_epochs"))
@@ -50,10 +50,11 @@ def check(config: Config) -> None:
 
 
 def create_features_of(config: Config, encoder: dict[str, Any] | None = None) -> Features:
-    """Creates the encoder, with initial weights as configured, or without them for a checkpoint to be loaded.
+    """Creates the encoder, with the initial weights of the configuration, or with random weights if a checkpoint will
+    be loaded.
 
     Args:
-        encoder: the checkpoint's description, see `describe_encoder`; None: load what `model.encoder` names.
+        encoder: description of the encoder from a checkpoint; see `describe_encoder`. None: loads `model.encoder`.
 
     Raises:
         UserError: the encoder does not exist, or it does not fit the settings.
@@ -91,15 +92,15 @@ def create_features_of(config: Config, encoder: dict[str, Any] | None = None) ->
 
 
 def describe_encoder(features: Features) -> dict[str, Any]:
-    """Name and arguments from which `create_features_of` recreates the encoder; serialisable as JSON."""
+    """Returns name and arguments from which `create_features_of` recreates the encoder; serialisable as JSON."""
     return {"name": features.name, "arguments": features.arguments}
 
 
 def create_model(config: Config, outputs: int, encoder: dict[str, Any] | None = None) -> DenseModel:
-    """Creates encoder and head with `outputs` channels.
+    """Creates the encoder and a head with `outputs` channels. For `encoder` see `create_features_of`.
 
     Raises:
-        UserError: see `create_features_of`; or the head does not support the encoder.
+        UserError: see `create_features_of`; also if the head does not support the encoder.
     """
     model = with_head(
         create_features_of(config, encoder), config.model.head, outputs, channels=config.model.head_channels
@@ -112,17 +113,19 @@ def create_model(config: Config, outputs: int, encoder: dict[str, Any] | None = 
 
 
 def param_groups(model: DenseModel, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """Parameter groups with "params", "weight_decay" and "lr_scale", a factor for the caller to apply to the rate.
+    """Returns parameter groups with "params", "weight_decay" and "lr_scale", by which the caller multiplies the
+    learning rate.
 
-    Layers are those of timm's `param_groups_layer_decay`: the stem, then each block; a Swin's downsampling belongs to
-    the following block. Layer i of n has the scale layer_decay ** (n - i); the head is layer n and has 1, so the last
-    block has layer_decay, as in the protocols of BEiT and MIM. (The published MIM depth code counts a Swin's three
-    downsamplings as layers of their own, which lowers the rates of the first layers further.)
+    Layers are those of timm's `param_groups_layer_decay`: the stem, then each block. A Swin's downsampling belongs to
+    the following block. Layer i of n has the scale layer_decay ** (n - i). The head is layer n and has the scale 1, so
+    that the last block has the scale layer_decay, as in the protocols of BEiT and MIM. (The published MIM depth code
+    counts a Swin's three downsamplings as separate layers, which lowers the rates of the first layers further.)
 
-    No weight decay on vectors, biases, and what timm's `no_weight_decay` names.
+    Vectors, biases, and the parameters that timm's `no_weight_decay` names have no weight decay.
 
     Args:
-        layer_decay: decay per layer, at most 1 (none); 0 freezes the encoder (`DenseModel.freeze`) and leaves it out.
+        layer_decay: factor per layer, at most 1 (no decay). 0 freezes the encoder (`DenseModel.freeze`), and returns no
+            group for it.
 
     Raises:
         UserError: layer_decay is outside 0 to 1.
@@ -137,17 +140,17 @@ def param_groups(model: DenseModel, weight_decay: float, layer_decay: float = 1.
     encoder = model.features.model
     names = getattr(encoder, "no_weight_decay", set)()
     layers = param_groups_layer_decay(encoder, weight_decay, no_weight_decay_list=names, layer_decay=layer_decay)
-    # timm's last block has scale 1; here the head follows as one more layer
+    # The scale of the last block is 1 in timm. Here the head follows as one more layer.
     return [{**group, "lr_scale": group["lr_scale"] * layer_decay} for group in layers] + groups
 
 
 def learning_rate(settings: Optim, step: int, steps: int, steps_per_epoch: int) -> float:
-    """The learning rate of a step, counted from 0, in a run of `steps`.
+    """Returns the learning rate of a step, counted from 0, in a run of `steps`.
 
-    "triangle" rises from `min_lr` to `lr` over the first half of the run and falls back over the second, as
-    progress**power: the schedule for depth of "Revealing the Dark Secrets of Masked Image Modeling" (arXiv 2205.13543).
-    "poly" decays from `lr` as (1 - progress)**power, as in mmsegmentation, "cosine" as half a cosine; both end at
-    `min_lr`. A linear warm-up from 0 replaces their start without shifting the schedule.
+    "triangle" rises from `min_lr` to `lr` over the first half of the run and falls back over the second half, as
+    progress**power. It is the depth schedule of "Revealing the Dark Secrets of Masked Image Modeling" (arXiv
+    2205.13543). "poly" decays from `lr` as (1 - progress)**power, as in mmsegmentation, and "cosine" as half a cosine;
+    both end at `min_lr`. A linear warm-up from 0 replaces the start of "poly" and "cosine" without shifting them.
     """
     low, high = settings.min_lr, settings.lr
     if settings.schedule == "triangle":
@@ -165,7 +168,7 @@ def learning_rate(settings: Optim, step: int, steps: int, steps_per_epoch: int) 
 
 
 def create_dataset(config: Config, train: bool) -> Dataset:
-    """Creates the data set for training or for testing, from `sgmim_fast.finetune.data`.
+    """Creates the data set for training or for testing, which is one of `sgmim_fast.finetune.data`.
 
     Raises:
         UserError: settings of the source are missing.
@@ -228,7 +231,7 @@ def _transform(config: Config, dataset: Any, train: bool) -> Any:
 
 
 def padding(config: Config, dataset: Any) -> str:
-    """A message if training crops are padded, from the sizes of some images; "" if images fill the crops."""
+    """Returns a message if training crops are padded, judged by the sizes of some images, and "" otherwise."""
     transform = getattr(dataset, "transform", None)
     if not isinstance(transform, data.DenseTransform):
         return ""
@@ -247,7 +250,7 @@ def padding(config: Config, dataset: Any) -> str:
 
 
 def depth_range(config: Config, dataset: Any) -> tuple[float, float]:
-    """Smallest and largest depth in metres, from the configuration or else from the data set."""
+    """Returns smallest and largest depth in metres, from the configuration or else from the data set."""
     low = dataset.min_depth if config.data.min_depth is None else config.data.min_depth
     high = dataset.max_depth if config.data.max_depth is None else config.data.max_depth
     if not 0 < low < high:
@@ -265,7 +268,7 @@ def create_metrics(config: Config, dataset: Any) -> DepthMetrics | SegmentationM
 
 
 def plain(found: dict[str, Tensor]) -> dict[str, float]:
-    """The scalar metrics as floats."""
+    """Returns the scalar metrics as floats."""
     return {name: value.item() for name, value in found.items() if value.ndim == 0}
 
 

@@ -10,19 +10,19 @@ from sgmim_fast.engine.settings import Run
 
 @dataclass(frozen=True)
 class Model:
-    """`create_features` and `create_model`."""
+    """Arguments of `create_features` and `create_model`."""
 
     encoder: str = ""  # an exported file, a pre-training run's folder, or a timm name
-    weights: str | None = None  # a file of any timm weights for a timm name
-    pretrained: bool = False  # timm's own weights for a timm name, which timm downloads
-    arguments: dict[str, Any] = field(default_factory=dict)  # further ones of timm.create_model
-    window_size: tuple[int, ...] | None = None  # of Swin's stages, in tokens; one number: of all; None: as it was
+    weights: str | None = None  # file of timm weights, if `encoder` is a timm name
+    pretrained: bool = False  # load timm's own weights, which timm downloads, if `encoder` is a timm name
+    arguments: dict[str, Any] = field(default_factory=dict)  # further arguments of timm.create_model
+    window_size: tuple[int, ...] | None = None  # window of Swin's stages in tokens, or one for all; None: unchanged
     drop_path: float = 0.1
     head: Literal["deconv", "dpt", "upernet"] = "deconv"
-    head_channels: int | None = None  # its width; None: the published one
+    head_channels: int | None = None  # width of the head; None: the published width
     freeze: bool = False  # train the head alone
-    accelerate: bool = True  # timm's blocks through fused ops
-    checkpointing: bool = False  # gradient checkpointing: recompute activations in the backward to save memory
+    accelerate: bool = True  # compute timm's blocks through fused ops
+    checkpointing: bool = False  # gradient checkpointing: recompute activations in the backward pass to save memory
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,21 @@ class Data:
 
     task: Literal["depth", "segmentation"] = "depth"
     source: Literal["folders", "nyu", "kitti", "ade20k", "scenes"] = "folders"
-    root: str | None = None  # of nyu, kitti, ade20k
-    train_list: str | None = None  # file with the names of a split, of all sources but ade20k; None: nyu's and kitti's
-    test_list: str | None = None  # usual ones, under root, and all of folders
-    images: str | None = None  # of folders: images to train on
-    maps: str | None = None  # the mirrored folder of depth or label maps
+    root: str | None = None  # nyu, kitti, ade20k: folder of the data set
+    train_list: str | None = None  # all but ade20k: file that lists a split; None: for nyu and kitti the usual list
+    test_list: str | None = None  # under root, for folders all files
+    images: str | None = None  # folders: training images
+    maps: str | None = None  # folders: mirrored folder of depth or label maps
     test_images: str | None = None
     test_maps: str | None = None
-    scale: float | None = None  # of folders: what an integer map has for one metre, such as 1000
+    scale: float | None = None  # folders: stored integer of one metre, such as 1000
     check_units: bool = True  # refuse depth whose median is far outside the range of evaluation
-    classes: int = 0  # of folders of labels
-    ignore: int = 255  # label that does not count
-    reduce_zero: bool = False  # label 0 does not count, and 1 becomes 0
-    scenes: int = 0  # of scenes: procedural ones to train on
+    classes: int = 0  # folders: number of classes in label maps
+    ignore: int = 255  # folders: label of pixels that are ignored
+    reduce_zero: bool = False  # folders: also ignore label 0, and subtract 1 from the others
+    scenes: int = 0  # scenes: number of procedural scenes to train on
     test_scenes: int = 100
-    min_depth: float | None = None  # metres; depth outside is invalid. None: the data set's usual range
+    min_depth: float | None = None  # metres; depth out of range is invalid. None: the data set's usual range
     max_depth: float | None = None
     crop: Literal["eigen", "garg", "none"] | None = None  # part of an image that is evaluated; None: the data set's
     size: tuple[int, int] = (480, 480)  # height and width of training crops, pixels
@@ -55,21 +55,21 @@ class Data:
 
 @dataclass(frozen=True)
 class Optim:
-    """Learning rates are not scaled by the batch size."""
+    """Optimizer and schedule. Learning rates are not scaled by the batch size."""
 
     epochs: float = 25
     batch: int = 16  # images per process and backward pass
     accumulate: int = 1  # gradient accumulation: backward passes per step
     lr: float = 5e-4  # peak rate of the head; layer_decay lowers it for the encoder
-    min_lr: float = 3e-5  # at the beginning and the end of "triangle", at the end of the others
+    min_lr: float = 3e-5  # rate at both ends of "triangle", and at the end of the other schedules
     schedule: Literal["triangle", "poly", "cosine"] = "triangle"
-    power: float = 0.9  # of triangle and poly
-    warmup_epochs: float = 0.0  # of poly and cosine: linear from 0
+    power: float = 0.9  # exponent of triangle and poly
+    warmup_epochs: float = 0.0  # linear warm-up from 0, for poly and cosine
     layer_decay: float = 0.9  # factor of the learning rate from each layer to the one before it
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    clip: float = 0.0  # largest gradient norm; 0: none
+    clip: float = 0.0  # largest gradient norm; 0: no clipping
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Evaluation:
     """How the model is evaluated, before every checkpoint and by `sgmim-fast evaluate`."""
 
     flip: bool = True  # average with the prediction for the mirrored image
-    slide: bool = True  # in windows of data.size, whose predictions are averaged; False: the whole image at once
-    stride: tuple[int, int] | None = None  # pixels from window to window, down and across; None: two thirds
+    slide: bool = True  # predict windows of data.size and average them; False: predict the whole image at once
+    stride: tuple[int, int] | None = None  # pixels between windows, down and across; None: 2/3 of data.size
     images: int | None = None  # number of evenly spaced test images to evaluate at checkpoints; None: all
 
 
@@ -92,13 +92,13 @@ class Config:
     run: Run = field(default_factory=Run)
 
 
-# the protocols by data set and head; docs/DOWNSTREAM.md says where each number is from
-# arXiv 2205.13543 and its code, SwinTransformer/MIM-Depth-Estimation: SwinV2-B, deconvolution head, SiLog, 25 epochs
+# Protocols by data set and head. docs/DOWNSTREAM.md has the source of each number.
+# Depth: arXiv 2205.13543 and its code, SwinTransformer/MIM-Depth-Estimation: SwinV2-B, deconvolution head, SiLog.
 _MIM_DEPTH = {
     "optim": {"epochs": 25, "batch": 24, "lr": 5e-4, "min_lr": 3e-5, "schedule": "triangle", "layer_decay": 0.9},
     "run": {"checkpoint_every": 1000},
 }
-# mmsegmentation: 160,000 steps of 16 images of 512 x 512, which is 126.68 epochs of 1263 steps
+# Segmentation: mmsegmentation, 160,000 steps of 16 images of 512 x 512, which are 126.68 epochs of 1263 steps.
 _ADE20K = {
     "data": {"task": "segmentation", "source": "ade20k", "size": [512, 512]},
     "evaluation": {"slide": True, "stride": [341, 341], "flip": False},
@@ -129,7 +129,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model": {"head": "upernet", "drop_path": 0.1},
         "optim": {**_160K, "lr": 1e-4, "weight_decay": 0.05, "layer_decay": 0.65},
     },
-    # procedural scenes, minutes on a CPU: what the demo of `sgmim-fast pretrain` is good for
+    # Procedural scenes, for the encoder of `sgmim-fast pretrain --preset tiny_demo`. It takes minutes on a CPU.
     "tiny_demo": {
         "model": {"head": "upernet", "head_channels": 64, "drop_path": 0.0},
         "data": {"source": "scenes", "scenes": 512, "test_scenes": 64, "size": [96, 96]},

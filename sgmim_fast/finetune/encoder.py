@@ -23,19 +23,19 @@ from sgmim_fast.fused.accelerate import accelerate as accelerate_blocks
 _logger = logging.getLogger("sgmim_fast")
 
 Size = int | tuple[int, int]  # side, or (height, width)
-_MAPS = 4  # number of feature maps that the heads expect
+_MAPS = 4  # number of feature maps that the heads use
 
 
 class Features(nn.Module):
-    """A timm model that returns the feature maps for a head. Created by `create_features`.
+    """A timm model that returns feature maps for a head. Use `create_features` to create one.
 
     Attributes:
-        model: the timm module, without the layers after the last map. It has no classifier and no final norm, which
-            would get no gradient; heads that need normalised maps have a norm of their own, as mmsegmentation's Swin.
+        model: the timm module, without the layers after the last map. It has no classifier and no final norm, since
+            these would get no gradient. Heads that need normalised maps have their own norm, as mmsegmentation's Swin.
         name, arguments: timm's name, and the arguments with which `create_features` recreates the model.
-        channels, strides: channels and stride in pixels of each map, finest first.
-        img_size: (height, width) that the model was created for.
-        fixed_size: `img_size` if the model takes no other size (BEiT, whose position tables belong to one grid), else
+        channels, strides: number of channels and stride in pixels of each map, finest first.
+        img_size: (height, width) for which the model was created.
+        fixed_size: `img_size` if the model accepts no other size (BEiT, whose position tables belong to one grid), else
             None.
         notes: messages about resized weights and about assumptions, one line each.
     """
@@ -64,22 +64,23 @@ class Features(nn.Module):
 
     @property
     def uniform(self) -> bool:
-        """Whether all maps have the same stride, as those of ViT and BEiT."""
+        """Whether all maps have the same stride, as those of ViT and BEiT have."""
         return len(set(self.strides)) == 1
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, H, W), sides multiples of the largest stride -> list of maps (B, C_i, H / s_i, W / s_i)."""
+        """Computes the maps (B, C_i, H / s_i, W / s_i) of images (B, 3, H, W), where H and W are multiples of the
+        largest stride."""
         return self.model.forward_intermediates(
             x, indices=self.indices, norm=False, output_fmt="NCHW", intermediates_only=True
         )
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Enables timm's gradient checkpointing: activations of blocks are recomputed in the backward."""
+        """Enables timm's gradient checkpointing, which recomputes the activations of blocks in the backward pass."""
         self.model.set_grad_checkpointing(enable)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters without weight decay, as timm gives them: class token, positions, position tables."""
+        """Returns timm's names of parameters without weight decay: class token, positions, position tables."""
         names = getattr(self.model, "no_weight_decay", set)()
         return {f"model.{name}" for name in names}
 
@@ -99,35 +100,36 @@ def create_features(
     """Creates a feature extractor from any timm model with `forward_intermediates`.
 
     Models with stages, such as Swin and SwinV2, return the maps of their last four stages (this project's small SwinV2
-    has three); ViT and BEiT those of four evenly spaced blocks, 2, 5, 8 and 11 of 12, without class and register
-    tokens.
+    has three). ViT and BEiT return the maps of four evenly spaced blocks, 2, 5, 8 and 11 of 12, without class and
+    register tokens.
 
     Weights are resized for other image and window sizes: relative position tables (Swin, BEiT) by timm's
     `resize_rel_pos_bias_table` (interpolation on a geometric grid, as in BEiT), absolute positions by timm's
-    `resample_abs_pos_embed`. SwinV2's bias is a function of distances relative to the window of pre-training, which is
-    kept when the window changes (`pretrained_window_sizes`), as in timm's window12to16 models and the published
-    fine-tuning of SimMIM (arXiv 2205.13543, `--pretrain_window_size`). That window is read from an exported file; for
-    other files, timm's default for `name` is assumed, and a note says so.
+    `resample_abs_pos_embed`. SwinV2's bias is a function of distances relative to the window of pre-training. That
+    window is kept when the window size changes (`pretrained_window_sizes`), as in timm's window12to16 models and the
+    published fine-tuning of SimMIM (arXiv 2205.13543, `--pretrain_window_size`). It is read from an exported file; for
+    other files timm's default for `name` is assumed, and `Features.notes` says so.
 
-    Swin, SwinV2 and ViT then accept images of any size that is a multiple of the largest stride: Swin with the window
-    size given here (unshifted where one window covered the whole map of `img_size`), ViT with resampled positions.
+    Swin, SwinV2 and ViT then accept images whose sides are multiples of the largest stride. Swin uses `window_size`
+    for all of them (unshifted where one window covered the whole map of `img_size`), and ViT resamples its positions.
     BEiT accepts `img_size` only (`Features.fixed_size`); larger images need sliding windows, see `inference.predict`.
 
     Args:
-        name: timm's name; optional for a file of `export_timm`, which contains it.
+        name: timm's name; optional with a file of `export_timm`, which contains it.
         checkpoint: a file of `sgmim_fast.checkpoints.export_timm`, or any state dict of a timm model
-            (.safetensors, .pth, with or without "model" or "state_dict" around it).
+            (.safetensors or .pth, also nested under "model" or "state_dict").
         img_size: image size for fine-tuning, side or (height, width) in pixels.
-        window_size: window of Swin and SwinV2 in tokens: side, (height, width), or one per stage; windows are clipped
+        window_size: window of Swin and SwinV2 in tokens: side, (height, width), or one per stage. Windows are clipped
             to the map. None: as in the file, or timm's default.
-        pretrained: start from timm's own weights for the name, instead of a file.
-        indices: stages or blocks to return instead of the default.
-        accelerate: compute the blocks through fused ops, see `sgmim_fast.accelerate`.
+        pretrained: loads timm's own weights for `name`, instead of a file.
+        drop_path_rate: largest rate of stochastic depth.
+        indices: stages or blocks whose maps are returned. None: those named above.
+        accelerate: computes the blocks through fused ops; see `sgmim_fast.accelerate`.
         timm_arguments: further arguments of `timm.create_model`; they override those of an exported file.
 
     Raises:
-        UserError: unknown name, unreadable file, missing or unexpected parameters (the first ones are named), or
-            arguments that timm does not accept.
+        UserError: the name is unknown, the file is unreadable, parameters are missing or unexpected (the message has
+            the first ones), or timm does not accept the arguments.
     """
     state, written, shaping = (None, None, {}) if checkpoint is None else weights.read(checkpoint)
     if pretrained and checkpoint is not None:
@@ -137,7 +139,7 @@ def create_features(
     size = to_2tuple(img_size)
     source = None
     if checkpoint is not None or pretrained:
-        with torch.device("meta"):  # only its sizes are needed
+        with torch.device("meta"):  # only the sizes of its tensors are needed
             source = _create(name, arguments)
     if pretrained:
         state = _create(name, arguments, pretrained=True).state_dict()
@@ -183,19 +185,20 @@ def _checked_name(name: str | None, written: str | None, checkpoint: str | os.Pa
 def _create(name: str, arguments: dict[str, Any], **more: Any) -> nn.Module:
     try:
         return timm.create_model(name, **{**arguments, **more})
-    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:  # raised by timm, or no network
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:  # by timm, or without network
         raise UserError(f"timm cannot create {name} with {arguments}: {_one_line(error)}") from error
 
 
 def _create_for_size(
     name: str, size: tuple[int, int], drop_path_rate: float, arguments: dict[str, Any]
 ) -> tuple[nn.Module, bool]:
-    """Creates the model for an image size, and says whether it takes other sizes. The arguments differ by family."""
+    """Creates the model for an image size with the arguments of its family; also returns whether it accepts other
+    sizes."""
     attempts: list[dict[str, Any]] = [
         {"img_size": size, "strict_img_size": False},  # Swin
         {"img_size": size, "dynamic_img_size": True},  # ViT
         {"img_size": size},
-        {},  # convolutions take any size
+        {},  # convolutional networks, which accept any size
     ]
     drop_path = {"drop_path_rate": drop_path_rate}
     refused = ""
@@ -234,7 +237,7 @@ def _indices(model: nn.Module, name: str, given: Sequence[int] | None) -> list[i
 
 
 def _trained_windows(source: SwinTransformerV2) -> tuple[tuple[int, int], ...]:
-    """The window size of each stage in pre-training."""
+    """Returns the window size of each stage in pre-training."""
     attention = [stage.blocks[0].attn for stage in source.layers]
     return tuple(
         tuple(one.pretrained_window_size if one.pretrained_window_size[0] > 0 else one.window_size) for one in attention

@@ -1,4 +1,4 @@
-"""`sgmim-fast evaluate`: the metrics of a fine-tuned model."""
+"""`sgmim-fast evaluate`: computes the metrics of a fine-tuned model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Raises UserError or DataError for errors that the user can correct."""
+    """Runs the command. Raises UserError or DataError for errors that the user can correct."""
     saved = checkpoint.find(args.run, args.checkpoint, Config, Finetuning.command)
     changes = {SHORT[name][0]: getattr(args, name) for name in SHORT if getattr(args, name) is not None}
     config = with_changes(saved.config, changes | read_assignments(args.set), "--set")

@@ -1,6 +1,6 @@
-"""Heads of dense prediction: DPT, UPerNet, and the deconvolutions of the MIM depth protocol.
+"""Heads for dense prediction: DPT, UPerNet, and the deconvolutions of the MIM depth protocol.
 
-DPT and UPerNet are the decoders of segmentation_models_pytorch, fed by `encoder.Features`.
+DPT and UPerNet are the decoders of segmentation_models_pytorch, on the maps of `encoder.Features`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from sgmim_fast.finetune.encoder import Features
 
 
 class DenseModel(nn.Module):
-    """Encoder and head for dense prediction. Created by `create_model`.
+    """An encoder and a head for dense prediction. Use `create_model` to create one.
 
     Attributes:
-        features: `encoder.Features`.
-        head: module from the feature maps to (B, outputs, h, w).
-        multiple: image sides must be multiples of this; `inference.predict` pads.
-        fixed_size: (height, width) if the encoder takes no other size, else None.
-        frozen: whether the encoder is frozen, see `freeze`.
+        features: encoder, which returns feature maps.
+        head: module that maps the feature maps to (B, outputs, h, w).
+        multiple: image sides must be multiples of this; `inference.predict` pads images.
+        fixed_size: (height, width) if the encoder accepts no other size, else None.
+        frozen: whether the encoder is frozen; see `freeze`.
     """
 
     def __init__(self, features: Features, head: nn.Module, multiple: int) -> None:
@@ -41,10 +41,10 @@ class DenseModel(nn.Module):
         self.frozen = False
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised images -> (B, outputs, H, W) logits, or input of `to_depth`.
+        """Computes logits, or the input of `to_depth`, (B, outputs, H, W), from normalised images (B, 3, H, W).
 
         Raises:
-            ValueError: H or W is no multiple of `multiple`, or not those of `fixed_size`.
+            ValueError: H or W is not a multiple of `multiple`, or differs from `fixed_size`.
         """
         size = tuple(images.shape[2:])
         if self.fixed_size is not None and size != self.fixed_size:
@@ -57,7 +57,7 @@ class DenseModel(nn.Module):
         return out
 
     def freeze(self) -> None:
-        """Freezes the encoder: no gradients, and evaluation mode (no stochastic depth)."""
+        """Freezes the encoder: it gets no gradients, and stays in evaluation mode (no stochastic depth)."""
         self.frozen = True
         self.features.requires_grad_(False).eval()
 
@@ -76,26 +76,29 @@ class DenseModel(nn.Module):
 
 
 def create_model(features: Features, head: str = "dpt", outputs: int = 1, *, channels: int | None = None) -> DenseModel:
-    """Creates a model with `outputs` channels: 1 for depth, the number of classes for segmentation.
+    """Creates a model from an encoder and one of three heads.
 
-    All heads take maps of stages (each stride twice the one before) and maps of a ViT (equal strides):
+    All heads accept the maps of stages (each stride is twice the one before) and the maps of a ViT (equal strides):
 
-    - "deconv": the head of the MIM depth protocol (arXiv 2205.13543) on the last map alone, see `Deconvolutions`.
+    - "deconv": the head of the MIM depth protocol (arXiv 2205.13543), on the last map alone; see `Deconvolutions`.
     - "upernet": UPerNet with mmsegmentation's width of 512 and its dropout of 0.1 before the classifier, without the
-      auxiliary head. The maps of a ViT first become a pyramid, as in BEiT's segmentation protocol, see `Pyramid`.
-      Training needs batches of at least 2, because of a batch norm after pooling to 1x1.
-    - "dpt": DPT with 256 fusion channels and, as segmentation_models_pytorch has it, one kind of head for depth and
-      segmentation. Class tokens, which masked image modelling does not train, are ignored (readout "ignore").
+      auxiliary head. The maps of a ViT are first resized to a pyramid, as in BEiT's segmentation protocol; see
+      `Pyramid`. Training needs batches of at least 2, because of a batch norm after pooling to 1x1.
+    - "dpt": DPT with 256 fusion channels. As in segmentation_models_pytorch, depth and segmentation use the same kind
+      of head. Class tokens, which masked image modelling does not train, are ignored (readout "ignore").
 
-    All have batch norms. With few images per process use `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, as
+    All heads have batch norms. With few images per process use `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, as
     mmsegmentation does.
 
     Args:
-        channels: width of the head; None: the default above, for "deconv" an eighth of the last map's.
+        features: encoder.
+        head: "deconv", "dpt" or "upernet".
+        outputs: number of output channels: 1 for depth, the number of classes for segmentation.
+        channels: width of the head. None: the width above; for "deconv", an eighth of the last map's channels.
 
     Raises:
-        UserError: unknown head, the head does not support the encoder's strides, or the encoder's image size is not a
-            multiple of what both need.
+        UserError: the head is unknown, it does not support the encoder's strides, or the encoder's image size is not a
+            multiple of the size that both need.
     """
     heads = {"dpt": _dpt, "upernet": _upernet, "deconv": _deconv}
     if head not in heads:
@@ -110,9 +113,9 @@ def create_model(features: Features, head: str = "dpt", outputs: int = 1, *, cha
 
 
 def to_depth(raw: Tensor, min_depth: float, max_depth: float) -> Tensor:
-    """Depth in metres, float32: min_depth + (max_depth - min_depth) * sigmoid(raw).
+    """Converts the model's output to depth in metres, float32: min_depth + (max_depth - min_depth) * sigmoid(raw).
 
-    With min_depth = 0 this is the MIM depth protocol's sigmoid(raw) * max_depth; with min_depth = 1 mm the two differ
+    With min_depth = 0 this is the MIM depth protocol's sigmoid(raw) * max_depth. With min_depth = 1 mm the two differ
     by at most 1 mm, and the logarithm in the loss has a finite value and gradient everywhere.
     """
     return min_depth + (max_depth - min_depth) * torch.sigmoid(raw.float())
@@ -121,12 +124,12 @@ def to_depth(raw: Tensor, min_depth: float, max_depth: float) -> Tensor:
 class Deconvolutions(nn.Module):
     """The head of the MIM depth protocol, on the last map (B, C, h, w).
 
-    Three deconvolutions of 32 filters (kernel and stride 2, batch norm, ReLU), a 3x3 convolution to C / 8 channels
-    (batch norm, ReLU), bilinear upsampling to the resolution of the images, and 3x3, ReLU, 3x3 to the outputs.
-    Convolutions are initialised with a standard deviation of 0.001. For SwinV2 of stride 32 this is the published head
-    (SwinTransformer/MIM-Depth-Estimation, models/model.py, `--num_deconv 3 --num_filters 32 32 32 --deconv_kernels 2 2
-    2`; C / 8 is its `embed_dim`), with a new LayerNorm in front, which the published encoder applies to the map. Other
-    strides need fewer upsamplings.
+    It consists of three deconvolutions with 32 filters (kernel and stride 2, batch norm, ReLU), a 3x3 convolution to
+    C / 8 channels (batch norm, ReLU), bilinear upsampling to the resolution of the images, and two 3x3 convolutions
+    with a ReLU between them. Convolutions are initialised with a standard deviation of 0.001. For SwinV2 of stride 32
+    this is the published head (SwinTransformer/MIM-Depth-Estimation, models/model.py, `--num_deconv 3 --num_filters 32
+    32 32 --deconv_kernels 2 2 2`; C / 8 is its `embed_dim`), except that it begins with the LayerNorm that the
+    published encoder applies to the map. Smaller strides need less upsampling.
     """
 
     def __init__(self, in_channels: int, stride: int, outputs: int, channels: int, filters: int = 32) -> None:
@@ -153,16 +156,17 @@ class Deconvolutions(nn.Module):
         size = [round(side * self.scale) for side in x.shape[2:]]
         while 2 * x.shape[2] <= size[0]:
             x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
-        if list(x.shape[2:]) != size:  # a stride that is no power of two
+        if list(x.shape[2:]) != size:  # the stride is not a power of two
             x = F.interpolate(x, size, mode="bilinear", align_corners=False)
         return self.last(x)
 
 
 class Pyramid(nn.Module):
-    """Four maps of one stride, as a ViT has them, to 4, 2, 1 and 1/2 times that resolution.
+    """Resizes four maps of equal stride, as a ViT has them, to 4, 2, 1 and 1/2 times their resolution.
 
-    Two deconvolutions (kernel and stride 2, batch norm and GELU between them), one, none, and 2x2 maximum pooling: as
-    in BEiT's segmentation protocol (mmsegmentation's `Feature2Pyramid`).
+    As in BEiT's segmentation protocol (mmsegmentation's `Feature2Pyramid`), the first map goes through two
+    deconvolutions (kernel and stride 2, batch norm and GELU between them), the second through one, the third is
+    unchanged, and the last goes through 2x2 max pooling.
     """
 
     def __init__(self, channels: list[int]) -> None:
@@ -189,7 +193,7 @@ class _UPerNet(nn.Module):
     def __init__(self, features: Features, outputs: int, channels: int) -> None:
         super().__init__()
         self.pyramid = Pyramid(features.channels) if features.uniform else nn.Identity()
-        # the decoder skips two entries, for maps at 1/1 and 1/2 that no such encoder has
+        # The decoder ignores the first two entries, which are for maps of stride 1 and 2.
         self.decoder = UPerNetDecoder([0, 0, *features.channels], len(features.channels) + 1, channels)
         self.classify = nn.Sequential(nn.Dropout2d(0.1), SegmentationHead(channels, outputs, kernel_size=1))
         initialize_decoder(self.decoder)
@@ -206,7 +210,8 @@ class _DPT(nn.Module):
     def __init__(self, features: Features, outputs: int, channels: int) -> None:
         super().__init__()
         count = len(features.channels)
-        # by the shape of the pyramid, not by pixels: a ViT of patches of 14 is treated as one of 16 and resized
+        # Nominal strides, by the shape of the pyramid: a ViT with patches of 14 pixels is treated as one of 16, and the
+        # output is resized.
         strides = [16] * count if features.uniform else [4 * 2**level for level in range(count)]
         self.decoder = DPTDecoder(
             features.channels,
@@ -244,7 +249,7 @@ def _deconv(features: Features, outputs: int, channels: int | None) -> tuple[nn.
 
 
 def _half_of_uniform(features: Features) -> int:
-    """The stride of the coarsest map, which a ViT's pyramid doubles; image sides must be multiples of it."""
+    """Returns the stride of the coarsest map, which is doubled for a ViT. Image sides must be multiples of it."""
     return features.strides[-1] * (2 if features.uniform else 1)
 
 

@@ -1,4 +1,4 @@
-"""Predictions for images of any size: padding, sliding windows, and the average over an image and its mirror image."""
+"""Predicts images of any size with padding, sliding windows, and the average over an image and its mirror image."""
 
 from __future__ import annotations
 
@@ -27,29 +27,30 @@ def predict(
     """Predicts images of any size, without gradients. The caller puts the model into evaluation mode.
 
     Images, or windows of them, are padded with zeros (the mean colour) at the bottom and the right to a multiple of
-    `model.multiple`, and the prediction is cropped. An encoder of fixed size (`model.fixed_size`, BEiT) gets windows of
-    that size from larger images, and smaller images padded.
+    `model.multiple`, and the prediction is cropped. For an encoder of fixed size (`model.fixed_size`, BEiT), larger
+    images are split into windows of that size, and smaller ones are padded to it.
 
     Settings of the published protocols:
 
     - ADE20K at 512: `window=512, stride=341`, mmsegmentation's two thirds.
-    - NYU-v2, 480x640 by a model for 480: `flip=True, window=480, stride=160, transform=...`, the two windows of the
+    - NYU-v2, 480x640 with a model for 480: `flip=True, window=480, stride=160, transform=...`, the two windows of the
       MIM depth protocol (`--shift_window_test --shift_size 2`).
-    - KITTI, 352x1216 by a model for 352: `flip=True, window=352, stride=58, transform=...`, 16 windows. The published
-      code moves them by 57 and leaves the last 9 columns, which the Garg crop does not evaluate, without a prediction.
+    - KITTI, 352x1216 with a model for 352: `flip=True, window=352, stride=58, transform=...`, 16 windows. The published
+      code has a stride of 57 and does not predict the last 9 columns, which the Garg crop does not evaluate.
 
     Args:
+        model: encoder and head.
         images: (B, 3, H, W), normalised.
-        flip: average the prediction of each window with that of the mirrored window.
+        flip: averages the prediction of each window with that of the mirrored window.
         window: side or (height, width) of the windows. None: the whole image.
-        stride: between windows, or (vertical, horizontal); None: two thirds of the window. Windows start at multiples
-            of it, the last one ends with the image (mmsegmentation's `slide_inference`), and where they overlap
-            their predictions are averaged.
+        stride: distance between windows, or (vertical, horizontal). None: two thirds of the window. Windows start at
+            multiples of the stride, and the last one ends with the image, as in mmsegmentation's `slide_inference`.
+            Predictions are averaged where windows overlap.
         transform: applied to each prediction (B, outputs, h, w) before any averaging. The depth protocols average
             metres: `lambda raw: to_depth(raw, min_depth, max_depth)`.
 
     Returns:
-        (B, outputs, H, W), float32: outputs of the model, or of `transform`.
+        (B, outputs, H, W) float32, the outputs of the model, or of `transform`.
 
     Raises:
         UserError: the window is not `model.fixed_size`, or the stride leaves gaps between windows.
@@ -78,7 +79,7 @@ def predict(
 
 
 def starts_and_ends(length: int, window: int, stride: int) -> Iterator[tuple[int, int]]:
-    """mmsegmentation's positions of windows along a side; the last ones move back into the image."""
+    """Yields mmsegmentation's positions of windows along a side. A window that would exceed the image is moved back."""
     for index in range(max(0, -((window - length) // stride)) + 1):
         end = min(index * stride + window, length)
         yield max(end - window, 0), end

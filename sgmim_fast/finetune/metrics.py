@@ -1,4 +1,4 @@
-"""Metrics of depth and segmentation. Both reduce over processes as torchmetrics does, in `compute()`."""
+"""Metrics of depth and segmentation. `compute()` reduces them over processes, as in torchmetrics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from sgmim_fast.errors import UserError
 from sgmim_fast.finetune.losses import valid_depth
 
-# rows and columns evaluated, as fractions of height and width: top, bottom, left, right
+# (top, bottom, left, right) of the evaluated box, as fractions of height and width
 _BOXES = {
     "nyu_eigen": (45 / 480, 471 / 480, 41 / 640, 601 / 640),
     "kitti_eigen": (0.3324324, 0.91351351, 0.0359477, 0.96405229),
@@ -20,13 +20,13 @@ CROPS = ("eigen", *_BOXES)
 
 
 def crop_box(crop: str | None, height: int, width: int) -> tuple[int, int, int, int]:
-    """The box (top, bottom, left, right), ends exclusive, that a benchmark evaluates.
+    """Returns the box (top, bottom, left, right), ends exclusive, that a benchmark evaluates.
 
-    - "nyu_eigen": [45:471, 41:601] of 480x640, and in proportion of other sizes.
-    - "kitti_eigen", "garg": the boxes of Eigen et al. (2014) and Garg et al. (2016) on KITTI, fractions of any size.
-    - "eigen": the name that both benchmarks use. The box is KITTI's for maps more than twice as wide as high
-      (375x1242, or 352x1216 of its benchmark crop), else NYU's (480x640).
-    - None: everything.
+    - "nyu_eigen": [45:471, 41:601] of 480x640, and in proportion for other sizes.
+    - "kitti_eigen", "garg": the boxes of Eigen et al. (2014) and Garg et al. (2016) on KITTI, as fractions of any size.
+    - "eigen": the name that both benchmarks use. It is "kitti_eigen" for maps more than twice as wide as high
+      (375x1242, or 352x1216 of KITTI's benchmark crop), and else "nyu_eigen" (480x640).
+    - None: the whole map.
     """
     if crop is None:
         return 0, height, 0, width
@@ -35,33 +35,33 @@ def crop_box(crop: str | None, height: int, width: int) -> tuple[int, int, int, 
     if crop == "eigen":
         crop = "kitti_eigen" if width > 2 * height else "nyu_eigen"
     top, bottom, left, right = _BOXES[crop]
-    # plus 1e-4, so that rounding errors do not turn 45 / 480 * 480 into 44
+    # 1e-4 is added so that rounding errors do not turn 45 / 480 * 480 into 44.
     return int(top * height + 1e-4), int(bottom * height + 1e-4), int(left * width + 1e-4), int(right * width + 1e-4)
 
 
 class DepthMetrics(Metric):
-    """Depth errors: computed over the valid pixels of each image, then averaged over images, as BTS and GLPDepth do.
+    """Depth errors, computed over the valid pixels of each image and averaged over images, as in BTS and GLPDepth.
 
-    With p the prediction, t the target, d = log p - log t, means over the valid pixels of one image:
+    With the prediction p, the target t, d = log p - log t, and means over the valid pixels of one image:
 
-    - "d1", "d2", "d3": share with max(p / t, t / p) < 1.25, 1.25^2, 1.25^3
+    - "d1", "d2", "d3": share of pixels with max(p / t, t / p) < 1.25, 1.25^2, 1.25^3
     - "abs_rel": mean |p - t| / t · "sq_rel": mean (p - t)^2 / t, metres · "rmse": sqrt mean (p - t)^2, metres
     - "rmse_log": sqrt mean d^2 · "log10": mean |log10 p - log10 t|
-    - "silog": 100 sqrt(mean d^2 - (mean d)^2), as BTS and KITTI's benchmark. (GLPDepth's code, and with it the MIM
-      depth protocol's, prints sqrt(mean d^2 - (mean d)^2 / 2) under that name.)
+    - "silog": 100 sqrt(mean d^2 - (mean d)^2), as in BTS and KITTI's benchmark. (GLPDepth's code, and the MIM depth
+      protocol's, which is based on it, print sqrt(mean d^2 - (mean d)^2 / 2) under that name.)
 
-    A pixel is valid where the target is strictly between min_depth and max_depth and inside the crop. Predictions are
-    clamped to that range first; NaN counts as min_depth. Images without a valid pixel are left out of the means and
-    counted.
+    A pixel is valid if it is inside the crop and its target is strictly between min_depth and max_depth. Predictions
+    are first clamped to that range; NaN becomes min_depth. Images without a valid pixel are left out of the means, and
+    counted as "skipped".
 
     Args:
-        min_depth, max_depth: metres.
+        min_depth, max_depth: range of valid depth, metres.
         crop: see `crop_box`.
-        align: None, or "median": predictions are multiplied by median(target) / median(prediction) of the image's
-            valid pixels first, for models that know depth up to a scale.
+        align: None, or "median": predictions are first multiplied by median(target) / median(prediction) of the image's
+            valid pixels, for models that predict depth up to a scale.
 
     Raises:
-        UserError: an unknown crop or align, or a range that does not start above 0.
+        UserError: crop or align is unknown, or the range does not start above 0.
     """
 
     full_state_update = False
@@ -89,10 +89,10 @@ class DepthMetrics(Metric):
         self.add_state("skipped", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Adds images: prediction and target (B, 1, H, W) metres, of one shape; NaN in the target is no value.
+        """Adds images. Prediction and target are (B, 1, H, W), metres; NaN in the target marks missing values.
 
         Raises:
-            ValueError: the shapes differ or are no maps.
+            ValueError: the shapes differ, or are not (B, 1, H, W).
         """
         if prediction.shape != target.shape or target.ndim != 4 or target.shape[1] != 1:
             raise ValueError(
@@ -111,7 +111,7 @@ class DepthMetrics(Metric):
         self.skipped += (~seen).sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """Each of `NAMES` -> mean over images (NaN without any), and "images" and "skipped": how many there were."""
+        """Returns the mean over images of each of `NAMES` (NaN without images), and counts "images" and "skipped"."""
         means = self.sums / self.images
         return {
             **dict(zip(self.NAMES, means, strict=True)),
@@ -121,8 +121,8 @@ class DepthMetrics(Metric):
 
 
 def depth_errors(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """(B, 9), the errors in the order of `DepthMetrics.NAMES`, of each row's valid entries; all arguments (B, N)."""
-    p, t = torch.where(valid, prediction, 1.0), torch.where(valid, target, 1.0)  # no error where there is no value
+    """Computes (B, 9) errors, in the order of `DepthMetrics.NAMES`, over the valid entries of each row of (B, N)."""
+    p, t = torch.where(valid, prediction, 1.0), torch.where(valid, target, 1.0)  # invalid pixels have no error
     count = valid.sum(1)
 
     def mean(values: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def depth_errors(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
             mean(difference.square()).sqrt(),
             mean(d.square()).sqrt(),
             mean((p.log10() - t.log10()).abs()),
-            100 * mean((d - mean(d)[:, None]).square()).sqrt(),  # the deviation of d, without cancellation
+            100 * mean((d - mean(d)[:, None]).square()).sqrt(),  # the standard deviation of d, without cancellation
         ],
         1,
     )
@@ -149,15 +149,15 @@ def _median(values: Tensor, valid: Tensor) -> Tensor:
 
 
 class SegmentationMetrics(MulticlassConfusionMatrix):
-    """mIoU, mAcc and aAcc of all pixels of all images together, as mmsegmentation has them.
+    """mIoU, mAcc and aAcc over all pixels of all images together, as in mmsegmentation, from 0 to 1.
 
-    A class that is neither in any label nor any prediction has no IoU and is left out of mIoU; one that is in no label
-    is left out of mAcc. All are shares, 0 to 1. The counts are torchmetrics' confusion
-    matrix; its MeanIoU averages over images first.
+    A class that occurs in no label and no prediction has no IoU and is left out of mIoU. A class that occurs in no
+    label is left out of mAcc. The counts are torchmetrics' confusion matrix; its MeanIoU would average over images
+    first.
 
     Args:
-        classes: how many, 2 or more.
-        ignore: the label of pixels that are not evaluated.
+        classes: number of classes, 2 or more.
+        ignore: label of pixels that are not evaluated.
     """
 
     def __init__(self, classes: int, ignore: int = 255, **torchmetrics: object) -> None:
@@ -169,11 +169,11 @@ class SegmentationMetrics(MulticlassConfusionMatrix):
         """Adds images.
 
         Args:
-            prediction: (B, H, W) classes, or (B, classes, H, W) logits, whose largest counts.
-            labels: (B, H, W) classes or `ignore`.
+            prediction: (B, H, W) class ids, or (B, classes, H, W) logits, of which the argmax is taken.
+            labels: (B, H, W) class ids or `ignore`.
 
         Raises:
-            ValueError: a label or a predicted class is outside 0 to classes - 1, or shapes differ.
+            ValueError: a label or a predicted class is outside 0 to classes - 1, or the shapes differ.
         """
         if prediction.ndim == labels.ndim + 1:
             prediction = prediction.argmax(1)
@@ -188,7 +188,7 @@ class SegmentationMetrics(MulticlassConfusionMatrix):
         super().update(prediction, labels)
 
     def compute(self) -> dict[str, Tensor]:
-        """ "mIoU", "mAcc", "aAcc" scalars; "IoU" and "Acc" (classes,), NaN where a class has none."""
+        """Returns the scalars "mIoU", "mAcc" and "aAcc", and "IoU" and "Acc", (classes,), NaN where undefined."""
         confusion = super().compute().double()  # rows: labels, columns: predictions
         hit, labelled, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
         iou, accuracy = hit / (labelled + predicted - hit), hit / labelled

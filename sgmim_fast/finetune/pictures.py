@@ -20,14 +20,14 @@ class Panel(NamedTuple):
 
     image: Tensor  # (3, H, W) normalised
     guess: Tensor | None  # (1, h, w) metres, or (classes, h, w) logits
-    truth: Tensor  # (1, h, w) metres, NaN where unknown; or (h, w) labels, 255 where unknown
+    truth: Tensor  # (1, h, w) metres, NaN = missing; or (h, w) labels, 255 = ignored
 
 
 def grid(panels: list[Panel], path: Path, title: str, classes: int | None = None) -> None:
-    """Draws a row per image: the image, the prediction, and the ground truth, white where unknown.
+    """Draws one row per image: the image, the prediction, and the ground truth, which is white at missing values.
 
     Args:
-        classes: number of classes; None: depth, near is bright, on the scale of the row's ground truth.
+        classes: number of classes. None: depth, on the scale of the row's ground truth; near is bright.
     """
     columns = ["image", "truth"] if panels[0].guess is None else ["image", "predicted", "truth"]
     figure = Figure((2.4 * len(columns), 1.9 * len(panels) + 0.4), layout="constrained")
@@ -61,6 +61,6 @@ def _depth(panel: Panel) -> list[np.ndarray]:
 
 
 def _labels(labels: np.ndarray, classes: int) -> np.ndarray:
-    # neighbouring classes get distant colours
+    # consecutive classes get distant colours
     colours = matplotlib.colormaps["turbo"]((np.arange(classes) * 0.381966) % 1)[:, :3]
     return np.where((labels < classes)[..., None], colours[np.minimum(labels, classes - 1)], _WHITE)

@@ -25,9 +25,9 @@ from sgmim_fast.finetune.losses import cross_entropy, silog
 
 
 class Finetuning(Task):
-    """Trains depth with the SiLog loss, or segmentation with cross-entropy. Evaluates before every checkpoint.
+    """Fine-tuning on depth with the SiLog loss, or on segmentation with cross-entropy.
 
-    The score of a checkpoint is the RMSE, or 1 - mIoU.
+    It is evaluated before every checkpoint. The score of a checkpoint is the RMSE, or 1 - mIoU.
     """
 
     config: Config
@@ -55,13 +55,13 @@ class Finetuning(Task):
         return build.create_dataset(self.config, train=True)
 
     def create_dataset(self) -> Dataset:
-        """Also opens the test set, so that its errors are raised before training."""
+        """Creates the training set. Also creates the test set, so that its errors are raised before training."""
         _ = self.test_set
         return self.train_set
 
     @cached_property
     def range(self) -> tuple[float, float]:
-        """Smallest and largest depth, metres."""
+        """Smallest and largest depth in metres."""
         return build.depth_range(self.config, self.test_set)
 
     def create_model(self) -> DenseModel:
@@ -93,7 +93,7 @@ class Finetuning(Task):
         return [silog(to_depth(raw, low, high), depth, min_depth=low, max_depth=high)]
 
     def predict(self, model: DenseModel, images: Tensor, size: Sequence[int], accelerator: Accelerator) -> Tensor:
-        """Metres (B, 1, *size), or logits (B, classes, *size), of images (B, 3, H, W) on any device."""
+        """Predicts metres, (B, 1, *size), or logits, (B, classes, *size), for images (B, 3, H, W) on any device."""
         settings = self.config.evaluation
         window = tuple(self.config.data.size) if settings.slide else None
         depth = self.config.data.task == "depth"
@@ -111,21 +111,21 @@ class Finetuning(Task):
         return nn.functional.interpolate(found, tuple(size), mode="bilinear", align_corners=False)
 
     def target(self, item: dict[str, Any]) -> Tensor:
-        """(B, 1, H, W) metres, or (B, H, W) labels."""
+        """Returns the ground truth of an item or a batch: depth in metres, (..., 1, H, W), or labels, (..., H, W)."""
         return item["depth" if self.config.data.task == "depth" else "labels"]
 
     @torch.no_grad()
     def evaluate(
         self, model: DenseModel, accelerator: Accelerator, images: int | None = None, progress: bool = False
     ) -> tuple[float, dict[str, float]]:
-        """Returns score and metrics over `images` evenly spaced images of the test set; None: as configured for
-        checkpoints. All processes have to call it."""
+        """Returns the score and the metrics over `images` evenly spaced images of the test set; None: as many as the
+        configuration has for checkpoints. All processes have to call this method."""
         dataset, metrics = self.test_set, build.create_metrics(self.config, self.test_set).to(accelerator.device)
         chosen = loader.spread(len(dataset), images or self.config.evaluation.images or len(dataset))
         own = Subset(dataset, chosen[accelerator.process_index :: accelerator.num_processes])
         training = model.training
         model.eval()
-        # images differ in size
+        # Images may differ in size, so each batch has one.
         batches = loader.read(own, loader.workers(self.config.data), batch_size=1)
         for batch in tqdm(batches, "evaluating", len(own), unit="image", disable=not progress):
             target = self.target(batch)
@@ -138,7 +138,7 @@ class Finetuning(Task):
         return score, found
 
     def examples(self, dataset: Dataset, number: int) -> list[dict[str, Any]]:
-        """Items of the test set, which may differ in size."""
+        """Returns evenly spaced items of the test set, which may differ in size."""
         return [self.test_set[index] for index in loader.spread(len(self.test_set), number)]
 
     @torch.no_grad()
@@ -186,7 +186,7 @@ class Finetuning(Task):
         return f"tested after the last step: {values}; look at {folder / 'losses.png'} and {drawn}"
 
 
-# option -> the setting that it sets, metavar and help
+# option -> (setting that it sets, metavar, help)
 OPTIONS = {
     "encoder": ("model.encoder", "RUN|FILE|NAME", "a finished run of pretrain, an exported file, or a timm name"),
     "head": ("model.head", "HEAD", "deconv, dpt or upernet"),
@@ -199,7 +199,7 @@ OPTIONS = {
     "classes": ("data.classes", "N", "of folders of labels"),
 }
 SHORT = {"task": "data.task"} | {name: setting for name, (setting, _, _) in OPTIONS.items()}
-INSTEAD = {"data.images": {"data.source": "folders"}}  # of a preset's
+INSTEAD = {"data.images": {"data.source": "folders"}}  # setting that the user gives -> the preset's that it replaces
 COMMAND = Command("finetune", Config(), PRESETS, SHORT, Finetuning, INSTEAD)
 
 
@@ -211,5 +211,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises UserError or DataError for errors that the user can correct."""
+    """Runs the command. Raises UserError or DataError for errors that the user can correct."""
     return COMMAND.execute(args)

@@ -1,4 +1,4 @@
-"""Fourier analysis of an encoder's feature maps, as the paper's Figure 3. `sgmim-fast fourier` is its command.
+"""Fourier analysis of an encoder's feature maps, as in the paper's Figure 3. Its command is `sgmim-fast fourier`.
 
 `spectrum`: relative log amplitudes of feature maps · `blocks`: spectra of the blocks of a timm encoder · `encoders`:
 loading encoders by name or file · `figure`: figure and CSV · `command`: the command.

@@ -12,10 +12,10 @@ from sgmim_fast.fourier.spectrum import Spectrum, log_amplitude, relative
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a timm Swin, SwinV2, BEiT or ViT, in the order in which they run.
+    """Returns the blocks of a timm Swin, SwinV2, BEiT or ViT, in the order in which they run.
 
     Raises:
-        TypeError: the model has none.
+        TypeError: the model has no blocks.
     """
     stages = getattr(model, "layers", None) or [model]
     found = [block for stage in stages for block in getattr(stage, "blocks", ())]
@@ -25,7 +25,8 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def to_maps(tokens: Tensor, prefix: int) -> Tensor:
-    """Tokens of a block, (B, h, w, C) of a Swin or (B, prefix + h * h, C) of a ViT -> maps (B, C, h, w)."""
+    """Converts the tokens of a block, (B, h, w, C) of a Swin or (B, prefix + h * h, C) of a ViT, to maps
+    (B, C, h, w)."""
     if tokens.ndim == 3:
         tokens = tokens[:, prefix:]
         side = math.isqrt(tokens.shape[1])
@@ -35,14 +36,14 @@ def to_maps(tokens: Tensor, prefix: int) -> Tensor:
 
 @torch.no_grad()
 def block_spectra(model: nn.Module, batches: Iterable[Tensor]) -> list[Spectrum]:
-    """The spectrum of the output of each block, over all images. Nothing is masked.
+    """Computes the spectrum of the output of each block over all images, without masks.
 
     Args:
-        model: timm Swin, SwinV2, BEiT or ViT, in evaluation mode; `encoder.model` of what `create_encoder` made.
+        model: timm Swin, SwinV2, BEiT or ViT in evaluation mode, such as `create_encoder(...).model`.
         batches: images (B, 3, H, H), normalised, on the model's device.
 
     Raises:
-        TypeError: the model is of another kind.
+        TypeError: the model has no blocks.
         ValueError: there are no images, or they are not square.
     """
     blocks = blocks_of(model)

@@ -1,4 +1,4 @@
-"""`sgmim-fast fourier`: relative log amplitudes of the feature maps of several encoders, in one figure."""
+"""`sgmim-fast fourier`: draws the relative log amplitudes of several encoders' feature maps in one figure."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Raises UserError or DataError for errors that the user can correct."""
+    """Runs the command. Raises UserError or DataError for errors that the user can correct."""
     labels = args.label or [None] * len(args.encoders)
     if len(labels) != len(args.encoders):
         raise UserError(f"--label is there {len(labels)} times; expected once for each of {len(args.encoders)} CKPT")
@@ -72,14 +72,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def image_files(folder: Path, count: int) -> list[str]:
-    """At most `count` images of a tree, evenly spread over their names."""
+    """Returns at most `count` images of a tree, evenly spaced in the order of their names."""
     found = find_files(folder, "--images", IMAGE_SUFFIXES)
     names = [str(folder / (stem + suffix)) for stem, suffixes in found.items() for suffix in suffixes]
     return [names[int(i)] for i in np.linspace(0, len(names) - 1, min(count, len(names)))]
 
 
 def analyse(encoder: Encoder, files: list[str], scenes: int | None) -> list[Spectrum]:
-    """The spectra of an encoder's blocks over the files, or over scenes where there are none."""
+    """Computes the spectra of an encoder's blocks over `scenes` procedural scenes; None: over the files."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     broken: list[str] = []
     images = _scenes(encoder, scenes) if scenes else _images(encoder, files, broken)
@@ -100,7 +100,7 @@ def _scenes(encoder: Encoder, count: int) -> Iterator[Tensor]:
 
 
 def _images(encoder: Encoder, files: list[str], broken: list[str]) -> Iterator[Tensor]:
-    """Central squares of the files, resized."""
+    """Yields the largest central square of each file, resized; adds unreadable files to `broken`."""
     transform = PairTransform.evaluation(encoder.size, mean=encoder.mean, std=encoder.std)
     for name in files:
         try:

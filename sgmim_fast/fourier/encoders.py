@@ -1,4 +1,4 @@
-"""Loading the encoders of `sgmim-fast fourier`: a run's folder, an exported file, or a timm name."""
+"""Loads the encoders of `sgmim-fast fourier` from a run's folder, an exported file, or by a timm name."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def load(name: str, label: str | None = None, size: int | None = None, *, pretra
 
     Args:
         name: folder of a run (its newest checkpoint), file of `sgmim_fast.checkpoints.export_timm`, or timm name.
-        label: in the figure; the folder's, file's or timm's name by default.
-        size: pixels along an image; by default what it was pre-trained with.
-        pretrained: timm's own weights for a timm name (which are downloaded); random ones otherwise.
+        label: label in the figure. None: the name of the folder, the file or the timm model.
+        size: pixels along each side of an image. None: the size with which the encoder was pre-trained.
+        pretrained: for a timm name, downloads timm's weights. False: random weights.
 
     Raises:
-        UserError: naming what does not fit.
+        UserError: the encoder does not exist, cannot be loaded, or does not fit the size.
     """
     path = Path(name)
     if path.is_dir():
@@ -68,13 +68,13 @@ def _from_run(folder: Path, label: str, size: int | None) -> Encoder:
 
 
 def _from_file(path: Path, label: str, size: int | None) -> Encoder:
-    if path.suffix != ".safetensors":  # by which timm distinguishes it from a pickle
+    if path.suffix != ".safetensors":  # timm would read a file with another suffix as a pickle
         raise UserError(f"{path} has the ending {path.suffix!r}; expected .safetensors, a file of sgmim-fast export")
     name, arguments = describe(path)
     if name is None:
         raise UserError(f"{path} does not say of which timm model it is; expected a file of sgmim-fast export")
     arguments.pop("num_classes", None)
-    # timm's filters resize positions and drop the classifier
+    # Loading through timm resizes positions and drops the classifier.
     overlay = {"file": str(path), "custom_load": False}
     arguments |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
     return _create(name, arguments, size)._replace(label=label)
@@ -84,7 +84,7 @@ def _create(name: str, arguments: dict[str, object], size: int | None) -> Encode
     given = arguments if size is None else {**arguments, "img_size": size}
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the same random weights in every call
+            torch.manual_seed(0)  # so that random weights are the same in every call
             encoder = create_encoder(name, **given)
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:  # raised by timm
         raise UserError(f"{name}{'' if size is None else f' with --size {size}'}: {error}") from error

@@ -14,20 +14,20 @@ from matplotlib.figure import Figure
 
 from sgmim_fast.fourier.spectrum import Spectrum
 
-Spectra = Mapping[str, list[Spectrum]]  # label of an encoder -> of each block
+Spectra = Mapping[str, list[Spectrum]]  # label of an encoder -> spectrum of each block
 
 
 def high_frequency(spectra: list[Spectrum]) -> list[float]:
-    """The value of each block at its highest frequency, NaN where there is one cell only."""
+    """Returns the value of each block at its highest frequency, NaN for maps of one cell."""
     return [float(s.value[-1]) if len(s.value) > 1 else math.nan for s in spectra]
 
 
 def draw(spectra: Spectra, path: Path) -> None:
-    """Draws a panel of curves per encoder, a colour per block; the last panel has their values at the highest
-    frequency.
+    """Draws one panel per encoder, with one curve per block, and a last panel with the values at the highest frequency.
 
     Raises:
-        OSError, ValueError: it cannot be written; ValueError for a suffix that matplotlib does not know.
+        OSError: the file cannot be written.
+        ValueError: matplotlib does not know the suffix.
     """
     colours = matplotlib.colormaps["plasma_r"]
     figure = Figure((2.6 * len(spectra) + 4.2, 3.2), layout="constrained")
@@ -53,7 +53,7 @@ def draw(spectra: Spectra, path: Path) -> None:
 
 
 def write_csv(spectra: Spectra, path: Path) -> None:
-    """One line per encoder, block (from 1) and frequency (in units of π)."""
+    """Writes one line per encoder, block (counted from 1) and frequency (in units of π)."""
     with path.open("w", newline="") as file:
         lines = csv.writer(file, lineterminator="\n")
         lines.writerow(["encoder", "block", "frequency", "value"])

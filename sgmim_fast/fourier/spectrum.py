@@ -1,9 +1,9 @@
-"""Relative log amplitudes of feature maps: how strong their high frequencies are.
+"""Relative log amplitudes of feature maps, which measure the strength of their high frequencies.
 
-Park and Kim, "How Do Vision Transformers Work?" (ICLR 2022, arXiv 2202.06709), Figures 2a and 8: maps go through a
-two-dimensional Fourier transform, log amplitudes are averaged over channels and images, and the half-diagonal of the
-spectrum is taken, from frequency 0 (constant) to frequency π (alternating from cell to cell in both directions),
-relative to its value at frequency 0.
+The method is that of Park and Kim, "How Do Vision Transformers Work?" (ICLR 2022, arXiv 2202.06709), Figures 2a and 8.
+The maps are Fourier-transformed in two dimensions, and log amplitudes are averaged over channels and images. The
+half-diagonal of the spectrum, from frequency 0 (constant) to frequency π (alternating from cell to cell in both
+directions), is returned relative to its value at frequency 0.
 """
 
 from __future__ import annotations
@@ -13,34 +13,35 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SMALLEST = 1e-6  # added to amplitudes, as published, so that their logarithm is finite
+SMALLEST = 1e-6  # added to amplitudes, as in the published code, so that their logarithm is finite
 
 
 class Spectrum(NamedTuple):
     """Points along the half-diagonal, float64 on the CPU."""
 
-    frequency: Tensor  # (F,), in units of π, ascending from 0; the last is 1 on a grid of even length
-    value: Tensor  # (F,), log amplitude less the one at frequency 0, natural logarithm
+    frequency: Tensor  # (F,), in units of π, ascending from 0; the last one is 1 if the maps' sides are even
+    value: Tensor  # (F,), natural log amplitude minus that at frequency 0
 
 
 def relative_log_amplitude(maps: Tensor) -> Spectrum:
-    """The mean over images and channels of the log amplitudes along the half-diagonal, less that at frequency 0.
+    """Computes log amplitudes along the half-diagonal, averaged over images and channels, minus that at frequency 0.
 
-    The published notebook omits the last point of a grid of even length, and labels the one before it, at
-    (1 - 2 / h) π, as π. Here every point has its own frequency. The first and the last coefficients are real, the
-    others complex: white noise has 0 at both ends and log(2) / 2 between them.
+    For even h, the published notebook omits the last point, and labels the one before it, at (1 - 2 / h) π, as π. Here
+    every point has its own frequency. The first coefficient and, for even h, the last one are real, and the others are
+    complex. White noise therefore has the value 0 at both ends and log(2) / 2 between them.
 
     Args:
         maps: (B, C, h, h), floating point.
 
     Raises:
-        TypeError, ValueError: naming what came and what is expected.
+        TypeError, ValueError: maps has another dtype or shape.
     """
     return relative(log_amplitude(maps).mean(0), maps.shape[3])
 
 
 def log_amplitude(maps: Tensor) -> Tensor:
-    """(B, C, h, h) -> (B, F), float64 on the CPU, averaged over channels; absolute, so that batches can be summed."""
+    """Computes the log amplitudes of maps (B, C, h, h) along the half-diagonal, averaged over channels: (B, F) float64
+    on the CPU. They are not relative to frequency 0, so that batches can be summed."""
     if not isinstance(maps, Tensor) or not maps.is_floating_point():
         raise TypeError(f"maps is a {getattr(maps, 'dtype', type(maps).__name__)}; expected a floating-point tensor")
     if maps.ndim != 4 or maps.shape[2] != maps.shape[3] or 0 in maps.shape:
@@ -52,5 +53,5 @@ def log_amplitude(maps: Tensor) -> Tensor:
 
 
 def relative(values: Tensor, length: int) -> Spectrum:
-    """Mean log amplitudes (F,) of maps of that length as the difference to frequency 0."""
+    """Returns mean log amplitudes (F,) of maps whose sides are `length` as differences to that at frequency 0."""
     return Spectrum(torch.arange(len(values), dtype=torch.float64) * 2 / length, values - values[0])

@@ -1,5 +1,5 @@
 """Labelled data sets for fine-tuning and evaluation: NYU-v2, KITTI and folders for depth, ADE20K and folders for
-segmentation. docs/DOWNSTREAM_DATA.md has their layouts.
+segmentation. docs/DOWNSTREAM_DATA.md describes their layouts.
 
 `dense`: base class · `depth`, `segmentation`: maps, their checks, and folders of pairs · `lists`: split files · `nyu`,
 `nyu_mat`, `kitti`, `ade20k`: one layout each · `scenes`: procedural scenes · `transform`, `colors`: augmentations of

@@ -1,4 +1,4 @@
-"""ADE20K, the 150 classes of the scene parsing challenge."""
+"""Data set ADE20K, with the 150 classes of the scene parsing challenge."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ NAMES = "objectInfo150.txt"
 class ADE20K(SegmentationFolders):
     """ADE20K of the scene parsing challenge 2016: 20210 training and 2000 validation images, 150 classes.
 
-    The layout is in docs/DOWNSTREAM_DATA.md. Stored annotations are 0 for "other", which is ignored (255 in items), and
-    1 to 150, which become 0 to 149. `class_names` come from objectInfo150.txt where it is there.
+    docs/DOWNSTREAM_DATA.md describes the layout. The stored annotation 0 means "other" and is ignored (255 in items); 1
+    to 150 become 0 to 149. `class_names` are read from objectInfo150.txt if it exists.
 
-    Items: as `SegmentationFolders` gives them.
+    Items are those of `SegmentationFolders`.
 
     Args:
-        root: ADEChallengeData2016, or the folder it is in.
+        root: the folder ADEChallengeData2016, or its parent.
         split: "train", or "test" for the validation images.
-        transform: takes (image, labels) and returns both, such as `DenseTransform`. None: normalises.
-        seed: of the transform.
+        transform: takes (image, labels) and returns both, such as `DenseTransform`. None: `Normalize`.
+        seed: seed of the transform.
 
     Raises:
-        DataError: the folders are not there, or an id is out of range.
+        DataError: a folder is missing, or an id is out of range.
         UserError: there is no such split.
     """
 
@@ -59,7 +59,7 @@ class ADE20K(SegmentationFolders):
 
 
 def _read_names(path: Path) -> list[str]:
-    """The last column of a table with tabs and a header: Idx, Ratio, Train, Val, Name."""
+    """Reads the last column of a tab-separated table with the header Idx, Ratio, Train, Val, Name."""
     rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:] if line.strip()]
     names = {row[0].strip(): row[-1].strip() for row in rows if len(row) > 1}
     expected = [str(number) for number in range(1, CLASSES + 1)]

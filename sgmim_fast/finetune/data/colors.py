@@ -1,6 +1,7 @@
 """Colour augmentations of the published recipes for depth and segmentation.
 
-They map (3, H, W) float32 in [0, 1] to the same; random numbers come from torch's CPU generator.
+They map an image, (3, H, W) float32 in [0, 1], to one of the same shape, dtype and range. Random numbers come from
+torch's CPU generator.
 """
 
 from __future__ import annotations
@@ -9,21 +10,23 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-GREY = 1e-6  # smaller differences between channels are rounding errors, not a hue
+GREY = 1e-6  # a smaller difference between channels is a rounding error, not a hue
 
 Range = tuple[float, float]
 
 
 class DepthColors:
-    """Contrast and brightness together, gamma, and hue, saturation and value together, each with probability `p`.
+    """Applies three augmentations, each with probability `p`: contrast and brightness; gamma; hue, saturation and
+    value.
 
-    As in GLPDepth and MIM-Depth-Estimation, with the defaults of albumentations' RandomBrightnessContrast, RandomGamma
-    and HueSaturationValue, except that grey pixels stay grey (OpenCV tints them red when saturation is added).
+    They are those of GLPDepth and MIM-Depth-Estimation, with the defaults of albumentations' RandomBrightnessContrast,
+    RandomGamma and HueSaturationValue, except that grey pixels stay grey (OpenCV tints them red when saturation is
+    added).
 
     Args:
-        p: probability of each of the three.
-        brightness: largest absolute value that is added.
-        contrast: pixels are multiplied by 1 - contrast to 1 + contrast.
+        p: probability of each augmentation.
+        brightness: largest absolute value that is added to pixels.
+        contrast: pixels are multiplied by a factor between 1 - contrast and 1 + contrast.
         gamma: range of the exponent.
         hue: largest rotation of the hue, as a fraction of the circle, at most 0.5.
         saturation, value: largest absolute value that is added to each.
@@ -58,13 +61,14 @@ class DepthColors:
 
 
 class SegmentationColors:
-    """Brightness, contrast, saturation and hue, each with probability `p`; contrast before or after the latter two.
+    """Changes brightness, contrast, saturation and hue, each with probability `p`. Contrast comes before or after
+    saturation and hue, at random.
 
-    As mmsegmentation's PhotoMetricDistortion, without rounding to 8 bits between the steps.
+    This is mmsegmentation's PhotoMetricDistortion without rounding to 8 bits between the steps.
 
     Args:
-        p: probability of each of the four.
-        brightness: largest absolute value that is added.
+        p: probability of each change.
+        brightness: largest absolute value that is added to pixels.
         contrast: range of the factor of pixels.
         saturation: range of the factor of the saturation.
         hue: largest rotation of the hue, as a fraction of the circle, at most 0.5.
@@ -99,19 +103,19 @@ class SegmentationColors:
 
 
 def saturate(image: Tensor, factor: float = 1.0, add: float = 0.0) -> Tensor:
-    """Scales the HSV saturation and adds to it; hue and value are unchanged. Grey stays grey.
+    """Multiplies the HSV saturation by `factor` and adds `add`; hue and value are unchanged, and grey stays grey.
 
-    (torchvision's adjust_saturation differs: it blends with grey, which changes the value.)
+    (torchvision's adjust_saturation blends with grey instead, which changes the value.)
     """
     value = image.amax(-3, keepdim=True)
     span = value - image.amin(-3, keepdim=True)
     new_span = (span / value * factor + add).clamp_(0, 1) * value
     ratio = torch.where(span > GREY, new_span / span, 0.0)
-    return (value - (value - image) * ratio).clamp_(min=0)  # rounding errors may be negative
+    return (value - (value - image) * ratio).clamp_(min=0)  # rounding errors may be below 0
 
 
 def add_value(image: Tensor, add: float) -> Tensor:
-    """Adds to the HSV value, the largest channel; hue and saturation are unchanged."""
+    """Adds `add` to the HSV value, which is the largest channel; hue and saturation are unchanged."""
     value = image.amax(-3, keepdim=True)
     new_value = (value + add).clamp_(0, 1)
     return torch.where(value > 0, image * (new_value / value), new_value)

@@ -25,32 +25,33 @@ SPLITS = ("train", "test")
 class DensePairs(Pairs):
     """Pairs of an image and a map of the same height and width.
 
-    Entries are (pairs, 2) paths as bytes, relative to the folders `images` and `maps`, which subclasses set.
+    The entries are a (pairs, 2) array of paths, as bytes, relative to the folders `images` and `maps`, which subclasses
+    set.
     """
 
     task: ClassVar[str]
-    kind: ClassVar[str]  # the word for a map in messages
-    target: ClassVar[tuple[str, torch.dtype, tuple[int, ...]]]  # a map's key in items, dtype, and leading dimensions
+    kind: ClassVar[str]  # word for a map in messages
+    target: ClassVar[tuple[str, torch.dtype, tuple[int, ...]]]  # key of the map in items, dtype, leading dimensions
     images: Path
     maps: Path
 
     def name(self, index: int) -> str:
-        """Path of the image relative to the tree."""
+        """Returns the path of the image relative to `images`."""
         return os.fsdecode(self._entries[index, 0])
 
     def _map_name(self, index: int) -> str:
         return os.path.join(self.maps, os.fsdecode(self._entries[index, 1]))
 
     def _image(self, index: int) -> Tensor:
-        """(3, H, W) uint8."""
+        """Reads the image, (3, H, W), uint8 or float32."""
         return ImageFile(os.path.join(self.images, self.name(index))).decode()
 
     @abstractmethod
     def _map(self, index: int) -> Tensor:
-        """(..., H, W)"""
+        """Reads the map, (..., H, W)."""
 
     def _part(self, pixels: Tensor, index: int) -> Tensor:
-        """The part of an image or map that the benchmark uses."""
+        """Returns the part of an image or map that the benchmark uses; everything by default."""
         return pixels
 
     def _read(self, index: int) -> tuple[Tensor, Tensor]:
@@ -61,14 +62,14 @@ class DensePairs(Pairs):
                 self._map_name(index),
                 f"{self.kind} is {map_height}×{map_width}, its image {height}×{width}; expected the same size",
             )
-        # slicing loses the tensor subclass, which torchvision's transforms dispatch on
+        # Slicing loses the tensor subclass, on which torchvision's transforms dispatch.
         return self._part(image, index), tv_tensors.wrap(self._part(pixels, index), like=pixels)
 
     def sizes(self) -> list[tuple[int, int]]:
-        """Heights and widths of some evenly spaced images."""
+        """Returns heights and widths of some evenly spaced images."""
         found = []
         for index in self._sampled():
-            with contextlib.suppress(BrokenFile):  # in the report already
+            with contextlib.suppress(BrokenFile):  # it is in the report already
                 height, width = self._read(index)[0].shape[-2:]
                 found.append((height, width))
         return found
@@ -82,6 +83,6 @@ class DensePairs(Pairs):
 
 
 def check_split(split: str) -> None:
-    """Raises UserError unless it is "train" or "test"."""
+    """Raises UserError unless the split is "train" or "test"."""
     if split not in SPLITS:
         raise UserError(f"split is {split!r}; expected {' or '.join(SPLITS)}")

@@ -1,4 +1,4 @@
-"""Depth in metres from files, with a check of the unit."""
+"""Reads depth in metres from files, and checks its unit."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ LEAST_MEDIAN, MOST_MEDIAN = 0.01, 1.5  # relative to `max_depth`; a median outsi
 
 
 class DepthFile(MapFile):
-    """A depth map as stored: `pixels` (H, W), integers or floating point."""
+    """A depth map with its values as stored: `pixels` (H, W), integers or floating point."""
 
     kind = "depth map"
 
     def decode(self, scale: float | None) -> Structure:
-        """(1, H, W) in metres; see `to_metres`.
+        """Returns the depth in metres, (1, H, W); see `to_metres`.
 
         Raises:
             DataError: the map holds integers, and `scale` is None.
@@ -44,7 +44,7 @@ class DepthFile(MapFile):
 
 
 def to_metres(pixels: np.ndarray, scale: float) -> Structure:
-    """Stored values (H, W) -> metres (1, H, W) float32, divided by `scale`.
+    """Divides stored values (H, W) by `scale`. Returns metres, (1, H, W) float32.
 
     Missing values (0 and below, NaN, infinities) become NaN.
     """
@@ -54,17 +54,18 @@ def to_metres(pixels: np.ndarray, scale: float) -> Structure:
 
 
 class DepthPairs(DensePairs):
-    """Images with depth in metres.
+    """Base class of data sets of images with depth in metres.
 
-    Some maps are read at construction. If the median of their depths is not within 0.01 to 1.5 times `max_depth`, the
-    unit is assumed to be wrong. This detects millimetres read as metres, but not millimetres read as 1/256 metres.
+    The constructor reads some maps. If the median of their median depths is not within 0.01 to 1.5 times `max_depth`,
+    the unit is assumed to be wrong. This detects millimetres read as metres, but not millimetres read as 1/256 metres.
 
     Args:
-        scale: stored value of one metre: 1000 for millimetres, 256 for KITTI's. None: floating-point maps are in
-            metres, and maps of integers are an error.
-        min_depth, max_depth: range of evaluation in metres; items keep values outside of it.
+        transform, seed: see `Pairs`.
+        scale: stored value of one metre: 1000 for millimetres, 256 for KITTI. None: floating-point maps are in metres,
+            and maps of integers are an error.
+        min_depth, max_depth: range of evaluation in metres; items keep values outside it.
         crop: part of the image for evaluation: None, "eigen" or "garg".
-        check_units: False: accept any depth.
+        check_units: whether to check the unit. False: accepts any depth.
 
     Raises:
         DataError: none of the maps read has a value, or their unit is wrong.
@@ -109,7 +110,7 @@ class DepthPairs(DensePairs):
             try:
                 depth = self._map(index)
             except BrokenFile:
-                continue  # in the report already
+                continue  # it is in the report already
             if not depth.isnan().all():
                 medians[index] = float(depth.nanmedian())
         if not medians:
@@ -126,23 +127,24 @@ class DepthPairs(DensePairs):
 
 
 class DepthFolders(DepthPairs):
-    """Pairs of images and depth maps with the same relative path, except for the suffix, in two folder trees.
+    """Pairs of an image and a depth map that have the same relative path, except for the suffix, in two folder trees.
 
-    Items: {"image": (3, H, W) float32, normalised; "depth": (1, H, W) float32, metres, NaN = no value; "name": path of
-    the image in its tree; "skipped": broken files that the item replaces}. Files without a partner and unreadable
-    files are left out and named in `report`; a pair that turns out to be broken later is replaced by the next good one.
+    Items: {"image": (3, H, W) float32, normalised; "depth": (1, H, W) float32, metres, NaN = missing; "name": path of
+    the image in its tree; "skipped": broken files that the item replaces}. Files without a partner and unreadable files
+    are left out and listed in `report`. A pair that turns out to be broken later is replaced by the next good one.
 
     Args:
-        images: folder of images, in any format of `sgmim_fast.data.IMAGE_SUFFIXES`.
-        depth: folder of maps of the images' sizes, in any format of `sgmim_fast.data.MAP_SUFFIXES`. Missing values: 0
-            and below, NaN, infinities.
-        transform: takes (image, depth) and returns both, such as `DenseTransform`. None: normalises.
-        names: file with the image paths to use, one a line, relative to `images`, with or without suffix. None: all.
+        images: folder of images in any format of `sgmim_fast.data.IMAGE_SUFFIXES`.
+        depth: folder of maps of the images' sizes, in any format of `sgmim_fast.data.MAP_SUFFIXES`. Values of 0 and
+            below, NaN and infinities are missing.
+        transform: takes (image, depth) and returns both, such as `DenseTransform`. None: `Normalize`.
+        names: file that lists the images to use, one path per line, relative to `images`, with or without suffix. None:
+            all images.
         scale, min_depth, max_depth, crop, check_units: see `DepthPairs`.
-        seed: of the transform.
+        seed: seed of the transform.
 
     Raises:
-        DataError: no files, no pairs, none of the pairs tried can be read, or their unit is wrong.
+        DataError: there are no files, no pairs, none of the pairs tried can be read, or their unit is wrong.
         UserError: an argument is out of range.
     """
 

@@ -1,4 +1,4 @@
-"""KITTI depth with the Eigen split."""
+"""Data set KITTI, depth with the Eigen split."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sgmim_fast.finetune.data.dense import check_split
 from sgmim_fast.finetune.data.depth import DepthPairs
 from sgmim_fast.finetune.data.lists import Tree, find_split_file, listed_pairs
 
-HEIGHT, WIDTH = 352, 1216  # of the benchmark's crop: the lowest rows, the middle columns
-# of BTS, of AdaBins and ZoeDepth, and of GLPDepth and MIM-Depth-Estimation
+HEIGHT, WIDTH = 352, 1216  # size of the benchmark's crop: the lowest rows, the middle columns
+# file lists of BTS, of AdaBins and ZoeDepth, and of GLPDepth and MIM-Depth-Estimation
 LISTS = ("eigen_{}_files_with_gt.txt", "kitti_eigen_{}_files_with_gt.txt", "eigen_benchmark/{}_list.txt")
 IMAGE_FOLDERS = (".", "raw", "raw_data")
 DEPTH_FOLDERS = tuple(
@@ -24,25 +24,25 @@ DEPTH_FOLDERS = tuple(
 
 
 class KITTI(DepthPairs):
-    """KITTI: images of the raw data, and the depth completion benchmark's depth, accumulated over 11 laser scans.
+    """KITTI: images of the raw data, and depth of the depth completion benchmark, accumulated over 11 laser scans.
 
-    The layout is in docs/DOWNSTREAM_DATA.md. A split file lists the pairs; those without ground truth (45 of 697 in
-    the test split) are left out and named in `report`. Image and depth are cropped to the benchmark's
-    352 × 1216 pixels, the lowest rows and the middle columns, as BTS and MIM-Depth-Estimation do in training and in
-    evaluation. Depth is a 16-bit PNG, 256 to the metre, 0 = no value. Evaluated from 1e-3 to 80 m in the Garg crop.
+    docs/DOWNSTREAM_DATA.md describes the layout. A split file lists the pairs. Those without ground truth (45 of 697 in
+    the test split) are left out and listed in `report`. Image and depth are cropped to the benchmark's 352 × 1216
+    pixels, the lowest rows and the middle columns, as BTS and MIM-Depth-Estimation do in training and evaluation. Depth
+    is stored as 16-bit PNG, in units of 1/256 metre, 0 = missing. It is evaluated from 1e-3 to 80 m in the Garg crop.
 
-    Items: as `DepthFolders` gives them.
+    Items are those of `DepthFolders`.
 
     Args:
         root: folder with the raw data and the depth.
         split: "train" or "test".
-        transform: takes (image, depth) and returns both, such as `DenseTransform`. None: normalises.
-        split_file: list of the pairs; None: one of `LISTS` beside the data.
+        transform: takes (image, depth) and returns both, such as `DenseTransform`. None: `Normalize`.
+        split_file: list of the pairs. None: one of `LISTS`, next to the data.
         check_units: see `DepthPairs`.
-        seed: of the transform.
+        seed: seed of the transform.
 
     Raises:
-        DataError: the list or all of its files are missing, or the depth is in another unit.
+        DataError: the list or all of its files are missing, or the depth has another unit.
         UserError: there is no such split.
     """
 
@@ -67,7 +67,7 @@ class KITTI(DepthPairs):
                 f"root is {root}; expected the folder of KITTI, found {'a file' if root.exists() else 'nothing'}"
             )
         source = find_split_file(root, split_file, [name.format(split) for name in LISTS])
-        images = Tree(root, IMAGE_FOLDERS, IMAGE_SUFFIXES)  # many convert the raw PNG to JPEG
+        images = Tree(root, IMAGE_FOLDERS, IMAGE_SUFFIXES)  # many users convert the raw PNG files to JPEG
         self._use(listed_pairs(source, images, Tree(root, DEPTH_FOLDERS), self.kind, self.report))
 
     def _part(self, pixels: Tensor, index: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The files of a split: lists of them, and where they are in a tree."""
+"""Reads the files that list a split, and finds the listed files in a tree."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from sgmim_fast.data.files import Found
 from sgmim_fast.data.image_file import IMAGE_SUFFIXES
 from sgmim_fast.data.report import DataError, Report
 
-# beside the data, or in the folder that a published repository has it in (BTS, GLPDepth, ZoeDepth)
+# folders that are searched for a list: the data's own, and those of published repositories (BTS, GLPDepth, ZoeDepth)
 LIST_FOLDERS = (".", "train_test_inputs", "filenames", "splits", "data_splits")
-NONE = "None"  # in place of a map: there is none for this image
+NONE = "None"  # stands in a list for a map that does not exist
 
 
 def find_split_file(root: Path, given: str | os.PathLike[str] | None, names: Sequence[str]) -> Path:
-    """The file of a split: the one given, or the first of these names beside the data.
+    """Returns the file that lists a split: the given one, or the first of `names` that exists next to the data.
 
     Raises:
-        DataError: it is not there; says where it was looked for.
+        DataError: there is no such file. The message has the folders that were searched.
     """
     if given is not None:
         if not (path := Path(given)).is_file():
@@ -40,10 +40,10 @@ def find_split_file(root: Path, given: str | os.PathLike[str] | None, names: Seq
 
 
 def read_list(path: Path) -> list[tuple[str, str]]:
-    """Image and map of each line; further columns, such as the focal length, are left out.
+    """Reads image and map of each line. Further columns, such as the focal length, are ignored.
 
     Raises:
-        DataError: a line has no two columns, or there is none.
+        DataError: a line has one column only, or the list is empty.
     """
     pairs = []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="surrogateescape").splitlines(), 1):
@@ -58,9 +58,9 @@ def read_list(path: Path) -> list[tuple[str, str]]:
 
 
 class Tree:
-    """Finds files below `root`, whose names in a list are relative to one of some folders of it.
+    """Finds listed files below `root`. Their names in a list are relative to one of `folders`.
 
-    Looks at each folder once: a list has tens of thousands of names in a hundred folders.
+    Each folder is read once, since a list has tens of thousands of names in about a hundred folders.
     """
 
     def __init__(self, root: Path, folders: Sequence[str], other_suffixes: Sequence[str] = ()) -> None:
@@ -68,7 +68,7 @@ class Tree:
         self._inside: dict[str, frozenset[str]] = {}
 
     def find(self, name: str) -> str | None:
-        """Its path relative to the root, perhaps with one of the other suffixes."""
+        """Returns the path of a listed file relative to the root, possibly with one of the other suffixes, or None."""
         parent, file = os.path.split(name)
         stem = os.path.splitext(file)[0]
         for folder in self.folders:
@@ -89,12 +89,13 @@ class Tree:
 
 
 def listed_pairs(source: Path, images: Tree, maps: Tree, kind: str, report: Report) -> np.ndarray:
-    """The pairs of a list: (pairs, 2) paths relative to the trees' roots, as bytes.
+    """Returns the pairs of a list, as a (pairs, 2) array of paths relative to the trees' roots, as bytes.
 
-    Images without a map, listed so or because it is not there, and images that are not there go into `report`.
+    Missing images, and images without a map, whether listed as such or because the file is missing, are added to
+    `report`.
 
     Raises:
-        DataError: the list cannot be read, or none of its pairs is there.
+        DataError: the list cannot be read, or none of its pairs exists.
     """
     pairs, names = [], read_list(source)
     for image_name, map_name in names:
@@ -119,10 +120,10 @@ def _places(tree: Tree) -> str:
 
 
 def only_listed(found: Found, names: str | os.PathLike[str] | None, root: Path, report: Report) -> Found:
-    """Those of the files in a tree that a list names, with or without suffix, one a line; None: all.
+    """Returns the found files that the list `names` has, one per line, with or without suffix. None: all files.
 
     Raises:
-        DataError: there is no such list, or none of its files.
+        DataError: there is no such list, or none of its files exists.
     """
     if names is None:
         return found

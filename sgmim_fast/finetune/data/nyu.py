@@ -1,4 +1,4 @@
-"""NYU depth v2, as one MATLAB file or as folders."""
+"""Data set NYU depth v2, stored as one MATLAB file or as folders."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ from sgmim_fast.finetune.data.lists import Tree, find_split_file, listed_pairs
 from sgmim_fast.finetune.data.nyu_mat import LabelledMat, split_indices
 
 MAT, SPLITS = "nyu_depth_v2_labeled.mat", "splits.mat"
-LISTS = ("nyudepthv2_{}_files_with_gt.txt", "nyudepthv2/{}_list.txt")  # of BTS; of GLPDepth and MIM-Depth-Estimation
+LISTS = ("nyudepthv2_{}_files_with_gt.txt", "nyudepthv2/{}_list.txt")  # BTS; GLPDepth and MIM-Depth-Estimation
 FOLDERS = {"train": ("sync", ".", "train"), "test": ("official_splits/test", "test", ".")}
 DEPTHS = {"raw": "rawDepths", "filled": "depths"}
 BORDERS = ("published", "keep", "crop")
-SHOWN = (7, 474, 7, 632)  # rows and columns that BTS's tool keeps of the .mat's images; it makes the rest black
-INSIDE = (45, 472, 43, 608)  # rows and columns that BTS trains on
+SHOWN = (7, 474, 7, 632)  # rows and columns of the .mat's images that BTS's tool keeps; the tool blackens the rest
+INSIDE = (45, 472, 43, 608)  # rows and columns on which BTS trains
 
 
 class NYU(DepthPairs):
-    """NYU-v2: indoor images of 480 × 640 pixels with a Kinect's depth. Evaluated from 1e-3 to 10 m in the Eigen crop.
+    """NYU-v2: indoor images of 480 × 640 pixels with a Kinect's depth, evaluated from 1e-3 to 10 m in the Eigen crop.
 
-    Two layouts, both in docs/DOWNSTREAM_DATA.md: the labelled .mat (795 training, 654 test images, told apart by
-    splits.mat), and folders of JPEG and 16-bit PNG in millimetres, 0 = no value, with list files (BTS's 24231 training
-    images under sync/, the same 654 test images under official_splits/test). Pairs that are listed but not there are
-    left out and named in `report`.
+    There are two layouts, which docs/DOWNSTREAM_DATA.md describes: the labelled .mat (795 training and 654 test images,
+    separated by splits.mat), and folders of JPEG and 16-bit PNG in millimetres, 0 = missing, with list files (BTS's
+    24231 training images under sync/, the same 654 test images under official_splits/test). Listed pairs whose files
+    are missing are left out and listed in `report`.
 
-    Items: as `DepthFolders` gives them.
+    Items are those of `DepthFolders`.
 
     Args:
-        root: the .mat, or a folder. A folder is taken as one of folders where it has sync/ or official_splits/, or a
-            list, or `split_file` is one; otherwise it must have the .mat.
+        root: the .mat, or a folder. A folder has the second layout if it contains sync/, official_splits/ or a list, or
+            if `split_file` is a list; otherwise it must contain the .mat.
         split: "train" or "test".
-        transform: takes (image, depth) and returns both, such as `DenseTransform`. None: normalises.
-        split_file: splits.mat or the list; None: beside the .mat, or one of `LISTS` beside the data.
-        depths: of the .mat: "raw", as the camera gave it, with holes, or "filled", with the holes inpainted. The
-            published test set is cut from the raw one.
-        border: "published": the .mat's images get a black border, 7 or 8 pixels wide, as the published test images have
-            it; folders stay as they are. "keep": everything stays. "crop": images and depth are cut to rows 45 to 471
-            and columns 43 to 607, as BTS does while training.
+        transform: takes (image, depth) and returns both, such as `DenseTransform`. None: `Normalize`.
+        split_file: splits.mat or the list. None: splits.mat next to the .mat, or one of `LISTS` next to the data.
+        depths: depth maps of the .mat: "raw", as the camera measured them, with holes, or "filled", with inpainted
+            holes. The published test set is taken from the raw maps.
+        border: "published": images of the .mat get a black border, 7 or 8 pixels wide, as the published test images
+            have; folders are unchanged. "keep": all images are unchanged. "crop": images and depth are cropped to rows
+            45 to 471 and columns 43 to 607, as in BTS's training.
         check_units: see `DepthPairs`.
-        seed: of the transform.
+        seed: seed of the transform.
 
     Raises:
         DataError: the split file or all of its files are missing, the .mat is another file, or depth has another unit.
-        UserError: an argument has no such value.
-        ModuleNotFoundError: h5py or scipy are not installed, and the layout is the .mat.
+        UserError: an argument has an unknown value.
+        ModuleNotFoundError: the layout is the .mat, and h5py or scipy is not installed.
     """
 
     def __init__(
@@ -96,7 +96,8 @@ class NYU(DepthPairs):
             self._use(split_indices(source, split, len(self._mat)))
 
     def name(self, index: int) -> str:
-        """Path of an image; of the .mat's images the name that BTS's tool gives them, by their number."""
+        """Returns the path of an image relative to `root`. For the .mat, returns the name, with the image's index, that
+        BTS's tool writes."""
         return super().name(index) if self._mat is None else f"rgb_{self._entries[index]:05d}"
 
     def _map_name(self, index: int) -> str:
@@ -125,7 +126,7 @@ class NYU(DepthPairs):
 
 
 def _find_mat(root: Path, split_file: str | os.PathLike[str] | None) -> Path | None:
-    """The .mat, or None where the root has the layout of folders."""
+    """Returns the path of the .mat, or None if `root` has the layout of folders."""
     if root.is_file():
         return root
     if not root.is_dir():

@@ -1,4 +1,4 @@
-"""The labelled part of NYU-v2: one MATLAB file."""
+"""Reads the labelled part of NYU-v2, which is one MATLAB file."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from sgmim_fast.data.pair import Structure
 from sgmim_fast.data.report import BrokenFile, DataError
 from sgmim_fast.finetune.data.depth import to_metres
 
-INDICES = {"train": "trainNdxs", "test": "testNdxs"}  # in splits.mat, counted from 1
-SHAPES = {"images": 4, "depths": 3, "rawDepths": 3}  # data sets of the file, and their dimensions
+INDICES = {"train": "trainNdxs", "test": "testNdxs"}  # arrays in splits.mat, whose indices start from 1
+SHAPES = {"images": 4, "depths": 3, "rawDepths": 3}  # data sets of the file -> number of dimensions
 
 
 class LabelledMat:
-    """nyu_depth_v2_labeled.mat, an HDF5 file (MATLAB 7.3) with its axes in reverse: (image, channel, column, row).
+    """nyu_depth_v2_labeled.mat, an HDF5 file (MATLAB 7.3) whose axes are reversed: (image, channel, column, row).
 
-    It is opened by each process that reads of it, and read image by image.
+    Each process opens the file for itself, and reads one image at a time.
 
     Args:
-        path: of the file.
-        depths: which of its depths to read: "rawDepths" or "depths".
+        path: path of the file.
+        depths: depth maps to read: "rawDepths" or "depths".
 
     Raises:
-        DataError: it is no such file.
+        DataError: the file is not HDF5, or lacks a data set.
     """
 
     def __init__(self, path: Path, depths: str) -> None:
@@ -54,11 +54,11 @@ class LabelledMat:
         return {**self.__dict__, "_process": 0, "_file": None}
 
     def image(self, index: int) -> Tensor:
-        """(3, H, W) uint8."""
+        """Reads an image, (3, H, W) uint8."""
         return torch.from_numpy(np.ascontiguousarray(self._at("images", index).transpose(0, 2, 1)))
 
     def depth(self, index: int) -> Structure:
-        """(1, H, W) float32, metres, NaN = no value."""
+        """Reads a depth map, (1, H, W) float32, metres, NaN = missing."""
         return to_metres(self._at(self.depths, index).T, 1.0)
 
     def _at(self, name: str, index: int) -> np.ndarray:
@@ -68,16 +68,16 @@ class LabelledMat:
             raise BrokenFile(f"{self.path}, {name} {index}", error) from error
 
     def _open(self) -> Any:
-        if self._process != os.getpid():  # an open file must not be shared with a process that was forked
+        if self._process != os.getpid():  # a forked process must not use its parent's open file
             self._file, self._process = _import("h5py").File(self.path, "r"), os.getpid()
         return self._file
 
 
 def split_indices(path: Path, split: str, count: int) -> np.ndarray:
-    """Indices, counted from 0, of the images of a split.
+    """Reads the indices, counted from 0, of the images of a split from splits.mat.
 
     Raises:
-        DataError: the file is not as expected.
+        DataError: the file is not a MATLAB file with indices of the `count` images.
     """
     name = INDICES[split]
     try:

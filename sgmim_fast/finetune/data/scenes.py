@@ -1,4 +1,4 @@
-"""Procedural scenes with exact depth or the class of each pixel's shape: fine-tuning to try without any data."""
+"""Procedural scenes with exact depth or the class of each pixel's object, to try fine-tuning without data."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from sgmim_fast.data.seeds import mix
 
 
 class SceneMaps(Dataset):
-    """`sgmim_fast.data.Scenes` as items of depth, in the unit of the scenes, or of labels.
+    """`sgmim_fast.data.Scenes` with depth, in the unit of the scenes, or with labels.
 
     Args:
         task: "depth" or "segmentation".
         count: number of scenes.
         size: pixels along each side.
-        seed: of the run. Scenes to train on, to test on, and of `sgmim-fast pretrain` differ at the same seed.
-        train: with random flips.
+        seed: the run's seed. With one seed, the scenes for training, for testing and of `sgmim-fast pretrain` differ.
+        train: whether these are the scenes for training, which are flipped at random.
     """
 
-    min_depth, max_depth, crop = 0.1, 16.0, None  # corners of large rooms are farther
+    min_depth, max_depth, crop = 0.1, 16.0, None  # the corners of large rooms are beyond max_depth
     class_names = ("room", "sphere", "box", "plane")
     classes = len(class_names)
 

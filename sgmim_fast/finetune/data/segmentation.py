@@ -1,4 +1,4 @@
-"""Label maps from files, with a check of the range of ids."""
+"""Reads label maps from files, and checks the range of their ids."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from sgmim_fast.errors import UserError
 from sgmim_fast.finetune.data.dense import DensePairs
 from sgmim_fast.finetune.data.lists import only_listed
 
-LABEL_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".bmp", ".gif")  # without lossy JPEG
-IGNORED = 255  # in items
+LABEL_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".bmp", ".gif")  # lossless formats only
+IGNORED = 255  # label of ignored pixels in items
 
 
 class LabelFile(MapFile):
-    """A label map as stored: `pixels` (H, W) of integers; of a palette image, its indices."""
+    """A label map with its ids as stored: `pixels` (H, W), integers; for a palette image, its indices."""
 
     kind = "label map"
     palette = True
@@ -33,7 +33,7 @@ class LabelFile(MapFile):
         return super()._arranged(class_ids(pixels))
 
     def decode(self, classes: int, ignore: int | None, reduce_zero: bool) -> tv_tensors.Mask:
-        """(H, W) int64, 0 to classes - 1, 255 = ignored; see `SegmentationFolders`.
+        """Returns the labels, (H, W) int64, 0 to classes - 1, 255 = ignored; see `SegmentationFolders`.
 
         Raises:
             DataError: an id is out of range.
@@ -59,27 +59,28 @@ def _expected(classes: int, ignore: int | None, reduce_zero: bool) -> str:
 
 
 class SegmentationFolders(DensePairs):
-    """Pairs of images and label maps with the same relative path, except for the suffix, in two folder trees.
+    """Pairs of an image and a label map that have the same relative path, except for the suffix, in two folder trees.
 
     Items: {"image": (3, H, W) float32, normalised; "labels": (H, W) int64, 0 to classes - 1, 255 = ignored; "name":
     path of the image in its tree; "skipped": broken files that the item replaces}. Files without a partner and
-    unreadable files are left out and named in `report`; a pair that turns out to be broken later is replaced by the
+    unreadable files are left out and listed in `report`. A pair that turns out to be broken later is replaced by the
     next good one. A class id out of range always raises, also in `verify`.
 
     Args:
-        images: folder of images, in any format of `sgmim_fast.data.IMAGE_SUFFIXES`.
-        labels: folder of maps of the images' sizes, in any format of `LABEL_SUFFIXES`, with an id per pixel: the
-            indices of a palette PNG, not its colours.
-        transform: takes (image, labels) and returns both, such as `DenseTransform`. None: normalises.
-        names: file with the image paths to use, one a line, relative to `images`, with or without suffix. None: all.
+        images: folder of images in any format of `sgmim_fast.data.IMAGE_SUFFIXES`.
+        labels: folder of maps of the images' sizes, in any format of `LABEL_SUFFIXES`, with one id per pixel. For a
+            palette PNG the ids are the indices, not the colours.
+        transform: takes (image, labels) and returns both, such as `DenseTransform`. None: `Normalize`.
+        names: file that lists the images to use, one path per line, relative to `images`, with or without suffix. None:
+            all images.
         classes: number of classes, 1 to 255.
-        ignore: stored id of ignored pixels; None: none.
-        reduce_zero: stored id 0 is ignored, too, and ids of classes start from 1, as in ADE20K.
-        class_names: a name per class, or None.
-        seed: of the transform.
+        ignore: stored id of ignored pixels. None: no id is ignored.
+        reduce_zero: the stored id 0 is ignored, too, and the ids of classes start from 1, as in ADE20K.
+        class_names: one name per class, or None.
+        seed: seed of the transform.
 
     Raises:
-        DataError: no files, no pairs, none of the pairs tried can be read, or an id is out of range.
+        DataError: there are no files, no pairs, none of the pairs tried can be read, or an id is out of range.
         UserError: an argument is out of range.
     """
 

@@ -19,8 +19,8 @@ from sgmim_fast.finetune.data.colors import DepthColors, SegmentationColors
 from sgmim_fast.finetune.data.segmentation import IGNORED
 
 TASKS = ("depth", "segmentation")
-TRIES = 10  # attempts to draw a crop that no class dominates, as in mmsegmentation
-LONGEST = 4  # relative to the crop: mmsegmentation resizes ADE20K to fit (2048, 512) for crops of 512 × 512
+TRIES = 10  # number of attempts to draw a crop that no class dominates, as in mmsegmentation
+LONGEST = 4  # longest side / crop side: mmsegmentation resizes ADE20K to fit (2048, 512) for crops of 512 × 512
 
 Fit = tuple[int, int] | Literal[False] | None
 Colors = Callable[[Tensor], Tensor] | bool | None
@@ -29,39 +29,39 @@ Colors = Callable[[Tensor], Tensor] | bool | None
 class DenseTransform(Normalize):
     """Scales, crops and flips an image and its depth or labels jointly, changes colours, and normalises the image.
 
-    Order: fit and scale; `cut_depth`; crop; flip; colours; normalise; pad at the bottom and the right, with 0 in the
-    normalised image, NaN in depth, 255 in labels. Images are resized bilinearly with antialiasing, maps by nearest
-    neighbour. Depth is not divided by the scale. Random numbers come from torch's CPU generator. Defaults (None) are
-    those published for the task:
+    The steps are: fit and scale; `cut_depth`; crop; flip; colours; normalise; pad at the bottom and the right, with 0
+    in the normalised image, NaN in depth, 255 in labels. Images are resized bilinearly with antialiasing, maps by
+    nearest neighbour. Depth is not divided by the scale. Random numbers come from torch's CPU generator. Defaults
+    (None) are those published for the task:
 
     | | depth | segmentation |
     |---|---|---|
-    | recipe | MIM-Depth-Estimation (arXiv 2205.13543), which takes GLPDepth's | mmsegmentation's ADE20K |
-    | size | 480 × 480 of NYU-v2, 352 × 352 of KITTI | 512 × 512, also 640 × 640 |
+    | recipe | MIM-Depth-Estimation (arXiv 2205.13543), which uses GLPDepth's | mmsegmentation's ADE20K |
+    | size | 480 × 480 for NYU-v2, 352 × 352 for KITTI | 512 × 512, also 640 × 640 |
     | fit | False | 4 times the crop's smaller side, and that side |
     | scale | (1, 1) | (0.5, 2) |
     | max_share | 1 | 0.75 |
     | cut_depth | 0.25 | 0 |
     | colors | `DepthColors` | `SegmentationColors` |
 
-    The depth recipe's code differs in two things: it does not normalise images, and the depth that it cuts into them is
-    the stored integer, which wraps at 256; here that is depth / max_depth, in grey.
+    The depth recipe's code differs in two respects. It does not normalise images, and its strips of depth have the
+    stored integer, which wraps at 256; here they have depth / max_depth, in grey.
 
     Args:
         size: height and width of the crop, or one number for both, in pixels.
         task: "depth" or "segmentation".
-        fit: first resize the image, with its aspect ratio, to the largest size that fits (longest, shortest) side in
-            pixels. False: do not.
-        scale: range of a further factor, drawn uniformly.
-        max_share: redraw a crop, up to 10 times, if one class covers at least this share of its labelled pixels. 1:
-            never.
+        fit: resizes the image first, with its aspect ratio, to the largest size that fits (longest, shortest) side in
+            pixels. False: no resizing.
+        scale: range of a further factor of the size, drawn uniformly.
+        max_share: a crop is redrawn, up to 10 times in total, if one class covers at least this share of its labelled
+            pixels. 1: crops are never redrawn.
         flip: probability of a horizontal flip.
         cut_depth: probability that a vertical strip of the image is replaced by its depth (vertical CutDepth, arXiv
             2201.07436). 0: never.
         cut_width: largest width of the strip, relative to the distance from its left to the image's right edge.
         max_depth: depth in metres that is white in the strip, such as 10 for NYU-v2; required for `cut_depth`.
-        colors: function of (3, h, w) float32 in [0, 1]. False: none. True or None: as published.
-        mean, std: of the image's channels, ImageNet's by default.
+        colors: function of (3, h, w) float32 in [0, 1]. False: colours are unchanged. True or None: as published.
+        mean, std: mean and standard deviation of the image's channels, ImageNet's by default.
 
     Raises:
         UserError: an argument is out of range.
@@ -121,13 +121,14 @@ class DenseTransform(Normalize):
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
     ) -> DenseEvaluation:
-        """Nothing random, and the map as it is, for batches of one. An image to segment is fitted as in training.
+        """Creates a deterministic transform for batches of one, which leaves the map unchanged. For segmentation, the
+        image is fitted as in training.
 
         Args:
             task: "depth" or "segmentation".
-            size: of the crops that the model was trained on, where `fit` is None.
-            fit: see `DenseTransform`; None: as published for the task and `size`, False where that is None too.
-            mean, std: of the image's channels.
+            size: size of the crops in training, from which the published `fit` is computed.
+            fit: see `DenseTransform`. None: as published for the task and `size`, or False without `size`.
+            mean, std: see `DenseTransform`.
         """
         _check_task(task)
         if fit is None:
@@ -135,13 +136,14 @@ class DenseTransform(Normalize):
         return DenseEvaluation(fit, mean=mean, std=std)
 
     def __call__(self, image: Tensor | Any, target: Tensor | Any) -> tuple[tv_tensors.Image, Tensor]:
-        """
+        """Transforms an image and its map.
+
         Args:
-            image: (3, H, W), uint8 or floating from 0 to 1.
-            target: (1, H, W) floating depth in metres, or (H, W) integer labels.
+            image: (3, H, W), uint8 or floating point in [0, 1], or a file.
+            target: depth in metres, (1, H, W) floating point, or labels, (H, W) integers, or a file.
 
         Returns:
-            The image (3, h, w), float32, and the target (..., h, w), of the same dtype and class.
+            The image, (3, h, w) float32, and the target, (..., h, w), of the same dtype and class.
         """
         image, target = decode(image, target)
         kind = target
@@ -167,7 +169,7 @@ class DenseTransform(Normalize):
         return tv_tensors.Image(image), tv_tensors.wrap(target, like=kind)
 
     def _draw_crop(self, target: Tensor) -> tuple[int, int]:
-        """Top and left. The last try counts, whatever fills it."""
+        """Draws top and left of the crop. The last attempt is used even if one class dominates it."""
         room = [max(have - want, 0) for have, want in zip(target.shape[-2:], self.size, strict=True)]
         for _ in range(TRIES if self.max_share < 1 else 1):
             top, left = (int(number * (most + 1)) for number, most in zip(torch.rand(2).tolist(), room, strict=True))
@@ -190,7 +192,7 @@ class DenseTransform(Normalize):
 
 
 class DenseEvaluation(Normalize):
-    """The image normalised, and fitted into a size where one is given; the map as it is. See `DenseTransform`."""
+    """Normalises the image, after resizing it to `fit` if given, and leaves maps unchanged. See `DenseTransform`."""
 
     def __init__(
         self,
@@ -209,7 +211,7 @@ class DenseEvaluation(Normalize):
 
 
 def scaled(size: Sequence[int], fit: Fit, factor: float = 1.0) -> tuple[int, int]:
-    """Height and width of an image of this size after fitting and scaling, rounded as mmcv does."""
+    """Returns height and width of an image of this size after fitting and scaling, rounded as in mmcv."""
     if fit:
         factor *= min(fit[0] / max(size), fit[1] / min(size))
     height, width = (max(int(length * factor + 0.5), 1) for length in size)

@@ -11,12 +11,12 @@ from sgmim_fast import selective_mask
 from sgmim_fast.ops import cases
 from sgmim_fast.ops.gather_patches import patch_order
 
-# what the model gathers: the structure's embedded patches, in Z-order, and the cells of the loss
+# name -> (channels, Z-order) of what the model gathers: patches of the structure map, in Z-order, and cells of the loss
 CASES = {"structure": (1, True), "pixels": (3, False)}
 
 
 def plain(a):
-    """Plain PyTorch: all cells, then the wanted ones."""
+    """Plain PyTorch: unfolds all cells, then selects those in `rows`."""
     (batch, channels, height, width), cell, patch = a.pixels.shape, a.cell, a.patch
     side = cell // patch
     cells = a.pixels.view(batch, channels, height // cell, side, patch, width // cell, side, patch)

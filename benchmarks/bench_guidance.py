@@ -1,21 +1,22 @@
-"""What the kernels buy: the guidance branch, from encoder features to the loss, forward and backward.
+"""Times the guidance branch, from the encoder's features to the loss, forward and backward.
 
     python benchmarks/bench_guidance.py
 
-takes about a minute on two cores, `--all` (ViT-B, the compiled columns, full batches, longer timing) many.
+takes about a minute on two cores. With `--all` (also ViT-B and the compiled columns, full batches, longer timing) it
+takes many minutes. The columns are
 
 dense             sgmim_fast.reference: every token, plain PyTorch
 dense-compiled    the same through torch.compile
-visible           visible cells only, plain PyTorch as a careful user would write it
+visible           visible cells only, in plain PyTorch as a careful user would write it
 visible-compiled  the same through torch.compile
 fused-BACKEND     sgmim_fast.SGMIM on one of its backends
-...-captured      on a GPU: the same as a CUDA graph, where the host's time does not count
+...-captured      on a GPU: the same as a CUDA graph, which excludes the host's time
 gemm-floor        only the gemms of `visible`, each through the best library call
 
-All columns are first checked against each other; on a disagreement no speed is printed, or with `--anyway` only flagged
-ones, and the exit code is 1. They take turns in one
-process, so their ratios hold even where the machine is noisy. MiB: peak memory without parameters and their gradients.
-On a CPU a line says what the fused column takes more than the floor, by class of kernel, from a profiled step.
+All columns are first checked against each other. If they disagree, the exit code is 1 and no speed is printed; with
+`--anyway` speeds are printed, and those of wrong columns are flagged. The columns are timed in turn in one process, so
+that their ratios hold even on a noisy machine. MiB is the peak memory without parameters and their gradients. On a CPU,
+a profiled step shows by class of kernel how far the fused column is above the floor.
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ from sgmim_fast import backends, keep_freed_memory
 from sgmim_fast.ops import gemm
 
 NAMES = ("dense", "dense-compiled", "visible", "visible-compiled", *FUSED, *CAPTURED, "gemm-floor")
-AGAIN = 8  # evaluations of the dense column, where its error in one alone would not do
-SLOW = 10.0  # seconds of a step of the dense column, from which only what is needed is run
-SHORT = 3.0  # and what it is brought to by a smaller batch, unless --all is asked for
+AGAIN = 8  # number of further evaluations of the dense column if a column exceeds the bound from its first error
+SLOW = 10.0  # seconds of a dense step above which the compiled columns are left out and the batch is reduced
+SHORT = 3.0  # seconds of a dense step after the batch is reduced; --all keeps the batch
 TITLES = {
     "dense": "the dense reference",
     "dense-compiled": "the same compiled",
@@ -66,7 +67,7 @@ TITLES = {
 
 
 def dense_seconds(shape: Shape, dtype: torch.dtype, device: str) -> float:
-    """Of a dense step, for an image."""
+    """Measures the seconds of a dense step per image."""
     step = build(shape, dtype, 1, device).step("dense")
     times = []
     for _ in range(3):
@@ -81,14 +82,14 @@ def dense_seconds(shape: Shape, dtype: torch.dtype, device: str) -> float:
 
 
 def check(case: Case, anyway: bool = False) -> tuple[list[str], dict[str, float]]:
-    """What the columns disagree on: their losses and every gradient against the dense reference in float32.
+    """Compares each column's loss and gradients with those of the dense reference in float32.
 
-    float32: relative error at most 1e-4 (rounding; a wrong sign of one of 10^5 differences shows more). Lower
-    precision: at most twice the error of the dense column itself, and 1e-3. What a gradient of few numbers is off by in
-    one evaluation is luck: where that would not do, the dense column's error is its largest of several, with features
-    and parameters moved by a rounding each time.
+    In float32 the relative error may be at most 1e-4 (rounding; one wrong sign among 10^5 differences exceeds it). In
+    lower precision it may be at most twice the error of the dense column, plus 1e-3. The error of a small gradient
+    varies by chance from one evaluation to the next. If a column exceeds the bound, the dense column's error is
+    therefore its largest over several evaluations, with features and parameters perturbed by rounding errors.
 
-    anyway: a column that raises is dropped from the case; else it ends the run.
+    anyway: a column that raises is dropped from the case. Otherwise the error is raised.
 
     Returns the disagreements, each "COLUMN: what", and each column's peak memory in the step that was checked.
     """
@@ -97,11 +98,11 @@ def check(case: Case, anyway: bool = False) -> tuple[list[str], dict[str, float]
     def gradients(case: Case, name: str) -> tuple[dict[str, Tensor], float]:
         losses, step = [], case.step(name)
         if name.endswith("-compiled"):
-            step()  # so that compiling is not measured
+            step()  # compiles, so that the peak excludes compilation
         peak = peak_mib(lambda: losses.append(step().detach()), parameters, case.device)
         found = {"loss": losses[0], "features": case.features.grad}
         found |= {key: p.grad for key, p in case.model.named_parameters()}
-        return {key: grad.double() for key, grad in found.items()}, peak  # the copies are of this step alone
+        return {key: grad.double() for key, grad in found.items()}, peak  # copies, since later steps reuse gradients
 
     exact = build(case.shape, torch.float32, case.batch, case.device) if case.dtype != torch.float32 else case
     exact.model.load_state_dict(case.model.state_dict())
@@ -142,7 +143,7 @@ def check(case: Case, anyway: bool = False) -> tuple[list[str], dict[str, float]
 
 @contextlib.contextmanager
 def moved(tensors: list[Tensor], dtype: torch.dtype) -> Iterator[None]:
-    """Within the block each number of the tensors is moved by less than the dtype's eps of itself, at random."""
+    """Within the block, each number of the tensors is changed at random by less than the dtype's eps, relatively."""
     before = [t.detach().clone() for t in tensors]
     for t in tensors:
         t.detach().mul_(1 + torch.finfo(dtype).eps * (2 * torch.rand_like(t) - 1))
@@ -160,7 +161,7 @@ def measure(
     progress: Callable[[str], None] = lambda detail: None,
     keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
-    """A row for each column; `keep` gets what is known of them after each round."""
+    """Times all columns, and returns one row for each. `keep` is called with the rows so far after each round."""
     steps: dict[str, Callable[[], Any]] = {name: case.step(name) for name in case.columns}
     steps["gemm-floor"] = gemm_floor(case.shape, case.batch, case.dtype, case.device)
 
@@ -186,7 +187,7 @@ def measure(
 
 
 def split(case: Case, name: str, repeats: int) -> dict[str, float]:
-    """Medians of forward and backward apart."""
+    """Measures the medians of forward and backward separately."""
     forward, backward = [], []
     with backends.use(FUSED[name]) if name in FUSED else contextlib.nullcontext():
         for _ in range(repeats):
@@ -205,7 +206,7 @@ def split(case: Case, name: str, repeats: int) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows of one case, with ratios to the dense reference, the plain visible branch and the floor."""
+    """Formats the rows of one case, with ratios to the dense reference, the plain visible branch and the floor."""
     by_name = {row["name"]: row for row in rows}
     titles = ["ms", "p10", "p90", "fwd", "bwd", "MiB", "dense /", "visible /", "/ floor"]
     head = " " * 18 + "".join(f"{title:>{11 if title == 'visible /' else 9}}" for title in titles)
@@ -222,7 +223,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def conclusion(rows: list[dict[str, Any]]) -> str:
-    """What the rows of one case say, in a sentence."""
+    """Summarises the rows of one case in a sentence."""
     ms = {row["name"]: row["median_ms"] for row in rows}
     fused = [name for name in ms if name in FUSED]
     case, floor = f"{rows[0]['encoder']} in {rows[0]['dtype']}, batch {rows[0]['batch']}", ms["gemm-floor"]
@@ -238,7 +239,7 @@ def conclusion(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """One panel per case: a bar per column, the floor as a line."""
+    """Draws one panel per case, with one bar per column and a line at the floor."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -286,7 +287,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plot", type=plot_file, help="default: guidance.png here, where matplotlib is installed")
     args = parser.parse_args(argv)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    keep_freed_memory()  # as training on a CPU does; all columns have it
+    keep_freed_memory()  # as in training on a CPU; applies to all columns
     asked = args.batch or (128 if device == "cuda" else 16)
     seconds = args.seconds or (60 if args.all else 10)
     encoders = (args.encoder or ("swin_base,vit_base" if args.all else "swin_base")).split(",")
@@ -307,7 +308,7 @@ def main(argv: list[str] | None = None) -> int:
         case = build(shape, kind, batch, device)
         note = ""
         if args.columns:
-            wanted = {"dense", "visible", *args.columns.split(",")}  # the two that ratios are taken to
+            wanted = {"dense", "visible", *args.columns.split(",")}  # ratios need dense and visible
             case.columns = {name: column for name, column in case.columns.items() if name in wanted}
         elif slow or not args.all:
             case.columns = {name: column for name, column in case.columns.items() if not name.endswith("-compiled")}
@@ -329,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
         ) -> None:
             for row in new:
                 row["wrong"] = [line for line in wrong if line.startswith(f"{row['name']}: ")]
-            if args.json:  # at once: what is known stays known if a limit ends the run
+            if args.json:  # after each round, so that results survive if a time limit ends the run
                 write_json(args.json, {"machine": facts, "rows": [*before, *new]})
 
         keep(new := measure(case, seconds, peaks, functools.partial(progress, f"{title}: timing"), keep))

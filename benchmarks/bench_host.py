@@ -1,16 +1,17 @@
-"""What a step costs the host: forward and backward at an encoder's full depth, on tensors too small to matter.
+"""Times the host's part of a step: forward and backward at an encoder's full depth, on tiny tensors.
 
     python benchmarks/bench_host.py
 
 eager        timm's blocks and the dense branch (sgmim_fast.reference), PyTorch in eager mode
 sgmim        sgmim_fast.SGMIM around timm's blocks, the branch through the Triton kernels
-accelerated  sgmim_fast.SGMIM with its blocks through them, too
-compiled     the same through torch.compile (--compile: minutes), whose launches are Triton's and C++ loops of its own
+accelerated  sgmim_fast.SGMIM with its blocks through the Triton kernels, too
+compiled     the same through torch.compile (--compile: minutes), which generates C++ loops beside our Triton launches
 
-Runs anywhere, in bfloat16 autocast. Launches go through Triton up to the driver's call, which is missing (5 us or so),
-as are those within ATen; the library's gemms run on the CPU instead. Milliseconds of the process, on one thread;
-launches: Triton's, and the ATen operators that would launch one. Below a table, by samples, what the milliseconds of an
-accelerated step are. --ops lists the accelerated ops.
+Runs without a GPU, in bfloat16 autocast. A launch goes through Triton up to the driver's call. That call (about 5 us)
+is not included, nor are the launches within ATen; the library's gemms run on the CPU instead. Times are milliseconds of
+CPU time of the process, on one thread. The launches counted are Triton's, and the ATen operators that would launch a
+kernel. The line below a table splits an accelerated step's time by class, from samples. --ops lists the accelerated
+ops.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from sgmim_fast.kernels import launch
 from sgmim_fast.ops import gemm, target
 
 SWIN = {"img_size": 96, "window_size": 3, "embed_dim": 16, "num_heads": (1, 2, 4, 8), "depths": (2, 2, 18, 2)}
-ENCODERS: dict[str, tuple[str, dict[str, Any], int]] = {  # depths of the published ones
+ENCODERS: dict[str, tuple[str, dict[str, Any], int]] = {  # with the published depths
     "swin_base": ("swin_base_patch4_window7_224", SWIN, 32),
     "swinv2_base": ("swinv2_base_window12_192", SWIN, 32),
     "vit_base": ("beit_base_patch16_224", {**BEIT, "img_size": 96, "embed_dim": 16, "num_heads": 1}, 16),
@@ -50,7 +51,7 @@ ENCODERS: dict[str, tuple[str, dict[str, Any], int]] = {  # depths of the publis
 
 
 class Launches(TorchDispatchMode):
-    """Counts what would be launched in its block, by the name of the Triton kernel or the ATen operator."""
+    """Counts the launches in its block, by the name of the Triton kernel or the ATen operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ class Launches(TorchDispatchMode):
 
 @contextlib.contextmanager
 def on_triton(listener: Callable[..., None]) -> Iterator[None]:
-    """Within the block the ops run their Triton implementations on the CPU's tensors, and compute nothing."""
+    """Within the block, ops run their Triton implementations on CPU tensors up to the launch, and compute nothing."""
     usable = {name: (name in ("triton", "torch"), "") for name in backends.NAMES}
     with (
         target.caught(listener, target.Target("sm_90", 132)),
@@ -121,7 +122,7 @@ def measure(encoder: str, rounds: int, compiled: bool = False) -> list[dict[str,
     places = {n: contextlib.nullcontext if n == "eager" else (lambda: on_triton(launch.run)) for n in steps}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 2):
-        for name, step in steps.items():  # in turns, so that a slow spell hits all alike
+        for name, step in steps.items():  # in turn, so that a slow phase of the machine affects all steps alike
             with places[name]():
                 start = time.process_time()
                 step()
@@ -131,7 +132,7 @@ def measure(encoder: str, rounds: int, compiled: bool = False) -> list[dict[str,
     rows = []
     for name, step in steps.items():
         row = {"encoder": encoder, "name": name, "median_ms": 1e3 * statistics.median(times[name])}
-        if name != "compiled":  # which a mode that counts would compile anew
+        if name != "compiled":  # the dispatch mode that counts would trigger a recompilation
             counted = Launches()
             with contextlib.nullcontext() if name == "eager" else on_triton(counted.launch), counted:
                 step()
@@ -156,7 +157,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def ops(encoder: str) -> str:
-    """Time within the ops of an accelerated step by op and part, launchers included, the least of five steps."""
+    """Formats the time within each op and part of an accelerated step, including launchers, minimum of five steps."""
     step, best = columns(encoder)["accelerated"], dict[tuple[str, str], tuple[float, int]]()
     for _ in range(5):
         found: dict[tuple[str, str], list[float]] = defaultdict(list)

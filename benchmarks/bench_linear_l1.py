@@ -1,4 +1,4 @@
-"""`linear_l1`, head and L1 on the wanted cells, against doing it densely: pytest benchmarks/bench_linear_l1.py"""
+"""`linear_l1`, head and L1 loss of selected cells, against all cells: pytest benchmarks/bench_linear_l1.py"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from sgmim_fast import reference, selective_mask
 from sgmim_fast.ops import cases, gather_patches
 
-CHANNELS = {"image": 3, "structure": 1}  # the two heads
+CHANNELS = {"image": 3, "structure": 1}  # head -> channels of its target
 
 
 @pytest.mark.parametrize("encoder", SHAPES)

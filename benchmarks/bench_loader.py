@@ -1,10 +1,10 @@
-"""Pairs a second of one loading process, ours against the fastest plain torchvision pipeline, and where the time goes.
+"""Pairs per second of one loading process, ours against the fastest plain torchvision pipeline, and times of its steps.
 
     python benchmarks/bench_loader.py --json benchmarks/results/loader-MACHINE.json
 
-JPEG photographs of ImageNet's usual size are generated (shapes, texture and grain), and larger ones; maps as 16-bit
-PNG, compressed ("png") and as `sgmim-fast structure` writes them ("stored"), and as .npy. Everything runs in one
-process on one thread, as a worker of a DataLoader does; the pipelines take turns file by file.
+The script generates JPEG photographs (shapes, texture and grain) of ImageNet's usual size and larger ones, and maps as
+16-bit PNG, compressed ("png") and as `sgmim-fast structure` writes them ("stored"), and as .npy. Everything runs in one
+process on one thread, like a worker of a DataLoader. The pipelines are timed in turn, file by file.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from sgmim_fast import data
 from sgmim_fast.data.map_file import encode_png
 from sgmim_fast.data.seeds import seeded
 
-SIZES = {"ImageNet": (375, 500), "camera": (1536, 2048)}  # height, width; every other image stands upright
+SIZES = {"ImageNet": (375, 500), "camera": (1536, 2048)}  # height, width; every other image is in portrait format
 MAPS = {"png": "png", "stored": "png", "npy": "npy"}  # kind -> suffix
 OUTPUT = 192
-COUNT = 24  # files of each kind
+COUNT = 24  # number of files of each kind
 
 
 def photograph(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """A procedural scene, enlarged, with a photograph's grain, (H, W, 3) uint8; and its depth, (H, W) uint16."""
+    """Returns an enlarged procedural scene with a photograph's grain, (H, W, 3) uint8, and its depth, (H, W) uint16."""
     scene = data.scene.draw_scene(rng)
     scene.noise = 0.0
     colour, depth, _ = data.scene.render(scene, 512, rng)
@@ -52,7 +52,7 @@ def photograph(rng: np.random.Generator, height: int, width: int) -> tuple[np.nd
 
 
 def write_files(folder: Path, kind: str) -> dict[str, float]:
-    """Images and three kinds of maps under `folder`; returns their mean size in KiB."""
+    """Writes images and three kinds of maps under `folder`. Returns their mean sizes in KiB."""
     sizes: dict[str, list[int]] = {}
     for number in range(COUNT):
         rng = np.random.default_rng((0, number))
@@ -71,7 +71,7 @@ def write_files(folder: Path, kind: str) -> dict[str, float]:
 
 
 class Torchvision:
-    """Plain torchvision at its best: its own decoders, uint8 resizing, v2 transforms on the pair."""
+    """The fastest plain torchvision pipeline: its own decoders, uint8 resizing, v2 transforms on the pair."""
 
     def __init__(self) -> None:
         self.transform = v2.Compose(
@@ -96,7 +96,7 @@ class Torchvision:
 
 
 class Ours:
-    """What `FolderPairs` does for an item."""
+    """The steps of `FolderPairs` for an item."""
 
     def __init__(self) -> None:
         self.transform = data.PairTransform(OUTPUT)
@@ -108,7 +108,7 @@ class Ours:
 
 
 def rates(steps: dict[str, Callable[[int], Any]], seconds: float) -> dict[str, dict[str, float]]:
-    """Items a second: median of rounds over all files, and the quartiles; the steps take turns file by file."""
+    """Measures items per second: the quartiles of rounds over all files. The steps are timed in turn, file by file."""
     for step in steps.values():
         step(0)
     rounds: dict[str, list[float]] = {name: [] for name in steps}
@@ -129,7 +129,7 @@ def rates(steps: dict[str, Callable[[int], Any]], seconds: float) -> dict[str, d
 
 
 def parts(folder: Path) -> dict[str, Callable[[int], Any]]:
-    """The steps of an item, each alone."""
+    """Returns the steps of an item, to be timed separately."""
     transform = data.PairTransform(OUTPUT)
     decoded = [data.ImageFile(folder / "images" / f"{number}.jpg").decode() for number in range(COUNT)]
     with seeded(0):
@@ -151,7 +151,7 @@ def parts(folder: Path) -> dict[str, Callable[[int], Any]]:
 
 
 def compare(folder: Path, maps: str, seconds: float) -> dict[str, dict[str, float]]:
-    """Rates of both pipelines on the images and one kind of maps, or "none"."""
+    """Measures the rates of both pipelines on the images with one kind of maps, or with "none"."""
     paths = [
         (
             folder / "images" / f"{number}.jpg",

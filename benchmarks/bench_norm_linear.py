@@ -1,4 +1,4 @@
-"""`norm_linear` against LayerNorm, linear and addition, as a block has them: pytest benchmarks/bench_norm_linear.py"""
+"""`norm_linear` against LayerNorm, linear and addition in plain PyTorch: pytest benchmarks/bench_norm_linear.py"""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def plain(a):
 @pytest.mark.parametrize("heads", [4, 16])
 @pytest.mark.parametrize("name", ["plain", *BACKENDS])
 def test_position_bias(benchmark, name, heads, dtype):
-    """Of a window of 12 x 12 tokens, in SwinV2-B's first and third stages."""
+    """Forward and backward, for windows of 12 x 12 tokens, with the heads of SwinV2-B's first and third stages."""
     torch.manual_seed(0)
     a = cases.position_bias((12, 12), heads, 512)
     compare(benchmark, "position_bias", name, f"{heads} heads", dtype, a, plain=plain)

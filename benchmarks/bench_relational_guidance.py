@@ -20,7 +20,7 @@ from sgmim_fast.ops import cases
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["dense", "visible", *BACKENDS])
 def test_relational_guidance(benchmark, name, dtype, encoder):
-    """Forward and backward, to features, structure tokens and parameters."""
+    """Forward and backward, with gradients of features, structure tokens and parameters."""
     torch.manual_seed(0)
     shape = SHAPES[encoder]
     side = shape.image // shape.stride
@@ -31,7 +31,7 @@ def test_relational_guidance(benchmark, name, dtype, encoder):
     sizes = [shape.visible] * BATCH, None, shape.cells, shape.width, shape.heads
     a = cases.relational_guidance(*sizes, rows=(cells.visible, cells.shown))
     a = a._replace(parameters=module.parameters_for_op())
-    # the last row is the hidden cells'
+    # position of each cell's token in a.structure, whose last row is the token of all hidden cells
     place = torch.full((BATCH * shape.cells,), len(shown)).index_copy_(0, shown, torch.arange(len(shown)))
 
     def dense(a):

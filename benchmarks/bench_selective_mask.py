@@ -15,7 +15,7 @@ BATCH = 128
 
 
 def randperm(grid: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Plain PyTorch: the mask and the rows of both sides."""
+    """Plain PyTorch: returns the mask and the visible and masked rows."""
     mask = torch.zeros(BATCH, grid * grid, dtype=torch.bool)
     for image in mask:
         image[torch.randperm(grid * grid)[:count]] = True

@@ -13,12 +13,12 @@ MAPS = {
     "depth": lambda *shape: torch.distributions.Gamma(2.0, 1.0).sample(shape),
     "one octave": lambda *shape: (
         1 + torch.rand(shape)
-    ),  # most values share the upper bits that the selection reads first
+    ),  # most values agree in the upper bits, which the radix selection reads first
 }
 
 
 def sorting(a):
-    """Plain PyTorch."""
+    """Plain PyTorch: sorts the values of each map."""
     count = a.structure[0].numel()
     kept = a.structure.flatten(1).sort(1).values[:, int(0.1 * count) : int(0.9 * count)]
     variance, mean = (t.view(-1, 1, 1, 1) for t in torch.var_mean(kept, 1))

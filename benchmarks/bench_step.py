@@ -1,29 +1,31 @@
-"""What a user feels: the whole training step, from the batch on the device to the gradients of all parameters.
+"""Times the whole training step, from the batch on the device to the gradients of all parameters.
 
     python benchmarks/bench_step.py
 
 dense                 sgmim_fast.reference around plain timm: every token of the branch, plain PyTorch
 dense-compiled        the same through torch.compile
-dense-max-autotune    and through torch.compile(mode="max-autotune"), which measures its kernels and captures them
+dense-max-autotune    dense through torch.compile(mode="max-autotune"), which tunes its kernels and captures them
 sgmim                 sgmim_fast.SGMIM around plain timm
 accelerated           sgmim_fast.SGMIM(..., accelerate=True)
 accelerated-compiled  the same through torch.compile
-accelerated-captured  the same through sgmim_fast.capture: a CUDA graph, where the host's time does not count
-simmim-accelerated    the same without guidance: what the structure branch adds to it is its share
-simmim-captured       and that as a CUDA graph
+accelerated-captured  accelerated through sgmim_fast.capture: a CUDA graph, which excludes the host's time
+simmim-accelerated    accelerated without guidance; the difference is the structure branch's share
+simmim-captured       the same as a CUDA graph
 gemm-floor            only the gemms of all linear layers, each through the best library call
-and of vit_plain, timm's ViT-B with learned positions, encoders of visible patches alone with a decoder of depth 2:
-visible-only          sgmim_fast.SGMIM(..., decoder=...), at the published ratio of 0.6
-visible-only-75       the same at 0.75
-visible-only-captured visible-only as a CUDA graph
-mae-plain             MAE with guidance as a careful PyTorch user would write it (mae.py), at 0.6
 
-All columns but the simmim ones compute the same loss, those of visible patches alone another one: they are first
-checked against each other. A column that disagrees is flagged, and the exit code is 1. They take turns in one process,
-so their ratios hold even where the machine is noisy. host: until a step's call returns, which on a GPU is before its
-work is done. MiB: peak memory without parameters and their gradients. On a CPU a line says what the accelerated column
-takes more than the floor, by class of kernel, from a profiled step. --update adds clipping and AdamW to every column
-but the floor.
+vit_plain, timm's ViT-B with learned positions, also has encoders of visible patches alone, with a decoder of depth 2:
+
+visible-only          sgmim_fast.SGMIM(..., decoder=...), at the published ratio of 0.6
+visible-only-75       the same at a ratio of 0.75
+visible-only-captured visible-only as a CUDA graph
+mae-plain             MAE with guidance as a careful PyTorch user would write it (tools/mae.py), at 0.6
+
+Columns that compute the same loss are first checked against each other: those of the first list but the simmim ones,
+and visible-only against mae-plain. A column that disagrees is flagged, and the exit code is 1. The columns are timed in
+turn in one process, so that their ratios hold even on a noisy machine. host is the time until a step's call returns,
+which on a GPU is before its work is done. MiB is the peak memory without parameters and their gradients. On a CPU, a
+profiled step shows by class of kernel how far the accelerated column is above the floor. --update adds gradient
+clipping and AdamW to every column but the floor.
 """
 
 from __future__ import annotations
@@ -69,9 +71,9 @@ class Case:
     dtype: torch.dtype
     batch: int
     device: str
-    models: dict[str, nn.Module]  # of each column, compiled ones share their plain column's
-    columns: dict[str, Callable[[], Tensor]]  # name -> function returning the loss
-    optimizers: dict[str, torch.optim.Optimizer]  # of each model that is updated, by the column's name
+    models: dict[str, nn.Module]  # column -> model; a compiled column shares the model of its eager column
+    columns: dict[str, Callable[[], Tensor]]  # column -> function returning the loss
+    optimizers: dict[str, torch.optim.Optimizer]  # column -> optimizer of its model, with --update
 
     def step(self, name: str) -> Callable[[], Tensor]:
         if name.endswith("-captured"):
@@ -94,7 +96,7 @@ def build(shape: Shape, dtype: torch.dtype, batch: int, device: str, update: boo
     torch.manual_seed(0)
     name, arguments = ENCODERS[shape.name]
     plain = SGMIM(sgmim_fast.create_encoder(name, **arguments), shape.stride, accelerate=False)
-    with torch.no_grad():  # SwinV2 starts with norms of weight 0, behind which no gradient could be compared
+    with torch.no_grad():  # SwinV2's norms start with weight 0, which would make the gradients before them 0
         for parameter in plain.encoder.parameters():
             if parameter.ndim == 1:
                 parameter += 0.1 * torch.randn_like(parameter)
@@ -147,7 +149,7 @@ def add_visible_only(
     models: dict[str, nn.Module],
     columns: dict[str, Callable[[], Tensor]],
 ) -> None:
-    """The columns of visible patches alone, with the encoder of `symmetric`."""
+    """Adds the columns of visible patches alone, with the weights of the encoder of `symmetric`."""
     name, arguments = ENCODERS[shape.name]
     encoder = sgmim_fast.create_encoder(name, visible_only=True, **arguments)
     encoder.model.load_state_dict(symmetric.encoder.model.state_dict())
@@ -171,7 +173,7 @@ def add_visible_only(
 
 
 def captured(model: nn.Module, losses: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """`sgmim_fast.capture` of forward and backward, behind the calls that run eagerly."""
+    """Captures forward and backward with `sgmim_fast.capture`, after the first calls, which run eagerly."""
     step = sgmim_fast.capture(model, loss=lambda _: losses())
 
     def run() -> Tensor:
@@ -186,15 +188,16 @@ def captured(model: nn.Module, losses: Callable[[], Tensor]) -> Callable[[], Ten
 
 
 def away_from_zero(x: Tensor) -> Tensor:
-    """Farther than a fresh head predicts, so that no sign of the L1 losses hangs on a rounding error."""
+    """Moves targets beyond the predictions of a fresh head, so that no sign of an L1 loss depends on rounding."""
     return x + torch.where(x < 0, -4, 4)
 
 
 def check(case: Case) -> tuple[dict[str, list[str]], dict[str, float]]:
-    """What the columns disagree on: their losses and every gradient against the dense reference in float32.
+    """Compares each column's loss and gradients with those of the dense reference in float32. mae-plain and
+    visible-only are compared with mae-plain in float32 instead; columns of other losses are not compared.
 
-    float32: relative error at most 1e-4. Lower precision: at most twice the error of the dense column itself, and 1e-3.
-    A column that raises is dropped from the case.
+    In float32 the relative error may be at most 1e-4. In lower precision it may be at most twice the error of the dense
+    (or mae-plain) column, plus 1e-3. A column that raises is dropped from the case.
 
     Returns each column's disagreements, and its peak memory in the step that was checked.
     """
@@ -241,7 +244,7 @@ def gradients(case: Case, name: str) -> tuple[dict[str, Tensor], float]:
     parameters = list(case.models[name].parameters())
     step = case.step(name)
     if name.endswith(("-compiled", "-autotune")):
-        step()  # so that compiling is not measured
+        step()  # compiles, so that the peak excludes compilation
     peak = peak_mib(lambda: losses.append(step().detach()), parameters, case.device)
     found = {"loss": losses[0]} | {key: p.grad for key, p in case.models[name].named_parameters()}
     if optimizer is not None:
@@ -252,7 +255,7 @@ def gradients(case: Case, name: str) -> tuple[dict[str, Tensor], float]:
 def measure(
     case: Case, seconds: float, peaks: dict[str, float], keep: Callable[[list[dict[str, Any]]], None]
 ) -> list[dict[str, Any]]:
-    """A row for each column; `keep` gets what is known of them after each round."""
+    """Times all columns, and returns one row for each. `keep` is called with the rows so far after each round."""
     steps: dict[str, Callable[[], Any]] = {name: case.step(name) for name in case.columns}
     layers = branch_gemms(case.shape, case.batch) + encoder_gemms(case.shape, case.batch)
     steps["gemm-floor"] = gemms_floor(layers, case.dtype, case.device)
@@ -310,7 +313,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def kernels(step: Callable[[], Any]) -> list[dict[str, Any]]:
-    """What one step runs on the GPU: name, launches and milliseconds of each kernel, the longest first."""
+    """Returns name, launches and milliseconds of each kernel that one step runs on the GPU, the longest first."""
     step()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -332,7 +335,7 @@ def kernel_table(found: list[dict[str, Any]], most: int = 45) -> str:
 
 
 def plot(cases: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
-    """Where the time goes before and after: one pair of bars per case."""
+    """Draws one pair of bars per case, dense and accelerated, split by class of kernel."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -367,7 +370,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, help="profile dense and accelerated, and draw where their time goes (CPU)")
     args = parser.parse_args(argv)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    sgmim_fast.keep_freed_memory()  # as training on a CPU does; all columns have it
+    sgmim_fast.keep_freed_memory()  # as in training on a CPU; applies to all columns
     batch = args.batch or (128 if device == "cuda" else 16)
     everywhere = [n for n in NAMES if device == "cuda" or not n.startswith(("dense-", "accelerated-c"))]
     wanted = args.columns.split(",") if args.columns else everywhere
@@ -397,7 +400,7 @@ def main(argv: list[str] | None = None) -> int:
                 before: Sequence[dict[str, Any]] = tuple(rows),
             ) -> list[dict[str, Any]]:
                 flagged = [row | {"wrong": wrong.get(row["name"], [])} for row in new]
-                if args.json:  # at once: what is known stays known if a limit ends the run
+                if args.json:  # after each round, so that results survive if a time limit ends the run
                     write_json(args.json, {"machine": facts, "rows": [*before, *flagged]})
                 return flagged
 

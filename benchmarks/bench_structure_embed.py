@@ -20,13 +20,13 @@ from sgmim_fast.ops import cases
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["dense", "visible", *BACKENDS])
 def test_structure_embed(benchmark, name, dtype, encoder):
-    """Forward and backward, to the parameters."""
+    """Forward and backward, with gradients of the parameters."""
     torch.manual_seed(0)
     shape = SHAPES[encoder]
     side = shape.image // shape.stride
     drawn = selective_mask(BATCH, shape.grid, shape.ratio)
     shown = drawn.on((side, side)).shown
-    hidden = (~resize(drawn.mask, side, side)).flatten().nonzero()[0]  # any one; all are the same
+    hidden = (~resize(drawn.mask, side, side)).flatten().nonzero()[0]  # one suffices, since all have the same token
     stem = resize(drawn.mask, shape.image // shape.patch, shape.image // shape.patch)
     module = StructureEncoder(1, shape.width, shape.stride)
     patch, mergings = embedding_patch(shape.stride)

@@ -1,4 +1,4 @@
-"""`token_salience` against plain PyTorch with the attention in memory: pytest benchmarks/bench_token_salience.py"""
+"""`token_salience` against plain PyTorch, which stores the attention: pytest benchmarks/bench_token_salience.py"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sgmim_fast.ops import cases
 
 
 def written(a):
-    """Plain PyTorch, (B, N, N) at once."""
+    """Plain PyTorch: stores the attention, (B, N, N)."""
     s = (a.x @ a.x.mT).softmax(-1).sum(-2)
     low, high = s.aminmax(dim=1, keepdim=True)
     return (s - low) / (high - low)

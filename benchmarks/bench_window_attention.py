@@ -12,12 +12,12 @@ from tools.shapes import SHAPES
 from sgmim_fast.ops import cases
 from sgmim_fast.ops.window_attention import MAX_LOGIT_SCALE
 
-WINDOWS = {"swin_base": 6, "swinv2_base": 12}  # tokens along a window; a ViT has one window
+WINDOWS = {"swin_base": 6, "swinv2_base": 12}  # tokens along each side of a window; a ViT's tokens are one window
 CASES = [("swin_base", False), ("swin_base", True), ("swinv2_base", False), ("vit_base", False)]  # encoder, shifted
 
 
 def shift_mask(side: int, window: int, shift: int) -> torch.Tensor:
-    """As timm makes it once: (windows, n, n), -100 between tokens that only the cyclic shift has made neighbours."""
+    """Returns timm's mask, (windows, n, n): -100 between tokens that are in one window only by the cyclic shift."""
     group = (torch.arange(side) >= side - window).long() + (torch.arange(side) >= side - shift)
     groups = window_partition((3 * group[:, None] + group)[None, :, :, None], (window, window)).flatten(1)
     return torch.where(groups[:, None] == groups[:, :, None], 0.0, -100.0)
@@ -27,7 +27,7 @@ def shift_mask(side: int, window: int, shift: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["plain", *BACKENDS])
 def test_window_attention(benchmark, name, dtype, encoder, shifted):
-    """Forward and backward, in the encoder's deepest stage; a Swin's bias from its table, a ViT without."""
+    """Forward and backward, in the encoder's deepest stage. A Swin's bias comes from its table; a ViT has no bias."""
     torch.manual_seed(0)
     shape = SHAPES[encoder]
     side, width = shape.deepest

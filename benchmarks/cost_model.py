@@ -1,22 +1,23 @@
-"""What a training step should take on a GPU, by a model of each launch: to be compared with a real run.
+"""Predicts the time of a training step on a GPU from a cost model of each launch, for comparison with a real run.
 
     python benchmarks/cost_model.py [--gpu h200] [--step]
     python benchmarks/cost_model.py --measured benchmarks/results/gpu-nvidia-h200-kernels.json
 
---step: the encoder too, forward and backward, as timm has it and accelerated; with the branch that makes a training
-step without the optimizer, as `bench_step.py` times it; of vit_plain also the step on visible patches alone. --host:
-what the host needs for it, measured on this machine as `bench_host.py` does. --measured: the model beside what the
-kernels took on a GPU.
+--step adds the encoder, forward and backward, as in timm and accelerated. With the branch it makes a training step
+without the optimizer, as `bench_step.py` times it. For vit_plain it also adds the step on visible patches alone. --host
+adds the host's time, measured on this machine as in `bench_host.py`. --measured compares the model with measured times
+of kernels on a GPU.
 
-Runs anywhere (`launches.py` finds the launches). One launch takes `Gpu.launch` seconds and the longest of
+Runs without a GPU (`tools/launches.py` finds the launches). A launch takes `Gpu.launch` seconds plus the longest of
 
-- its bytes through the memory, those of tensors that one of the launches before has left in L2 through that;
-- its gemms, in tiles that fill the multiprocessors in whole waves, by the best of the library's tiles and splits of K;
-- for window attention the chain of small gemms of each tile, so many tiles at a time as registers and shared memory of
-  the compiled kernel let a multiprocessor hold.
+- the transfer of its bytes: from L2 for tensors that an earlier launch has left there, otherwise from memory;
+- its gemms, in tiles that occupy the multiprocessors in whole waves, with the best of the library's tiles and splits of
+  K;
+- for window attention, the chain of small gemms of each tile, with as many tiles at a time as registers and shared
+  memory of the compiled kernel allow per multiprocessor.
 
-Data sheets give the rates, and measurements the shares of them that are reached; a line of the output that is over its
-roofline says by how much (bytes and operations at the data sheet's rates, and no launch takes time).
+Rates come from data sheets, and the fractions of them that are reached from measurements. "/ roofline" is the ratio to
+the time of the bytes and operations at the data sheet's rates, without launch times.
 """
 
 from __future__ import annotations
@@ -45,22 +46,22 @@ from sgmim_fast.ops.target import Target
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU by its data sheet, dense rates without sparsity, and the shares of them that are reached."""
+    """A GPU: rates of its data sheet, without sparsity, and the fractions of them that are reached."""
 
     name: str
     architecture: int  # compute capability, times ten
     multiprocessors: int
     bandwidth: float  # bytes / s of its memory
     l2: float  # bytes
-    l2_bandwidth: float  # bytes / s; in no data sheet: what microbenchmarks of the architecture report
+    l2_bandwidth: float  # bytes / s; not in data sheets, so from published microbenchmarks of the architecture
     half: float  # operations / s of its tensor cores in bfloat16 and float16
     single: float  # operations / s in float32 without tf32
-    # Fitted to 48 gemms and 20 elementwise kernels on an H200, results/gpu-nvidia-h200-kernels.json, and taken for all:
-    memory_share: float = 0.75
-    gemm_share: float = 0.76  # of a gemm's main loop
-    launch: float = 2e-6  # seconds, with the gap to the next
+    # Fitted to 48 gemms and 20 elementwise kernels on an H200, results/gpu-nvidia-h200-kernels.json; used for all GPUs:
+    memory_share: float = 0.75  # fraction of `bandwidth`
+    gemm_share: float = 0.76  # fraction of `half` or `single` in a gemm's main loop
+    launch: float = 2e-6  # seconds of a launch, including the gap to the next one
     tile: float = 1.5e-6  # seconds of a tile's prologue and epilogue
-    chained: float = 1.5e-6  # seconds of one small gemm of an attention's tile, which waits for the one before
+    chained: float = 1.5e-6  # seconds of one small gemm in a tile of attention, which depends on the one before
 
     @property
     def target(self) -> Target:
@@ -78,17 +79,17 @@ GPUS = {
     )
 }
 
-# A library's tiles, and the share of the rate that the smaller ones reach; how often it splits K.
+# The library's tiles, with the fraction of the rate that each reaches, and its splits of K.
 TILES = {(128, 256): 1.0, (256, 128): 1.0, (128, 128): 0.9, (64, 256): 0.8, (256, 64): 0.8, (128, 192): 0.95}
 TILES |= {(64, 128): 0.7, (128, 64): 0.7}
 SPLITS = (1, 2, 4, 8, 16, 32, 64)
 
-# Share of the memory's rate, of what other elementwise kernels reach, measured as above.
+# Memory bandwidth of some kernels relative to that of the other elementwise kernels, measured as above.
 SLOWER = {"layer_norm._layer_norm_backward_kernel": 0.75, "sums._column_sums_kernel": 0.85}
 
 
 def gemm_seconds(m: int, n: int, k: int, half: bool, gpu: Gpu) -> float:
-    """Of the operations of an (m, k) by (k, n) gemm."""
+    """Predicts the seconds of the operations of an (m, k) by (k, n) gemm."""
     rate = gpu.gemm_share * (gpu.half if half else gpu.single) / gpu.multiprocessors
     best = inf
     for (rows, columns), share in TILES.items():
@@ -104,12 +105,12 @@ def gemm_seconds(m: int, n: int, k: int, half: bool, gpu: Gpu) -> float:
 
 @cache
 def blocks_per_multiprocessor(launch: ahead.Launch, architecture: int) -> int:
-    """How many programs of a Triton launch a multiprocessor holds, by what the kernel compiles to."""
+    """Returns how many programs of a Triton launch fit a multiprocessor, from the resources of the compiled kernel."""
     return max(1, ahead.compile_for(launch, architecture)["blocks"])
 
 
 class Cost:
-    """Seconds of one launch after the other; remembers which tensors the last of them have left in L2."""
+    """Predicts the seconds of successive launches, and tracks which tensors they leave in L2."""
 
     def __init__(self, gpu: Gpu):
         self.gpu = gpu
@@ -141,13 +142,13 @@ class Cost:
 
 
 def roofline(launch: Launch, gpu: Gpu) -> float:
-    """Seconds that no implementation of this launch can go below."""
+    """Returns the seconds below which no implementation of this launch can go."""
     half = launch.dtype in (torch.bfloat16, torch.float16)
     return max(launch.bytes / gpu.bandwidth, launch.operations / (gpu.half if half else gpu.single))
 
 
 def total(found: list[Launch], gpu: Gpu) -> dict[str, Any]:
-    """Sums over launches, and the same by kernel."""
+    """Returns the sums over all launches, and over the launches of each kernel."""
     cost, kernels = Cost(gpu), defaultdict[str, dict[str, float]](lambda: defaultdict(float))
     for launch in found:
         row = {"launches": 1, "MB": launch.bytes / 1e6, "GFLOP": launch.operations / 1e9}
@@ -159,7 +160,7 @@ def total(found: list[Launch], gpu: Gpu) -> dict[str, Any]:
 
 
 def table(sums: dict[str, Any]) -> str:
-    """Launches of one kernel together, the longest first."""
+    """Formats the sums of each kernel, the longest first."""
     keys = [key for key in sums if key != "kernels"]
     rows = sorted(sums["kernels"].items(), key=lambda row: -row[1]["us"])
     head = f"{'':52}" + "".join(f"{title:>12}" for title in (*keys, "/ roofline"))
@@ -173,7 +174,8 @@ def table(sums: dict[str, Any]) -> str:
 
 
 def step(shape: Shape, dtype: torch.dtype, batch: int, gpu: Gpu, branch: dict[str, list[Launch]]) -> dict[str, Any]:
-    """Prints and returns what a step takes: eager (timm's encoder, dense branch) and accelerated (fused branch)."""
+    """Prints and returns the predicted times of a step: eager (timm's encoder, dense branch) and accelerated (fused
+    branch)."""
     found = {}
     for name, column in (("eager", "dense"), ("accelerated", "fused")):
         those = launches.encoder(shape, dtype, batch, name == "accelerated", gpu.target)
@@ -193,8 +195,8 @@ def step(shape: Shape, dtype: torch.dtype, batch: int, gpu: Gpu, branch: dict[st
 
 
 def compare(path: Path, gpu: Gpu) -> float:
-    """Prints the library's gemms of a file of measured kernels beside what the model says; returns the usual factor
-    between both."""
+    """Prints measured and predicted times of the library's gemms in a file of measured kernels. Returns the median of
+    the factors between them."""
     measured = {row["kernel"]: row["us"] for row in json.loads(path.read_text())["rows"]}
     factors = []
     for width, rows in ((128, 128 * 48**2), (256, 128 * 24**2), (512, 128 * 12**2), (1024, 128 * 6**2)):
@@ -253,8 +255,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def host(encoder: str) -> list[dict[str, Any]]:
-    """Prints and returns the host's part of a step at the encoder's depth, as `bench_host.py` measures it."""
-    import bench_host  # it builds models
+    """Prints and returns the host's time for a step at the encoder's depth, as `bench_host.py` measures it."""
+    import bench_host  # imported here, since it is needed with --host only
 
     torch.set_num_threads(1)
     rows = bench_host.measure(encoder, rounds=5)

@@ -1,6 +1,6 @@
-"""Registers, spills and shared memory of every CUDA kernel, as ptxas reported them when setup.py compiled it.
+"""Lists registers, spills and shared memory of every CUDA kernel, from the ptxas log of the build.
 
-`make cuda-report`, or `python benchmarks/cuda_report.py [ptxas.log]` after a build. Exit status 1 if a kernel spills.
+Run `make cuda-report`, or `python benchmarks/cuda_report.py [ptxas.log]` after a build. Exit code 1 if a kernel spills.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Kernel(NamedTuple):
-    """One kernel on one architecture; sizes in bytes, shared memory without what a launch adds."""
+    """One kernel on one architecture. Sizes are in bytes; shared memory excludes dynamic shared memory."""
 
     name: str
     arch: str
@@ -27,7 +27,7 @@ class Kernel(NamedTuple):
 
 
 def parse(log: str) -> list[Kernel]:
-    """The kernels of a log of `ptxas -v`."""
+    """Parses the kernels of a log of `ptxas -v`. Raises ValueError if one is not understood."""
     pattern = re.compile(
         r"Compiling entry function '(\w+)' for '(sm_\w+)'\n.*\n"
         r"\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
@@ -45,7 +45,7 @@ def parse(log: str) -> list[Kernel]:
 
 
 def readable(names: list[str]) -> dict[str, str]:
-    """Mangled name -> kernel<template arguments>."""
+    """Demangles names. Returns mangled name -> kernel<template arguments>."""
     lines = names
     if tool := shutil.which("c++filt"):
         lines = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True).stdout.splitlines()
@@ -54,7 +54,7 @@ def readable(names: list[str]) -> dict[str, str]:
 
 
 def table(kernels: list[Kernel]) -> str:
-    """One line per kernel and architecture."""
+    """Formats one line per kernel and architecture."""
     names = readable(sorted({kernel.name for kernel in kernels}))
     lines = [f"{'kernel':<64}{'arch':>8}{'registers':>11}{'spilled':>9}{'stack':>7}{'shared':>8}"]
     for k in sorted(kernels, key=lambda k: (names[k.name], int(re.sub(r"\D", "", k.arch)))):

@@ -1,4 +1,4 @@
-"""`python benchmarks/evidence.py`: whether guidance helps. `evidence/run.py` has its options."""
+"""`python benchmarks/evidence.py`: measures whether guidance helps. `evidence/run.py` documents the options."""
 
 from evidence.run import main
 

@@ -1,19 +1,22 @@
-"""Everything that only a GPU can tell, in ten minutes at most: build, sanitizer, speed, tests, launches, gates.
+"""Runs everything that needs a GPU, in ten minutes at most: build, sanitizer, speed, tests, launches, gates.
 
     python benchmarks/gpu_suite.py [--out benchmarks/results]
 
-Steps run one after the other, each with a limit of its own; one that fails is named and the next one runs. First,
-beside each other, run the CUDA kernels under compute-sanitizer, which says whether what follows of them is to be
-trusted, and everything that compiles, so that what is timed afterwards finds its kernels in the compilers' caches. The
-published shapes are timed next, then come the tests and all else. Whatever a step finds out is on disk as soon as it is
-known, each file replaced as a whole: gpu-NAME-step-ENCODER.json and gpu-NAME-step-compiled.json (`bench_step.py`: host
-time, and the captured step beside eager and `torch.compile`), gpu-NAME.json and .png (`bench_guidance.py`, batch 128),
-gpu-NAME-ops.json (`op_table.py`) and gpu-NAME-windows.json (window attention alone, SwinV2's too), gpu-NAME-tuned.json
-(what `sgmim_fast.tune` has found), gpu-NAME-suite.json (steps, launches, gates; after every step), gpu-NAME-model.json
-(what `cost_model.py` predicts), gpu-NAME-failures.txt (of the tests, with tracebacks) and gpu-NAME-*.log. A result that
-is out of tolerance has its speed all the same, and a flag.
-Nothing is downloaded: torch, triton, numpy, timm, pytest and hypothesis must be there. Exit code 0 where every step
-passed, whatever the gates say.
+Steps run one after the other, each with its own time limit. If a step fails, this is printed and the next one runs.
+First, in parallel, the CUDA kernels run under compute-sanitizer, which shows whether their later results can be
+trusted, and everything that compiles is run once, so that later timings find their kernels in the compilers' caches.
+Next the published shapes are timed, and then come the tests and all other steps. Each result is written to disk as soon
+as it is known, and files are replaced atomically:
+
+gpu-NAME-step-ENCODER.json, gpu-NAME-step-compiled.json  `bench_step.py`: host time; captured, eager and compiled steps
+gpu-NAME.json, gpu-NAME.png                              `bench_guidance.py`, batch 128
+gpu-NAME-ops.json, gpu-NAME-windows.json                 `op_table.py`; window attention alone, also of SwinV2
+gpu-NAME-tuned.json, gpu-NAME-model.json                 results of `sgmim_fast.tune`; predictions of `cost_model.py`
+gpu-NAME-suite.json                                      steps, launches and gates; written after every step
+gpu-NAME-failures.txt, gpu-NAME-*.log                    failed tests with tracebacks; output of each step
+
+A result that is out of tolerance still has its speed, and is flagged. Nothing is downloaded: torch, triton, numpy,
+timm, pytest and hypothesis must be installed. The exit code is 0 if every step passed, whether or not the gates hold.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ import torch
 from tools.written import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 590.0  # for everything
+SECONDS = 590.0  # time limit of the whole suite
 GATES = {  # bfloat16, on an H200 or H100
     "dense / fused >= 3.5": lambda ms, mib, launches: ms["dense"] / ms["fused"] >= 3.5,
     "dense-compiled / fused >= 2.5": lambda ms, mib, launches: ms["dense-compiled"] / ms["fused"] >= 2.5,
@@ -58,13 +61,14 @@ STEP_GATES = {  # of the whole step
 def verdicts(
     rows: list[dict[str, Any]], launches: dict[tuple[str, str], int], gates: dict[str, Callable[..., bool]] = GATES
 ) -> list[dict[str, Any]]:
-    """Each gate for each encoder in bfloat16: holds, does not hold (False), or could not be judged (None).
+    """Evaluates each gate for each encoder in bfloat16: it holds (True), does not hold (False), or cannot be evaluated
+    (None).
 
     Args:
-        rows: of `bench_guidance.py --json`; of several fused columns the fastest counts. With STEP_GATES of
-            `bench_step.py --json`.
-        launches: (encoder, dtype) -> launches of a forward and backward.
-        gates: name -> whether it holds, from milliseconds and MiB by column, and launches.
+        rows: rows of `bench_guidance.py --json`, or for STEP_GATES of `bench_step.py --json`. The fastest of several
+            fused columns counts.
+        launches: (encoder, dtype) -> number of launches of forward and backward.
+        gates: name -> function of milliseconds by column, MiB by column, and launches.
     """
     found = []
     for encoder in dict.fromkeys(row["encoder"] for row in rows if row["dtype"] == "bfloat16"):
@@ -73,21 +77,22 @@ def verdicts(
         if fused:
             mine["fused"] = min(fused, key=lambda row: row["median_ms"])
         ms = {name: row["median_ms"] for name, row in mine.items()}
-        for name in ("accelerated", "fused-triton"):  # as a CUDA graph, where that was measured
+        for name in ("accelerated", "fused-triton"):  # the captured column replaces the eager one if it was measured
             if f"{name}-captured" in ms:
                 ms["fused" if name == "fused-triton" else name] = ms[f"{name}-captured"]
         mib = {name: row["peak_mib"] for name, row in mine.items()}
         for gate, holds in gates.items():
             try:
                 verdict = bool(holds(ms, mib, launches.get((encoder, "bfloat16"))))
-            except (KeyError, TypeError, ZeroDivisionError):  # a column that could not run, or has no memory of its own
+            except (KeyError, TypeError, ZeroDivisionError):  # a column did not run, or has no peak memory
                 verdict = None
             found.append({"encoder": encoder, "gate": gate, "holds": verdict})
     return found
 
 
 def sorting(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The gate of `standardize_structure`, 10 times as fast as sorting, for each encoder; rows of op_table.py."""
+    """Evaluates for each encoder the gate that `standardize_structure` is 10 times as fast as sorting, from the rows of
+    `op_table.py`."""
     mine = [row for row in rows if (row["op"], row["dtype"]) == ("standardize_structure", "float32")]
     ms = {(row["encoder"], row["backend"]): row["median_ms"] for row in mine}
     gate = "standardize_structure: sort / ours >= 10"
@@ -103,7 +108,8 @@ def sorting(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def count_launches(encoder: str, dtype: str, batch: int) -> int:
-    """Kernels, fills and copies that the device runs in a forward and backward, from the encoder's features on."""
+    """Counts the kernels, fills and copies that the device runs in forward and backward, from the encoder's features
+    on."""
     from tools.branch import build
     from tools.shapes import SHAPES
     from torch.profiler import ProfilerActivity, profile, record_function
@@ -128,7 +134,7 @@ def count_launches(encoder: str, dtype: str, batch: int) -> int:
 
 
 def tune(encoder: str, batch: int, path: Path) -> None:
-    """Prints and writes what is the fastest for each op of an encoder's step."""
+    """Tunes the ops of an encoder's step, and prints and writes the fastest implementations."""
     from tools.measure import machine
     from tools.shapes import ENCODERS, SHAPES
 
@@ -144,7 +150,7 @@ def tune(encoder: str, batch: int, path: Path) -> None:
 
 
 class Suite:
-    """Runs the steps and keeps what they said."""
+    """Runs the steps, and records their results."""
 
     def __init__(self, out: Path, name: str, seconds: float):
         self.out, self.name, self.seconds, self.end = out, name, seconds, time.monotonic() + seconds
@@ -155,14 +161,15 @@ class Suite:
         return self.out / f"gpu-{self.name}{suffix}"
 
     def run(self, step: str, command: list[Any], limit: float, **variables: str) -> str:
-        """Output of a command, "" where it failed; it ends with the suite's time at the latest.
+        """Runs a command, and returns its output, or "" if it failed. The command is killed at its limit, or when the
+        suite's time ends.
 
-        limit: in seconds, where the suite has `SECONDS`; where it has more or less, so has each command.
+        limit: in seconds for a suite of `SECONDS`; scaled in proportion if the suite has another limit.
         """
         return self.together({step: command}, limit, **variables)[step]
 
     def together(self, commands: dict[str, list[Any]], limit: float, **variables: str) -> dict[str, str]:
-        """The same for several commands beside each other, within one limit."""
+        """Runs several commands in parallel within one limit, as `run` does."""
         start = time.monotonic()
         limit = min(limit * self.seconds / SECONDS, self.end - start)
         if limit < 5:
@@ -178,7 +185,7 @@ class Suite:
             )  # fmt: skip
         try:
             return self._finished(running, start, limit)
-        finally:  # a signal, too, ends what was started
+        finally:  # also ends the processes if a signal ends the suite
             for process in running.values():
                 _kill(process)
 
@@ -205,7 +212,7 @@ class Suite:
         self.write({})
 
     def write(self, more: dict[str, Any]) -> None:
-        """What is known, with `more` beside the steps and what was given before."""
+        """Writes the results so far, with `more` added to them."""
         self.more |= more
         write_json(self.path("-suite.json"), {"steps": self.steps, **self.more})
 
@@ -214,7 +221,7 @@ class Suite:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """Ends it, and what it has started."""
+    """Kills a process and its children."""
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -246,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     here, python = Path(__file__).parent, sys.executable
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
-    # every process finds what another one has compiled; and what a user has tuned is no part of what is measured
+    # All processes share the compilers' caches, and the user's tuning tables are ignored.
     caches = Path(tempfile.gettempdir()) / "sgmim_fast-gpu-suite"
     for variable, folder in (("TRITON_CACHE_DIR", "triton"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
         os.environ.setdefault(variable, str(caches / folder))

@@ -1,10 +1,10 @@
-"""Every op by every backend that runs on a device, beside plain PyTorch: times, and whether all agree.
+"""Times every op on every backend that runs on a device against plain PyTorch, and checks that the results agree.
 
     python benchmarks/op_table.py [--device cuda] [--dtype bfloat16] [--batch 128] [--json FILE]
 
-Window attention has FlexAttention, compiled, as one more (flex). Before it is timed, each backend's results are held
-against plain PyTorch's, bit for bit where an op only moves or counts, and against its own in a second run, bit for bit
-in every op. What is wrong is timed and flagged; exit code 1.
+For window attention, compiled FlexAttention is one more backend (flex). Before it is timed, each backend's results are
+compared with plain PyTorch's, bitwise for ops that only move or count, and bitwise with those of a second run for every
+op. A wrong backend is timed and flagged, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from sgmim_fast import backends, selective_mask
 from sgmim_fast.guidance import embedding_patch
 from sgmim_fast.ops import cases
 
-EXACT = ("selective_mask", "gather_patches")  # the same bits from every backend
-ATOL = 1e-6  # of the standardised maps, whose plain version sums in another order
+EXACT = ("selective_mask", "gather_patches")  # ops whose results are bitwise equal on all backends
+ATOL = 1e-6  # tolerance of standardised maps and salience, which plain PyTorch sums in another order
 
 
 def arguments(shape: Shape, batch: int, device: torch.device) -> dict[str, Any]:
-    """Op -> its arguments in an encoder's step: in its first stage, or in a ViT, whose tokens are one window."""
+    """Returns op -> its arguments in a step of an encoder: in a Swin's first stage, or in a ViT, whose tokens are one
+    window."""
     torch.manual_seed(0)
     side, width, across, c = shape.image // shape.stride, shape.width, shape.image // shape.patch, shape.stem
     grid, make, patch, mergings = (side, side), cases.Make(device=device), *embedding_patch(shape.stride)
@@ -81,7 +82,7 @@ def arguments(shape: Shape, batch: int, device: torch.device) -> dict[str, Any]:
 
 
 def disagreement(op: str, run: Callable[..., list[Tensor]], backend: str, dtype: torch.dtype) -> str:
-    """What is wrong with a backend's results, "" if nothing is."""
+    """Returns a message about what is wrong with a backend's results, or "" if they are right."""
     first, second, plain = run(backend), run(backend), run("torch")
     if not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
         return "two runs differ"
@@ -106,11 +107,11 @@ def table(
     wanted: Sequence[str],
     keep: Callable[[dict[str, Any]], None],
 ) -> None:
-    """A row for each op that is wanted and backend, given to `keep` as soon as it is known."""
+    """Measures each op of `wanted` on each backend, and calls `keep` with each row as soon as it is known."""
     found = arguments(shape, batch, torch.device(device))
     for op in wanted:
         call, ours = forward_backward(op, found[op]), functools.partial(cases.call, op)
-        # FlexAttention has no cosines, and on a CPU no backward
+        # FlexAttention supports no cosine attention, and no backward on a CPU.
         fits = op == "window_attention" and found[op].logit_scale is None and device != "cpu"
         rivals = {"flex": flex.window_attention} if fits else {}
 
@@ -127,8 +128,8 @@ def table(
         for name in names:
             try:
                 wrong[name] = disagreement(op, run, name, dtype) if name != "torch" else ""
-            except Exception as error:  # one backend that raises leaves the others' rows
-                if "was forced but cannot run" in str(error):  # what is not for this backend has no row
+            except Exception as error:  # the other backends are still measured
+                if "was forced but cannot run" in str(error):  # the backend does not support these arguments: no row
                     print(error)
                     del wrong[name]
                     continue
@@ -164,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def keep(row: dict[str, Any]) -> None:
         rows.append(row)
-        if args.json:  # at once: what is known stays known if a limit ends the run
+        if args.json:  # after each row, so that results survive if a time limit ends the run
             write_json(args.json, {"machine": facts, "rows": rows})
 
     for encoder in args.encoder.split(","):

@@ -1,5 +1,5 @@
-"""Whether guidance helps: small encoders from scratch, with SimMIM and with SG-MIM. EVIDENCE.md has what came out.
+"""Measures whether guidance helps: small encoders from scratch, with SimMIM and with SG-MIM. EVIDENCE.md has results.
 
-`scenes`: data · `pretrain`, `probe`, `real`: what is trained on them and measured · `report`: tables and the picture ·
-`run`: the command, `python benchmarks/evidence.py`.
+`scenes`: data · `pretrain`: short pre-training · `probe`: frozen and fine-tuned features · `real`: a photograph ·
+`report`: tables and the figure · `run`: the command, `python benchmarks/evidence.py`.
 """

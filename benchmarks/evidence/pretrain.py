@@ -1,4 +1,4 @@
-"""Short pre-training of small encoders for `evidence.py`: every method on the same images, masks, flips and steps."""
+"""Short pre-training of small encoders for `evidence.py`. All methods have the same images, masks, flips and steps."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from sgmim_fast import Losses
 from sgmim_fast.pretrain.build import create_optimizer
 from sgmim_fast.pretrain.config import Optim
 
-PATCH = 8  # pixels along a patch, an output token and a mask unit
+PATCH = 8  # pixels along each side of a patch, an output token and a mask unit
 RATIO = 0.6
 
 
 class Settings(NamedTuple):
-    """The same for all methods."""
+    """Settings that all methods share."""
 
     size: int = 48
     width: int = 96
@@ -33,28 +33,28 @@ class Settings(NamedTuple):
 
 
 class Method(NamedTuple):
-    """What is told apart."""
+    """Settings in which methods differ."""
 
-    steps: bool = True  # False: random weights
+    steps: bool = True  # False: no pre-training, random weights
     guidance: bool = True
     structure: str = "exact"
     shown: str | float = "masked"
     positions: bool = False
     masking: str = "random"
     ratio: float = RATIO
-    weight: float = 1.0  # of the structure loss
-    depth_head: bool = False  # structure is predicted from the features themselves, by one linear layer
-    decoder: bool = False  # the encoder sees visible patches alone
+    weight: float = 1.0  # weight of the structure loss
+    depth_head: bool = False  # predict structure from the features by one linear layer, without guidance
+    decoder: bool = False  # encode visible patches alone
     target: str = "pixels"
     loss: str = "l1"
-    equal_time: bool = False  # as many steps as take the time of SG-MIM's
+    equal_time: bool = False  # take as many steps as fit into SG-MIM's time
 
 
 MAIN = {"scratch": Method(steps=False), "SimMIM": Method(guidance=False), "SG-MIM": Method()}
 CONTROLS = {
     "other scene": Method(structure="other"),
     "degraded": Method(structure="degraded"),
-    "nothing shown": Method(shown=1.0),  # the share that is hidden
+    "nothing shown": Method(shown=1.0),  # 1.0 is the share that is hidden
     "positions": Method(positions=True),
     "salience": Method(masking="salience"),
     "shown: visible": Method(shown="visible"),
@@ -83,7 +83,7 @@ EVERY = METHODS | VISIBLE_ONLY | REASONS
 
 
 def create_encoder(settings: Settings, seed: int, visible_only: bool = False) -> sgmim_fast.encoders.MaskedEncoder:
-    """A small ViT: Xavier initialisation, positions that start as sines and cosines, no class token."""
+    """Creates a small ViT with Xavier initialisation, positions that start as sines and cosines, and no class token."""
     torch.manual_seed(seed)
     encoder = sgmim_fast.create_encoder(
         "vit_tiny_patch16_224",
@@ -96,7 +96,7 @@ def create_encoder(settings: Settings, seed: int, visible_only: bool = False) ->
         class_token=False,
         global_pool="avg",
         fc_norm=False,
-        weight_init="jax",  # timm's name for Xavier
+        weight_init="jax",  # timm's name for Xavier initialisation
     )
     grid = settings.size // PATCH
     with torch.no_grad():
@@ -105,9 +105,9 @@ def create_encoder(settings: Settings, seed: int, visible_only: bool = False) ->
 
 
 class Step(NamedTuple):
-    """What happens in a step: from the seed and the step's number alone, so the same for every method."""
+    """Random numbers of a step. They depend on the seed and the step's number alone, so all methods share them."""
 
-    indices: Tensor  # (B,), of the images
+    indices: Tensor  # (B,), indices of the images
     flipped: bool
     mask: sgmim_fast.SelectiveMask
 
@@ -115,7 +115,7 @@ class Step(NamedTuple):
 def draw_step(
     images: int, settings: Settings, seed: int, step: int, shown: str | float = "masked", ratio: float = RATIO
 ) -> Step:
-    """`shown` and `ratio` change where structure is shown and the share that is masked, and nothing else."""
+    """Draws a step. `shown` and `ratio` only affect where structure is shown and the share that is masked."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     indices = torch.randint(0, images, (settings.batch,), generator=generator)
     flipped = bool(torch.rand(1, generator=generator) < 0.5)
@@ -124,13 +124,13 @@ def draw_step(
 
 
 def learning_rate(settings: Settings, step: int, steps: int) -> float:
-    """Linear over the first twelfth, then half a cosine, to 0."""
+    """Returns the learning rate of a step: a linear warm-up over a twelfth of the steps, then half a cosine to 0."""
     warm_up = (step + 1) / max(1, steps / 12)
     return settings.lr * min(warm_up, (1 + math.cos(math.pi * step / steps)) / 2)
 
 
 class DepthHead(nn.Module):
-    """The symmetric model with depth as a further target of its features, and no guidance."""
+    """The symmetric model without guidance, with depth as a further target of its features."""
 
     def __init__(self, model: sgmim_fast.SGMIM):
         super().__init__()
@@ -147,7 +147,8 @@ class DepthHead(nn.Module):
 
 
 def create_model(method: Method, settings: Settings, seed: int) -> nn.Module:
-    """Called as an `SGMIM` with return_losses=True; its encoder starts from the same weights whatever the method."""
+    """Creates a model that is called as `SGMIM` with return_losses=True. For a seed, all methods start from the same
+    encoder weights."""
     encoder = create_encoder(settings, seed, method.decoder)
     heads = max(1, settings.width // 48)
     decoder = sgmim_fast.Decoder(encoder, 2, 32 * heads, heads) if method.decoder else None
@@ -157,10 +158,10 @@ def create_model(method: Method, settings: Settings, seed: int) -> nn.Module:
 
 
 class Training:
-    """Of a model, step by step."""
+    """Trains a model step by step."""
 
     def __init__(self, method: Method, settings: Settings, images: Tensor, depth: Tensor, seed: int, steps: int):
-        """images: (N, 3, S, S), normalised. depth: (N, 1, S, S), of which the maps are made; NaN where not known."""
+        """images: (N, 3, S, S), normalised. depth: (N, 1, S, S), NaN = missing, from which structure maps are made."""
         self.method, self.settings, self.seed, self.steps, self.images = method, settings, seed, steps, images
         self.model = create_model(method, settings, seed)
         wanted = method.guidance or method.depth_head
@@ -182,7 +183,7 @@ class Training:
             for tensor in (self.images, self.structure, self.known)
         )
         mask = step.mask
-        if method.masking == "salience":  # at the same mean ratio
+        if method.masking == "salience":  # with the same mean ratio as random masks
             numbers = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
             grid = settings.size // PATCH
             mask = self.model.draw_mask(x, grid, masking="salience", ratio=method.ratio, generator=numbers)
@@ -196,7 +197,8 @@ class Training:
 def pretrain(
     method: Method, settings: Settings, images: Tensor, depth: Tensor, seed: int, steps: int | None = None
 ) -> nn.Module:
-    """The encoder after pre-training, in evaluation mode. `images`, `depth`: of `Training`; steps: None, those set."""
+    """Pre-trains and returns the encoder, in evaluation mode. For `images` and `depth` see `Training`. steps: None, the
+    number of steps in the settings."""
     if not method.steps:
         return create_encoder(settings, seed).eval()
     steps = settings.steps if steps is None else steps
@@ -207,7 +209,7 @@ def pretrain(
 
 
 def step_seconds(method: Method, settings: Settings, images: Tensor, depth: Tensor, rounds: int = 12) -> float:
-    """CPU seconds of a step, the least of some."""
+    """Measures the CPU seconds of a step, the minimum over some rounds."""
     training, found = Training(method, settings, images, depth, 0, rounds), []
     for number in range(rounds):
         start = time.thread_time()

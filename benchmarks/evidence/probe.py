@@ -1,4 +1,4 @@
-"""How well a small encoder's features predict depth and classes, for `evidence.py`: frozen, or fine-tuned."""
+"""Measures how well a small encoder, frozen or fine-tuned, predicts depth and classes, for `evidence.py`."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from torch.nn import functional as F
 from evidence.pretrain import PATCH, Settings, learning_rate
 from evidence.scenes import CLASSES, FARTHEST, NEAREST, Split
 
-LAMBDAS = [10.0**power for power in range(-5, 2)]  # relative to the number of rows
+LAMBDAS = [10.0**power for power in range(-5, 2)]  # ridge penalties, relative to the number of rows
 
 
 @torch.no_grad()
 def features(encoder: nn.Module, images: Tensor) -> Tensor:
-    """(N, 3, S, S) -> tokens (N, T, C), nothing masked."""
+    """Encodes images (N, 3, S, S) without masks. Returns tokens (N, T, C)."""
     encoder.eval()
     return torch.cat([encoder(part) for part in images.split(256)])
 
 
 def to_patches(maps: Tensor) -> Tensor:
-    """(N, S, S) -> (N, T, PATCH²), the pixels of each token."""
+    """Splits maps (N, S, S) into the pixels of each token, (N, T, PATCH²)."""
     return F.pixel_unshuffle(maps[:, None], PATCH).flatten(2).transpose(1, 2)
 
 
 def one_hot(labels: Tensor) -> Tensor:
-    """(N, S, S) -> (N, T, PATCH² · CLASSES)."""
+    """Encodes labels (N, S, S) one-hot, (N, T, PATCH² · CLASSES)."""
     return F.one_hot(to_patches(labels).long(), CLASSES).flatten(2).float()
 
 
 def to_labels(scores: Tensor) -> Tensor:
-    """(N, T, PATCH² · CLASSES) -> (N, T, PATCH²), the class with the highest score."""
+    """Returns the class with the highest score, (N, T, PATCH²), from scores (N, T, PATCH² · CLASSES)."""
     return scores.unflatten(2, (-1, CLASSES)).argmax(-1)
 
 
 def depth_metrics(predicted: Tensor, truth: Tensor) -> dict[str, float]:
-    """RMSE and absolute relative error of every image, (N, ...), averaged over images; predictions clipped.
+    """Computes RMSE and absolute relative error of each image, (N, ...), averaged over images.
 
-    Truth is NaN where it is not known.
+    Predictions are clamped to the range of depth. The truth is NaN at missing values.
     """
     known = truth.isfinite().flatten(1)
     error = (predicted.clamp(NEAREST, FARTHEST) - truth).flatten(1)
@@ -51,7 +51,7 @@ def depth_metrics(predicted: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def mean_iou(predicted: Tensor, truth: Tensor) -> float:
-    """Over all pixels of all images; a class that neither has does not count."""
+    """Computes the mean IoU over all pixels of all images. Classes that occur in neither argument are left out."""
     pairs = torch.bincount((truth.long() * CLASSES + predicted.long()).flatten(), minlength=CLASSES**2)
     pairs = pairs.view(CLASSES, CLASSES).double()
     union = pairs.sum(0) + pairs.sum(1) - pairs.diag()
@@ -62,10 +62,11 @@ Predictor = Callable[[Tensor], Tensor]
 
 
 def ridge(tokens: Tensor, targets: Tensor, lambdas: Sequence[float]) -> list[Predictor]:
-    """Linear maps from tokens (N, T, C) to targets (N, T, O), one per penalty, the same at every position.
+    """Fits linear maps from tokens (N, T, C) to targets (N, T, O), one per penalty, with the same weights at every
+    position.
 
-    A bias at each position, which is not penalised, gives every encoder the knowledge of what is usually where.
-    Features are scaled to one standard deviation first.
+    Each position has its own bias without penalty, so that every encoder knows the mean target at each position.
+    Features are first scaled to a standard deviation of 1.
     """
     scale = tokens.flatten(0, 1).std(0) + 1e-6
     mean, bias = (tokens / scale).mean(0), targets.mean(0)  # (T, C), (T, O)
@@ -81,12 +82,13 @@ def ridge(tokens: Tensor, targets: Tensor, lambdas: Sequence[float]) -> list[Pre
 
 
 def choose(predictors: Sequence[Predictor], tokens: Tensor, score: Callable[[Tensor], float]) -> Predictor:
-    """The one whose predictions on validation tokens have the lowest score."""
+    """Returns the predictor whose predictions on validation tokens have the lowest score."""
     return min(predictors, key=lambda predictor: score(predictor(tokens)))
 
 
 def probe(encoder: nn.Module, sets: dict[str, Split], sizes: Sequence[int]) -> dict[int, dict[str, float]]:
-    """Frozen: number of labelled scenes -> metrics on the test scenes; penalties are chosen on validation scenes."""
+    """Probes frozen features. Returns number of labelled scenes -> metrics on the test scenes. Penalties are chosen on
+    the validation scenes."""
     tokens = {name: features(encoder, sets[name].images) for name in ("labelled", "validation", "test")}
     depth = {name: to_patches(sets[name].depth[:, 0]) for name in tokens}
     labels = {name: to_patches(sets[name].labels) for name in tokens}
@@ -111,7 +113,8 @@ def probe(encoder: nn.Module, sets: dict[str, Split], sizes: Sequence[int]) -> d
 def finetune(
     encoder: nn.Module, sets: dict[str, Split], size: int, seed: int, settings: Settings, steps: int, batch: int = 32
 ) -> dict[str, float]:
-    """Encoder and a linear head trained together, for depth and classes at once, on `size` scenes; metrics on test."""
+    """Trains the encoder and a linear head for depth and classes jointly on `size` scenes. Returns metrics on the test
+    scenes."""
     encoder = copy.deepcopy(encoder).train()
     torch.manual_seed(seed)
     few, pixels = sets["labelled"][:size], PATCH**2
@@ -136,7 +139,7 @@ def finetune(
             part = Split(*(tensor.flip(-1) for tensor in part))
         depth, scores = predict(part.images)
         labels = to_patches(part.labels).long()
-        # squares, as RMSE: with absolute errors most scenes are best predicted to be all room
+        # Squared errors, as in RMSE. With absolute errors, most scenes are best predicted to be all room.
         loss = ((depth - to_patches(part.depth[:, 0])) / spread).square().mean()
         loss = loss + F.cross_entropy(scores.flatten(0, 2), labels.flatten())
         loss.backward()

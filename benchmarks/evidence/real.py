@@ -1,7 +1,7 @@
 """The stereo photograph of `evidence.py --real`: crops of its parts, and the probe of its measured disparity.
 
-The motorcycle of the Middlebury 2014 benchmark, which ships inside scikit-image: nothing is downloaded. One photograph
-says nothing about others; what can be seen is whether anything of the scenes' result is there at all.
+It is the motorcycle of the Middlebury 2014 benchmark, which scikit-image contains, so that nothing is downloaded. One
+photograph does not represent others. It can only show whether the scenes' result appears on a photograph at all.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from evidence.probe import LAMBDAS, choose, features, ridge, to_patches
 from evidence.scenes import Split
 from sgmim_fast.data import Normalize
 
-COLUMNS = {"pretrain": (0, 420), "train": (0, 420), "validation": (420, 520), "test": (520, 741)}  # of 741
-CROPS = {"pretrain": 2048, "train": 768, "validation": 256, "test": 512}
-SIDES = (72, 220)  # pixels along a crop, at most what the part is wide
+COLUMNS = {"pretrain": (0, 420), "train": (0, 420), "validation": (420, 520), "test": (520, 741)}  # of 741 columns
+CROPS = {"pretrain": 2048, "train": 768, "validation": 256, "test": 512}  # number of crops
+SIDES = (72, 220)  # range of pixels along each side of a crop, at most the width of the part
 
 
 def crops(size: int) -> dict[str, Split]:
-    """Random square crops of each part of the photograph, resized; the disparity in pixels, NaN where not known."""
+    """Returns resized random square crops of each part of the photograph, with disparity in pixels as depth."""
     left, _, disparity = skimage.data.stereo_motorcycle()
     image = tv_tensors.Image(torch.from_numpy(left).permute(2, 0, 1))
-    maps = tv_tensors.Mask(torch.from_numpy(disparity)[None])  # a mask's values are never mixed
+    maps = tv_tensors.Mask(torch.from_numpy(disparity)[None])  # resizing does not interpolate the values of a Mask
     generator = torch.Generator().manual_seed(0)
     normalize = Normalize()
     found = {}
@@ -47,13 +47,15 @@ def crops(size: int) -> dict[str, Split]:
 
 
 def token_disparity(depth: Tensor) -> Tensor:
-    """(N, 1, S, S) -> (N, T), means over the known pixels of each token; NaN where less than half of them are known."""
+    """Returns the mean over the valid pixels of each token, (N, T), from (N, 1, S, S); NaN for tokens with less than
+    half of their pixels valid."""
     patches = to_patches(depth[:, 0])
     return patches.nanmean(-1).where(patches.isfinite().sum(-1) * 2 >= PATCH**2, torch.nan)
 
 
 def probe_crops(encoder: nn.Module, sets: dict[str, Split]) -> dict[str, float]:
-    """RMSE, in pixels, of the disparity of the held-out part's tokens, predicted linearly from frozen features."""
+    """Predicts the disparity of tokens linearly from frozen features. Returns the RMSE on the test part, in pixels, and
+    that of predicting the mean."""
     found = {}
     for name in ("train", "validation", "test"):
         disparity = token_disparity(sets[name].depth)

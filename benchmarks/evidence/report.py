@@ -1,4 +1,4 @@
-"""Table and plot of what `evidence.py` found."""
+"""Table and plot of the results of `evidence.py`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Row = Mapping[str, Any]  # method, seed, how ("frozen" or "fine-tuned"), labelle
 
 
 def summary(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation (of a sample; 0 for one value)."""
+    """Returns the mean and the sample standard deviation (0 for one value)."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def grouped(rows: Iterable[Row], metric: str) -> dict[tuple[str, str, int], list[float]]:
-    """(how, method, labelled) -> the values of all seeds, in the order of the rows."""
+    """Returns (how, method, labelled) -> values of all seeds, in the order of the rows."""
     found: dict[tuple[str, str, int], list[float]] = {}
     for row in rows:
         if metric in row:
@@ -28,7 +28,8 @@ def grouped(rows: Iterable[Row], metric: str) -> dict[tuple[str, str, int], list
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: a part for frozen and one for fine-tuned encoders, a line per method, mean ± deviation over seeds."""
+    """Formats Markdown tables for frozen and for fine-tuned encoders, with one line per method: mean ± standard
+    deviation over seeds."""
     metrics = [metric for metric in NAMES if any(metric in row for row in rows)]
     sizes = sorted({row["labelled"] for row in rows})
     found = {metric: grouped(rows, metric) for metric in metrics}
@@ -46,7 +47,8 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def differences(rows: Sequence[Row], against: str, metric: str = "rmse") -> str:
-    """Markdown: each method less another at the same seed, mean ± deviation over the seeds that both have."""
+    """Formats a Markdown table of each method minus `against` at the same seed: mean ± standard deviation over the
+    seeds that both have."""
     values = {(row["how"], row["labelled"], row["method"], row["seed"]): row[metric] for row in rows}
     lines = []
     for how, size, method in dict.fromkeys(key[:3] for key in values):
@@ -62,7 +64,8 @@ def differences(rows: Sequence[Row], against: str, metric: str = "rmse") -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """A panel per metric and way: over the number of labelled scenes, mean and deviation of every method."""
+    """Draws one panel per metric for frozen and for fine-tuned encoders: mean and standard deviation of every method
+    over the number of labelled scenes."""
     metrics = [metric for metric in NAMES if any(metric in row for row in rows)]
     ways = list(dict.fromkeys(row["how"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))

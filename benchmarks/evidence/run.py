@@ -2,11 +2,11 @@
 
     python benchmarks/evidence.py --json evidence.json --plot evidence.png
 
-Encoders without pre-training, with SimMIM and with SG-MIM see the same scenes, masks, flips and number of steps. Then
-frozen features are probed, and encoders fine-tuned, for depth and shape class with few labelled scenes. Controls say
-what the guidance owes its effect to. `--real` does the same in miniature on a stereo photograph.
-`--compare visible-only`: encoders of visible patches alone, at equal steps and at equal CPU time; `--compare reasons`:
-what the part of the structure depends on. EVIDENCE.md has results, and what they do not show. Prints Markdown.
+Encoders without pre-training, with SimMIM and with SG-MIM have the same scenes, masks, flips and number of steps. Then
+frozen features are probed, and encoders are fine-tuned, for depth and shape class with few labelled scenes. Controls
+separate possible causes of the guidance's effect. `--real` does the same in miniature on a stereo photograph.
+`--compare visible-only` compares encoders of visible patches alone, at equal steps and at equal CPU time. `--compare
+reasons` varies the structure loss. EVIDENCE.md has results, and what they do not show. The output is Markdown.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LABELLED = (64, 256, 1024)
 
 
 class Plan(NamedTuple):
-    """What is done."""
+    """The encoders to train, and how to measure them."""
 
     settings: Settings = Settings()
     methods: tuple[str, ...] = tuple(METHODS)
@@ -44,10 +44,10 @@ class Plan(NamedTuple):
     labelled: tuple[int, ...] = LABELLED
     seeds: int = 3
     control_seeds: int = 2
-    finetune_steps: int = 80  # 0: none
+    finetune_steps: int = 80  # 0: no fine-tuning
     real: bool = False
     finetuned: tuple[str, ...] = tuple(MAIN)
-    steps: tuple[tuple[str, int], ...] = ()  # of methods that do not take those of the settings
+    steps: tuple[tuple[str, int], ...] = ()  # (method, steps) of methods whose number of steps is not the settings'
 
 
 COMPARISONS = {"published": CONTROLS, "visible-only": VISIBLE_ONLY, "reasons": REASONS}
@@ -63,21 +63,22 @@ QUICK = Plan(
 
 
 class Job(NamedTuple):
-    """An encoder."""
+    """One encoder to train."""
 
     method: str
     seed: int
 
 
 def jobs(plan: Plan) -> list[Job]:
-    """The main comparison first, the longest of it before the others; then a seed of every control after the other."""
+    """Lists the encoders to train: first the main comparison, its longest jobs before the others, then the controls,
+    seed by seed."""
     seeds = {name: range(plan.control_seeds if name in CONTROLS else plan.seeds) for name in plan.methods}
     found = [Job(name, seed) for name in plan.methods for seed in seeds[name]]
     return sorted(found, key=lambda job: (job.seed + 1 if job.method in CONTROLS else 0, not EVERY[job.method].steps))
 
 
 def equal_times(plan: Plan, unlabelled: Split) -> Plan:
-    """The plan with the steps of methods that are to take SG-MIM's time."""
+    """Returns the plan with the number of steps of each method of equal time, which fit into SG-MIM's time."""
     wanted = [name for name in plan.methods if EVERY[name].equal_time]
     data = plan.settings, unlabelled.images, unlabelled.depth
     whole = plan.settings.steps * step_seconds(MAIN["SG-MIM"], *data) if wanted else 0
@@ -85,7 +86,7 @@ def equal_times(plan: Plan, unlabelled: Split) -> Plan:
 
 
 def do(job: Job, plan: Plan, sets: dict[str, Split]) -> list[dict[str, Any]]:
-    """Pre-trains one encoder and measures it: rows of the table."""
+    """Pre-trains and measures one encoder. Returns rows of the table."""
     start = time.process_time()
     unlabelled = sets["pretrain"]
     data = plan.settings, unlabelled.images, unlabelled.depth
@@ -106,7 +107,7 @@ def do(job: Job, plan: Plan, sets: dict[str, Split]) -> list[dict[str, Any]]:
     ]
 
 
-_sets: dict[str, Split] = {}  # of a worker process
+_sets: dict[str, Split] = {}  # data of a worker process, loaded by `_start`
 
 
 def _start(path: str) -> None:
@@ -119,9 +120,9 @@ def _work(job: Job, plan: Plan) -> list[dict[str, Any]]:
 
 
 def run(plan: Plan, workers: int, minutes: float = math.inf) -> list[dict[str, Any]]:
-    """All rows, the same whatever the number of processes.
+    """Runs all jobs and returns their rows, which do not depend on the number of processes.
 
-    After so many minutes nothing new is begun; what is left out is said.
+    After `minutes` no new job is started, and the jobs that are left out are printed.
     """
     start = time.perf_counter()
     sets = crops(plan.settings.size) if plan.real else make_scenes(plan.scenes, plan.settings.size, workers)
@@ -187,7 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
         plan = plan._replace(methods=wanted)
     if args.seeds:
         plan = plan._replace(seeds=args.seeds, control_seeds=args.seeds)
-    torch.set_num_threads(1)  # as its processes
+    torch.set_num_threads(1)  # as in the worker processes
     start = time.perf_counter()
     rows = run(plan, args.workers, args.minutes)
     seconds = time.perf_counter() - start

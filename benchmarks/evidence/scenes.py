@@ -1,4 +1,4 @@
-"""Scenes in memory for `evidence.py`, and what is done to their structure in its controls."""
+"""Scenes in memory for `evidence.py`, and the changed structure maps of its controls."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch.utils.data import DataLoader
 import sgmim_fast
 from sgmim_fast.data import Scenes
 
-NEAREST, FARTHEST = 0.5, 10.0  # to which depths are clipped where they are predicted; the room's walls reach 16
+NEAREST, FARTHEST = 0.5, 10.0  # range to which depth is clamped, as a target and in predictions; walls reach 16
 CLASSES = 4  # room, sphere, box, plane
-SEEDS = {"pretrain": 0, "labelled": 1, "validation": 2, "test": 3}  # of the sets, which share no scene
+SEEDS = {"pretrain": 0, "labelled": 1, "validation": 2, "test": 3}  # seeds of the sets, which share no scene
 
 
 class Split(NamedTuple):
-    """Scenes, or crops of a photograph."""
+    """A set of scenes, or of crops of a photograph."""
 
     images: Tensor  # (N, 3, S, S) float32, normalised
-    depth: Tensor  # (N, 1, S, S) float32, to be predicted by probes; NaN where it is not known
-    labels: Tensor  # (N, S, S) uint8; of no pixels where there are no classes
+    depth: Tensor  # (N, 1, S, S) float32, target of the probes, NaN = missing
+    labels: Tensor  # (N, S, S) uint8; (N, 0, 0) for data without classes
 
-    def __getitem__(self, index: object) -> Split:  # the first n, for instance
+    def __getitem__(self, index: object) -> Split:  # indexes the images, for instance with a slice
         return Split(*(tensor.__getitem__(index) for tensor in tuple(self)))
 
 
 def make_scenes(counts: dict[str, int], size: int, workers: int) -> dict[str, Split]:
-    """The sets of scenes, made in parallel processes.
+    """Creates the sets of scenes in parallel processes.
 
     Args:
         counts: set of `SEEDS` -> number of scenes.
@@ -44,10 +44,10 @@ def make_scenes(counts: dict[str, int], size: int, workers: int) -> dict[str, Sp
 
 
 def degrade(depth: Tensor, generator: torch.Generator) -> Tensor:
-    """What an estimator's maps are like, standardised: warped, shifted, blurred, and wrong over large areas.
+    """Imitates a depth estimator's maps, standardised: distorted, blurred, and wrong over large areas.
 
-    Each map to a power of its own, so that the order of depths stays and their proportions do not; blurred by 5 × 5
-    pixels; standardised; and a smooth error of a third of the standard deviation added.
+    Each map is raised to a random power, which keeps the order of depths but not their proportions, blurred over 5 × 5
+    pixels, and standardised. Then a smooth error of a third of the standard deviation is added.
 
     Args:
         depth: (N, 1, S, S), positive.
@@ -61,7 +61,8 @@ def degrade(depth: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def structure_for(depth: Tensor, kind: str) -> Tensor:
-    """The structure maps of a method, standardised, (N, 1, S, S): "exact", "degraded" or "other", of another scene."""
+    """Returns the standardised structure maps, (N, 1, S, S), of a kind: "exact", "degraded", or "other" (another
+    scene's)."""
     if kind == "degraded":
         return degrade(depth, torch.Generator().manual_seed(0))
     exact = sgmim_fast.standardize_structure(depth, nonfinite="ignore")

@@ -1,4 +1,4 @@
-"""The checks that come before a benchmark's speed."""
+"""Checks of results, which benchmarks make before they report a speed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor
 def assert_agree(
     actual: Sequence[Tensor], dense: Sequence[Tensor], truth: Sequence[Tensor], dtype: torch.dtype
 ) -> None:
-    """Each tensor is as near to the truth, in float32, as the dense arithmetic in `dtype`: twice its error and 1e-4 of
-    the norm at most. Dense results that autocast leaves in float32 are rounded to `dtype` first, as an op's are."""
+    """Asserts that the error of each tensor is at most twice that of the dense result in `dtype` plus 1e-4 of the norm,
+    both against the truth in float32. Dense results that autocast leaves in float32 are first rounded to `dtype`, as an
+    op's results are."""
     for i, (a, d, t) in enumerate(zip(actual, dense, truth, strict=True)):
         error, reference, norm = (a - t).norm(), (d.to(dtype) - t).norm(), t.norm()
         assert error <= 2 * reference + 1e-4 * norm, (
@@ -21,5 +22,5 @@ def assert_agree(
 
 
 def relative_errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    """Of each tensor of the truth: how far what was found is from it, by Euclidean norms."""
+    """Returns for each tensor of the truth the Euclidean norm of the error, relative to the tensor's norm."""
     return {key: ((found[key] - t).norm() / t.norm()).item() for key, t in truth.items()}

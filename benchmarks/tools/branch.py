@@ -1,4 +1,4 @@
-"""The guidance branch, from encoder features to the loss: every way to compute it, on the same tensors."""
+"""Columns that compute the guidance branch, from encoder features to the loss, on the same tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CAPTURED = tuple(f"{name}-captured" for name in ("dense", "visible", "fused-trit
 
 
 class Features(nn.Module):
-    """Stands for the encoder: returns the features it was given, so that the branch alone is measured."""
+    """Replaces the encoder and returns given features, so that only the branch is measured."""
 
     def __init__(self, shape: Shape, features: Tensor):
         super().__init__()
@@ -44,7 +44,7 @@ class Case:
     columns: dict[str, Callable[[], Tensor]]  # name -> function returning the loss
 
     def step(self, name: str) -> Callable[[], Tensor]:
-        """Forward and backward of a column; gradients are dropped first, as an optimizer does."""
+        """Returns a function that runs forward and backward of a column. It first sets gradients to None."""
         plain = name.removesuffix("-captured")
 
         def run() -> Tensor:

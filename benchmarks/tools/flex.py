@@ -1,4 +1,4 @@
-"""Window attention through PyTorch's FlexAttention, as a rival: compiled, with bias and shifted windows' mask in it."""
+"""Window attention through PyTorch's compiled FlexAttention, with bias and the mask of shifted windows, to compare."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def compiled() -> Callable[..., Tensor]:
 
 
 def regions(grid: Sequence[int], window: Sequence[int], shift: Sequence[int], device: torch.device) -> Tensor:
-    """(windows of an image, tokens): tokens of a rolled map attend only where these numbers are the same."""
+    """Returns region ids, (windows of an image, tokens). Tokens of a rolled map attend only within the same region."""
     ids = torch.zeros(*grid, dtype=torch.int32, device=device)
     for axis, (size, side, by) in enumerate(zip(grid, window, shift, strict=True)):
         if by:
@@ -29,14 +29,14 @@ def regions(grid: Sequence[int], window: Sequence[int], shift: Sequence[int], de
 
 
 def partition(x: Tensor, window: Sequence[int]) -> Tensor:
-    """(B, H, W, C) -> (B * windows, tokens, C)."""
+    """Partitions (B, H, W, C) into windows, (B * windows, tokens, C)."""
     b, height, width, c = x.shape
     x = x.view(b, height // window[0], window[0], width // window[1], window[1], c)
     return x.transpose(2, 3).reshape(-1, window[0] * window[1], c)
 
 
 def window_attention(a: Arguments) -> Tensor:
-    """As `sgmim_fast.ops.window_attention` of these arguments, on maps that windows divide."""
+    """Computes `sgmim_fast.ops.window_attention` of these arguments, for maps that divide into whole windows."""
     qkv, heads, window, shift = a.qkv, a.heads, a.window, a.shift
     b, height, width, c = *qkv.shape[:3], qkv.shape[3] // 3
     rolled = qkv.roll((-shift[0], -shift[1]), (1, 2)) if any(shift) else qkv

@@ -1,4 +1,4 @@
-"""The gemm floor: the gemms the visible-only branch cannot avoid, each through the best library call."""
+"""The gemm floor: only the gemms that the visible-only branch needs, each through the best library call."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sgmim_fast.ops import gemm
 
 
 def branch_gemms(shape: Shape, batch: int, channels: int = 1) -> list[tuple[int, int, int, bool]]:
-    """(rows, in, out, whether the input needs a gradient) of every linear layer of the branch and the heads."""
+    """Returns (rows, in, out, whether the input needs a gradient) of every linear layer of the branch, with heads."""
     c, visible, masked = shape.width, batch * shape.visible, batch * shape.masked
     patch, mergings = embedding_patch(shape.stride)
     width, tokens = c >> mergings, masked * 4**mergings
@@ -35,12 +35,12 @@ def branch_gemms(shape: Shape, batch: int, channels: int = 1) -> list[tuple[int,
 
 
 def multiply_accumulates(shape: Shape, batch: int) -> int:
-    """Of the forward."""
+    """Returns the multiply-accumulates of the branch's forward."""
     return sum(rows * inner * outer for rows, inner, outer, _ in branch_gemms(shape, batch))
 
 
 def encoder_gemms(shape: Shape, batch: int) -> list[tuple[int, int, int, bool]]:
-    """As `branch_gemms`, of a base-size encoder: its linear layers. The attention's small gemms are left out."""
+    """Returns the same as `branch_gemms` for the linear layers of the encoder, without the attention's small gemms."""
     layers = [(batch * (shape.image // shape.patch) ** 2, 3 * shape.patch**2, shape.stem, False)]
     for stage, depth in enumerate(shape.depths):
         width, side = shape.stem << stage, shape.image // (shape.patch << stage)
@@ -53,10 +53,11 @@ def encoder_gemms(shape: Shape, batch: int) -> list[tuple[int, int, int, bool]]:
 
 
 def attention_gemms(shape: Shape, batch: int) -> float:
-    """Multiply-accumulates of the attention's own gemms over those of the linear layers, forward and backward.
+    """Returns the multiply-accumulates of the attention's own gemms relative to those of the linear layers, forward and
+    backward.
 
-    Two gemms in the forward and four in the backward, without any recomputation: `encoder_gemms` leaves them out, and
-    no attention can do without them.
+    They are two gemms in the forward and four in the backward, without any recomputation. `encoder_gemms` leaves them
+    out, although every attention needs them.
     """
     attention = 0
     for stage, depth in enumerate(shape.depths):
@@ -68,12 +69,13 @@ def attention_gemms(shape: Shape, batch: int) -> float:
 
 
 def gemm_floor(shape: Shape, batch: int, dtype: torch.dtype, device: str) -> Callable[[], None]:
-    """A callable that runs every gemm of the branch once, operands ready in the best call's dtype."""
+    """Returns a function that runs every gemm of the branch once, on operands that are already in the best call's
+    dtype."""
     return gemms_floor(branch_gemms(shape, batch), dtype, device)
 
 
 def gemms_floor(layers: list[tuple[int, int, int, bool]], dtype: torch.dtype, device: str) -> Callable[[], None]:
-    """As `gemm_floor`, of any layers; equal ones share their operands."""
+    """Returns the same as `gemm_floor` for any layers. Equal layers share their operands."""
     calls = []
     for (rows, inner, outer, needs), count in collections.Counter(layers).items():
         before = len(calls)
@@ -117,7 +119,7 @@ def _plain_weight(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def _best(candidates: list[tuple[Any, ...]], dtype: torch.dtype, device: str) -> Callable[[], Tensor]:
-    """The fastest of the calls, in `dtype` and, on a CPU, in float32 too."""
+    """Returns the fastest of the calls in `dtype` and, on a CPU, also in float32."""
     dtypes = {dtype, torch.float32} if device == "cpu" else {dtype}
     timed = []
     for function, *operands in candidates:

@@ -1,4 +1,4 @@
-"""The host's part of a step: Triton without a device, and what the host does when."""
+"""Measures the host's part of a step: runs Triton without a device, and samples what the host does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-# Where the innermost frame that is named here stands: in a file, or in one of its functions
+# class -> files, or file:function, in which the innermost matching frame of a sample lies
 CLASSES: list[tuple[str, tuple[str, ...]]] = [
     ("gemms, by the library", ("kernels/gemm.py", "tools/launches.py")),
     ("copies of weights", ("ops/weights.py", "fused/accelerate.py")),
@@ -34,7 +34,7 @@ REST = "the rest"
 
 
 class _NoDevice:
-    """As much of a Triton driver as a launch asks for."""
+    """The part of a Triton driver's interface that a launch uses."""
 
     def get_current_device(self) -> int:
         return 0
@@ -47,7 +47,7 @@ class _NoDevice:
 
 
 class Compiled(CompiledKernel):
-    """A kernel that was not compiled, for a device and arguments of `key`; `launched` sees what it is launched with."""
+    """Replaces a compiled kernel for the device and signature in `key`. A launch calls `launched` instead."""
 
     def __init__(self, kernel: JITFunction, key: tuple[int, Any], launched: Callable[..., None]):
         self.key, self.launched, self.name = key, launched, kernel.fn.__name__
@@ -67,11 +67,11 @@ def _nothing(*_: Any) -> None:
 
 @contextlib.contextmanager
 def triton_without_device(launched: Callable[..., None] = _nothing) -> Iterator[None]:
-    """Within the block `kernel[grid](...)` does all that it does on the host, but for compiling and the driver's call.
+    """Within the block, `kernel[grid](...)` does all of its host work except compilation and the driver's call.
 
-    For processes that launch nothing else: what was not compiled stays with its kernel, as what was compiled does.
+    Use it only in processes that launch nothing otherwise, since the replacements stay in the kernels' caches.
 
-    launched: gets the arguments of the driver's call: grid, stream, `Compiled.key` in place of a function, ...
+    launched: called with the arguments of the driver's call: grid, stream, `Compiled.key` in place of a function, ...
     """
 
     def do_compile(self: JITFunction, key: Any, signature: Any, device: int, *_: Any) -> Compiled:
@@ -94,8 +94,8 @@ def _class_of(frame: FrameType | None) -> str:
 
 
 def shares(step: Callable[[], Any], seconds: float = 3.0, interval: float = 5e-4) -> dict[str, float]:
-    """The share of each class in the time of `step`, by samples of the main thread's innermost frame. C++ that a line
-    calls counts for the line."""
+    """Estimates the share of each class in the time of `step`, from samples of the main thread's stack. C++ code counts
+    for the Python line that calls it."""
     found: Counter[str] = Counter()
 
     def sample(_: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""Where a step's time goes on a CPU, by class of kernel, and how far each class is above the bare gemms."""
+"""Splits a step's time on a CPU by class of kernel, and computes how far it is above the bare gemms."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-CLASSES = {  # of profiled events, by what their names contain; the first that fits
+CLASSES = {  # class -> parts of the names of its profiled events; the first class that matches counts
     "gemms": (
         "_cpu::linear",
         "wgrad",
@@ -27,14 +27,15 @@ REST = "rest"
 
 
 def class_of(event: str) -> str:
-    """Of a profiled event: an operator of PyTorch or of ours. What an op does around them, in Python, is the rest."""
+    """Returns the class of a profiled event, which is an operator of PyTorch or of ours. Other events, such as the
+    Python code of an op, belong to the rest."""
     if not event.startswith(("aten::", "mkldnn::", "sgmim_fast_cpu::")):
         return REST
     return next((name for name, parts in CLASSES.items() if any(part in event for part in parts)), REST)
 
 
 def class_times(step: Callable[[], Any]) -> dict[str, float]:
-    """Milliseconds of one step by class; it runs once before."""
+    """Returns class -> milliseconds of one profiled step, after one step of warm-up."""
     step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
@@ -45,10 +46,10 @@ def class_times(step: Callable[[], Any]) -> dict[str, float]:
 
 
 def above_gemms(times: Mapping[str, float], step: float, floor: float) -> dict[str, float]:
-    """Shares of the floor's time, together what the step takes more than it.
+    """Returns the time of each class above the floor, relative to the floor's time. The sum is step / floor - 1.
 
     Args:
-        times: of the classes, in a profile, which takes longer.
+        times: class -> milliseconds in a profile, which are scaled to `step`, since profiling takes time.
         step, floor: milliseconds of the step and of its bare gemms, without a profiler.
     """
     scale = step / sum(times.values()) / floor

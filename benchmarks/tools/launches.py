@@ -1,6 +1,6 @@
-"""Every launch of a training step on a GPU, found without one: PyTorch's operators and the Triton kernels' launches.
+"""Finds every launch of a training step on a GPU without a GPU: PyTorch's operators and the Triton kernels' launches.
 
-The plain columns run on tensors without data, the fused ones with every Triton launch caught in place of being made.
+Plain columns run on fake tensors. In fused columns every Triton launch is recorded instead of executed.
 """
 
 from __future__ import annotations
@@ -30,22 +30,23 @@ from sgmim_fast.ops import gemm
 from sgmim_fast.ops.target import Target
 from sgmim_fast.ops.target import caught as launches_caught
 
-# Allocations, views and questions launch nothing.
+# Allocations, views and queries launch nothing.
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh", "alias"}
 FREE |= {"device", "promote_types", "scalar_tensor"}
-# What autocast on CUDA computes in float32, and on a CPU does not: of PyTorch's list, what occurs here.
+# Functions that autocast computes in float32 on CUDA but not on a CPU, as far as they occur here (PyTorch's list).
 FLOAT32_ON_CUDA = {F.layer_norm, F.softmax, torch.softmax, Tensor.softmax, F.normalize, F.l1_loss, Tensor.norm}
 
 
 def launches_nothing(func: Any, args: Any, result: Any) -> bool:
-    """Whether a call of an ATen operator is a view, an allocation or a question. Some that may be views are copies."""
+    """Returns whether a call of an ATen operator is a view, an allocation or a query. Operators that may return views
+    count as copies if the result has a new storage."""
     if func._opname in FREE or func._opname.startswith("_unsafe_view"):
         return True
     return func.is_view and sizes(result).keys() <= sizes(args).keys()
 
 
 def through_triton(func: Any, args: tuple) -> Any:
-    """What an operator of sgmim_fast gives through its Triton implementation, wherever the tensors are."""
+    """Calls the Triton implementation of an operator of sgmim_fast, on whatever device the tensors are."""
     op, backward, _ = func._opname.partition("_backward")
     return backends.implementation(op, "backward" if backward else "forward", "triton")(*args)
 
@@ -55,13 +56,13 @@ class Launch:
     """One launch.
 
     Args:
-        name: of the ATen operator, or file and name of the Triton kernel.
-        moved: bytes of each tensor that is read or written, by its storage; of gathered ones the rows that are wanted.
+        name: name of the ATen operator, or file and name of the Triton kernel.
+        moved: storage -> bytes read or written. A tensor of which rows are gathered counts with these rows only.
         operations: multiplications and additions of its gemms.
-        dtype: that they are done in.
-        gemms: (rows, columns, depth) of each.
-        tiles: of a window attention: how many, and gemms one after the other in each.
-        compiled: what a window attention's launch compiles to.
+        dtype: dtype of the operations.
+        gemms: (rows, columns, depth) of each gemm.
+        tiles: for window attention, the number of tiles, and the number of successive gemms in each.
+        compiled: for window attention, the description from which the kernel can be compiled.
     """
 
     name: str
@@ -78,7 +79,7 @@ class Launch:
 
 
 class Trace(TorchDispatchMode):
-    """Notes every launch in its block: PyTorch's, and those caught from the kernels."""
+    """Records every launch in its block: those of PyTorch's operators, and those of Triton kernels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +96,7 @@ class Trace(TorchDispatchMode):
         if name == "gemm._gemm_kernel":
             found.gemms = tuple(zip(values["rows"], values["outs"], values["ins"], strict=True))
         elif name.startswith("window_attention.") and found.operations:
-            # no tensor is kept: a gradient that something else holds is copied by autograd
+            # Do not keep a tensor here: autograd copies a gradient to which there is another reference.
             found.tiles, found.compiled = attention_tiles(name, values), ahead.describe(kernel, args, options)
         self.launches.append(found)
 
@@ -111,10 +112,10 @@ class Trace(TorchDispatchMode):
         operands, results = list(tensors((args, kwargs))), list(tensors(result))
         count = flop_registry.get(func.overloadpacket)
         operations = count(*args, **kwargs, out_val=result) if count else 0
-        if name.startswith("_scaled_dot_product"):  # two gemms, of which the backward takes five
+        if name.startswith("_scaled_dot_product"):  # two gemms in the forward, five in the backward
             backward, (q, k) = "backward" in name, operands[1:3] if "backward" in name else operands[:2]
             operations = (5 if backward else 2) * 2 * q.numel() * k.shape[-2]
-        if name in ("linear", "matmul"):  # inside our ops these are not taken apart
+        if name in ("linear", "matmul"):  # not decomposed inside our ops
             operations = 2 * result.numel() * operands[0].shape[-1]
         touched = [*operands, *results]
         if name in ("zero_", "fill_", "zeros", "new_zeros", "zeros_like"):  # written only
@@ -126,7 +127,7 @@ class Trace(TorchDispatchMode):
 
 
 def gemms_of(name: str, operands: list[Tensor], results: list[Tensor]) -> tuple[tuple[int, int, int], ...]:
-    """(rows, columns, depth) of what an ATen operator multiplies; a batch of them counts as more rows."""
+    """Returns (rows, columns, depth) of an ATen operator's gemm. A batched gemm counts as one with more rows."""
     if name in ("mm", "bmm", "linear", "matmul"):
         a = operands[0]
     elif name in ("addmm", "baddbmm"):
@@ -138,7 +139,7 @@ def gemms_of(name: str, operands: list[Tensor], results: list[Tensor]) -> tuple[
 
 
 class CudaAutocast(TorchFunctionMode):
-    """Lets a CPU's autocast compute in float32 what CUDA's does."""
+    """Makes autocast on a CPU compute in float32 the functions that autocast on CUDA does."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if func in FLOAT32_ON_CUDA and torch.is_autocast_enabled("cpu"):
@@ -147,7 +148,7 @@ class CudaAutocast(TorchFunctionMode):
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
-    """Those in nested lists, tuples and dicts."""
+    """Yields the tensors in nested lists, tuples and dicts."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, dict):
@@ -159,12 +160,13 @@ def tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def sizes(touched: Any) -> dict[int, float]:
-    """Bytes of each tensor, by its storage."""
+    """Returns storage -> bytes of the tensors."""
     return {t.untyped_storage()._cdata: t.numel() * t.itemsize for t in tensors(touched)}
 
 
 def moved_by(name: str, a: dict[str, Any]) -> dict[int, float]:
-    """Bytes of a launch of ours: each tensor once, less the rows of a gathered one that are not wanted."""
+    """Returns storage -> bytes that a launch of our kernels moves: each tensor once, without the rows of a gathered
+    tensor that are not read."""
     found = sizes(a)
 
     def only(t: Tensor | None, numbers: float) -> None:
@@ -188,14 +190,14 @@ def moved_by(name: str, a: dict[str, Any]) -> dict[int, float]:
         name in ("window_attention._window_attention_backward_kernel", "window_attention._window_attention_keys_kernel")
         and a["softmaxes"] is not None
     ):
-        only(a["dqkv"], a["dqkv"].numel() * (1 if "dbias" in a else 2) / 3)  # the other kernel writes the rest
+        only(a["dqkv"], a["dqkv"].numel() * (1 if "dbias" in a else 2) / 3)  # the other kernel writes the other thirds
     elif name.startswith("structure_embed."):
         only(a["image"][0], a["count"] * a["CHANNELS"] * a["PATCH"] ** 2)
     return found
 
 
 def attention_tiles(name: str, a: dict[str, Any]) -> tuple[int, int]:
-    """Of a window attention's launch: how many tiles, and gemms one after the other in each."""
+    """Returns the number of tiles of a window attention's launch, and the number of successive gemms in each."""
     gemms = {"forward": 2, "backward": 3, "keys": 4}[name.split("_")[-2]]
     if name.endswith("_backward_kernel") and a["softmaxes"] is None:
         gemms = 5
@@ -204,15 +206,15 @@ def attention_tiles(name: str, a: dict[str, Any]) -> tuple[int, int]:
 
 
 def operations_of(name: str, a: dict[str, Any]) -> float:
-    """Multiplications and additions of a launch's gemms."""
+    """Returns the multiplications and additions of a launch's gemms."""
     if name == "gemm._gemm_kernel":
         return 2 * sum(r * i * o for r, i, o in zip(a["rows"], a["ins"], a["outs"], strict=True))
     if name == "linear_l1._linear_l1_forward_kernel":
         return 2 * a["count"] * a["width"] * a["outs"]
     if name.startswith("relational_guidance."):
-        gemms = 2 if "_forward" in name else 7  # the backward takes two of five twice
+        gemms = 2 if "_forward" in name else 7  # the backward computes two of its five gemms twice
         return 2 * gemms * a["q"].numel() * a["cells"]
-    if name.startswith("window_attention.") and "KEYS" in a:  # of whole tiles
+    if name.startswith("window_attention.") and "KEYS" in a:  # tiles at the border are computed in full
         tiles, gemms = attention_tiles(name, a)
         return 2 * gemms * tiles * a["QUERIES"] * a["KEYS"] * a["BLOCK_D"]
     if name.startswith("structure_embed."):
@@ -222,14 +224,14 @@ def operations_of(name: str, a: dict[str, Any]) -> float:
 
 
 def wgrad(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """In place of `kernels.gemm._wgrad`: one launch, as on a GPU, where the library's gemm writes any dtype."""
+    """Replaces `kernels.gemm._wgrad` by one launch, as on a GPU, where the library's gemm can write any dtype."""
     product = dy.t() @ x
     return product if product.dtype == dtype else torch.empty_like(product, dtype=dtype)
 
 
 @contextmanager
 def caught(trace: Trace, target: Target) -> Iterator[None]:
-    """The Triton backend as on the target, its launches caught."""
+    """Within the block, ops run on the Triton backend as on the target, and their launches are recorded."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(backends, "can_run", lambda *args, **options: (True, "")))
         stack.enter_context(gemm.compute_bfloat16_in(torch.bfloat16))
@@ -240,10 +242,10 @@ def caught(trace: Trace, target: Target) -> Iterator[None]:
 
 
 def branch(shape: Shape, dtype: torch.dtype, batch: int, column: str, target: Target) -> list[Launch]:
-    """Every launch of forward and backward of the branch, from the encoder's features on.
+    """Returns every launch of forward and backward of the branch, from the encoder's features on.
 
     Args:
-        column: dense, visible or fused.
+        column: "dense", "visible" or "fused".
     """
     trace = Trace()
     with ExitStack() as stack:
@@ -254,10 +256,10 @@ def branch(shape: Shape, dtype: torch.dtype, batch: int, column: str, target: Ta
         features = case.model.encoder.forward
 
         def after_the_mask(*args: Any) -> Tensor:
-            trace.launches.clear()  # what came before is no part of it
+            trace.launches.clear()  # launches before the features do not belong to the branch
             return features(*args)
 
-        case.model.encoder.forward = after_the_mask  # with a hook, weights would not be cast together
+        case.model.encoder.forward = after_the_mask  # a hook would prevent weights from being cast together
         step = case.columns["fused-cpu" if column == "fused" else column]
         with caught(trace, target) if column == "fused" else trace:
             step().backward()
@@ -265,7 +267,7 @@ def branch(shape: Shape, dtype: torch.dtype, batch: int, column: str, target: Ta
 
 
 def encoder(shape: Shape, dtype: torch.dtype, batch: int, accelerated: bool, target: Target) -> list[Launch]:
-    """Every launch of forward and backward of the encoder, its stem included."""
+    """Returns every launch of forward and backward of the encoder, including its stem."""
     trace = Trace()
     name, arguments = ENCODERS[shape.name]
     model = sgmim_fast.create_encoder(name, **arguments)
@@ -278,7 +280,7 @@ def encoder(shape: Shape, dtype: torch.dtype, batch: int, accelerated: bool, tar
         images, mask = torch.empty(batch, 3, shape.image, shape.image), torch.empty(batch, side, side, dtype=torch.bool)
         visible = torch.empty(batch * shape.visible * (shape.stride // shape.patch) ** 2, dtype=torch.int64)
         stack.enter_context(CudaAutocast())
-        # the values of a mask, which cannot be looked at without data, are timm's
+        # Fake tensors have no values, so the check that a block's mask has timm's values is skipped.
         stack.enter_context(mock.patch.object(Swin, "_mask_reason", lambda block: ""))
         stack.enter_context(caught(trace, target))
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -288,7 +290,7 @@ def encoder(shape: Shape, dtype: torch.dtype, batch: int, accelerated: bool, tar
 
 
 def visible_only(shape: Shape, dtype: torch.dtype, batch: int, target: Target) -> list[Launch]:
-    """Every launch of forward and backward of the whole step on visible patches alone, accelerated."""
+    """Returns every launch of forward and backward of the whole step on visible patches alone, accelerated."""
     trace = Trace()
     name, arguments = ENCODERS[shape.name]
     encoder = sgmim_fast.create_encoder(name, visible_only=True, **arguments)

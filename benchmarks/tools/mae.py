@@ -1,7 +1,7 @@
-"""MAE with guidance as a careful PyTorch user would write it: timm's blocks, no kernel of ours, gradients by autograd.
+"""MAE with guidance as a careful PyTorch user would write it: timm's blocks, none of our kernels, autograd.
 
-All images have as many masked patches, so everything is batched; the stem embeds the visible patches, the head reads
-the masked ones, and the branch is that of `visible.py`.
+All images have the same number of masked patches, so that everything is batched. The stem embeds the visible patches,
+the image head is applied to the masked ones, and the branch is that of `visible.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from sgmim_fast.reference import Losses
 
 
 def mae_losses(model: SGMIM, images: Tensor, structure: Tensor, visible: Tensor, masked: Tensor) -> Losses:
-    """Losses from each image's visible and masked patches (B, V), (B, K); `model`: with a decoder, not accelerated."""
+    """Computes the losses for the visible and masked patches of each image, indices (B, V) and (B, K). `model` has a
+    decoder and is not accelerated."""
     vit, decoder, batch = model.encoder.model, model.decoder, len(images)
     stem, pixels = vit.patch_embed.proj, cells_of(images, model.patch_size)
     x = F.linear(take(pixels, visible), stem.weight.flatten(1), stem.bias)

@@ -1,4 +1,4 @@
-"""Timing and memory of callables, and the description of the machine, shared by every benchmark."""
+"""Measures time and memory of functions, and describes the machine; shared by all benchmarks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from sgmim_fast import env
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler's own lines stand between ours
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # keeps the profiler's messages out of the output
 
 
 def output_file(text: str) -> Path:
-    """Type of an argument: a file that can be written when all is measured."""
+    """Argument type of an output file. Checks the folder before anything is measured."""
     path = Path(text)
     if not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{path}: there is no folder {path.parent}")
@@ -31,7 +31,7 @@ def output_file(text: str) -> Path:
 
 
 def plot_file(text: str) -> Path:
-    """The same, of a picture."""
+    """Argument type of a figure. Checks the folder, matplotlib and the suffix before anything is measured."""
     if not can_plot():
         raise argparse.ArgumentTypeError("drawing needs matplotlib: pip install matplotlib")
     from matplotlib.figure import Figure
@@ -47,7 +47,7 @@ def can_plot() -> bool:
 
 
 class Progress:
-    """What is going on: one line that is written over on a terminal; in a file a line for each phase."""
+    """Shows progress: on a terminal one line, which is overwritten; in a file one line for each phase."""
 
     def __init__(self) -> None:
         self.start, self.terminal = time.perf_counter(), sys.stderr.isatty()
@@ -60,13 +60,13 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
     def clear(self) -> None:
-        """Before a result is printed."""
+        """Clears the line, before a result is printed."""
         if self.terminal:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the numbers were taken on."""
+    """Returns a description of the machine and the software."""
     facts: dict[str, Any] = {"platform": platform.platform(), "threads": torch.get_num_threads(), **env.report()}
     if device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
@@ -74,7 +74,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def autocast(device: str, dtype: torch.dtype, function: Callable[..., Tensor], *args: Any) -> Callable[[], Tensor]:
-    """A call of the function under autocast, unless the dtype is float32."""
+    """Returns a function that calls `function` under autocast, or without autocast if the dtype is float32."""
 
     def run() -> Tensor:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
@@ -98,19 +98,20 @@ def interleaved(
     known: Callable[[dict[str, list[float]]], None] = lambda times: None,
     host: dict[str, list[float]] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds per call of every step, one of each in turn, so that a slow spell of the machine hits all alike.
+    """Times the steps in turn, so that a slow phase of the machine affects all of them alike. Returns the seconds of
+    each call.
 
-    known: gets what is known after each round, should a limit end the run; host: is given each call's seconds until it
-    returns, which on a GPU is before the work is done.
+    There are as many rounds as fit into `seconds`, within the range `rounds`, after one round that is not recorded. If
+    that round alone exceeds `seconds`, it is the only one and is recorded. The steps must therefore have run before.
 
-    As many rounds as fit into `seconds`, within `rounds`; one unrecorded round goes before. Where a single round takes
-    longer than that, it is the only one and is recorded: the steps must have run before.
+    known: called after each round with the times so far, in case a time limit ends the run. host: filled with the
+    seconds until each call returns, which on a GPU is before its work is done.
     """
     evict = torch.empty(32 << 20, device=device) if device == "cuda" else None
 
     def once(name: str, step: Callable[[], Any]) -> float:
         if evict is not None:
-            evict.zero_()  # 128 MiB through the L2 cache
+            evict.zero_()  # writes 128 MiB, which evicts the L2 cache
         synchronize(device)
         start = time.perf_counter()
         step()
@@ -136,11 +137,11 @@ def interleaved(
 
 
 def graphed(step: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Callable[[], Tensor]:
-    """Forward and backward as a CUDA graph: what the GPU needs where the host keeps up.
+    """Captures forward and backward as a CUDA graph, whose time excludes the host's.
 
     Args:
-        step: drops the gradients, and returns the loss after its backward.
-        leaves: that have gradients, which every replay leaves there.
+        step: sets gradients to None, runs forward and backward, and returns the loss.
+        leaves: tensors with gradients. Each replay sets their `grad`.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -165,7 +166,7 @@ def graphed(step: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Callable[[]
 
 
 def summary(times: Sequence[float]) -> dict[str, float]:
-    """Median and 10th and 90th percentile in milliseconds."""
+    """Returns median, 10th and 90th percentile in milliseconds."""
     deciles = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times
     return {
         "median_ms": 1e3 * statistics.median(times),
@@ -175,7 +176,7 @@ def summary(times: Sequence[float]) -> dict[str, float]:
 
 
 def peak_mib(step: Callable[[], Any], parameters: Sequence[nn.Parameter], device: str) -> float:
-    """Largest amount of memory that one call of `step` has allocated at a time, without the parameters' gradients."""
+    """Returns the peak memory, in MiB, that one call of `step` allocates, without the parameters' gradients."""
     for parameter in parameters:
         parameter.grad = None
     if device == "cuda":
@@ -207,7 +208,7 @@ def peak_mib(step: Callable[[], Any], parameters: Sequence[nn.Parameter], device
 
 def _peak_cuda(step: Callable[[], Any], parameters: Sequence[nn.Parameter]) -> float:
     for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)  # there before and after, so that they cancel
+        parameter.grad = torch.zeros_like(parameter)  # gradients exist before and after, so that they cancel
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -1,4 +1,4 @@
-"""What the benchmarks of single ops share: one way to call an op, and to time it after it was held against others."""
+"""Shared by the benchmarks of single ops: calls an op, compares its results with plain PyTorch's, and times it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sgmim_fast.ops import cases
 BATCH = 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BACKENDS = ("torch", "cpu")
-# What has no gradient in a step.
+# op -> arguments that need no gradient in a training step
 CONSTANT = {"masked_patch_embed": ("x",), "structure_embed": ("structure",), "linear_l1": ("target",)}
 CONSTANT |= {"standardize_structure": ("structure",), "token_salience": ("x",), "position_bias": ("coordinates",)}
 
@@ -24,14 +24,15 @@ CONSTANT |= {"standardize_structure": ("structure",), "token_salience": ("x",), 
 def forward_backward(
     op: str, arguments: Any, backward: bool = True
 ) -> Callable[[Callable[[Any], Any], torch.dtype], list[Tensor]]:
-    """`run(function, dtype)`: results and gradients of a function of the op's arguments, float32, under autocast."""
+    """Returns `run(function, dtype)`, which calls a function of the op's float32 arguments under autocast, and returns
+    its results and, with `backward`, the gradients."""
     leaves = cases.leaves(op, arguments, *CONSTANT.get(op, ())) if backward else []
     device = arguments[0].device.type
     with backends.use("torch"), torch.no_grad():
         cotangent = torch.randn_like(cases.call(op, arguments)) if leaves else None
 
     def run(function: Callable[[Any], Any], dtype: torch.dtype) -> list[Tensor]:
-        a = arguments._replace(qkv=arguments.qkv.to(dtype)) if op == "window_attention" else arguments  # as projected
+        a = arguments._replace(qkv=arguments.qkv.to(dtype)) if op == "window_attention" else arguments  # as under autocast
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             result = function(a)
         if cotangent is None:
@@ -44,15 +45,16 @@ def forward_backward(
 def compare(
     benchmark: Any, op: str, name: str, group: str, dtype: str, arguments: Any, backward: bool = True, **plain: Callable
 ) -> None:
-    """Times one column: plain PyTorch, or a backend of an op whose results and gradients agree with the first of those.
+    """Times one column: a function of `plain`, or a backend, after its results and gradients were compared with those
+    of the first function of `plain`.
 
     Args:
-        name: of the column: one of `plain`, or a backend.
-        group: which columns stand together.
-        dtype: of the column.
-        arguments: of the op, of which `plain` are functions, too.
+        name: name of the column: one of `plain`, or a backend.
+        group: title of the group of columns.
+        dtype: dtype of the column.
+        arguments: arguments of the op, which the functions of `plain` are also called with.
     """
-    import pytest  # which `op_table`, that runs alone, has no need of
+    import pytest  # imported here, since `op_table` does not need it
 
     benchmark.group = f"{op} {group}, {dtype}, B = {BATCH}{'' if backward else ', forward'}"
     run, in_dtype = forward_backward(op, arguments, backward), DTYPES[dtype]

@@ -1,6 +1,6 @@
-"""The visible-only branch as a careful PyTorch user would write it: no kernel of ours, gradients by autograd.
+"""The visible-only branch as a careful PyTorch user would write it: none of our kernels, gradients by autograd.
 
-All images have as many masked cells, so the packed rows are (B, cells, C) batches, and the attention is PyTorch's.
+All images have the same number of masked cells, so that rows form (B, cells, C) batches. The attention is PyTorch's.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from sgmim_fast.reference import Losses
 
 
 def cells_of(pixels: Tensor, side: int) -> Tensor:
-    """(B, C, H, W) -> (B, N, C * side^2), a view where possible."""
+    """Splits (B, C, H, W) into cells, (B, N, C * side^2); a view if possible."""
     batch, channels, height, width = pixels.shape
     cells = pixels.reshape(batch, channels, height // side, side, width // side, side)
     return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * side * side)
 
 
 def take(cells: Tensor, index: Tensor) -> Tensor:
-    """(B, N, C) and (B, k) -> (B, k, C)."""
+    """Selects the cells with indices (B, k) from (B, N, C). Returns (B, k, C)."""
     return cells.gather(1, index[..., None].expand(-1, -1, cells.shape[2]))
 
 
 def visible_losses(
     model: SGMIM, features: Tensor, images: Tensor, structure: Tensor, visible: Tensor, masked: Tensor
 ) -> Losses:
-    """Losses from features (B, N, C) and each image's visible and masked cells (B, V), (B, K)."""
+    """Computes the losses from features (B, N, C) and the indices of each image's visible and masked cells, (B, V) and
+    (B, K)."""
     stride, pixels = model.encoder_stride, model.encoder_stride**2
     prediction = model.image_head(take(features, masked))
     image = (prediction - take(cells_of(images, stride), masked)).abs().sum()
@@ -40,7 +41,7 @@ def visible_losses(
 
 
 def structure_loss(model: SGMIM, features: Tensor, structure: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
-    """From the features (B, V, C) of the visible cells."""
+    """Computes the structure loss from the features (B, V, C) of the visible cells."""
     stride, context = model.encoder_stride, structure_tokens(model, structure, masked)
     prediction = model.structure_head(guide(model, features, context, visible.shape[1]))
     loss = (prediction - take(cells_of(structure, stride), visible)).abs().sum()
@@ -48,7 +49,7 @@ def structure_loss(model: SGMIM, features: Tensor, structure: Tensor, visible: T
 
 
 def structure_tokens(model: SGMIM, structure: Tensor, masked: Tensor) -> Tensor:
-    """(B, K + 1, C): the shown cells' tokens, then the hidden cells' one."""
+    """Returns the structure tokens, (B, K + 1, C): those of the shown cells, and last the one of all hidden cells."""
     encoder = model.structure_encoder
     embed, patch = encoder.patch_embed, encoder.patch_embed.proj.weight.shape[2]
     batch, count = masked.shape
@@ -66,7 +67,7 @@ def structure_tokens(model: SGMIM, structure: Tensor, masked: Tensor) -> Tensor:
 
 
 def guide(model: SGMIM, features: Tensor, context: Tensor, hidden: int) -> Tensor:
-    """Guidance of (B, V, C) by (B, K + 1, C), the last key standing for `hidden` cells."""
+    """Guides features (B, V, C) by structure tokens (B, K + 1, C), the last of which represents `hidden` cells."""
     guidance = model.guidance
     context = guidance.context_norm(context)
 

@@ -1,4 +1,4 @@
-"""How results get to the disk."""
+"""Writes results to disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def write_json(path: Path, tree: Any) -> None:
-    """As a whole: a run that is killed leaves what it had written before."""
+    """Writes JSON atomically, so that a killed run leaves the previous results intact."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(tree, indent=1) + "\n")
     part.replace(path)

@@ -32,7 +32,8 @@ def forward_backward(
         cotangent = torch.randn_like(cases.call(op, arguments)) if leaves else None
 
     def run(function: Callable[[Any], Any], dtype: torch.dtype) -> list[Tensor]:
-        a = arguments._replace(qkv=arguments.qkv.to(dtype)) if op == "window_attention" else arguments  # as under autocast
+        # Under autocast, the projection before window attention returns qkv in `dtype`.
+        a = arguments._replace(qkv=arguments.qkv.to(dtype)) if op == "window_attention" else arguments
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             result = function(a)
         if cotangent is None:

@@ -87,6 +87,7 @@ def on_triton(listener: Callable[..., None]) -> Iterator[None]:
 
 
 def columns(encoder: str, compiled: bool = False) -> dict[str, Callable[[], Tensor]]:
+    """Returns column -> function that runs forward and backward."""
     name, arguments, stride = ENCODERS[encoder]
 
     def build(accelerate: bool) -> SGMIM:
@@ -118,6 +119,7 @@ def columns(encoder: str, compiled: bool = False) -> dict[str, Callable[[], Tens
 
 
 def measure(encoder: str, rounds: int, compiled: bool = False) -> list[dict[str, Any]]:
+    """Times all columns, counts their launches, and returns one row for each."""
     steps = columns(encoder, compiled)
     places = {n: contextlib.nullcontext if n == "eager" else (lambda: on_triton(launch.run)) for n in steps}
     times: dict[str, list[float]] = {name: [] for name in steps}

@@ -93,6 +93,7 @@ class Case:
 
 
 def build(shape: Shape, dtype: torch.dtype, batch: int, device: str, update: bool) -> Case:
+    """Creates all columns on the same data, mask and initial weights."""
     torch.manual_seed(0)
     name, arguments = ENCODERS[shape.name]
     plain = SGMIM(sgmim_fast.create_encoder(name, **arguments), shape.stride, accelerate=False)
@@ -231,6 +232,7 @@ def check(case: Case) -> tuple[dict[str, list[str]], dict[str, float]]:
 
 
 def in_float32(case: Case) -> Case:
+    """Returns the case in float32, with the weights of its dense and mae-plain columns."""
     exact = build(case.shape, torch.float32, case.batch, case.device, False)
     for name in ("dense", "mae-plain"):
         if name in exact.models:
@@ -240,6 +242,7 @@ def in_float32(case: Case) -> Case:
 
 
 def gradients(case: Case, name: str) -> tuple[dict[str, Tensor], float]:
+    """Runs one step without the optimizer. Returns the loss and the gradients, and the peak memory in MiB."""
     optimizer, losses = case.optimizers.pop(name, None), []
     parameters = list(case.models[name].parameters())
     step = case.step(name)

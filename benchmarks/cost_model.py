@@ -117,6 +117,7 @@ class Cost:
         self.resident: OrderedDict[int, float] = OrderedDict()
 
     def memory_seconds(self, launch: Launch) -> float:
+        """Predicts the seconds of a launch's transfers, and marks its tensors as resident in L2."""
         gpu, seconds = self.gpu, 0.0
         share = gpu.memory_share * SLOWER.get(launch.name, 1.0)
         for storage, moved in launch.moved.items():
@@ -128,6 +129,7 @@ class Cost:
         return seconds
 
     def seconds(self, launch: Launch) -> float:
+        """Predicts the seconds of a launch, which is the next one of the step."""
         gpu, half = self.gpu, launch.dtype in (torch.bfloat16, torch.float16)
         bounds = [self.memory_seconds(launch)]
         if launch.gemms:

@@ -59,6 +59,7 @@ class Case:
 
 
 def build(shape: Shape, dtype: torch.dtype, batch: int, device: str) -> Case:
+    """Creates the columns that can run on the device."""
     torch.manual_seed(0)
     features = torch.randn(batch, shape.cells, shape.width, device=device, requires_grad=True)
     images = torch.randn(batch, 3, shape.image, shape.image, device=device)

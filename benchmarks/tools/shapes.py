@@ -9,6 +9,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Shape:
+    """Sizes of an encoder, its images and its branch."""
+
     name: str
     width: int  # C, channels of the encoder's output tokens
     stride: int  # s, pixels along each side of an output token

@@ -72,6 +72,7 @@ class Scene:
 
 
 def draw_scene(rng: Generator) -> Scene:
+    """Draws a random scene of 3 to 8 objects in a room."""
     focal = rng.uniform(0.9, 1.4)
     room = Solid(BACKGROUND, rng.uniform(-1, 1, 3), rng.uniform(8, 13, 3), _rotation(rng, 0.3), _texture(rng, 3.0))
     objects = [_draw_object(rng, focal) for _ in range(rng.integers(3, 9))]

@@ -261,6 +261,7 @@ def depth_range(config: Config, dataset: Any) -> tuple[float, float]:
 
 
 def create_metrics(config: Config, dataset: Any) -> DepthMetrics | SegmentationMetrics:
+    """Creates the metrics of the task, with the range, crop or classes of the configuration or else of the data set."""
     if config.data.task == "segmentation":
         return SegmentationMetrics(dataset.classes)
     crop = dataset.crop if config.data.crop is None else config.data.crop

@@ -134,7 +134,7 @@ def check(case: Case, anyway: bool = False) -> tuple[list[str], dict[str, float]
     if wrong and lower:
         largest = errors["dense"]
         for _ in range(AGAIN):
-            with moved([case.features, *parameters], case.dtype):
+            with perturbed([case.features, *parameters], case.dtype):
                 again = relative_errors(gradients(case, "dense")[0], truth)
             largest = {key: max(error, again[key]) for key, error in largest.items()}
         wrong = disagreements(largest)
@@ -142,7 +142,7 @@ def check(case: Case, anyway: bool = False) -> tuple[list[str], dict[str, float]
 
 
 @contextlib.contextmanager
-def moved(tensors: list[Tensor], dtype: torch.dtype) -> Iterator[None]:
+def perturbed(tensors: list[Tensor], dtype: torch.dtype) -> Iterator[None]:
     """Within the block, each number of the tensors is changed at random by less than the dtype's eps, relatively."""
     before = [t.detach().clone() for t in tensors]
     for t in tensors:
@@ -173,8 +173,8 @@ def measure(
             for name, values in times.items()
         ]
 
-    known = {"progress": progress, "known": lambda times: keep(rows(times))}
-    found = rows(interleaved(steps, case.device, seconds=seconds, **known))
+    callbacks = {"progress": progress, "on_round": lambda times: keep(rows(times))}
+    found = rows(interleaved(steps, case.device, seconds=seconds, **callbacks))
     for row in found:
         name = row["name"]
         if name in case.columns and name not in CAPTURED and row["median_ms"] < 1e3 * SLOW:

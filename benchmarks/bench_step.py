@@ -273,8 +273,8 @@ def measure(
             found.append(row | {"host_ms": summary(host[name][-len(values) :])["median_ms"]})
         return found
 
-    known = {"host": host, "known": lambda times: keep(rows(times))}
-    measured = rows(interleaved(steps, case.device, seconds=seconds, **known))
+    options = {"host": host, "on_round": lambda times: keep(rows(times))}
+    measured = rows(interleaved(steps, case.device, seconds=seconds, **options))
     for row in measured if case.device == "cpu" else []:
         if row["name"] == "accelerated":
             times = class_times(steps["accelerated"])

@@ -90,7 +90,7 @@ def verdicts(
     return found
 
 
-def sorting(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def sorting_gates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Evaluates for each encoder the gate that `standardize_structure` is 10 times as fast as sorting, from the rows of
     `op_table.py`."""
     mine = [row for row in rows if (row["op"], row["dtype"]) == ("standardize_structure", "float32")]
@@ -166,9 +166,9 @@ class Suite:
 
         limit: in seconds for a suite of `SECONDS`; scaled in proportion if the suite has another limit.
         """
-        return self.together({step: command}, limit, **variables)[step]
+        return self.run_in_parallel({step: command}, limit, **variables)[step]
 
-    def together(self, commands: dict[str, list[Any]], limit: float, **variables: str) -> dict[str, str]:
+    def run_in_parallel(self, commands: dict[str, list[Any]], limit: float, **variables: str) -> dict[str, str]:
         """Runs several commands in parallel within one limit, as `run` does."""
         start = time.monotonic()
         limit = min(limit * self.seconds / SECONDS, self.end - start)
@@ -284,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
         short = [*pytest, *(f"tests/ops/test_{op}.py" for op in native)]
         short += ["-k", "(cuda-cuda or (triton-cuda and ragged)) and not opcheck", "--maxfail", "3"]
         first |= {k: [tool, "--tool", k, "--error-exitcode", "9", *short] for k in ("memcheck", "racecheck")}
-    suite.together(first, 120, SGMIM_FAST_EXAMPLES="2")
+    suite.run_in_parallel(first, 120, SGMIM_FAST_EXAMPLES="2")
     suite.write({"CUDA kernels trusted": bool(tool) and suite.passed("memcheck") and suite.passed("racecheck")})
 
     found: list[dict[str, Any]] = []
@@ -325,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
         "swinv2_base,swin_base",
     ]
     suite.run("windows", [*windows, "--op", "window_attention", "--seconds", "1", "--dtype", "bfloat16"], 60)
-    found += sorting(json.loads(times.read_text())["rows"] if times.exists() else [])
+    found += sorting_gates(json.loads(times.read_text())["rows"] if times.exists() else [])
     suite.write({"gates": found})
     suite.run("host", [python, here / "bench_host.py", "--json", suite.path("-host.json")], 60)
     tuned = [python, here / "gpu_suite.py", "--batch", args.batch, "--tune", suite.path("-tuned.json")]

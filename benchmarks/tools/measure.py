@@ -95,7 +95,7 @@ def interleaved(
     seconds: float = 60.0,
     rounds: tuple[int, int] = (3, 40),
     progress: Callable[[str], None] = lambda detail: None,
-    known: Callable[[dict[str, list[float]]], None] = lambda times: None,
+    on_round: Callable[[dict[str, list[float]]], None] = lambda times: None,
     host: dict[str, list[float]] | None = None,
 ) -> dict[str, list[float]]:
     """Times the steps in turn, so that a slow phase of the machine affects all of them alike. Returns the seconds of
@@ -104,7 +104,7 @@ def interleaved(
     There are as many rounds as fit into `seconds`, within the range `rounds`, after one round that is not recorded. If
     that round alone exceeds `seconds`, it is the only one and is recorded. The steps must therefore have run before.
 
-    known: called after each round with the times so far, in case a time limit ends the run. host: filled with the
+    on_round: called after each round with the times so far, in case a time limit ends the run. host: filled with the
     seconds until each call returns, which on a GPU is before its work is done.
     """
     evict = torch.empty(32 << 20, device=device) if device == "cuda" else None
@@ -122,7 +122,7 @@ def interleaved(
 
     first = {name: [once(name, step)] for name, step in steps.items()}
     total = sum(times[0] for times in first.values())
-    known(first)
+    on_round(first)
     if total > seconds:
         return first
     count = int(min(max(seconds / total, rounds[0]), rounds[1]))
@@ -132,7 +132,7 @@ def interleaved(
         progress(f"round {number + 1} of {count}")
         for name, step in steps.items():
             times[name].append(once(name, step))
-        known(times)
+        on_round(times)
     return times
 
 

@@ -19,10 +19,10 @@ from sgmim_fast.data.structure_file import SPARSE, StructureFile
 # byte offset of the bit depth in a PNG file, and Pillow's modes with several channels
 BITS_OF_PNG, BANDS = 24, ("LA", "RGB", "RGBA", "RGBX")
 BITS = 258  # TIFF tag BitsPerSample
-SHORTEST, UNIT = (
+MIN_LENGTH, MEDIAN_LENGTH = (
     0.1,
     (0.9, 1.1),
-)  # vectors shorter than SHORTEST are missing values; the median length of the others must lie within UNIT
+)  # vectors shorter than MIN_LENGTH are missing values; the median length of the others must lie within MEDIAN_LENGTH
 
 
 class ChannelsFile(StructureFile):
@@ -130,13 +130,13 @@ class NormalsFile(ChannelsFile):
     def _check_values(self) -> None:
         for pixels in (self.pixels[::SPARSE, ::SPARSE], self.pixels):
             _, lengths = self._vectors(pixels)
-            valid = lengths[lengths > SHORTEST]
+            valid = lengths[lengths > MIN_LENGTH]
             if valid.size:
                 break
         else:
-            raise BrokenFile(self.name, f"{self.kind} has no vector longer than {SHORTEST} anywhere")
+            raise BrokenFile(self.name, f"{self.kind} has no vector longer than {MIN_LENGTH} anywhere")
         middle = float(np.median(valid))
-        if not UNIT[0] <= middle <= UNIT[1]:
+        if not MEDIAN_LENGTH[0] <= middle <= MEDIAN_LENGTH[1]:
             raise BrokenFile(
                 self.name,
                 f"{self.kind} has vectors of length {middle:.2g} (median); expected 1, with integers as (n + 1) / 2 of "
@@ -161,7 +161,7 @@ class NormalsFile(ChannelsFile):
 
     def _to_structure(self, pixels: np.ndarray) -> Normals:
         vectors, lengths = self._vectors(pixels)
-        lengths[~(lengths > SHORTEST)] = np.nan
+        lengths[~(lengths > MIN_LENGTH)] = np.nan
         return Normals(torch.from_numpy(np.ascontiguousarray(np.moveaxis(vectors / lengths[..., None], 2, 0))))
 
 

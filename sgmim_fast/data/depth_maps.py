@@ -47,7 +47,7 @@ from sgmim_fast.data.report import BrokenFile, DataError, some
 MODEL = "depth-anything/Depth-Anything-V2-Small-hf"
 PROVENANCE = "structure.json"
 LARGEST = 2**16 - 1
-WAITING = 4  # batches of images that may be buffered until enough images of equal size have come
+MAX_BUFFERED = 4  # batches of images that may be buffered until enough images of equal size have come
 SCALING = (
     "each map on its own: its least value is stored as 1, its greatest as 65535, linearly between; both are in the "
     "file's text chunk 'range'. 0 is not used: it means 'no value'. sgmim_fast.data divides by 65536."
@@ -225,18 +225,18 @@ def _groups(
     prepared: Iterable[tuple[str, Tensor | str, tuple[int, int]]], batch: int, result: Generated
 ) -> Iterator[Group]:
     """Yields lists of up to `batch` images of equal shape; adds broken images to `result`."""
-    waiting: dict[torch.Size, Group] = {}
+    buffered: dict[torch.Size, Group] = {}
     for name, pixels, size in prepared:
         if isinstance(pixels, str):
             result.broken[name] = pixels
             continue
-        group = waiting.setdefault(pixels.shape, [])
+        group = buffered.setdefault(pixels.shape, [])
         group.append((name, pixels, size))
         if len(group) == batch:
-            yield waiting.pop(pixels.shape)
-        elif sum(map(len, waiting.values())) >= WAITING * batch:
-            yield waiting.pop(max(waiting, key=lambda shape: len(waiting[shape])))
-    yield from waiting.values()
+            yield buffered.pop(pixels.shape)
+        elif sum(map(len, buffered.values())) >= MAX_BUFFERED * batch:
+            yield buffered.pop(max(buffered, key=lambda shape: len(buffered[shape])))
+    yield from buffered.values()
 
 
 @torch.inference_mode()

@@ -29,11 +29,11 @@ def resample(pixels: Tensor, box: Sequence[float], size: int | Sequence[int]) ->
     """Resamples the box (top, left, height, width), in fractional pixels, of (..., H, W) by nearest neighbour to
     `size`, which is the length of each side or (height, width). Keeps the tensor subclass."""
     shape = (size, size) if isinstance(size, int) else (size[0], size[-1])
-    rows, columns = map(torch.from_numpy, under_centres(box, shape, pixels.shape[-2:]))
+    rows, columns = map(torch.from_numpy, nearest_indices(box, shape, pixels.shape[-2:]))
     return tv_tensors.wrap(pixels.as_subclass(Tensor)[..., rows[:, None], columns], like=pixels)
 
 
-def under_centres(box: Sequence[float], size: Sequence[int], limits: Sequence[int]) -> list[np.ndarray]:
+def nearest_indices(box: Sequence[float], size: Sequence[int], limits: Sequence[int]) -> list[np.ndarray]:
     """Returns the rows and columns of an image of size `limits` that are nearest to the pixel centres of the box
     resampled to `size`."""
     return [

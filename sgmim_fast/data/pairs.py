@@ -18,7 +18,7 @@ from sgmim_fast.data.structure_file import StructureFile
 from sgmim_fast.data.transform import Normalize, decode, transformed
 
 SAMPLED = 8  # number of pairs that the constructor reads
-GIVE_UP = 100  # number of consecutive broken pairs after which an item raises
+MAX_BROKEN = 100  # number of consecutive broken pairs after which an item raises
 
 Pair = tuple[ImageFile | Tensor] | tuple[ImageFile | Tensor, StructureFile | Tensor]
 
@@ -118,7 +118,7 @@ class Pairs(Seeded, Dataset, ABC):
             raise IndexError(f"index {index} is out of range for {len(self)} pairs")
         index %= len(self)
         skipped: list[str] = []
-        for other in range(index, index + min(GIVE_UP, len(self))):
+        for other in range(index, index + min(MAX_BROKEN, len(self))):
             try:
                 pair = self._read(other % len(self))
                 with seeded(self.seed, self._epoch.get(), index):

@@ -100,12 +100,12 @@ def _draw_object(rng: Generator, focal: float) -> Solid:
     return solid
 
 
-def _rotation(rng: Generator, most: float) -> Array:
-    """Returns a rotation about a random axis by an angle between ±`most`, by Rodrigues' formula."""
+def _rotation(rng: Generator, max_angle: float) -> Array:
+    """Returns a rotation about a random axis by an angle between ±`max_angle`, by Rodrigues' formula."""
     axis = rng.normal(size=3)
     x, y, z = axis / np.linalg.norm(axis)
     cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-    angle = rng.uniform(-most, most)
+    angle = rng.uniform(-max_angle, max_angle)
     return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * (cross @ cross)
 
 
@@ -131,16 +131,16 @@ def render(scene: Scene, size: int, rng: Generator) -> tuple[NDArray[np.uint8], 
         part = pixels[rows, columns].ravel()
         if not len(part):
             continue
-        ways = rays[:, rows, columns].reshape(3, -1)
-        distance, walls = (_hit_sphere if solid.kind == SPHERE else _hit_box)(solid, ways)
+        directions = rays[:, rows, columns].reshape(3, -1)
+        distance, faces = (_hit_sphere if solid.kind == SPHERE else _hit_box)(solid, directions)
         seen = np.flatnonzero(distance < depth[part])
-        part, ways, distance = part[seen], ways[:, seen], distance[seen]
-        points = solid.axes.T @ (distance * ways - solid.centre[:, None])
-        if walls is None:
+        part, directions, distance = part[seen], directions[:, seen], distance[seen]
+        points = solid.axes.T @ (distance * directions - solid.centre[:, None])
+        if faces is None:
             lit = (solid.axes.T @ scene.light) @ points / solid.half[0]
         else:  # a face has one brightness on the side that the ray hits
-            sides = (solid.axes.T @ scene.light)[walls[seen]]
-            lit = np.where(((solid.axes.T @ ways)[walls[seen], np.arange(len(seen))]) > 0, -sides, sides)
+            sides = (solid.axes.T @ scene.light)[faces[seen]]
+            lit = np.where(((solid.axes.T @ directions)[faces[seen], np.arange(len(seen))]) > 0, -sides, sides)
         depth[part], labels[part] = distance, solid.kind
         colour[:, part] = solid.texture(points) * (np.maximum(lit, 0) * (1 - scene.ambient) + scene.ambient)
     colour *= scene.exposure[:, None]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sgmim_fast.data.map_file import MapFile
-from sgmim_fast.data.pair import Structure, under_centres
+from sgmim_fast.data.pair import Structure, nearest_indices
 from sgmim_fast.data.report import BrokenFile
 
 SPARSE = 16  # stride of the rows and columns that are checked first
@@ -65,7 +65,7 @@ class StructureFile(MapFile):
 
     def resample(self, box: Sequence[float], size: int) -> Structure:
         """Resamples the box (top, left, height, width) to (C, size, size) by nearest neighbour."""
-        rows, columns = under_centres(box, (size, size), self.size)
+        rows, columns = nearest_indices(box, (size, size), self.size)
         return self._to_structure(self.pixels[rows].take(columns, 1))
 
     def check_shape(self, image: tuple[int, int]) -> None:

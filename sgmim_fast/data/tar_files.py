@@ -15,7 +15,7 @@ from sgmim_fast.data import limits
 from sgmim_fast.data.report import BrokenFile
 
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # magic bytes -> decompressor
-ALWAYS = 64 * 2**20  # bytes to which any shard may expand, whatever its compressed size
+MIN_LIMIT = 64 * 2**20  # bytes to which any shard may expand, whatever its compressed size
 META = re.compile(r"__[^/]*__($|/)")  # names that webdataset uses for metadata
 
 
@@ -80,7 +80,7 @@ class _Expanded:
     def read(self, size: int) -> bytes:
         content = self.file.read(size)
         self.count += len(content)
-        most = limits.limit(limits.EXPANSION)
-        if self.count > max(ALWAYS, most * self.raw.count):
-            raise ValueError(f"grows to more than {most} times its size ({limits.EXPANSION})")
+        ratio = limits.limit(limits.EXPANSION)
+        if self.count > max(MIN_LIMIT, ratio * self.raw.count):
+            raise ValueError(f"grows to more than {ratio} times its size ({limits.EXPANSION})")
         return content

@@ -36,9 +36,9 @@ class Normalize:
 
     def normalize(self, image: Tensor) -> tv_tensors.Image:
         """Normalises (3, H, W), uint8 or floating point in [0, 1]. Returns contiguous float32."""
-        most = 1 if image.is_floating_point() else 255
+        full_scale = 1 if image.is_floating_point() else 255
         image = image.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        return tv_tensors.Image(image.sub_(self.mean * most).div_(self.std * most))
+        return tv_tensors.Image(image.sub_(self.mean * full_scale).div_(self.std * full_scale))
 
 
 def decode(*files: Tensor | ImageFile | StructureFile) -> list[Tensor]:

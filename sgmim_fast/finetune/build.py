@@ -188,12 +188,12 @@ def _read(config: Config, train: bool) -> Any:
     settings, seed = config.data, config.run.seed
     names = settings.train_list if train else settings.test_list
     if settings.source == "ade20k":
-        return data.ADE20K(_needed(settings, "root"), "train" if train else "test", seed=seed)
+        return data.ADE20K(_required(settings, "root"), "train" if train else "test", seed=seed)
     if settings.source != "folders":
         kind = {"nyu": data.NYU, "kitti": data.KITTI}[settings.source]
         options = {"split_file": names, "check_units": settings.check_units, "seed": seed}
-        return kind(_needed(settings, "root"), "train" if train else "test", **options)
-    images, maps = (_needed(settings, name if train else f"test_{name}") for name in ("images", "maps"))
+        return kind(_required(settings, "root"), "train" if train else "test", **options)
+    images, maps = (_required(settings, name if train else f"test_{name}") for name in ("images", "maps"))
     if settings.task == "depth":
         known = {"min_depth": settings.min_depth, "max_depth": settings.max_depth}
         known = {name: value for name, value in known.items() if value is not None}
@@ -273,7 +273,7 @@ def plain(found: dict[str, Tensor]) -> dict[str, float]:
     return {name: value.item() for name, value in found.items() if value.ndim == 0}
 
 
-def _needed(settings: Any, name: str) -> str:
+def _required(settings: Any, name: str) -> str:
     value = getattr(settings, name)
     if value is None:
         raise UserError(

@@ -255,7 +255,7 @@ def hold_out(config: Config, dataset: Dataset) -> tuple[Dataset, Dataset | None]
     if settings.val_images is not None:
         source = {"images": settings.val_images, "structure": settings.val_structure, "shards": None, "scenes": 0}
         other = create_dataset(dataclasses.replace(config, data=dataclasses.replace(settings, **source)))
-        return dataset, _without_chance(other, config)
+        return dataset, _deterministic(other, config)
     if not settings.val:
         return dataset, None
     count = max(1, round(settings.val * len(dataset)))
@@ -266,10 +266,10 @@ def hold_out(config: Config, dataset: Dataset) -> tuple[Dataset, Dataset | None]
         raise UserError(f"data.val is {settings.val} of {len(dataset)} images, which leaves none to train on")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(mix(config.run.seed, "held out")))
     held_out, rest = (sorted(part.tolist()) for part in order.split([count, len(dataset) - count]))
-    return dataset.part(rest), _without_chance(dataset.part(held_out), config)
+    return dataset.part(rest), _deterministic(dataset.part(held_out), config)
 
 
-def _without_chance(dataset: Dataset, config: Config) -> Dataset:
+def _deterministic(dataset: Dataset, config: Config) -> Dataset:
     if isinstance(dataset, Pairs):
         dataset.transform = data.PairTransform.evaluation(config.data.size, **normalisation(config))
     return dataset
@@ -393,7 +393,7 @@ def find(run: Path, name: str | None = None) -> Saved:
     return checkpoint.find(run, name, Config, "pretrain")
 
 
-def trained(config: Config) -> Config:
+def without_initial_weights(config: Config) -> Config:
     """Returns the configuration without the sources of initial weights, so that none are downloaded or read. A
     checkpoint replaces them."""
     arguments = without_sources(config.model.arguments)
@@ -404,6 +404,6 @@ def load(saved: Saved) -> SGMIM:
     """Loads the model of a checkpoint, on the CPU, in evaluation mode. Where the checkpoint has averaged weights, these
     are loaded."""
     with torch.random.fork_rng(devices=[]):
-        model = create_model(trained(saved.config))
+        model = create_model(without_initial_weights(saved.config))
     model.load_state_dict(checkpoint.read(saved.path, "model") | checkpoint.averages(saved.path))
     return model.eval()

@@ -57,7 +57,7 @@ class Pretraining(Task):
 
     def create_model(self) -> SGMIM:
         if self.facts:
-            return build.create_model(build.trained(self.config))
+            return build.create_model(build.without_initial_weights(self.config))
         model = build.create_model(self.config)
         lines = initial.load(model, self.config) if self.config.model.init is not None else []
         if lines and launch.rank() == 0:

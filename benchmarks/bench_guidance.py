@@ -143,7 +143,7 @@ def check(case: Case, anyway: bool = False) -> tuple[list[str], dict[str, float]
 
 @contextlib.contextmanager
 def perturbed(tensors: list[Tensor], dtype: torch.dtype) -> Iterator[None]:
-    """Within the block, each number of the tensors is changed at random by less than the dtype's eps, relatively."""
+    """Within the block, the numbers of the tensors have random relative errors below the dtype's eps."""
     before = [t.detach().clone() for t in tensors]
     for t in tensors:
         t.detach().mul_(1 + torch.finfo(dtype).eps * (2 * torch.rand_like(t) - 1))

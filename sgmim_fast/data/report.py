@@ -88,7 +88,8 @@ class Report:
         )
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes the summary, and one line for each file left out: kind, tab, name; for broken files tab, reason."""
+        """Writes the summary, and one line for each file left out: kind and name, separated by a tab. The line of a
+        broken file also has a tab and the reason."""
         lines = [self.summary()]
         lines += [f"image without a map\t{escaped(name)}" for name in self.images_without_map]
         lines += [f"map without an image\t{escaped(name)}" for name in self.maps_without_image]

@@ -21,7 +21,7 @@ from sgmim_fast.finetune.heads import DenseModel
 from sgmim_fast.finetune.heads import create_model as with_head
 from sgmim_fast.finetune.metrics import DepthMetrics, SegmentationMetrics
 
-LEAST_PADDING = 0.02  # padded share of a crop from which on `padding` reports it
+LEAST_PADDING = 0.02  # padded share of the crops above which `padding` returns a message
 _TASKS = {"nyu": "depth", "kitti": "depth", "ade20k": "segmentation"}  # data sets that support one task only
 
 

@@ -32,8 +32,8 @@ class Data:
     task: Literal["depth", "segmentation"] = "depth"
     source: Literal["folders", "nyu", "kitti", "ade20k", "scenes"] = "folders"
     root: str | None = None  # nyu, kitti, ade20k: folder of the data set
-    train_list: str | None = None  # all but ade20k: file that lists a split; None: for nyu and kitti the usual list
-    test_list: str | None = None  # under root, for folders all files
+    train_list: str | None = None  # nyu, kitti, folders: file that lists the training images; None: see test_list
+    test_list: str | None = None  # the test images; None: nyu and kitti use the usual list in root, folders all images
     images: str | None = None  # folders: training images
     maps: str | None = None  # folders: mirrored folder of depth or label maps
     test_images: str | None = None

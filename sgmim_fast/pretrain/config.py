@@ -41,7 +41,7 @@ class Data:
     shards: str | None = None  # WebDataset shards, such as "train-{000..099}.tar"
     epoch_images: int | None = None  # images per epoch; required with shards, whose number of images is not known
     scenes: int = 0  # number of procedural scenes
-    val: float = 0.0  # share of the images to hold out for evaluation; of scenes, as many are added
+    val: float = 0.0  # share of the images to hold out for evaluation; scenes are added for that instead
     val_images: str | None = None  # alternatively, a separate folder of images for evaluation
     val_structure: str | None = None  # mirrored folder of structure maps of val_images
     missing: float | None = 0.0  # integer that marks missing values in maps; None: no integer does

@@ -60,8 +60,9 @@ def grid(
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> None:
-    """Draws one row per pair. Grey pixels were masked or hidden, white ones are missing. The reconstruction has
-    predictions at masked pixels, and the predicted structure at visible ones; elsewhere both have the true values.
+    """Draws one row per pair. Grey pixels are masked or hidden, white ones are missing values. The reconstruction shows
+    predictions at masked pixels, and the predicted structure shows them at visible pixels; elsewhere both show the
+    true values.
 
     mean, std: mean and standard deviation with which the images were normalised.
     """

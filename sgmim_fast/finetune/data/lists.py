@@ -14,7 +14,7 @@ from sgmim_fast.data.report import DataError, Report
 
 # folders that are searched for a list: the data's own, and those of published repositories (BTS, GLPDepth, ZoeDepth)
 LIST_FOLDERS = (".", "train_test_inputs", "filenames", "splits", "data_splits")
-NONE = "None"  # stands in a list for a map that does not exist
+NONE = "None"  # name of the map in a list if the image has no map
 
 
 def find_split_file(root: Path, given: str | os.PathLike[str] | None, names: Sequence[str]) -> Path:

@@ -52,33 +52,38 @@ def arguments(shape: Shape, batch: int, device: torch.device) -> dict[str, Any]:
     hottest = 2.3 if shape.name == "swinv2_base" else None
     if hottest is not None:
         window, by = (12, 12), (6, 6)
-    return {
-        "gather_patches": cases.gather_patches(masked, grid, 1, shape.stride, patch, rows=shown, make=make),
-        "linear_l1": cases.linear_l1(
+    makes: dict[str, Callable[[], Any]] = {
+        "gather_patches": lambda: cases.gather_patches(masked, grid, 1, shape.stride, patch, rows=shown, make=make),
+        "linear_l1": lambda: cases.linear_l1(
             masked, grid, 3, shape.stride, width, decided=True, rows=cells.masked.index, make=make
         ),
-        "masked_patch_embed": cases.masked_patch_embed(
+        "masked_patch_embed": lambda: cases.masked_patch_embed(
             batch, (across, across), 3, shape.patch, c, norm=not shape.prefix, visible=stem, make=make
         ),
-        "norm_attention": cases.norm_attention(rows, c, heads, window, by, bias=bias, make=make),
-        "norm_linear": cases.norm_linear(rows, c, 3 * c, make=make),
-        "norm_mlp": cases.norm_mlp(rows, c, 4 * c, make=make),
-        "position_bias": cases.position_bias(window, heads, 512, make=make),
-        "relational_guidance": cases.relational_guidance(
+        "norm_attention": lambda: cases.norm_attention(rows, c, heads, window, by, bias=bias, make=make),
+        "norm_linear": lambda: cases.norm_linear(rows, c, 3 * c, make=make),
+        "norm_mlp": lambda: cases.norm_mlp(rows, c, 4 * c, make=make),
+        "position_bias": lambda: cases.position_bias(window, heads, 512, make=make),
+        "relational_guidance": lambda: cases.relational_guidance(
             visible, None, shape.cells, width, shape.heads, 4 * width, rows=(cells.visible, cells.shown), make=make
         ),
-        "selective_mask": cases.selective_mask(
+        "selective_mask": lambda: cases.selective_mask(
             [math.ceil(shape.ratio * shape.grid**2)] * batch, (shape.grid,) * 2, 1, make=make
         ),
-        "standardize_structure": cases.standardize_structure((batch, 1, shape.image, shape.image), make=make),
-        "structure_embed": cases.structure_embed(
+        "standardize_structure": lambda: cases.standardize_structure((batch, 1, shape.image, shape.image), make=make),
+        "structure_embed": lambda: cases.structure_embed(
             masked, grid, 1, patch, mergings, width >> mergings, rows=shown, make=make
         ),
-        "token_salience": cases.token_salience((batch, across**2, c), length=c**0.5, make=make),
-        "window_attention": cases.window_attention(
+        "token_salience": lambda: cases.token_salience((batch, across**2, c), length=c**0.5, make=make),
+        "window_attention": lambda: cases.window_attention(
             rows, heads, c // heads, window, by, bias=bias, hottest=hottest, pad=False, make=make
         ),
     }
+    found = {}
+    for op, make_arguments in makes.items():
+        torch.manual_seed(0)  # the numbers of an op do not depend on those before it
+        found[op] = make_arguments()
+    return found
 
 
 def disagreement(op: str, run: Callable[..., list[Tensor]], backend: str, dtype: torch.dtype) -> str:
@@ -110,6 +115,7 @@ def table(
     """Measures each op of `wanted` on each backend, and calls `keep` with each row as soon as it is known."""
     found = arguments(shape, batch, torch.device(device))
     for op in wanted:
+        torch.manual_seed(0)
         call, ours = forward_backward(op, found[op]), functools.partial(cases.call, op)
         # FlexAttention supports no cosine attention, and no backward on a CPU.
         fits = op == "window_attention" and found[op].logit_scale is None and device != "cpu"

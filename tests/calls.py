@@ -1,4 +1,4 @@
-"""Small calls of every op from the table `sgmim_fast.ops.cases`, and an op as a function of its floating tensors."""
+"""Small calls of every op, made by `sgmim_fast.ops.cases`, and ops as functions of their floating-point tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REGISTERED = {op: cases.registered(op) for op in OPS}
 NOT_DIFFERENTIABLE = ("selective_mask", "standardize_structure", "token_salience")
 DIFFERENTIABLE = [op for op in OPS if op not in NOT_DIFFERENTIABLE]
 
-# One call of each op, as small as it gets, with every optional argument.
+# One call of each op, as small as possible, with every optional argument.
 EXAMPLES: dict[str, Callable[..., Any]] = {
     "gather_patches": partial(cases.gather_patches, (1, 2), (2, 2)),
     "linear_l1": partial(cases.linear_l1, (2, 1), (2, 2), 2, 2, 6, valid=True, scale=0.5, decided=True),
@@ -33,7 +33,7 @@ EXAMPLES: dict[str, Callable[..., Any]] = {
     "token_salience": cases.token_salience,
     "window_attention": partial(cases.window_attention, (2, 5, 4), 2, 3, (2, 3), hottest=1.5),
 }
-# What else an op may be asked for.
+# Further calls of an op, with other combinations of arguments.
 VARIANTS: dict[str, dict[str, Callable[..., Any]]] = {
     "gather_patches": {
         "raster": partial(cases.gather_patches, (2, 0, 1), (1, 3), 2, 6, zorder=False),
@@ -96,7 +96,7 @@ VARIANTS: dict[str, dict[str, Callable[..., Any]]] = {
 }
 CALLS = {
     op: {"everything": EXAMPLES[op], **VARIANTS.get(op, {})} for op in OPS
-}  # op -> variant -> its arguments; `make` says how tensors are made
+}  # op -> variant -> function that makes the arguments; its parameter `make` defines dtype and device of the tensors
 
 
 def overload(op: str) -> Any:
@@ -110,18 +110,19 @@ def example(op: str) -> list[Any]:
 
 
 def public(op: str) -> Callable[[Any], Any]:
-    """The public function of an op whose arguments have the names of its own, as a function of those."""
+    """Returns an op's public function as a function of its `Arguments`; both must have the same names."""
     function = getattr(ops, op)
     return lambda a: function(**{name: value for name, value in a._asdict().items() if name != "dtype"})
 
 
 class Call:
-    """An op's arguments as its floating-point tensors, by name, and the rest.
+    """A call of an op as a function of its floating-point tensors; all other arguments are constant.
 
     Args:
-        op: its name.
-        arguments: of one call, as `cases` gives them.
-        device, dtype: where the tensors are wanted, and in which dtype the floating-point ones.
+        op: name of the op.
+        arguments: arguments of one call, as `cases` returns them.
+        device: device of all tensors.
+        dtype: dtype of the floating-point tensors; None keeps theirs.
     """
 
     def __init__(self, op: str, arguments: Any, device: Any = "cpu", dtype: torch.dtype | None = None):
@@ -133,7 +134,7 @@ class Call:
         self.tensors = [self.flat[i].to(dtype or self.flat[i].dtype) for i in self.at]
 
     def arguments(self, *tensors: Tensor) -> Any:
-        """With other floating-point tensors."""
+        """Returns the arguments of the call, with these floating-point tensors if there are any."""
         flat = list(self.flat)
         for i, tensor in zip(self.at, tensors or self.tensors, strict=True):
             flat[i] = tensor
@@ -144,5 +145,5 @@ class Call:
         return cases.call(self.op, self.arguments(*tensors))
 
     def by(self, function: Callable[[Any], Tensor]) -> Callable[..., Tensor]:
-        """A function of the op's arguments as one of the tensors."""
+        """Converts a function of the op's arguments to a function of the floating-point tensors."""
         return lambda *tensors: function(self.arguments(*tensors))

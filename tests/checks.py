@@ -1,10 +1,10 @@
 """Checks that the tests share, and the tolerance policy.
 
-An op in a low precision is not compared with another op in the same precision but with the truth, the same expression
-in float64: its error may be twice that of plain PyTorch in the same dtype, plus a few units in the last place. Where
-few numbers are compared, plain PyTorch's error in one evaluation is luck: it is then the largest of several, of inputs
-that are `moved` by a rounding, which any correct algorithm may be off by. Gathers, masks and counts are compared bit
-for bit, by `torch.equal`.
+The result of an op is compared with the ground truth, which is the same expression in float64. Its error may be twice
+the error of plain PyTorch in the same dtype, plus a few units in the last place. If only few numbers are compared, the
+error of a single evaluation of plain PyTorch depends on chance. The largest error of several evaluations is then used,
+with inputs `moved` by a rounding error, since any correct algorithm may differ by that much. Gathers, masks and counts
+are compared bit for bit, with `torch.equal`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import torch
 from calls import Call, public
 from torch import Tensor
 
-# Added to twice plain PyTorch's error, in units of the dtype's epsilon, relative to the truth's norm: a result of few
-# numbers can be off more than twice as much by chance. 3000 draws of small shapes for masked_patch_embed's results and
-# gradients needed 3.2 at most, for a gradient of a single number, and 0.7 apart from those.
+# Added to twice the error of plain PyTorch, in units of the dtype's epsilon times the norm of the truth: the error of a
+# result of few numbers can by chance exceed twice that of PyTorch. In 3000 draws of small shapes, results and gradients
+# of masked_patch_embed needed at most 3.2, for a gradient of a single number, and 0.7 for all others.
 FEW_ULP = 4
-AGAIN = 16  # evaluations of plain PyTorch, where one alone would not do
+AGAIN = 16  # number of evaluations of plain PyTorch if one is not enough
 
 
 def assert_close_to_truth(
@@ -36,14 +36,16 @@ def assert_close_to_truth(
     name: str = "result",
     again: Callable[[], Iterable[Tensor]] = tuple,
 ) -> None:
-    """Asserts |actual - truth| <= 2 |plain - truth| + FEW_ULP eps |truth|, Euclidean norms of the whole tensors.
+    """Asserts |actual - truth| <= 2 |plain - truth| + FEW_ULP eps |truth|, in Euclidean norms of the whole tensors.
+
+    NaN and infinities never pass.
 
     Args:
-        actual: of the op under test.
-        plain: of plain PyTorch, in the same dtype or in that of its own choice; eps is the coarser of the two dtypes'.
-        truth: the same expression in float64.
-        name: of the tensor, for the message. NaN and infinities never pass.
-        again: plain PyTorch's results for `moved` inputs, asked for where `plain` alone would not do.
+        actual: result of the op under test.
+        plain: result of plain PyTorch, in the same dtype or one of its choice; eps is that of the coarser dtype.
+        truth: result of the same expression in float64.
+        name: name of the tensor for the message.
+        again: returns results of plain PyTorch for `moved` inputs; called only if `plain` alone is not enough.
     """
     assert truth.dtype == torch.float64, f"{name}: the truth is in {truth.dtype}"
     assert actual.shape == truth.shape, f"{name} has shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
@@ -64,9 +66,9 @@ def assert_close_to_truth(
 
 
 def moved(inputs: Sequence[Any], dtype: torch.dtype | None = None) -> list[Any]:
-    """The inputs with each floating-point number moved by less than eps of itself, at random, and rounded.
+    """Multiplies each floating-point number of the inputs by a random factor in (1 - eps, 1 + eps), and rounds it.
 
-    dtype: whose eps, if not that of each; what autocast rounds the inputs to.
+    eps is that of `dtype`, the dtype to which autocast rounds the inputs, or else that of each tensor.
     """
 
     def move(t: Tensor) -> Tensor:
@@ -79,20 +81,21 @@ def moved(inputs: Sequence[Any], dtype: torch.dtype | None = None) -> list[Any]:
 def assert_all_close_to_truth(
     actual: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor], names: Sequence[str]
 ) -> None:
-    """`assert_close_to_truth` for each of several tensors."""
+    """Calls `assert_close_to_truth` for each of several tensors."""
     for a, p, t, name in zip(actual, plain, truth, names, strict=True):
         assert_close_to_truth(a, p, t, name)
 
 
 def opcheck(overload: Any, args: Sequence[Any], *, traced: bool) -> None:
-    """Schema, autograd registration, fake tensors; and tracing with dynamic shapes, which takes ten times as long and
-    does not see which backend computes. `overload`: an op's `.default`."""
+    """Checks schema, autograd registration and fake tensors of `overload`, an op's `.default`. If `traced`, also checks
+    tracing with dynamic shapes, which takes ten times as long and does not depend on the backend."""
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
     torch.library.opcheck(overload, tuple(args), test_utils=tests + ["test_aot_dispatch_dynamic"] * traced)
 
 
 def gradcheck64(function: Callable[..., Any], inputs: Sequence[Tensor | None]) -> None:
-    """Finite differences in float64 for every input of a floating dtype, also with some gradients undefined."""
+    """Compares gradients of all floating-point inputs with finite differences in float64, also with undefined
+    gradients."""
     leaves = [
         t.detach().clone().requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs
     ]
@@ -101,8 +104,8 @@ def gradcheck64(function: Callable[..., Any], inputs: Sequence[Tensor | None]) -
 
 
 def layouts(tensor: Tensor) -> dict[str, Tensor]:
-    """The same values contiguous, channels last, with every other pixel of a larger tensor, and with strides of zero
-    for the first dimension (of its first entry, repeated)."""
+    """Returns the same values in several memory layouts: contiguous, channels last, and as every other pixel of a
+    larger tensor. "expanded" repeats the first entry with stride 0 in the first dimension."""
     larger = tensor.new_zeros([2 * size + 1 for size in tensor.shape])
     every_other = larger[tuple(slice(1, None, 2) for _ in tensor.shape)]
     every_other.copy_(tensor)
@@ -117,7 +120,7 @@ def layouts(tensor: Tensor) -> dict[str, Tensor]:
 def gradients(
     function: Callable[..., Tensor], inputs: Sequence[Tensor | None], cotangent: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """The function's result, and the gradients of sum(result * cotangent) for the inputs that are floating-point."""
+    """Returns the function's result, and the gradients of sum(result * cotangent) for its floating-point inputs."""
     leaves = [t.detach().requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]
     result = function(*leaves)
     wanted = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
@@ -125,19 +128,19 @@ def gradients(
 
 
 def in_dtype(inputs: Sequence[Any], dtype: torch.dtype) -> list[Any]:
-    """The inputs with every floating-point tensor converted."""
+    """Converts every floating-point tensor of the inputs to `dtype`."""
     return [t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]
 
 
 def check_op(
     plain: Callable[[Any], Tensor], op: str, arguments: Any, place: Any, dtype: torch.dtype, autocast: bool = False
 ) -> None:
-    """Result and gradients of an op in `dtype`, or under autocast to it, by the tolerance policy.
+    """Checks result and gradients of an op in `dtype`, or under autocast to it, against the tolerance policy.
 
     Args:
-        plain: in plain PyTorch, a function of the op's arguments.
-        op, arguments: a call, of float64 numbers, as `sgmim_fast.ops.cases` gives it.
-        place: where it runs, see conftest.
+        plain: the op in plain PyTorch, as a function of the op's arguments.
+        op, arguments: a call in float64, as `sgmim_fast.ops.cases` returns it.
+        place: backend and device, see conftest.
     """
     call = Call(op, arguments, place.device)
     low = in_dtype(call.tensors, torch.float32 if autocast else dtype)
@@ -160,10 +163,10 @@ def check_op(
 
 
 def assert_passes_with(isa: str, file: str, wanted: str = "") -> None:
-    """Asserts that the tests of a file pass with an instruction set of the CPU kernels, in a process that has no other.
+    """Asserts that the tests of a file pass in a process whose CPU kernels are limited to an instruction set.
 
     Args:
-        wanted: as of pytest's -k.
+        wanted: an expression for pytest's -k.
     """
     if os.environ.get("SGMIM_FAST_CPU_ISA"):
         pytest.skip("one is asked for")

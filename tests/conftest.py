@@ -1,5 +1,5 @@
-"""Fixtures of all tests: each backend that runs here, poisoned buffers, seeds, threads; hypothesis's settings; and what
-is said of skipped tests."""
+"""Fixtures for all tests (backends, poisoned buffers, seeds, threads), settings of hypothesis, and the summary of
+skipped tests."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from hypothesis import HealthCheck, register_random, settings
 from sgmim_fast import backends
 from sgmim_fast.ops import gemm
 
-os.environ["SGMIM_FAST_TUNED"] = "0"  # what a user has tuned is no part of what is tested
-EXAMPLES = os.environ.get("SGMIM_FAST_EXAMPLES")  # hypothesis tries that many, others each time
-SEED = os.environ.get("SGMIM_FAST_SEED")  # other random numbers, other examples
+os.environ["SGMIM_FAST_TUNED"] = "0"  # tests ignore what the user has tuned
+EXAMPLES = os.environ.get("SGMIM_FAST_EXAMPLES")  # number of hypothesis examples, which then differ in every run
+SEED = os.environ.get("SGMIM_FAST_SEED")  # seed of random tensors; hypothesis examples then differ in every run
 
 settings.register_profile(
     "sgmim_fast",
-    deadline=None,  # a first call compiles or loads something
+    deadline=None,  # the first call compiles or loads something
     max_examples=int(EXAMPLES or 15),
     derandomize=EXAMPLES is SEED is None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],  # `place` holds for all examples of a test
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # all examples of a test share its `place`
 )
 settings.load_profile("sgmim_fast")
 
-# `with torch.device(...)` remembers the functions that it is about at its first use, which may be below, where some are
-# others: it would then allocate for real what is on the meta device.
+# `with torch.device(...)` caches the factory functions that it intercepts at its first use. If that were after
+# `poisoned_buffers` has replaced some of them, tensors on the meta device would really be allocated.
 torch.utils._device._device_constructors()
 
 if not torch.cuda.is_available():
-    # torch.manual_seed formats a stack trace for each kind of device that is not in use: a third of many tests' time
+    # torch.manual_seed formats a stack trace for each device type that is not in use: a third of the time of many tests
     for devices in (torch.cuda, torch.xpu, torch.mtia):
         devices.manual_seed_all = lambda seed: None
 
-if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores, and so do processes they start
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # workers and their subprocesses share the cores
     threads_each = max(1, torch.get_num_threads() // int(workers))
     torch.set_num_threads(threads_each)
     os.environ["OMP_NUM_THREADS"] = str(threads_each)
@@ -48,8 +48,8 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cor
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
-    """While modules and parameters pile up nothing is garbage, and what is there then stays until the end: no later
-    collection has to look at it."""
+    """Disables the garbage collector during collection, and freezes what was collected. These objects live until the
+    end, so later collections need not traverse them."""
     gc.disable()
     try:
         return (yield)
@@ -60,7 +60,7 @@ def pytest_collection():
 
 
 def pytest_configure(config):
-    """Each worker has one slow test and the next, and the longest begin first, so that none is alone in the end."""
+    """Schedules slow tests one at a time; with the longest first, no worker is left with a long test at the end."""
     if config.option.markexpr == "slow" and hasattr(config.option, "maxschedchunk"):
         config.option.maxschedchunk = 1
 
@@ -70,14 +70,14 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_logreport(report):
-    """With SGMIM_FAST_FAILURES=FILE each failure is written there at once, should a limit end the run."""
+    """With SGMIM_FAST_FAILURES=FILE, appends each failure to the file at once, in case a time limit ends the run."""
     if report.failed and (path := os.environ.get("SGMIM_FAST_FAILURES")):
         with open(path, "a") as file:
             print(f"#### {report.nodeid}\n{report.longreprtext[-3000:]}", file=file)
 
 
 def pytest_terminal_summary(terminalreporter):
-    """How many tests were skipped for which reason; -rs lists each."""
+    """Prints how many tests were skipped for each reason; -rs lists every test."""
     reasons = Counter(
         str(report.longrepr[2]).removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])
     )
@@ -88,7 +88,7 @@ def pytest_terminal_summary(terminalreporter):
 
 
 class TorchRandom:
-    """Lets hypothesis seed torch's generator before each example, so that a failure can be repeated."""
+    """Lets hypothesis seed torch's generator before each example, so that failures are reproducible."""
 
     seed = staticmethod(torch.manual_seed)
     getstate = staticmethod(torch.get_rng_state)
@@ -96,7 +96,7 @@ class TorchRandom:
 
 
 torch_random = TorchRandom()
-register_random(torch_random)  # keeps a weak reference only
+register_random(torch_random)  # keeps only a weak reference
 
 
 class Place(NamedTuple):
@@ -105,12 +105,12 @@ class Place(NamedTuple):
 
     @property
     def interpreted(self) -> bool:
-        """Whether kernels run in Triton's interpreter, a thousand times slower: tests take smaller sizes then."""
+        """Whether kernels run in Triton's interpreter. It is a thousand times slower, so tests use smaller sizes."""
         return self == ("triton", "cpu")
 
 
 def _marks(backend: str, device: str) -> list[pytest.MarkDecorator]:
-    """Those of a place; what no test could run on this machine is skipped before any fixture is set up."""
+    """Returns the marks of a place. A place that cannot run on this machine is skipped before any fixture is set up."""
     if device == "cuda":
         return [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
     if backend == "triton":
@@ -130,10 +130,10 @@ PLACES = [
 
 @pytest.fixture(params=PLACES)
 def place(request):
-    """Runs the test once per backend and kind of device, with that backend forced.
+    """Runs the test once per backend and device type, with that backend forced.
 
-    In a file test_NAME.py of an op called NAME, and with an op for a parameter, a backend that does not have the op is
-    skipped; so is one that cannot run on this machine. The reason is the one that `backends.can_run` gives.
+    In test_NAME.py of an op NAME, and in tests with a parameter `op`, backends that do not implement the op are
+    skipped, with the reason of `backends.can_run`. Backends that cannot run on this machine are skipped, too.
     """
     backend, params = request.param.backend, request.node.callspec.params
     op = params.get("op", request.module.__name__.rpartition(".")[2].removeprefix("test_"))
@@ -147,20 +147,20 @@ def place(request):
         pytest.skip("the C++ kernels take float32 and bfloat16")
     with contextlib.ExitStack() as stack:
         stack.enter_context(backends.use(backend))
-        if request.param.interpreted:  # gemms as on a GPU, whatever this CPU is best at
+        if request.param.interpreted:  # gemms in bfloat16 as on a GPU, whatever is fastest on this CPU
             stack.enter_context(gemm.compute_bfloat16_in(torch.bfloat16))
         yield request.param
 
 
 @pytest.fixture
 def backend(place):
-    """Name of the forced backend, see `place`."""
+    """Name of the forced backend (see `place`)."""
     return place.backend
 
 
 @pytest.fixture
 def device(place):
-    """Where the forced backend wants its tensors, see `place`."""
+    """Device for the tensors of the forced backend (see `place`)."""
     return torch.device(place.device)
 
 
@@ -171,13 +171,13 @@ def seed():
 
 @pytest.fixture(autouse=True)
 def poisoned_buffers(monkeypatch):
-    """Whatever the library allocates without initialising holds NaN, True, or the largest integer, so that an element
-    that a kernel forgets to write is seen."""
+    """Fills uninitialised buffers of the library with NaN, True, or the largest integer, to reveal elements that a
+    kernel does not write."""
 
     def poisoned(allocate):
         def allocate_and_fill(*args, **kwargs):
             buffer = allocate(*args, **kwargs)
-            # torch.compile traces the plain allocation
+            # Under torch.compile the allocation itself is traced.
             if torch.compiler.is_compiling() or not _caller(1).startswith("sgmim_fast"):
                 return buffer
             if buffer.is_floating_point() or buffer.is_complex():
@@ -192,13 +192,13 @@ def poisoned_buffers(monkeypatch):
 
 
 def _caller(depth: int) -> str:
-    """Name of the module that called the function `depth` frames above."""
+    """Returns the name of the module `depth` frames above the caller of this function."""
     return sys._getframe(depth + 1).f_globals.get("__name__", "")
 
 
 @pytest.fixture
 def threads():
-    """`with threads(n):` runs torch, and so the C++ kernels, on n threads."""
+    """`with threads(n):` runs torch, and thereby the C++ kernels, on n threads."""
 
     @contextlib.contextmanager
     def use(number):

@@ -12,7 +12,7 @@ _SWIN = {"embed_dim": 24, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8), "wi
 _VIT = {"depth": 5, "embed_dim": 48, "num_heads": 3}
 _SHARED = {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False, "use_abs_pos_emb": False, "init_values": 0.1}
 
-# name -> timm name and its arguments
+# name -> timm name, arguments of the timm model
 ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "swin": ("swin_tiny_patch4_window7_224", _SWIN),
     "swinv2": ("swinv2_tiny_window8_256", _SWIN),

@@ -1,4 +1,4 @@
-"""A graph on the CPU that does what a CUDA graph does: the same operations on the same memory, and no Python around."""
+"""A simulated CUDA graph on the CPU. It replays the same operations on the same memory, without the Python code."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from sgmim_fast.ops import _check
 
 @contextlib.contextmanager
 def values_unread() -> Iterator[None]:
-    """The checks of indices are left out that look at CPU tensors alone."""
+    """Disables the checks of index values, which are made for CPU tensors only."""
     with mock.patch.multiple(_check, rows=mock.DEFAULT, image_rows=mock.DEFAULT):
         yield
 
 
 class FakeGraph:
-    """Stands in for `sgmim_fast.graph.Graph`."""
+    """Replaces `sgmim_fast.graph.Graph`."""
 
     device_type = "cpu"
-    fails = ""  # what recording raises, if anything
+    fails = ""  # message of the error that recording raises, if any
 
     def __init__(self, device: torch.device, generators: list[torch.Generator]) -> None:
         self.generators, self.calls = generators, list[tuple[Any, tuple, dict, Any]]()
@@ -60,12 +60,12 @@ class FakeGraph:
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes operations; what they write into memory from before is put back, as a capture does no work."""
+    """Records operations. `undo` restores the memory outside of the graph: a capture itself executes nothing."""
 
     def __init__(self, calls: list[tuple[Any, tuple, dict, Any]]) -> None:
         super().__init__()
         self.calls = calls
-        self.own: set[int] = set()  # storages of the graph
+        self.own: set[int] = set()  # storages allocated in the graph
         self.saved: dict[int, tuple[Any, Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -74,7 +74,7 @@ class _Recorder(TorchDispatchMode):
         given = dict(zip(names, args, strict=False)) | kwargs
         for argument in func._schema.arguments:
             writes = argument.alias_info is not None and argument.alias_info.is_write
-            if writes or argument.name.startswith("running_"):  # statistics are written, and no schema says so
+            if writes or argument.name.startswith("running_"):  # schemas do not declare that statistics are written
                 for tensor in pytree.tree_leaves(given.get(argument.name)):
                     self._keep(tensor)
         result = func(*args, **kwargs)
@@ -82,7 +82,7 @@ class _Recorder(TorchDispatchMode):
         for x in pytree.tree_leaves(result):
             if isinstance(x, Tensor) and x.untyped_storage()._cdata not in before:
                 self.own.add(x.untyped_storage()._cdata)
-        # tensors of its own: `p.grad = None` or `.data = ` would change what the same objects are
+        # Record detached tensors: `p.grad = None` or `.data = ` may later change the objects themselves.
         args, kwargs, results = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs, result))
         self.calls.append((func, args, kwargs, results))
         return result

@@ -1,4 +1,4 @@
-"""A very small fine-tuning for the tests, by `sgmim-fast finetune`."""
+"""A very small run of `sgmim-fast finetune` for the tests."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ TINY = {
 
 
 def arguments(**changes: Any) -> list[str]:
-    """The small configuration, with changes as `optim__lr=1`, as options."""
+    """Returns the small configuration as options, with changes such as `optim__lr=1`."""
     given = {f"{section}.{name}": value for section, part in TINY.items() for name, value in part.items()}
     given |= {key.replace("__", "."): value for key, value in changes.items()}
     return [f"--set={key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in given.items()]
 
 
 def finetune(run: Path, task: str = "depth", *words: str, **changes: Any) -> int:
-    """The exit code of `sgmim-fast finetune`."""
+    """Runs `sgmim-fast finetune` and returns its exit code."""
     return cli.main(["finetune", task, f"--out={run}", *words, *arguments(**changes)])

@@ -1,4 +1,4 @@
-"""Compiles the C++ sources of the tests into build/tests, with ninja, again only when a source has changed."""
+"""Compiles the C++ sources of the tests into build/tests with ninja, which recompiles only changed sources."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ build cuda_races: compile {tests}/cuda_races.cpp
 
 
 def build(target: str) -> Path:
-    """Compiles "cuda_bodies", a Python module, or "cuda_races", a program; skips the test where tools are missing."""
+    """Compiles "cuda_bodies", a Python module, or "cuda_races", a program. Skips the test if a tool is missing."""
     pybind11 = pytest.importorskip("pybind11")
     if not (shutil.which("c++") and shutil.which("ninja")):
         pytest.skip("needs c++ and ninja")
@@ -43,7 +43,7 @@ def build(target: str) -> Path:
     )
     wanted = module if target == "cuda_bodies" else target
     with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # tests may run side by side
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests may run in parallel
         if not (folder / "build.ninja").exists() or (folder / "build.ninja").read_text() != rules:
             (folder / "build.ninja").write_text(rules)
         done = subprocess.run(["ninja", "-C", folder, wanted], capture_output=True, text=True)
@@ -52,7 +52,7 @@ def build(target: str) -> Path:
 
 
 def load_bodies() -> ModuleType:
-    """The module of cuda_bodies.cpp."""
+    """Compiles and imports the module of cuda_bodies.cpp."""
     spec = importlib.util.spec_from_file_location("cuda_bodies", build("cuda_bodies"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

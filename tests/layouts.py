@@ -1,4 +1,4 @@
-"""Tiny trees in the layouts of the labelled data sets, for the tests of `sgmim_fast.finetune.data`."""
+"""Tiny data sets in the folder layouts of NYU-v2, KITTI and ADE20K, for the tests of `sgmim_fast.finetune.data`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write_map(path: Path, values: np.ndarray) -> Path:
 
 
 def depth_values(height: int, width: int, metre: int, seed: int = 0) -> np.ndarray:
-    """(height, width) uint16 of about 1 to 5 metres, with a tenth of holes."""
+    """Returns (height, width) uint16 depths of 1 to 5 m, in units of 1 / metre m; a tenth of them is missing (0)."""
     rng = np.random.default_rng(seed)
     values = rng.integers(metre, 5 * metre, (height, width), dtype=np.uint16)
     values[rng.random((height, width)) < 0.1] = 0
@@ -28,7 +28,8 @@ def depth_values(height: int, width: int, metre: int, seed: int = 0) -> np.ndarr
 
 
 def write_nyu_folders(root: Path) -> Path:
-    """BTS's: four training pairs in two scenes and two test pairs; a list line has the focal length behind."""
+    """Writes the layout of BTS: four training pairs in two scenes, two test pairs. Lines of lists end with the focal
+    length."""
     lines = {"train": [], "test": []}
     for split, base, scenes in (
         ("train", "sync", ("kitchen_0028b", "cafe_0001a")),
@@ -49,7 +50,7 @@ DRIVES = {"train": "2011_09_26_drive_0057_sync", "test": "2011_09_26_drive_0002_
 
 
 def write_kitti(root: Path, raw: str = ".", depth: str = "data_depth_annotated/{part}", suffix: str = ".png") -> Path:
-    """Two pairs of each split, and a third without ground truth; BTS's lists."""
+    """Writes two pairs of each split, a third image without ground truth, and the lists of BTS."""
     for split, drive in DRIVES.items():
         lines = []
         for number in (69, 54, 75):
@@ -67,7 +68,7 @@ def write_kitti(root: Path, raw: str = ".", depth: str = "data_depth_annotated/{
 
 
 def write_ade20k(root: Path) -> Path:
-    """Two training images and one validation image, of different sizes."""
+    """Writes two training images and one validation image, of different sizes."""
     folder = root / "ADEChallengeData2016"
     for part, name, size in (
         ("training", "ADE_train_00000001", (20, 30)),

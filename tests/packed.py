@@ -1,4 +1,4 @@
-"""Packed rows, weights and precisions for the tests of the ops that work on visible cells."""
+"""Precisions, comparisons with float64 and checks of reproducibility, for the tests of ops on visible cells."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sgmim_fast.ops.cpu import primitives
 
 
 class Precision(NamedTuple):
-    """What an op is asked for, and what a CPU multiplies a bfloat16 request in (`gemm.compute_bfloat16_in`)."""
+    """The dtype of an op, and the dtype in which a CPU computes bfloat16 gemms (`gemm.compute_bfloat16_in`)."""
 
     dtype: torch.dtype
     compute: torch.dtype
@@ -28,18 +28,18 @@ PRECISIONS = [
     pytest.param(Precision(torch.bfloat16, torch.bfloat16), id="bfloat16"),
     pytest.param(Precision(torch.bfloat16, torch.float32), id="bfloat16-in-float32"),
 ]
-HALF = pytest.param(Precision(torch.float16, torch.bfloat16), id="float16")  # not in C++ on the CPU
+HALF = pytest.param(Precision(torch.float16, torch.bfloat16), id="float16")  # the C++ CPU kernels do not support it
 
 
 def on(device: torch.device, inputs: Sequence[Any]) -> list[Any]:
-    """The inputs with every tensor on the device."""
+    """Moves every tensor of the inputs to the device."""
     return [t.to(device) if isinstance(t, Tensor) else t for t in inputs]
 
 
 def computed(
     function: Callable[[Any], Tensor], call: Call, cotangent: Tensor, dtype: torch.dtype | None = None
 ) -> list[Tensor]:
-    """Result and gradients of a function of the op's arguments."""
+    """Returns result and gradients of a function of the op's arguments."""
     tensors = call.tensors if dtype is None else in_dtype(call.tensors, dtype)
     result, grads = gradients(call.by(function), tensors, cotangent)
     return [result, *grads]
@@ -50,14 +50,15 @@ def assert_draws_close_to_truth(
     cotangent_of: Callable[[Call], Tensor], precision: Precision,
     *, result: torch.dtype | None = None, autocast: Any = None, draws: int = 4,
 ) -> None:  # fmt: skip
-    """`assert_all_close_to_truth` of the results and gradients of several draws as one, since plain PyTorch may be
-    lucky with a small tensor.
+    """Calls `assert_all_close_to_truth` with the stacked results and gradients of several draws, because the error of
+    plain PyTorch for one small tensor may be small by chance.
 
     Args:
-        draw: makes a call with random numbers.
+        draw: returns a call with random numbers.
         ours, plain: functions of the op's arguments.
-        precision: in which CPUs compute; the results' dtype, unless `result` is that.
-        autocast: that the functions run under.
+        cotangent_of: returns the gradient of the result of a call.
+        precision: compute dtype of CPUs, and the expected dtype of the result unless `result` is given.
+        autocast: context in which the functions run.
     """
     columns: list[list[list[Tensor]]] = [[], [], []]
     for _ in range(draws):
@@ -76,7 +77,7 @@ def assert_draws_close_to_truth(
 
 
 def assert_same_bits(results: Sequence[Any], name: str = "") -> None:
-    """Every nested sequence of tensors equals the first, NaN included in what differs."""
+    """Asserts that every nested sequence of tensors equals the first one bit for bit; NaN is not equal to NaN."""
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=0, atol=0, msg=lambda text: f"{name}: {text}")
 
@@ -84,7 +85,7 @@ def assert_same_bits(results: Sequence[Any], name: str = "") -> None:
 def assert_same_bits_on_any_threads(
     call: Call, cotangent: Tensor, precision: Precision, backend: str, threads: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Result and gradients again and again; of ours on any number of threads, too."""
+    """Asserts that repeated runs give the same bits, and that our own kernels do so for any number of threads."""
     results = []
     with gemm.compute_bfloat16_in(precision.compute):
         for number in (1, 2):
@@ -94,13 +95,14 @@ def assert_same_bits_on_any_threads(
             for number in (1, 2, 3):
                 with threads(number):
                     results.append(gradients(call, call.tensors, cotangent))
-    if backend == "cpu":  # elsewhere only the library's gemms know of these threads
+    if backend == "cpu":  # in other backends, only the library's gemms use these threads
         assert_same_bits(results)
 
 
 @contextlib.contextmanager
 def library_products_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The library may sum a gemm's terms in another order on more threads; what we write may not."""
+    """Runs the library's gemms on one thread: their order of summation may depend on the number of threads. Our
+    kernels' may not."""
 
     def on_one_thread(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*arguments: Tensor, **options: Any) -> Tensor:

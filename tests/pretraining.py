@@ -1,4 +1,4 @@
-"""A very small run for the tests of pre-training, in this process or in others."""
+"""A very small configuration for the tests of pre-training, and functions to run it in this process or in others."""
 
 from __future__ import annotations
 
@@ -34,13 +34,14 @@ TINY = {
 
 
 def tiny(**changes: Any) -> Config:
-    """The small configuration, with changes as `optim__lr=1`."""
+    """Returns the small configuration, with changes such as `optim__lr=1`."""
     config = with_changes(Config(), from_mapping(TINY, "TINY"), "TINY")
     return with_changes(config, {key.replace("__", "."): value for key, value in changes.items()}, "test")
 
 
 class Pairs(Dataset):
-    """Pairs of noise, as `sgmim_fast.data` has them: rows of the map are not known, and some images not finite."""
+    """Pairs of noise in the format of `sgmim_fast.data`. The first `unknown` rows of a map are missing (NaN); `broken`
+    maps the index of an image to a value that fills it."""
 
     def __init__(self, count: int = 32, size: int = 64, broken: dict[int, float] | None = None, unknown: int = 8):
         self.count, self.size, self.broken, self.unknown = count, size, broken or {}, unknown
@@ -59,14 +60,14 @@ class Pairs(Dataset):
 
 
 def arguments(**changes: Any) -> list[str]:
-    """The small configuration as options of `sgmim-fast pretrain`."""
+    """Returns the small configuration, with changes, as options of `sgmim-fast pretrain`."""
     given = {f"{section}.{name}": value for section, part in TINY.items() for name, value in part.items()}
     given |= {key.replace("__", "."): value for key, value in changes.items()}
     return [f"--set={key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in given.items()]
 
 
 def start(*command: Any, cpu: str | None = "true") -> subprocess.Popen:
-    """Starts python with one thread, on the CPU. `cpu`: what tells accelerate so; None: nothing does."""
+    """Starts Python with one thread. `cpu` is the value of ACCELERATE_USE_CPU; None leaves it unset."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     if cpu is not None:
         environment["ACCELERATE_USE_CPU"] = cpu
@@ -75,7 +76,7 @@ def start(*command: Any, cpu: str | None = "true") -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
-    """Waits for it; its output."""
+    """Waits for the process, asserts its exit code, and returns its stdout and stderr."""
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
     return out, err
@@ -83,7 +84,7 @@ def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def fresh_accelerate() -> Iterator[None]:
-    """A training of its own inside: on the CPU, whatever devices there are, and accelerate knows of none before."""
+    """Resets the global state of accelerate before and after the block, and selects the CPU whatever devices exist."""
     from accelerate.state import AcceleratorState
 
     with pytest.MonkeyPatch.context() as patch:
@@ -94,10 +95,10 @@ def fresh_accelerate() -> Iterator[None]:
 
 
 def weights(run: Path, step: int) -> dict[str, Tensor]:
-    """The weights that a run saved at a step."""
+    """Returns the weights that a run saved at a step."""
     return load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    """Whether both have the same tensors to the bit."""
+    """Returns whether both have the same tensors, bit for bit."""
     return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())

@@ -16,7 +16,7 @@ from sgmim_fast.ops.cases import away_from_zero
 
 
 class ConvEncoder(nn.Module):
-    """A user's own masked encoder: stem, mask token, one more convolution down to the stride."""
+    """A masked encoder as a user may write it: stem, mask token, and a second convolution to reach the stride."""
 
     def __init__(self, width: int = 16, patch: int = 4, stride: int = 16, in_chans: int = 3, layout: str = "tokens"):
         super().__init__()
@@ -37,7 +37,7 @@ SWIN = {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
 VIT = {"depth": 1, "embed_dim": 48, "num_heads": 3}
 BEIT = {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False, "use_abs_pos_emb": False, "init_values": 0.1, **VIT}
 
-# name -> timm name, its arguments, image size, encoder stride
+# name -> timm name, arguments of the timm model, image size, encoder stride
 FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[int, int], int]] = {
     "swin": ("swin_tiny_patch4_window7_224", {"img_size": 96, "window_size": 3, **SWIN}, (96, 96), 32),
     "swin-oblong": ("swin_tiny_patch4_window7_224", {"img_size": (64, 128), **SWIN}, (64, 128), 32),
@@ -57,20 +57,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[int, int], int]] = {
 
 
 def family(name: str, **options: Any) -> tuple[SGMIM, tuple[int, int]]:
-    """A tiny model around a timm encoder of that family, and its image size. `options` go to `SGMIM`."""
+    """Returns a tiny model with a timm encoder of that family, and its image size. `options` go to `SGMIM`."""
     timm_name, arguments, size, stride = FAMILIES[name]
     torch.manual_seed(0)
     return SGMIM(sgmim_fast.create_encoder(timm_name, **arguments), stride, **options), size
 
 
 def foreign(*, width: int = 16, patch: int = 4, stride: int = 16, layout: str = "tokens", **options: Any) -> SGMIM:
-    """A model around `ConvEncoder`. `options` go to `SGMIM`."""
+    """Returns a model around `ConvEncoder`. `options` are passed to `SGMIM`."""
     torch.manual_seed(0)
     return SGMIM(ConvEncoder(width, patch, stride, layout=layout), stride, **options)
 
 
 def batch(model: SGMIM, size: tuple[int, int], count: int = 2, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """Images and structure map, float64 tensors of float32 numbers, away from zero."""
+    """Returns images and structure maps in float64. The values are float32 numbers and not close to zero."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(count, model.in_chans, *size, generator=generator)
     structure = torch.randn(count, model.structure_channels, *size, generator=generator)
@@ -78,19 +78,19 @@ def batch(model: SGMIM, size: tuple[int, int], count: int = 2, seed: int = 1) ->
 
 
 def drawn(model: SGMIM, size: tuple[int, int], count: int = 2, seed: int = 2, **options: Any) -> SelectiveMask:
-    """A mask on the encoder's cells. `options` go to `selective_mask`."""
+    """Returns a mask on the encoder's cells. `options` are passed to `selective_mask`."""
     grid = size[0] // model.encoder_stride, size[1] // model.encoder_stride
     return sgmim_fast.selective_mask(count, grid, generator=torch.Generator().manual_seed(seed), **options)
 
 
 def stem_mask(model: SGMIM, size: tuple[int, int], mask: SelectiveMask) -> Tensor:
-    """The drawn mask as the tensor (B, H / p, W / p) that the model takes too, 1 = masked."""
+    """Converts a drawn mask to the tensor (B, H / p, W / p), 1 = masked, which the model accepts as well."""
     return sgmim_fast.masking.resize(mask.mask, size[0] // model.patch_size, size[1] // model.patch_size)
 
 
 @contextlib.contextmanager
 def nothing_searched() -> Iterator[None]:
-    """Raises where a tensor is searched for the places that a mask marks, or a value is read on the host."""
+    """Raises if a mask tensor is searched for its marked elements, or if the host reads a value."""
 
     class Searches(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -108,7 +108,7 @@ def nothing_searched() -> Iterator[None]:
 
 
 def gradients(model: SGMIM, total: Tensor, *inputs: Tensor) -> dict[str, Tensor]:
-    """Gradients of every parameter and of the inputs, by name; the model's own `.grad` is left alone."""
+    """Returns the gradients of all parameters and inputs by name, and leaves `.grad` of the model unchanged."""
     leaves = dict(model.named_parameters()) | {f"input {i}": x for i, x in enumerate(inputs)}
     grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}

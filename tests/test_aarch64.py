@@ -1,4 +1,5 @@
-"""The C++ kernels compile for AArch64, where they have their baseline alone: 16-byte vectors, no intrinsics."""
+"""The C++ kernels compile for AArch64. Only the baseline instruction set exists there: 16-byte vectors, no
+intrinsics."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import torch
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 COMPILER = "aarch64-linux-gnu-g++"  # Debian's package g++-aarch64-linux-gnu
-# as setup.py has it: without it torch's headers offer other things
+# As in setup.py. Without this macro, torch's headers declare other functions.
 VERSION = re.search(r"-DTORCH_TARGET_VERSION=\w+", (ROOT / "setup.py").read_text())[0]
 
 

@@ -1,4 +1,4 @@
-"""Which backend runs: forcing, the environment variable, reasons, and the order of the automatic choice."""
+"""Selection of backends: forcing, the environment variable, reasons, and the order of the automatic choice."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pixels(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tens
 
 
 def chosen(op: str, *args: object) -> str:
-    """Name of the module that the automatic choice takes the op's forward from."""
+    """Returns the name of the module whose forward the automatic choice selects for the op."""
     return backends.choose(op, "forward", "cpu", args).__module__
 
 
@@ -178,7 +178,7 @@ def test_choice_of_the_dtype_of_bfloat16_products():
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Sets an environment variable and has it read again, now and after the test."""
+    """Sets an environment variable and clears the caches of its value, now and after the test."""
     caches = [backends._environment, gemm._bfloat16_on_cpu]
 
     def change(name: str, value: str) -> None:
@@ -228,7 +228,7 @@ for isa in wanted:  # in a process each, which has torch already
 
 @needs_cpu_library
 def test_every_instruction_set_gives_the_same(tmp_path):
-    """What the machine has, and what the variable lowers it to; it never raises it."""
+    """The variable can lower the instruction set of the machine, but not raise it."""
     wanted = "avx512bf16", "avx512", "avx2", "baseline"
     done = python(ONE_STEP, tmp_path, *wanted)
     assert done.returncode == 0, done.stderr
@@ -251,7 +251,7 @@ def test_every_instruction_set_gives_the_same(tmp_path):
     ids=str,
 )
 def test_triton_missing_or_too_old(monkeypatch, caplog, version, capability, reason):
-    """On a GPU: one line, and the next backend."""
+    """On a GPU without a usable Triton, one line is logged and the next backend is selected."""
 
     def installed(name):
         if version is None:
@@ -269,7 +269,7 @@ def test_triton_missing_or_too_old(monkeypatch, caplog, version, capability, rea
 
 
 def test_order_on_a_gpu(monkeypatch):
-    """CUDA C++ where it can run, else Triton, else plain PyTorch."""
+    """CUDA C++ is preferred, then Triton, then plain PyTorch."""
     able = {"cuda", "triton", "torch"}
     monkeypatch.setattr(backends, "can_run", lambda op, name, *args, part: (name in able, "made up"))
     monkeypatch.setattr(backends, "implementation", lambda op, part, name: name)

@@ -1,4 +1,4 @@
-"""`capture`: what it does around a graph, with one that runs on the CPU. On a GPU: test_capture_gpu.py."""
+"""`capture` with a simulated graph on the CPU. test_capture_gpu.py has the tests on a GPU."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ CAPTURE = sys.modules["sgmim_fast.capture"]
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Steps on the CPU are captured, with the backend that does on one what it does on a GPU."""
+    """Lets `capture` record steps on the CPU, on a backend that behaves there as on a GPU."""
     monkeypatch.setattr(CAPTURE, "Graph", FakeGraph)
     with backends.use("torch"), values_unread():
         yield FakeGraph
 
 
 def data(model: SGMIM, size: tuple[int, int], step: int, count: int = 2) -> tuple[Tensor, Tensor, SelectiveMask]:
-    """Another batch, with other masks, at each step."""
+    """Returns a batch and masks that differ in every step."""
     images, structure = (x.float() for x in batch(model, size, count, seed=10 + step))
     return images, structure, drawn(model, size, count, seed=20 + step)
 
 
 def eager(model: nn.Module, *inputs: Any, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
-    """What everybody writes."""
+    """An ordinary eager forward and backward pass."""
     with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
         loss = model(*inputs, **options)
     loss.backward()
@@ -43,7 +43,7 @@ def eager(model: nn.Module, *inputs: Any, dtype: torch.dtype | None = None, **op
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters, buffers and gradients, copied."""
+    """Returns copies of parameters, buffers and gradients."""
     found = {name: value.clone() for name, value in model.state_dict().items()}
     return found | {f"{n}.grad": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -56,7 +56,7 @@ def assert_same(model: nn.Module, other: nn.Module) -> None:
 
 
 def pair(name: str = "vit", **options: Any) -> tuple[SGMIM, SGMIM, tuple[int, int]]:
-    """A model twice, and its image size."""
+    """Returns a model, a copy of it, and its image size."""
     model, size = family(name, **options)
     return model, copy.deepcopy(model), size
 
@@ -67,7 +67,7 @@ def adamw(model: nn.Module, capturable: bool = True, lr: Any = 1e-2) -> torch.op
 
 @pytest.mark.parametrize("name", ["swin", "swinv2", "beit", "vit"])
 def test_replays_are_the_eager_step(graphs, name):
-    """Loss and every gradient to the bit, while images, structure, masks and weights change."""
+    """Loss and gradients are bitwise equal while images, structure, masks and weights change."""
     model, plain, size = pair(name)
     step = capture(model, autocast=torch.bfloat16)
     for i in range(5):
@@ -87,7 +87,7 @@ def test_replays_are_the_eager_step(graphs, name):
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_training_with_optimizer_scaler_and_clipping(graphs, capturable, accumulate, scaled):
-    """Twelve steps give the plain loop's weights to the bit; the optimizer is part of a graph if it can be."""
+    """Twelve steps give bitwise the weights of the plain loop. The optimizer is captured if it is capturable."""
     model, plain, size = pair()
     optimizers = [adamw(m, capturable) for m in (model, plain)]
     scalers = [torch.amp.GradScaler("cpu", 256.0, growth_interval=3) if scaled else None for _ in range(2)]
@@ -132,7 +132,7 @@ def test_a_learning_rate_on_the_device_is_seen(graphs):
 
 
 def test_a_learning_rate_that_is_a_number_and_changes(graphs, caplog):
-    """Right, and said once how to have it in the graph."""
+    """The result is right, and one warning says how to include the learning rate in the graph."""
     model, plain, size = pair()
     optimizers = [adamw(m) for m in (model, plain)]
     step = capture(model, optimizers[0])
@@ -218,7 +218,7 @@ def new_parameter(model, plain, optimizer, other):
     ],
 )
 def test_what_changes_between_steps_is_seen(graphs, change):
-    """To the bit as the plain loop, before, at and long after the change."""
+    """Results are bitwise those of the plain loop before, during and long after the change."""
     model, plain, size = pair()
     optimizers = [adamw(m) for m in (model, plain)]
     step = capture(model, optimizers[0], clip=1.0)
@@ -238,7 +238,8 @@ def test_what_changes_between_steps_is_seen(graphs, change):
 
 
 def test_gradients_add_up_as_backward_adds_them(graphs):
-    """Without an optimizer: over calls, over two shapes, onto the caller's own tensors, and after zeroing them."""
+    """Without an optimizer, gradients accumulate over calls, over two shapes, in the caller's own tensors, and after
+    zeroing."""
     model, plain, size = pair()
     step = capture(model)
 
@@ -259,14 +260,14 @@ def test_gradients_add_up_as_backward_adds_them(graphs):
     both(20)
     both(21)
     assert all(p.grad is own[name] for name, p in model.named_parameters())
-    for m in (model, plain):  # some with, some without
+    for m in (model, plain):  # now some parameters have a gradient and some do not
         m.image_head.zero_grad()
     both(22)
     assert step.captures == 2
 
 
 def test_results_last(graphs):
-    """A loss of an earlier call keeps its value."""
+    """The loss of an earlier call keeps its value."""
     model, plain, size = pair()
     step = capture(model)
     found = [step(*data(model, size, i), return_losses=True) for i in range(6)]
@@ -279,7 +280,7 @@ def test_results_last(graphs):
 
 @pytest.mark.parametrize("shown", ["masked", "visible", "all", 0.3])
 def test_masks_from_a_seed_on_the_device(graphs, shown):
-    """Others at every replay, those of the eager step with the same seed."""
+    """Masks differ in every replay, and are those of the eager step with the same seed."""
     model, plain, size = pair()
     grid = size[0] // model.encoder_stride
 
@@ -303,7 +304,7 @@ def test_masks_from_a_seed_on_the_device(graphs, shown):
 
 @pytest.mark.parametrize("own", [False, True])
 def test_masks_from_a_generator_of_the_device(graphs, own):
-    """Its default one, or another, which the graph is told of."""
+    """The generator is the default one, or another one that is registered with the graph."""
     model, plain, size = pair()
     images, structure, _ = data(model, size, 0)
     found = []
@@ -326,7 +327,7 @@ def test_seeds_of_masks():
     seed = torch.tensor([3, 4])
     first = selective_mask(4, 6, seed=seed, shown=0.5)
     assert torch.equal(first.mask, selective_mask(4, 6, seed=seed).mask)
-    assert not torch.equal(first.mask, ~first.structure)  # drawn by itself
+    assert not torch.equal(first.mask, ~first.structure)  # shown cells are drawn independently
     assert not torch.equal(first.mask, selective_mask(4, 6, seed=seed + 1).mask)
     with pytest.raises(ValueError, match="seed comes with a generator or a device"):
         selective_mask(4, 6, seed=seed, device="cpu")
@@ -354,7 +355,7 @@ def test_shapes_and_how_many_graphs_are_kept(graphs, caplog):
 
 
 def test_attributes_that_change_at_every_call(graphs, caplog):
-    """Never captured, right, and said once."""
+    """The step is never captured, its results are right, and one warning is given."""
     model, plain, size = pair()
     step = capture(model)
     for i in range(20):
@@ -383,7 +384,7 @@ def accumulated_hook(model):
 
 
 class Around(nn.Module):
-    """A model that does something a graph cannot hold."""
+    """A model that does something that cannot be captured."""
 
     def __init__(self, model: nn.Module, what: Any) -> None:
         super().__init__()
@@ -409,7 +410,7 @@ class Around(nn.Module):
     ],
 )
 def test_what_a_graph_cannot_hold(graphs, caplog, what, reason):
-    """The step runs eagerly, as the plain one, and says why, once."""
+    """The step runs eagerly with the results of the plain one, and the reason is logged once."""
     model, plain, size = pair()
     model, plain = Around(model, what), Around(plain, what)
     step = capture(model)
@@ -439,7 +440,7 @@ def test_what_a_graph_cannot_hold(graphs, caplog, what, reason):
     ],
 )
 def test_hooks_come_and_go(graphs, change, reason):
-    """Captured without, eager with them, also where they come later."""
+    """Without hooks the step is captured; with hooks, also with those added later, it runs eagerly."""
     model, plain, size = pair()
     step = capture(model)
     for i in range(10):
@@ -477,7 +478,7 @@ def test_a_mask_tensor_is_searched_on_the_host(graphs):
     ],
 )
 def test_other_optimizers(graphs, create, hooked, reasons):
-    """Inside or outside of the graph: the weights of the plain loop."""
+    """The weights are those of the plain loop, whether the optimizer is captured or not."""
     model, plain, size = pair()
     optimizers = [create(m.parameters()) for m in (model, plain)]
     steps = []
@@ -497,13 +498,13 @@ def test_other_optimizers(graphs, create, hooked, reasons):
 
 
 def test_a_recording_that_fails(graphs, caplog, monkeypatch):
-    """Said, and the step goes on eagerly with the gradients it had."""
+    """The failure is logged, and the step continues eagerly with the gradients that it had."""
     model, plain, size = pair()
     monkeypatch.setattr(FakeGraph, "fails", "operation not permitted when stream is capturing\nmore")
     step = capture(model)
     for i in range(6):
         inputs = data(model, size, i)
-        assert torch.equal(step(*inputs), eager(plain, *inputs))  # adding up
+        assert torch.equal(step(*inputs), eager(plain, *inputs))  # gradients accumulate
         assert_same(model, plain)
     assert step.captures == 0
     assert step.reasons == ["RuntimeError: operation not permitted when stream is capturing"]
@@ -528,7 +529,7 @@ def test_a_bad_call_leaves_no_trace(graphs):
 @pytest.mark.parametrize("name", ["swin", "vit"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_off_a_gpu_it_is_the_plain_loop(caplog, name, dtype):
-    """To the bit, with the backends of the CPU; why is said once."""
+    """Results are bitwise equal, with the backends of the CPU, and the reason is logged once."""
     model, plain, size = pair(name)
     optimizers = [adamw(m, capturable=False) for m in (model, plain)]
     step = capture(model, optimizers[0], autocast=dtype, clip=1.0)
@@ -547,7 +548,7 @@ def test_off_a_gpu_it_is_the_plain_loop(caplog, name, dtype):
 
 
 def test_a_loss_of_ones_own(graphs):
-    """The first entry is minimised; what else there is comes back, too."""
+    """The first entry of the result is minimised; the other entries are returned as well."""
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
     plain = copy.deepcopy(model)
 
@@ -562,7 +563,7 @@ def test_a_loss_of_ones_own(graphs):
         expected, other = loss(plain, x, weights)
         expected.backward()
         assert torch.equal(total, expected.detach()) and torch.equal(y, other.detach())
-        assert_same(model, plain)  # running statistics, too
+        assert_same(model, plain)  # including running statistics
     assert step.captures == 1
 
 

@@ -1,7 +1,7 @@
-"""`capture` on a GPU: replays are eager steps.
+"""`capture` on a GPU: replays are equal to eager steps.
 
-The kernels are the same, so only what PyTorch itself adds up in any order may differ: 1e-5 of a loss, 1e-3 of a
-gradient's norm in bfloat16.
+The kernels are the same, so results differ only where PyTorch itself adds in no fixed order: by 1e-5 of a loss, and by
+1e-3 of the norm of a gradient in bfloat16.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def assert_same_gradients(model: nn.Module, plain: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", ["swin", "vit"])
 def test_replays_are_eager_steps(name):
-    """With other images, masks and weights each time, and another batch size in between."""
+    """Images, masks and weights change in every step, and the batch size once in between."""
     model, plain, size = pair(name)
     step = capture(model, autocast=torch.bfloat16)
     losses = []
@@ -72,7 +72,7 @@ def test_replays_are_eager_steps(name):
             for p, q in zip(model.parameters(), plain.parameters(), strict=True):
                 p.data = p * 0.99 if i == 6 else p.mul_(0.99)
                 q.copy_(p)
-    assert step.captures == 4 and step.reasons == []  # two shapes, again after `.data`
+    assert step.captures == 4 and step.reasons == []  # two shapes, captured again after `.data`
     for found, expected in losses:
         assert_close(found, expected)
 
@@ -91,7 +91,7 @@ def test_gradients_add_up():
 
 
 def test_masks_drawn_inside_from_a_seed():
-    """Others at each replay, those of the eager step."""
+    """Masks differ in every replay and are those of the eager step."""
     model, plain, size = pair()
     grid = size[0] // model.encoder_stride
     seeds = [torch.tensor([7, 0], device="cuda") for _ in range(2)]
@@ -113,7 +113,7 @@ def test_masks_drawn_inside_from_a_seed():
 
 @pytest.mark.parametrize("own", [False, True])
 def test_masks_drawn_inside_from_a_generator(own):
-    """PyTorch's default one of the device, or the caller's."""
+    """The generator is PyTorch's default one of the device, or the caller's."""
     model, plain, size = pair()
     grid = size[0] // model.encoder_stride
     images, structure, _ = data(model, size, 0)
@@ -155,7 +155,7 @@ def test_drop_path_draws_as_eagerly():
 @pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_twenty_steps_of_training(inside, accumulate):
-    """AdamW inside and outside of the graph, with clipping, a rate that changes, and gradients of several calls."""
+    """AdamW inside and outside of the graph, with clipping, a changing learning rate, and gradient accumulation."""
     model, plain, size = pair()
     start = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
     rates = [torch.tensor(1e-4, device="cuda") for _ in range(2)] if inside else [1e-4, 1e-4]
@@ -182,11 +182,12 @@ def test_twenty_steps_of_training(inside, accumulate):
         optimizers[1].step()
     assert step.captures == 1 + inside and step.reasons == []
     ends = [nn.utils.parameters_to_vector(m.parameters()).detach() for m in (model, plain)]
-    assert (ends[0] - ends[1]).norm() <= 0.1 * (ends[1] - start).norm()  # Adam follows signs of what is nearly 0
+    assert (ends[0] - ends[1]).norm() <= 0.1 * (ends[1] - start).norm()  # Adam divides by tiny gradients
 
 
 def test_float16_with_a_scaler_and_the_optimizer_inside():
-    """Scales fall from one that overflows and grow again, as eagerly; steps that overflow are left out."""
+    """As in eager mode, the scale falls from one that overflows and grows again, and steps that overflow are
+    skipped."""
     model, plain, size = pair()
     optimizers = [torch.optim.AdamW(m.parameters(), 1e-4, fused=True, capturable=True) for m in (model, plain)]
     scalers = [torch.amp.GradScaler("cuda", 2.0**40, growth_interval=4) for _ in range(2)]
@@ -244,7 +245,7 @@ def test_a_mask_tensor_runs_eagerly():
 
 
 class Waits(nn.Module):
-    """Waits for the device, where nothing but the capture itself can see it."""
+    """Waits for the device in a way that only the capture itself can detect."""
 
     def __init__(self, model: SGMIM) -> None:
         super().__init__()
@@ -267,7 +268,7 @@ def test_a_capture_that_fails_leaves_everything_working():
         assert_close(found, eager(other, *inputs))
         assert_same_gradients(step.model, other)
     assert step.captures == 0 and len(step.reasons) == 1
-    step = capture(model, autocast=torch.bfloat16)  # and another one can be captured
+    step = capture(model, autocast=torch.bfloat16)  # another step can be captured afterwards
     for m in (model, plain):
         m.zero_grad()
     for i in range(5):
@@ -278,7 +279,7 @@ def test_a_capture_that_fails_leaves_everything_working():
 
 
 def test_make_graphed_callables():
-    """PyTorch's own way takes the model, too."""
+    """PyTorch's own `make_graphed_callables` also works with the model."""
     model, plain, size = pair()
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
         graphed = torch.cuda.make_graphed_callables(
@@ -306,4 +307,4 @@ def test_compiled_with_reduced_overhead():
         with torch.autocast("cuda", torch.bfloat16):
             loss = compiled(*inputs)
         loss.backward()
-        assert_close(loss.clone(), eager(plain, *inputs), 1e-2)  # its fused code rounds at other places
+        assert_close(loss.clone(), eager(plain, *inputs), 1e-2)  # fused code of torch.compile rounds in other places

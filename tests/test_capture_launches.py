@@ -1,4 +1,4 @@
-"""The accelerated models are such that a CUDA graph can hold their step: looked at with every Triton launch caught."""
+"""Steps of the accelerated models can be captured as CUDA graphs: checked by recording every Triton launch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ NAMES = ["swin", "swinv2", "beit", "vit"]
 
 
 class Calls(TorchDispatchMode):
-    """Everything that is launched: kernel, grid, numbers, and the shapes of tensors; not their values."""
+    """Records everything that is launched: kernel, grid, numbers, and shapes of tensors, but not the values of
+    tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,12 +51,12 @@ def described(x: Any) -> Any:
         return {name: described(value) for name, value in x.items()}
     if isinstance(x, (tuple, list)):
         return [described(value) for value in x]
-    return repr(x)  # NaN, which poisons buffers in tests, is not itself
+    return repr(x)  # NaN, with which tests poison buffers, is not equal to itself
 
 
 @contextlib.contextmanager
 def on_a_gpu(calls: Calls) -> Iterator[None]:
-    """The Triton backend as there, on tensors of the CPU and without computing anything."""
+    """Selects the Triton backend as on a GPU, for tensors on the CPU and without computing anything."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(backends, "can_run", lambda *args, **options: (True, "")))
         stack.enter_context(backends.use("triton"))
@@ -66,7 +67,7 @@ def on_a_gpu(calls: Calls) -> Iterator[None]:
 
 
 def setting(name: str) -> tuple[Any, Any, tuple[int, int]]:
-    """A step of forward, backward, clipping and AdamW of a model with branch, its model, and the size of images."""
+    """Returns a step of forward, backward, clipping and AdamW of a model with branch, the model, and the image size."""
     model, size = family(name)
     optimizer = torch.optim.AdamW(model.parameters(), torch.tensor(1e-3), fused=True, capturable=True)
     return capture(model, optimizer, autocast=torch.bfloat16, clip=5.0), model, size
@@ -74,7 +75,8 @@ def setting(name: str) -> tuple[Any, Any, tuple[int, int]]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_holds_nothing_that_a_capture_forbids(name, monkeypatch):
-    """No host read, no shape from values, no copy from the host, no number drawn there: both graphs are recorded."""
+    """A step reads nothing on the host, has no shapes that depend on values, copies and draws nothing on the host. Both
+    of its graphs are recorded."""
     monkeypatch.setattr(sys.modules["sgmim_fast.capture"], "Graph", FakeGraph)
     step, model, size = setting(name)
     masks = [drawn(model, size, seed=i) for i in range(5)]
@@ -94,7 +96,8 @@ def test_masks_drawn_inside_wait_for_nothing():
 
 
 def test_masks_with_other_ratios_come_from_the_host():
-    """Their counts do: a graph would read them again from memory that is no longer theirs."""
+    """Their counts are copied from the host, and a replay would read them again from memory that may have been
+    freed."""
     with on_a_gpu(Calls()), graph.watch(torch.device("cpu")) as found:
         selective_mask(2, 6, [0.5, 0.6], seed=torch.zeros(2, dtype=torch.int64))
     assert found.reasons and found.reasons[0].startswith("sends numbers of the host to the device (selective_mask.py")
@@ -102,7 +105,8 @@ def test_masks_with_other_ratios_come_from_the_host():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_launches_are_the_same_whatever_the_data(name):
-    """Two steps with other masks and images: the same kernels with the same grids and numbers, ours and PyTorch's."""
+    """Two steps with other masks and images launch the same kernels, ours and PyTorch's, with the same grids and
+    numbers."""
     step, model, size = setting(name)
     found = []
     for i in range(3):
@@ -114,5 +118,5 @@ def test_launches_are_the_same_whatever_the_data(name):
         found.append(calls.found)
     assert any("kernel" in call[0] for call in found[1])
     assert len(found[1]) == len(found[2])
-    for second, third in zip(found[1], found[2], strict=True):  # the first one makes the optimizer's state
+    for second, third in zip(found[1], found[2], strict=True):  # the first step creates the optimizer's state
         assert second == third

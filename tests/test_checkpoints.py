@@ -1,4 +1,4 @@
-"""Published names both ways, and files that timm loads strictly with features equal to the bit."""
+"""Published names in both directions, and files that timm loads strictly, with bitwise equal features."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RECIPE = {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False, "use_abs_p
 TINY_VIT = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 TINY_SWIN = {"embed_dim": 16, "num_heads": (1, 2, 4, 8), "depths": (1, 2, 1, 1)}
 
-# timm name, arguments of the size, other arguments
+# timm name, arguments of the size, further arguments
 FAMILIES = {
     "swin": ("swin_tiny_patch4_window7_224", {"img_size": 96, "window_size": 3}, TINY_SWIN),
     "swin-oblong": ("swin_tiny_patch4_window7_224", {"img_size": (64, 96), "window_size": 4}, TINY_SWIN),
@@ -51,12 +51,12 @@ def make_encoder(family: str) -> MaskedEncoder:
 
 def make_model(family: str, **arguments: object) -> SGMIM:
     encoder = make_encoder(family)
-    # results are compared with timm's to the bit
+    # Results are compared bitwise with timm's.
     return SGMIM(encoder, encoder.stride, accelerate=False, **arguments)
 
 
 class ForeignEncoder(nn.Module):
-    """Like the published classes: names of its own, a persistent buffer, a stem it does not use."""
+    """An encoder like the published classes: names of its own, a persistent buffer, and a stem that it does not use."""
 
     num_features, in_chans, patch_size = 64, 3, 4
 
@@ -74,7 +74,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def timm_tokens(model: nn.Module, images: Tensor) -> Tensor:
-    """Tokens after the final norm, wherever timm has it, prefix tokens dropped."""
+    """Returns the tokens after the final norm, wherever timm applies it, without prefix tokens."""
     with torch.no_grad():
         tokens = model.eval().forward_features(images)
         if tokens.ndim == 4:
@@ -160,7 +160,7 @@ def test_buffers_and_the_unused_stem_are_ignored():
 
 
 class CfgNode(dict):
-    """As yacs has it: what the published code saves beside the weights."""
+    """Simulates the class of yacs whose objects the published code saves together with the weights."""
 
     def __init__(self, values: dict[str, object]) -> None:
         super().__init__(values)
@@ -168,7 +168,7 @@ class CfgNode(dict):
 
 
 def test_files_of_the_published_code(tmp_path, monkeypatch):
-    """By path: with its settings, whose package need not be there; safetensors too."""
+    """Files are loaded by path, also safetensors, and with pickled settings whose package is not installed."""
     model, other = make_model("swin"), make_model("swin")
     published = published_state_dict(model)
     with monkeypatch.context() as patch:
@@ -187,7 +187,7 @@ def test_files_of_the_published_code(tmp_path, monkeypatch):
 
 
 class Code:
-    """Unpickling it would run something."""
+    """Runs code when it is unpickled."""
 
     def __reduce__(self):
         return print, ("run",)
@@ -218,7 +218,7 @@ def test_foreign_encoder_keeps_its_names():
     published["encoder.relative_position_index"] = torch.tensor([3, 2, 1, 0])
     load_published(model, published)
     assert torch.equal(model.encoder.layers[0].downsample.weight, source.encoder.layers[0].downsample.weight)
-    assert model.encoder.relative_position_index.tolist() == [3, 2, 1, 0]  # present: taken as it is
+    assert model.encoder.relative_position_index.tolist() == [3, 2, 1, 0]  # a buffer of the file is loaded
     del published["encoder.relative_position_index"], published["encoder.depth_patch_embed.weight"]
     load_published(model, published)
     assert model.encoder.relative_position_index.tolist() == [3, 2, 1, 0]  # absent: left as it is

@@ -1,4 +1,4 @@
-"""The console command: its subcommands, and one line with exit code 2 for what the user can put right."""
+"""The console command and its subcommands. Errors that the user can correct give one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sgmim_fast.errors import UserError
 
 
 def output(capsys, code, *words):
-    """Runs the command; its standard output and the one line on standard error."""
+    """Runs the command. Returns its standard output and the single line on standard error."""
     try:
         found = cli.main([str(word) for word in words])
     except SystemExit as end:
@@ -25,7 +25,7 @@ def output(capsys, code, *words):
 
 def test_env_needs_no_extra(capsys, monkeypatch):
     for name in ("accelerate", "yaml", "matplotlib"):
-        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+        monkeypatch.setitem(sys.modules, name, None)  # simulates that it is not installed
     out, _ = output(capsys, 0, "env")
     assert out.startswith("versions\n") and "torch" in out
 

@@ -1,4 +1,5 @@
-"""`torch.compile(fullgraph=True)` of the model, forward and backward, with drawn masks; what a mask tensor costs."""
+"""`torch.compile(fullgraph=True)` of the model, forward and backward, with drawn masks; graph breaks with a mask
+tensor."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from sgmim_fast.fused.accelerate import FAST
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """No test sees what another has compiled."""
+    """Resets the compiler, so that tests do not share compiled code."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield
@@ -29,7 +30,8 @@ def evaluate(model: SGMIM, call, images: Tensor, structure: Tensor, mask, **opti
 
 
 def assert_compiles(model: SGMIM, size: tuple[int, int], compiler: str, **options) -> None:
-    """The compiled model gives the eager one's losses and gradients, for several draws, in one graph."""
+    """Asserts that the compiled model gives the losses and gradients of the eager one, for several draws, in one
+    graph."""
     compiled = torch.compile(model, backend=compiler, fullgraph=True)
     for seed in range(3):
         inputs = *(t.float() for t in batch(model, size, seed=seed)), drawn(model, size, seed=seed)
@@ -75,7 +77,7 @@ def test_structure_valid():
     "name", ["vit", *(pytest.param(n, marks=pytest.mark.slow) for n in ("swin", "swinv2", "beit"))]
 )
 def test_steps_of_a_compiled_model_and_optimizer(name):
-    """Accelerated encoder, branch and AdamW: three steps lead to the parameters of three eager steps."""
+    """Accelerated encoder, branch and AdamW: three compiled steps give the parameters of three eager steps."""
     model, size = family(name)
     assert any(isinstance(m, tuple(FAST.values())) for m in model.modules())
     start = {key: value.clone() for key, value in model.state_dict().items()}
@@ -83,7 +85,7 @@ def test_steps_of_a_compiled_model_and_optimizer(name):
 
     def train(compiled: bool) -> dict[str, Tensor]:
         model.load_state_dict(start)
-        # a small epsilon would make steps of rounding errors where a gradient is 0, as of a key's bias
+        # With a small epsilon, rounding errors would become steps where a gradient is 0, such as that of a key's bias.
         optimizer = torch.optim.AdamW(model.parameters(), 1e-2, eps=1e-2)
         call, update = model, optimizer.step
         if compiled:
@@ -112,7 +114,7 @@ def test_ablations_and_coarse_masks(shown):
 
 
 def test_other_sizes_and_counts():
-    """The same compiled model takes batches, images and numbers of masked cells that it has not seen."""
+    """The same compiled model accepts new batch sizes, image sizes and numbers of masked cells."""
     model = foreign()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for count, size, ratio in ((2, (32, 48), 0.6), (3, (64, 64), 0.3), (1, (32, 48), 0.5)):
@@ -147,7 +149,7 @@ def test_a_mask_tensor_breaks_the_graph_once():
     for name, actual in evaluate(model, compiled, *inputs, stem_mask(model, size, mask)).items():
         assert (actual - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
     assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 1
-    assert graphs.frame_count == 1  # before the search there is nothing to compute
+    assert graphs.frame_count == 1  # nothing is computed before the search
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""Two processes under DistributedDataParallel, half of the batch each, compute what one does with the whole."""
+"""Two processes under DistributedDataParallel, each with half of the batch, compute what one does with the whole
+batch."""
 
 from __future__ import annotations
 
@@ -18,13 +19,14 @@ DTYPES = (torch.float64, torch.float32)
 
 
 def inputs(model: SGMIM, size: tuple[int, int], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Images, structure and mask of four images. All have as many masked cells, so both halves weigh the same."""
+    """Returns images, structure and mask of four images with equally many masked cells, so that both halves weigh the
+    same."""
     mask = stem_mask(model, size, drawn(model, size, count=4))
     return [*(t.to(dtype) for t in batch(model, size, count=4)), mask]
 
 
 def process(rank: int, folder: str) -> None:
-    """One of two processes; the first writes the mean loss and the averaged gradients of every dtype."""
+    """Runs one of two processes. The first one saves the mean loss and the averaged gradients of every dtype."""
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=120)
     )
@@ -47,7 +49,7 @@ def other(_: int, folder: str) -> None:
 
 
 def test_two_processes_equal_one(tmp_path, threads):
-    """The first of them is this one: starting another takes most of the time."""
+    """The first of the two processes is this one, because starting a process takes most of the time."""
     started = torch.multiprocessing.spawn(other, args=(str(tmp_path),), join=False)
     with threads(1):
         process(0, str(tmp_path))
@@ -58,7 +60,7 @@ def test_two_processes_equal_one(tmp_path, threads):
         expected = model(*inputs(model, size, dtype))
         expected.backward()
         loss, gradients = torch.load(tmp_path / f"{dtype}.pt")
-        # the 1e-5 beside the number of pixels in both losses makes a difference of 1e-9
+        # The 1e-5 that both losses add to the number of pixels makes a difference of 1e-9.
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-6 if dtype == torch.float32 else 1e-8, atol=0)
         for name, parameter in model.named_parameters():
             error = (gradients[name] - parameter.grad).norm() / parameter.grad.norm()

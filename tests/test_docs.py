@@ -1,4 +1,4 @@
-"""README and docs: links, commands and Python names exist, the drawing of imports is right, and the site builds."""
+"""README and docs: links, commands and Python names exist, the diagram of imports is right, and the site builds."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def prose(page: str) -> str:
 
 
 def slug(heading: str) -> str:
-    """What GitHub and the site make of a heading."""
+    """Returns the anchor that GitHub and the site generate for a heading."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
@@ -56,7 +56,7 @@ def test_links_lead_somewhere(page):
 
 
 def commands(page: str) -> Iterator[str]:
-    """Commands of the page's code blocks without a language, and those in its sentences."""
+    """Yields the commands in code blocks without a language, and those in sentences."""
     for language, block in BLOCK.findall(text(page)):
         if not language:
             yield from re.sub(r"\\\n\s*", "", block).splitlines()
@@ -85,7 +85,8 @@ def test_commands_exist(page, command):
 
 
 def check_command(command: str) -> None:
-    """Program, module or script, subcommand, options, presets, settings and environment variables exist."""
+    """Asserts that program, module or script, subcommand, options, presets, settings and environment variables
+    exist."""
     words = [word for word in shlex.split(command, comments=True) if word not in ("...", "…")]
     while "=" in words[0]:
         name = words.pop(0).partition("=")[0]
@@ -109,7 +110,7 @@ def check_command(command: str) -> None:
 
 
 def is_read(variable: str) -> bool:
-    """Whether any source names the variable."""
+    """Returns whether any source contains the name of the variable."""
     folders = (ROOT / "sgmim_fast", ROOT / "kernels", ROOT / "tests")
     files = [ROOT / "setup.py", *(path for folder in folders for path in folder.rglob("*.py"))]
     return any(variable in path.read_text() for path in files)
@@ -117,7 +118,7 @@ def is_read(variable: str) -> bool:
 
 @functools.cache
 def literals(script: Path) -> set[str]:
-    """Texts in a script, and in what it may import from its folder."""
+    """Returns the string literals of a script, and for a benchmark those of all files in its folder."""
     files = [script, *script.parent.rglob("*.py")] if script.parent.name == "benchmarks" else [script]
     nodes = (node for path in files for node in ast.walk(ast.parse(path.read_text())))
     return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
@@ -141,7 +142,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
 
 
 def sgmim_fast_command(words: list[str]) -> None:
-    """Subcommand and options exist, and so do the presets and settings that are named."""
+    """Asserts that the subcommand, its options, presets and settings exist."""
     if not words or words[0].startswith("-"):
         assert set(words) <= {"--help", "--version"}
         return
@@ -178,7 +179,7 @@ PYTHON = [(page, block) for page in PAGES for language, block in BLOCK.findall(t
 
 @pytest.mark.parametrize(("page", "block"), PYTHON, ids=[page for page, _ in PYTHON])
 def test_python_names_exist(page, block):
-    """Every `sgmim_fast.NAME` and every import of the package."""
+    """Checks every `sgmim_fast.NAME` and every import of the package."""
     if "finetune" in block or "import data" in block:
         pytest.importorskip("segmentation_models_pytorch", reason="needs the extra [downstream]")
     for node in ast.walk(ast.parse(block)):
@@ -199,7 +200,7 @@ def test_python_names_exist(page, block):
 
 
 def drawn() -> tuple[dict[str, str], set[tuple[str, str]]]:
-    """Room -> node, and the arrows."""
+    """Returns the node of each module in the diagram, and the arrows."""
     block = next(block for language, block in BLOCK.findall(text("docs/ARCHITECTURE.md")) if language == "mermaid")
     nodes = re.findall(r'^ +(\w+)\["(.*)"\]$', block, re.MULTILINE)
     arrows = {
@@ -216,7 +217,7 @@ def room(module: str) -> str:
 
 
 def sources() -> dict[str, Path]:
-    """Module -> file."""
+    """Returns the file of each module."""
     found = {}
     for folder, package in ((ROOT / "sgmim_fast", "sgmim_fast"), (ROOT / "kernels", "sgmim_fast.kernels")):
         for path in folder.rglob("*.py"):
@@ -226,7 +227,7 @@ def sources() -> dict[str, Path]:
 
 
 def imported() -> Iterator[tuple[str, str]]:
-    """(importing, imported) module of the package, for every import statement, whether at run time or for types."""
+    """Yields (importing, imported) modules of the package for all import statements, at run time or for types only."""
     modules = sources()
     for module, path in modules.items():
         inside = module if path.name == "__init__.py" else module.rpartition(".")[0]
@@ -236,7 +237,7 @@ def imported() -> Iterator[tuple[str, str]]:
             elif isinstance(node, ast.ImportFrom):
                 above = inside.split(".")[: len(inside.split(".")) - node.level + 1] if node.level else []
                 source = ".".join([*above, *filter(None, [node.module])])
-                names = (f"{source}.{alias.name}" for alias in node.names)  # each a module, or something in one
+                names = (f"{source}.{alias.name}" for alias in node.names)  # modules, or names in a module
                 yield from ((module, name if name in modules else source) for name in names if source in modules)
 
 
@@ -244,7 +245,7 @@ def test_the_drawing_has_every_room_and_every_import():
     rooms, arrows = drawn()
     package = ROOT / "sgmim_fast"
     files = {path.stem for path in package.glob("*.py")} | {path.parent.name for path in package.glob("*/__init__.py")}
-    aside = {"", "_moved", "errors", "memory"}  # the package itself, old names, and what all rooms may say or set
+    aside = {"", "_moved", "errors", "memory"}  # the package itself, old names, and what every module imports
     assert set(rooms) == files - {"__init__", "_moved", "errors", "memory"} | {"kernels", "ops.cpu", "ops.cuda"}
     real = {
         (rooms[room(a)], rooms[room(b)])
@@ -262,7 +263,7 @@ def test_the_drawing_has_every_room_and_every_import():
 def test_no_files_import_each_other_in_a_circle():
     below: dict[str, set[str]] = {}
     for a, b in imported():
-        if "sgmim_fast" not in (a, b):  # which has names of all
+        if "sgmim_fast" not in (a, b):  # the package has names of all modules
             below.setdefault(a, set()).add(b)
     graphlib.TopologicalSorter(below).prepare()
 
@@ -287,7 +288,7 @@ def test_ci_runs_what_the_readme_says():
 
 @pytest.mark.slow
 def test_the_site_builds(tmp_path):
-    """Strictly: a broken link, a heading that is not there or a name that cannot be documented fails."""
+    """The strict build fails for broken links, missing headings and names that cannot be documented."""
     pytest.importorskip("mkdocs", reason="needs the extra [docs]")
     pytest.importorskip("mkdocstrings", reason="needs the extra [docs]")
     pytest.importorskip("segmentation_models_pytorch", reason="needs the extra [downstream]")

@@ -1,4 +1,5 @@
-"""The decoder's gradients, which are computed in the forward, piece by piece: as the backward would compute them."""
+"""The decoder's gradients, which the forward pass computes in chunks, are those that the backward pass would
+compute."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from sgmim_fast import SGMIM, visible
 
 @pytest.fixture
 def pieces(monkeypatch):
-    """Every image is a piece of its own; says how many were decoded at once."""
+    """Makes every image a chunk of its own, and lists how many images were decoded at once."""
     monkeypatch.setitem(visible.MIN_TOKENS, "cpu", 1)
     seen, own = [], visible._distance
 
@@ -69,7 +70,7 @@ def test_few_visible_cells_are_decoded_at_once(monkeypatch, ratio, expected):
 
 
 class Mark:
-    """Lives as long as the node of the graph that it is put on."""
+    """An object that lives as long as the autograd node to which it is attached."""
 
 
 def test_nothing_of_the_decoder_is_kept_for_the_backward(monkeypatch):
@@ -93,7 +94,7 @@ def test_nothing_of_the_decoder_is_kept_for_the_backward(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_scaled_twice_and_in_parts(dtype):
-    """A loss that is multiplied, a graph that is kept, gradients of some tensors alone."""
+    """The loss is scaled, the graph is retained, and gradients of some tensors only are requested."""
     model, size = make()
     inputs, mask = [t.float() for t in batch(model, size)], drawn(model, size)
     parameters = list(model.parameters())
@@ -144,7 +145,8 @@ def test_frozen_parts(pieces):
 
 @pytest.mark.parametrize("who", ["hook on a module", "hook on a parameter", "float16", "checkpointing", "no gradient"])
 def test_who_listens_hears_one_backward(pieces, who):
-    """Of the whole batch, when it is time."""
+    """With hooks, float16, checkpointing or without gradients, there is one ordinary backward pass of the whole
+    batch."""
     model, size = make(guidance=False)
     inputs, mask, calls = batch(model, size)[0].float(), drawn(model, size), []
     block = model.decoder.blocks[0]
@@ -163,7 +165,7 @@ def test_who_listens_hears_one_backward(pieces, who):
 
 
 def test_shared_memory_of_gradients():
-    """A bias that is given to two layers, and a copy of the model, whose gradients add up."""
+    """A bias is shared by two layers, and gradients of a copied model accumulate."""
     model, size = make(guidance=False)
     first, second = model.decoder.blocks
     second.mlp.fc1.bias = first.mlp.fc1.bias

@@ -1,4 +1,4 @@
-"""Masked encoders: golden numbers, agreement with timm to the bit, masking, sizes, compile, autocast, errors."""
+"""Masked encoders: golden numbers, bitwise agreement with timm, masking, sizes, compile, autocast, errors."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ REPRESENTATIVES = ("swin-shifted", "swinv2", "beit-recipe", "dinov2-registers", 
 
 
 def make(family: str) -> tuple[MaskedEncoder, Tensor, Tensor]:
-    """An encoder with no parameter left at zero or one, images of batch 2, and a random mask of its stem's grid."""
+    """Returns an encoder without parameters that are 0 or 1, two images, and a random mask on the grid of its stem."""
     name, arguments, size, _, _ = FAMILIES[family]
     torch.manual_seed(0)
     encoder = create_encoder(name, **arguments)
@@ -118,7 +118,7 @@ def make(family: str) -> tuple[MaskedEncoder, Tensor, Tensor]:
 
 
 def norm_over_tokens(encoder: MaskedEncoder) -> dict[str, object]:
-    """What asks timm for the norm over tokens, where it pools before the final norm by default."""
+    """Returns timm arguments for the final norm over tokens, for models that by default pool before the norm."""
     name = encoder.timm_name
     if isinstance(encoder.model, Eva):
         return {"global_pool": "", "use_fc_norm": False, "use_post_transformer_norm": True}
@@ -128,7 +128,8 @@ def norm_over_tokens(encoder: MaskedEncoder) -> dict[str, object]:
 
 
 def plain_tokens(encoder: MaskedEncoder, images: Tensor, mask: Tensor | None = None, **arguments: object) -> Tensor:
-    """Tokens of timm's own model with the same parameters, mask tokens put in behind the stem, no prefix tokens."""
+    """Returns the tokens of timm's own model with the same parameters, mask tokens inserted after the stem, without
+    prefix tokens."""
     torch.manual_seed(1)
     model = timm.create_model(encoder.timm_name, **{**encoder.timm_arguments, "num_classes": 0, **arguments})
     model = model.to(images.dtype)
@@ -164,7 +165,7 @@ def test_nothing_masked_is_timm_to_the_bit(family):
         encoder.eval()
         assert torch.equal(encoder(images, None), expected)
         assert torch.equal(encoder(images, torch.zeros_like(mask)), expected)
-        # and the norm is there: without it the tokens differ
+        # The norm is applied: without it the tokens differ.
         encoder.model.norm = nn.Identity()
         assert not torch.equal(encoder(images, None), expected)
 
@@ -186,7 +187,7 @@ def test_pixels_under_the_mask_are_not_read(family):
     hidden = hidden[..., : images.shape[2], : images.shape[3]]
     with torch.no_grad():
         tokens = encoder(images, mask)
-        # NaN under the mask must not get through, so the replacement is not a multiplication by zero
+        # NaN of masked pixels must not propagate, so masked tokens are replaced, not multiplied by zero.
         assert torch.equal(encoder(images.masked_fill(hidden, math.nan), mask), tokens)
         assert not torch.equal(encoder(torch.where(hidden, images, images + 1), mask), tokens)
         assert not torch.equal(encoder(images, ~mask), tokens)
@@ -195,7 +196,7 @@ def test_pixels_under_the_mask_are_not_read(family):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("ratios", [[0.6, 0.6], [0.0, 1.0], [0.2, 0.7]], ids=str)
 def test_a_drawn_mask_is_its_tensor(family, ratios):
-    """On every grid that divides the stem's, whichever stem computes it; and nothing is searched."""
+    """Holds for every grid that divides the stem's, and for either stem. No tensor is searched."""
     encoder, images, mask = make(family)
     down, across = mask.shape[1:]
     for side in (s for s in range(1, min(down, across) + 1) if down % s == across % s == 0):
@@ -303,7 +304,7 @@ def test_mask_token_initialisation():
     torch.manual_seed(0)
     token = create_encoder("swin_base_patch4_window7_224", **STAGES).mask_token
     assert token.shape == (1, 1, 128)
-    assert 0.016 < token.std() < 0.024  # of 128 draws with standard deviation 0.02, +- 3 standard errors
+    assert 0.016 < token.std() < 0.024  # 128 draws with standard deviation 0.02, ± 3 standard errors
     assert abs(token.mean()) < 0.006
 
 
@@ -340,7 +341,7 @@ def test_golden_vit(case, dtype, rtol):
     cotangent = golden.normal(f"{case['salt']}/cotangent", features.shape).to(dtype)
     features.backward(cotangent)
     for parameter in encoder.parameters():
-        parameter.data = parameter.grad  # so that the mapping of names gives the gradients
+        parameter.data = parameter.grad  # maps the names of the gradients
     gradients = published_state_dict(encoder)
     assert gradients.keys() == case["grads"].keys()
     for name, expected in case["grads"].items():
@@ -398,7 +399,7 @@ def test_size_that_does_not_divide_into_patches():
     "name, arguments",
     [
         ("resnet50", {}),
-        ("vgg11", {}),  # takes no drop_path_rate: refused by name
+        ("vgg11", {}),  # has no drop_path_rate; refused by name
         ("no_such_model", {}),
         ("vit_relpos_small_patch16_224", {}),
         ("vit_small_r26_s32_224", {}),

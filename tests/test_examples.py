@@ -1,4 +1,4 @@
-"""The examples run, learn, and write what they say."""
+"""The examples run, learn, and write the documented files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytest.importorskip("skimage", reason="the examples need the extra [train]")
 
 @pytest.fixture(scope="module")
 def example():
-    """examples/train_stereo_scene.py as a module."""
+    """Imports examples/train_stereo_scene.py as a module."""
     path = ROOT / "examples" / "train_stereo_scene.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
@@ -30,7 +30,7 @@ def example():
 
 @pytest.mark.parametrize("encoder", ["swin", "vit"])
 def test_losses_fall(example, encoder):
-    torch.manual_seed(0)  # thirty steps of eight crops fall by a tenth from most seeds, not all
+    torch.manual_seed(0)  # with most seeds, not all, thirty steps of eight crops reduce the losses by a tenth
     model = example.create_model(encoder, 32)
     history = example.train(model, DataLoader(example.RandomCrops(32, 240), 8), 2e-3)
     assert len(history) == 30
@@ -48,7 +48,7 @@ def test_held_out_pixels_are_not_trained_on(example):
     images, structure = example.held_out_crops(example.HELD_OUT)
     assert torch.equal(images[0], photograph[:, : example.HELD_OUT, -example.HELD_OUT :])
     assert torch.equal(structure[-1], disparity[:, -example.HELD_OUT :, -example.HELD_OUT :])
-    assert not structure.isfinite().all()  # the scene does have unknown values
+    assert not structure.isfinite().all()  # the scene has missing values
 
 
 def test_script_writes_its_figure(tmp_path):
@@ -78,8 +78,8 @@ assert Image.open(runs / "depth.png").size[0] > 200
 
 @pytest.mark.slow(minutes=1)
 def test_the_notebook_runs(tmp_path):
-    """All of its code cells, one after the other, with a third of its photographs, in a third of the five minutes of
-    CPU time that it promises."""
+    """Runs all code cells in order, with a third of the photographs, in a third of the five minutes of CPU time that
+    the notebook promises."""
     pytest.importorskip("segmentation_models_pytorch", reason="needs the extra [downstream]")
     command = [sys.executable, "-c", CELLS, ROOT / "examples" / "quickstart.ipynb"]
     environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""The model and the reference reproduce the published code's numbers: losses, features, every gradient."""
+"""Model and reference implementation reproduce the numbers of the published code: losses, features, all gradients."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import sgmim_fast
 from sgmim_fast import reference
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-# Of float32 with an accelerated encoder: oneDNN's gemms are off by 5.7e-7 of their norm with 2048 terms, MKL's by
-# 2.5e-7. The worst seen is 1.1e-5 for a sum, with one thread and a single fused patch merging; norms are off by 8e-8.
+# For float32 with an accelerated encoder. The error of oneDNN's gemms with 2048 terms is 5.7e-7 of their norm, that of
+# MKL's 2.5e-7. The largest error seen is 1.1e-5, of a sum, with one thread and a single fused patch merging; norms
+# differ by 8e-8.
 ACCELERATED = 2e-5
 
 
@@ -29,7 +30,7 @@ def published_model(case: dict[str, Any], dtype: torch.dtype, accelerate: bool =
 
 
 def published_gradients(model: sgmim_fast.SGMIM) -> dict[str, torch.Tensor]:
-    """Gradients under the published names: a state dict whose values are the gradients."""
+    """Returns the gradients under their published names, as a state dict whose values are the gradients."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.grad)

@@ -1,4 +1,4 @@
-"""What setup.py decides, what it builds, and what an installation reports."""
+"""Decisions of setup.py, its builds, and the report of an installation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compil
 def run(
     *command: str | Path, cwd: Path = ROOT, check: bool = True, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command with the build's own variables unset unless given; output and errors come together."""
+    """Runs a command without the build's environment variables except those given. Output and errors are returned
+    together."""
     ours = re.compile(r"SGMIM_FAST_|CUDA_HOME|CUDA_PATH|CXX|TORCH_CUDA_ARCH_LIST|PYTHONPATH")
     environment = {name: value for name, value in os.environ.items() if not ours.match(name)} | variables
     done = subprocess.run(
@@ -36,7 +37,7 @@ def run(
 
 
 def planned(folder: Path, **variables: str) -> tuple[dict[str, dict[str, str]], str]:
-    """The build info that setup.py writes, and what it prints, without compiling anything."""
+    """Returns the build info that setup.py writes, and its output, without compiling anything."""
     done = run(sys.executable, "setup.py", "-q", "build_py", "--build-lib", folder, **variables)
     return json.loads((folder / "sgmim_fast" / "_build_info.json").read_text()), done.stdout
 
@@ -49,7 +50,7 @@ def tool(folder: Path, name: str, script: str) -> Path:
 
 
 def toolkit(folder: Path, release: str) -> Path:
-    """A folder that looks like a CUDA toolkit of that release."""
+    """Creates a folder that looks like a CUDA toolkit of that release."""
     answers = f'case "$1" in --version) echo "release {release}, V{release}.1";; *) echo sm_80; echo sm_90;; esac'
     tool(folder / "bin", "nvcc", answers)
     return folder
@@ -107,7 +108,7 @@ runpy.run_path("setup.py", run_name="__main__")
 
 @needs_compiler
 def test_no_toolkit_anywhere_is_one_line(tmp_path):
-    """Not in the usual folders either, which the machine of this test may have."""
+    """The usual folders, in which this machine may have a toolkit, are not searched either."""
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / Path(compiler).name).symlink_to(compiler)
@@ -125,7 +126,7 @@ def test_no_toolkit_anywhere_is_one_line(tmp_path):
 @needs_compiler
 @pytest.mark.parametrize("wanted", ["sm_90", "9", "9.0+ptx", "hopper"])
 def test_an_architecture_that_is_none_is_named(tmp_path, wanted):
-    """Before anything is compiled; an error, not a traceback."""
+    """The error is reported before anything is compiled, without a traceback."""
     home = toolkit(tmp_path / "toolkit", our_cuda())
     build = ["setup.py", "-q", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path / "objects"]
     done = run(sys.executable, *build, check=False, CUDA_HOME=str(home), TORCH_CUDA_ARCH_LIST=f"8.0;{wanted}")
@@ -136,7 +137,7 @@ def test_an_architecture_that_is_none_is_named(tmp_path, wanted):
 
 @needs_compiler
 def test_cuda_is_planned_whatever_the_folder_of_nvcc(tmp_path):
-    """A toolkit on PATH behind a wrapper script; no GPU is asked for; unknown architectures are left out."""
+    """The toolkit is on PATH behind a wrapper script. No GPU is queried; unknown architectures are omitted."""
     release = our_cuda().partition(".")[0] + ".9"
     home = toolkit(tmp_path / "somewhere", release)
     wrapper = tool(tmp_path / "elsewhere", "nvcc", f'exec {home}/bin/nvcc "$@"')
@@ -152,13 +153,13 @@ def test_cuda_is_planned_whatever_the_folder_of_nvcc(tmp_path):
     [
         ("echo 9.0; echo 9.0", "9.0"),
         ("echo 9.0; echo 8.0", "8.0;9.0"),
-        ("echo 7.5", "8.0;9.0+PTX"),  # too old for the kernels
-        ("echo 12.0", "8.0;9.0+PTX"),  # the toolkit does not know it
+        ("echo 7.5", "8.0;9.0+PTX"),  # older than the kernels require
+        ("echo 12.0", "8.0;9.0+PTX"),  # unknown to the toolkit
         ("echo 'No devices were found'; exit 6", "8.0;9.0+PTX"),
     ],
 )
 def test_an_editable_installation_is_for_the_gpus_of_the_machine(tmp_path, smi, expected):
-    """And a wheel for all."""
+    """A wheel is built for all architectures."""
     home = toolkit(tmp_path / "toolkit", our_cuda())
     tool(tmp_path / "bin", "nvidia-smi", smi)
     program = (
@@ -237,7 +238,7 @@ def test_a_load_error_is_kept(tmp_path, monkeypatch):
     assert reason.startswith(f"{library} could not be loaded: ")
     assert isinstance(_native.load_error("cpu"), OSError)
     library.unlink()
-    assert _native.load_cpu() == (usable, reason)  # once
+    assert _native.load_cpu() == (usable, reason)  # loaded once
 
 
 def test_env_reports_every_backend_and_why_one_is_missing(capsys):
@@ -260,8 +261,8 @@ def test_import_needs_no_triton_compiler_or_gpu(tmp_path):
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> Path:
-    """A copy of the tree, so that builds leave this one alone, with the objects of its installation: what is older than
-    its sources is compiled again."""
+    """Copies the source tree, so that builds do not change it, with the object files of its installation. Those that
+    are older than their sources are recompiled."""
     ignored = shutil.ignore_patterns(".git", ".*cache", ".hypothesis", "build", "dist", "*.egg-info", "*.so", "*.json")
     copy = Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("sources") / "sgmim_fast", ignore=ignored))
     if (ROOT / "build" / "objects").exists():
@@ -313,7 +314,7 @@ def test_editable_install_in_a_new_environment(sources, tmp_path):
     python = tmp_path / "environment" / "bin" / "python"
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "environment")
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
-    # pip, torch and the rest come from the environment the tests run in.
+    # pip, torch and the other packages come from the environment in which the tests run.
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
     run(
         python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", sources, SGMIM_FAST_NO_CUDA="1"
@@ -326,7 +327,7 @@ def test_editable_install_in_a_new_environment(sources, tmp_path):
     done = run(python, "-m", "pip", *again, SGMIM_FAST_NO_CUDA="1")
     assert "sgmim_fast: compiled" not in done.stdout, "nothing has changed, so nothing is compiled again"
     assert objects and objects == {path: path.stat().st_mtime for path in (sources / "build").rglob("*.o")}
-    later = max(objects.values()) + 1  # whatever the clock does
+    later = max(objects.values()) + 1  # independent of the clock
     os.utime(sources / "csrc" / "cpu" / "isa.cpp", (later, later))
     done = run(python, "-m", "pip", *again, SGMIM_FAST_NO_CUDA="1")
     changed = [path.name for path, before in objects.items() if path.stat().st_mtime != before]
@@ -336,7 +337,7 @@ def test_editable_install_in_a_new_environment(sources, tmp_path):
 @pytest.mark.slow
 @needs_compiler
 def test_sources_compile_without_warnings(sources, tmp_path):
-    """Those of both libraries, as each object's log has it."""
+    """Checks the compiler log of every object file of both libraries."""
     done = run(sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path, cwd=sources)
     assert "warning" not in re.sub(r"SetuptoolsWarning", "", done.stdout)
     libraries = {path.name.partition(".")[0] for path in (tmp_path / "sgmim_fast").glob("*.so")}

@@ -1,4 +1,4 @@
-"""Masks as users draw them, and the row lists that the model makes of a mask."""
+"""Masks as users draw them, and the row lists that the model derives from a mask."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def assert_rows(rows: Rows, wanted: Tensor) -> None:
-    """`rows` lists, in ascending order, where `wanted` (B, h, w) is True, with each image's offsets."""
+    """Asserts that `rows` lists in ascending order where `wanted` (B, h, w) is True, with the offsets of each image."""
     assert torch.equal(rows.index, wanted.flatten().nonzero().squeeze(1))
     assert rows.offsets.tolist() == [0, *wanted.flatten(1).sum(1).cumsum(0).tolist()]
     assert rows.index.dtype == rows.offsets.dtype == torch.int64
@@ -76,7 +76,8 @@ def test_default_generator():
 
 
 def test_every_unit_is_as_likely():
-    """2000 draws of 3 in 6: 6 counts with mean 1000 and standard deviation 22; five of them."""
+    """2000 draws of 3 out of 6 units: 6 counts with mean 1000 and standard deviation 22; the tolerance is five of
+    them."""
     counts = selective_mask(2000, (2, 3), 0.5, generator()).mask.sum(0)
     assert (counts - 1000).abs().max() < 112
 
@@ -141,7 +142,7 @@ def test_a_drawn_mask_on_a_finer_grid(batch, grid, scale, shown, ratio, seed):
     assert_cells(fine, resize(drawn.mask, down, across), resize(drawn.structure, down, across))
     assert (fine.shown is fine.masked) == (shown == "masked") and (fine.shown is fine.visible) == (shown == "visible")
     assert drawn.on(grid) is drawn
-    if scale[0] == scale[1]:  # drawn there at once
+    if scale[0] == scale[1]:  # drawn there directly
         again = selective_mask(batch, grid, ratio, generator(seed), shown=shown, scale=scale[0])
         assert_cells(again, fine.mask, fine.structure)
 
@@ -179,7 +180,7 @@ def test_parts_that_are_not_there(images):
 
 
 def test_parts_of_images_with_other_counts():
-    """Even where the counts add up."""
+    """Parts are refused even if the counts of their images add up to the same number."""
     with pytest.raises(RuntimeError, match="images have different numbers of rows; expected the same"):
         selective_mask(4, (2, 2), [0.25, 0.75, 0.5, 0.5]).part(0, 2)
 
@@ -225,8 +226,8 @@ def test_search_raises_on_other_values(value, aligned):
 
 
 def test_a_drawn_mask_is_a_tuple_of_tensors():
-    """So that data loaders, pinning and `torch.compile` see through it."""
+    """Data loaders, pinning and `torch.compile` can therefore traverse it."""
     drawn = sgmim_fast.selective_mask(2, 3)
     assert isinstance(drawn, tuple) and isinstance(drawn, SelectiveMask)
     leaves = torch.utils._pytree.tree_leaves(drawn)
-    assert [type(leaf) for leaf in leaves] == [torch.Tensor] * 8 + [int] * 2  # and the counts that the host knows
+    assert [type(leaf) for leaf in leaves] == [torch.Tensor] * 8 + [int] * 2  # and the counts, known to the host

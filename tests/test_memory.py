@@ -1,4 +1,4 @@
-"""`keep_freed_memory`: what was freed is not mapped again."""
+"""`keep_freed_memory`: freed memory is not mapped again."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="there is no glibc")
 def test_freed_memory_is_used_again():
-    """In a process of its own, since nothing takes it back."""
+    """Runs in a process of its own, since the setting cannot be undone."""
     given_back, kept = (
         int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
         for how in ("give back", "keep")
     )
-    assert kept < 100 and given_back > 100  # 16384 pages each time, 32 where they are huge
+    assert kept < 100 and given_back > 100  # 16384 page faults each time, or 32 with huge pages
 
 
 def test_without_glibc(monkeypatch):

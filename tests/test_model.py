@@ -1,4 +1,5 @@
-"""`SGMIM` against the dense reference for every family, option and kind of mask; and that it behaves as a module."""
+"""`SGMIM` against the dense reference implementation for every family, option and kind of mask, and as an
+`nn.Module`."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ def evaluate(
     *,
     dense: bool = False,
 ) -> Evaluation:
-    """The three losses and every gradient, by name; `dense`: from the reference."""
+    """Returns the three losses and all gradients by name. `dense` computes them with the reference implementation."""
     images = images.detach().requires_grad_()
     inputs = [images]
     if model.guidance is not None:
@@ -53,14 +54,15 @@ def evaluate(
 
 
 def assert_same(actual: Evaluation, expected: Evaluation, tolerance: float) -> None:
-    """Each tensor to `tolerance` of its norm; gradients that are all zero come without one."""
+    """Compares each tensor relative to its norm. A gradient that is all zero may be absent."""
     assert actual.keys() == expected.keys()
     for name, e in expected.items():
         assert (actual[name] - e).norm() <= tolerance * e.norm(), name
 
 
 def assert_right(model: SGMIM, size: tuple[int, int], mask: Any, valid: Tensor | None = None, count: int = 2) -> None:
-    """In float64 to 1e-10; in float32, where the kernels run, within twice the error of the dense arithmetic."""
+    """Asserts 1e-10 in float64. In float32, where the kernels run, the error may be twice that of the dense
+    arithmetic."""
     double = copy.deepcopy(model).double()
     batches = [batch(model, size, count, seed) for seed in range(3)]
     truths = [evaluate(double, *inputs, mask, valid, dense=True) for inputs in batches]
@@ -104,9 +106,9 @@ def test_options(name, options):
         (4, 4, 8, (8, 12)),  # no patch merging
         (4, 8, 16, (16, 24)),
         (2, 12, 16, (24, 12)),  # patches of 6 pixels, one merging
-        (14, 14, 40, (28, 42)),  # heads of 5
+        (14, 14, 40, (28, 42)),  # head width 5
         (8, 24, 32, (48, 24)),
-        (4, 40, 24, (40, 80)),  # three mergings of patches of 5 pixels
+        (4, 40, 24, (40, 80)),  # three mergings, patches of 5 pixels
         (16, 16, 32, (16, 16)),  # one cell
     ],
     ids=str,
@@ -139,14 +141,14 @@ def test_nothing_visible_and_nothing_masked(ratio, context, shown):
 
 def test_a_mask_coarser_than_the_cells():
     model, size = foreign(), (64, 96)
-    mask = drawn(model, (32, 48))  # 2 x 3 units over 4 x 6 cells
+    mask = drawn(model, (32, 48))  # 2 × 3 units on 4 × 6 cells
     assert mask.mask.shape == (2, 2, 3)
     assert_right(model, size, mask)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32, torch.float64])
 def test_mask_tensors(dtype):
-    """A tensor means the same as the drawn mask, to the bit."""
+    """A mask tensor gives bitwise the results of the drawn mask."""
     model, size = foreign(), (32, 48)
     mask = drawn(model, size, ratio=[0.3, 0.7])
     inputs = [t.float() for t in batch(model, size)]
@@ -215,7 +217,7 @@ def test_every_backend(backend, device):
 
 @pytest.mark.parametrize("precision", PRECISIONS[1:])
 def test_autocast(precision):
-    """As close to the float32 model as the dense arithmetic is under autocast, with gradients in float32."""
+    """The error against the float32 model is that of the dense arithmetic under autocast. Gradients are in float32."""
     model, size = family("vit")
     mask = drawn(model, size)
     actual, plain, truth = [], [], []
@@ -253,7 +255,7 @@ def test_a_bfloat16_model():
     data=st.data(),
 )
 def test_any_shape_and_mask(patch, cells, stem_cells, channels, context, data):
-    """Whatever the mask, aligned or not: the reference's losses and gradients."""
+    """Losses and gradients are those of the reference implementation for any mask, aligned to cells or not."""
     stride, size = patch * stem_cells, (cells[0] * patch * stem_cells, cells[1] * patch * stem_cells)
     model = foreign(patch=patch, stride=stride, structure_channels=channels, hidden_context=context).double()
     shape = 2, size[0] // patch, size[1] // patch
@@ -275,7 +277,7 @@ def test_any_shape_and_mask(patch, cells, stem_cells, channels, context, data):
 @pytest.mark.parametrize("name", [*FAMILIES, "foreign"])
 @pytest.mark.parametrize("shown", ["masked", "visible", "all", 0.5])
 def test_a_drawn_mask_is_not_searched(name, shown):
-    """Of no family, on no grid that units of whole cells can have, in forward and backward."""
+    """Holds for every family and every grid whose units consist of whole cells, in forward and backward."""
     model, size = (foreign(), (32, 64)) if name == "foreign" else family(name)
     inputs = [t.float() for t in batch(model, size)]
     cells = size[0] // model.encoder_stride, size[1] // model.encoder_stride
@@ -284,7 +286,7 @@ def test_a_drawn_mask_is_not_searched(name, shown):
         with nothing_searched():
             actual = evaluate(model, *inputs, mask)
         expected = evaluate(model, *inputs, mask, dense=True)
-        for key, e in expected.items():  # where all is masked, some gradients are rounding errors
+        for key, e in expected.items():  # where all cells are masked, some gradients are rounding errors
             assert (actual.get(key, torch.zeros_like(e)) - e).norm() <= 1e-3 * e.norm() + 1e-6, key
 
 
@@ -306,11 +308,11 @@ def test_a_mask_tensor_is_searched_once(name, monkeypatch):
     find = torch.nonzero_static
     monkeypatch.setattr(torch, "nonzero_static", lambda x, size: searched.append(x.shape) or find(x, size=size))
     assert_same_bits([expected, evaluate(model, *inputs, tensor)])
-    assert searched == 2 * [mask.mask.flatten().shape]  # on the cells: for the masked ones, and for the visible ones
+    assert searched == 2 * [mask.mask.flatten().shape]  # on the cells: once for masked and once for visible ones
 
 
 class Refused(nn.Linear):
-    """A head that the ops do not stand in for."""
+    """A head that the ops do not replace."""
 
 
 @pytest.mark.parametrize("path", ["visible", "dense", "not aligned"])
@@ -331,7 +333,7 @@ def test_the_model_computes_nothing_of_the_reference(path, monkeypatch):
 
 
 def test_the_reference_is_a_leaf():
-    """It imports PyTorch and the standard library, also where only types need it."""
+    """It imports only PyTorch and the standard library, even for types."""
     names = set()
     for node in ast.walk(ast.parse(inspect.getsource(reference))):
         if isinstance(node, ast.Import):
@@ -453,7 +455,7 @@ def test_training_lowers_the_losses(name):
 
 
 def test_frozen_parts():
-    """Only the head trains: no gradient for the rest, and the same gradient for the head."""
+    """Only the head is trained: other parameters have no gradient, and the head's gradient is the same."""
     model, size = foreign(), (32, 48)
     inputs = *(t.float() for t in batch(model, size)), drawn(model, size)
     expected = evaluate(model, *inputs)
@@ -564,7 +566,7 @@ def test_structure_that_is_not_standardised(change, message, dtype):
 
 @given(share=st.floats(0, 0.19), far=st.floats(1, 1e6), seed=st.integers(0, 99))
 def test_every_standardised_map_is_taken(share, far, seed):
-    """Also those that are nearly flat but for a few values far away."""
+    """Includes maps that are nearly flat except for a few distant values."""
     generator = torch.Generator().manual_seed(seed)
     raw = 65535 * torch.rand(2, 1, *SIZE, generator=generator).pow(1 + far / 1e5)
     raw[torch.rand(raw.shape, generator=generator) < share] *= far
@@ -583,7 +585,7 @@ def test_compiled_it_is_refused_too():
 
 
 def test_where_values_cannot_be_read():
-    """Recorded, on every token then, or faked, the model runs as it does without the check."""
+    """When the model is recorded (then for all tokens) or runs on fake tensors, it behaves as without the check."""
     model, given = foreign(), arguments()
     given["mask"] = drawn(model, SIZE)
 
@@ -646,7 +648,7 @@ def test_bad_options(options, error, message):
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "vit_tiny_patch16_224", "resnet18"])
 def test_a_plain_timm_model(name):
     encoder = timm.create_model(name)
-    for attribute in ("in_chans", "patch_size"):  # some have them
+    for attribute in ("in_chans", "patch_size"):  # some timm models have these attributes
         setattr(encoder, attribute, 4)
     with pytest.raises(TypeError, match=f"encoder is timm's .* takes no mask; .*create_encoder.'{name}'"):
         SGMIM(encoder, 32)

@@ -1,4 +1,4 @@
-"""The whole model on every backend and device; and what only a GPU has: streams, graphs, other devices, float16."""
+"""The whole model on every backend and device, and features of GPUs only: streams, graphs, several devices, float16."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sgmim_fast import SGMIM, SelectiveMask, backends, reference, selective_mask
 
 ROOT = Path(__file__).parents[1]
 SIZE = (32, 48)
-ENCODERS = {  # one with padding, one with a shift and cosines
+ENCODERS = {  # swin has padding, swinv2 has shifts and cosine attention
     "swin": ("swin_tiny_patch4_window7_224", {"window_size": 5, "depths": (1, 1), "num_heads": (1, 2)}),
     "swinv2": ("swinv2_tiny_window8_256", {"window_size": 4, "depths": (2, 1), "num_heads": (1, 2)}),
     "beit": ("beit_base_patch16_224", {"depth": 1, "num_heads": 2}),
@@ -30,13 +30,13 @@ on_gpu = pytest.mark.parametrize("name", [pytest.param(n, marks=gpu) for n in ("
 
 @pytest.fixture(autouse=True)
 def exact_convolutions(monkeypatch):
-    """The stem of a foreign encoder is cuDNN's, which rounds to tf32 by default."""
+    """Disables TF32 in cuDNN, which computes the stem of a foreign encoder and uses TF32 by default."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture
 def whole(backend):
-    """The forced backend, which has every op of the branch."""
+    """The forced backend, if it has every op of the branch."""
     for op in backends.BRANCH:
         usable, reason = backends.can_run(op, backend)
         if not usable:
@@ -45,7 +45,7 @@ def whole(backend):
 
 
 def evaluate(model: SGMIM, inputs: list[Tensor], mask: SelectiveMask, dense: bool = False) -> dict[str, Tensor]:
-    """Losses, and gradients of parameters and images."""
+    """Returns the losses, and the gradients of parameters and images."""
     images, structure = (t.detach().requires_grad_() for t in inputs)
     run = reference.sgmim_losses if dense else SGMIM.__call__
     options = {} if dense else {"return_losses": True}
@@ -72,7 +72,7 @@ def test_float32(whole, device):
 
 @pytest.mark.parametrize("ratio", [0.6, [0.3, 0.9]], ids=["equal", "ragged"])
 def test_visible_patches_alone(whole, device, ratio):
-    """An encoder of visible patches and a decoder, with MAE's target, in float32 against MAE's forward in float64."""
+    """An encoder of visible patches with a decoder and MAE's target, in float32, against MAE's forward in float64."""
     arguments = {"img_size": SIZE, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
     encoder = sgmim_fast.create_encoder("vit_tiny_patch16_224", visible_only=True, **arguments)
     decoder = sgmim_fast.Decoder(encoder, 2, 32, 2)
@@ -80,7 +80,7 @@ def test_visible_patches_alone(whole, device, ratio):
     inputs = [t.float().to(device) for t in batch(model, SIZE)]
     mask = selective_mask(2, (4, 6), ratio, torch.Generator(device).manual_seed(0), device)
     expected = evaluate(copy.deepcopy(model).double(), [t.double() for t in inputs], mask, dense=True)
-    if whole != "cuda":  # which has no window attention
+    if whole != "cuda":  # this backend has no window attention
         sgmim_fast.accelerate(encoder)
         sgmim_fast.accelerate(decoder)
     actual = evaluate(model, inputs, mask)
@@ -91,7 +91,7 @@ def test_visible_patches_alone(whole, device, ratio):
 
 @pytest.mark.parametrize(("name", "arguments"), ENCODERS.values(), ids=ENCODERS)
 def test_accelerated_encoder(backend, device, name, arguments):
-    """The whole model through fused ops, against the dense arithmetic around timm's own blocks in float64."""
+    """The whole model with fused ops, against the dense arithmetic with timm's own blocks in float64."""
     if backend == "cuda":
         pytest.skip("timm's own forward runs where the forced backend has no window attention")
     encoder = sgmim_fast.create_encoder(name, img_size=SIZE, embed_dim=24, **arguments)
@@ -108,7 +108,7 @@ def test_accelerated_encoder(backend, device, name, arguments):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(whole, device, dtype):
-    """As close to the float64 truth as the dense arithmetic is under the same autocast."""
+    """The error against float64 is that of the dense arithmetic under the same autocast."""
     if whole == "cpu" and dtype == torch.float16:
         pytest.skip("the C++ kernels take float32 and bfloat16")
     actual, plain, truth = [], [], []
@@ -124,7 +124,7 @@ def test_autocast(whole, device, dtype):
 
 
 def test_compiled(whole, device):
-    """One graph, the same numbers."""
+    """The model compiles to one graph with the same results."""
     torch._dynamo.reset()
     model, inputs, mask = put(device, torch.float32)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -138,7 +138,7 @@ def test_compiled(whole, device):
 
 @on_gpu
 def test_no_step_waits_for_the_device(name):
-    """Masks, standardisation, forward and backward, with every synchronisation an error."""
+    """Masks, standardisation, forward and backward run while every synchronisation is an error."""
     model, (images, structure), _ = put(torch.device("cuda"), torch.float32)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -170,7 +170,7 @@ def test_no_accelerated_step_waits_for_the_device(name, encoder):
 
 @on_gpu
 def test_graph_capture(name):
-    """A captured step gives the eager one's gradients, again and again, for inputs that change."""
+    """Replays of a captured step give the gradients of the eager one, for changing inputs."""
     model, inputs, mask = put(torch.device("cuda"), torch.float32)
     static = [t.clone() for t in inputs]
     with backends.use(name):
@@ -228,7 +228,7 @@ def test_a_device_that_is_not_the_current_one():
 
 @on_gpu
 def test_float16_with_a_gradient_scaler(name):
-    """Ten steps: the loss stays finite and falls."""
+    """During ten steps the loss stays finite and falls."""
     model, inputs, mask = put(torch.device("cuda"), torch.float32)
     optimizer, scaler = torch.optim.AdamW(model.parameters(), 1e-2), torch.amp.GradScaler("cuda")
     losses = []
@@ -248,7 +248,7 @@ def test_float16_with_a_gradient_scaler(name):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 def test_the_automatic_choice_on_a_gpu():
-    """Every op runs on kernels of ours, in half precision and float32."""
+    """Every op runs on our own kernels, in half precision and float32."""
     model, inputs, mask = put(torch.device("cuda"), torch.float32)
     for op in backends.MODULES:
         assert any(backends.can_run(op, name)[0] for name in ("cuda", "triton")), op
@@ -264,12 +264,12 @@ def test_gpu_suite_needs_a_gpu():
 
 @pytest.fixture
 def benchmarks(monkeypatch):
-    """The folder's modules can be imported."""
+    """Makes the modules of the folder importable."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
 def test_gates_of_the_gpu_suite(benchmarks):
-    """Verdicts from made-up rows."""
+    """Computes verdicts from invented rows."""
     import gpu_suite
 
     times = {"dense": 35.0, "dense-compiled": 26.0, "visible-compiled": 11.0, "fused-triton": 10.0, "gemm-floor": 9.0}
@@ -310,7 +310,7 @@ def test_gates_of_the_gpu_suite(benchmarks):
 
 
 def test_table_of_the_ops(benchmarks, monkeypatch, tmp_path, capsys):
-    """Every op of the branch, here on a CPU; and a backend that is wrong is named."""
+    """The table has every op of the branch, here on a CPU, and names a backend with wrong results."""
     import op_table
     from tools import shapes
 

@@ -1,4 +1,4 @@
-"""Old names of modules lead to the new ones, with a warning: imports and pickles of before keep working."""
+"""Old names of modules lead to the new ones, with a warning. Old imports and pickles continue to work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytest.importorskip("segmentation_models_pytorch", reason="fine-tuning needs the
 
 @pytest.fixture
 def forgotten():
-    """As if no old name had been imported."""
+    """Removes old names from `sys.modules`, as if none had been imported."""
     for name in [name for name, module in sys.modules.items() if isinstance(module, _moved.Moved)]:
         del sys.modules[name]
 
@@ -50,7 +50,7 @@ def test_below_a_package(forgotten):
     with pytest.warns(DeprecationWarning) as caught:
         from sgmim_fast.downstream.data.colors import DepthColors
     assert DepthColors.__module__ == "sgmim_fast.finetune.data.colors"
-    assert {warning.filename for warning in caught} == {__file__}  # the line that is to be changed
+    assert {warning.filename for warning in caught} == {__file__}  # the warning points to the line to change
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -66,7 +66,7 @@ def test_what_never_was_is_not_found():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_pickles_of_before():
-    """They name the classes of accelerated blocks by their old modules."""
+    """Old pickles refer to the classes of accelerated blocks by their old modules."""
     for old in (b"blocks", b"fused.blocks"):
         assert pickle.loads(b"csgmim_fast.%b\nViTBlock\n." % old).__module__ == "sgmim_fast.fused.vit_blocks"
         assert pickle.loads(b"csgmim_fast.%b\nPatchMerging\n." % old).__module__ == "sgmim_fast.fused.swin_blocks"
@@ -74,7 +74,7 @@ def test_pickles_of_before():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_functions_stay_functions(forgotten):
-    """Importing the old module `accelerate` does not hide the function of its name."""
+    """Importing the old module `accelerate` does not hide the function of the same name."""
     importlib.import_module("sgmim_fast.accelerate")
     assert sgmim_fast.accelerate.__module__ == "sgmim_fast.fused.accelerate"
 

@@ -1,4 +1,4 @@
-"""`SGMIM.predict`: the predictions whose distance to the inputs is the loss."""
+"""`SGMIM.predict` returns the predictions whose distance to the inputs is the loss."""
 
 from __future__ import annotations
 

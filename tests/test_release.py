@@ -1,4 +1,4 @@
-"""What is not code but must agree with it: the workflows' matrix and commands, the changelog, the citation."""
+"""Files that must agree with the code: matrix and commands of the workflows, the changelog, the citation."""
 
 from __future__ import annotations
 
@@ -68,4 +68,4 @@ def test_the_citation_is_the_readmes():
     paper = citation["preferred-citation"]
     assert paper["title"] in readme and paper["url"] in readme
     assert all(f"{author['family-names']}, {author['given-names']}" in readme for author in paper["authors"])
-    assert citation["license"] == "MIT" and "version" not in citation  # which stands in sgmim_fast.__version__ alone
+    assert citation["license"] == "MIT" and "version" not in citation  # defined in sgmim_fast.__version__ alone

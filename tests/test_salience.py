@@ -1,4 +1,4 @@
-"""Masks drawn by salience: SPEC "Salience-based masking", from encoders and by hand."""
+"""Masks drawn by salience (SPEC, "Salience-based masking"), from encoders and from given values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def draw(salience: Tensor, grid: tuple[int, int], **options: object) -> sgmim_fa
 
 
 def by_hand(salience: Tensor, grid: tuple[int, int], noise: Tensor, adaptive: str) -> Tensor:
-    """Image by image, unit by unit, with r = 0.75, v = 0.10, delta = 0.5."""
+    """Computes the masks image by image and unit by unit, with r = 0.75, v = 0.10, delta = 0.5."""
     (rows, columns), ratios, mask = grid, [], torch.zeros(len(salience), *grid, dtype=torch.bool)
     for image in salience:
         salient = sum(float(s) > 0.5 for s in image.flatten()) / image.numel()
@@ -47,7 +47,7 @@ def by_hand(salience: Tensor, grid: tuple[int, int], noise: Tensor, adaptive: st
 )
 def test_masks_against_the_definition(adaptive, images, grid, patches, number):
     seeded = generator(number)
-    share = torch.rand(images, 1, 1, generator=seeded)  # images differ in how much of them is salient
+    share = torch.rand(images, 1, 1, generator=seeded)  # the salient share differs between images
     salience = torch.rand(images, grid[0] * patches[0], grid[1] * patches[1], generator=seeded) ** (2 * share)
     noise = torch.rand(images, grid[0] * grid[1], generator=seeded)
     drawn = draw(salience, grid, noise=noise, adaptive=adaptive)
@@ -57,7 +57,7 @@ def test_masks_against_the_definition(adaptive, images, grid, patches, number):
 
 def test_the_ratio_stays_in_its_range():
     salience = torch.stack([torch.zeros(10, 10), torch.full((10, 10), 0.5), torch.ones(10, 10)])
-    salience[1, :5] = 1.0  # half of them above the threshold
+    salience[1, :5] = 1.0  # half of the values exceed the threshold
     assert draw(salience, (10, 10)).mask.flatten(1).sum(1).tolist() == [65, 75, 85]
     assert draw(salience, (10, 10), adaptive="batch").mask.flatten(1).sum(1).tolist() == [75, 75, 75]
     drawn = draw(salience, (10, 10), ratio=0.6, spread=0.3, threshold=0.2)
@@ -68,7 +68,7 @@ def test_the_ratio_stays_in_its_range():
 def test_salient_units_are_masked_more_often():
     salience = torch.linspace(0, 1, 36).view(1, 6, 6).expand(400, 6, 6)
     often = draw(salience, (6, 6), generator=generator(), ratio=0.5, adaptive="none").mask.float().mean(0).flatten()
-    assert often[:6].mean() < 0.05 and often[-6:].mean() > 0.95  # U / 2 overtakes half of the range at most
+    assert often[:6].mean() < 0.05 and often[-6:].mean() > 0.95  # the noise U / 2 outweighs at most half of the range
     assert 0.3 < often[15:21].mean() < 0.7
 
 
@@ -102,7 +102,7 @@ def test_an_image_draws_alike_wherever_it_is():
 
 
 def positions(encoder: sgmim_fast.encoders.MaskedEncoder, x: Tensor) -> Tensor:
-    """What reaches the first block, without class tokens: caught on its way, with nothing masked."""
+    """Returns the input of the first block without class tokens, caught by a hook, with nothing masked."""
     caught = []
     model = encoder.model
     block = (model.layers[0] if hasattr(model, "layers") else model).blocks[0]
@@ -127,7 +127,7 @@ def test_salience_is_of_what_enters_the_blocks(name):
 @pytest.mark.parametrize("name", ["swin", "vit", "beit", "vit-patch-14"])
 @pytest.mark.parametrize("adaptive", ["image", "batch"])
 def test_losses_and_gradients_are_the_dense_ones(name, adaptive):
-    """Images of a batch with different numbers of masked units go through the packed rows."""
+    """Images of a batch with different numbers of masked units are processed as packed rows."""
     model, size = family(name)
     model.double()
     stride = model.encoder_stride

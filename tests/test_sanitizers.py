@@ -1,4 +1,4 @@
-"""The C++ ops under sanitizers: nothing reads or writes where it may not, also from several threads at once."""
+"""The C++ ops under sanitizers: no access out of bounds, and no data races between several threads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TESTS.append(ROOT / "tests" / "ops" / "test_every_op.py")
 
 
 def build(folder: Path, sanitizers: str) -> Path:
-    """The CPU library with sanitizers, as SGMIM_FAST_SANITIZE names them."""
+    """Builds the CPU library with these sanitizers (the values of SGMIM_FAST_SANITIZE)."""
     if not shutil.which("g++"):
         pytest.skip("needs g++, whose sanitizers' libraries are preloaded")
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder / "objects"]
@@ -29,7 +29,7 @@ def build(folder: Path, sanitizers: str) -> Path:
 
 
 def runtime(name: str) -> str:
-    """Path of a sanitizer's library."""
+    """Returns the path of a sanitizer's runtime library."""
     path = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
     if not os.path.isabs(path):
         pytest.skip(f"g++ has no {name}")
@@ -37,18 +37,19 @@ def runtime(name: str) -> str:
 
 
 def test_ops(tmp_path):
-    """Their tests pass under AddressSanitizer and UBSan."""
+    """The ops' tests pass under AddressSanitizer and UBSan."""
     library = build(tmp_path, "1")
     environment = os.environ | {
         "LD_PRELOAD": f"{runtime('libasan.so')}:{runtime('libubsan.so')}",
-        "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",  # the interpreter's own leaks
+        "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",  # the interpreter leaks
         "UBSAN_OPTIONS": "halt_on_error=1",
         "SGMIM_FAST_LIBRARY": str(library),
         "SGMIM_FAST_EXAMPLES": "10",
         "OMP_NUM_THREADS": "2",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
-    # -s: a report must not end in a captured stream. Without opcheck, which traces: torch's own code, and slow here.
+    # -s: a captured stream would lose the report. opcheck is excluded, because it traces: PyTorch's own code, and slow
+    # here.
     kernels = "(cpu-cpu or wgrad or test_linear.py) and not opcheck and not lower_instruction_sets"
     command = [sys.executable, "-m", "pytest", "-qxs", "-p", "no:cacheprovider", "-k", kernels]
     done = subprocess.run([*command, *TESTS], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -61,15 +62,16 @@ def test_ops(tmp_path):
 
 
 def test_threads(tmp_path):
-    """Three Python threads training at once, on backends of their own, under ThreadSanitizer; and a race is seen."""
+    """Three Python threads train at once, on different backends, under ThreadSanitizer. A deliberate race is
+    detected."""
     environment = os.environ | {
         "LD_PRELOAD": runtime("libtsan.so"),
-        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1",  # the interpreter and torch
+        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1",  # skips the interpreter and torch
         "SGMIM_FAST_LIBRARY": str(build(tmp_path, "thread")),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
-    # ThreadSanitizer wants its address space where an older kernel would have it
+    # ThreadSanitizer needs a fixed address space layout, since it is older than the layout of new kernels.
     command = ["setarch", os.uname().machine, "-R", sys.executable, str(ROOT / "tests" / "training_threads.py")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if "setarch: failed to set personality" in done.stderr:

@@ -1,4 +1,4 @@
-"""Measured dispatch: what `sgmim_fast.tune` chooses, keeps and leaves alone, and what becomes of wrong files."""
+"""Measured dispatch: what `sgmim_fast.tune` selects, stores and does not change, and how invalid files are handled."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Mlp(torch.nn.Module):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A cache of its own, in use."""
+    """A temporary cache folder, in use."""
     monkeypatch.setenv("SGMIM_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("SGMIM_FAST_TUNED", raising=False)
     tuned.forget()
@@ -57,7 +57,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def slow(monkeypatch):
-    """`slow(way, ...)`: those take 10 ms more for each call."""
+    """`slow(way, ...)` makes every call of these implementations 10 ms slower."""
     implementation = backends.implementation
 
     def choose(*ways):
@@ -83,7 +83,7 @@ def tune_mlp(x=None, dtype=torch.float32, **options) -> Winner:
 
 
 def chosen(rows: int = 20, part: str = "forward") -> str:
-    """The way that is taken for `Mlp` of so many rows."""
+    """Returns the implementation selected for `Mlp` with this number of rows."""
     found = []
     choose, model = backends.choose, Mlp()
     with pytest.MonkeyPatch.context() as patch:
@@ -94,7 +94,8 @@ def chosen(rows: int = 20, part: str = "forward") -> str:
 
 @pytest.mark.parametrize(("ways", "wins"), [(("cpu",), "torch"), (("torch", "torch:library"), "cpu")])
 def test_the_fastest_way_is_used_from_then_on(slow, ways, wins, cache):
-    """By this process and, through the file, by later ones; at other shapes what would have run without."""
+    """This process uses it, and later ones through the file. At other shapes the choice is the same as without a
+    table."""
     slow(*ways)
     assert chosen() == "cpu"
     found = tune_mlp()
@@ -109,7 +110,7 @@ def test_the_fastest_way_is_used_from_then_on(slow, ways, wins, cache):
 
 
 def test_parts_have_variants_of_one_backend(slow):
-    """A backward reads what its own backend's forward has saved."""
+    """A backward reads what the forward of the same backend has saved."""
     slow("cpu")
     found = tune_mlp()
     assert found.backend.keys() == {"forward", "backward"}
@@ -162,7 +163,7 @@ def test_one_wrong_row_of_many_is_seen(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["swin", "vit"])
 def test_no_op_of_a_model_is_slower_than_plain_pytorch(name, dtype):
-    """Whatever the backends' times are here, and with nothing of them wrong: every op of a step is in the table."""
+    """Holds whatever the times of the backends are here. No result is wrong, and every op of a step is in the table."""
     model, size = family(name)
     inputs = [*(t.float() for t in batch(model, size)), drawn(model, size)]
     found = sgmim_fast.tune(model, inputs, dtype, report=None, seconds=3)
@@ -171,7 +172,7 @@ def test_no_op_of_a_model_is_slower_than_plain_pytorch(name, dtype):
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         model(*inputs).backward()
     backends.WATCHED.pop()
-    # but for the patches that PyTorch's way to compute an op gathers, and ours does not
+    # Except the patches that PyTorch's implementation of an op gathers and ours does not.
     known, called = ({k for k in keys if backends.composed(k[0])} for keys in (tuned.read("cpu"), called))
     assert called == known
     assert {op for op, *_ in called} >= {"norm_attention", "norm_mlp", "structure_embed", "linear_l1"}
@@ -210,7 +211,7 @@ def test_evaluation_has_no_backward():
 
 @pytest.mark.parametrize("op", backends.MODULES)
 def test_every_op_has_a_key(op):
-    """Of names that its schema has; one of a composition is the same for forward and backward."""
+    """A key contains names of the op's schema. Forward and backward of a composite op have the same key."""
     calls = []
     backends.WATCHED.append(lambda op, part, device, args: calls.append((op, part, tuned.key(op, part, args))))
     args = EXAMPLES[op]()
@@ -233,7 +234,7 @@ def _tensors(args):
 
 
 def test_a_lookup_takes_a_fraction_of_choosing():
-    """A table adds 0.8 us to 6.8; the least of many rounds in turns, in time of the thread."""
+    """A table adds 0.8 us to 6.8 us. The test takes the minimum of many alternating rounds, in thread time."""
     args = EXAMPLES["norm_mlp"]()
     tables = {}, {("norm_mlp", "forward", tuned.key("norm_mlp", "forward", args)): "cpu"}
     least = [float("inf")] * 2
@@ -262,7 +263,7 @@ def test_another_version_or_machine_measures_again(cache, monkeypatch, name):
     assert tuned.read("cpu") == {}
     other = tuned.table_folder("cpu") / path.name
     other.parent.mkdir()
-    other.write_bytes(path.read_bytes())  # in its place, but of the first
+    other.write_bytes(path.read_bytes())  # the first version's file at the new version's path
     assert tuned.read("cpu") == {}
     tune_mlp()
     assert len(tuned.read("cpu")) == 2 and path.exists()
@@ -270,7 +271,7 @@ def test_another_version_or_machine_measures_again(cache, monkeypatch, name):
 
 @given(data=st.data())
 def test_broken_files_are_as_if_not_there(cache, data, caplog):
-    """Cut, with bits turned, or with something else in them: nothing is read and nothing raised, and it is said."""
+    """Truncated files, flipped bits and other contents are not read and do not raise; a warning is logged."""
     path = next(iter(cache.rglob("*.json")), None) or kept(cache)
     whole = path.read_bytes()
     kind = data.draw(st.sampled_from(["cut", "bit", "text", "nested"]))
@@ -282,7 +283,7 @@ def test_broken_files_are_as_if_not_there(cache, data, caplog):
     else:
         broken = data.draw(st.binary()) if kind == "text" else b"[" * 100_000
     try:
-        same = json.loads(broken) == json.loads(whole)  # white space
+        same = json.loads(broken) == json.loads(whole)  # only white space differs
     except (ValueError, RecursionError):
         same = False
     path.write_bytes(broken)
@@ -371,10 +372,11 @@ assert all([os.waitpid(child, 0)[1] == 0 for child in children])
 
 
 def test_processes_tune_and_read_at_once(cache):
-    """Two measure the same model and one another; a fourth reads all the while, and never sees half a file."""
+    """Two processes tune the same model and a third another one; a fourth keeps reading, and never sees a partial
+    file."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", PROGRAM]  # which warns of every fork
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", PROGRAM]  # Python warns at every fork
     done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=300)
     assert (done.stderr, done.returncode) == ("", 0)
     files = [path.name for path in cache.rglob("*") if path.is_file()]
@@ -383,7 +385,7 @@ def test_processes_tune_and_read_at_once(cache):
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_tiles_of_triton_are_measured_too(cache):
-    """In its interpreter, where they are right, and never the fastest."""
+    """Runs in Triton's interpreter, in which tiles give right results but are never the fastest."""
     program = """
 import sys, torch, sgmim_fast
 from test_tune import Mlp

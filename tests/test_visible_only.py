@@ -1,4 +1,5 @@
-"""Encoders of the visible patches alone with a decoder: against MAE's forward, and in all that is done with models."""
+"""Encoders of visible patches with a decoder: comparison with MAE's forward, and with everything that models
+support."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from sgmim_fast.visible_encoder import VisibleEncoder, VisibleTokens
 
 TINY = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 NO_RELATIVE = {"use_rel_pos_bias": False, "use_abs_pos_emb": True}
-# name -> timm's name, its arguments
+# name -> timm name, arguments of the timm model
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit_base_patch16_224", {"img_size": 64}),
     "vit-oblong": ("vit_base_patch16_224", {"img_size": (48, 80)}),
@@ -59,7 +60,7 @@ BIT_EXACT = {"rtol": 0, "atol": 0}
 def make(
     name: str = "vit", *, depth: int = 2, positions: str = "sincos", **options: Any
 ) -> tuple[SGMIM, tuple[int, int]]:
-    """A tiny model and its image size. `options` go to `SGMIM`."""
+    """Returns a tiny model and its image size. `options` go to `SGMIM`."""
     timm_name, arguments = FAMILIES[name]
     torch.manual_seed(0)
     encoder = create_encoder(timm_name, visible_only=True, **TINY, **arguments)
@@ -95,7 +96,7 @@ def test_families(name):
 @pytest.mark.parametrize("name", ["vit", "deit-distilled"])
 def test_options(name, options):
     model, size = make(name, **options)
-    model.image_head.weight.data.mul_(0.1)  # L1 of normalised patches: no sign may hang on a rounding error
+    model.image_head.weight.data.mul_(0.1)  # L1 of normalised patches: rounding must not change a sign
     assert_right(model, size, drawn(model, size))
 
 
@@ -124,7 +125,7 @@ def test_structure_that_is_not_known_everywhere():
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int64])
 def test_mask_tensors(dtype):
-    """A mask tensor says the same as its drawn mask, also with different numbers of patches."""
+    """A mask tensor gives the results of the drawn mask, also with different numbers of patches."""
     model, size = make()
     inputs = [t.float() for t in batch(model, size, 3)]
     for ratio in (0.6, [0.2, 0.9, 0.2]):
@@ -142,7 +143,7 @@ def test_units_of_several_patches():
 
 
 def published_positions(width: int, grid: tuple[int, int]) -> Tensor:
-    """MAE's `get_2d_sincos_pos_embed` by its formula, one number at a time."""
+    """Computes MAE's `get_2d_sincos_pos_embed` from its formula, one number at a time."""
     table = torch.zeros(grid[0] * grid[1], width, dtype=torch.float64)
     for row in range(grid[0]):
         for column in range(grid[1]):
@@ -171,7 +172,7 @@ def test_sine_cosine_positions_are_those_of_mae(grid):
 
 
 class PublishedMAE(nn.Module):
-    """MAE as its paper and appendix have it, with nothing of this package."""
+    """MAE as in its paper and appendix, without any code of this package."""
 
     def __init__(self, model: SGMIM):
         super().__init__()
@@ -184,7 +185,7 @@ class PublishedMAE(nn.Module):
     def patchify(self, images: Tensor) -> Tensor:
         p = self.patch
         x = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, h, p, w, p)
-        return x.permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(2)  # channel first, as our head has it
+        return x.permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(2)  # channels first, as in our head
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
         vit, mask = self.vit, mask.flatten(1).to(images.dtype)
@@ -212,7 +213,7 @@ class PublishedMAE(nn.Module):
 
 
 def test_without_guidance_it_is_mae():
-    """Eight blocks of width 512 with 16 heads, as published; float64, to 1e-10, every gradient."""
+    """Eight blocks of width 512 with 16 heads, as published. All gradients agree to 1e-10 in float64."""
     torch.manual_seed(0)
     encoder = create_encoder("vit_base_patch16_224", visible_only=True, img_size=64, positions="sincos", **TINY)
     model = SGMIM(encoder, decoder=Decoder(encoder), guidance=False, target="normalized_patch", loss="l2").double()
@@ -237,7 +238,7 @@ def test_without_guidance_it_is_mae():
 @pytest.mark.parametrize("loss", ["l1", "l2"])
 @pytest.mark.parametrize("dense", [False, True])
 def test_targets_and_losses_of_an_encoder_with_mask_tokens(target, loss, dense):
-    """The symmetric model, too, through the op and, with a hook on the head, on every token."""
+    """Applies also to the symmetric model, through the op and, with a hook on the head, on all tokens."""
     torch.manual_seed(0)
     encoder = create_encoder("vit_base_patch16_224", img_size=64, **TINY)
     model = SGMIM(encoder, target=target, loss=loss)
@@ -257,7 +258,7 @@ def test_the_stem_reads_nothing_of_masked_patches():
     model, size = make()
     images, mask = batch(model, size)[0].float(), drawn(model, size)
     hidden = sgmim_fast.masking.resize(mask.mask, *size)[:, None]
-    with NoConvolution():  # of every patch, as timm's own stem
+    with NoConvolution():  # timm's own stem would convolve all patches
         encoded = model.encoder(images, mask)
     again = model.encoder(images.where(~hidden, torch.nan), mask)
     torch.testing.assert_close(again, encoded, **BIT_EXACT)
@@ -277,7 +278,7 @@ def test_without_a_mask_it_is_timm(name):
 
 @pytest.mark.parametrize("name", ["vit", "gap", "deit-distilled", "beit", "dinov3"])
 def test_exports_as_ever(name, tmp_path):
-    """The file is that of the same encoder with mask tokens, whose timm model it is."""
+    """The file is that of the same encoder with mask tokens, and loads into its timm model."""
     model, _ = make(name)
     timm_name, arguments = FAMILIES[name]
     symmetric = create_encoder(timm_name, **TINY, **arguments)
@@ -295,7 +296,7 @@ def test_exports_as_ever(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["vit", "deit-distilled"])
 def test_positions_are_dropped_out_with_the_tokens(name):
-    """pos_drop at work drops numbers of tokens, not of the table that all images share."""
+    """pos_drop drops elements of tokens, not of the position table that all images share."""
     model, size = make(name, guidance=False)
     model.encoder.model.pos_drop.p = 0.5
     images, mask = batch(model, size)[0].float(), drawn(model, size)
@@ -333,7 +334,7 @@ def test_gradient_checkpointing_changes_no_bit():
     model.encoder.model.set_grad_checkpointing()
     model.decoder.set_grad_checkpointing()
     assert_same(evaluate(model, *inputs, mask), expected, 0)
-    model.decoder.embed.register_forward_hook(lambda *_: None)  # on all cells
+    model.decoder.embed.register_forward_hook(lambda *_: None)  # the decoder then embeds all cells
     assert_same(evaluate(model, *inputs, mask), expected, 1e-5)
 
 
@@ -379,7 +380,7 @@ def test_accelerated_and_plain_agree():
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("name", ["vit", "vit-no-class-token", "registers"])
 def test_a_masked_cells_queries_and_keys_are_computed_once_for_all_images(monkeypatch, name, depth):
-    """Before the decoder's first block its token is the same in every image."""
+    """Before the decoder's first block, the token of a masked cell is the same in every image."""
     model, size = make(name, depth=depth)
     model.double()
     inputs, mask = batch(model, size, 4), drawn(model, size, 4)
@@ -397,14 +398,14 @@ def test_a_masked_cells_queries_and_keys_are_computed_once_for_all_images(monkey
 
 
 def each_decoder_module() -> list[str]:
-    """But for what timm itself does not call."""
+    """Returns the names of all modules of the decoder except those that timm itself does not call."""
     names = [name for name, _ in make()[0].named_modules() if name.startswith(("decoder", "image_head"))]
     return [name for name in names if not name.endswith("attn_drop")]
 
 
 @pytest.mark.parametrize("place", each_decoder_module())
 def test_hooks_in_the_decoder_are_called(place):
-    """On every module of it; the loss stays the same."""
+    """Hooks on every module are called, and the loss does not change."""
     model, size = make()
     inputs, mask = [t.float() for t in batch(model, size)], drawn(model, size)
     expected = evaluate(model, *inputs, mask)
@@ -425,7 +426,7 @@ def test_a_changed_output_in_the_decoder_is_obeyed(place):
 
 @pytest.mark.parametrize("options", [{}, {"target": "normalized_patch", "loss": "l2"}, {"guidance": False}], ids=str)
 def test_predict(options):
-    """The losses are those of what it predicts; structure means something where the image is visible."""
+    """The losses are those of the predictions. The predicted structure is meaningful where the image is visible."""
     model, size = make(**options)
     images, structure = (t.float() for t in batch(model, size))
     mask = drawn(model, size)
@@ -461,7 +462,7 @@ def test_other_sizes_than_the_encoders():
 
 
 def test_capture(monkeypatch):
-    """Replays are the eager step to the bit, with masks from a seed inside the graph."""
+    """Replays are bitwise equal to the eager step, with masks drawn from a seed inside the graph."""
     monkeypatch.setattr(CAPTURE, "Graph", FakeGraph)
     model, size = make(target="normalized_patch", loss="l2")
     plain = copy.deepcopy(model)
@@ -511,7 +512,7 @@ def test_forward_mode_goes_through_plain_modules():
     model.double()
     images, mask = batch(model, size)[0], drawn(model, size)
     tangent = torch.randn_like(images)
-    with sdpa_kernel(SDPBackend.MATH):  # of PyTorch's attentions the one that has it
+    with sdpa_kernel(SDPBackend.MATH):  # the only attention of PyTorch that supports it
         _, slope = torch.func.jvp(lambda x: model(x, mask=mask), (images,), (tangent,))
     images.requires_grad_()
     (gradient,) = torch.autograd.grad(model(images, mask=mask), images)

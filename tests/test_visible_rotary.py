@@ -1,5 +1,5 @@
-"""Encoders of the visible patches alone with rotary positions: every kind of timm's EVA, against timm's own way of
-leaving tokens out (its patch dropout, told what to keep)."""
+"""Encoders of visible patches with rotary positions: every kind of timm's EVA, compared with timm's own patch dropout,
+which is told which patches to keep."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from sgmim_fast.fused import eva_blocks
 
 TINY = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 GRID = 2, 3
-SCALE = {"rope_shift_coords": 0.3, "rope_jitter_coords": 1.5, "rope_rescale_coords": 2.0}  # drawn anew in each forward
+SCALE = {"rope_shift_coords": 0.3, "rope_jitter_coords": 1.5, "rope_rescale_coords": 2.0}  # drawn in every forward
 
 
 def tiny(name: str, **options: Any) -> nn.Module:
-    """The encoder of the visible patches alone, with parameters at random."""
+    """Returns an encoder of visible patches with random parameters."""
     patch = 14 if "patch14" in name else 16
     arguments = {"img_size": (GRID[0] * patch, GRID[1] * patch), **TINY, **options}
     if "sapiens2" in name:
@@ -36,7 +36,7 @@ def tiny(name: str, **options: Any) -> nn.Module:
 
 
 def kind(encoder: nn.Module) -> tuple[Any, ...]:
-    """What tells models apart that differ in more than their sizes."""
+    """Returns what distinguishes models that differ in more than their sizes."""
     model = encoder.model
     settings = (
         {} if model.rope is None else {k: v for k, v in model.rope.__dict__.items() if isinstance(v, (bool, str))}
@@ -48,20 +48,20 @@ def kind(encoder: nn.Module) -> tuple[Any, ...]:
 
 
 def kinds() -> list[nn.Module]:
-    """One encoder of each kind among all of timm's names."""
+    """Returns one encoder of each kind among all of timm's names."""
     names = [name for name in timm.list_models() if is_model_in_modules(name, {"eva"})]
     return list({kind(encoder): encoder for encoder in map(tiny, names)}.values())
 
 
 @pytest.fixture(autouse=True)
 def one_thread(threads):
-    """Nothing here is large."""
+    """All tests run on one thread, since all tensors are small."""
     with threads(1):
         yield
 
 
 class Keep(nn.Module):
-    """In the place of timm's patch dropout: keeps the patches `keep` (B, V), and the prefix."""
+    """Replaces timm's patch dropout: keeps the patches `keep` (B, V) and the prefix tokens."""
 
     def __init__(self, keep: Tensor, prefix: int):
         super().__init__()
@@ -73,7 +73,7 @@ class Keep(nn.Module):
 
 
 def by_timm(encoder: nn.Module, images: Tensor, keep: Tensor) -> Tensor:
-    """(B, P + V, C)."""
+    """Returns timm's tokens, (B, P + V, C)."""
     encoder.model.patch_drop = Keep(keep, encoder.prefix_tokens)
     tokens = encoder.model.forward_features(images)
     encoder.model.patch_drop = None
@@ -81,7 +81,7 @@ def by_timm(encoder: nn.Module, images: Tensor, keep: Tensor) -> Tensor:
 
 
 def results(encoder: nn.Module, images: Tensor, tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The tokens, and the gradients of a sum of theirs."""
+    """Yields the tokens, and the gradients of a weighted sum of them."""
     weight = torch.linspace(-1, 1, tokens.numel(), dtype=tokens.dtype).view_as(tokens).cos()
     leaves = {"images": images, **dict(encoder.named_parameters())}
     grads = torch.autograd.grad((weight * tokens).sum(), list(leaves.values()), allow_unused=True)
@@ -107,7 +107,8 @@ def assert_as_timm(encoder: nn.Module, ratio: float, seed: int = 0) -> None:
 
 
 def test_every_kind_of_timms():
-    """Tokens and all gradients: as timm's own forward where all is visible, and accelerated with half of it."""
+    """Tokens and all gradients are those of timm's own forward, with all patches visible, and accelerated with half of
+    them."""
     encoders, fused = kinds(), 0
     assert len(encoders) > 10
     for encoder in encoders:
@@ -115,12 +116,12 @@ def test_every_kind_of_timms():
         accelerate(encoder)
         fused += all(type(m) is eva_blocks.EvaBlock and not any(m.reasons().values()) for m in encoder.model.blocks)
         assert_as_timm(encoder, 0.5)
-    assert fused >= len(encoders) - 3  # norms behind the halves, fewer keys than queries
+    assert fused >= len(encoders) - 3  # the others have post-norms or fewer keys than queries
 
 
 @pytest.mark.parametrize("name", ["vit_base_patch16_dinov3", "vit_base_patch16_rope_mixed_224"])
 def test_positions_drawn_in_training_are_those_of_the_batch(name):
-    """timm draws DINOv3's coordinates once a forward: so it is here, for images of any number of patches."""
+    """timm draws DINOv3's coordinates once per forward, and so do we, for images with any number of patches."""
     encoder = tiny(name, **(SCALE if "dinov3" in name else {})).train()
     assert_as_timm(encoder, 0.5, seed=3)
     images = torch.randn(3, 3, 32, 48, dtype=torch.float64)

@@ -221,7 +221,7 @@ def test_foreign_encoder_keeps_its_names():
     assert model.encoder.relative_position_index.tolist() == [3, 2, 1, 0]  # a buffer of the file is loaded
     del published["encoder.relative_position_index"], published["encoder.depth_patch_embed.weight"]
     load_published(model, published)
-    assert model.encoder.relative_position_index.tolist() == [3, 2, 1, 0]  # absent: left as it is
+    assert model.encoder.relative_position_index.tolist() == [3, 2, 1, 0]  # absent: the buffer keeps its value
 
 
 @pytest.mark.parametrize("family", ["swin", "beit-recipe"])

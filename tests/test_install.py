@@ -194,7 +194,7 @@ def test_cuda_library_loads_without_a_gpu():
     assert written == ["inverse", "grad_input"]
     kernels = ("selective_mask", "standardize_structure", "attention", "attention_backward")
     assert all(hasattr(ops, name) for name in kernels)
-    assert ops.attention_memory(2, 128, False) <= 99 << 10  # what every GPU since compute capability 8.0 has per block
+    assert ops.attention_memory(2, 128, False) <= 99 << 10  # shared memory per block from compute capability 8.0 on
 
 
 @pytest.mark.parametrize(

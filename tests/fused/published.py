@@ -1,6 +1,6 @@
 """Blocks with the layout of the published code's: names of children, parameters, buffers and settings, and arguments.
 
-Written here, after the papers; what counts is that `accelerate` knows them by nothing else.
+They are written for these tests, from the papers. `accelerate` recognises the published blocks by this layout alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 class DropPath(nn.Module):
-    """Stochastic depth, as a class of the published code's own."""
+    """Stochastic depth, in a class of its own as in the published code."""
 
     def __init__(self, drop_prob: float):
         super().__init__()
@@ -35,7 +35,7 @@ class Mlp(nn.Module):
 
 
 def window_partition(x: Tensor, side: int) -> Tensor:
-    """(B, H, W, C) -> (B * windows, side^2, C)."""
+    """Reshapes (B, H, W, C) to (B * windows, side^2, C)."""
     x = x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
     return x.reshape(-1, side * side, x.shape[-1])
 
@@ -53,7 +53,7 @@ def relative_index(height: int, width: int) -> Tensor:
 
 
 class WindowAttention(nn.Module):
-    """Swin's."""
+    """Swin's window attention."""
 
     def __init__(self, dim: int, window: int, heads: int, bias: bool):
         super().__init__()
@@ -80,7 +80,7 @@ class WindowAttention(nn.Module):
 
 
 class WindowAttentionV2(WindowAttention):
-    """SwinV2's: cosines, and biases from a small MLP."""
+    """SwinV2's window attention: cosine attention, and biases computed by a small MLP."""
 
     def __init__(self, dim: int, window: int, heads: int, bias: bool):
         super().__init__(dim, window, heads, False)
@@ -104,7 +104,7 @@ class WindowAttentionV2(WindowAttention):
 
 
 class SwinTransformerBlock(nn.Module):
-    """(B, H * W, C) tokens."""
+    """Swin's block, for (B, H * W, C) tokens."""
 
     kind_of_attention: type[nn.Module] = WindowAttention
 
@@ -149,7 +149,7 @@ class SwinTransformerV2Block(SwinTransformerBlock):
 
 
 class PatchMerging(nn.Module):
-    """Swin's; with `after` SwinV2's."""
+    """Swin's patch merging, or SwinV2's with `after`."""
 
     def __init__(self, resolution: tuple[int, int], dim: int, after: bool = False):
         super().__init__()
@@ -165,7 +165,7 @@ class PatchMerging(nn.Module):
 
 
 class Attention(nn.Module):
-    """BEiT's and SimMIM's; without window and with `plain` MAE's."""
+    """BEiT's and SimMIM's attention; without a window and with `plain`, MAE's."""
 
     def __init__(self, dim: int, heads: int, window: tuple[int, int] | None, plain: bool = False):
         super().__init__()
@@ -198,7 +198,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """BEiT's, SimMIM's and MAE's."""
+    """BEiT's, SimMIM's and MAE's block."""
 
     def __init__(self, dim: int, heads: int, window=None, scale: float | None = None, drop_path=0.0, plain=False):
         super().__init__()

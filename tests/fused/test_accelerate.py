@@ -1,4 +1,4 @@
-"""`accelerate`: features and every gradient of accelerated timm encoders against plain timm."""
+"""`accelerate`: features and all gradients of accelerated timm encoders, compared with plain timm."""
 
 from __future__ import annotations
 
@@ -81,35 +81,36 @@ MODELS = {
 
 @pytest.fixture(autouse=True)
 def one_thread(threads):
-    """Nothing here is large."""
+    """All tests run on one thread, since all tensors are small."""
     with threads(1):
         yield
 
 
 def timm_model(name: str, **options) -> tuple[nn.Module, tuple[int, int]]:
-    """With parameters at random, so that none is 0 or 1 where it could be forgotten."""
+    """Returns a model with random parameters and its image size. A parameter that is ignored changes the result, since
+    none is 0 or 1."""
     timm_name, arguments, size = MODELS[name]
     torch.manual_seed(0)
     try:
         model = timm.create_model(timm_name, num_classes=0, **{"drop_path_rate": 0.0, **arguments, **options})
-    except RuntimeError as error:  # timm's own windows before it padded SwinV2's odd maps
+    except RuntimeError as error:  # older timm does not pad SwinV2's odd maps
         if "odd map" in name and "is invalid for input of size" in str(error):
             pytest.skip(f"timm {timm.__version__} cannot build {name}")
         raise
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "logit_scale" in key:
-                parameter += torch.linspace(-1, 3, parameter.numel()).view_as(parameter)  # some beyond the clamp
+                parameter += torch.linspace(-1, 3, parameter.numel()).view_as(parameter)  # some exceed the clamp
             elif parameter.ndim == 1 or "table" in key:
                 parameter += 0.1 * torch.randn_like(parameter)
     return model, size
 
 
 def step(model: nn.Module, images: torch.Tensor, autocast: bool = False) -> dict[str, torch.Tensor]:
-    """Features and gradients by name."""
+    """Returns features and gradients by name."""
     model.zero_grad()
     images = images.detach().to(next(model.parameters()).dtype).requires_grad_()
-    torch.manual_seed(3)  # of the drop path
+    torch.manual_seed(3)  # for the drop path
     with torch.autocast(images.device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
         features = model.forward_features(images)
     torch.manual_seed(4)
@@ -119,7 +120,7 @@ def step(model: nn.Module, images: torch.Tensor, autocast: bool = False) -> dict
 
 
 def fused(model: nn.Module) -> nn.Module:
-    """A copy, accelerated; every block of it must be."""
+    """Returns an accelerated copy, and asserts that every block was accelerated."""
     fast = accelerate(copy.deepcopy(model))
     assert sum(isinstance(m, tuple(FAST.values())) for m in fast.modules()) >= 2
     assert not any(type(m) in FAST for m in fast.modules())
@@ -128,7 +129,7 @@ def fused(model: nn.Module) -> nn.Module:
 
 
 def put(place, model: nn.Module, size: tuple[int, int]) -> tuple[nn.Module, torch.Tensor]:
-    """The model where the forced backend runs, and images."""
+    """Moves the model to the device of the forced backend, and returns it with images."""
     if place.backend == "cuda":
         pytest.skip("timm's own forward runs where the forced backend has no window attention")
     return model.to(place.device), torch.randn(2, 3, *size).to(place.device)
@@ -138,7 +139,7 @@ def assert_same_function(plain: nn.Module, fast: nn.Module, images: torch.Tensor
     truth = step(copy.deepcopy(plain).double(), images)
 
     def again() -> dict[str, torch.Tensor]:
-        """timm's own, of parameters and images moved by a rounding."""
+        """Returns timm's results for parameters and images moved by a rounding error."""
         other = copy.deepcopy(plain)
         with torch.no_grad():
             for parameter in other.parameters():
@@ -151,8 +152,8 @@ def assert_same_function(plain: nn.Module, fast: nn.Module, images: torch.Tensor
 def assert_close(
     actual: dict, usual: dict, truth: dict, again: Callable[[], dict[str, torch.Tensor]] | None = None
 ) -> None:
-    """By the tolerance policy, all blocks' gradients of a kind as one: of a few numbers plain timm may be lucky, which
-    `again`, its other results, tells."""
+    """Applies the tolerance policy to the gradients of all blocks jointly, per kind of parameter: the error of plain
+    timm for few numbers may be small by chance. `again` returns further results of timm."""
     assert actual.keys() == usual.keys() == truth.keys()
     kinds: dict[str, list[str]] = {}
     for key in truth:
@@ -196,7 +197,7 @@ def test_float32(place, name):
 def test_bfloat16(place, name, autocast):
     plain, images = put(place, *timm_model(name))
     if not autocast:
-        plain.bfloat16().float()  # the truth has the parameters that bfloat16 holds
+        plain.bfloat16().float()  # the truth uses parameters rounded to bfloat16
     images = images.bfloat16().float()
     fast = fused(plain)
     if autocast:
@@ -209,7 +210,7 @@ def test_bfloat16(place, name, autocast):
 
 @pytest.mark.parametrize("name", ["swin", "swinv2", "beit", "vit", "dinov3", "eva02, packed"])
 def test_drop_path_and_checkpointing(name):
-    """The same samples are dropped, in blocks computed twice too."""
+    """The same samples are dropped, also in blocks that checkpointing computes twice."""
     plain, size = timm_model(name, drop_path_rate=0.5)
     assert any(isinstance(m, DropPath) for m in plain.modules())
     fast, images = fused(plain), torch.randn(3, 3, *size)
@@ -228,7 +229,7 @@ def test_drop_path_and_checkpointing(name):
 def test_the_module_stays_what_it_was(name, tmp_path):
     plain, size = timm_model(name)
     fast, images = fused(plain), torch.randn(1, 3, *size)
-    assert accelerate(fast) is fast  # twice is once
+    assert accelerate(fast) is fast  # accelerating twice changes nothing
     assert list(fast.state_dict()) == list(plain.state_dict())
     assert [key for key, _ in fast.named_modules()] == [key for key, _ in plain.named_modules()]
     assert all(isinstance(f, type(p)) for f, p in zip(fast.modules(), plain.modules(), strict=True))
@@ -255,7 +256,7 @@ def test_compile_in_one_graph(name):
 
 
 class Additions(TorchDispatchMode):
-    """Counts the additions that are not inside an op."""
+    """Counts the additions outside of ops."""
 
     count = 0
 
@@ -266,7 +267,7 @@ class Additions(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["swin", "vit with registers", "dinov3", "dinov3, swiglu"])
 def test_the_ops_add_the_residuals(name):
-    """Unless a drop path is at work, or listened to."""
+    """Residuals are added in the ops unless a drop path is active or has a hook."""
     model, _ = timm_model(name, drop_path_rate=0.5)
     block = [m for m in fused(model).modules() if type(m) in FAST.values() and hasattr(m, "attn")][1]
     assert isinstance(block.drop_path1, DropPath) and isinstance(block.drop_path2, DropPath)
@@ -292,7 +293,7 @@ def test_channels_last_images(name):
 
 
 class Adapter(nn.Linear):
-    """As parameter-efficient fine-tuning puts in a layer's place."""
+    """A layer as parameter-efficient fine-tuning inserts it."""
 
     def forward(self, x):
         return 2 * super().forward(x)
@@ -325,7 +326,7 @@ def activate(block):
 @pytest.mark.parametrize("change", [adapt, listen, drop, rescale, activate])
 @pytest.mark.parametrize("name", ["swin, odd map padded", "swinv2", "beit", "vit", "dinov3"])
 def test_what_is_not_timms_own_is_called(name, change):
-    """Changed after acceleration, too: nothing is bypassed that does something else. In float64, where little shows."""
+    """Modules changed after acceleration are not bypassed either. Float64 reveals small differences."""
     plain, size = timm_model(name)
     plain, images = plain.double(), torch.randn(2, 3, *size, dtype=torch.float64)
     fast = accelerate(copy.deepcopy(plain))
@@ -389,7 +390,7 @@ def test_a_forced_backend_without_these_ops_leaves_it_to_timm():
 
 
 def test_attention_without_bias_as_a_gpu_computes_it():
-    """By PyTorch's own attention."""
+    """It uses PyTorch's own attention."""
     qkv = torch.randn(2, 11, 3 * 24, dtype=torch.float64)
     expected = window_attention(qkv.unsqueeze(1), 3, (1, 11)).squeeze(1)
     torch.testing.assert_close(vit_blocks._flash(qkv, 3), expected, rtol=1e-12, atol=1e-12)
@@ -405,7 +406,7 @@ def test_the_model_does_it_unless_told_not_to(wanted):
 
 @pytest.mark.parametrize("name", ["swin", "swinv2", "beit", "vit", "dinov3", "eva02, packed"])
 def test_export_for_timm(name, tmp_path):
-    """timm's own model from the file of an accelerated encoder computes the same."""
+    """timm's own model computes the same with the file of an accelerated encoder."""
     timm_name, arguments, size = MODELS[name]
     stride = 8 if "swin" in name else 14 if "eva" in name else 16
     model = SGMIM(sgmim_fast.create_encoder(timm_name, **arguments), stride, accelerate=True)

@@ -1,4 +1,4 @@
-"""The stem of an accelerated encoder embeds visible patches only, and nothing else changes."""
+"""The stem of an accelerated encoder embeds only visible patches, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ENCODERS = {
 
 
 def pair(name: str) -> tuple[SGMIM, SGMIM, torch.Tensor, sgmim_fast.masking.SelectiveMask]:
-    """A plain model, the same with nothing but its stem accelerated, images and their masks."""
+    """Returns a plain model, the same model with only its stem accelerated, images, and their masks."""
     timm_name, arguments, stride, grid = ENCODERS[name]
     plain = SGMIM(sgmim_fast.create_encoder(timm_name, **arguments), stride, guidance=False)
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_in_float64(name):
 
 
 def test_masked_pixels_are_not_read():
-    """Not even multiplied by zero: NaN under the mask does not come through."""
+    """Masked pixels are not even multiplied by zero: NaN under the mask does not propagate."""
     _, fast, images, mask = pair("swin")
     hidden = sgmim_fast.masking.resize(mask.mask, *images.shape[2:])[:, None]
     patches = sgmim_fast.masking.resize(mask.mask, 8, 8)

@@ -1,4 +1,4 @@
-"""Blocks of the published code, known by what they hold: their own forward and every gradient, changed or not."""
+"""Blocks of the published code, recognised by their layout: forward and all gradients, with and without changes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def fast_copy(block: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_its_own_forward_and_gradients(name, backend, train):
-    """In float64, with drop path drawing the same numbers."""
+    """In float64, with the same random numbers for drop path."""
     if backend == "cpu" and not backends.available()["cpu"][0]:
         pytest.skip(backends.available()["cpu"][1])
     example = EXAMPLES[name]
@@ -86,11 +86,11 @@ def test_its_own_forward_and_gradients(name, backend, train):
         assert (outcomes[1][key] - expected).norm() <= tolerance * (1e-3 + expected.norm()), key
 
 
-@pytest.mark.filterwarnings("ignore")  # of deprecated hooks and weight norm, which are tested on purpose
+@pytest.mark.filterwarnings("ignore")  # deprecated hooks and weight norm are tested on purpose
 @pytest.mark.parametrize("kind", ["modules", "tensors", "methods", "settings"])
 @pytest.mark.parametrize("name", ["swin, shifted", "swinv2, shifted", "beit", "mae", "merging"])
 def test_changes(name, kind):
-    """Of every kind that test_unmodified knows, after acceleration: what it computes, as if it were not accelerated."""
+    """After every kind of change of test_unmodified, results are those of the block that is not accelerated."""
     example, different = EXAMPLES[name], []
     model = example.make()
     with backends.use("torch"):
@@ -122,7 +122,7 @@ def test_copies_pickles_and_state(name):
 
 
 class Scaled(SwinTransformerBlock):
-    """Holds the same, and computes something else."""
+    """Has the same layout, but computes something else."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + 1e-3 * x
@@ -136,7 +136,7 @@ class Wrapped(SwinTransformerBlock):
 
 
 class Gated(Block):
-    """Holds one more child."""
+    """Has an additional child."""
 
     def __init__(self) -> None:
         super().__init__(8, 2)
@@ -175,7 +175,7 @@ def test_hooks_are_not_called_by_trying():
 
 
 class Encoder(nn.Module):
-    """SimMIM's Swin around such blocks."""
+    """SimMIM's Swin with such blocks."""
 
     num_features, in_chans, patch_size = 32, 3, 4
 

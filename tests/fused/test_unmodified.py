@@ -1,8 +1,9 @@
-"""Every kind of change to every module that fused ops may bypass: what it computes, and what listens, as if none did.
+"""Every kind of change to every module that fused ops may bypass: results and calls of hooks are those without fused
+ops.
 
-The changes are tried on all modules of an example of each class that `accelerate` knows, of a stem and of SGMIM's
-branch, and on all their parameters, buffers, methods and settings: a new child of a block is tested without
-a line here.
+The changes are applied to all modules of an example of each class that `accelerate` supports, of a stem and of the
+branch of SGMIM, and to all their parameters, buffers, methods and settings. A new child of a block is therefore tested
+without any change here.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ HEADS = {"dim": 8, "num_heads": 2, "qkv_bias": True}
 
 
 class Example(NamedTuple):
-    """A module with all that may be bypassed in it, and its input."""
+    """A module, whose submodules may be bypassed, and its input."""
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
-    within: str = ""  # the modules that are changed: those of this name and inside
-    without: tuple[str, ...] = ()  # but not these
+    within: str = ""  # changes are applied to this submodule and those inside
+    without: tuple[str, ...] = ()  # except these
     plain: Callable[[nn.Module, Tensor], Any] = lambda module, x: module(x)
     fast: Callable[[nn.Module, Tensor], Any] = lambda module, x: module(x)
 
@@ -54,7 +55,7 @@ VISIBLE = (1 - MASK).flatten().nonzero().squeeze(1)
 
 
 class Features(nn.Module):
-    """The least that SGMIM takes as an encoder."""
+    """The minimal encoder that SGMIM accepts."""
 
     num_features, in_chans, patch_size = 8, 3, 4
 
@@ -83,7 +84,7 @@ BLOCKS = {
     vision_transformer.Block: (HEADS, TOKENS),
     eva.EvaBlock: ({**HEADS, "init_values": 0.1}, TOKENS),
 }
-ROPE = torch.linspace(-1, 1, 4 * 8, dtype=torch.float64).view(4, 8)  # of the patches: one token is a prefix
+ROPE = torch.linspace(-1, 1, 4 * 8, dtype=torch.float64).view(4, 8)  # for patches; one token is a prefix
 GATED = {**HEADS, "swiglu_mlp": True, "qk_norm": True, "scale_attn_inner": True, "drop_path": 0.3}
 EXAMPLES = {
     **{
@@ -121,7 +122,7 @@ def test_there_is_an_example_of_every_class():
 
 
 class Change:
-    """Tries a change on the same place of two models; `calls` are what hooks saw of each."""
+    """Applies a change to the same submodule of two models. `calls` has what hooks received."""
 
     def __init__(self, undo: contextlib.ExitStack):
         self.undo, self.calls = undo, []
@@ -135,7 +136,7 @@ class Change:
         )
 
     def listen(self, inside: nn.Module) -> Callable[..., None]:
-        """A hook on all modules."""
+        """Returns a hook for all modules."""
 
         def hook(module: nn.Module, *seen: Any) -> None:
             if module is not inside:
@@ -158,7 +159,7 @@ def _leaves(values: Any) -> Iterator[Any]:
 
 
 def twice(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns another result, of another gradient."""
+    """Doubles a function's result, and with it the gradient."""
 
     def doubled(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
@@ -173,7 +174,7 @@ class Twice(nn.Module):
 
 
 class TwiceTheWeight(Tensor):
-    """Stands for a quantised weight: what it stores is not what it says."""
+    """Simulates a quantised weight, whose stored values differ from its actual ones."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -184,8 +185,8 @@ class TwiceTheWeight(Tensor):
             return func(*args, **(kwargs or {}))
 
 
-# A change of a module takes what notes it, the module, and its class in the plain model. It returns None; where it does
-# not apply, it does nothing.
+# Changes of a module have the arguments: the `Change`, the module, and the class of the module in the plain model. They
+# return nothing, and do nothing where they do not apply.
 def forward_hook(change, module, kind):
     module.register_forward_hook(lambda m, args, result: change.see("after", args, result))
 
@@ -277,11 +278,11 @@ def old_weight_norm(change, module, kind):
 
 
 def eval_beside_dropout(change, module, kind):
-    """Flags differ between a module and its children."""
+    """The flag `training` differs between a module and its children."""
     module.training = False
 
 
-# the same for a parameter or a buffer of a module by its name
+# Changes of a parameter or a buffer, with its name as the third argument.
 def parametrized(change, module, name):
     if isinstance(module._parameters.get(name), Tensor):
         parametrize.register_parametrization(module, name, Twice())
@@ -336,7 +337,7 @@ def tensor_hook(change, module, name):
         getattr(module, name).register_hook(lambda grad: 3 * grad)
 
 
-# and for a method by its name
+# Changes of a method, with its name as the fourth argument.
 def method_of_its_own(change, module, kind, name):
     setattr(module, name, twice(getattr(module, name)))
 
@@ -348,7 +349,7 @@ def method_of_the_class(change, module, kind, name):
 
 
 def other_setting(value: Any) -> Any:
-    """Another value of a number, flag, string or tuple of numbers; the same where there is none."""
+    """Returns another value for a number, flag, string or tuple of numbers; any other value is returned as it is."""
     match value:
         case bool():
             return not value
@@ -405,7 +406,7 @@ ON_METHODS = [method_of_its_own, method_of_the_class]
 
 
 def changes(module: nn.Module, kind: str) -> Iterator[tuple[str, Callable[[Change, nn.Module, type], None]]]:
-    """All changes of a kind that a module may get, with a name each."""
+    """Yields all changes of a kind that apply to a module, with their names."""
     cls = type(module)
     if kind == "modules":
         for change in ON_MODULES:
@@ -427,13 +428,13 @@ def changes(module: nn.Module, kind: str) -> Iterator[tuple[str, Callable[[Chang
 
 
 def places(example: Example) -> list[str]:
-    """The modules of an example that may be changed."""
+    """Returns the names of the submodules to change."""
     inside = [name for name, _ in example.make().named_modules() if name.startswith(example.within)]
     return [name for name in inside if name not in example.without]
 
 
 def run(module: nn.Module, call: Callable, example: Example, change: Change) -> dict[str, Any]:
-    """Results, gradients and what was seen; or the error."""
+    """Returns results, gradients and what hooks received; or the error."""
     x = torch.linspace(-2, 2, torch.Size(example.shape).numel(), dtype=torch.float64)
     x = x.sin().view(example.shape).requires_grad_()
     torch.manual_seed(1)
@@ -465,7 +466,7 @@ def make(example: Example) -> nn.Module:
 
 
 def same(plain: Any, fast: Any, where: str) -> list[str]:
-    """What differs."""
+    """Returns a line for each difference."""
     if isinstance(plain, dict):
         if plain.keys() != fast.keys():
             return [f"{where}: {plain.get('error', 'works')} in plain, {fast.get('error', 'works')} accelerated"]
@@ -483,7 +484,7 @@ def same(plain: Any, fast: Any, where: str) -> list[str]:
 
 
 def compare(example: Example, place: str, change: Callable, name: str, dropout: float = 0.0) -> list[str]:
-    """The same change to a plain and to an accelerated copy of an example."""
+    """Applies the same change to a plain and an accelerated copy of an example, and returns the differences."""
     plain = make(example)
     for module in plain.modules():
         if isinstance(module, nn.Dropout):
@@ -508,7 +509,7 @@ def quick(threads):
         yield
 
 
-@pytest.mark.filterwarnings("ignore")  # of deprecated hooks and weight norm, which are tested on purpose
+@pytest.mark.filterwarnings("ignore")  # deprecated hooks and weight norm are tested on purpose
 @pytest.mark.parametrize("kind", ["modules", "tensors", "methods", "settings"])
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_changes(name, kind):
@@ -524,7 +525,7 @@ def test_changes(name, kind):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_flags_that_differ_with_dropout(name):
-    """Dropout draws the same numbers, whoever asks whether there is any."""
+    """Dropout draws the same numbers, whichever module's flag enables it."""
     example = EXAMPLES[name]
     different = [
         line for place in places(example) for line in compare(example, place, eval_beside_dropout, "eval", 0.5)
@@ -535,7 +536,7 @@ def test_flags_that_differ_with_dropout(name):
 @pytest.mark.parametrize("register", [register_module_forward_hook, register_module_full_backward_hook])
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_hooks_on_all_modules(name, register):
-    """The hooks of all modules see each call of each, with what they saw."""
+    """Hooks on all modules receive the same calls with the same arguments."""
     example, outcomes = EXAMPLES[name], []
     plain = make(example)
     for module, call in ((plain, example.plain), (accelerate(copy.deepcopy(plain)), example.fast)):
@@ -549,12 +550,12 @@ def test_hooks_on_all_modules(name, register):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_transforms(name):
-    """torch.func through modules: derivatives in both modes, and parameters given for one call."""
+    """torch.func with modules: derivatives in both modes, and parameters passed for one call."""
     example, results = EXAMPLES[name], []
     plain = make(example).eval()
     for module in plain.modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = False  # PyTorch's has no forward mode
+            module.fused_attn = False  # fused attention has no forward mode
     x = torch.linspace(-2, 2, torch.Size(example.shape).numel(), dtype=torch.float64).sin().view(example.shape)
     for module, call in ((plain, example.plain), (accelerate(copy.deepcopy(plain)), example.fast)):
 
@@ -606,7 +607,7 @@ def test_traces_of_a_model():
 @torch._dynamo.config.patch(recompile_limit=64)
 @pytest.mark.parametrize("name", ["swin_transformer.SwinTransformerBlock", "vision_transformer.Block", "branch"])
 def test_hooks_around_compilation(name):
-    """One graph, with hooks from before, and with others from after."""
+    """The block compiles to one graph, with hooks registered before and others after compilation."""
     example = EXAMPLES[name]
     module = accelerate(make(example)).eval()
     x = torch.randn(example.shape, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The Triton kernels without running them: how many launches, what they compile to, and the tiles that are tried."""
+"""The Triton kernels without running them: number of launches, compiled code, and the tiles that `tune` tries."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ not_interpreted = pytest.mark.skipif(launch.INTERPRETED, reason="with TRITON_INT
 
 @pytest.mark.parametrize(("gemms", "most"), [("triton", 48), ("library", 84)])
 def test_launches_of_the_branch(tmp_path, gemms, most):
-    """Forward and backward in bfloat16, with every launch caught; the library's gemms, which are faster, are one
-    launch each. Casts of weights, two launches for all, are among them."""
+    """Records all launches of forward and backward in bfloat16. The library's gemms, which are faster, are one launch
+    each. Casts of weights, two launches for all, are included."""
     path = tmp_path / "cost.json"
     options = ["--dtype", "bfloat16", "--batch", "2", "--json", path]
     command = [sys.executable, ROOT / "benchmarks" / "cost_model.py", *options]
@@ -40,7 +40,7 @@ def test_launches_of_the_branch(tmp_path, gemms, most):
 
 
 def test_the_cost_model_knows_an_h200():
-    """The library's gemms that were measured there, within a tenth, as usual."""
+    """Predictions for the library's gemms are within a tenth of those measured on an H200."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
         import cost_model
@@ -54,7 +54,8 @@ def test_the_cost_model_knows_an_h200():
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", ["a100", "h200"])
 def test_cost_of_a_step(gpu, tmp_path):
-    """Every launch of a step has a kernel's name, a roofline below its time, and is faster accelerated."""
+    """Every launch of a step has the name of a kernel and a roofline below its time, and acceleration makes the step
+    faster."""
     path = tmp_path / "cost.json"
     options = ["--gpu", gpu, "--step", "--encoder", "vit_base", "--dtype", "bfloat16", "--batch", "8", "--json", path]
     command = [sys.executable, ROOT / "benchmarks" / "cost_model.py", *options]
@@ -88,8 +89,8 @@ TF32_SETTINGS = {
 
 
 def test_tf32_follows_the_last_setting_of_either_api():
-    """Every order of two settings, each in a process of its own state; a setting for all backends yields to one for
-    gemms, as in PyTorch."""
+    """Tests every order of two settings, each in its own process. As in PyTorch, a setting for gemms takes precedence
+    over one for all backends."""
     script = f"""
 import os, sys, torch
 from sgmim_fast.kernels.launch import tf32
@@ -113,7 +114,7 @@ for first in settings:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_tiles_that_are_tried(size):
-    """Different ones, that fit the least of the architectures and leave each thread enough to do."""
+    """Tiles differ, fit the smallest of the architectures, and leave each thread enough work."""
     tiles = configs.tiles(size)
     assert len(set(tiles)) == len(tiles) >= 4
     for m, n, k, warps, stages in tiles:
@@ -122,7 +123,7 @@ def test_tiles_that_are_tried(size):
 
 
 def test_a_variant_sends_gemms_through_its_tile():
-    """And all others through the library, as before and behind it."""
+    """All other gemms use the library, as they do before and after."""
     args = torch.zeros(64, 32), torch.zeros(96, 32), torch.zeros(96), None, None, None, None, 1e-5, None
     launched = []
 
@@ -144,8 +145,9 @@ TABLE = Path(__file__).with_name("kernel_table.json")
 
 
 def worse(table: dict, new: dict) -> list[str]:
-    """What a table of kernels lost against an older one: half of the blocks of a multiprocessor, a kind of instruction,
-    or registers to the stack; with another Triton, which has another assembler, only kinds of instructions."""
+    """Returns what a table of kernels lost compared with an older one: half of the blocks per multiprocessor, a kind of
+    instruction, or registers to the stack. For another Triton, which has another assembler, only kinds of instructions
+    count."""
     lost = []
     same = table["triton"].split(".")[:2] == new["triton"].split(".")[:2]
     for name, old in table["rows"].items():
@@ -166,8 +168,8 @@ def worse(table: dict, new: dict) -> list[str]:
 @not_interpreted
 @pytest.mark.slow(minutes=2)
 def test_kernels_compile_within_their_limits_and_lose_nothing(tmp_path):
-    """Spills and shared memory as `configs` allows, and what `kernel_table.json` has, of one architecture: all three
-    take six minutes of a core. Where a change is meant to be:
+    """Checks spills and shared memory against `configs`, and everything else against `kernel_table.json`, for one
+    architecture: all three take six minutes on one core. To update the table after an intended change:
     python -m sgmim_fast.kernels.compile --json tests/kernels/kernel_table.json
     """
     found = tmp_path / "found.json"
@@ -196,7 +198,7 @@ def test_what_a_kernel_loses_is_seen():
 
 
 def test_the_table_has_what_hopper_is_for():
-    """The gemms of large tiles go through wgmma there, and through mma on an A100."""
+    """Gemms with large tiles use wgmma on Hopper, and mma on an A100."""
     rows = json.loads(TABLE.read_text())["rows"]
     for architecture, kind in (("sm_80", "mma"), ("sm_90", "wgmma"), ("sm_100", "tcgen05")):
         large = [row for name, row in rows.items() if name.startswith(f"{architecture} gemm._gemm_kernel 128x")]
@@ -205,7 +207,8 @@ def test_the_table_has_what_hopper_is_for():
 
 @not_interpreted
 def test_blocks_of_a_multiprocessor():
-    """By registers, by shared memory, by threads, and at most 32: as NVIDIA's occupancy calculator has it."""
+    """Registers, shared memory and threads limit the number, and it is at most 32, as in NVIDIA's occupancy
+    calculator."""
     from sgmim_fast.kernels import compile as ahead
 
     def blocks(registers, shared, warps, capability=90):
@@ -219,7 +222,7 @@ def test_blocks_of_a_multiprocessor():
 
 @not_interpreted
 def test_limits_are_noticed(monkeypatch):
-    """A kernel over its limit makes the report say so."""
+    """The report fails for a kernel that exceeds its limit."""
     from sgmim_fast.kernels import compile as ahead
 
     monkeypatch.setattr(ahead, "SHAPES", ahead.SHAPES[:1])
@@ -227,7 +230,7 @@ def test_limits_are_noticed(monkeypatch):
     for facts, since, good in (
         ({"registers": 255, "stack": 0, "shared": 1024}, (0, 0), True),
         ({"registers": 255, "stack": 4096, "shared": 1024}, (0, 0), False),
-        ({"registers": 255, "stack": 4096, "shared": 1024}, (99, 0), True),  # an older Triton than the table's
+        ({"registers": 255, "stack": 4096, "shared": 1024}, (99, 0), True),  # Triton is older than that of the table
         ({"registers": 32, "stack": 0, "shared": 1 << 20}, (99, 0), False),
     ):
         monkeypatch.setattr(ahead.configs, "STACK_SINCE", since)

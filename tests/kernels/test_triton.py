@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: the ops' own tests in Triton's interpreter."""
+"""The Triton kernels without a GPU: the tests of the ops in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PARTS = {
 
 @pytest.mark.parametrize("names", [list(PARTS)[i::4] for i in range(4)], ids=" ".join)
 def test_in_the_interpreter(names):
-    """A few files by one process, whose start takes seconds."""
+    """Each process runs several files, since its start takes seconds."""
     wanted = " or ".join(f"(test_{name}.py {PARTS[name]})" for name in names)
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", f"triton-cpu and ({wanted})"]
     files = [next(TESTS.rglob(f"test_{name}.py")) for name in names]

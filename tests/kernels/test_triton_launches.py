@@ -1,4 +1,5 @@
-"""Launches find the compiled kernel that Triton would, and hand it the same arguments. No GPU and no compiler."""
+"""Launches select the compiled kernel that Triton would select, with the same arguments. No GPU or compiler is
+needed."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ def _source(x, rows, groups, count, width, eps, WIDE: tl.constexpr, BLOCK: tl.co
 
 
 class Launches:
-    """What reaches the driver: grid, compiled kernel and its arguments."""
+    """Records what reaches the driver: grid, compiled kernel and its arguments."""
 
     def __init__(self) -> None:
         self.kernel, self.found = JITFunction(_source), []
@@ -81,7 +82,7 @@ def test_what_is_compiled_once_is_not_looked_for_again(monkeypatch: pytest.Monke
     args = torch.empty(8), None, (1, 2), 3, 16, 1e-5
     with triton_without_device(launches):
         launch.run(launches.kernel, (1,), args, {"WIDE": True})
-        monkeypatch.setattr(JITFunction, "run", None)  # which binds arguments
+        monkeypatch.setattr(JITFunction, "run", None)  # this method binds arguments
         launch.run(launches.kernel, (1,), args, {"WIDE": True})
     assert len(launches.found) == 2
 

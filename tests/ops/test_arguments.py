@@ -1,8 +1,8 @@
-"""Every argument of every op, changed in every way: an error that says what is expected, or the right result.
+"""Every argument of every op is changed in every way; each call raises an error that states what is expected, or is
+right.
 
-The arguments come from the ops' schemas and the changes from the arguments, so an op that is added is tested as soon
-as `calls.EXAMPLES` has a call of it. The C++ launchers below the ops get the same: their calls are recorded while the
-ops run.
+The arguments are derived from the ops' schemas, and the changes from the arguments, so a new op is tested once it has a
+call in `calls.EXAMPLES`. The C++ launchers are tested in the same way, with their calls recorded while the ops run.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from sgmim_fast.ops.cpu import gemm
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(not usable, reason=reason or "runs here"))
     for name, (usable, reason) in backends.available().items()
-    if name != "cuda"  # the tensors here are the CPU's
+    if name != "cuda"  # the tensors are on the CPU
 ]
 
 
 def tensors(op: str) -> list[str]:
-    """What the op's tensors are called, in the order of the flat arguments."""
+    """Returns the names of the op's tensors, in the order of the flat arguments."""
     return [name for name, _ in REGISTERED[op].declared.tensors(example(op))]
 
 
 def replaced(args: list[Any], place: int, change: Callable[[Tensor], Tensor]) -> list[Any]:
-    """The arguments with the place-th tensor changed."""
+    """Returns the arguments with the place-th tensor changed."""
     flat, spec = pytree.tree_flatten(args)
     at = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)][place]
     flat[at] = change(flat[at])
@@ -69,7 +69,7 @@ def places(tensor: Tensor) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
 
 
 def strides(tensor: Tensor) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-    """The same values in other places."""
+    """Yields changes of the memory layout that keep the values."""
 
     def every_other(t: Tensor) -> Tensor:
         larger = torch.full([2 * size + 1 for size in t.shape], 77, dtype=t.dtype)
@@ -90,7 +90,7 @@ def strides(tensor: Tensor) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
 
 
 def values(tensor: Tensor) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-    """Indices that point elsewhere."""
+    """Yields changes of the values of indices."""
     if tensor.dtype == torch.int64:
         for value in (-1, -(2**40), 10**6, 2**40):
             for at in (0, -1):
@@ -104,7 +104,7 @@ def _with(t: Tensor, at: int, value: int) -> Tensor:
 
 
 def run(op: str, args: list[Any], backend: str | None) -> list[Tensor]:
-    """Results that do not depend on the backend, and gradients of all that is floating."""
+    """Returns results that do not depend on the backend, and gradients of all floating-point tensors."""
     flat, spec = pytree.tree_flatten(args)
     differentiable = op not in NOT_DIFFERENTIABLE
     leaves = [
@@ -126,7 +126,7 @@ def run(op: str, args: list[Any], backend: str | None) -> list[Tensor]:
 
 
 def assert_same(actual: list[Tensor], truth: list[Tensor], what: str) -> None:
-    """To the precision of float32, or of the coarsest dtype where that is coarser: nothing here is ill-conditioned."""
+    """Compares to the precision of float32, or of a coarser dtype among the results. No example is ill-conditioned."""
     assert len(actual) == len(truth), what
     for i, (a, t) in enumerate(zip(actual, truth, strict=True)):
         assert a.shape == t.shape, f"{what}: result {i} has shape {tuple(a.shape)}, expected {tuple(t.shape)}"
@@ -142,7 +142,8 @@ def assert_same(actual: list[Tensor], truth: list[Tensor], what: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("changes", [shapes, dtypes, places, values], ids=lambda kind: kind.__name__)
 def test_an_error_or_the_right_result(op, backend, changes):
-    """Wrong arguments raise ValueError or TypeError with what is expected; what is taken gives what float64 gives."""
+    """Wrong arguments raise ValueError or TypeError with what is expected. Accepted ones give the results of
+    float64."""
     taken = raised = 0
     for place, name in enumerate(tensors(op)):
         tensor = [t for t in pytree.tree_leaves(example(op)) if isinstance(t, Tensor)][place]
@@ -150,14 +151,14 @@ def test_an_error_or_the_right_result(op, backend, changes):
             what = f"{op} on {backend}, {name} {label}"
             args = replaced(example(op), place, change)
             if changes is values and (backend == "triton" or op == "selective_mask"):
-                continue  # on a GPU nobody looks at indices; a seed may be any number
+                continue  # indices are not checked on a GPU; a seed may be any number
             try:
                 actual = run(op, args, backend)
             except (ValueError, TypeError) as error:
                 assert "expected" in str(error), f"{what}: {error}"
                 raised += 1
                 continue
-            except RuntimeError as error:  # of the launchers in C++, which look at indices
+            except RuntimeError as error:  # C++ launchers check indices
                 assert "; expected" in str(error) or "was forced but cannot run" in str(error), f"{what}: {error}"
                 raised += 1
                 continue
@@ -212,7 +213,7 @@ LAUNCHERS = sorted(
 
 @pytest.fixture(scope="module")
 def recorded():
-    """Launcher -> the arguments of one call of it, taken while the examples run."""
+    """Maps each launcher to the arguments of one of its calls, recorded while the examples run."""
     calls: dict[str, list[Any]] = {}
     with pytest.MonkeyPatch.context() as patch:
         for name in LAUNCHERS:
@@ -226,14 +227,14 @@ def recorded():
         for op in OPS:
             run(op, example(op), "cpu")
         structure, rows, *rest = example("structure_embed")
-        run("structure_embed", [structure, rows[:1], *rest], "cpu")  # too few rows to collapse a merging
-        run("structure_embed", list(cases.structure_embed((16,), (4, 4), 1, 1, 2, 32)), "cpu")  # enough for both
-        for op in ("norm_linear", "norm_mlp"):  # gemms of bfloat16, where the machine has them
+        run("structure_embed", [structure, rows[:1], *rest], "cpu")  # too few rows for collapsed mergings
+        run("structure_embed", list(cases.structure_embed((16,), (4, 4), 1, 1, 2, 32)), "cpu")  # enough rows for all
+        for op in ("norm_linear", "norm_mlp"):  # bfloat16 gemms, if the CPU has them
             run(op, [*example(op)[:-1], torch.bfloat16], "cpu")
     return calls
 
 
-# Tensors by whose dtype and size the launcher goes.
+# Tensors that define the dtype and size that a launcher expects of the others.
 LEADING = {
     *(("centre", "centred"), ("coordinates_backward", "z")),
     *(("column_sum", "x"), ("embed_norm", "x"), ("embed_norm", "merge_statistics")),
@@ -249,7 +250,7 @@ LEADING = {
 @pytest.mark.skipif(not NATIVE[0], reason=NATIVE[1])
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_launcher_raises_for_every_tensor_that_does_not_fit(recorded, launcher):
-    """Nothing is read or written outside of what the tensors hold, whoever calls."""
+    """Nothing outside of the tensors is read or written, whoever calls the launcher."""
     if (launcher in ("wgrad", "linear", "linear_gelu", "dgrad_gelu")) and not gemm.reads_float32_weights():
         pytest.skip("runs with AVX512-BF16 and without AMX")
     assert launcher in recorded, f"no example runs {launcher}"

@@ -1,4 +1,4 @@
-"""The attention of `relational_guidance` as the CUDA kernels do it, on the host, against autograd in float64."""
+"""The CUDA kernels' attention for `relational_guidance`, run on the host, compared with autograd in float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def bodies():
 
 
 def truth(q, k, v, visible, shown, cells: int, heads: int, keep: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row by row: the hidden cells' key stands there as often as there are hidden cells. Result and log-sums."""
+    """Returns result and logsumexp, image by image, with the key of hidden cells repeated once per hidden cell."""
     outs, sums, first_query, first_key = [], [], 0, 0
     for queries, count in zip(visible, shown, strict=True):
         hidden = cells - count if keep else 0
@@ -54,18 +54,19 @@ def check(
     bodies.attend_backward(dout, q, k, v, out, sums, *offsets, *results, cells, heads, keep, threads, blocks)
     pairs = {"out": (out, expected), "lse": (sums.sum(0), lse)}
     pairs |= {name: (a, leaf.grad) for name, a, leaf in zip(("dq", "dk", "dv"), (dq, dk, dv), leaves, strict=True)}
-    # Where a key has nearly all the weight, terms as large as this cancel in dq and dk; 0.3 of their rounding was seen.
+    # If one key has nearly all the weight, terms of this size cancel in dq and dk. The largest error seen is 0.3 of
+    # their rounding error.
     most = [max(0, 0, *t.view(-1, depth).norm(dim=-1).tolist()) for t in wide]
     terms = grad.norm().item() * max(most[:2]) * most[2] * depth**-0.5
     for name, (actual, wanted) in pairs.items():
         wanted = wanted.detach().numpy()
-        # float32 sums; 7e-7 was seen at the most, and 5e-6 where logits reach 100
+        # Float32 sums: the largest error seen is 7e-7, and 5e-6 for logits up to 100.
         room = 1e-5 * np.linalg.norm(wanted) + 1e-6 + (2**-23 * terms if name in ("dq", "dk") else 0)
         assert np.linalg.norm(actual - wanted) <= room, name
 
 
 def test_every_small_count(bodies):
-    """No visible and no shown cell, blocks with one row too many or too few, with and without hidden cells."""
+    """Includes images without visible or shown cells, blocks with one row too many or too few, and no hidden cells."""
     for queries, shown, keep in itertools.product((0, 1, 31, 32, 33), (0, 1, 31, 32, 33), (False, True)):
         check(bodies, [queries], [shown], 33, 1, 16, keep, 1)
 
@@ -94,7 +95,7 @@ def test_any_counts(bodies, counts, depth, heads, keep, threads, blocks):
 
 
 def test_the_number_of_blocks_changes_no_bit(bodies):
-    """A GPU takes as many as it holds; what one sums does not depend on it."""
+    """A GPU runs as many blocks as it can hold, and the order of summation does not depend on their number."""
     visible, shown, width = [40, 3, 9, 0], [20, 57, 51, 60], 32
     q, dout = (np.random.randn(sum(visible), width).astype(np.float32) for _ in range(2))
     k, v = (np.random.randn(sum(shown) + 1, width).astype(np.float32) for _ in range(2))
@@ -113,6 +114,6 @@ def test_the_number_of_blocks_changes_no_bit(bodies):
 
 
 def test_many_threads(bodies):
-    """More than a thread per row, as on the GPU."""
+    """Uses more than one thread per row, as on the GPU."""
     for threads in (64, 128):
         check(bodies, [40], [50], 60, 1, 16, True, threads)

@@ -1,4 +1,4 @@
-"""The body of the CUDA kernel of `gather_patches`, compiled for the host and compared with NumPy, bit for bit."""
+"""The device function of `gather_patches`, compiled for the host and compared with NumPy, bit for bit."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def bodies():
 
 
 def z_order(side: int) -> list[tuple[int, int]]:
-    """(row, column) of the patches of a cell as SPEC.md words it: the four quarters (row 0, column 0), (1, 0), (0, 1),
-    (1, 1), each ordered the same way inside."""
+    """Returns (row, column) of the patches of a cell as defined in SPEC.md: the four quarters (row 0, column 0), (1,
+    0), (0, 1), (1, 1), each in the same order inside."""
     if side == 1:
         return [(0, 0)]
     half, inside = side // 2, z_order(side // 2)
@@ -26,7 +26,7 @@ def z_order(side: int) -> list[tuple[int, int]]:
 
 
 def gathered(tensor: np.ndarray, cells: np.ndarray, cell: int, patch: int, zorder: bool) -> np.ndarray:
-    """The packed rows, one slice at a time."""
+    """Returns the packed rows, gathered slice by slice."""
     _, channels, height, width = tensor.shape
     side, down, across = cell // patch, height // cell, width // cell
     places = z_order(side) if zorder else list(itertools.product(range(side), range(side)))
@@ -47,10 +47,10 @@ def check(
     bodies.pack_patches(tensor, cells, packed, cell, patch, zorder, threads)
     np.testing.assert_array_equal(packed, expected)
 
-    # Back: what was gathered returns to its place, and everything else is zero. What the inverse holds does not matter.
+    # Backward: gathered pixels return to their places, and all others are zero, whatever `inverse` contains.
     number = tensor.size // tensor.shape[1] // cell**2
     for before in (0, 2, -1, 2**62):
-        filled = np.full_like(tensor, 9)  # keeps the strides' order
+        filled = np.full_like(tensor, 9)  # keeps the order of the strides
         bodies.unpack_patches(packed, cells, np.full(number, before), filled, cell, patch, zorder, threads, lanes)
         everywhere = gathered(filled, np.arange(number), cell, patch, zorder)
         wanted = np.zeros_like(everywhere).reshape(number, (cell // patch) ** 2, expected.shape[1])
@@ -59,7 +59,7 @@ def check(
 
 
 def layouts(shape: tuple[int, int, int, int], dtype: type) -> list[np.ndarray]:
-    """The same values contiguous, channels last, and cut out of a larger array."""
+    """Returns the same values contiguous, channels last, and as a part of a larger array."""
     values = np.random.default_rng(0).permutation(np.prod(shape)).astype(dtype).reshape(shape)
     last = np.ascontiguousarray(values.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
     larger = np.zeros([size * 2 + 1 for size in shape], dtype)
@@ -102,7 +102,8 @@ def test_copy_patches_with_any_group(bodies, threads, dtype, side, patch, grid, 
 
 
 def test_accesses_are_as_wide_as_alignment_allows(bodies):
-    """16 bytes where the rows of patches, their strides and both addresses allow it, and never across a patch's row."""
+    """Accesses have 16 bytes if rows of patches, strides and both addresses are aligned, and never span two rows of a
+    patch."""
 
     def pixels(shape, dtype, cell, patch, start=0, step=1):
         memory = np.zeros(2 * np.prod(shape) + 64, dtype)
@@ -127,7 +128,7 @@ def test_accesses_are_as_wide_as_alignment_allows(bodies):
 
 
 def test_channels_last_accesses_are_sixteen_bytes_too(bodies):
-    """Three channels, or 16 bytes of channels, where a patch is at least 16 bytes wide."""
+    """Accesses have three channels, or 16 bytes of channels, if a patch is at least 16 bytes wide."""
 
     def access(channels, dtype, patch, start=0):
         memory = np.zeros(2 * 8 * patch**2 * channels + 64, dtype)
@@ -140,19 +141,19 @@ def test_channels_last_accesses_are_sixteen_bytes_too(bodies):
     assert access(3, np.uint32, 4) == access(3, np.uint32, 16) == (4, 3)
     assert access(3, np.uint16, 16) == access(3, np.uint16, 8) == (8, 3)
     assert access(8, np.uint32, 4) == (4, 4) and access(16, np.uint16, 8) == (8, 8)
-    assert access(1, np.uint32, 4) == (4, 1)  # one channel: no different from contiguous
+    assert access(1, np.uint32, 4) == (4, 1)  # one channel is the same as contiguous
     assert access(3, np.uint16, 4) == access(3, np.uint32, 14) == access(5, np.uint32, 4) == (1, 1)
     assert access(3, np.uint32, 4, start=1) == access(4, np.uint32, 4, start=2) == (1, 1)
 
 
 def test_z_order_is_the_merging_order():
-    """Four consecutive places are a 2x2 group in the order of SPEC.md, at every level."""
+    """At every level, four consecutive patches are a 2 × 2 group in the order of SPEC.md."""
     assert z_order(2) == [(0, 0), (1, 0), (0, 1), (1, 1)]
     assert z_order(4)[:5] == [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0)]
 
 
 def test_offsets_beyond_32_bits(bodies):
-    """A batch of 2**22 images of 1 x 224 x 224: offsets near 2**38."""
+    """A batch of 2**22 images of 1 x 224 x 224 has offsets near 2**38."""
     across, image = 7, 2**22 - 1
     corner = bodies.patch_corner(image * 49 + 3 * across + 5, 13, 7, across, 224 * 224, 224, 32, 4, True)
     row, column = z_order(8)[13]

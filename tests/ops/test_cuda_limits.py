@@ -1,5 +1,5 @@
-"""What the CUDA backend refuses, and the reasons it gives; on a GPU also what its launchers say of tensors they are
-given past the ops' own checks."""
+"""What the CUDA backend refuses, and its reasons. On a GPU also the errors of its launchers, called without the ops'
+checks."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_every_row_is_in_a_part_of_the_sums():
 
 
 def call_of(op: str):
-    """An op's call, and tensors for it."""
+    """Returns a call of the op, and tensors for it."""
     rows = torch.tensor([0, 3])
     if op == "gather_patches":
         return lambda **t: ops.gather_patches(**t, cell=4, patch=4), {"pixels": torch.zeros(1, 1, 8, 8), "rows": rows}
@@ -72,7 +72,7 @@ def call_of(op: str):
 
 @pytest.mark.parametrize("op", ["gather_patches", "masked_patch_embed", "linear_l1"])
 def test_a_tensor_on_another_device_than_its_neighbours_is_named(op):
-    """Whatever backend would run: each argument in turn stands alone. The first one says where all should be."""
+    """Does not depend on the backend. The device of the first argument is expected of all others."""
     call, tensors = call_of(op)
     call(**tensors)
     first, *others = tensors
@@ -85,7 +85,8 @@ def test_a_tensor_on_another_device_than_its_neighbours_is_named(op):
 
 @pytest.mark.parametrize("part", ["forward", "backward"])
 def test_a_gpu_that_the_library_has_no_code_for(monkeypatch, part):
-    """Forced, the backend says what the GPU is, and what it was built for; unforced, another one runs."""
+    """If the backend is forced, the error states the GPU and what the library was built for; otherwise another backend
+    runs."""
     if not _native.load_cuda()[0]:
         pytest.skip(_native.load_cuda()[1])
     monkeypatch.setattr(_native, "build_info", lambda: {"cuda": {"architectures": "8.0;9.0;10.0+PTX"}})
@@ -106,7 +107,7 @@ def test_attention_memory_is_that_of_the_notes():
     if not _native.load_cuda()[0]:
         pytest.skip(_native.load_cuda()[1])
     memory = torch.ops.sgmim_fast_cuda.attention_memory
-    assert memory(2, 128, False) < memory(4, 128, False) < memory(4, 128, True) <= 163 << 10  # an A100 has that much
+    assert memory(2, 128, False) < memory(4, 128, False) < memory(4, 128, True) <= 163 << 10  # the limit of an A100
     assert memory(2, 128, True) <= 99 << 10
 
 
@@ -132,13 +133,13 @@ def test_launchers_name_what_is_wrong():
             draw(seed, 2, 2, 2, 1, *(good | change).values())
     with pytest.raises(RuntimeError, match="a grid of 1 x 16385 units; the CUDA kernel holds at most 16384"):
         draw(seed, 2, 1, 16385, 1, *good.values())
-    assert torch.isfinite(ops.standardize_structure(torch.randn(1, 1, 8, 8, device="cuda"))).all()  # all is well after
+    assert torch.isfinite(ops.standardize_structure(torch.randn(1, 1, 8, 8, device="cuda"))).all()  # the GPU works
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_a_launch_too_large_is_named():
-    """2^25 parts of 64 heads of 2 images are 2^32 blocks; nothing is read before that is seen."""
+    """2^25 parts of the rows, 64 heads and 2 images need 2^32 blocks. The launch is refused before tensors are read."""
     q, k = torch.zeros(1, 64, device="cuda"), torch.zeros(1, 64, device="cuda")
     offsets = torch.zeros(3, dtype=torch.int64, device="cuda")
     lse = torch.zeros(2, 64, device="cuda")

@@ -1,4 +1,5 @@
-"""The tokens of `masked_patch_embed` and their gradients as the CUDA kernels do them, on the host, against float64."""
+"""Tokens of `masked_patch_embed` and their gradients, by the CUDA device functions on the host, compared with
+float64."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 EPS = 1e-5
-PARTS = 512  # of the sums, at most
+PARTS = 512  # the maximum number of partial sums
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +23,8 @@ def bodies():
 
 
 def run(bodies, embedded, visible, token, norm, dout, shape, dtype=torch.float32, before=1) -> list[torch.Tensor]:
-    """out, dembedded and the gradients of token, norm (two) and bias. norm: weight and bias, or none; what the inverse
-    holds before does not matter."""
+    """Returns out, dembedded and the gradients of token, norm (two) and bias. `norm` is weight and bias or empty;
+    `before` fills `inverse`, whose previous contents do not matter."""
     rows, width = dout.shape
     name = "" if dtype == torch.float32 else "_bfloat16"
 
@@ -48,7 +49,7 @@ def run(bodies, embedded, visible, token, norm, dout, shape, dtype=torch.float32
 
 
 def truth(embedded, visible, token, norm, dout) -> list[torch.Tensor]:
-    """The same in float64 by autograd."""
+    """Returns the same results in float64, by autograd."""
     embedded, token, *norm = (t.double().requires_grad_() for t in (embedded, token, *norm))
     normed = F.layer_norm(embedded, embedded.shape[1:], *norm, EPS) if norm else embedded
     out = token.repeat(len(dout), 1).index_copy(0, visible, normed)
@@ -69,12 +70,12 @@ def check(bodies, rows: int, visible, width: int, norm: bool, shape=(1, 1, 1), b
     for i, (actual, wanted) in enumerate(
         zip(run(bodies, *tensors, shape, before=before), truth(*tensors), strict=True)
     ):
-        # of float32; 5e-7 was seen at the most, and more only where a norm of two numbers takes all but rounding away
+        # Float32: the largest error seen is 5e-7. A norm of two numbers cancels all but rounding errors.
         assert (actual - wanted).norm() <= 1e-5 * wanted.norm() + (1e-2 if norm and width < 3 else 1e-5), i
 
 
 def test_every_choice_of_few_rows(bodies):
-    """In every order of the list, whatever the inverse held."""
+    """Tests every order of the rows, with different previous contents of `inverse`."""
     for rows, norm in itertools.product(range(1, 5), (False, True)):
         for count in range(rows + 1):
             for visible in itertools.permutations(range(rows), count):
@@ -103,7 +104,7 @@ def test_more_rows_than_parts(bodies):
 
 
 def test_the_launch_changes_no_bit(bodies):
-    """But for the number of warps in a block and lanes in a warp, which a GPU's kernel fixes."""
+    """Except for the number of warps per block and lanes per warp, which are constants of the GPU kernel."""
     tensors = case(700, torch.randperm(700)[:300].tolist(), 24, True)
     one, *others = (run(bodies, *tensors, (blocks, 2, 2)) for blocks in (1, 2, 7))
     assert all(torch.equal(a, b) for other in others for a, b in zip(other, one, strict=True))

@@ -1,5 +1,5 @@
-"""Selection, masks and the trimmed standardisation as the CUDA kernels do it, compiled for the host: a group of one
-thread for everything small, groups of threads that really run side by side, and the thread sanitizer over them."""
+"""Device functions for selection, masks and trimmed standardisation, compiled for the host: with one thread for all
+small cases, with several parallel threads, and under the thread sanitizer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def bodies():
 
 
 def check_selection(bodies, keys: np.ndarray, threads: int) -> None:
-    """Every rank's key, as sorting has it, and how many equal ones stand before."""
+    """Checks the key of every rank, and the number of equal keys before it, against sorting."""
     ordered = np.sort(keys)
     found, before = bodies.select_key(keys, np.arange(len(keys), dtype=np.uint32), threads)
     np.testing.assert_array_equal(found, ordered)
@@ -34,7 +34,7 @@ def check_selection(bodies, keys: np.ndarray, threads: int) -> None:
 
 
 def check_counts(bodies, keys: np.ndarray, masked: int, threads: int) -> None:
-    """A stable sort masks the first of equal keys."""
+    """The first of equal keys are masked, as by a stable sort."""
     chosen = np.zeros(len(keys), np.uint32)
     chosen[np.argsort(keys, kind="stable")[:masked]] = 1
     expected = np.concatenate([[0], np.cumsum(chosen)])
@@ -81,7 +81,7 @@ def check_masks(bodies, seed: list[int], masked: list[int], grid: tuple[int, int
 
 
 def test_masks_of_every_small_grid(bodies):
-    """Every number of masked units, one image for each."""
+    """Tests every number of masked units, with one image for each."""
     for rows, columns, scale in itertools.product(range(1, 5), range(1, 5), (1, 2, 3)):
         check_masks(bodies, [rows, -columns], list(range(rows * columns + 1)), (rows, columns), scale, 1)
 
@@ -97,7 +97,7 @@ def test_masks_of_any_grid(bodies, grid, scale, threads, seed, data):
 
 @pytest.mark.parametrize("grid", [(128, 128), (1, 16384), (16384, 1)])
 def test_masks_of_the_largest_grids(bodies, grid):
-    """16,384 units, of which every image masks its own number."""
+    """16,384 units; every image masks another number of them."""
     check_masks(bodies, [5, 6], [9831, 0, 1, 16383, 16384], grid, 1, 2)
 
 
@@ -126,7 +126,8 @@ def standardized(bodies, name: str, x: np.ndarray, threads: int) -> tuple[np.nda
 
 
 def check_standardized(bodies, x: np.ndarray, threads: int, name: str = "float32") -> None:
-    """x: (planes, n) as stored. The truth keeps exactly what sorting keeps, and sums it without rounding."""
+    """Checks x, (planes, n) as stored. The truth keeps exactly the values that sorting keeps, and adds them without
+    rounding."""
     y, nonfinite = standardized(bodies, name, x, threads)
     wide = x if name == "float32" else np.stack([getattr(bodies, f"values_{name}")(plane) for plane in x])
     for plane, result, bad in zip(wide.astype(np.float64), y, nonfinite, strict=True):
@@ -141,13 +142,13 @@ def check_standardized(bodies, x: np.ndarray, threads: int, name: str = "float32
         deviation = math.sqrt(math.fsum((kept - mean) ** 2) / (len(kept) - 1) + 1e-6)
         np.testing.assert_array_equal(result[~good], 0)
         truth = (plane[good] - mean) / deviation
-        # rounding to float32, half an ulp; and double's own rounding, of the value and of the statistics
+        # rounding to float32 (half an ulp), and rounding of the value and the statistics in double
         room = np.abs(truth) * (2**-24 + 1e-12) + 1e-15 * (np.abs(plane[good]) + np.abs(kept).max()) / deviation + 1e-45
         assert (np.abs(result[good] - truth) <= room).all()
 
 
 def test_standardize_every_small_plane(bodies):
-    """Ties, both zeros, denormals, neighbours and magnitudes far apart, in every combination."""
+    """Every combination of ties, both zeros, denormals, neighbours and magnitudes far apart."""
     pool = np.array([-1e30, -1.0, -1e-40, -0.0, 0.0, 3.3e-39, 1.0, np.nextafter(np.float32(1), 2), np.inf], np.float32)
     for n in range(1, 5):
         check_standardized(bodies, np.array(list(itertools.product(pool, repeat=n)), np.float32), 1)
@@ -186,6 +187,6 @@ def test_standardize_a_constant_gives_zeros(bodies, value):
 
 
 def test_no_races():
-    """Groups of host threads under the thread sanitizer, compared with a group of one."""
+    """Groups of host threads run under the thread sanitizer, and are compared with a group of one."""
     done = subprocess.run([build("cuda_races")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,5 +1,5 @@
-"""The window attention of the CUDA backend: its body on the host, where the tensor cores are played by their fragments'
-layouts, against plain PyTorch in float64; its Python side; and on a GPU the op that runs it."""
+"""Window attention of the CUDA backend: its device function on the host, with tensor cores emulated by fragment
+layouts, compared with plain PyTorch in float64; its Python side; and the op on a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from sgmim_fast.ops.primitives import Request, Windows
 
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 EVERYTHING = ("qkv", "bias", "logit_scale", "pad", "qkv_bias")
-# Grid, window and shift: tiles of 48, 64 and 144 tokens, full and not; windows that stick out, or exceed the grid.
+# Grid, window and shift: full and partial tiles of 48, 64 and 144 tokens, windows that extend beyond the grid or exceed
+# it.
 SHAPES = {
     "36": ((12, 12), (6, 6), (0, 0)),
     "36 shifted": ((13, 11), (6, 6), (3, 2)),
@@ -48,7 +49,7 @@ def raw(t: Tensor | None, dtype: torch.dtype = torch.float32) -> np.ndarray:
 
 
 def call_of(tensors: list[Tensor | None], spread: Tensor, heads: int, *sizes: int):
-    """The arguments of the host's body, and which body it is."""
+    """Returns the device function on the host and its arguments."""
     qkv, bias, index, logit_scale, pad = tensors
     if not hasattr(bodies(), f"window_attention_{NAMES[qkv.dtype]}"):
         pytest.skip("the compiler has no _Float16")
@@ -73,7 +74,7 @@ def backward(dout, qkv, bias, index, logit_scale, pad, heads, *rest, backwards=F
 
 @pytest.fixture
 def operators(monkeypatch):
-    """CPU implementations of the operators, of the host's body; and of what Triton does with the sums."""
+    """CPU implementations of the operators by the device function on the host, and of the sums that Triton computes."""
     usable, reason = _native.load_cuda()
     if not usable:
         pytest.skip(reason)
@@ -94,7 +95,7 @@ def operators(monkeypatch):
 
 
 def inputs(grid, heads, width, window, *, bias="table", cosine=False, pad=True):
-    """(qkv, bias, logit_scale, pad) in float64, and the index."""
+    """Returns (qkv, bias, logit_scale, pad) in float64, and the index."""
     options = {"bias": bias, "hottest": 5.0 if cosine else None, "pad": pad, "make": cases.FLOAT64}
     a = cases.window_attention((2, *grid), heads, width, window, **options)
     return (a.qkv, a.bias, a.logit_scale, a.pad), a.index
@@ -105,7 +106,7 @@ def relative(actual: Tensor, truth: Tensor) -> float:
 
 
 def compare(shape, heads, depth, dtype, *, bias="table", cosine=False, pad=True, wanted=EVERYTHING) -> None:
-    """Both passes through the Python side, against plain PyTorch in float64."""
+    """Compares forward and backward through the Python side with plain PyTorch in float64."""
     grid, window, shift = shape
     tensors, index = inputs(grid, heads, depth, window, bias=bias, cosine=cosine, pad=pad)
     kinds = dtype, torch.float32, torch.float32, dtype
@@ -124,17 +125,18 @@ def compare(shape, heads, depth, dtype, *, bias="table", cosine=False, pad=True,
     exact = _plain.window_attention(qkv.double(), windows(torch.float64))
     truth, true_sums = _plain.window_attention_backward(grad.double(), qkv.double(), windows(torch.float64), wanted)
 
-    eps = torch.finfo(dtype).eps  # operands of the second gemms are rounded once: 0.4 eps was seen
+    eps = torch.finfo(dtype).eps  # operands of the second gemms are rounded once; largest error seen: 0.4 eps
     assert out.dtype == dqkv.dtype == dtype and sums.keys() == wanted - {"qkv"}
     assert relative(out, exact) < eps
     for name, a, t in zip("qkv", dqkv.chunk(3, -1), truth.chunk(3, -1), strict=True):
         assert relative(a, t) < eps, name
     for name, parts in sums.items():
         total, true = parts.sum(0).flatten(), true_sums[name].flatten()
-        if name == "pad":  # of the padding's queries nobody sees the result
+        if name == "pad":  # queries of the padding do not affect the result
             total, true = total[heads * depth :], true[heads * depth :]
-        # the bias's is of numbers that are never rounded to dtype, that of qkv's bias of those that are; the scale's is
-        # nearly 0 where the softmax is 1, and the padding's where all of it is -100 away: e^-100 is 0 in float16
+        # The gradient of the bias adds numbers that are never rounded to dtype, that of qkv's bias numbers that are.
+        # That of the scale is nearly 0 where the softmax is 1, and that of the padding where all of it is masked:
+        # e^-100 is 0 in float16.
         room = 1e-4 if name == "bias" else eps
         least = eps * torch.finfo(dtype).smallest_normal
         floor = least * grad.double().norm() + 1e-30
@@ -177,7 +179,8 @@ def test_partial_gradients(operators, wanted):
     seed=st.integers(0, 99),
 )
 def test_order_of_warps_and_groups_of_windows(grid, window, moved, groups, cosine, seed):
-    """The last warp ahead of the others, or the first, and any groups: the same bits, but for the sums of groups."""
+    """With the last or the first warp ahead, and for any number of groups, the bits are the same, except for sums of
+    groups."""
     torch.manual_seed(seed)
     shift = [int(m * w) for m, w in zip(moved, window, strict=True)]
     tensors, index = inputs(grid, 2, 32, window, cosine=cosine)
@@ -203,7 +206,7 @@ def test_order_of_warps_and_groups_of_windows(grid, window, moved, groups, cosin
 
 
 def test_zero_vectors_have_no_direction(operators):
-    """Keys of SwinV2's padding are such; in float16 one over their norm is infinite."""
+    """Keys of SwinV2's padding are zero vectors. In float16, the inverse of their norm is infinite."""
     for dtype in NAMES:
         qkv, grad = torch.randn(1, 5, 5, 96).to(dtype), torch.randn(1, 5, 5, 32).to(dtype)
         qkv[0, :2, :2, :64] = 0
@@ -211,7 +214,7 @@ def test_zero_vectors_have_no_direction(operators):
         found, _ = ours.window_attention_backward(grad, qkv, windows, {"qkv"})
         truth, _ = _plain.window_attention_backward(grad.double(), qkv.double(), windows, {"qkv"})
         kept = torch.ones(5, 5, dtype=torch.bool)
-        kept[:2, :2] = False  # there the gradient is 1e12 times another
+        kept[:2, :2] = False  # the gradient is 1e12 times larger there
         assert relative(found[0][kept], truth[0][kept]) < torch.finfo(dtype).eps
         assert relative(found[0, :2, :2, 64:], truth[0, :2, :2, 64:]) < torch.finfo(dtype).eps
 
@@ -249,7 +252,7 @@ def test_what_it_refuses(monkeypatch):
 
 
 def test_blocks_of_a_multiprocessor():
-    """As many as its registers and shared memory hold, which an H100 has 228 KB of, and an A100 164."""
+    """Registers and shared memory limit the number of blocks: an H100 has 228 KB of shared memory, an A100 164 KB."""
     if not _native.load_cuda()[0]:
         pytest.skip(_native.load_cuda()[1])
     blocks = torch.ops.sgmim_fast_cuda.window_attention_blocks
@@ -262,14 +265,14 @@ def test_blocks_of_a_multiprocessor():
 
 
 def test_it_has_to_be_asked_for():
-    """By name, or by what `sgmim_fast.tune` has found; what was forced or found is not looked at here."""
+    """It runs if requested by name, or if `sgmim_fast.tune` has found it to be the fastest. Neither is tested here."""
     for op in ("window_attention", "norm_attention", "relational_guidance"):
         assert backends.order(op, "cuda") == ["triton", "torch"] and "cuda" in backends.MODULES[op]
     assert backends.order("gather_patches", "cuda") == ["cuda", "triton", "torch"]
 
 
 def test_ways_that_tune_compares(monkeypatch):
-    """It is one of them, in every tile of Triton's gemms around it, and then it is this attention that runs."""
+    """`tune` also tries this attention, combined with every tile of Triton's gemms, and then runs it."""
     pytest.importorskip("triton", reason="its gemms run in Triton")
     from sgmim_fast.kernels import primitives
 
@@ -288,7 +291,7 @@ def test_ways_that_tune_compares(monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "dtype"), [*((shape, torch.bfloat16) for shape in SHAPES), ("144 shifted", torch.float16)]
 )
-@pytest.mark.parametrize("where", ["cuda-cuda"])  # as other tests of these kernels are called
+@pytest.mark.parametrize("where", ["cuda-cuda"])  # in the id, to be selected like other tests of these kernels
 def test_on_a_gpu(where, shape, dtype, cosine):
     from conftest import Place
 

@@ -1,5 +1,5 @@
-"""The Python side of the `cuda` backend on a machine without a GPU: its operators get CPU implementations that call the
-host's instances of the kernels' bodies, and the backend's functions are held against the plain ones."""
+"""The Python side of the `cuda` backend without a GPU. Its operators have CPU implementations that call the device
+functions on the host, and its functions are compared with plain ones."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bf
 
 
 def raw(tensor: Tensor) -> np.ndarray:
-    """The tensor's memory; 16-bit floats as integers."""
+    """Returns the tensor's memory; 16-bit floats as integers."""
     return (tensor.view(torch.uint16) if tensor.dtype in (torch.float16, torch.bfloat16) else tensor).numpy()
 
 
 @pytest.fixture(scope="module")
 def operators():
-    """CPU implementations of `torch.ops.sgmim_fast_cuda`, for this file."""
+    """CPU implementations of `torch.ops.sgmim_fast_cuda` for this file."""
     usable, reason = _native.load_cuda()
     if not usable:
         pytest.skip(reason)
@@ -146,7 +146,7 @@ def test_masked_patch_embed(operators, norm, bias, dtype, width):
         forward, backward = (
             backends.implementation("masked_patch_embed", part, backend) for part in ("forward", "backward")
         )
-        with backends.use("torch"), gemm.compute_bfloat16_in(torch.bfloat16):  # of the gathers inside
+        with backends.use("torch"), gemm.compute_bfloat16_in(torch.bfloat16):  # for the gathers inside
             out, saved = forward(*args)
             grads = backward(grad, *args, saved, [True, True, bias, True, False, norm, norm])
         return [out, *(g for g in grads if g.numel())]
@@ -158,7 +158,8 @@ def test_masked_patch_embed(operators, norm, bias, dtype, width):
 
 
 def attention(q, k, v, dout, offsets, cells: int, heads: int, keep: bool) -> list[Tensor]:
-    """Softmax over the shown keys and copies of the last one, image by image and head by head; result and gradients."""
+    """Returns result and gradients of softmax attention over the shown keys and copies of the last one, per image and
+    head."""
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
     out, depth = [], q.shape[1] // heads
     for image in range(offsets[0].shape[0] - 1):
@@ -173,7 +174,7 @@ def attention(q, k, v, dout, offsets, cells: int, heads: int, keep: bool) -> lis
 
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [16, 32, 192])  # a depth of 8, and two that are read 16 bytes at a time
+@pytest.mark.parametrize("width", [16, 32, 192])  # head widths of 8, and two that are read 16 bytes at a time
 def test_attention(operators, keep, dtype, width):
     masked = chosen((5, 12, 0), 12)
     offsets = FLOAT32.rows(~masked).offsets, FLOAT32.rows(masked).offsets
@@ -187,7 +188,7 @@ def test_attention(operators, keep, dtype, width):
 
 
 def test_no_wrapper_is_left_out(operators):
-    """Every op of the backend is called above, or in test_cuda_window_attention.py."""
+    """Every op of the backend is called in this file or in test_cuda_window_attention.py."""
     tests = {"norm_attention", "window_attention"} | {
         name.removeprefix("test_").replace("attention", "relational_guidance") for name in globals()
     }

@@ -1,4 +1,5 @@
-"""What the ops' gradients are not: forward-mode, of second order, or of torch.func; and which backend they run on."""
+"""Derivatives that the ops do not support (forward-mode, second order, torch.func), and the backend of backward
+passes."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ SPECS = {op: pytree.tree_flatten(example(op))[1] for op in OPS}
 
 
 def floating(op: str) -> list[int]:
-    """Which of the flat arguments are floating-point tensors."""
+    """Returns which of the flat arguments are floating-point tensors."""
     flat = pytree.tree_leaves(example(op))
     return [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
@@ -44,7 +45,7 @@ def test_forward_mode_raises_for_every_argument(op):
                 dual = forward_ad.make_dual(x.clone().requires_grad_(requires_grad), torch.ones_like(x))
                 with pytest.raises(NotImplementedError, match=message):
                     function(dual)
-            function(x)  # has no tangent
+            function(x)  # without a tangent
         for transform in (lambda f, x=x: torch.func.jvp(f, (x,), (x,)), lambda f, x=x: torch.func.jacfwd(f)(x)):
             with pytest.raises(NotImplementedError, match=message):
                 transform(function)
@@ -60,7 +61,7 @@ def test_torch_func_raises(op):
 @pytest.mark.parametrize("linear", [True, False], ids=["constant cotangent", "cotangent with a gradient"])
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_a_second_derivative_raises_or_is_right_for_every_argument(op, linear):
-    """Also where the gradient that comes in needs none itself: what the op saved does."""
+    """Also if the incoming gradient does not require one itself, because saved tensors do."""
     for at in floating(op):
         flat = pytree.tree_leaves(example(op))
         x = flat[at] = flat[at].requires_grad_()
@@ -83,7 +84,7 @@ def test_a_second_derivative_raises_or_is_right_for_every_argument(op, linear):
 
 
 def test_create_graph_elsewhere_is_untouched():
-    """A penalty on the gradient of something else goes through."""
+    """A penalty on the gradient of another computation is not affected."""
     x, weight, scale = torch.randn(4, 6), torch.randn(5, 6, requires_grad=True), torch.ones((), requires_grad=True)
     loss = norm_linear(x, weight).sum() + scale**3
     (slope,) = torch.autograd.grad(loss, scale, create_graph=True)
@@ -91,7 +92,7 @@ def test_create_graph_elsewhere_is_untouched():
 
 
 def seen(monkeypatch) -> list[tuple[str, str, str | None]]:
-    """(part, backend, dtype bfloat16 is computed in) of every call of a backend from now on."""
+    """Returns a list of (part, backend, compute dtype of bfloat16) of all later calls of a backend."""
     calls, implementation = [], backends.implementation
 
     def record(op, part, backend):
@@ -107,7 +108,7 @@ def test_the_backward_runs_on_the_backend_of_its_forward(monkeypatch):
     with backends.use("torch"), gemm.compute_bfloat16_in(torch.float32):
         inside = norm_linear(x, torch.randn(5, 6)).sum()
     outside = norm_linear(x, torch.randn(5, 6)).sum()
-    thread = threading.Thread(target=inside.backward)  # as autograd's own on a GPU
+    thread = threading.Thread(target=inside.backward)  # as autograd's own thread on a GPU
     thread.start()
     thread.join()
     with backends.use("torch"):
@@ -119,7 +120,7 @@ def test_the_backward_runs_on_the_backend_of_its_forward(monkeypatch):
 
 
 def test_threads_have_backends_of_their_own():
-    """Three of them enter and leave blocks in turn, and none sees another's."""
+    """Three threads enter and leave contexts alternately, and none is affected by another."""
     wrong, names, meet = [], ("torch", "cpu", "triton"), threading.Barrier(3)
 
     def work(name):
@@ -140,7 +141,7 @@ def test_threads_have_backends_of_their_own():
 
 
 def train(backend: str, steps: int = 20) -> list[Tensor]:
-    """Parameters after a few steps of plain gradient descent through a norm, a linear layer and an L1 loss."""
+    """Returns parameters after a few steps of gradient descent through a norm, a linear layer and an L1 loss."""
     generator = torch.Generator().manual_seed(0)
     x, weight, norm_weight, norm_bias, bias = (
         torch.randn(s, generator=generator) for s in [(8, 6), (5, 6), (6,), (6,), (5,)]
@@ -156,7 +157,7 @@ def train(backend: str, steps: int = 20) -> list[Tensor]:
 
 
 def test_three_threads_train_at_once(threads):
-    """With a backend each, to the bits that each gives alone."""
+    """Each thread has its own backend, and computes the same bits as it does alone."""
     usable = [
         name for name in ("torch", "cpu", "triton") if backends.can_run("norm_linear", name, torch.zeros(1, 1))[0]
     ]

@@ -1,4 +1,4 @@
-"""What holds for every op whatever it computes, of every kind of call: `calls.CALLS` has them.
+"""Properties of every op, whatever it computes, for every kind of call in `calls.CALLS`.
 
 Values, tolerances and messages are in the tests of each op, wrong arguments and strides in `test_arguments`.
 """
@@ -30,7 +30,7 @@ every_gradient = calls(DIFFERENTIABLE)
 
 
 def given(call: Call, *wanted: int) -> tuple[Tensor, list[Tensor]]:
-    """The result, where the tensors of these numbers require a gradient, and the tensors."""
+    """Returns the result and the tensors, of which those with these numbers require a gradient."""
     leaves = [t.detach().clone().requires_grad_(i in wanted) for i, t in enumerate(call.tensors)]
     return call(*leaves), leaves
 
@@ -40,14 +40,15 @@ def cotangent_of(result: Tensor) -> Tensor:
 
 
 def results(call: Call) -> Any:
-    """The op's, and gradients where it has them."""
+    """Returns the op's result, with gradients if it is differentiable."""
     result = call(*call.tensors)
     return gradients(call, call.tensors, cotangent_of(result)) if call.op in DIFFERENTIABLE else result
 
 
 @every_gradient
 def test_partial_gradients(place, op, arguments):
-    """Of one tensor alone, and of all but one: what is given is as of all, and no other tensor has one."""
+    """Gradients of one tensor, and of all but one, are those computed for all together. No other tensor has a
+    gradient."""
     call = Call(op, arguments(), place.device)
     every = range(len(call.tensors))
     result, leaves = given(call, *every)
@@ -88,7 +89,7 @@ def test_gradients_that_are_not_contiguous(place, op, arguments):
         _, expected = gradients(lambda *leaves: call(*leaves).expand_as(grad), call.tensors, contiguous)  # noqa: B023
         result, leaves = given(call, *range(len(call.tensors)))
         actual = torch.autograd.grad(result.expand_as(grad), leaves, grad)
-        # sums may run in another order
+        # The order of summation may differ.
         torch.testing.assert_close(list(actual), expected, rtol=1e-5, atol=1e-5, msg=lambda t, n=name: f"{n}: {t}")
 
 
@@ -105,7 +106,7 @@ def test_inputs_that_are_not_contiguous(place, op, arguments):
 
 @every_gradient
 def test_gradcheck(op, arguments):
-    """Of the torch backend; also with some gradients undefined."""
+    """Tests the torch backend, also with some gradients undefined."""
     torch.manual_seed(0)
     call = Call(op, arguments(make=FLOAT64))
     with backends.use("torch"):
@@ -113,7 +114,7 @@ def test_gradcheck(op, arguments):
 
 
 def in_lists(call: Call, dtype: torch.dtype | None, *tensors: Tensor) -> list:
-    """The arguments of an op's call, as under autocast to `dtype`."""
+    """Returns the arguments of the op's call, as under autocast to `dtype`."""
     args = [list(group) if isinstance(group, tuple) else group for group in call.arguments(*tensors)]
     return args if dtype is None else [*args[:-1], dtype]
 
@@ -130,7 +131,7 @@ def test_opcheck(place, op, arguments):
     [(op, None) for op in COMPOSED] + [(op, torch.bfloat16) for op in COMPOSED if REGISTERED[op].declared.takes_dtype],
 )
 def test_opcheck_of_the_backward(place, op, dtype):
-    """Of all gradients, and of every other one, and forward without; with the dtype of autocast, too."""
+    """Tests the forward, and the backward with all and with every second gradient, also with the dtype of autocast."""
     registered, call = REGISTERED[op], Call(op, CALLS[op]["everything"](), place.device)
     args, traced = in_lists(call, dtype), place.backend == "torch"
     with gemm.compute_bfloat16_in(torch.bfloat16):
@@ -138,7 +139,7 @@ def test_opcheck_of_the_backward(place, op, dtype):
         result = registered.overload(*args)
         result, saved = result if isinstance(result, tuple) else (result, [])
         layout = registered.declared.layout(call.lengths)
-        for step in (1, 2):  # a residual's gradient is the one that comes in
+        for step in (1, 2):  # a residual's gradient is the incoming one
             needs = [i in call.at[::step] and layout.names[i] != "residual" for i in layout.places]
             opcheck(registered.backward_overload, [result, *args, saved, needs], traced=traced)
 

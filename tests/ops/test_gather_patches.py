@@ -14,7 +14,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8
 
 
 def order_of(side: int, order: str) -> list[tuple[int, int]]:
-    """(row, column) of a cell's patches; Z-order as SPEC words it, quarter by quarter."""
+    """Returns (row, column) of a cell's patches; Z-order as SPEC defines it, quarter by quarter."""
     if order == "raster" or side == 1:
         return [(row, column) for row in range(side) for column in range(side)]
     half, inside = side // 2, order_of(side // 2, "z")
@@ -22,7 +22,7 @@ def order_of(side: int, order: str) -> list[tuple[int, int]]:
 
 
 def by_slices(pixels: Tensor, rows: Tensor, cell: int, patch: int, order: str) -> Tensor:
-    """The packed patches, one slice at a time."""
+    """Returns the packed patches, gathered slice by slice."""
     down, across = pixels.shape[2] // cell, pixels.shape[3] // cell
     packed = [pixels.new_zeros(0, pixels.shape[1] * patch * patch)]
     for number in rows.tolist():
@@ -35,7 +35,7 @@ def by_slices(pixels: Tensor, rows: Tensor, cell: int, patch: int, order: str) -
 
 @st.composite
 def gathers(draw):
-    """pixels, rows, cell, patch, order"""
+    """Draws pixels, rows, cell, patch and order."""
     order = draw(st.sampled_from(["raster", "z"]))
     side = draw(st.sampled_from([1, 2, 4] if order == "z" else [1, 2, 3, 5]))
     patch = draw(st.integers(1, 5))
@@ -76,7 +76,7 @@ def test_all_cells_in_raster_order_are_an_unfold(device):
 
 
 def test_four_patches_in_z_order_are_one_merged_patch(device):
-    """The view that makes a patch merging free: SPEC "The exact shortcut"."""
+    """This view makes patch merging free (SPEC, "The exact shortcut")."""
     pixels = torch.randn(1, 2, 16, 16, device=device)
     packed = gather_patches(pixels, torch.tensor([0], device=device), cell=16, patch=4, order="z").view(4, 4, 2, 4, 4)
     quarters = gather_patches(pixels, torch.tensor([0], device=device), cell=16, patch=8, order="z").view(4, 2, 8, 8)
@@ -119,7 +119,7 @@ def test_compile(device):
 
 @pytest.mark.parametrize("row", [-9, 8])
 def test_rows_out_of_range_raise(place, device, row):
-    """The CPU backends look; a GPU kernel cannot without waiting."""
+    """CPU backends check indices. A GPU kernel could not without synchronising."""
     if place.backend in ("cuda", "triton"):
         pytest.skip("indices on a GPU are not read back")
     with pytest.raises((ValueError, RuntimeError), match=f"rows has {row}; expected indices from 0 to below 8"):

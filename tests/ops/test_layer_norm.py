@@ -1,4 +1,4 @@
-"""The backward of csrc/cpu/layer_norm.cpp with all that it does besides: residuals of either dtype, and sums."""
+"""The backward of csrc/cpu/layer_norm.cpp, with residuals of either dtype, and sums."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fprop and dgrad of csrc/cpu/linear.cpp and their epilogues, and when they are chosen."""
+"""fprop and dgrad of csrc/cpu/linear.cpp, their epilogues, and the conditions for their use."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ pytestmark = [
 needs_bfloat16 = pytest.mark.skipif(ISA != "avx512bf16", reason="needs AVX512-BF16, not lowered")
 kernels = torch.ops.sgmim_fast_cpu
 
-# rows, ins, outs: parts of tiles, panels and transposed blocks; several chunks of rows; panels that are packed one by
-# one and together; depths of several blocks
+# rows, ins, outs: partial tiles, panels and transposed blocks; several chunks of rows; panels packed one by one and
+# together; several blocks along the depth
 SHAPES = [
     *(
         (1, 2, 1),
@@ -52,7 +52,7 @@ def result(rows: int, outs: int, dtype: torch.dtype = LOW) -> Tensor:
     ids=lambda dtypes: f"{dtypes[0]}, weights {dtypes[1]}",
 )
 def dtypes(request):
-    """Of rows and of weights."""
+    """Returns the dtypes of rows and weights."""
     return request.param
 
 
@@ -74,7 +74,7 @@ def test_fprop(shape, dtypes, bias):
         if residual is not None:
             plain, truth = plain + residual, truth + residual.double()
         assert_close_to_truth(y, plain, truth, "y")
-        if of_weight == LOW and out == WIDE:  # nothing is rounded: as exact as float32 itself
+        if of_weight == LOW and out == WIDE:  # nothing is rounded, so results are as accurate as float32
             exact = F.linear(x.float(), weight.float(), offset)
             assert_close_to_truth(y, exact if residual is None else exact + residual, truth, "y unrounded")
 
@@ -112,7 +112,7 @@ def test_dgrad_through_gelu(shape, dtypes):
         h = hidden.to(dtype).requires_grad_()
         return torch.autograd.grad(F.gelu(h), h, dy.to(dtype) @ weight.to(of_dy).to(dtype))[0]
 
-    # the weights' own rounding is in the truth: what is tested is the rest
+    # The truth uses rounded weights, so the rounding of weights is not tested.
     assert_close_to_truth(dhidden, through(of_dy), through(torch.float64), "dhidden")
     assert_close_to_truth(sums, through(of_dy).float().sum(0), through(torch.float64).sum(0), "sums")
     again = torch.empty_like(hidden)
@@ -122,7 +122,7 @@ def test_dgrad_through_gelu(shape, dtypes):
 
 @pytest.mark.parametrize(("rows", "ins", "outs"), [(500, 96, 200), (20000, 34, 70)], ids=["panels", "rows"])
 def test_any_number_of_threads_gives_the_same_bits(dtypes, rows, ins, outs):
-    """Threads have panels of their own, or rows."""
+    """Each thread has its own panels, or its own rows."""
     of_x, of_weight = dtypes
     x, weight, bias = rounded((rows, ins), of_x), rounded((outs, ins), of_weight), torch.randn(outs)
     residual, pre_activation = rounded((rows, outs), of_x), rounded((rows, outs), of_x)

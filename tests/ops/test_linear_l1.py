@@ -1,4 +1,4 @@
-"""`linear_l1` and `linear_l2` against plain PyTorch on the unfolded map, on every backend."""
+"""`linear_l1` and `linear_l2`, compared with plain PyTorch on the unfolded map, on every backend."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def plain(a):
         return F.unfold(pixels.to(wide), a.cell, stride=a.cell).transpose(1, 2).flatten(0, 1)[a.rows]
 
     pixels = cells(a.target)
-    if a.normalized:  # as MAE does
+    if a.normalized:  # as in MAE
         mean = pixels.mean(dim=-1, keepdim=True)
-        var = pixels.var(dim=-1, keepdim=True) if len(pixels) else 0  # which warns of nothing
+        var = pixels.var(dim=-1, keepdim=True) if len(pixels) else 0  # PyTorch would warn
         pixels = (pixels - mean) / (var + 1.0e-6) ** 0.5
     difference = F.linear(a.x if a.packed else a.x[a.rows], a.weight, a.bias).to(wide) - pixels
     distance = difference**2 if a.squared else difference.abs()
@@ -79,7 +79,7 @@ every_precision = pytest.mark.parametrize("precision", [*PRECISIONS, HALF])
 
 
 def cotangent_of(call: Call) -> Tensor:
-    """A float32 number, so that every precision scales by the same."""
+    """Returns a float32 number, so that the scale is the same in every precision."""
     return torch.tensor(0.37, device=call.tensors[0].device).double()
 
 
@@ -87,7 +87,7 @@ def cotangent_of(call: Call) -> Tensor:
 @every_precision
 @pytest.mark.parametrize("decided", [False, True], ids=["any sign", "gradients"])
 def test_value_and_gradients(backend, device, precision, case, decided):
-    """Of a sign that hangs on a rounding error there is the value only."""
+    """If signs depend on rounding errors, only the value is compared."""
     draw = partial(call_of, case, device, precision.dtype, decided=decided)
     if decided:
         assert_draws_close_to_truth(draw, ours, plain, cotangent_of, precision, result=torch.float32)
@@ -103,7 +103,7 @@ def test_value_and_gradients(backend, device, precision, case, decided):
 
 @every_case
 def test_float64(case):
-    """The torch backend, here with signs on both sides of zero."""
+    """Tests the torch backend, here with signs on both sides of zero."""
     call = call_of(case)
     actual, expected = (gradients(call.by(function), call.tensors, cotangent_of(call)) for function in (ours, plain))
     assert actual[0].dtype == torch.float64
@@ -120,7 +120,7 @@ def test_float64(case):
     squared=st.booleans(),
 )
 def test_any_shape(backend, device, counts, channels, cell, width, packed, pixels, squared):
-    """Right in every element; how exact, the fixed cases say."""
+    """Every element is right. The tests of fixed cases check the accuracy."""
     torch.manual_seed(0)
     normalized = pixels == "normalized" and channels * cell**2 > 1
     options = {"packed": packed, "valid": pixels == "valid", "squared": squared, "normalized": normalized}
@@ -133,7 +133,7 @@ def test_any_shape(backend, device, counts, channels, cell, width, packed, pixel
 
 @every_precision
 def test_exact_hits_have_no_gradient(backend, device, precision):
-    """|0| has gradient 0; +-1 elsewhere. The numbers are small integers, exact in every precision."""
+    """|0| has gradient 0, all others ±1. The numbers are small integers, which are exact in every precision."""
     a = case((2, 3), channels=2)
     bias, offset = torch.arange(32.0) % 5, torch.randint(-1, 2, a.target.shape)
     target = F.fold(bias.expand(12, 32).unflatten(0, (2, 6)).mT, a.target.shape[2:], 4, stride=4) + offset
@@ -162,14 +162,15 @@ def test_layouts(backend, device, name, layout):
     strided = layouts(getattr(a, name))[layout]
     calls = (Call("linear_l1", a._replace(**{name: t})) for t in (strided, strided.contiguous()))
     actual, expected = (gradients(call, call.tensors, cotangent_of(call)) for call in calls)
-    # on a GPU another layout is another kernel, whose threads add up other numbers
+    # On a GPU another layout selects another kernel, whose threads add other numbers.
     torch.testing.assert_close(actual, expected, rtol=1e-6 if device.type == "cuda" else 0, atol=0)
 
 
 @every_precision
 @pytest.mark.parametrize("packed", [True, False])
 def test_autocast(backend, device, precision, packed):
-    """float32 weights, gemms as asked for: as a call in that dtype, but gradients keep the weights' dtype."""
+    """float32 weights with low-precision gemms: as a call in that dtype, but gradients have the dtype of the
+    weights."""
     one = partial(case, (3, 6), channels=2, cell=8, width=40, packed=packed)
     autocast = torch.autocast(device.type, precision.dtype, enabled=precision.dtype != torch.float32)
     draw = partial(call_of, one, device, torch.float32, decided=True)
@@ -178,7 +179,7 @@ def test_autocast(backend, device, precision, packed):
 
 
 def test_autocast_of_mixed_dtypes():
-    """bfloat16 tokens from an autocast encoder meet float32 weights."""
+    """bfloat16 tokens of an autocast encoder are combined with float32 weights."""
     call = Call("linear_l1", case((3, 6)))
     x, *rest = call.tensors
     with torch.autocast("cpu", torch.bfloat16):
@@ -200,7 +201,7 @@ def test_same_bits_again_and_on_any_number_of_threads(backend, device, threads, 
 
 
 def bad(**changes):
-    """Arguments of a call with some of them changed."""
+    """Returns the arguments of a call, with some of them changed."""
     x, weight, bias, target, _, rows, *_ = case()
     arguments = {"x": x, "weight": weight, "bias": bias, "target": target, "rows": rows, "cell": 4}
     return {name: changes[name](value) if name in changes else value for name, value in arguments.items()}

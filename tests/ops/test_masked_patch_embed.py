@@ -19,7 +19,7 @@ inputs = partial(case, make=FLOAT64)
 
 
 def plain(a):
-    """The plain expression over every patch."""
+    """The op in plain PyTorch, for all patches."""
     tokens = F.conv2d(a.x, a.weight, a.bias, stride=a.weight.shape[2]).flatten(2).mT
     if a.norm_weight is not None:
         tokens = F.layer_norm(tokens, tokens.shape[2:], a.norm_weight, a.norm_bias, a.eps)
@@ -36,7 +36,7 @@ check = partial(check_op, plain, "masked_patch_embed")
     channels=st.integers(1, 3),
     patch=st.sampled_from([1, 2, 4, 7]),
     grid=st.tuples(st.integers(1, 6), st.integers(1, 6)),
-    width=st.integers(8, 70),  # a LayerNorm over two or three values has next to no gradient, only rounding
+    width=st.integers(8, 70),  # gradients of a LayerNorm over two or three values are nearly only rounding errors
     norm=st.booleans(),
     share=st.floats(0, 1),
 )
@@ -97,8 +97,8 @@ def test_same_bits_each_time_and_with_any_number_of_threads(place, threads):
         with threads(number):
             results.append(gradients(call, call.tensors, cotangent))
     assert_same_bits(results[:2])
-    if place.backend == "cpu":  # whose own sums are kept the same; torch's and the library's gemms promise less
-        assert_same_bits([grads[2:] for _, grads in results])  # of bias, mask token and norm
+    if place.backend == "cpu":  # its own sums are reproducible; gemms of torch and the library need not be
+        assert_same_bits([grads[2:] for _, grads in results])  # gradients of bias, mask token and norm
 
 
 def test_compile(place):

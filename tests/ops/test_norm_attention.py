@@ -1,4 +1,4 @@
-"""`norm_attention` against LayerNorm, linear, attention in windows and linear in plain PyTorch, and the residual."""
+"""`norm_attention`, compared with LayerNorm, linear, window attention, linear and residual in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def test_layer_scale(place, residual, dtype):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("computed_in", [torch.float32, torch.bfloat16])
 def test_bfloat16(place, options, autocast, computed_in):
-    residual = not autocast  # under autocast the result would be as wide as x
-    hottest = 2.0 if options else None  # times a hundred, a rounding of qkv would move logits by 0.4
+    residual = not autocast  # under autocast the result would have the dtype of x
+    hottest = 2.0 if options else None  # scaled by 100, rounding of qkv would move logits by 0.4
     with gemm.compute_bfloat16_in(computed_in):
         check(inputs(width=32, hottest=hottest, residual=residual, **options), place, torch.bfloat16, autocast)
 
@@ -72,10 +72,10 @@ def test_all_tokens_in_one_window(place):
 @pytest.mark.parametrize("computed_in", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [PRE, POST], ids=str)
 def test_a_float32_residual_stays_one_under_autocast(place, options, computed_in):
-    """What is added is not rounded to the dtype of the gemms, nor is its gradient."""
+    """Neither the residual nor its gradient is rounded to the dtype of the gemms."""
     a = case(**options)
     zero = ["proj_bias", "norm_weight", "norm_bias"] if options is POST else ["proj_weight", "proj_bias"]
-    a = a._replace(**{name: 0 * getattr(a, name) for name in zero})  # the half gives 0, and to x no gradient
+    a = a._replace(**{name: 0 * getattr(a, name) for name in zero})  # the half is 0, and x gets no gradient from it
     if options is POST:
         a = a._replace(proj_weight=0 * a.proj_weight)
     call = Call("norm_attention", a, place.device)
@@ -85,7 +85,7 @@ def test_a_float32_residual_stays_one_under_autocast(place, options, computed_in
 
 
 def test_values_agree_with_three_ops(place):
-    """Norm and qkv, windows, projection and residual one by one give the same numbers."""
+    """Norm with qkv, window attention, and projection with residual as separate ops give the same numbers."""
     a = Call("norm_attention", case(**PRE), place.device).arguments()
     qkv = norm_linear(a.x, a.qkv_weight, a.qkv_bias, norm_weight=a.norm_weight, norm_bias=a.norm_bias, eps=a.eps)
     attended = window_attention(qkv, a.heads, a.window, a.shift, bias=a.bias, index=a.index)

@@ -1,4 +1,4 @@
-"""`norm_linear` against LayerNorm and linear in plain PyTorch."""
+"""`norm_linear`, compared with LayerNorm and linear in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_float32_layer_scale_widens_the_result_under_autocast(place, residual)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("computed_in", [torch.float32, torch.bfloat16])
 def test_a_float32_residual_stays_one_under_autocast(place, dtype, computed_in):
-    """What is added is not rounded to the dtype of the gemms, nor is its gradient."""
+    """Neither the residual nor its gradient is rounded to the dtype of the gemms."""
     a = case(residual=True)
     call = Call("norm_linear", a._replace(weight=0 * a.weight, bias=0 * a.bias), place.device)
     with gemm.compute_bfloat16_in(computed_in), torch.autocast(place.device, dtype):

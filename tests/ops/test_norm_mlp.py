@@ -1,4 +1,4 @@
-"""`norm_mlp` against LayerNorm, linear, GELU and linear in plain PyTorch."""
+"""`norm_mlp`, compared with LayerNorm, linear, GELU and linear in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_bfloat16(place, options, autocast, computed_in):
 )  # fmt: skip
 @pytest.mark.parametrize("computed_in", [torch.float32, torch.bfloat16])
 def test_bfloat16_as_wide_as_x(place, options, computed_in):
-    """Under autocast the result would be as wide as x or the layer scale."""
+    """Tests bfloat16 without autocast, under which the result would have the dtype of x or of the layer scale."""
     with gemm.compute_bfloat16_in(computed_in):
         check(inputs((2, 3, 8), 48, **options), place, torch.bfloat16)
 
@@ -87,8 +87,8 @@ def test_a_float32_layer_scale_widens_the_result_under_autocast(place, residual)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("computed_in", [torch.float32, torch.bfloat16])
 def test_a_float32_residual_stays_one_under_autocast(place, dtype, computed_in):
-    """What is added is not rounded to the dtype of the gemms, nor is its gradient."""
-    a = case((2, 5), 48, residual=True)  # the MLP gives 0, and to x no gradient
+    """Neither the residual nor its gradient is rounded to the dtype of the gemms."""
+    a = case((2, 5), 48, residual=True)  # the MLP is 0, and x gets no gradient from it
     call = Call("norm_mlp", a._replace(fc2_weight=0 * a.fc2_weight, fc2_bias=0 * a.fc2_bias), place.device)
     with gemm.compute_bfloat16_in(computed_in), torch.autocast(place.device, dtype):
         result, (dx, *_) = gradients(call, call.tensors, cotangent := torch.randn_like(call.tensors[0]))

@@ -1,4 +1,4 @@
-"""`position_bias` against the MLP in plain PyTorch."""
+"""`position_bias`, compared with the MLP in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -80,10 +80,10 @@ def test_any_number_of_threads_gives_the_same_bits(backend):
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             result, found = gradients(call, call.tensors, cotangent)
-            results.append([result, *found[1:]])  # the coordinates' gradient is the library's
+            results.append([result, *found[1:]])  # the library computes the gradient of the coordinates
     finally:
         torch.set_num_threads(threads)
-    if backend != "torch":  # whose gemms are the library's
+    if backend != "torch":  # the torch backend uses the library's gemms
         assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 

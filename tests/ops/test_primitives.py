@@ -1,4 +1,4 @@
-"""Every backend's module has the primitives as `ops.primitives` declares them."""
+"""Every backend implements the primitives as `ops.primitives` declares them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sgmim_fast.ops.primitives import Gradients, Primitives
 
 DECLARED = {name: f for name, f in vars(Primitives).items() if inspect.isfunction(f) and not name.startswith("_")}
 MODULES = {"torch": "sgmim_fast.ops._plain"} | backends.MODULES["norm_linear"]
-# Compositions with a backend's module of their own, which has no more primitives than they ask for.
+# Composite ops for which a backend has a module of its own, with only the primitives that they call.
 OWN = [
     (op, module)
     for op in ("masked_patch_embed", "relational_guidance")
@@ -26,7 +26,7 @@ OWN = [
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("primitive", DECLARED)
 def test_signatures(name, primitive):
-    """The same parameters in the same order, and the same defaults; more with defaults are the backend's own."""
+    """Parameters have the same names, order and defaults. A backend may have further ones with defaults."""
     if name == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     function = getattr(importlib.import_module(MODULES[name]), primitive)

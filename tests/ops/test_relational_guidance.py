@@ -1,4 +1,4 @@
-"""`relational_guidance` against plain PyTorch, image by image with every hidden cell a key of its own."""
+"""`relational_guidance`, compared with plain PyTorch, image by image and with one key per hidden cell."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def ours(a):
 
 
 def plain(a, fused: bool = False):
-    """fused: through PyTorch's own fused attention, which keeps no softmax for its backward."""
+    """The op in plain PyTorch. `fused` uses PyTorch's fused attention, which saves no softmax for its backward."""
     w, width, guided = a.parameters, (a.features.shape[1],), []
     visible, shown = Rows(*a.rows[:2]), Rows(*a.rows[2:])
 
@@ -93,15 +93,15 @@ def call_of(case: Callable[..., Any], device: Any = "cpu", dtype: Any = None) ->
 
 
 def cotangent_of(call: Call, dtype: torch.dtype | None = None) -> Tensor:
-    """Upstream gradient, a number of the tensors' precision."""
+    """Returns the upstream gradient, rounded to the precision of the tensors."""
     features, rows = call.tensors[0], call.arguments().rows.visible.shape[0]
     values = torch.linspace(-9, 7, rows * features.shape[1]).sin().view(rows, features.shape[1])
     return values.to(features.device, dtype or features.dtype).double()
 
 
 def assert_right_of(call: Call) -> None:
-    """In float32, whatever the conditioning: by the error of plain PyTorch and of PyTorch's fused attention, for inputs
-    moved by a rounding."""
+    """Checks float32 for any conditioning, by the errors of plain PyTorch and of PyTorch's fused attention for inputs
+    moved by a rounding error."""
     cotangent = cotangent_of(call)
 
     def again(i):
@@ -139,7 +139,7 @@ def test_any_shape(backend, device, case):
 
 @every_case
 def test_float64(case):
-    """The torch backend to many digits."""
+    """Tests the torch backend to many digits."""
     call = call_of(case)
     actual, expected = (computed(function, call, cotangent_of(call)) for function in (ours, plain))
     assert actual[0].dtype == torch.float64
@@ -147,7 +147,7 @@ def test_float64(case):
 
 
 def test_large_logits(backend, device):
-    """A softmax that is not shifted by its largest logit overflows here."""
+    """A softmax that does not subtract the largest logit would overflow."""
     call = call_of(partial(case, (2, 4), width=32, heads=2), device, torch.float32)
     call.tensors[NAMES.index("q_weight")] *= 60
     assert_right_of(call)
@@ -156,7 +156,7 @@ def test_large_logits(backend, device):
 @every_precision
 @pytest.mark.parametrize("keep", [True, False], ids=["keep", "drop"])
 def test_autocast(backend, device, precision, keep):
-    """float32 weights, gemms as asked for: the result in that dtype, the gradients in the weights' own."""
+    """float32 weights with low-precision gemms: the result has that dtype, gradients have the dtype of the weights."""
     autocast = torch.autocast(device.type, precision.dtype, enabled=precision.dtype != torch.float32)
     draw = partial(call_of, partial(case, (2, 5, 1), width=40, keep=keep), device, torch.float32)
     cotangent = partial(cotangent_of, dtype=precision.dtype)
@@ -164,7 +164,7 @@ def test_autocast(backend, device, precision, keep):
 
 
 def test_autocast_of_mixed_dtypes():
-    """bfloat16 features from an autocast encoder meet float32 weights."""
+    """bfloat16 features of an autocast encoder are combined with float32 weights."""
     call = call_of(partial(case, (2, 5)), dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         result, grads = gradients(call, [call.tensors[0].bfloat16(), *call.tensors[1:]], cotangent_of(call))

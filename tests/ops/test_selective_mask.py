@@ -22,7 +22,7 @@ def flat(drawn) -> list[torch.Tensor]:
 
 @st.composite
 def draws(draw):
-    """seed, masked, grid, scale"""
+    """Draws seed, masked, grid and scale."""
     grid = draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
     masked = draw(st.lists(st.integers(0, math.prod(grid)), min_size=1, max_size=5))
     key = st.integers(-(2**63), 2**63 - 1)
@@ -31,7 +31,7 @@ def draws(draw):
 
 @pytest.mark.parametrize(
     ("counter", "key", "expected"),
-    [  # Random123's known answers for philox4x32 with 10 rounds
+    [  # known answers of Random123 for philox4x32 with 10 rounds
         ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
         ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
         (
@@ -59,7 +59,7 @@ def test_counts_complement_and_rows(place, arguments):
         assert rows.offsets.tolist() == [0, *chosen.flatten(1).sum(1).cumsum(0).tolist()]
     assert mask.flatten(1).sum(1).tolist() == [count * scale**2 for count in counts]
     units = mask.view(batch, grid[0], scale, grid[1], scale)
-    assert torch.equal(units.any(4).any(2), units.all(4).all(2))  # whole units only
+    assert torch.equal(units.any(4).any(2), units.all(4).all(2))  # only whole units
     assert visible.index.numel() + masked.index.numel() == batch * cells
 
 
@@ -93,13 +93,14 @@ def test_nothing_and_everything_masked(device, grid):
 
 
 def test_every_unit_is_as_likely(place):
-    """Pearson's statistic over the images: how often each unit is masked, and how often each pair of neighbours."""
+    """Tests Pearson's statistic over the images of how often each unit, and each pair of neighbours, is masked."""
     device, count, (rows, columns) = place.device, 22, (6, 6)
     images = 128 if place.interpreted else 4096
     mask, _, _ = selective_mask(seed_of(3, device), [count] * images, (rows, columns))
     share = count / (rows * columns)
     z = (mask.double().mean(0) - share) / math.sqrt(share * (1 - share) / images)
-    # the sum of z^2 over 36 units with a fixed total is 36/35 chi-square of 35 degrees: mean 36, deviation 8.6
+    # For a fixed total, the sum of z^2 over 36 units is 36/35 chi-square with 35 degrees of freedom: mean 36, deviation
+    # 8.6.
     assert 10 < z.square().sum() < 70
     both = share * (count - 1) / (rows * columns - 1)
     z = ((mask[:, :, 1:] & mask[:, :, :-1]).double().mean(0) - both) / math.sqrt(both * (1 - both) / images)

@@ -20,7 +20,7 @@ VALUES = st.one_of(
 
 
 def sorting(structure: Tensor) -> Tensor:
-    """SPEC "Standardising the structure map", word by word, in the dtype of the map."""
+    """Implements SPEC, "Standardising the structure map", literally, in the dtype of the map."""
     out = torch.zeros_like(structure)
     for source, target in zip(structure.flatten(0, 1), out.flatten(0, 1), strict=True):
         ordered = source.flatten().sort().values
@@ -121,7 +121,7 @@ def test_nonfinite_raises(device):
     number=st.integers(0, 2**31),
 )
 def test_nonfinite_ignored(place, shape, share, number):
-    """The finite values are standardised as if they were all there is."""
+    """The finite values are standardised as if there were no others."""
     generator = torch.Generator().manual_seed(number)
     structure = torch.randn(shape, generator=generator)
     bad = torch.rand(shape, generator=generator) < share

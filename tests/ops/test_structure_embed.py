@@ -1,4 +1,4 @@
-"""`structure_embed` against plain PyTorch over the whole map, on every backend."""
+"""`structure_embed`, compared with plain PyTorch on the whole map, on every backend."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sgmim_fast.ops.cases import structure_embed as case
 def plain(a):
     w, (images, _, *pixels) = StructureParameters.nested(a.parameters), a.structure.shape
     grid = [side // a.cell for side in pixels]
-    # one more image, all hidden: where every cell is shown, h is still wanted
+    # Add an image with all cells hidden: h is needed even if every cell is shown.
     structure = torch.cat([a.structure, torch.ones_like(a.structure[:1])])
     shown = torch.zeros((images + 1) * grid[0] * grid[1], device=a.rows.device).index_fill_(0, a.rows, 1)
     shown = F.interpolate(shown.view(-1, 1, *grid), scale_factor=2 ** len(w.merge_weights)).permute(0, 2, 3, 1)
@@ -44,7 +44,7 @@ def ours(a):
 
 
 def flat_places(*sizes: Any, **options: Any) -> Any:
-    """A case of a map with flat places, as where depth is missing."""
+    """Returns a case whose maps have flat regions, as where depth is missing."""
     a = case(*sizes, **options)
     coarse = torch.randn(*(s // a.cell if i > 1 else s for i, s in enumerate(a.structure.shape)), dtype=torch.float64)
     coarse = F.interpolate(coarse, a.structure.shape[2:])
@@ -56,7 +56,7 @@ def call_of(case: Callable[..., Any], device: Any = "cpu", dtype: Any = None) ->
 
 
 def cotangent_of(call: Call, dtype: torch.dtype | None = None) -> Tensor:
-    """Upstream gradient, a number of the tensors' precision."""
+    """Returns the upstream gradient, rounded to the precision of the tensors."""
     structure, *_, last = call.tensors
     rows = call.arguments().rows.shape[0] + 1
     values = torch.linspace(-9, 7, rows * last.shape[0]).sin().view(rows, -1)
@@ -99,7 +99,7 @@ def test_value_and_gradients(backend, device, precision, case):
     width=st.integers(2, 40),
 )
 def test_any_shape(backend, device, shown, channels, cell, width):
-    """Right in every element; how exact, the fixed cases say."""
+    """Every element is right. The tests of fixed cases check the accuracy."""
     torch.manual_seed(0)
     call = call_of(partial(case, shown, (2, 2), channels, *embedding_patch(cell), width), device, torch.float32)
     actual = computed(ours, call, cotangent_of(call))
@@ -110,7 +110,7 @@ def test_any_shape(backend, device, shown, channels, cell, width):
 
 @every_case
 def test_float64(case):
-    """The torch backend to many digits."""
+    """Tests the torch backend to many digits."""
     call = call_of(case)
     actual, expected = (computed(function, call, cotangent_of(call)) for function in (ours, plain))
     assert actual[0].dtype == torch.float64
@@ -148,7 +148,7 @@ def test_layouts_of_the_map(backend, device, layout):
     ids=lambda wanted: "-".join(sorted(wanted)),
 )
 def test_partial_gradients_of_many_wide_cells(backend, device, wanted):
-    """Whose mergings are collapsed."""
+    """Their mergings are collapsed."""
     call = call_of(CASES["many-wide-cells"], device, torch.float32)
     _, *full = computed(ours, call, cotangent_of(call))
     leaves = [t.detach().requires_grad_(name in wanted) for name, t in zip(call.names, call.tensors, strict=True)]
@@ -160,7 +160,7 @@ def test_partial_gradients_of_many_wide_cells(backend, device, wanted):
 @every_precision
 @pytest.mark.parametrize("case", [partial(case, (3, 5), width=20), CASES["many-wide-cells"]], ids=["few", "many"])
 def test_autocast(backend, device, precision, case):
-    """float32 weights, gemms as asked for: the result in that dtype, the gradients in the weights' own."""
+    """float32 weights with low-precision gemms: the result has that dtype, gradients have the dtype of the weights."""
     autocast = torch.autocast(device.type, precision.dtype, enabled=precision.dtype != torch.float32)
     draw = partial(call_of, case, device, torch.float32)
     cotangent = partial(cotangent_of, dtype=precision.dtype)

@@ -1,4 +1,4 @@
-"""Sums over very many rows are as exact as PyTorch's, which adds in pairs."""
+"""Sums over very many rows are as accurate as PyTorch's pairwise sums."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sgmim_fast import ops
 from sgmim_fast.ops import GuidanceParameters
 from sgmim_fast.ops.cases import FLOAT32
 
-ROWS = 150_000  # of a batch of 128 at the first level of Swin-B: 3 times as many
+ROWS = 150_000  # a batch of 128 has 3 times as many at the first level of Swin-B
 
 
 def vectors(*sizes: int) -> list[Tensor]:
@@ -96,7 +96,7 @@ def test_biases_and_tokens_of_stems(cotangent):
 
 @pytest.mark.parametrize("context", ["keep", "drop"])
 def test_a_single_key_has_no_gradient(place, context):
-    """Its weight is 1 whatever the query and the key are: the gradients of both are exactly 0."""
+    """Its weight is 1 whatever query and key are, so the gradients of both are exactly 0."""
     visible, shown = FLOAT32.rows(torch.ones(2, 3, dtype=torch.bool)), FLOAT32.rows(torch.eye(3, dtype=torch.bool)[:2])
     if context == "keep":
         shown = FLOAT32.rows(torch.zeros(2, 3, dtype=torch.bool))

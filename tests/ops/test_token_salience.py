@@ -21,15 +21,16 @@ def stretched(s: Tensor) -> Tensor:
 
 
 def formula(x: Tensor) -> Tensor:
-    """SPEC "Salience-based masking", word by word, in the dtype of the tokens."""
+    """Implements SPEC, "Salience-based masking", literally, in the dtype of the tokens."""
     return stretched((x @ x.mT).softmax(-1).sum(-2))
 
 
 def apart(x: Tensor, rounded: bool = False) -> Tensor:
-    """The same, less the attention that tokens pay themselves, which is close to 1 where they are long.
+    """Returns the same without the attention of tokens to themselves, which is close to 1 for long tokens.
 
-    rounded: the attention is `moved`, as the tokens were. Short tokens attend to each other so evenly that moving them
-    alone moves no bit of it, and one number by luck would be all that plain PyTorch's errors say.
+    If `rounded`, the attention is `moved` as well as the tokens. Short tokens attend to each other so evenly that
+    moving the tokens alone does not change a bit of it, and the errors of plain PyTorch would depend on the chance of
+    one number.
     """
     attention = (x @ x.mT).softmax(-1)
     if rounded:
@@ -58,7 +59,7 @@ def test_the_truth(scale):
     "shape", [(1, 1, 1), (2, 2, 3), (3, 36, 128), (1, 37, 33), (2, 65, 100), (1, 130, 31), (1, 196, 768), (1, 600, 16)]
 )
 def test_against_float64(place, shape, attention, dtype):
-    """attention: the logit of a token with itself, of which exp(-30) is left for the others at the most."""
+    """`attention` is the logit of a token with itself; the others have at most exp(-30) of the weight for 30."""
     if place.interpreted and shape[1] * shape[2] > 10000:
         pytest.skip("large sizes take minutes in Triton's interpreter")
     check(((attention / shape[2]) ** 0.5 * torch.randn(shape)).to(dtype), place.device)
@@ -81,7 +82,8 @@ def test_float64_on_any_device():
 
 
 def test_huge_logits_are_not_too_large(device):
-    """exp alone would overflow. Each token attends to itself, but the first, which attends to the last."""
+    """exp without subtraction would overflow. Each token attends to itself, except the first, which attends to the
+    last."""
     x = torch.eye(6, device=device)[None] * 50
     assert torch.equal(token_salience(x), torch.zeros(1, 6, device=device))
     x[0, 5] = 100 * torch.eye(6, device=device)[0]
@@ -98,7 +100,7 @@ def test_equal_tokens_give_zeros(device):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38])
 @pytest.mark.parametrize("at", [0, 5, 36])
 def test_what_is_not_finite_shows_in_its_image_alone(device, value, at):
-    """3e38 is finite, and its square is not."""
+    """3e38 is finite, but its square is not."""
     x = torch.randn(3, 37, 8, device=device)
     expected = token_salience(x)
     x[1, at, 3] = value
@@ -133,7 +135,7 @@ def test_same_bits_each_time_and_with_any_number_of_threads(device, threads):
         with threads(number):
             results.append(token_salience(x))
     assert torch.equal(results[0], results[1])
-    # plain PyTorch's products may differ with the threads
+    # Gemms of plain PyTorch may depend on the number of threads.
     assert backends.forced() == "torch" or torch.equal(results[0], results[2])
 
 
@@ -145,7 +147,7 @@ def test_autocast_changes_nothing(device):
 
 
 def test_the_attention_is_never_written():
-    """Of 6000 tokens it takes 144 MB."""
+    """For 6000 tokens the attention would have 144 MB."""
     usable, reason = backends.can_run("token_salience", "cpu")
     if not usable:
         pytest.skip(reason)

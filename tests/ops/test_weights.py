@@ -1,4 +1,4 @@
-"""Copies of weights in the dtype of the gemms: the backward reads the forward's, and none is ever stale."""
+"""Copies of weights in the dtype of the gemms: the backward reads the copies of the forward, and none is outdated."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ LOW = torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def on_a_gpu(monkeypatch):
-    """Where alone copies are kept."""
+    """Simulates a GPU, since copies are kept only there."""
     monkeypatch.setattr(target, "on_gpu", lambda weight: True)
-    monkeypatch.setattr(cpu_gemm, "reads_float32_weights", lambda: False)  # or a CPU casts nothing
+    monkeypatch.setattr(cpu_gemm, "reads_float32_weights", lambda: False)  # otherwise a CPU casts nothing
 
 
 def data(weight: nn.Parameter) -> None:
@@ -62,7 +62,7 @@ def load_assigned(weight: nn.Parameter) -> None:
 
 
 def gathered(weight: nn.Parameter) -> None:
-    """As FSDP does: the memory is given up and filled anew, without a trace in the version."""
+    """Releases the memory and fills it again without changing the version, as FSDP does."""
     storage, values = weight.untyped_storage(), weight.detach() + 1
     storage.resize_(0)
     storage.resize_(values.numel() * values.itemsize)
@@ -76,7 +76,7 @@ CHANGES = [data, other_data, in_place, step, fused_step, load, load_assigned, ga
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_forward_reads_what_the_weight_is(change, backward):
-    """Whether the forward before it had a backward or not."""
+    """Holds whether the preceding forward had a backward or not."""
     weight = nn.Parameter(torch.randn(6, 5))
     weights_in(LOW, weight)
     if backward:
@@ -95,12 +95,12 @@ def test_the_backward_reads_the_forwards_copy_and_lets_it_go():
     del forward, backward
     gc.collect()
     assert gone() is None
-    assert torch.equal(weights_in(LOW, weight, last=True)[0], weight.detach().to(LOW))  # of a graph that was retained
+    assert torch.equal(weights_in(LOW, weight, last=True)[0], weight.detach().to(LOW))  # of a retained graph
 
 
 @pytest.mark.parametrize("change", [in_place, step, load])
 def test_the_backward_sees_what_autograd_sees(change):
-    """Which raises, in the end, since the weight was saved: until then nothing is computed with the old one."""
+    """Autograd raises in the end, since the weight was saved. Until then, the new weight is used."""
     weight = nn.Parameter(torch.randn(6, 5))
     weights_in(LOW, weight)
     change(weight)
@@ -127,7 +127,7 @@ def test_other_dtype_and_another_weight():
 
 @pytest.fixture
 def copied(monkeypatch):
-    """Which weights are copied, call by call."""
+    """Records how many weights each call copies."""
     calls, copies = [], weights._copies
 
     def noted(given, dtype):
@@ -140,7 +140,8 @@ def copied(monkeypatch):
 
 
 def test_together(copied):
-    """One call for all of a model's, which the backward reads, too; none without a gemm in another dtype."""
+    """All weights of a model are copied in one call, and the backward reads them, too. Without a gemm in another dtype
+    nothing is copied."""
     first, second, bias, foreign = (nn.Parameter(torch.randn(*size)) for size in [(6, 5), (4, 6), (4,), (2, 2)])
     with cast_together(lambda: [first, second, bias]):
         assert weights_in(torch.float32, first)[0].data_ptr() == first.data_ptr() and copied == []
@@ -152,12 +153,12 @@ def test_together(copied):
     assert copied == [3, 1]
     assert weights_in(LOW, first, last=True)[0] is found
     weights_in(LOW, first)
-    assert copied == [3, 1, 1]  # the next forward reads the weight as it is
+    assert copied == [3, 1, 1]  # the next forward reads the current weight
 
 
 @pytest.mark.parametrize("change", [in_place, other_data, step, load, load_assigned])
 def test_a_change_within_a_forward_is_seen(change):
-    """But for those that leave no trace there: in place through `.data`, and a fused optimizer's."""
+    """Except for changes that are not recorded within a forward: in place through `.data`, and by a fused optimizer."""
     weight, other = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(6, 5))
     with cast_together(lambda: [weight, other]):
         weights_in(LOW, other)
@@ -190,7 +191,7 @@ def trained(model: SGMIM) -> float:
 
 
 def test_a_model_casts_its_weights_once(copied):
-    """To the same values as one after the other, which is what happens where hooks are called in between."""
+    """The values are those of casts one after the other, which happen if hooks are called in between."""
     model = tiny()
     linears = [layer for layer in model.modules() if type(layer) is nn.Linear]
     expected = sum(len(list(layer.parameters())) for layer in linears)

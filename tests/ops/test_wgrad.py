@@ -1,4 +1,4 @@
-"""The wgrad of csrc/cpu/wgrad.cpp, in every instruction set."""
+"""The wgrad of csrc/cpu/wgrad.cpp, for every instruction set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NATIVE = backends.available()["cpu"]
 pytestmark = pytest.mark.skipif(not NATIVE[0], reason=NATIVE[1])
 ISA = torch.ops.sgmim_fast_cpu.isa() if NATIVE[0] else ""
 
-# rows, columns of dy and of x: single ones, parts of tiles and panels, and more rows than are packed at a time
+# rows, columns of dy and of x: single ones, partial tiles and panels, and more rows than are packed at a time
 SHAPES = [(0, 3, 5), (1, 1, 1), (7, 5, 3), (16, 6, 64), (33, 97, 130), (353, 100, 70), (1025, 12, 33), (4301, 7, 17)]
 
 
@@ -41,7 +41,7 @@ def test_values(dtype, shape):
 
 @pytest.mark.parametrize(("outs", "ins"), [(200, 90), (90, 200)])
 def test_any_number_of_threads_gives_the_same_bits(dtype, outs, ins):
-    """Threads have dy's columns of their own, or those of x."""
+    """Each thread has its own columns of dy, or of x."""
     dy, x = torch.randn(2500, outs).to(dtype), torch.randn(2500, ins).to(dtype)
     before = torch.get_num_threads()
     try:

@@ -1,4 +1,5 @@
-"""Attention of all tokens through PyTorch's own: against plain PyTorch on a CPU, by its fakes as on a GPU."""
+"""Attention of all tokens with PyTorch's own kernels: compared with plain PyTorch on a CPU, and with fakes as on
+a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ def test_as_plain_pytorch(window, heads, width, dtype):
     w = windows(heads, window)
     qkv, grad = (torch.randn(2, *window, c * heads * width).to(dtype) for c in (3, 1))
     assert whole_attention.takes(qkv, w)
-    with torch._C._AutoDispatchBelowAutograd():  # as in an op
+    with torch._C._AutoDispatchBelowAutograd():  # as inside an op
         found = library.window_attention(qkv, w), library.window_attention_backward(grad, qkv, w, ("qkv",))[0]
     for i, actual in enumerate(found):
         plain, truth = (
@@ -35,7 +36,7 @@ def test_as_plain_pytorch(window, heads, width, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_on_a_gpu_by_its_fakes(dtype):
-    """Arguments in the order that PyTorch has them there, and shapes."""
+    """Checks shapes, and the order of arguments of PyTorch's GPU functions."""
     with FakeTensorMode():
         qkv, grad = (torch.empty(2, 1, 197, c * 12 * 64, dtype=dtype, device="cuda") for c in (3, 1))
         w = windows(12, (1, 197))
@@ -46,7 +47,7 @@ def test_on_a_gpu_by_its_fakes(dtype):
 
 
 def test_the_triton_backend_takes_it_on_a_gpu_alone(monkeypatch):
-    """Elsewhere, as in the interpreter, its own kernels run."""
+    """Elsewhere, as in the interpreter, the backend runs its own kernels."""
     pytest.importorskip("triton", reason="the Triton backend needs triton")
     from sgmim_fast.kernels import primitives
 

@@ -1,4 +1,5 @@
-"""`window_attention` against plain PyTorch: roll, pad, partition, attention with bias and mask, and all of it back."""
+"""`window_attention`, compared with plain PyTorch: roll, pad, partition, attention with bias and mask, and the inverse
+steps."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ inputs = partial(case, make=FLOAT64)
 
 
 def plain(a):
-    """What timm's blocks do between the two projections; written for autograd, with the mask from a painted map."""
+    """Computes what timm's blocks do between the two projections, for autograd, with the mask from a map of labels."""
     (h, w), shift, heads = a.window, a.shift, a.heads
 
     def cut(x):
@@ -59,7 +60,7 @@ def plain(a):
             painted[:, :, -shift[1] :] += 2
         painted = cut(painted)
         mask = torch.where(painted == painted.mT, 0.0, -100.0).repeat(batch, 1, 1)
-        # within a window the painted map differs only where opposite borders meet
+        # Within a window, labels differ only where opposite borders of the image meet.
         logits = logits + mask[:, None].to(logits.dtype)
     out = (logits.softmax(-1) @ v).transpose(1, 2).reshape(batch, x.shape[1] // h, x.shape[2] // w, h, w, -1)
     out = out.transpose(2, 3).reshape(batch, *x.shape[1:3], -1)[:, :height, :width]
@@ -67,10 +68,11 @@ def plain(a):
 
 
 def draw(place, dtype, options) -> list[tuple[str, Tensor, Tensor, Tensor, Callable]]:
-    """Name, ours, plain and true for the result and every gradient of inputs at random, and what makes plain's of moved
-    inputs. The truth is computed from what the low precision really holds."""
+    """Returns name, result of the op, of plain PyTorch and of float64 for the result and all gradients of random
+    inputs, and a function for plain PyTorch's result with moved inputs. The truth uses the numbers that the low
+    precision holds."""
     call = Call("window_attention", inputs(**options), place.device)
-    # the parameters of a model stay in float32, the padding row has been cast with the projection
+    # Parameters of a model stay in float32; the padding row was cast together with the projection.
     parameters = dtype if dtype == torch.float64 else torch.float32
     low = [t.to(dtype if n in ("qkv", "pad") else parameters) for n, t in zip(call.names, call.tensors, strict=True)]
     qkv, expression = low[0], call.by(plain)
@@ -99,7 +101,7 @@ def check(place, dtype, draws=1, skip=(), **options) -> None:
         again = [of_draw[4] for of_draw in same]
         if dtype == torch.float64:
             assert (actual - truth).norm() <= 1e-10 * (1 + truth.norm()), name
-        elif truth.norm() > 1e-30:  # e^-100 of tokens that are no neighbours is below float32's normal numbers
+        elif truth.norm() > 1e-30:  # e^-100 of masked tokens is below the normal numbers of float32
             others = (torch.stack([plain() for plain in again]) for _ in range(AGAIN))
             assert_close_to_truth(actual, usual, truth, name, lambda others=others: others)
         else:
@@ -131,7 +133,7 @@ def test_float64_anywhere(grid, window, moved, heads, width, bias, cosine, pad):
     heads=st.integers(2, 3),
     width=st.integers(4, 20),
     bias=st.sampled_from(["table", "dense", None]),
-    # cosines times 100 saturate the softmax: of few numbers the error is then sometimes ten times the median
+    # Cosines times 100 saturate the softmax. The error of few numbers is then sometimes ten times the median.
     hottest=st.sampled_from([None, 3.0]),
     pad=st.booleans(),
 )
@@ -142,7 +144,7 @@ def test_float32(place, grid, window, shift, heads, width, bias, hottest, pad):
 
 
 def test_gradient_of_the_logit_scale(place):
-    """One number per head, a sum that nearly cancels: the error of a few of them is luck, so many are drawn."""
+    """It is one number per head, a sum that nearly cancels. The error of a few depends on chance, so many are drawn."""
     options = {"shape": (2, 3, 3), "width": 5, "window": (3, 2), "hottest": 3.0}
     check(place, torch.float32, draws=100, skip=("result", "qkv", "bias", "pad"), **options)
 
@@ -154,21 +156,21 @@ def test_gradient_of_the_logit_scale(place):
     [((12, 12), (6, 6), (3, 3)), ((8, 8), (8, 8), (0, 0)), ((14, 14), (7, 7), (3, 3)), ((13, 10), (6, 6), (3, 3))],
 )
 def test_swin_windows(place, grid, window, shift, dtype, cosine):
-    hottest = 5.0 if cosine else None  # from 4.6 on it is clamped
+    hottest = 5.0 if cosine else None  # it is clamped from 4.6 on
     check(place, dtype, shape=(2, *grid), width=32, window=window, shift=shift, hottest=hottest)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", ["dense", None])
 def test_vit(place, dtype, bias):
-    """One window over a class token and 10 x 10 patches."""
+    """One window of a class token and 10 × 10 patches."""
     if place.backend == "triton" and dtype == torch.float32:
         pytest.skip("the Triton kernels hold 64 tokens in float32")
     check(place, dtype, shape=(2, 1, 101), width=64, window=(1, 101), shift=(0, 0), bias=bias, pad=False)
 
 
 def test_zero_vectors_have_cosine_zero(place):
-    """As torch.nn.functional.normalize; keys of SwinV2's padding are such."""
+    """As in torch.nn.functional.normalize. Keys of SwinV2's padding are zero vectors."""
     call = Call("window_attention", case(hottest=5.0), place.device)
     call.tensors[0][:, :, :, :32] = 0
     torch.testing.assert_close(call(*call.tensors), call.by(plain)(*call.tensors), rtol=1e-5, atol=1e-5)
@@ -201,7 +203,8 @@ def test_same_bits_on_any_number_of_threads(place, threads, window):
     ("grid", "window"), [((48, 42), (6, 6)), ((13, 10), (6, 6)), ((14, 14), (14, 14)), ((1, 101), (1, 101))]
 )
 def test_sums_for_the_bias_of_qkv(place, grid, window, dtype, cosine):
-    """A by-product of the gradient: its sum over all tokens, and those that windows have outside the grid."""
+    """They are by-products of the gradient: its sum over all tokens, and over the tokens of windows outside of the
+    grid."""
     if place.backend == "triton" and (dtype == torch.float32 or place.interpreted) and window[0] * window[1] > 64:
         pytest.skip("the Triton kernels hold 64 tokens in float32, and their interpreter takes long")
     if place.interpreted and grid == (48, 42):
@@ -218,7 +221,7 @@ def test_sums_for_the_bias_of_qkv(place, grid, window, dtype, cosine):
     assert torch.equal(dqkv, p.window_attention_backward(grad, qkv, w, {"qkv"})[0])
     outside, total = p.finish([sums["pad"], sums["qkv_bias"]], [torch.float32] * 2)
     truth = dqkv.double().sum((0, 1, 2)) + outside.double()
-    # backends that have the gradient in float32 are nearer to the truth than to the sum of what has been rounded
+    # Backends with a float32 gradient are closer to the truth than to the sum of the rounded gradient.
     rounded = dqkv.double().square().sum((0, 1, 2)).sqrt() * torch.finfo(dtype).eps
     bound = 4 * torch.finfo(torch.float32).eps * truth.norm() + (rounded.norm() if dtype != torch.float32 else 0)
     assert (total.double() - truth).norm() <= bound
@@ -271,6 +274,6 @@ def test_what_triton_leaves_to_others():
     assert "windows of 272 tokens" in reason(qkv.bfloat16(), window=(17, 16))
     assert "heads of 256 channels" in reason(qkv, heads=1, window=(8, 8))
     assert "dtype torch.float64" in reason(qkv.double())
-    # which accelerated blocks know: there timm's attention is better than plain PyTorch's here
+    # Accelerated blocks use this condition: otherwise timm's attention is preferred to plain PyTorch's here.
     elsewhere = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
     assert not windows_reason(elsewhere, 256) and windows_reason(elsewhere, 257)

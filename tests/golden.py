@@ -1,7 +1,7 @@
-"""Golden numbers of the published code: cases, and the inputs and parameters they were computed from.
+"""Golden numbers of the published code: cases, and the inputs and parameters from which they were computed.
 
-`data/golden_cases.json` holds numbers only. Inputs and weights are drawn again here, in float64, from NumPy's frozen
-legacy generator, with a key of their own each: `RandomState(crc32(f"{salt}/{what}"))`.
+`data/golden_cases.json` has only numbers. Inputs and weights are drawn again in float64 from NumPy's frozen legacy
+generator, each with its own key: `RandomState(crc32(f"{salt}/{what}"))`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PATCHES = {"swin": 4, "vit_encoder": 16}
 
 
 def cases(kind: str) -> list[dict[str, Any]]:
-    """All cases of a kind: "swin", "vit_encoder" or "standardize"."""
+    """Returns all cases of a kind: "swin", "vit_encoder" or "standardize"."""
     path = Path(__file__).parent / "data" / "golden_cases.json"
     return [case for case in json.loads(path.read_text())["cases"] if case["kind"] == kind]
 
@@ -33,12 +33,12 @@ def _generator(key: str) -> np.random.RandomState:
 
 
 def normal(key: str, shape: Sequence[int]) -> Tensor:
-    """Standard normal float64 tensor of a key such as "salt/cotangent"."""
+    """Returns a standard normal float64 tensor for a key such as "salt/cotangent"."""
     return torch.from_numpy(_generator(key).standard_normal(tuple(shape)))
 
 
 def parameter(salt: str, name: str, shape: Sequence[int]) -> Tensor:
-    """The parameter that the published code calls `name`, float64."""
+    """Returns the float64 parameter that the published code calls `name`."""
     v = normal(f"{salt}/{name}", shape)
     if len(shape) == 1 and name.endswith("weight"):
         return 1 + 0.1 * v
@@ -50,30 +50,30 @@ def parameter(salt: str, name: str, shape: Sequence[int]) -> Tensor:
 
 
 def parameters(salt: str, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A published state dict: a value drawn for every name, in the shape of the tensor given with it."""
+    """Returns a published state dict: a random value for every name, in the shape of the tensor given with it."""
     return {name: parameter(salt, name, like.shape) for name, like in shapes.items()}
 
 
 def images(case: Mapping[str, Any]) -> Tensor:
-    """(B, 3, H, W) float64."""
+    """Returns images (B, 3, H, W), float64."""
     size = _SIZES[case["kind"]]
     return normal(f"{case['salt']}/images", (case["batch"], 3, size, size))
 
 
 def structure(case: Mapping[str, Any]) -> Tensor:
-    """(B, 1, H, W) float64, to be used as it is, without standardising."""
+    """Returns structure maps (B, 1, H, W), float64, to be used without standardising."""
     size = _SIZES[case["kind"]]
     return normal(f"{case['salt']}/structure", (case["batch"], 1, size, size))
 
 
 def depth(case: Mapping[str, Any]) -> Tensor:
-    """(B, 1, H, W) float64, the input of a "standardize" case."""
+    """Returns depth maps (B, 1, H, W), float64: the input of a "standardize" case."""
     shape = (case["batch"], 1, case["size"], case["size"])
     return torch.from_numpy(_generator(case["salt"]).standard_gamma(2.0, shape))
 
 
 def mask(case: Mapping[str, Any]) -> Tensor:
-    """(B, H/p, W/p) bool at the resolution of the encoder's stem, 1 = masked."""
+    """Returns the mask (B, H/p, W/p), bool, at the resolution of the encoder's stem, 1 = masked."""
     grid = _SIZES[case["kind"]] // UNIT
     generator = _generator(f"{case['salt']}/mask")
     units = np.zeros((case["batch"], grid * grid), dtype=bool)
@@ -85,7 +85,7 @@ def mask(case: Mapping[str, Any]) -> Tensor:
 
 
 def statistics(tensor: Tensor) -> dict[str, Any]:
-    """Euclidean norm, sum and first four values in row-major order, in float64."""
+    """Returns Euclidean norm, sum and first four values in row-major order, in float64."""
     values = tensor.detach().double().reshape(-1)
     return {"norm": values.norm().item(), "sum": values.sum().item(), "first": values[:4].tolist()}
 
@@ -93,10 +93,10 @@ def statistics(tensor: Tensor) -> dict[str, Any]:
 def assert_statistics(tensor: Tensor, expected: Mapping[str, Any], rtol: float, what: str = "tensor") -> None:
     """Asserts that the statistics of a tensor are the expected ones.
 
-    `rtol` bounds the norm's relative error. It also bounds the others, relative to what they are made of: a sum of n
-    values is held to `rtol` of sqrt(n) root mean squares, since errors of both signs add up like a random walk;
-    a single value to 3 rtol of the root mean square or of itself, whichever is larger. (Measured in float32, model and
-    dense reference alike: norms 1.3e-6, sums 6.0e-6, the worst of a thousand single values 9.9e-6.)
+    `rtol` bounds the relative error of the norm. A sum of n values may be off by `rtol` times sqrt(n) root mean
+    squares, since errors of both signs add up like a random walk. A single value may be off by 3 rtol of the root mean
+    square or of itself, whichever is larger. Measured in float32, for the model and the dense reference implementation:
+    norms 1.3e-6, sums 6.0e-6, the worst of a thousand single values 9.9e-6.
     """
     actual = statistics(tensor)
     norm, count = expected["norm"], tensor.numel()

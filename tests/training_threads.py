@@ -1,8 +1,9 @@
-"""Run by test_sanitizers.py: three Python threads train at once, each on a backend of its own.
+"""A script for test_sanitizers.py: three Python threads train at once, each on its own backend.
 
     python tests/training_threads.py [race]
 
-Exits with 1 where a thread's losses are not those of a thread alone. race: two threads write one buffer instead.
+The exit code is 1 if the losses of a thread differ from those of a single thread. With `race`, two threads write to the
+same buffer instead.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def race() -> None:
 
 
 def main() -> int:
-    torch.set_num_threads(1)  # of one pool all would have to wait for, whose atomics nobody instrumented
+    torch.set_num_threads(1)  # several would wait in one pool, whose atomics are not instrumented
     model, size = family("swin")
     model = model.float()
     if sys.argv[1:] == ["race"]:

@@ -1,4 +1,4 @@
-"""What benchmarks/bench_guidance.py says, of a small shape; and that it refuses what it could not draw at once."""
+"""The output of benchmarks/bench_guidance.py for a small shape, and its errors for paths at which it could not draw."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL = Shape("small", width=32, stride=16, patch=4, image=32, unit=16)
 def small(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench_guidance, "SHAPES", {"swin_base": SMALL})
-    monkeypatch.setattr(bench_guidance, "dense_seconds", lambda *_: 1e-3)  # whatever else the machine does
+    monkeypatch.setattr(bench_guidance, "dense_seconds", lambda *_: 1e-3)  # whatever else this machine computes
 
 
 def test_by_default(small, tmp_path, capfd):
@@ -47,12 +47,12 @@ def test_by_default(small, tmp_path, capfd):
             assert "python -m sgmim_fast.env says why" in sentence
     assert (tmp_path / "guidance.png").stat().st_size > 1000
     assert all(line.partition(" s  small, ")[0].strip().isdigit() for line in err.splitlines()), err  # nothing else
-    assert err.count("timing") == 2  # of a phase, not of every round
+    assert err.count("timing") == 2  # per phase, not per round
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_columns_that_disagree_get_no_speed(small, monkeypatch, capfd, dtype):
-    """A visible-only column whose gradients are too large by a tenth, in either dtype."""
+    """In either dtype, the gradients of the visible-only column are too large by a tenth."""
     losses = branch.visible_losses
 
     def wrong(*args):
@@ -66,7 +66,7 @@ def test_columns_that_disagree_get_no_speed(small, monkeypatch, capfd, dtype):
 
 
 def test_where_a_dtype_is_slow(small, monkeypatch, capfd):
-    """As bfloat16 is on a CPU without instructions for it: fewer images, and a line that says so."""
+    """As with bfloat16 on a CPU without instructions for it, fewer images are measured, and a line says so."""
     monkeypatch.setattr(bench_guidance, "dense_seconds", lambda *_: 2.9)
     assert bench_guidance.main(["--seconds", "0.01", "--dtype", "bfloat16"]) == 0
     assert "small, bfloat16, batch 1, cpu (a dense step of 16 would take 46 s here)" in capfd.readouterr().out

@@ -1,4 +1,4 @@
-"""The pieces of benchmarks/evidence.py, a miniature of it, and (slow) that guidance helps as much as it did."""
+"""The parts of benchmarks/evidence.py, a miniature of it, and (slow) that guidance still helps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from evidence import run as evidence  # noqa: E402
 from evidence.pretrain import METHODS, Settings, draw_step, pretrain  # noqa: E402
 
 TINY = Settings(size=32, width=32, depth=1, steps=3, batch=8)
-OBSERVED = 0.20  # of RMSE, frozen, 256 labelled scenes: benchmarks/evidence/EVIDENCE.md
+OBSERVED = 0.20  # of RMSE; frozen encoder, 256 labelled scenes: benchmarks/evidence/EVIDENCE.md
 COUNTS = {"pretrain": 12, "labelled": 10, "validation": 6, "test": 6}
 
 
@@ -42,7 +42,7 @@ def test_sets_share_no_scene_and_keep_their_range(sets):
 
 
 def test_degraded_structure_is_another_but_in_order():
-    """Of maps that vary slowly, so that blurring changes little: ranks agree, proportions do not."""
+    """Maps vary slowly, so that blurring changes little: ranks are kept, proportions are not."""
     along = torch.linspace(1, 9, 48)
     depth = along.expand(20, 1, 48, 48).contiguous()
     degraded = scenes.degrade(depth, torch.Generator().manual_seed(0))
@@ -64,7 +64,7 @@ def test_structure_of_another_scene(sets):
 
 
 def test_every_method_has_the_same_steps():
-    """Images, flips and masks depend on seed and step; a method changes only where structure is shown."""
+    """Images, flips and masks depend on seed and step. Methods differ only in where the structure is shown."""
     expected = draw_step(100, TINY, 3, 5)
     for method in METHODS.values():
         step = draw_step(100, TINY, 3, 5, method.shown)
@@ -141,7 +141,7 @@ def test_ridge_is_the_closed_form():
 
 
 def test_the_penalty_is_chosen_on_validation():
-    """Few rows of noise: the strongest penalty predicts best; many exact rows: the weakest."""
+    """For few rows of noise the strongest penalty predicts best, for many exact rows the weakest."""
     tokens, noise = torch.randn(20, 1, 15), torch.randn(20, 1, 1)
     others, truth = torch.randn(500, 1, 15), torch.randn(500, 1, 1)
     predictors = probe.ridge(tokens, noise, [1e-5, 10.0])
@@ -248,7 +248,8 @@ def test_the_script(tmp_path):
 
 @pytest.mark.slow(minutes=1)
 def test_guidance_helps():
-    """Frozen features of SG-MIM predict depth better than SimMIM's, by half of what EVIDENCE.md has."""
+    """Frozen features of SG-MIM predict depth better than SimMIM's, by at least half of the difference in
+    EVIDENCE.md."""
     plan = evidence.Plan(methods=("SimMIM", "SG-MIM"), labelled=(256,), seeds=1, finetune_steps=0)
     rows = evidence.run(plan, 2)
     rmse = {row["method"]: row["rmse"] for row in rows}

@@ -1,5 +1,5 @@
-"""The rehearsal of `benchmarks/gpu_suite.py`: every step of it on a device that is none (`fake_gpu`), to its end, and
-killed half-way."""
+"""The rehearsal of `benchmarks/gpu_suite.py`: all of its steps on a simulated device (`fake_gpu`), once to the end, and
+once killed half-way."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = [
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts the suite; tests are collected only, and compute-sanitizer is a script that runs what it is given."""
+    """Starts the suite. Tests are only collected, and compute-sanitizer is a script that runs its command."""
     pytest.importorskip("triton", reason="the Triton backend needs triton")
     tool = tmp_path / "bin" / "compute-sanitizer"
     tool.parent.mkdir()
@@ -40,7 +40,7 @@ def start(tmp_path):
         "PATH": os.pathsep.join([str(tool.parent), os.environ["PATH"]]),
         "PYTEST_ADDOPTS": "--collect-only",
         "TORCHDYNAMO_DISABLE": "1",
-        "TMPDIR": str(tmp_path),  # of the compilers' caches
+        "TMPDIR": str(tmp_path),  # for caches of compilers
     }
     command = [sys.executable, ROOT / "benchmarks" / "gpu_suite.py", "--no-build", "--batch", "2", "--seconds=3000"]
     log = (tmp_path / "log").open("w")
@@ -50,14 +50,14 @@ def start(tmp_path):
 
 
 def test_to_its_end(start, tmp_path):
-    """Every step runs, and every file is there with its rows; what the fake launches leave is flagged, not believed."""
+    """Every step runs, and every file exists with its rows. The results of simulated launches are flagged as wrong."""
     start().wait()
     out, text = tmp_path / "out", (tmp_path / "log").read_text()
     assert "Traceback" not in text.splitlines()[-1] and (out / "gpu-fake-h200-suite.json").exists(), text[-3000:]
     suite = json.loads((out / "gpu-fake-h200-suite.json").read_text())
     results = {step["step"]: step["result"] for step in suite["steps"]}
     logs = {step: (out / f"gpu-fake-h200-{step}.log").read_text()[-2000:] for step in results}
-    garbage = {"warm-guidance", "guidance", "ops", "windows"}  # of caught launches
+    garbage = {"warm-guidance", "guidance", "ops", "windows"}  # from simulated launches
     for step, result in results.items():
         assert result == ("exit code 1" if step in garbage else "passed"), (step, result, logs[step])
     assert suite["CUDA kernels trusted"] is True and suite["launches"] and suite["gates"]
@@ -81,8 +81,8 @@ def test_to_its_end(start, tmp_path):
 
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_half_way(start, tmp_path, by):
-    """As soon as a shape has rows: they, and the steps before, are on the disk, whole. What writes no rows is left out,
-    the test above has it."""
+    """The suite is killed as soon as a shape has rows. They and those of earlier steps are complete on disk. Steps that
+    write no rows are omitted here, since the test above has them."""
     suite, out = start(FAKE_GPU_ONLY="--json"), tmp_path / "out"
     rows = out / "gpu-fake-h200-step-vit_base.json"
     end = time.monotonic() + 1500

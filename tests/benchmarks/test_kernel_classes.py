@@ -1,4 +1,4 @@
-"""To which class the benchmarks count what a profiler sees."""
+"""Assignment of profiler events to the classes of kernels in the benchmarks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tools.kernel_classes import CLASSES, REST, above_gemms, class_of, class_tim
 from sgmim_fast import backends, ops
 
 NATIVE = backends.available()["cpu"]
-# Our operators that are none of the classes: the losses, masks, and what only sums or standardizes.
+# Our operators without a class: losses, masks, sums, and standardisation.
 OTHERS = {"column_sum", "expand_signs", "distance", "isa", "place_tokens", "place_tokens_backward", "selective_mask"}
 OTHERS |= {"standardize_structure", "token_salience"}
 
@@ -64,7 +64,7 @@ def test_what_ops_do_in_python_is_the_rest():
 
 
 def test_shares_sum_to_what_the_step_takes_more():
-    times = dict.fromkeys([*CLASSES, REST], 1.0) | {"gemms": 15.0}  # 20, where the step itself takes 10
+    times = dict.fromkeys([*CLASSES, REST], 1.0) | {"gemms": 15.0}  # 20 in total, for a step of 10
     shares = above_gemms(times, 10.0, 8.0)
     assert shares["gemms"] == pytest.approx(7.5 / 8 - 1) and shares["norms"] == pytest.approx(0.5 / 8)
     assert sum(shares.values()) == pytest.approx(10 / 8 - 1)

@@ -1,4 +1,4 @@
-"""Images of several channels: read, measured, and trained on."""
+"""Images with several channels: reading, statistics and training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FLOATS = RNG.normal(50, 20, (4, 5, 7)).astype(np.float32)
 
 
 def write(path, pixels):
-    """(C, H, W)."""
+    """Writes pixels (C, H, W)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npy":
         np.save(path, pixels)
@@ -82,7 +82,7 @@ def test_broken_ones(tmp_path, name, pixels, message):
 
 
 def folder(path, count=12, channels=5, size=(70, 90)):
-    """Images of several channels with maps; the channels have units of their own."""
+    """Writes images of several channels, each with its own unit, and maps."""
     scale = np.arange(1, channels + 1)[:, None, None]
     for i in range(count):
         write(path / "images" / f"{i}.npy", (RNG.normal(3, 0.5, (channels, *size)) * scale).astype(np.float32))
@@ -116,7 +116,7 @@ def test_stats_of_photographs(tmp_path, capsys):
 
 
 def test_crops_are_those_of_the_maps(tmp_path):
-    """The same transform, of as many channels as there are."""
+    """Images of any number of channels get the same crop as their maps."""
     pixels = np.stack([np.add.outer(np.arange(64), np.arange(64))] * 2).astype(np.float32)
     write(tmp_path / "images" / "a.npy", pixels)
     write(tmp_path / "maps" / "a.npy", pixels[:1])

@@ -33,7 +33,7 @@ def model(tmp_path_factory):
         head_hidden_size=4,
     )  # fmt: skip
     network = transformers.DepthAnythingForDepthEstimation(config)
-    torch.nn.init.constant_(network.head.conv3.bias, 1.0)  # its result goes through a ReLU
+    torch.nn.init.constant_(network.head.conv3.bias, 1.0)  # the output passes through a ReLU
     network.save_pretrained(folder)
     transformers.DPTImageProcessor(
         size={"height": 28, "width": 28}, ensure_multiple_of=14, keep_aspect_ratio=True
@@ -50,7 +50,7 @@ def images(tmp_path):
 
 
 def predict_one(model, path):
-    """transformers' own pipeline."""
+    """Predicts with transformers' own pipeline."""
     estimate = transformers.pipeline("depth-estimation", model=str(model), device="cpu")
     return estimate(Image.open(path).convert("RGB"))["predicted_depth"].numpy()
 
@@ -63,11 +63,11 @@ def test_maps_are_the_models_predictions(model, images, tmp_path):
         with Image.open((out / name).with_suffix(".png")) as image:
             stored, limits = np.array(image), list(map(float, image.text["range"].split()))
         assert stored.dtype == np.uint16 and stored.shape == size
-        assert stored.min() == 1 and stored.max() == 2**16 - 1  # 0 would mean "no value"
+        assert stored.min() == 1 and stored.max() == 2**16 - 1  # 0 would mean a missing value
         expected = predict_one(model, images / name)
         assert np.ptp(expected) > 0
         found = limits[0] + (stored - 1.0) / (2**16 - 2) * (limits[1] - limits[0])
-        # half a step of storage, and two decoders' differences through a random network
+        # Half a step of storage, and differences between two decoders, passed through a random network.
         assert np.abs(found - expected).max() < 0.02 * np.ptp(expected)
     note = json.loads((out / "structure.json").read_text())
     assert note["model"] == str(model) and note["maps"] == 5 and note["broken"] == {}
@@ -86,7 +86,7 @@ def test_goes_on_where_it_stopped(model, images, tmp_path, monkeypatch):
     def stop_at_the_third(path, content):
         if path.suffix == ".png":
             if len(written) == 2:
-                path.with_name(f".{path.name}.0.tmp").write_bytes(content[:50])  # as a kill leaves it
+                path.with_name(f".{path.name}.0.tmp").write_bytes(content[:50])  # as a killed process leaves it
                 raise KeyboardInterrupt
             written.append(path)
         write(path, content)
@@ -105,7 +105,7 @@ def test_goes_on_where_it_stopped(model, images, tmp_path, monkeypatch):
 
 def test_broken_images_are_named(model, images, tmp_path):
     write(images / "a" / "broken.jpg", b"\xff\xd8 no image")
-    write(images / "4.png", encoded(photograph(8, 8), "PNG"))  # beside 4.jpg
+    write(images / "4.png", encoded(photograph(8, 8), "PNG"))  # in addition to 4.jpg
     result = structure.generate(images, tmp_path / "maps", model, workers=1)
     assert result.written == 5 and set(result.broken) == {"a/broken.jpg", "4.png"}
     assert json.loads((tmp_path / "maps" / "structure.json").read_text())["broken"] == result.broken

@@ -1,4 +1,4 @@
-"""Pairs from two folder trees: formats, units, missing values, what is left out, and reproducible crops."""
+"""Pairs from two folder trees: formats, units, missing values, files left out, and reproducible crops."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_other_modes_become_rgb(mode):
         try:
             content = encoded(source, kind)
         except (OSError, KeyError):
-            continue  # that format has no such mode
+            continue  # this format has no such mode
         assert data.ImageFile("x", content).decode().shape == (3, 20, 30)
 
 
@@ -216,7 +216,7 @@ def test_a_broken_file_is_replaced_by_the_next_pair_and_named(trees, what, trans
     images, maps = trees
     dataset = data.FolderPairs(images, maps, transform)
     name, content = BROKEN[what]
-    write(images.parent / name, content())  # after construction: found while training
+    write(images.parent / name, content())  # after construction, so found during training
     item = dataset[1]
     assert item["name"] == dataset[2]["name"] == "b/c/3.jpg" and dataset[2]["skipped"] == ""
     broken, _, reason = item["skipped"].partition("\t")
@@ -293,8 +293,8 @@ def test_crops_depend_on_seed_epoch_and_index_alone(trees):
         return data.FolderPairs(*trees, data.PairTransform(16), seed=seed)
 
     first, second = crops(make(), 0, [0, 1])
-    torch.rand(7)  # what else is drawn does not matter
-    workers_first, workers_second = crops(make(), 2, [0, 1])  # persistent workers see the epoch change
+    torch.rand(7)  # other random numbers do not matter
+    workers_first, workers_second = crops(make(), 2, [0, 1])  # persistent workers notice the change of epoch
     assert torch.equal(first, workers_first) and torch.equal(second, workers_second)
     assert not torch.equal(first, second) and not torch.equal(first, crops(make(1), 0, [0])[0])
     assert torch.equal(second, crops(make(), 0, [1])[0])  # resumed in the second epoch

@@ -1,4 +1,4 @@
-"""Procedural scenes: exact depth, everything in them, and nothing of depth in a colour."""
+"""Procedural scenes: exact depth, all classes, and colours that do not depend on depth."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ SIZE = 48
 
 
 def distance_to_surface(solid: Solid, points: np.ndarray) -> np.ndarray:
-    """Signed distance (P,) of points (3, P) from a solid, positive outside; of the room from its walls, positive
-    inside. Written without a look at rays."""
+    """Returns the signed distance (P,) of points (3, P) from a solid: positive outside, for the background room
+    positive inside. The formula does not use rays."""
     local = solid.axes.T @ (points - solid.centre[:, None])
     if solid.kind == SPHERE:
         return np.linalg.norm(local, axis=0) - solid.half[0]
@@ -26,7 +26,7 @@ def distance_to_surface(solid: Solid, points: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("index", range(12))
 def test_depth_is_exact(index):
-    """What a pixel shows lies on a surface of its class, and nothing is in front of it."""
+    """Every pixel shows a surface of its class, and nothing is in front of it."""
     scenes = data.Scenes(100, SIZE, labels=True)
     item, scene = scenes[index], scenes.scene(index)
     depth, labels = item["structure"][0].double().numpy().ravel(), item["labels"].numpy().ravel()
@@ -36,13 +36,13 @@ def test_depth_is_exact(index):
     distances = np.stack([distance_to_surface(solid, depth * rays) for solid in scene.solids])
     kinds = np.array([solid.kind for solid in scene.solids])
     on_surface = np.abs(np.where(kinds[:, None] == labels, distances, np.inf)).min(0)
-    assert on_surface.max() < 1e-4  # float32 rounds a depth of 13 by 5e-7, which a grazing ray multiplies
-    for share in np.linspace(0.02, 0.98, 25):  # the way to it is free
+    assert on_surface.max() < 1e-4  # rounding of float32 (5e-7 at depth 13) is amplified by grazing rays
+    for share in np.linspace(0.02, 0.98, 25):  # nothing is in the way
         before = np.stack([distance_to_surface(solid, share * depth * rays) for solid in scene.solids])
         assert before.min() > -1e-6
     for card in (solid for solid in scene.solids if solid.kind == PLANE):
         start, end = card.axes.T @ -card.centre, card.axes.T @ (0.999 * depth * rays - card.centre[:, None])
-        share = start[2] / (start[2] - end[2])  # of the way, where it meets the card's plane
+        share = start[2] / (start[2] - end[2])  # share of the way at the card's plane
         meeting = np.abs(start[:, None] + share * (end - start[:, None]))
         assert not ((share > 0) & (share < 1) & (meeting[:2] < card.half[:2, None]).all(0)).any()
 
@@ -60,7 +60,7 @@ def test_all_classes_occur_and_hide_each_other():
 
 
 def test_colour_does_not_tell_depth():
-    """The best polynomial of degree 2 in red, green and blue explains next to nothing of depth across scenes."""
+    """Across scenes, the best polynomial of degree 2 in red, green and blue explains almost no depth."""
     dataset = data.Scenes(1000, 16)
     items = [dataset[index] for index in range(150)]
     colours = torch.stack([item["image"] for item in items]).movedim(1, -1).reshape(-1, 3).double()
@@ -84,7 +84,7 @@ def test_a_scene_depends_on_seed_and_index_alone():
 
 def test_larger_pictures_show_the_same_scene():
     small, large = (data.Scenes(9, size)[4]["structure"] for size in (24, 72))
-    same = (small - large[:, 1::3, 1::3]).abs() < 1e-3  # the middle one of 3 x 3 pixels looks the same way
+    same = (small - large[:, 1::3, 1::3]).abs() < 1e-3  # the middle one of 3 × 3 pixels has the same ray
     assert same.float().mean() > 0.99
 
 
@@ -97,7 +97,7 @@ def test_transforms_take_image_structure_and_labels_together():
     other = dataset[0]
     assert not torch.equal(other["structure"], item["structure"])
     both = torch.stack([torch.stack([i["structure"][0], i["labels"].float()]).flatten(1) for i in (item, other)])
-    for kind in range(4):  # the crops differ, what a label's pixels have as depth hardly does
+    for kind in range(4):  # crops differ, but the depths of a label's pixels hardly do
         depths = [structure[labels == kind] for structure, labels in both]
         if min(map(len, depths)) > 50:
             assert abs(depths[0].median() - depths[1].median()) < 0.5

@@ -1,4 +1,4 @@
-"""Pairs from WebDataset shards: split, shuffled, and with what is broken named."""
+"""Pairs from WebDataset shards: splitting, shuffling, and the names of broken files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IMAGE, MAP = encoded(photograph(20, 30), "JPEG"), encoded(ramp(20, 30) + 1, "PNG
 
 
 def write_shard(path, samples):
-    """samples: name in the tar -> content."""
+    """Writes a tar file from samples: name in the tar -> content."""
     with tarfile.open(path, "w") as tar:
         for name, content in samples.items():
             info = tarfile.TarInfo(name)
@@ -93,7 +93,7 @@ def test_a_length_gives_every_process_as_many(shards, monkeypatch):
 def test_crops_differ_between_pairs_and_epochs(shards):
     dataset = data.ShardPairs(shards, data.PairTransform(8), shuffle=0)
     first, same = ([item["structure"] for item in dataset] for _ in range(2))
-    # two crops of 8 pixels can be the same by chance
+    # Two crops of 8 pixels can be equal by chance.
     assert all(map(torch.equal, first, same)) and not all(torch.equal(first[0], other) for other in first[1:])
     dataset.set_epoch(1)
     assert not all(torch.equal(a, item["structure"]) for a, item in zip(first, dataset, strict=True))
@@ -125,7 +125,7 @@ def test_a_truncated_shard_is_named(shards, tmp_path):
     content = path.read_bytes()
     with tarfile.open(path) as tar:
         image = tar.getmembers()[4]
-    for end in (image.offset_data + 10, image.offset + 10):  # in a file, and in the header before it
+    for end in (image.offset_data + 10, image.offset + 10):  # in a file, and in its header
         path.write_bytes(content[:end])
         dataset = data.ShardPairs(shards, shuffle=0)
         assert list(dataset.report.broken) == [str(path)]

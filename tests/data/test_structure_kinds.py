@@ -1,4 +1,4 @@
-"""Structure maps of other kinds than depth: files, mirrored pairs, what the model gets, and runs by the command."""
+"""Structure maps of other kinds than depth: files, mirrored pairs, inputs of the model, and runs by the command."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ HEIGHT, WIDTH, CLASSES = 80, 96, 5
 
 
 def channels(count: int, dtype=np.float32) -> np.ndarray:
-    """(C, H, W)."""
+    """Returns values (C, H, W)."""
     values = np.random.default_rng(count).random((count, HEIGHT, WIDTH), dtype=np.float32)
     return values if dtype == np.float32 else (values * np.iinfo(dtype).max).astype(dtype)
 
 
 def vectors() -> np.ndarray:
-    """(3, H, W), unit length, x grows to the right."""
+    """Returns unit vectors (3, H, W) whose x increases to the right."""
     x, y = np.meshgrid(np.linspace(-0.7, 0.7, WIDTH), np.linspace(-0.5, 0.5, HEIGHT))
     return np.stack([x, y, np.sqrt(1 - x**2 - y**2)]).astype(np.float32)
 
 
 def labels(number: int = 0) -> np.ndarray:
-    """(H, W) uint8: classes in vertical stripes, and unknown pixels in the upper left."""
+    """Returns classes (H, W) uint8 in vertical stripes, with unknown pixels in the upper left."""
     ids = np.broadcast_to(np.arange(WIDTH) * CLASSES // WIDTH, (HEIGHT, WIDTH)).astype(np.uint8)
     ids = np.roll(ids, number, 1).copy()
     ids[:8, :8] = 255
@@ -62,13 +62,13 @@ def picture(image: Image.Image, form: str, **options) -> bytes:
 
 
 def pages(values: np.ndarray) -> bytes:
-    """A TIFF with a page for each channel."""
+    """Returns a TIFF file with a page for each channel."""
     first, *others = map(Image.fromarray, values)
     return picture(first, "TIFF", save_all=True, append_images=others)
 
 
 def deep_png(values: np.ndarray) -> bytes:
-    """(H, W, C) uint16 as PNG, which Pillow cannot write."""
+    """Encodes (H, W, C) uint16 as PNG, which Pillow does not support."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -81,12 +81,12 @@ def deep_png(values: np.ndarray) -> bytes:
 
 
 def encode(normals: np.ndarray, dtype) -> np.ndarray:
-    """(H, W, 3) of integers."""
+    """Encodes normals (3, H, W) as (H, W, 3) integers."""
     most = np.iinfo(dtype).max
     return np.moveaxis(np.round((normals + 1) / 2 * most), 0, 2).astype(dtype)
 
 
-# name -> content of the file, and the numbers that are in it, (C, H, W)
+# name -> content of the file, and its values (C, H, W)
 def several() -> dict[str, tuple[bytes, np.ndarray]]:
     floats, bytes_, deep = channels(3), channels(3, np.uint8), channels(3, np.uint16)
     four, two = channels(4, np.uint8), channels(2, np.uint8)
@@ -145,7 +145,7 @@ def test_exr_of_several_channels(tmp_path):
 
 
 def normals() -> dict[str, tuple[bytes, float]]:
-    """name -> content, and how far vectors may be off."""
+    """Returns name -> content of the file, and the maximum error of its vectors."""
     n = vectors()
     return {
         "float.npy": (numpy_file(n), 1e-6),
@@ -164,7 +164,7 @@ def test_normals(name):
     assert (decoded - torch.from_numpy(vectors())).abs().max() < off
     standardized, valid = data.Surface().standardize(decoded[None].as_subclass(Tensor))
     assert valid.all() and torch.allclose(standardized.square().mean(1), torch.ones(()), atol=1e-5)
-    # a mirrored surface looks the other way: these normals are those of a ball, which is its own mirror image
+    # Mirroring a surface mirrors its normals. These normals are those of a ball, which equals its mirror image.
     for mirrored in (v2.functional.horizontal_flip(decoded), v2.RandomHorizontalFlip(1)(decoded)):
         assert (mirrored - decoded).abs().max() < 2 * off
 
@@ -223,7 +223,7 @@ def test_classes(name):
     assert torch.equal(inside.argmax(0), ids[known].long()) and not standardized[0][:, ~known].any()
     assert torch.allclose(inside.mean(0), torch.zeros(()), atol=1e-5)
     assert torch.allclose(inside.var(0, correction=0), torch.ones(()), atol=1e-5)
-    # no new pixel lies between two classes
+    # Resampling does not interpolate between two classes.
     small = kind.read(name, label_files()[name]).resample((3.3, 5.7, 60, 70), 17)
     assert set(small.nan_to_num(255).unique().tolist()) <= {*map(float, range(CLASSES)), 255.0}
 
@@ -240,7 +240,7 @@ def test_ids_that_mean_nothing():
     assert minus.isnan().tolist() == [[[True, False, False]]]
     with pytest.raises(data.BrokenFile, match="label map is 255, no class, everywhere"):
         data.Semantic(4).read("a.npy", numpy_file(np.full((4, 4), 255)))
-    data.Semantic(4).read("a.npy", numpy_file(np.full((4, 4), 2)))  # one class alone is something to predict
+    data.Semantic(4).read("a.npy", numpy_file(np.full((4, 4), 2)))  # a single class can be predicted
     with pytest.raises(data.BrokenFile, match="dtype float32; expected integers, the ids of classes"):
         data.Semantic(4).read("a.npy", numpy_file(ids.astype(np.float32)))
     with pytest.raises(data.BrokenFile, match=r"colour image \(RGB\); expected one channel, such as 8-bit grey"):
@@ -248,7 +248,7 @@ def test_ids_that_mean_nothing():
 
 
 def test_one_channel_without_values_among_others():
-    """It is left alone; a map that has nothing else is broken."""
+    """The channel is ignored. A map without values in any channel is broken."""
     values = channels(3)
     values[1] = np.nan
     values[2] = 0.5
@@ -268,7 +268,7 @@ KINDS = {
 
 
 def of_kind(kind: str, number: int) -> tuple[str, bytes]:
-    """Suffix and content of a map."""
+    """Returns suffix and content of a map."""
     if kind == "semantic":
         palette = Image.fromarray(labels(number), "P")
         palette.putpalette(bytes(range(256)) * 3)
@@ -280,7 +280,7 @@ def of_kind(kind: str, number: int) -> tuple[str, bytes]:
 
 @pytest.fixture(params=KINDS)
 def folders(request, tmp_path):
-    """Twelve pairs, one of them torn, and the settings of their kind."""
+    """Writes twelve pairs, one of them truncated, and returns the settings of their kind."""
     kind, rng = request.param, np.random.default_rng(0)
     for folder in ("images", "maps"):
         (tmp_path / folder).mkdir()
@@ -311,7 +311,7 @@ def test_image_and_map_are_cut_and_mirrored_together(folders, flip):
 
 
 def test_run(folders, capsys):
-    """From the dry run to an exported encoder, stopped and gone on with to the same bits."""
+    """From the dry run to an exported encoder; a run that is stopped and resumed has the same bits."""
     tmp_path, kind, changes = folders
     words = ["pretrain", f"--images={tmp_path / 'images'}", f"--structure={tmp_path / 'maps'}"]
     words += arguments(**changes, optim__epochs=2, run__checkpoint_every=2)
@@ -352,7 +352,7 @@ def test_shards(folders):
 
 
 def test_pictures(folders):
-    """What is drawn of a map is the same for the map and for a prediction that is right."""
+    """A map and a correct prediction of it are drawn in the same way."""
     tmp_path, kind, _ = folders
     dataset = data.FolderPairs(tmp_path / "images", tmp_path / "maps", kind=kind)
     structure, valid = kind.standardize(dataset[1]["structure"][None].as_subclass(Tensor))

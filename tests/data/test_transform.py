@@ -1,4 +1,4 @@
-"""Image and map stay together through crop, flip and resize, also while the image is still a file."""
+"""Image and map remain aligned through crop, flip and resize, also if the image is still an encoded file."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from sgmim_fast.data.seeds import seeded
 
 
 def coordinates(height: int, width: int) -> torch.Tensor:
-    """(2, H, W): row and column of each pixel's centre, as a share of the height and width."""
+    """Returns (2, H, W): row and column of each pixel's centre, as a share of height and width."""
     rows, columns = (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width
     return torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
 
 
 def position_transform(size, **arguments):
-    """A PairTransform that leaves colours between 0 and 1."""
+    """Returns a PairTransform that does not normalise colours between 0 and 1."""
     return data.PairTransform(size, mean=(0, 0, 0), std=(1, 1, 1), **arguments)
 
 
@@ -34,7 +34,7 @@ def position_transform(size, **arguments):
     seed=st.integers(0, 99),
 )
 def test_image_and_map_show_the_same_place(image, factor, size, flip, seed):
-    """Both carry their own coordinates; the map may have another resolution."""
+    """Image and map contain their own coordinates. The map may have another resolution."""
     height, width = image
     here = coordinates(height, width)
     there = coordinates(max(int(height * factor), 1), max(int(width * factor), 1))
@@ -44,7 +44,7 @@ def test_image_and_map_show_the_same_place(image, factor, size, flip, seed):
         )
     assert out.shape == (3, size, size) and structure.shape == (1, size, size)
     assert type(out) is tv_tensors.Image and type(structure) is data.Structure
-    # antialiasing bends the ramp at the crop's edge by less than a new pixel, nearest moves it by half an old one
+    # Antialiasing bends the ramp at the crop's edge by less than a new pixel; nearest moves it by half an old one.
     slack = 1 / size + 1.01 / height + 1 / there.shape[1]
     assert (out[0] - structure[0]).abs().max() <= slack
     if size > 2:
@@ -72,12 +72,12 @@ def test_missing_values_do_not_spread(seed, missing):
     with seeded(seed):
         _, structure = data.PairTransform(24)(tv_tensors.Image(photograph(50, 41)), data.Structure(values))
     kept = structure[structure.isfinite()]
-    assert torch.isin(kept, values).all()  # no value is new
+    assert torch.isin(kept, values).all()  # there are no new values
     assert abs(structure.isnan().float().mean() - missing) < 0.2
 
 
 def test_crops_have_the_published_shares_of_area():
-    """SPEC "Published recipes": crop scale 0.67-1, ratio 3/4-4/3, of a square image in which most of them fit."""
+    """SPEC "Published recipes": crop scale 0.67-1, ratio 3/4-4/3, for a square image in which most of the crops fit."""
     here = coordinates(400, 400)
     areas, ratios = [], []
     with seeded(0):
@@ -94,7 +94,7 @@ def test_crops_have_the_published_shares_of_area():
 
 @pytest.mark.parametrize("size", [(400, 400), (300, 500), (500, 300), (90, 500), (500, 90), (3, 2), (1, 1)])
 def test_crops_are_distributed_as_torchvisions(size):
-    """Mean and spread of top, left, height and width, also where few or no drawn shapes fit."""
+    """Compares mean and spread of top, left, height and width, also where few or no drawn shapes fit."""
     ours, theirs = data.PairTransform(8), v2.RandomResizedCrop(8, (0.67, 1.0))
     whole = torch.empty(()).expand(size)
     with seeded(0):
@@ -103,7 +103,7 @@ def test_crops_are_distributed_as_torchvisions(size):
     expected = torch.tensor([[p["top"], p["left"], p["height"], p["width"]] for p in params]).double()
     drawn[:, 2:] -= drawn[:, :2]
     error = (drawn.mean(0) - expected.mean(0)).abs()
-    # four standard errors of the difference of two means, and the rounding of a middle
+    # Four standard errors of the difference of two means, and the rounding of a centre.
     assert (error <= 4 * expected.std(0) * (2 / 600) ** 0.5 + 0.5).all()
     assert (drawn.std(0) - expected.std(0)).abs().max() <= 0.15 * expected.std(0).max() + 0.5
     assert (drawn.min(0).values >= torch.tensor([0, 0, 1, 1])).all()
@@ -131,7 +131,7 @@ def test_normalises_as_imagenet():
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize("size", [24, 96])
 def test_a_file_gives_what_its_pixels_give(kind, size):
-    """At a reduced scale too: the crop of the big image is 4 to 16 times as large as the result."""
+    """Holds at a reduced scale, too: the crop of the large image is 4 to 16 times as large as the result."""
     image = photograph(720, 960)
     content = encoded(image, kind, **({"quality": 95} if kind == "JPEG" else {}))
     structure = data.Structure(coordinates(720, 960))
@@ -140,7 +140,7 @@ def test_a_file_gives_what_its_pixels_give(kind, size):
     with seeded(3):
         from_pixels = position_transform(size)(data.ImageFile("x", content).decode(), structure)
     assert (from_file[0] - from_pixels[0]).abs().mean() < 0.01
-    # red and green say where a pixel is, and so does the map: within one pixel and a half of the 720 on average
+    # Red and green are the position of a pixel, and so is the map: they agree within 1.5 of 720 pixels on average.
     assert (from_file[0][[1, 0]] - from_file[1]).mean((1, 2)).abs().max() < 0.002
 
 
@@ -153,7 +153,7 @@ def test_a_file_is_decoded_no_smaller_than_the_result():
 
 
 def test_the_smaller_scale_loses_no_quality():
-    """Against the full decoding the error is that of JPEG itself, far below what the eye or an encoder sees."""
+    """The difference to full decoding is the error of JPEG itself, far below what the eye or an encoder notices."""
     rng = np.random.default_rng(0)
     rough = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
     image = data.ImageFile("x", encoded(photograph(600, 800), "PNG")).decode().permute(1, 2, 0).numpy()

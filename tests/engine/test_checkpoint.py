@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, and never lost to a full disk, a kill or damage."""
+"""Checkpoints are complete or absent, and are never lost through a full disk, a kill or damage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write(folder, step, loss=1.0, size=1000):
 
 @pytest.fixture
 def run(tmp_path):
-    """A run with checkpoints of steps 10, 20 and 30; that of 20 has the lowest loss."""
+    """A run with checkpoints of steps 10, 20 and 30. Step 20 has the lowest loss."""
     for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0)):
         write(tmp_path / "checkpoints", step, loss)
     return tmp_path
@@ -48,7 +48,7 @@ def test_keeps_the_newest_and_the_best(run):
         newest = write(folder, step, loss=5.0)
     checkpoint.tidy(folder, 2, newest)
     assert [path.name for path in checkpoint.steps(folder)] == [f"step-{step:08d}" for step in (20, 40, 50)]
-    checkpoint.tidy(folder, 1, write(folder, 30))  # the run went back to 20 and on from there
+    checkpoint.tidy(folder, 1, write(folder, 30))  # the run was resumed from step 20
     assert [path.name for path in checkpoint.steps(folder)] == [f"step-{step:08d}" for step in (20, 30)]
 
 
@@ -88,7 +88,7 @@ def test_one_flipped_bit_is_damage(run):
 @pytest.mark.parametrize("room", [50_000, 100], ids=["in the weights", "in the first bytes"])
 def test_a_full_disk_leaves_the_one_before(run, room):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))  # writing more fails, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))  # further writing fails, as on a full disk
     try:
         with pytest.raises(CheckpointError, match=r"cannot write .*step-00000040 .*step-00000030 is intact"):
             write(run / "checkpoints", 40, size=100_000)
@@ -99,7 +99,7 @@ def test_a_full_disk_leaves_the_one_before(run, room):
 
 
 def test_a_kill_while_writing_leaves_the_one_before(run, monkeypatch):
-    """What a killed process leaves is not taken for a checkpoint, and the next save clears it away."""
+    """Files of a killed process are not read as a checkpoint, and the next save removes them."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(checkpoint, "_flush", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
         write(run / "checkpoints", 40)

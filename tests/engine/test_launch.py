@@ -1,4 +1,5 @@
-"""As many processes train as a launcher asked for, or none: the environments of launchers, without starting any."""
+"""As many processes train as the launcher requested, or none. Tests set the launchers' variables and start no
+process."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ ACCELERATE = {"ACCELERATE_DYNAMO_BACKEND": "no", "MASTER_ADDR": "127.0.0.1", "MA
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """Sets the environment of a machine without GPUs, as torch and the system see it, unless told otherwise."""
+    """Sets environment variables, on a machine that has no GPUs for torch and the system unless given."""
     with fresh_accelerate():
         for name in (*launch.SIZES, *launch.RANKS, *launch.LOCAL_SIZES, *launch.GPUS_ASKED_FOR, *TORCHRUN, *ACCELERATE):
             monkeypatch.delenv(name, raising=False)
@@ -47,7 +48,7 @@ def machine(monkeypatch, tmp_path):
         yield set_up
 
 
-# environment, what the machine has besides CPUs, and what the refusal names
+# environment, properties of the machine, and a part of the error message
 REFUSED = {
     "broken driver": (TORCHRUN, {"devices": ["nvidia0", "nvidia1", "nvidiactl"]}, "has nvidia0, nvidia1; mend"),
     "no driver": (TORCHRUN, {"card": "0x10de"}, "1 NVIDIA cards are in the machine"),
@@ -60,7 +61,7 @@ REFUSED = {
     "no rank": ({"WORLD_SIZE": "2"}, {}, "RANK is missing"),
     "no address": ({"WORLD_SIZE": "2", "RANK": "0"}, {}, "MASTER_ADDR is missing"),
     "no number": ({"WORLD_SIZE": "two"}, {}, "WORLD_SIZE is 'two'; expected a number"),
-    # as a Kubernetes operator sets it: on GPUs accelerate looks at LOCAL_RANK alone
+    # As a Kubernetes operator sets it. On GPUs, accelerate only reads LOCAL_RANK.
     "not connected": (
         {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
         {"gpus": 8},
@@ -93,7 +94,7 @@ def test_one_process_needs_no_launcher(machine, what):
 
 
 def test_cpus_of_a_gpu_machine_can_be_asked_for(machine, monkeypatch):
-    """Up to the connection, which needs the other process."""
+    """The test stops before the connection, which needs the other process."""
     asked = []
     monkeypatch.setattr(launch, "Accelerator", lambda cpu, **_: asked.append(cpu) or pytest.skip.Exception)
     for environment in (

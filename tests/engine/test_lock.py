@@ -1,4 +1,4 @@
-"""One run at a time in a folder: held, left, taken over, and on file systems without locks."""
+"""The lock of a run's folder: held, released, taken over, and on file systems without locks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sgmim_fast.engine import launch
 from sgmim_fast.engine.launch import RunLock
 from sgmim_fast.errors import UserError
 
-FORK = multiprocessing.get_context("fork")  # another process at once: a new one would import torch
+FORK = multiprocessing.get_context("fork")  # starts at once; a new process would import torch
 
 
 def _hold(run, ready, child):
@@ -26,12 +26,12 @@ def _hold(run, ready, child):
 
 
 def holds(run, child=False):
-    """A process that holds it, and a child of that process, which has a copy of every open file."""
+    """Starts a process that holds the lock, with a child that has a copy of every open file if `child` is True."""
     ready = FORK.SimpleQueue()
     process = FORK.Process(target=_hold, args=(run, ready, child))
     process.start()
     while not (number := ready.get()) and child:
-        pass  # what the child put there
+        pass  # skips what the child put
     return process, number
 
 
@@ -46,7 +46,7 @@ def filesystem(request, monkeypatch):
 
 @pytest.fixture
 def holder(filesystem, tmp_path):
-    """Another process that holds tmp_path / "run"."""
+    """Another process that holds the lock of tmp_path / "run"."""
     process, _ = holds(tmp_path / "run")
     yield process
     process.kill()
@@ -64,7 +64,7 @@ def test_a_second_start_is_refused_with_the_first_ones_name(filesystem, tmp_path
     written = json.loads((tmp_path / "run" / launch.LOCK).read_text())
     for part in (f"process {holder.pid} on {written['host']}", written["since"], "--out"):
         assert part in message
-    assert written["process"] == holder.pid  # is as it was
+    assert written["process"] == holder.pid  # the file was not changed
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -78,7 +78,7 @@ def test_a_dead_process_holds_nothing(filesystem, tmp_path, holder, number):
 
 
 def test_a_loading_process_that_is_left_over_holds_nothing(tmp_path):
-    """Its parent was killed; it has a copy of every open file."""
+    """The parent of this process was killed. It has a copy of every open file."""
     process, child = holds(tmp_path / "run", child=True)
     try:
         process.kill()
@@ -95,7 +95,7 @@ def test_the_same_process_is_another_run_too(filesystem, tmp_path):
 
 
 def test_another_process_of_the_same_number_is_not_the_holder(tmp_path):
-    """The machine or the container was started again."""
+    """The machine or container was restarted."""
     path = tmp_path / launch.LOCK
     path.write_text(json.dumps(launch._own() | {"started": "1"}))
     with RunLock(tmp_path) as taken:
@@ -163,7 +163,7 @@ def test_a_file_is_no_folder(tmp_path):
 
 
 def test_many_at_once_are_one_after_the_other(tmp_path):
-    """Each holds it for a moment, and puts a file into it that must be its own."""
+    """Each process holds the lock for a moment, and writes a file into the folder that must be its own."""
     run = tmp_path / "run"
     run.mkdir()
 

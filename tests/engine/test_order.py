@@ -1,4 +1,4 @@
-"""Which images and masks a step has: the same however many processes share them, and wherever a run was resumed."""
+"""Images and masks of a step do not depend on the number of processes, or on where a run was resumed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPLITS = [(8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 2, 2), (1, 2, 4)]  # batch, accum
 
 
 def steps(length: int, split: tuple[int, int, int], step: int = 0) -> list[list[int]]:
-    """The images of each step of an epoch, put together from all processes."""
+    """Returns the images of each step of an epoch, combined from all processes."""
     batch, accumulate, processes = split
     found: dict[int, list[int]] = {}
     for rank in range(processes):
@@ -65,13 +65,13 @@ def test_masks_are_drawn_on_the_cells_that_make_up_a_unit(shown, stride, side):
     assert all(units.mask.flatten(1).sum(1) == 10)  # ceil(0.6 * 16)
     assert found.mask.shape == (6, side, side)
     for actual, expected in zip(pytree.tree_leaves(found), pytree.tree_leaves(units.on((side, side))), strict=True):
-        assert torch.equal(torch.as_tensor(actual), torch.as_tensor(expected))  # tensors, and what the host knows
+        assert torch.equal(torch.as_tensor(actual), torch.as_tensor(expected))  # tensors, and numbers known to the host
 
 
 def test_masks_come_from_seed_and_step():
     draw = [
         draw_masks(tiny().mask, 64, 4, seed, step, torch.device("cpu")).mask for seed, step in ((0, 0), (0, 1), (1, 0))
     ]
-    torch.manual_seed(9)  # the default generator has no part in it
+    torch.manual_seed(9)  # the default generator is not used
     assert torch.equal(draw_masks(tiny().mask, 64, 4, 0, 0, torch.device("cpu")).mask, draw[0])
     assert not torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])

@@ -1,8 +1,9 @@
-"""Every Python that starts with this folder in PYTHONPATH sees a GPU that is none: for the rehearsal of a benchmark.
+"""Simulates a GPU in every Python process that has this folder in PYTHONPATH, to rehearse a benchmark.
 
-What is asked for on "cuda" is on the CPU. Triton's launches are caught, so that its results are garbage and noticed;
-captured steps are `fake_graph`'s; timm's encoders at the published sizes become tiny ones, and the shapes go with them.
-Everything is timed once. With FAKE_GPU_ONLY=WORD a command that has no such word ends at once, as if it had passed.
+Tensors for "cuda" are on the CPU. Triton's launches are recorded and not executed, so their results are wrong, which is
+noticed. Captured steps are those of `fake_graph`. timm's encoders at the published sizes become tiny ones, and so do
+the shapes. Everything is timed once. With FAKE_GPU_ONLY=WORD, commands without this word end at once, as if they had
+passed.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ TINY["swinv2_base_window12_192"] = TINY["swin_base_patch4_window7_224"]
 
 
 def on_cpu(value: Any) -> Any:
-    """Without "cuda" in it."""
+    """Replaces "cuda" by the CPU."""
     if isinstance(value, torch.device) or (isinstance(value, str) and value.startswith("cuda")):
         return torch.device("cpu") if torch.device(value).type == "cuda" else value
     if isinstance(value, tuple | list) and type(value) in (tuple, list):
@@ -85,7 +86,7 @@ class Event:
 
 
 class Nothing:
-    """A stream, a graph, or what makes one the current one."""
+    """A stream, a graph, or a context manager that selects one."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -123,10 +124,10 @@ torch.profiler.profile = lambda activities=None, **options: profile(
 usable = {name: (True, "") for name in ("triton", "torch")}
 usable |= {"cuda": (False, "nobody has built it"), "cpu": _native.load_cpu()}
 backends.available = lambda: usable
-backends.triton_interpreted = lambda: True  # it takes the CPU's tensors
-caught = target.caught(lambda *launch: None, target.Target("sm_90", 132))  # kept: its end would end it
+backends.triton_interpreted = lambda: True  # accepts CPU tensors
+caught = target.caught(lambda *launch: None, target.Target("sm_90", 132))  # kept: its deletion would end the context
 caught.__enter__()
-backends.ORDER["cpu"] = ("torch",)  # whose steps can be captured
+backends.ORDER["cpu"] = ("torch",)  # its steps can be captured
 importlib.import_module("sgmim_fast.capture").Graph = fake_graph.FakeGraph
 _check.rows = _check.image_rows = lambda *_, **__: None
 

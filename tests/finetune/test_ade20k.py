@@ -1,4 +1,4 @@
-"""ADE20K: the shift of its labels, its class names, and what is wrong with a copy of it."""
+"""ADE20K: the shift of its labels, its class names, and errors of incomplete copies."""
 
 from __future__ import annotations
 

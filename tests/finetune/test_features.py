@@ -1,4 +1,4 @@
-"""Feature maps of timm models: which maps, from which files, fitted to which sizes."""
+"""Feature maps of timm models: which maps, from which files, resized to which sizes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sgmim_fast.fused.accelerate import FAST
 
 
 def exported(path: Path, kind: str, img_size: int | tuple[int, int], **arguments: object) -> sgmim_fast.SGMIM:
-    """Writes a file of a random encoder with random position tables, and returns the encoder."""
+    """Exports a random encoder with random position tables, and returns it."""
     torch.manual_seed(1)
     name, own = ENCODERS[kind]
     encoder = sgmim_fast.create_encoder(name, img_size=img_size, **{**own, **arguments}).eval()
@@ -73,7 +73,7 @@ def test_evenly_spaced_blocks() -> None:
     [*((kind, (64, 128)) for kind in FAMILIES), *((kind, (96, 160)) for kind in FAMILIES if kind != "beit-shared")],
 )
 def test_accelerated_maps_are_timms(kind: str, size: tuple[int, int]) -> None:
-    """Also where maps do not divide into windows, which are padded then, and are not those of `img_size`."""
+    """Also for maps that are padded to windows, and for other sizes than `img_size`."""
     window = {"window_size": 5} if kind.startswith("swin") else {}
     fast, plain = (features(kind, (64, 128), accelerate=on, **window).eval() for on in (True, False))
     assert any(type(module) in FAST.values() for module in fast.modules())
@@ -85,7 +85,7 @@ def test_accelerated_maps_are_timms(kind: str, size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_exported_file(kind: str, tmp_path: Path) -> None:
-    """Name and arguments come from the file; at the size of pre-training nothing changes."""
+    """Name and arguments are read from the file. At the size of pre-training nothing changes."""
     encoder = exported(tmp_path / "e.safetensors", kind, 64)
     made = create_features(checkpoint=tmp_path / "e.safetensors", img_size=64, accelerate=False).eval()
     assert made.name == ENCODERS[kind][0] and made.notes == []
@@ -117,7 +117,7 @@ def tables(made: Features) -> dict[str, Tensor]:
 
 
 def write_timm(path: Path, kind: str, img_size: tuple[int, int], **arguments: object) -> None:
-    """A file whose tables are the vertical distance, in windows, and 7, 8, 9 for the class token."""
+    """Exports a model whose bias tables are the vertical distance in windows, and 7, 8, 9 for the class token."""
     name, own = ENCODERS[kind]
     encoder = sgmim_fast.create_encoder(name, img_size=img_size, **{**own, **arguments})
     for module in encoder.modules():
@@ -136,10 +136,11 @@ def write_timm(path: Path, kind: str, img_size: tuple[int, int], **arguments: ob
 def test_relative_tables_are_resized(
     kind: str, old: tuple[int, int], new: tuple[int, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A bias of the vertical distance alone stays one, and does not fall with it; the class token's entries stay."""
+    """A bias that is monotonic in the vertical distance alone remains so. The class token's entries do not change."""
     path = tmp_path / "e.safetensors"
     swin = kind == "swin"
-    # (2, 14) tokens of 16 pixels: a table of 3 x 27 entries, which could be 9 x 9; Swin's windows are as large as that
+    # (2, 14) tokens of 16 pixels have a table of 3 x 27 entries, which could also be 9 x 9. Swin's windows have this
+    # size.
     windows = [{"window_size": tuple(side // 16 for side in size)} if swin else {} for size in (old, new)]
     write_timm(path, kind, img_size=old, **windows[0])
     with caplog.at_level(logging.INFO, "sgmim_fast"):
@@ -154,7 +155,7 @@ def test_relative_tables_are_resized(
         torch.testing.assert_close(grid, grid[:, :1].expand_as(grid))
         torch.testing.assert_close(grid, -grid.flip(0))
         assert (grid.diff(dim=0) > -1e-6).all()
-        assert (grid[-1] > 0.1).all() or "layers.3" in name  # where a window may be one token high
+        assert (grid[-1] > 0.1).all() or "layers.3" in name  # a window may be one token high there
         if not swin:
             assert (table[rows:] == torch.tensor([[7.0], [8.0], [9.0]])).all()
     (note,) = (note for note in made.notes if "relative" in note)
@@ -166,7 +167,7 @@ def test_relative_tables_are_resized(
 def test_absolute_positions_are_resized(tmp_path: Path) -> None:
     path = tmp_path / "e.safetensors"
     encoder = exported(path, "vit", (32, 128))
-    with torch.no_grad():  # a position that says which row it is in, of 2
+    with torch.no_grad():  # the position is the row, of 2
         encoder.model.pos_embed[:, 1:] = torch.tensor([0.0, 1.0]).repeat_interleave(8)[None, :, None]
     export_timm(encoder, path)
     made = create_features(checkpoint=path, img_size=(64, 64))
@@ -178,7 +179,7 @@ def test_absolute_positions_are_resized(tmp_path: Path) -> None:
 
 
 def test_a_table_without_known_window_is_square(tmp_path: Path) -> None:
-    """A plain timm file of another image size than timm's default for the name."""
+    """For a plain timm file with another image size than timm's default for the name."""
     path = tmp_path / "plain.pth"
     name, own = ENCODERS["beit"]
     own = {**own, "use_abs_pos_emb": True}
@@ -192,7 +193,7 @@ def test_a_table_without_known_window_is_square(tmp_path: Path) -> None:
 
 
 def test_swinv2_keeps_the_unit_of_its_distances(tmp_path: Path) -> None:
-    """With other windows, tokens as far apart as before have the bias they had."""
+    """With other windows, tokens at the same distance keep their bias."""
     path = tmp_path / "e.safetensors"
     encoder = exported(path, "swinv2", 64, window_size=4)
     made = create_features(checkpoint=path, img_size=128, window_size=8)
@@ -235,7 +236,7 @@ def test_patches_are_resized(tmp_path: Path) -> None:
 
 
 def test_microsofts_names(tmp_path: Path) -> None:
-    """Its Swin has a downsampling at the end of a stage; timm's filter renames it."""
+    """Microsoft's Swin has a downsampling at the end of a stage, which timm's filter renames."""
     name, own = ENCODERS["swin"]
     source = timm.create_model(name, img_size=64, **own)
     renamed = {
@@ -251,7 +252,7 @@ def test_microsofts_names(tmp_path: Path) -> None:
 
 
 def test_pretrained(tmp_path: Path) -> None:
-    """timm's own weights go the same way; here from a file, as nothing is downloaded."""
+    """timm's own weights are treated in the same way. Here they are read from a file, since nothing is downloaded."""
     name, own = ENCODERS["swin"]
     own = {key: value for key, value in own.items() if key != "window_size"}
     path = tmp_path / "e.safetensors"

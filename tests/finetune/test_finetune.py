@@ -1,4 +1,4 @@
-"""`sgmim-fast finetune` and `evaluate`: runs that end, stop and go on, what they leave, and what wrong input gets."""
+"""`sgmim-fast finetune` and `evaluate`: runs that end, stop and resume, their files, and errors for wrong input."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def test_evaluate_finds_what_the_run_found(depth, tmp_path, capsys):
     assert {name: found[name] for name in last} == pytest.approx(last, rel=1e-5)
     with Image.open(picture) as image:
         assert min(image.size) > 100
-    # another way of evaluating is not another training: the run's configuration says how, and can be overruled
+    # Settings of evaluation are not settings of training: they are read from the run's configuration, and can be
+    # changed.
     assert cli.main(["evaluate", str(depth), "--set=evaluation.flip=false", f"--json={file}"]) == 0
     assert json.loads(file.read_text())["rmse"] != found["rmse"]
 
@@ -83,7 +84,7 @@ def test_resumed_run_is_the_same_to_the_bit(depth, tmp_path):
 
 
 def test_a_checkpoint_that_was_not_tested_is_not_the_best(tmp_path):
-    """SIGTERM saves at once."""
+    """SIGTERM saves a checkpoint at once."""
 
     class Stopped(Trainer):
         def _step(self, batches):
@@ -101,7 +102,7 @@ def test_a_checkpoint_that_was_not_tested_is_not_the_best(tmp_path):
 
 
 def test_segmentation_with_upernet_learns_from_an_exported_encoder(tmp_path):
-    """The encoder of a run or a file, its name and arguments from the file; the file is not needed to go on."""
+    """Name and arguments of the encoder are read from a run or a file, which is not needed to resume."""
     torch.manual_seed(0)
     arguments = {"embed_dim": 24, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 2), "window_size": 2}
     encoder = create_encoder("swin_tiny_patch4_window7_224", img_size=64, **arguments)
@@ -133,7 +134,7 @@ def test_a_frozen_encoder_stays_as_it_is(tmp_path):
     fresh = task.create_model().state_dict()
     assert saved.keys() == fresh.keys()
     assert any(not torch.equal(saved[name], fresh[name]) for name in saved if name.startswith("head."))
-    # the seed of the run's parameters is that of its first step
+    # The seed of the parameters is that of the run's first step.
     from sgmim_fast.data.seeds import mix
 
     torch.manual_seed(mix(0, "model"))
@@ -142,7 +143,7 @@ def test_a_frozen_encoder_stays_as_it_is(tmp_path):
 
 
 def test_folders_of_depth(tmp_path, capsys):
-    """Images and 16-bit maps of the user's own, in millimetres, some of it not known; images of any size are tested."""
+    """The user's own images and 16-bit maps in millimetres, with missing values. Images of any size are tested."""
     generator = torch.Generator().manual_seed(0)
     for part, count, size in (("train", 4, (80, 96)), ("test", 2, (72, 100))):
         for kind in ("images", "maps"):
@@ -175,7 +176,7 @@ def test_folders_of_depth(tmp_path, capsys):
     ids=["nyu", "kitti", "ade20k"],
 )
 def test_published_layouts_from_end_to_end(tmp_path, source, write, best):
-    """Whole images are tested, in windows of the size that was trained."""
+    """Whole images are tested, in windows of the training size."""
     root = write(tmp_path)
     changes = {"data__source": source, "optim__batch": 2, "optim__epochs": 1, "data__size": [64, 128]}
     changes |= {"evaluation__flip": False, "evaluation__stride": [64, 128]}
@@ -187,10 +188,10 @@ def test_published_layouts_from_end_to_end(tmp_path, source, write, best):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_label_out_of_range_is_named_in_one_line(tmp_path, capsys, workers):
-    """Also where a loading process finds it."""
+    """Also if a data loading process finds it."""
     for kind in ("images", "maps"):
         (tmp_path / kind).mkdir()
-    for i in range(20):  # of which 8 are looked at when the data set is made, not the second one
+    for i in range(20):  # 8 of them are checked when the data set is created, the second one is not
         Image.new("RGB", (64, 64), (10 * i, 0, 0)).save(tmp_path / "images" / f"{i:02}.png")
         Image.new("L", (64, 64), 9 if i == 1 else 1).save(tmp_path / "maps" / f"{i:02}.png")
     words = [f"--{part}={tmp_path}/{kind}" for kind in ("images", "maps") for part in (kind, f"test-{kind}")]
@@ -200,7 +201,7 @@ def test_a_label_out_of_range_is_named_in_one_line(tmp_path, capsys, workers):
     assert err.startswith("sgmim-fast finetune: ") and "01.png" in err and "9" in err and "Traceback" not in err
 
 
-# one line, exit code 2
+# One line, exit code 2.
 WRONG = [
     ("depth", {"model__encoder": "nowhere.safetensors"}, "nowhere.safetensors"),
     ("depth", {"model__encoder": "vit_tiny_patch16_22"}, "did you mean vit_tiny_patch16_224"),
@@ -238,7 +239,7 @@ def test_runs_of_one_command_are_not_the_other_ones(depth, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
 def test_two_processes_test_what_they_save(tmp_path):
-    """Each takes its share of the test set, with the batch norms' statistics of the first one."""
+    """Each process computes its share of the test set, with the batch norm statistics of the first one."""
     run, file = tmp_path / "run", tmp_path / "found.json"
     settings = arguments(optim__epochs=1, optim__batch=2)
     command = ("-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "sgmim_fast.cli")
@@ -257,7 +258,7 @@ def test_presets_resolve(name):
 
 
 def test_triangle_of_the_mim_depth_protocol():
-    """Numbers worked by hand: 3e-5 to 5e-4 and back, each half to the power of 0.9."""
+    """Numbers computed by hand: from 3e-5 to 5e-4 and back, each half to the power of 0.9."""
     rates = [learning_rate(Optim(), step, 200, 8) for step in (0, 50, 100, 150, 199)]
     rise = 4.7e-4 * 0.5**0.9
     fall = 5e-4 - 4.7e-4 * 0.99**0.9

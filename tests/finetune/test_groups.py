@@ -1,4 +1,4 @@
-"""Layer-wise decay of the learning rate, and which parameters decay."""
+"""Layer-wise decay of the learning rate, and the parameters with weight decay."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sgmim_fast.finetune.heads import DenseModel, create_model
 
 
 def by_name(model: DenseModel, groups: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Parameter name -> its lr_scale and weight_decay."""
+    """Returns lr_scale and weight_decay by parameter name."""
     settings = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert len(settings) == sum(len(group["params"]) for group in groups)
     return {name: settings[id(parameter)] for name, parameter in model.named_parameters() if id(parameter) in settings}
@@ -31,7 +31,7 @@ def test_every_parameter_is_in_one_group(kind: str) -> None:
 
 
 def test_scales_of_swin() -> None:
-    """Stem, five blocks, head: six steps of 0.5; a downsampling goes with the block behind it."""
+    """Stem, five blocks, head: six steps of 0.5. A downsampling belongs to the block after it."""
     model = create_model(features("swin"), "deconv", 1)
     found = {name: scale for name, (scale, _) in by_name(model, param_groups(model, 0.05, 0.5)).items()}
     expected = {

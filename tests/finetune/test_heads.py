@@ -1,4 +1,4 @@
-"""Heads: every one on every family, what they refuse, and the details of the deconvolutions."""
+"""Every head with every family, their errors, and the details of the deconvolution head."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ HEADS = ("deconv", "upernet", "dpt")
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("kind", [*FAMILIES, "resnet"])
 def test_every_head_on_every_encoder(kind: str, head: str) -> None:
-    """One number per pixel and output, and a gradient for every parameter: distributed training waits for each."""
+    """The result has one number per pixel and output. Every parameter has a gradient, since distributed training waits
+    for each."""
     model = create_model(features(kind, (64, 96)), head, 5, channels=16)
     out = model(torch.randn(2, 3, 64, 96))
     assert out.shape == (2, 5, 64, 96) and out.dtype == torch.float32
@@ -38,7 +39,7 @@ def test_bfloat16_autocast(kind: str, head: str) -> None:
 
 
 def test_patches_of_14() -> None:
-    """Maps of 1/14, 2/14, ... of the resolution are resized to the images'."""
+    """Maps of 1/14, 2/14, ... of the resolution are resized to that of the images."""
     for head in HEADS:
         model = create_model(features("vit", (56, 84), patch_size=14), head, 1, channels=16)
         assert model.multiple == (14 if head == "deconv" else 28)
@@ -47,14 +48,15 @@ def test_patches_of_14() -> None:
 
 @pytest.mark.parametrize("kind", ["swin", "swinv2-3-stages", "vit"])
 def test_resolution_before_the_last_resizing(kind: str) -> None:
-    """UPerNet classifies at a quarter of the images' resolution, DPT and the deconvolutions end at all of it."""
+    """UPerNet classifies at a quarter of the images' resolution, DPT and the deconvolution head at the full
+    resolution."""
     for head, size in (("upernet", (16, 24)), ("dpt", (64, 96)), ("deconv", (64, 96))):
         model = create_model(features(kind, (64, 96)), head, 1, channels=16).eval()
         assert model.head(model.features(torch.randn(1, 3, 64, 96))).shape == (1, 1, *size), head
 
 
 def test_widths() -> None:
-    """By default those of mmsegmentation's UPerNet and of DPT."""
+    """The defaults are those of mmsegmentation's UPerNet and of DPT."""
     made = features("swin")
     upernet, dpt, deconv = (create_model(made, head, 7) for head in ("upernet", "dpt", "deconv"))
     assert upernet.head.classify[1][0].weight.shape == (7, 512, 1, 1)
@@ -63,7 +65,7 @@ def test_widths() -> None:
 
 
 def test_deconvolutions_of_the_published_protocol() -> None:
-    """SwinV2-B: the shapes of the published head's parameters, and its order of steps."""
+    """For SwinV2-B: shapes of the published head's parameters, and the order of its layers."""
     torch.manual_seed(0)
     head = Deconvolutions(1024, 32, 1, 128)
     convolutions = [tuple(p.shape) for p in head.parameters() if p.ndim == 4]
@@ -93,7 +95,7 @@ def test_depth() -> None:
 
 
 def test_frozen_encoder() -> None:
-    """No gradient, no stochastic depth, in training mode too."""
+    """It has no gradient and no stochastic depth, also in training mode."""
     model = create_model(features("swin", drop_path_rate=0.5), "deconv", 1)
     model.freeze()
     model.train()

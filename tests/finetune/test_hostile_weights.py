@@ -1,4 +1,4 @@
-"""Files from anywhere: none runs code, makes another file or the network be read, or takes much memory."""
+"""Untrusted files do not run code, do not read another file or the network, and do not take much memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NAME, SMALL = "vit_tiny_patch16_224", {"depth": 2, "embed_dim": 48, "num_heads":
 
 @pytest.fixture(autouse=True)
 def watched(poisoned_buffers, monkeypatch):
-    """Fails where anything connects. Without poisoned buffers, which are allocated on the meta device too."""
+    """Fails on any connection. Disables poisoned buffers, since some are allocated on the meta device."""
     monkeypatch.undo()
 
     def connect(*_):
@@ -42,7 +42,7 @@ def watched(poisoned_buffers, monkeypatch):
 
 
 class Runs:
-    """Pickled, it makes a file where it is read."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
@@ -64,7 +64,7 @@ READERS = {
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".safetensors", ".PTH", ""])
 @pytest.mark.parametrize("protocol", ["zip", "bare"])
 def test_pickled_code_is_not_run(tmp_path, monkeypatch, read, old_timm, suffix, protocol):
-    if old_timm:  # 1.0.24 loads with weights_only=False unless told otherwise
+    if old_timm:  # timm 1.0.24 loads with weights_only=False by default
         monkeypatch.setattr(weights.load_state_dict, "__defaults__", (True, "cpu", False))
     path, sign = tmp_path / f"model{suffix}", tmp_path / "sign"
     if protocol == "zip":
@@ -77,7 +77,7 @@ def test_pickled_code_is_not_run(tmp_path, monkeypatch, read, old_timm, suffix, 
 
 
 def test_a_file_that_is_both_formats_is_read_as_one(tmp_path, monkeypatch):
-    """A safetensors file whose data is a zip with a pickle; timm goes by the ending."""
+    """A safetensors file whose data is a zip with a pickle. timm chooses the format by the suffix."""
     monkeypatch.setattr(weights.load_state_dict, "__defaults__", (True, "cpu", False))
     sign, inner = tmp_path / "sign", tmp_path / "inner.pth"
     torch.save({"a": Runs(sign)}, inner)
@@ -98,7 +98,7 @@ def test_a_file_that_is_both_formats_is_read_as_one(tmp_path, monkeypatch):
 
 
 def exported_file(path: Path, **metadata: str) -> Path:
-    """An honest file, with other metadata."""
+    """Writes a valid file with other metadata."""
     encoder = create_encoder(NAME, **SMALL)
     checkpoints.export_timm(encoder, path)
     with exported.safe_open(path, "pt") as file:
@@ -108,7 +108,7 @@ def exported_file(path: Path, **metadata: str) -> Path:
 
 
 def steering(other: Path) -> dict[str, object]:
-    """Arguments of timm.create_model and what it calls, each with a value that would read something else."""
+    """Returns arguments of timm.create_model and the functions it calls, with values that would read another file."""
     return {name: str(other) for name in exported._OF_TIMM} | {
         "pretrained": True,
         "pretrained_cfg": {"url": "https://example.com/a.pth", "file": str(other), "hf_hub_id": "example/model"},
@@ -121,7 +121,7 @@ def steering(other: Path) -> dict[str, object]:
 
 @pytest.mark.parametrize("name", sorted(steering(Path("x"))))
 def test_metadata_steers_nothing(tmp_path, monkeypatch, name):
-    """Whatever timm understands besides the model's own arguments is left out, and the file loads as it is."""
+    """Everything that timm accepts besides the model's own arguments is ignored, and the file loads as it is."""
     other = tmp_path / "other.safetensors"
     monkeypatch.setattr(_helpers, "load_state_dict", _only(tmp_path / "model.safetensors", _helpers.load_state_dict))
     text = json.dumps({**SMALL, "num_classes": 1000, name: steering(other)[name]})
@@ -179,7 +179,7 @@ def test_every_argument_that_shapes_a_model_is_kept(tmp_path):
 
 @pytest.mark.parametrize("command", ["reconstruct", "export", "resume", "fourier"])
 def test_a_runs_checkpoint_needs_no_other_weights(tmp_path, monkeypatch, command):
-    """Its configuration says what the encoder once started from."""
+    """Its configuration only names the weights from which the encoder was initialised."""
     run = tmp_path / "run"
     with fresh_accelerate():
         assert cli.main(["pretrain", f"--out={run}", *run_arguments(optim__epochs=0.25, optim__warmup_epochs=0)]) == 0

@@ -1,4 +1,4 @@
-"""Padding, windows and mirror images, with models whose answer is known for every pixel."""
+"""Padding, windows and mirrored images, with models whose result is known for every pixel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from sgmim_fast.finetune.inference import predict, starts_and_ends
 
 
 class Known:
-    """In place of a model: says the mean over channels, adds `slope` to the right, and notes the sizes it saw."""
+    """Replaces a model: returns the mean over channels plus `slope` times the column, and records the sizes of its
+    inputs."""
 
     def __init__(self, multiple: int = 8, fixed_size: tuple[int, int] | None = None, slope: float = 0.0) -> None:
         self.multiple, self.fixed_size, self.slope = multiple, fixed_size, slope
@@ -41,7 +42,7 @@ def images(height: int, width: int, count: int = 2) -> Tensor:
     flip=st.booleans(),
 )
 def test_every_pixel_is_its_own(size: tuple[int, int], window: tuple[int, int] | None, fixed: bool, flip: bool) -> None:
-    """Whatever the size, the windows and the padding: a model that looks at pixels alone is undisturbed."""
+    """A model that processes each pixel alone is not affected by sizes, windows and padding."""
     model = Known(1 if fixed else 8, window if fixed else None)
     x = images(*size)
     found = predict(model, x, window=window, flip=flip)
@@ -52,7 +53,8 @@ def test_every_pixel_is_its_own(size: tuple[int, int], window: tuple[int, int] |
 
 @given(length=st.integers(1, 200), window=st.integers(1, 60), data=st.data())
 def test_positions_are_mmsegmentations(length: int, window: int, data: st.DataObject) -> None:
-    """Its formulas: max(length - window + stride - 1, 0) // stride + 1 windows, the last moved back into the image."""
+    """Its formulas: max(length - window + stride - 1, 0) // stride + 1 windows, the last one moved back into the
+    image."""
     stride = data.draw(st.integers(1, window))
     found = list(starts_and_ends(length, window, stride))
     assert len(found) == max(length - window + stride - 1, 0) // stride + 1
@@ -69,7 +71,7 @@ def test_windows_of_the_protocols() -> None:
 
 
 def test_windows_are_averaged_where_they_overlap() -> None:
-    """Two windows of 4 columns over 6, each 0 to 3: the middle two columns see 2 and 0, 3 and 1."""
+    """Two windows of 4 columns over 6, each with 0 to 3: the middle two columns average 2 and 0, 3 and 1."""
     found = predict(Known(1, slope=1.0), torch.zeros(1, 3, 1, 6), window=(1, 4), stride=(1, 2))
     assert found.flatten().tolist() == [0, 1, 1, 2, 2, 3]
 
@@ -107,7 +109,7 @@ def test_bad_windows(arguments: dict[str, int], words: str) -> None:
 
 @pytest.mark.parametrize("kind", ["swin", "swinv2-3-stages", "vit", "beit-shared"])
 def test_models_take_any_image(kind: str) -> None:
-    """Made for 64 x 64, given 50 x 150, whole and in windows; what was there before is there after."""
+    """A model for 64 x 64 is applied to 50 x 150, whole and in windows. Afterwards it is unchanged."""
     model = create_model(features(kind), "deconv", 1).eval()
     x = images(50, 150, 1)
     whole = predict(model, x, transform=lambda raw: to_depth(raw, 0.1, 10))

@@ -1,4 +1,4 @@
-"""KITTI with the Eigen split: lists, the places of its files, units and the benchmark's crop."""
+"""KITTI with the Eigen split: lists, file locations, units, and the crop of the benchmark."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_values_crop_and_what_has_no_ground_truth(root):
 
 
 def test_own_transforms_crop_both(root):
-    """torchvision's leave alone what they do not know to be a map."""
+    """torchvision's transforms do not change tensors that they do not know to be maps."""
     item = KITTI(root, "train", v2.Compose([v2.RandomCrop((30, 40)), v2.ToDtype(torch.float32, scale=True)]))[0]
     assert item["image"].shape == (3, 30, 40) and item["depth"].shape == (1, 30, 40)
 
@@ -65,7 +65,7 @@ def test_usual_places(tmp_path, layout):
 
 
 def test_lists_with_whole_paths(tmp_path):
-    """GLPDepth's."""
+    """As in GLPDepth."""
     write_kitti(tmp_path, raw="raw_data")
     drive = DRIVES["test"]
     line = (
@@ -79,7 +79,7 @@ def test_lists_with_whole_paths(tmp_path):
 
 
 def test_a_given_list_with_right_images_too(root, tmp_path):
-    """Lines of BTS's training list name the right camera's pair in further columns; it is not used."""
+    """Lines of BTS's training list name the pair of the right camera in further columns, which are ignored."""
     line = (root / "eigen_train_files_with_gt.txt").read_text().splitlines()[0]
     (tmp_path / "mine.txt").write_text(f"{line} 2011_09_26/x/image_03/1.png x/image_03/1.png\n\n")
     dataset = KITTI(root, "train", split_file=tmp_path / "mine.txt")

@@ -1,4 +1,4 @@
-"""Depth and labels from mirrored folder trees: formats, units, ids, lists, and what is left out."""
+"""Depth and labels from mirrored folder trees: formats, units, ids, lists, and files left out."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def labels(seed):
 
 
 def one(folder, tmp_path, **files):
-    """An image and a map x.*, in two trees."""
+    """Writes an image and a map x.* in two trees."""
     write_image(tmp_path / "images" / "x.jpg", *SIZE)
     for suffix, content in files.items():
         write(tmp_path / folder / f"x.{suffix}", content)
@@ -102,7 +102,7 @@ def test_integers_need_a_scale_and_the_right_one(depth_trees):
 
 
 def test_one_odd_map_is_no_other_unit(depth_trees):
-    """A close-up among usual ones."""
+    """One close-up among ordinary maps does not change the unit."""
     write_map(depth_trees[1] / "a/1.png", np.full(SIZE, 30, np.uint16))
     assert len(DepthFolders(*depth_trees, scale=1000)) == 4
 
@@ -259,7 +259,7 @@ def test_bad_label_arguments(label_trees, arguments, message):
 
 
 def whole_epoch(dataset, epoch, workers=0):
-    """Every number of an epoch in one row."""
+    """Returns all numbers of an epoch in one row."""
     dataset.set_epoch(epoch)
     (batch,) = DataLoader(dataset, len(dataset), num_workers=workers)
     return torch.cat([value.float().flatten() for value in batch.values() if torch.is_tensor(value)]).nan_to_num(-1)
@@ -273,7 +273,7 @@ def test_items_depend_on_seed_epoch_and_index_alone(task, depth_trees, label_tre
         return SegmentationFolders(*label_trees, DenseTransform(12, task), classes=5, seed=seed)
 
     first = whole_epoch(make(), 0)
-    torch.rand(3)  # what else is drawn does not matter
+    torch.rand(3)  # other random numbers do not matter
     assert torch.equal(first, whole_epoch(make(), 0)) and torch.equal(first, whole_epoch(make(), 0, workers=2))
     assert torch.equal(first, whole_epoch(pickle.loads(pickle.dumps(make())), 0))
     assert not torch.equal(first, whole_epoch(make(), 1)) and not torch.equal(first, whole_epoch(make(1), 0))

@@ -1,4 +1,5 @@
-"""Image and depth or labels stay together through scale, crop and flip; colours, strips and padding as documented."""
+"""Image and depth or labels remain aligned through scale, crop and flip. Colours, strips and padding are as
+documented."""
 
 from __future__ import annotations
 
@@ -20,11 +21,11 @@ from sgmim_fast.finetune.data.colors import GREY, add_value, saturate
 from sgmim_fast.finetune.data.transform import scaled
 
 SIZES = st.tuples(st.integers(4, 60), st.integers(4, 60))
-PLAIN = {"mean": (0, 0, 0), "std": (1, 1, 1), "colors": False}  # leaves colours, from 0 to 1
+PLAIN = {"mean": (0, 0, 0), "std": (1, 1, 1), "colors": False}  # keeps colours from 0 to 1
 
 
 def coordinates(height, width):
-    """(2, height, width): row and column of each pixel's centre, as a share of the height and width."""
+    """Returns (2, height, width): row and column of each pixel's centre, as a share of height and width."""
     rows, columns = (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width
     return torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
 
@@ -38,7 +39,7 @@ def coordinates(height, width):
     seed=st.integers(0, 99),
 )
 def test_image_and_depth_show_the_same_place(size, crop, factor, fit, flip, seed):
-    """Both carry their own coordinates, depth as row + 10 column + 1."""
+    """Image and depth contain their own coordinates; depth is row + 10 column + 1."""
     here = coordinates(*size)
     transform = DenseTransform(crop, "depth", fit=fit, scale=(factor, factor), flip=flip, cut_depth=0, **PLAIN)
     with seeded(seed):
@@ -50,7 +51,7 @@ def test_image_and_depth_show_the_same_place(size, crop, factor, fit, flip, seed
     assert not shown.isnan().any() and depth[0, height:].isnan().all() and depth[0, :, width:].isnan().all()
     assert not image[:, height:].any() and not image[:, :, width:].any()
     expected = (image[0] + 10 * image[1] + 1)[:height, :width]
-    # nearest moves the ramp by at most half an old pixel, interpolation at an edge by less than a new one
+    # Nearest moves the ramp by at most half an old pixel, interpolation at an edge by less than a new one.
     new = scaled(size, fit, factor)
     slack = 0.51 / size[0] + 5.1 / size[1] + 0.51 / new[0] + 5.1 / new[1]
     assert (shown - expected).abs().max() <= slack
@@ -74,7 +75,7 @@ def test_image_and_labels_are_equal_where_nothing_is_scaled(size, crop, flip, se
 
 @given(missing=st.floats(0, 1), factor=st.floats(0.4, 3), seed=st.integers(0, 99))
 def test_no_depth_is_new(missing, factor, seed):
-    """Neither by interpolation, with or without missing values, nor by the scale."""
+    """Neither interpolation, with or without missing values, nor the scale creates new depths."""
     generator = torch.Generator().manual_seed(seed)
     depth = torch.rand(1, 30, 41, generator=generator) + 1
     depth[torch.rand(depth.shape, generator=generator) < missing] = torch.nan
@@ -134,13 +135,13 @@ def test_scales_and_places_are_drawn_evenly():
             flips += bool(columns[0] > columns[-1])
             widths.append(float(columns.max() - columns.min()))
             lefts.append(float(columns.min()))
-    # a crop of 32 shows 31/32 of everything at 0.5 (less half a pixel), and a quarter at 2
+    # A crop of 32 shows 31/32 of the width at scale 0.5 (less half a pixel), and a quarter at 2.
     assert min(widths) < 0.26 and max(widths) > 0.93 and min(lefts) < 0.02 and max(lefts) > 0.65
     assert 160 < flips < 240  # four standard deviations
 
 
 def test_a_crop_filled_by_one_class_is_drawn_again():
-    """The left 5/8 are class 0; the right hand side has four classes in rows."""
+    """The left 5/8 are class 0; the right part has four classes in rows."""
     labels = torch.zeros(40, 80, dtype=torch.int64)
     labels[:, 50:] = torch.arange(1, 5).repeat_interleave(10)[:, None]
     image = torch.zeros(3, 40, 80, dtype=torch.uint8)
@@ -153,10 +154,10 @@ def test_a_crop_filled_by_one_class_is_drawn_again():
 
     assert (shares(max_share=1.0) >= 0.75).float().mean() > 0.4
     assert (shares() < 0.75).all()
-    labels[:, :50] = 255  # what is ignored is no class
+    labels[:, :50] = 255  # ignored pixels are not a class
     found = shares()
     assert (found <= 0.25).all() and ((found > 0) & (found < 0.06)).any() and (found > 0).all()
-    labels[:] = 3  # the last of ten tries counts
+    labels[:] = 3  # the last of ten tries is used
     assert (shares() == 1).all()
 
 
@@ -181,12 +182,12 @@ def test_strips_are_drawn_before_the_crop_as_often_as_asked():
     with seeded(0):
         images = [transform(torch.ones(3, 6, 40), torch.ones(1, 6, 40))[0] for _ in range(800)]
     cut = sum(bool((image != 1).any()) for image in images) / 800
-    assert 0.02 < cut < 0.25  # a quarter of the images, of which a crop shows a quarter
+    assert 0.02 < cut < 0.25  # a quarter of the images has a strip, and a crop shows a quarter of an image
     assert all((image[:, :1] == image).all() for image in images)  # from top to bottom
 
 
 def test_a_crop_shows_its_part_of_the_strip():
-    """The first numbers drawn are the strip's, whatever the crop."""
+    """The strip is drawn first, so it does not depend on the crop."""
     depth = (torch.arange(40) + 1).expand(1, 6, 40) / 10
     whole, part = (
         DenseTransform((6, width), "depth", cut_depth=1, max_depth=10, flip=0, **PLAIN) for width in (40, 15)
@@ -253,7 +254,7 @@ def test_colors_stay_between_black_and_white(colors, seed):
         out = colors(image.clone())
     assert out.shape == image.shape and out.dtype == torch.float32
     assert out.isfinite().all() and out.min() >= 0 and out.max() <= 1 and not torch.equal(out, image)
-    assert (out[:, :3] - out[:1, :3]).abs().max() < 1e-6  # grey stays grey
+    assert (out[:, :3] - out[:1, :3]).abs().max() < 1e-6  # grey remains grey
 
 
 def test_each_color_changes_as_often_and_as_much_as_asked():

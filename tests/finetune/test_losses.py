@@ -1,4 +1,4 @@
-"""Losses of fine-tuning against their formulas in NumPy, and what happens where there is nothing to learn from."""
+"""Losses of fine-tuning, compared with their formulas in NumPy, also without any valid pixel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def maps(*values: float) -> torch.Tensor:
 
 
 def test_silog_by_hand() -> None:
-    """d = log 2, -log 2, 0: mean of squares 2/3 log(2)^2, mean 0; and d = log 2 twice: sqrt(1 - lam) log 2."""
+    """For d = log 2, -log 2, 0: mean of squares 2/3 log(2)^2, mean 0. For d = log 2 twice: sqrt(1 - lam) log 2."""
     target = maps(1.0, 4.0, 3.0)
     found = silog(maps(2.0, 2.0, 3.0), target, min_depth=0.1, max_depth=10)
     assert found.item() == pytest.approx((2 / 3) ** 0.5 * np.log(2), rel=1e-6)
@@ -44,7 +44,7 @@ def test_silog_is_its_formula(seed: int, shape: tuple[int, int, int], lam: float
 
 
 def test_silog_gradient() -> None:
-    """(d - lam mean d) / (n loss p) for valid pixels, by hand; 0 for the others."""
+    """Computed by hand: (d - lam mean d) / (n loss p) for valid pixels, 0 for the others."""
     p, t = torch.tensor([2.0, 3.0, 5.0, 7.0]), torch.tensor([1.0, 4.0, float("nan"), 6.0])
     prediction = p.clone().reshape(1, 1, 2, 2).requires_grad_()
     loss = silog(prediction, t.reshape(1, 1, 2, 2), min_depth=0.1, max_depth=10)
@@ -78,7 +78,7 @@ def test_valid_depth() -> None:
 
 
 def test_cross_entropy_by_hand() -> None:
-    """log(1 + e) - 1 and log(1 + e), and one pixel that does not count."""
+    """Two pixels with log(1 + e) - 1 and log(1 + e), and one that is ignored."""
     logits = torch.tensor([[1.0, 1.0, 5.0], [0.0, 0.0, 5.0]]).reshape(1, 2, 1, 3).requires_grad_()
     loss = cross_entropy(logits, torch.tensor([[[0, 1, 255]]]))
     assert loss.item() == pytest.approx(np.log(1 + np.e) - 0.5, rel=1e-6)

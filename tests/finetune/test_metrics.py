@@ -1,4 +1,4 @@
-"""Metrics against numbers worked by hand, and against the formulas in NumPy, one image at a time."""
+"""Metrics, compared with numbers computed by hand, and with the formulas in NumPy, one image at a time."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ NAN = float("nan")
 
 
 def maps(*images: list[float]) -> torch.Tensor:
-    """(B, 1, 1, W) of one row for each image."""
+    """Returns maps (B, 1, 1, W) with one row per image."""
     return torch.tensor(images)[:, None, None, :]
 
 
 def test_depth_by_hand() -> None:
-    """One image, three pixels: 2 for 1, 2 for 4 and 5.5 for 5."""
+    """One image with three pixels: 2 for 1, 2 for 4 and 5.5 for 5."""
     metric = DepthMetrics(0.5, 10)
     metric.update(maps([2.0, 2.0, 5.5, 3.0]), maps([1.0, 4.0, 5.0, NAN]))
     found = {name: value.item() for name, value in metric.compute().items()}
@@ -31,8 +31,8 @@ def test_depth_by_hand() -> None:
     mean = eleven / 3
     expected = {
         "d1": 1 / 3,
-        "d2": 1 / 3,  # 2 is above 1.5625
-        "d3": 1 / 3,  # and above 1.953125
+        "d2": 1 / 3,  # 2 exceeds 1.5625
+        "d3": 1 / 3,  # and 1.953125
         "abs_rel": (1 + 0.5 + 0.1) / 3,
         "sq_rel": (1 + 1 + 0.05) / 3,
         "rmse": math.sqrt((1 + 4 + 0.25) / 3),
@@ -46,7 +46,7 @@ def test_depth_by_hand() -> None:
 
 
 def test_thresholds_of_depth() -> None:
-    """Ratios 1.2, 1.5, 1.9 and 3, up and down."""
+    """Ratios of 1.2, 1.5, 1.9 and 3 in both directions."""
     metric = DepthMetrics(0.1, 100)
     metric.update(maps([1.2, 1.5, 1.9, 3.0, 1.0, 1.0, 1.0, 1.0]), maps([1.0, 1.0, 1.0, 1.0, 1.2, 1.5, 1.9, 3.0]))
     found = metric.compute()
@@ -54,7 +54,8 @@ def test_thresholds_of_depth() -> None:
 
 
 def test_depth_is_a_mean_over_images() -> None:
-    """Errors of 1 for one pixel and of 3 for two: (1 + 3) / 2, not 7 / 3; an image without values counts as skipped."""
+    """Errors of 1 for one pixel and of 3 for two pixels give (1 + 3) / 2, not 7 / 3. Images without values are
+    skipped."""
     metric = DepthMetrics(0.5, 10)
     metric.update(maps([2.0, 1.0]), maps([1.0, NAN]))
     metric.update(maps([4.0, 4.0], [9.0, 9.0]), maps([1.0, 1.0], [NAN, 11.0]))
@@ -73,7 +74,7 @@ def test_depth_clamps_predictions_and_ignores_what_is_out_of_range() -> None:
 
 
 def test_median_alignment() -> None:
-    """Predictions of three times the depth are right after it; the median is over valid pixels."""
+    """Predictions of three times the depth are right after alignment. The median is over valid pixels."""
     target = maps([1.0, 2.0, 3.0, 8.0, NAN], [2.0, 4.0, NAN, NAN, NAN])
     metric = DepthMetrics(0.1, 10, align="median")
     prediction = torch.tensor([3.0, 0.5]).reshape(2, 1, 1, 1) * target.nan_to_num(90.0)
@@ -82,7 +83,7 @@ def test_median_alignment() -> None:
 
 
 def by_numpy(prediction: NDArray, target: NDArray, low: float, high: float) -> dict[str, float] | None:
-    """One image, in float64."""
+    """Returns the metrics of one image in float64."""
     valid = (target > low) & (target < high)
     if not valid.any():
         return None
@@ -109,7 +110,7 @@ def by_numpy(prediction: NDArray, target: NDArray, low: float, high: float) -> d
 )
 def test_depth_is_its_formulas(seed: int, shape: tuple[int, int, int], missing: float, crop: str | None) -> None:
     rng = np.random.default_rng(seed)
-    # float32 values, so that both see the same ratios around a threshold
+    # Float32 values, so that both compute the same ratios near a threshold.
     prediction, target = (rng.uniform(0.2, 12, shape).astype(np.float32).astype(np.float64) for _ in range(2))
     target[rng.uniform(size=shape) < missing] = np.nan
     top, bottom, left, right = crop_box(crop, *shape[1:])
@@ -137,7 +138,7 @@ def test_crop_boxes() -> None:
     assert crop_box(None, 7, 9) == (0, 7, 0, 9)
     assert crop_box("nyu_eigen", 480, 640) == (45, 471, 41, 601) == crop_box("eigen", 480, 640)
     assert crop_box("nyu_eigen", 240, 320) == (22, 235, 20, 300)
-    # 375 x 1242, KITTI's most frequent size, worked by hand from the fractions
+    # 375 x 1242 is KITTI's most frequent size; computed by hand from the fractions.
     assert crop_box("kitti_eigen", 375, 1242) == (124, 342, 44, 1197) == crop_box("eigen", 375, 1242)
     assert crop_box("garg", 375, 1242) == (153, 371, 44, 1197)
     assert crop_box("garg", 352, 1216) == (143, 349, 43, 1172)
@@ -171,7 +172,7 @@ def test_shapes_of_depth() -> None:
 
 
 def test_processes_are_reduced() -> None:
-    """What two processes saw, merged, is what one would have seen."""
+    """The merged metrics of two processes are those of a single process."""
     generator = torch.Generator().manual_seed(0)
     batches = [torch.rand(2, 2, 1, 5, 5, generator=generator) * 9 + 0.6 for _ in range(2)]
     one, *others = (DepthMetrics(0.5, 10) for _ in range(3))
@@ -183,7 +184,8 @@ def test_processes_are_reduced() -> None:
 
 
 def test_segmentation_by_hand() -> None:
-    """Labels 0 0 1 1 and one ignored, predictions 0 1 1 1 and 2: class 2 is nowhere that counts, class 3 nowhere."""
+    """Labels 0 0 1 1 and one ignored, predictions 0 1 1 1 and 2: class 2 is predicted only where ignored, class 3
+    nowhere."""
     metric = SegmentationMetrics(4)
     metric.update(torch.tensor([[[0, 1, 1, 1, 2]]]), torch.tensor([[[0, 0, 1, 1, 255]]]))
     found = metric.compute()
@@ -191,7 +193,7 @@ def test_segmentation_by_hand() -> None:
     assert found["mIoU"].item() == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert found["mAcc"].item() == pytest.approx((1 / 2 + 1) / 2)
     assert found["aAcc"].item() == pytest.approx(3 / 4)
-    # a class that is only predicted has an IoU of 0 and no accuracy
+    # A class that is only predicted has an IoU of 0 and no accuracy.
     metric.update(torch.tensor([[[3]]]), torch.tensor([[[1]]]))
     found = metric.compute()
     assert found["mIoU"].item() == pytest.approx((1 / 2 + 2 / 4 + 0) / 3)
@@ -201,7 +203,7 @@ def test_segmentation_by_hand() -> None:
 
 @given(seed=st.integers(0, 2**31), classes=st.integers(2, 6), images=st.integers(1, 4), logits=st.booleans())
 def test_segmentation_is_mmsegmentations(seed: int, classes: int, images: int, logits: bool) -> None:
-    """Intersections and unions of all images together, in NumPy sets."""
+    """Intersections and unions over all images, computed with NumPy sets."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, (images, 3, 4))
     labels[rng.uniform(size=labels.shape) < 0.3] = 9

@@ -1,4 +1,4 @@
-"""NYU-v2 from its .mat and from folders: splits, units, borders, and what is wrong with a copy of it."""
+"""NYU-v2 from its .mat file and from folders: splits, units, borders, and errors of incomplete copies."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from sgmim_fast.finetune.data import NYU, DenseTransform
 
 h5py = pytest.importorskip("h5py", reason="reads NYU's .mat")
 scipy_io = pytest.importorskip("scipy.io", reason="reads NYU's splits.mat")
-COUNT, TRAIN, TEST = 5, [1, 4, 5], [2, 3]  # of images; their numbers as splits.mat counts
-WHITE = DenseTransform.evaluation("depth", mean=(0, 0, 0), std=(1, 1, 1))  # leaves images from 0 to 1
+COUNT, TRAIN, TEST = 5, [1, 4, 5], [2, 3]  # number of images; image numbers, counted as in splits.mat
+WHITE = DenseTransform.evaluation("depth", mean=(0, 0, 0), std=(1, 1, 1))  # keeps colours from 0 to 1
 
 
 def write_mat(root, scale=1.0, **splits):
-    """The .mat with axes as MATLAB writes them: (image, channel, column, row)."""
+    """Writes the .mat file with axes in MATLAB's order: (image, channel, column, row)."""
     rng = np.random.default_rng(0)
     images = rng.integers(1, 256, (COUNT, 3, 640, 480), dtype=np.uint8)
     filled = (rng.random((COUNT, 640, 480), dtype=np.float32) * 8 + 0.5) * np.float32(scale)
@@ -73,7 +73,7 @@ def test_labelled_splits_axes_and_values(labelled):
 def test_labelled_is_read_in_workers(labelled, context):
     root = labelled[0]
     dataset = NYU(root, "train", DenseTransform((64, 96), "depth", max_depth=10), seed=3)
-    here = [dataset[index]["depth"] for index in range(3)]  # opens the file here
+    here = [dataset[index]["depth"] for index in range(3)]  # opens the file in this process
     for clone in (dataset, pickle.loads(pickle.dumps(dataset))):
         (batch,) = DataLoader(clone, 3, num_workers=1, multiprocessing_context=context)
         torch.testing.assert_close(batch["depth"], torch.stack(here), rtol=0, atol=0, equal_nan=True)
@@ -117,7 +117,7 @@ def test_border_is_cut_from_both(folders):
 
 
 def test_scenes_beside_the_lists(tmp_path):
-    """GLPDepth's: nyu_depth_v2/SCENE for training, lists elsewhere."""
+    """As in GLPDepth: nyu_depth_v2/SCENE for training, lists elsewhere."""
     write_nyu_folders(tmp_path)
     for scene in (tmp_path / "sync").iterdir():
         scene.rename(tmp_path / scene.name)
@@ -132,7 +132,7 @@ def test_what_is_listed_but_not_there_is_named(tmp_path):
     write_nyu_folders(tmp_path)
     for number in ("00000", "00045"):
         (tmp_path / "sync" / "kitchen_0028b" / f"rgb_{number}.jpg").unlink()
-    dataset = NYU(tmp_path, "train")  # as many are missing as are tried
+    dataset = NYU(tmp_path, "train")  # all files that are probed are missing
     assert len(dataset) == 2 and dataset.report.images_without_map == []
     assert list(dataset.report.broken) == ["kitchen_0028b/rgb_00000.jpg", "kitchen_0028b/rgb_00045.jpg"]
     (tmp_path / "sync" / "cafe_0001a" / "sync_depth_00045.png").unlink()

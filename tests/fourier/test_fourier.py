@@ -1,4 +1,4 @@
-"""Relative log amplitudes: exact on maps of known spectrum, of every kind of encoder, and the command."""
+"""Relative log amplitudes: exact for maps with a known spectrum, for every kind of encoder, and by the command."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from sgmim_fast.fourier.blocks import to_maps
 
 
 def wave(length: int, number: int, phase: float = 0.0) -> torch.Tensor:
-    """A cosine that turns `number` times over the map, along rows and columns alike: (length, length), float64."""
+    """Returns a (length, length) float64 cosine with `number` periods over the map, along rows and columns alike."""
     along = torch.arange(length, dtype=torch.float64) * 2 * math.pi * number / length
     return torch.cos(along[:, None] + along[None, :] + phase)
 
 
 @given(length=st.integers(3, 17), mean=st.floats(0.5, 20), data=st.data())
 def test_waves_have_their_amplitudes(length, mean, data):
-    """A mean m and waves of amplitude a at k: half of a is at k and half at -k, which at π are one."""
+    """A mean m and waves of amplitude a at k: half of a is at k and half at -k, which coincide at π."""
     points = length // 2 + 1
     amplitudes = data.draw(st.lists(st.floats(0.1, 5), min_size=points - 1, max_size=points - 1))
     shares = [1 if 2 * k == length else 0.5 for k in range(1, points)]
     maps = mean + sum(a * wave(length, k) for k, a in enumerate(amplitudes, 1))
     found = relative_log_amplitude(maps[None, None])
     expected = [0.0] + [math.log(a * share / mean) for a, share in zip(amplitudes, shares, strict=True)]
-    # 1e-6 is added to amplitudes of at least 0.05 * 9: 2.2e-6
+    # 1e-6 is added to amplitudes of at least 0.05 * 9, which changes the logarithm by 2.2e-6.
     torch.testing.assert_close(found.value, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=3e-6)
     assert found.frequency.tolist() == [2 * k / length for k in range(points)]
 
@@ -50,11 +50,12 @@ def test_constant_maps_have_nothing_but_frequency_0():
 
 
 def test_white_noise():
-    """In the mean log|z| is (log(var) - γ) / 2 of a complex normal number, and less by log(2) / 2 of a real one."""
+    """The mean of log|z| is (log(var) - γ) / 2 for a complex normal number, and less by log(2) / 2 for a real one."""
     maps = torch.randn(400, 16, 12, 12, generator=torch.Generator().manual_seed(0))
     found = relative_log_amplitude(maps)
     expected = torch.tensor([0, *[math.log(2) / 2] * 5, 0], dtype=torch.float64)
-    # deviation of log|z|: π / sqrt(8) real, π / sqrt(24) complex; of the difference of two means of 6400: 0.02
+    # Standard deviation of log|z|: π / sqrt(8) if real, π / sqrt(24) if complex; of the difference of two means of
+    # 6400: 0.02.
     assert (found.value - expected).abs().max() < 4 * math.pi * math.sqrt(1 / 8 + 1 / 8) / math.sqrt(6400)
 
 
@@ -68,7 +69,7 @@ def test_blurring_takes_high_frequencies_away():
     maps = torch.randn(8, 4, 16, 16)
     blurred = nn.functional.avg_pool2d(nn.functional.pad(maps, (1, 1, 1, 1), mode="circular"), 3, 1)
     difference = relative_log_amplitude(blurred).value - relative_log_amplitude(maps).value
-    # the transform of a circular box of 3 is ((1 + 2 cos w) / 3) ** 2, exactly
+    # The Fourier transform of a circular box of 3 is ((1 + 2 cos w) / 3) ** 2.
     w = torch.arange(9, dtype=torch.float64) * 2 * math.pi / 16
     torch.testing.assert_close(difference, ((1 + 2 * w.cos()) / 3).square().log(), rtol=0, atol=1e-3)
 
@@ -100,7 +101,7 @@ def test_every_block_of_every_family(name):
     stages = int(math.log2(stride / stem)) + 1
     lengths = [size[0] // stem // 2**i for i in range(stages)] if hasattr(timm_model, "layers") else [size[0] // stem]
     assert [len(s.value) for s in found] == [length // 2 + 1 for length in lengths]
-    # the last block's is that of the features before the norm
+    # The last spectrum is that of the features before the norm.
     timm_model.norm = nn.Identity()
     features = to_maps(timm_model.forward_features(images), getattr(timm_model, "num_prefix_tokens", 0))
     assert features.shape == (3, model.encoder.num_features, lengths[-1], lengths[-1])
@@ -131,7 +132,7 @@ def pretrained(tmp_path_factory):
 
 
 def fourier(capsys, code, *words):
-    """Runs the command; its standard output and the one line on standard error."""
+    """Runs the command. Returns its standard output and the single line on standard error."""
     found = cli.main(["fourier", *map(str, words)])
     out, err = capsys.readouterr()
     assert found == code, err
@@ -163,7 +164,7 @@ def test_the_command(pretrained, tmp_path, capsys):
         (e, b) for e, count in (("run", 3), ("file", 3), ("random", 12)) for b in range(1, count + 1)
     ]
     assert all([f for f, _ in curve] == [0, 0.5, 1] and curve[0][1] == 0 for curve in curves.values())
-    for block in (1, 2, 3):  # the same encoder both ways
+    for block in (1, 2, 3):  # both are the same encoder
         np.testing.assert_allclose(curves["run", block], curves["file", block], atol=1e-3)
 
 
@@ -216,7 +217,7 @@ def test_a_file_of_another_kind(tmp_path, capsys):
 
 
 def test_swin_file_at_another_size(tmp_path, capsys):
-    """The tables of positions are resized by timm."""
+    """timm resizes the position tables."""
     model, _ = family("swin")
     checkpoints.export_timm(model, tmp_path / "swin.safetensors")
     words = [tmp_path / "swin.safetensors", "--scenes=1", "--size=192", "--out", tmp_path / "f.png"]

@@ -1,4 +1,4 @@
-"""Configurations: the published recipes, where settings come from, and what is said of wrong ones."""
+"""Configurations: the published recipes, the origin of settings, and error messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses on data that is not trained on: which pairs, what number, and that measuring it changes no step."""
+"""Losses on held-out data: the choice of pairs, the value, and that computing it does not change training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sgmim_fast.pretrain.task import held_out_losses
 
 @pytest.fixture
 def folders(tmp_path):
-    """20 pairs, oblong."""
+    """Writes 20 oblong pairs."""
     rng = np.random.default_rng(0)
     for kind, suffix in (("images", "jpg"), ("maps", "png")):
         (tmp_path / kind).mkdir()
@@ -50,13 +50,13 @@ def test_a_share(kind, folders):
     whole = build.create_dataset(tiny(**changes))
     train, val = create(data__val=0.25, **changes)
     assert len(val) == len(whole) // 4
-    if kind == "scenes":  # there are always more
+    if kind == "scenes":  # further scenes can be generated
         assert names(train) == names(whole) and not set(names(val)) & set(names(whole))
     else:
         assert sorted(names(train) + names(val)) == sorted(names(whole))
     assert names(create(data__val=0.25, **changes)[1]) == names(val)
     before = [val[index] for index in range(len(val))]
-    train.set_epoch(3)  # other crops there, the same ones here
+    train.set_epoch(3)  # changes the crops of training data only
     for index, item in enumerate(before):
         assert torch.equal(val[index]["image"], item["image"])
         assert torch.equal(val[index]["structure"], item["structure"])
@@ -83,7 +83,7 @@ def test_one_image_at_least_on_either_side(folders):
 
 
 def test_folders_of_its_own(folders, tmp_path):
-    """Beside scenes to train on, without random crops."""
+    """Training data are scenes. The folders are read without random crops."""
     train, val = create(data__val_images=folders["data__images"], data__val_structure=folders["data__structure"])
     assert isinstance(train, Scenes) and isinstance(val, FolderPairs) and len(val) == 20
     val.set_epoch(0)
@@ -107,7 +107,7 @@ def test_what_cannot_be(changes, message):
 
 
 def accelerator(rank: int = 0, processes: int = 1):
-    """As accelerate's, without other processes to add to."""
+    """Simulates accelerate's Accelerator, without other processes in reductions."""
     from accelerate import Accelerator
 
     found = Accelerator(cpu=True)
@@ -123,7 +123,7 @@ def accelerator(rank: int = 0, processes: int = 1):
 
 @pytest.mark.parametrize("count", [1, 4, 7])
 def test_mean_over_the_images(count):
-    """In one call for all of them, with the same masks; the model is left as it was, and so is the random state."""
+    """Compares with one call for all images, with the same masks. Model and random state are not changed."""
     config = tiny(data__val=0.2)
     with fresh_accelerate():
         torch.manual_seed(0)
@@ -138,14 +138,14 @@ def test_mean_over_the_images(count):
     drawn = build.draw_masks(config.mask, config.data.size, count, seed, 0, torch.device("cpu"))
     with torch.no_grad():
         expected = model.eval()(batch["image"], structure, drawn, return_losses=True, structure_valid=valid)
-    # known pixels are counted batch by batch
+    # Known pixels are counted per batch.
     assert found[:3] == pytest.approx([loss.item() for loss in expected], rel=1e-2)
     assert found[1] == pytest.approx(expected.image.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 9, 24])
 def test_every_process_computes_as_often(count):
-    """And together they have each image once."""
+    """Together, the processes have each image once."""
     config = tiny()
     sums, calls = torch.zeros(2), []
     with fresh_accelerate():
@@ -171,7 +171,8 @@ def test_every_process_computes_as_often(count):
 
 
 def test_run(tmp_path, capsys):
-    """Every epoch; the best checkpoint is the best of those; pictures of held-out scenes; no step is changed."""
+    """Losses are computed every epoch and select the best checkpoint. Pictures show held-out scenes. No step
+    changes."""
     changes = {"optim__epochs": 3, "run__checkpoint_every": 5, "run__keep": 1}
     for name, share in (("with", 1 / 8), ("without", 0)):
         given = changes | {"data__val": share}
@@ -206,7 +207,7 @@ def test_resumed_it_goes_on(tmp_path):
 
 
 def test_a_few_pixels_far_away():
-    """A map that is flat but for them outweighs all others, unless it is cut off."""
+    """A map that is flat except for these pixels outweighs all others unless it is clipped."""
     flat = 1 + 1e-3 * torch.rand(1, 1, 64, 64)
     flat[:, :, :3, :3] = 9
     loud, _ = standardize_valid(flat)
@@ -219,7 +220,7 @@ def test_a_few_pixels_far_away():
 
 def test_smoothed_curves(tmp_path):
     line = [float(i) for i in range(50)]
-    assert log.smooth(line) == pytest.approx(line)  # straight ones stay as they are
+    assert log.smooth(line) == pytest.approx(line)  # straight lines do not change
     noisy = [x + (-1) ** i for i, x in enumerate(line)]
     assert max(abs(a - b) for a, b in zip(log.smooth(noisy)[3:-3], line[3:-3], strict=True)) < 0.4
     assert log.smooth([]) == [] and log.smooth([1.0]) == [1.0]

@@ -1,4 +1,4 @@
-"""`--init`: weights of a file, of timm and of a run, fitted to the model that they start."""
+"""`--init`: weights of a file, of timm and of a run, fitted to the model."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def model_of(seed=0, **changes):
 
 
 def of_channels(channels):
-    """Settings of images with so many."""
+    """Returns settings for images with this number of channels."""
     numbers = {"data__mean": [0.5] * channels, "data__std": [0.25] * channels}
     return numbers | {"data__image_channels": channels, "data__images": "i", "data__structure": "s", "data__scenes": 0}
 
 
 def start(path, seed=1, **changes):
-    """A model that starts from there, and what is said of it."""
+    """Returns a model with these initial weights, and the lines that are reported."""
     config = tiny(**changes, model__init=str(path))
     torch.manual_seed(seed)
     model = build.create_model(config)
@@ -87,7 +87,7 @@ def test_a_checkpoint_of_the_published_code(changes, guidance, tmp_path):
     new, lines = start(tmp_path / "old.pth", **changes, model__guidance=guidance)
     assert_equal(new, old)
     assert "at random" not in lines[-1]
-    if not guidance:  # SimMIM's, to start SG-MIM from
+    if not guidance:  # of SimMIM, as a start for SG-MIM
         new, lines = start(tmp_path / "old.pth", **changes)
         assert_equal(new.encoder, old.encoder)
         assert torch.equal(new.image_head.weight, old.image_head.weight)
@@ -123,13 +123,13 @@ def test_a_run(tmp_path, capsys):
     words = [f"--init={run}", "--set=optim.layer_decay=0.5"]
     assert pretrain(tmp_path / "next", *words, optim__epochs=0.25) == 0
     assert f"{run}: {len(new.state_dict())} of" in capsys.readouterr().out
-    # the run that started from it goes on without it
+    # The new run continues without the run that it started from.
     (run / "checkpoints").rename(tmp_path / "gone")
     assert pretrain(tmp_path / "next", f"--resume={tmp_path / 'next'}", *words, optim__epochs=0.25) == 0
 
 
 def in_the_cache(home, name, state):
-    """As huggingface_hub keeps what it has loaded."""
+    """Writes weights as huggingface_hub caches them."""
     cfg = timm.get_pretrained_cfg(name)
     folder = home / f"models--{cfg.hf_hub_id.replace('/', '--')}"
     commit = "0" * 40

@@ -1,4 +1,4 @@
-"""Parameter groups and learning rates, against numbers computed by hand and timm's schedulers."""
+"""Parameter groups and learning rates, compared with numbers computed by hand and with timm's schedulers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sgmim_fast.pretrain.config import preset
         (5000, 2.01e-4),  # half of the way from 2e-6 to 4e-4
         (9999, 3.999602e-4),  # 2e-6 + 0.9999 * 3.98e-4
         (10000, 3.907007382e-4),  # 2e-5 + 1.9e-4 * (1 + cos 18 degrees), 0.9510565163
-        (50000, 2.1e-4),  # half way
+        (50000, 2.1e-4),  # half of the way
         (100000, 2e-5),
     ],
 )

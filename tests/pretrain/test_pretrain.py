@@ -49,7 +49,7 @@ def trainer(run, config=None, dataset=None, saved=None):
 
 
 def pretrain(run, *words, **changes):
-    """`sgmim-fast pretrain` of the small configuration."""
+    """Runs `sgmim-fast pretrain` with the small configuration."""
     return cli.main(["pretrain", f"--out={run}", *words, *arguments(**changes)])
 
 
@@ -81,7 +81,7 @@ def test_log_has_every_number(finished):
         assert line["loss"] == pytest.approx(line["image_loss"] + line["structure_loss"], rel=1e-5)
         assert line["images_per_second"] > 0 and line["grad_norm"] > 0 and line["memory_gib"] > 0
         assert line["skipped_steps"] == line["skipped_files"] == 0
-    # total batch 4: 0.1 * 4 / 512, from step 4 on; a tenth of it from epoch 1.5, step 12, on
+    # Total batch 4: 0.1 * 4 / 512 from step 4 on, and a tenth of it from epoch 1.5, step 12, on.
     assert [line["lr"] for line in lines[2:]] == pytest.approx([0.1 / 128] * 3 + [0.01 / 128] * 2, rel=1e-9)
     assert lines[-1]["seconds_left"] == 0 and lines[-1]["epoch"] == 2
 
@@ -101,7 +101,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
 
 
 def test_exported_encoder_loads_in_timm(finished):
-    """For classification, for features, and for another image size."""
+    """It loads for classification, for features, and for another image size."""
     path = str(finished / "encoder.safetensors")
     with safe_open(path, "pt") as file:
         meta = file.metadata()
@@ -109,7 +109,7 @@ def test_exported_encoder_loads_in_timm(finished):
     model = timm.create_model(meta["timm_name"], **given, checkpoint_path=path).eval()
     images = torch.randn(2, 3, 64, 64)
     saved = find(finished)
-    plain = with_changes(saved.config, {"model.accelerate": False}, "test")  # fused blocks agree to rounding only
+    plain = with_changes(saved.config, {"model.accelerate": False}, "test")  # fused blocks agree up to rounding
     encoder = load(saved._replace(config=plain)).encoder
     with torch.no_grad():
         assert model(images).shape == (2, 1000)
@@ -144,7 +144,7 @@ def test_export_and_reconstruct_commands(finished, tmp_path, capsys):
 
 
 def test_resumed_run_is_the_same_to_the_bit(finished, tmp_path):
-    """16 steps at once, and 8 steps, a stop, and 8 more, from the files alone."""
+    """16 steps at once give the weights of 8 steps, a stop, and 8 more steps, with nothing but the files."""
 
     class Stops(Trainer):
         def _save(self, score):
@@ -157,8 +157,8 @@ def test_resumed_run_is_the_same_to_the_bit(finished, tmp_path):
     dataset = data.Scenes(32, 64, seed=0)
     first = Stops(Pretraining(config), run, Accelerator(), dataset, None)
     first.train()
-    assert checkpoint.choose(run).name == "step-00000009"  # the signal came behind step 8
-    # what was logged behind the checkpoint is repeated, not doubled
+    assert checkpoint.choose(run).name == "step-00000009"  # the signal arrived after step 8
+    # Lines logged after the checkpoint are replaced, not duplicated.
     with (run / "log.jsonl").open("a") as file:
         file.write('{"step": 10}\n{"step": 1')
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -187,7 +187,7 @@ def test_a_signal_saves_and_ends(tmp_path, number):
 
 
 def test_accumulation_is_one_large_batch(tmp_path):
-    """Gradients of two backwards of 4 images, as of one of 8."""
+    """Two backward passes of 4 images have the gradient of one of 8."""
     found = []
     for name, changes in (("large", {"optim__batch": 8}), ("accumulated", {"optim__accumulate": 2})):
         one = trainer(tmp_path / name, tiny(optim__epochs=0.25, **changes), Pairs(unknown=0))
@@ -195,13 +195,14 @@ def test_accumulation_is_one_large_batch(tmp_path):
         one.train()
         found.append(checkpoint.read(checkpoint.choose(tmp_path / name), "optimizer"))
     for name, value in found[0].items():
-        if name.startswith("exp_avg/"):  # the mean of the first gradients
+        if name.startswith("exp_avg/"):  # mean of the gradients
             torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6 * value.abs().max().item(), msg=name)
 
 
 @pytest.mark.parametrize("clip", [5.0, 0.02, 0.0])
 def test_one_step_by_hand(clip):
-    """Clipping to a norm, and AdamW's first step: every parameter moves by lr against the gradient's sign."""
+    """Clipping by norm, and the first step of AdamW, which moves every parameter by lr against the sign of its
+    gradient."""
     config = tiny(optim__clip=clip, optim__warmup_epochs=0, optim__lr=1.28)
     layout = Layout(4)
     stepper = Stepper(Pretraining(config), Accelerator(), layout, 8)
@@ -229,7 +230,7 @@ def test_one_step_by_hand(clip):
 
 
 class Reads(TorchDispatchMode):
-    """Counts what makes the host wait for a device: values that Python reads."""
+    """Counts values read by Python, for which the host waits for the device."""
 
     count = 0
 
@@ -251,7 +252,7 @@ def test_a_step_reads_nothing_from_the_device():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_step_without_a_finite_loss_is_skipped(tmp_path, value):
-    """It is counted, and leaves weights and moments as they were."""
+    """The step is counted, and leaves weights and moments unchanged."""
     stepper = Stepper(Pretraining(tiny()), Accelerator(), Layout(4), 8)
     good, bad = (
         torch.utils.data.default_collate([Pairs(broken=broken)[i] for i in range(4)]) for broken in ({}, {2: value})
@@ -289,7 +290,7 @@ def test_standing_in_for_broken_files_is_counted(tmp_path):
             return super().__getitem__(index) | {"skipped": "torn.jpg\tis torn" if index == 3 else ""}
 
     trainer(tmp_path / "run", dataset=Skips()).train()
-    assert log.read(tmp_path / "run")[-1]["skipped_files"] == 1  # though read in both epochs
+    assert log.read(tmp_path / "run")[-1]["skipped_files"] == 1  # once, although it is read in both epochs
     assert (tmp_path / "run" / "skipped-files.txt").read_text() == "torn.jpg\tis torn\n"
 
 
@@ -307,7 +308,7 @@ def test_plain_simmim_and_swin(tmp_path):
     assert line["structure_loss"] == 0 and line["loss"] == line["image_loss"] > 0
 
 
-# one line, exit code 2
+# One line, exit code 2.
 WRONG = [
     (["--preset=tiny_dem"], {}, "did you mean tiny_demo?"),
     ([], {"model__encoder": "swin_bas_patch4_window7_224"}, "did you mean swin_base_patch4_window7_224"),
@@ -412,7 +413,7 @@ def test_dry_run_refuses_what_the_run_refuses(finished, tmp_path, capsys, monkey
 
 
 def test_dry_run_refuses_what_broken_files_leave(folders, capsys, monkeypatch):
-    """Fewer pairs than a step takes, or none to measure the losses on: found before anything is drawn."""
+    """There are fewer pairs than a step needs, or none for the losses. This is found before masks are drawn."""
     monkeypatch.chdir(folders)
     words = [
         f"--images={folders / 'images'}",
@@ -459,7 +460,7 @@ def test_too_few_shards_are_refused_at_once(folders, capsys):
 
 
 def test_one_command_starts_and_goes_on(finished, tmp_path, capsys, monkeypatch):
-    """Stopped in its first steps, stopped later, ended, and started once more."""
+    """The run is stopped in its first steps, stopped later, ended, and started once more."""
     run = tmp_path / "run"
     step, stops = Trainer._step, [2, 5]
 
@@ -497,7 +498,8 @@ def test_auto_takes_the_folder_of_the_preset(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("moment", ["create_dataset", "finish"])
 def test_a_signal_outside_of_the_training(tmp_path, capsys, monkeypatch, moment, number):
-    """Where nothing catches it step by step: before the first one, and while the encoder is written."""
+    """It arrives where the training loop does not handle it: before the first step, and while the encoder is
+    exported."""
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Pretraining, moment, lambda *_: os.kill(os.getpid(), number))
@@ -520,7 +522,7 @@ def test_a_run_in_use_is_left_alone(finished, tmp_path, capsys):
 
 @pytest.fixture
 def folders(tmp_path):
-    """Eight photographs and their maps, one of which has unknown pixels; a photograph without a map; a torn one."""
+    """Eight photographs with maps, one with unknown pixels; a photograph without a map; and a truncated one."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -538,7 +540,7 @@ def folders(tmp_path):
 
 
 def test_folders_of_photographs(folders, capsys):
-    """With a broken file, in bfloat16, and then as a picture of them."""
+    """With a broken file, in bfloat16, followed by a picture of reconstructions."""
     words = [f"--images={folders / 'images'}", f"--structure={folders / 'maps'}", "--precision=bfloat16"]
     assert pretrain(folders / "run", *words, data__scenes=0) == 0
     out = capsys.readouterr().out
@@ -557,7 +559,7 @@ def test_folders_of_photographs(folders, capsys):
 
 
 def test_simmim_needs_no_maps(folders, capsys):
-    """Nor does its picture; with guidance they are asked for."""
+    """Its pictures need none either. With guidance, maps are required."""
     run, images = folders / "run", f"--images={folders / 'images'}"
     changes = {"data__scenes": 0, "optim__epochs": 1}
     assert pretrain(run, images, **changes, model__guidance=False) == 0
@@ -570,7 +572,7 @@ def test_simmim_needs_no_maps(folders, capsys):
 
 
 def test_images_over_the_demo(folders, capsys):
-    """Whatever source a preset has, the one that is given is taken."""
+    """The given images replace the source of any preset."""
     words = [f"--images={folders / 'images'}", f"--structure={folders / 'maps'}", "--batch=4", "--epochs=1"]
     assert cli.main(["pretrain", "--preset=tiny_demo", f"--out={folders / 'run'}", "--dry-run", *words]) == 0
     assert "6 pairs" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Pre-training through a captured step: the weights of the eager one, with a graph that runs on the CPU."""
+"""Pre-training with captured steps gives the weights of eager ones, with a simulated graph on the CPU."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def train(run, config, saved=None, broken=None):
     ],
 )
 def test_the_same_weights_to_the_bit(tmp_path, changes, capsys):
-    """Also where a step has no finite loss and is left out."""
+    """Also if a step without a finite loss is skipped."""
     one = train(tmp_path / "captured", tiny(**changes), broken={5: float("inf")})
     assert one.stepper.captured.captures == 1 and one.stepper.captured.reasons == []
     assert capsys.readouterr().out.count("forward and backward run as a CUDA graph") == 1
@@ -59,7 +59,7 @@ def test_the_same_weights_to_the_bit(tmp_path, changes, capsys):
 
 
 def test_resumed_it_is_the_same_to_the_bit(tmp_path):
-    """Where the first steps behind a stop are eager, and were captured in the run that went through."""
+    """The first steps after resuming are eager; in the uninterrupted run they are captured."""
     train(tmp_path / "whole", tiny())
     train(tmp_path / "run", tiny(optim__epochs=1))
     run = train(tmp_path / "run", tiny(), find(tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""`sgmim-fast pretrain` as real processes: killed and resumed, stopped by a cluster, several at once; and the demo."""
+"""`sgmim-fast pretrain` in processes: killed and resumed, stopped by a cluster, several at once; and the demo."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sgmim_fast.engine import checkpoint, log
 
 pytestmark = pytest.mark.slow
 
-# the process kills itself while it flushes the checkpoint of step 30
+# The process kills itself while it flushes the checkpoint of step 30.
 KILLED = """
 import os, signal, sys
 from sgmim_fast import cli
@@ -36,7 +36,7 @@ checkpoint._flush = kill
 cli.main(sys.argv[1:])
 """
 
-# several runs, one after the other, in the same processes: starting them takes longer than the runs
+# The same processes execute several runs one after the other, since starting them takes longer than the runs.
 RUNS = """
 import json, sys
 from accelerate import Accelerator
@@ -52,13 +52,13 @@ for words in json.loads(sys.argv[1]):
 
 @pytest.fixture(autouse=True)
 def one_thread(threads):
-    """As in the processes: with another number of them the library's gemms round otherwise."""
+    """The processes use one thread, and the library's gemms round differently with another number of threads."""
     with threads(1), fresh_accelerate():
         yield
 
 
 def test_killed_while_saving_and_resumed_is_the_same_to_the_bit(tmp_path):
-    """40 steps at once; and 30, SIGKILL in the middle of saving, and 20 more from the checkpoint before."""
+    """40 steps at once are compared with 30 steps, SIGKILL while saving, and 20 steps from the checkpoint before."""
     settings = arguments(
         data__scenes=40, data__workers=1, optim__epochs=4, run__checkpoint_every=10, run__keep=9, run__log_every=10
     )
@@ -73,7 +73,7 @@ def test_killed_while_saving_and_resumed_is_the_same_to_the_bit(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_every_process_saves(tmp_path, number):
-    """As a cluster sends it, to loading processes too."""
+    """A cluster sends the signal to data loading processes, too."""
     run = tmp_path / "run"
     settings = arguments(data__scenes=4000, data__workers=2, optim__epochs=100)
     process = start("-m", "sgmim_fast.cli", "pretrain", f"--out={run}", *settings)
@@ -91,7 +91,7 @@ def test_a_signal_to_every_process_saves(tmp_path, number):
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
 def test_torchrun_on_cpus_needs_no_variable(tmp_path, monkeypatch):
-    """And where GPUs should be there it trains nothing, and writes nothing."""
+    """If the machine should have GPUs, nothing is trained or written."""
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     command = ("-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "sgmim_fast.cli", "pretrain", *arguments())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -105,7 +105,7 @@ def test_torchrun_on_cpus_needs_no_variable(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
 def test_two_processes_equal_one(tmp_path):
-    """On the same global batches, with the same masks: with DDP and with FSDP, which is resumed in the middle too."""
+    """With the same global batches and masks, with DDP and with FSDP, which is also resumed half-way."""
     settings = {"optim__epochs": 1.5, "run__log_every": 1, "run__checkpoint_every": 3}
     run = {name: tmp_path / name for name in ("one", "ddp", "fsdp")}
     assert cli.main(["pretrain", f"--out={run['one']}", *arguments(**settings, optim__batch=8)]) == 0
@@ -126,12 +126,12 @@ def test_two_processes_equal_one(tmp_path):
         for key, value in weights(run[name], 6).items():
             if value.is_floating_point():
                 moved = (after[key] - before[key]).norm()
-                # seen: 7e-5, of attention biases, part of whose gradient is nothing but rounding; 1e-5 elsewhere
+                # Largest seen: 7e-5 for attention biases, whose gradient is partly rounding errors, and 1e-5 elsewhere.
                 assert (value - after[key]).norm() <= 1e-3 * moved, (name, key)
 
 
 def test_a_killed_run_is_taken_over_and_a_living_one_is_not(tmp_path):
-    """With loading processes, which outlive it for some seconds."""
+    """Its data loading processes survive it by some seconds."""
     run = tmp_path / "run"
     command = ("-m", "sgmim_fast.cli", "pretrain", f"--out={run}", "--resume=auto", *arguments(data__workers=2))
     process = start(*command, "--set=optim.epochs=1000", "--set=data.scenes=4000")
@@ -143,13 +143,13 @@ def test_a_killed_run_is_taken_over_and_a_living_one_is_not(tmp_path):
     assert f"is in use by process {process.pid} on" in err and err.count("\n") == 1
     process.kill()
     process.wait()
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)  # as if it had saved none yet
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)  # as if none had been saved yet
     out, _ = finish(start(*command))
     assert f"its lock was that of process {process.pid}" in out
 
 
 def test_demo_in_miniature(tmp_path):
-    """The preset with 4 steps of it: pictures, curve and an encoder in the end."""
+    """4 steps of the preset: pictures, curve and an exported encoder."""
     run = tmp_path / "demo"
     settings = ("data.scenes=32", "optim.epochs=2", "run.log_every=1")
     assert cli.main(["pretrain", "--preset=tiny_demo", f"--out={run}", *(f"--set={each}" for each in settings)]) == 0

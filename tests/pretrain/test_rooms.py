@@ -1,4 +1,4 @@
-"""How many files somebody has to read who follows a run of pre-training."""
+"""The number of files that a reader has to open to follow a run of pre-training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sgmim_fast import cli
 
 PACKAGE = Path(sgmim_fast.__file__).parent
 MOST = 12
-OPTIMIZED = 1  # flag of a function's code, which class bodies and modules do not have
+OPTIMIZED = 1  # flag of functions; class bodies and modules do not have it
 
 
 def test_a_run_enters_few_files(tmp_path):

@@ -1,4 +1,4 @@
-"""Runs with masks drawn by salience: the same however they are interrupted or dealt out."""
+"""Runs with salience-based masks: independent of interruptions and of the distribution over processes."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def test_the_settings_reach_the_masks():
     for changes, expected in (
         ({"mask__adaptive": "none"}, {10}),
         ({"mask__spread": 0.0}, {10}),
-        ({"mask__spread": 0.3, "mask__threshold": 1.0}, {5}),  # nothing is above 1
-        ({"mask__spread": 0.3, "mask__threshold": 0.0}, {14, 15}),  # all but the least salient patch are above 0
+        ({"mask__spread": 0.3, "mask__threshold": 1.0}, {5}),  # nothing exceeds 1
+        ({"mask__spread": 0.3, "mask__threshold": 0.0}, {14, 15}),  # all except the least salient patch exceed 0
     ):
         config = tiny(**SALIENCE, **changes)
         mask = build.masks_of(build.draw_step(config, 4, 0, 0, device), config, model, images)
@@ -70,7 +70,7 @@ def test_the_settings_reach_the_masks():
 def test_an_image_that_is_not_finite_is_left_out(tmp_path):
     one = trainer(tmp_path / "run", tiny(**SALIENCE), Pairs(broken={3: math.nan}))
     one.train()
-    assert log.read(tmp_path / "run")[-1]["skipped_steps"] == 2  # in either epoch
+    assert log.read(tmp_path / "run")[-1]["skipped_steps"] == 2  # once in each of two epochs
     assert all(p.isfinite().all() for p in one.stepper.plain.parameters())
 
 

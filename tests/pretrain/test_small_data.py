@@ -1,4 +1,4 @@
-"""What few images need: an average of the weights, a probe of frozen features, loggers by their names."""
+"""Training with few images: an average of the weights, a probe of frozen features, loggers selected by name."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_average_by_hand():
 
 
 def test_a_run_with_an_average(tmp_path):
-    """It changes no step, goes on to the same bits, and is what is exported."""
+    """The average changes no step, is resumed with the same bits, and is exported."""
     whole, parts, plain = (tmp_path / name for name in ("whole", "parts", "plain"))
     assert pretrain(whole, optim__ema=0.9) == 0 and pretrain(plain) == 0
     assert same(weights(whole, 16), weights(plain, 16))
@@ -79,7 +79,7 @@ def test_the_average_is_what_is_tested(tmp_path):
 
 
 def labelled(path, count=12, classes=0):
-    """Maps that follow from the images: brightness, or which of two halves of the range it is in."""
+    """Writes images and maps that depend on them: the brightness, or in which half of the range it is."""
     rng = np.random.default_rng(0)
     for name in ("images", "labels"):
         (path / name).mkdir(parents=True)
@@ -93,7 +93,7 @@ def labelled(path, count=12, classes=0):
 
 
 class Brightness(torch.nn.Module):
-    """An encoder whose features tell everything, or nothing."""
+    """An encoder whose features contain everything, or nothing."""
 
     def __init__(self, blind=False):
         super().__init__()
@@ -117,7 +117,7 @@ def test_the_probe_tells_good_features_from_none(tmp_path, kind):
         found.append(next(iter(probe.measure(model, pairs, config, Accelerator()).values())))
     good, none = (0.9, 0.7) if kind == "semantic" else (0.7, 0.1)
     assert found[0] > good and found[1] < none, found
-    assert model.training  # as it was
+    assert model.training  # its mode is restored
 
 
 def test_a_probed_run(tmp_path):
@@ -125,7 +125,7 @@ def test_a_probed_run(tmp_path):
     assert pretrain(tmp_path / "run", f"--probe={path}", "--set=data.val=0.2") == 0
     lines = log.read(tmp_path / "run", log.METRICS)
     assert len(lines) == 2 and all({"probe_r2", "val_loss"} <= line.keys() for line in lines)
-    # alone it is the score
+    # Without held-out data, the probe is the score.
     assert pretrain(tmp_path / "alone", f"--probe={path}") == 0
     line = log.read(tmp_path / "alone", log.METRICS)[-1]
     facts = json.loads((tmp_path / "alone" / "checkpoints" / "step-00000016" / "checkpoint.json").read_text())
@@ -133,7 +133,7 @@ def test_a_probed_run(tmp_path):
 
 
 class Board(types.ModuleType):
-    """Stands for wandb."""
+    """Replaces wandb."""
 
     def __init__(self):
         super().__init__("wandb")

@@ -1,4 +1,4 @@
-"""Pre-training on visible patches alone, by command: presets, resuming, export."""
+"""Pre-training with visible patches only, by the command: presets, resuming, export."""
 
 from __future__ import annotations
 

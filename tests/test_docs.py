@@ -208,10 +208,10 @@ def drawn() -> tuple[dict[str, str], set[tuple[str, str]]]:
         for a, targets in re.findall(r"^ +(\w+) -\.?->? (.*)$", block, re.MULTILINE)
         for b in targets.split(" & ")
     }
-    return {room: node for node, rooms in nodes for room in rooms.split(" · ")}, arrows
+    return {module: node for node, modules in nodes for module in modules.split(" · ")}, arrows
 
 
-def room(module: str) -> str:
+def top_level(module: str) -> str:
     parts = module.split(".")[1:]
     return ".".join(parts[:2]) if parts[:2] in (["ops", "cpu"], ["ops", "cuda"]) else (parts or [""])[0]
 
@@ -241,16 +241,18 @@ def imported() -> Iterator[tuple[str, str]]:
                 yield from ((module, name if name in modules else source) for name in names if source in modules)
 
 
-def test_the_drawing_has_every_room_and_every_import():
-    rooms, arrows = drawn()
+def test_the_drawing_has_every_module_and_every_import():
+    nodes, arrows = drawn()
     package = ROOT / "sgmim_fast"
     files = {path.stem for path in package.glob("*.py")} | {path.parent.name for path in package.glob("*/__init__.py")}
     aside = {"", "_moved", "errors", "memory"}  # the package itself, old names, and what every module imports
-    assert set(rooms) == files - {"__init__", "_moved", "errors", "memory"} | {"kernels", "ops.cpu", "ops.cuda"}
+    assert set(nodes) == files - {"__init__", "_moved", "errors", "memory"} | {"kernels", "ops.cpu", "ops.cuda"}
     real = {
-        (rooms[room(a)], rooms[room(b)])
+        (nodes[top_level(a)], nodes[top_level(b)])
         for a, b in imported()
-        if not {room(a), room(b)} & aside and room(b) in rooms and rooms[room(a)] != rooms[room(b)]
+        if not {top_level(a), top_level(b)} & aside
+        and top_level(b) in nodes
+        and nodes[top_level(a)] != nodes[top_level(b)]
     }
     dynamic = {("cli", node) for node in ("backends", "data", "finetune", "fourier", "pretrain")} | {
         ("backends", "kernels")
@@ -269,7 +271,7 @@ def test_no_files_import_each_other_in_a_circle():
 
 
 def test_fine_tuning_imports_nothing_of_pre_training():
-    found = {(room(a), room(b)) for a, b in imported()}
+    found = {(top_level(a), top_level(b)) for a, b in imported()}
     assert {("pretrain", "engine"), ("finetune", "engine")} <= found
     assert not {(a, b) for a in ("engine", "data", "finetune") for b in ("pretrain", "finetune") if a != b} & found
 

@@ -85,10 +85,10 @@ def test_one_flipped_bit_is_damage(run):
         checkpoint.choose(run)
 
 
-@pytest.mark.parametrize("room", [50_000, 100], ids=["in the weights", "in the first bytes"])
-def test_a_full_disk_leaves_the_one_before(run, room):
+@pytest.mark.parametrize("limit", [50_000, 100], ids=["in the weights", "in the first bytes"])
+def test_a_full_disk_leaves_the_one_before(run, limit):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))  # further writing fails, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # further writing fails, as on a full disk
     try:
         with pytest.raises(CheckpointError, match=r"cannot write .*step-00000040 .*step-00000030 is intact"):
             write(run / "checkpoints", 40, size=100_000)

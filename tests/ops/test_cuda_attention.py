@@ -61,8 +61,8 @@ def check(
     for name, (actual, wanted) in pairs.items():
         wanted = wanted.detach().numpy()
         # Float32 sums: the largest error seen is 7e-7, and 5e-6 for logits up to 100.
-        room = 1e-5 * np.linalg.norm(wanted) + 1e-6 + (2**-23 * terms if name in ("dq", "dk") else 0)
-        assert np.linalg.norm(actual - wanted) <= room, name
+        tolerance = 1e-5 * np.linalg.norm(wanted) + 1e-6 + (2**-23 * terms if name in ("dq", "dk") else 0)
+        assert np.linalg.norm(actual - wanted) <= tolerance, name
 
 
 def test_every_small_count(bodies):

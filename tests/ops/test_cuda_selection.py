@@ -143,8 +143,10 @@ def check_standardized(bodies, x: np.ndarray, threads: int, name: str = "float32
         np.testing.assert_array_equal(result[~good], 0)
         truth = (plane[good] - mean) / deviation
         # rounding to float32 (half an ulp), and rounding of the value and the statistics in double
-        room = np.abs(truth) * (2**-24 + 1e-12) + 1e-15 * (np.abs(plane[good]) + np.abs(kept).max()) / deviation + 1e-45
-        assert (np.abs(result[good] - truth) <= room).all()
+        tolerance = (
+            np.abs(truth) * (2**-24 + 1e-12) + 1e-15 * (np.abs(plane[good]) + np.abs(kept).max()) / deviation + 1e-45
+        )
+        assert (np.abs(result[good] - truth) <= tolerance).all()
 
 
 def test_standardize_every_small_plane(bodies):

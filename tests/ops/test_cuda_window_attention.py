@@ -137,12 +137,12 @@ def compare(shape, heads, depth, dtype, *, bias="table", cosine=False, pad=True,
         # The gradient of the bias adds numbers that are never rounded to dtype, that of qkv's bias numbers that are.
         # That of the scale is nearly 0 where the softmax is 1, and that of the padding where all of it is masked:
         # e^-100 is 0 in float16.
-        room = 1e-4 if name == "bias" else eps
+        tolerance = 1e-4 if name == "bias" else eps
         least = eps * torch.finfo(dtype).smallest_normal
         floor = least * grad.double().norm() + 1e-30
         if name in ("logit_scale", "qkv_bias"):
             floor += eps * dqkv.double().norm()
-        assert (total.double() - true).norm() <= room * true.norm() + floor, name
+        assert (total.double() - true).norm() <= tolerance * true.norm() + floor, name
 
 
 @pytest.mark.parametrize("cosine", [False, True])

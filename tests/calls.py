@@ -110,7 +110,8 @@ def example(op: str) -> list[Any]:
 
 
 def public(op: str) -> Callable[[Any], Any]:
-    """Returns an op's public function as a function of its `Arguments`; both must have the same names."""
+    """Returns an op's public function as a function of its `Arguments`, whose fields must be the function's
+    parameters."""
     function = getattr(ops, op)
     return lambda a: function(**{name: value for name, value in a._asdict().items() if name != "dtype"})
 

@@ -1,4 +1,4 @@
-"""Files that are not what they seem: bombs, pipes, loops of links, deep images, maps without a value."""
+"""Hostile files: decompression bombs, pipes, loops of links, images of 16 bits, maps without a value."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MIB = 2**20
 
 
 def png(height: int, width: int, colour: int = 6, bits: int = 8) -> bytes:
-    """A PNG of zeros, compressed far enough to be small whatever its size."""
+    """Returns a PNG of zeros, which is compressed to a small file at any size."""
     row = bytes(1 + width * {0: 1, 2: 3, 6: 4}[colour] * bits // 8)
     packer = zlib.compressobj(9)
     body = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
@@ -39,7 +39,7 @@ def png(height: int, width: int, colour: int = 6, bits: int = 8) -> bytes:
 
 
 def jpeg(side: int) -> bytes:
-    """A small JPEG whose header says that it is large."""
+    """Returns a small JPEG whose header declares a large image."""
     content = bytearray(encoded(photograph(8, 8), "JPEG"))
     at = content.index(b"\xff\xc0")
     content[at + 5 : at + 9] = struct.pack(">HH", side, side)
@@ -47,7 +47,7 @@ def jpeg(side: int) -> bytes:
 
 
 def npy(shape: tuple[int, ...]) -> bytes:
-    """A header alone."""
+    """Returns only the header of an NPY file."""
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": shape})
     return buffer.getvalue() + bytes(64)
@@ -99,7 +99,7 @@ def test_files_that_are_none(tmp_path, kind):
         path.mkdir()
     elif kind == "large":
         with path.open("wb") as file:
-            file.truncate(2**40)  # takes no room
+            file.truncate(2**40)  # a sparse file
     elif kind == "empty":
         path.touch()
     for read in (data.ImageFile, data.StructureFile):
@@ -125,7 +125,7 @@ GOOD = {"a.jpg": encoded(photograph(20, 30), "JPEG"), "a.depth.png": encoded(ram
 )
 @pytest.mark.parametrize("kind", ["one file", "many files", "a long name", "no image"])
 def test_a_shard_that_grows_is_cut_off(tmp_path, opener, kind):
-    """The good pair in front of it is used, and the shard named."""
+    """The valid pair before the cut is used, and the shard is named."""
     zeros = bytes(100 * MIB)
     path = tmp_path / "x.tar"
     if kind == "a long name":
@@ -148,7 +148,7 @@ def test_a_shard_that_grows_is_cut_off(tmp_path, opener, kind):
 
 
 def _tar(members: dict[str, bytes]) -> bytes:
-    """Without what ends an archive: more may follow."""
+    """Returns a tar file without the end marker, so that more can be appended."""
     content = b""
     for name, data_of_it in members.items():
         info = tarfile.TarInfo(name)
@@ -196,7 +196,7 @@ def test_deep_images_keep_their_range(what):
     torch.testing.assert_close(image, torch.from_numpy(expected).float().expand(3, 3, 4), rtol=0, atol=1e-6)
     normal = data.Normalize()(data.ImageFile("a", encoded(values, kind)))[0]
     bright = data.Normalize()(data.ImageFile("a", encoded(Image.new("RGB", (4, 3), "white"), "PNG")))[0]
-    torch.testing.assert_close(normal[:, -1, -1], bright[:, -1, -1])  # of 255 in 8 bits
+    torch.testing.assert_close(normal[:, -1, -1], bright[:, -1, -1])  # 255 in 8 bits
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,8 @@ def test_data_check(tmp_path, capsys, workers):
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_data_check_of_shards(tmp_path, capsys, workers, monkeypatch):
-    """Every sample once, whatever its place; a shard that is cut off, one that is none, and one without samples."""
+    """Checks every sample once, wherever it is, and a truncated shard, a file that is no shard, and one without
+    samples."""
     pytest.importorskip("webdataset", reason="reads shards")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in" / "x").mkdir(parents=True)

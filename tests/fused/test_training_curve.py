@@ -1,4 +1,5 @@
-"""200 steps on the stereo example: accelerated training follows plain timm as closely as plain timm follows itself."""
+"""200 steps of the stereo example: accelerated training stays as close to plain timm as two plain runs to each
+other."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ STEPS, SMOOTH = 200, 20
 @pytest.mark.slow
 @pytest.mark.parametrize("encoder", ["swin", "vit"])
 def test_losses_stay_within_the_noise(example, monkeypatch, encoder):  # noqa: F811
-    """The noise: the same run from parameters that differ in the last bits, as they would on another machine."""
+    """The noise is measured with parameters that differ in the last bits, as they would on another machine."""
 
     def curve(accelerate: bool, disturbance: float = 0.0) -> torch.Tensor:
         monkeypatch.setattr(sgmim_fast, "SGMIM", functools.partial(SGMIM, accelerate=accelerate))

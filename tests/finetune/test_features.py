@@ -136,11 +136,11 @@ def write_timm(path: Path, kind: str, img_size: tuple[int, int], **arguments: ob
 def test_relative_tables_are_resized(
     kind: str, old: tuple[int, int], new: tuple[int, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A bias that is monotonic in the vertical distance alone remains so. The class token's entries do not change."""
+    """A bias that depends on the vertical distance alone, and increases with it, still does. The class token's entries
+    stay."""
     path = tmp_path / "e.safetensors"
     swin = kind == "swin"
-    # (2, 14) tokens of 16 pixels have a table of 3 x 27 entries, which could also be 9 x 9. Swin's windows have this
-    # size.
+    # (2, 14) tokens of 16 pixels have a table of 3 x 27 entries, which could also be 9 x 9. So do Swin's windows.
     windows = [{"window_size": tuple(side // 16 for side in size)} if swin else {} for size in (old, new)]
     write_timm(path, kind, img_size=old, **windows[0])
     with caplog.at_level(logging.INFO, "sgmim_fast"):

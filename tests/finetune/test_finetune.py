@@ -66,8 +66,7 @@ def test_evaluate_finds_what_the_run_found(depth, tmp_path, capsys):
     assert {name: found[name] for name in last} == pytest.approx(last, rel=1e-5)
     with Image.open(picture) as image:
         assert min(image.size) > 100
-    # Settings of evaluation are not settings of training: they are read from the run's configuration, and can be
-    # changed.
+    # Settings of evaluation do not affect training: they are read from the run's configuration, and can be changed.
     assert cli.main(["evaluate", str(depth), "--set=evaluation.flip=false", f"--json={file}"]) == 0
     assert json.loads(file.read_text())["rmse"] != found["rmse"]
 

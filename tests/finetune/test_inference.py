@@ -17,7 +17,7 @@ from sgmim_fast.finetune.inference import predict, starts_and_ends
 
 
 class Known:
-    """Replaces a model: returns the mean over channels plus `slope` times the column, and records the sizes of its
+    """Replaces a model: returns the mean over channels plus `slope` times the column, and records the sizes of
     inputs."""
 
     def __init__(self, multiple: int = 8, fixed_size: tuple[int, int] | None = None, slope: float = 0.0) -> None:
@@ -53,8 +53,7 @@ def test_every_pixel_is_its_own(size: tuple[int, int], window: tuple[int, int] |
 
 @given(length=st.integers(1, 200), window=st.integers(1, 60), data=st.data())
 def test_positions_are_mmsegmentations(length: int, window: int, data: st.DataObject) -> None:
-    """Its formulas: max(length - window + stride - 1, 0) // stride + 1 windows, the last one moved back into the
-    image."""
+    """Its formulas: max(length - window + stride - 1, 0) // stride + 1 windows, with the last one inside the image."""
     stride = data.draw(st.integers(1, window))
     found = list(starts_and_ends(length, window, stride))
     assert len(found) == max(length - window + stride - 1, 0) // stride + 1

@@ -54,8 +54,7 @@ def test_thresholds_of_depth() -> None:
 
 
 def test_depth_is_a_mean_over_images() -> None:
-    """Errors of 1 for one pixel and of 3 for two pixels give (1 + 3) / 2, not 7 / 3. Images without values are
-    skipped."""
+    """Errors of 1 for one pixel and of 3 for two give (1 + 3) / 2, not 7 / 3. Images without values are skipped."""
     metric = DepthMetrics(0.5, 10)
     metric.update(maps([2.0, 1.0]), maps([1.0, NAN]))
     metric.update(maps([4.0, 4.0], [9.0, 9.0]), maps([1.0, 1.0], [NAN, 11.0]))
@@ -184,8 +183,7 @@ def test_processes_are_reduced() -> None:
 
 
 def test_segmentation_by_hand() -> None:
-    """Labels 0 0 1 1 and one ignored, predictions 0 1 1 1 and 2: class 2 is predicted only where ignored, class 3
-    nowhere."""
+    """Labels 0 0 1 1 and one ignored, predictions 0 1 1 1 and 2: class 2 only occurs where ignored, class 3 nowhere."""
     metric = SegmentationMetrics(4)
     metric.update(torch.tensor([[[0, 1, 1, 1, 2]]]), torch.tensor([[[0, 0, 1, 1, 255]]]))
     found = metric.compute()

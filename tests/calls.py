@@ -110,8 +110,7 @@ def example(op: str) -> list[Any]:
 
 
 def public(op: str) -> Callable[[Any], Any]:
-    """Returns an op's public function as a function of its `Arguments`, whose fields must be the function's
-    parameters."""
+    """Returns an op's public function as a function of its `Arguments`. Both must have the same parameter names."""
     function = getattr(ops, op)
     return lambda a: function(**{name: value for name, value in a._asdict().items() if name != "dtype"})
 

@@ -94,8 +94,7 @@ def opcheck(overload: Any, args: Sequence[Any], *, traced: bool) -> None:
 
 
 def gradcheck64(function: Callable[..., Any], inputs: Sequence[Tensor | None]) -> None:
-    """Compares gradients of all floating-point inputs with finite differences in float64, also with undefined
-    gradients."""
+    """Compares gradients of all floating-point inputs with finite differences in float64, also with some undefined."""
     leaves = [
         t.detach().clone().requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs
     ]

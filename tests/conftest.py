@@ -1,5 +1,4 @@
-"""Fixtures for all tests (backends, poisoned buffers, seeds, threads), settings of hypothesis, and the summary of
-skipped tests."""
+"""Fixtures for all tests (backends, poisoned buffers, seeds, threads), hypothesis settings, summary of skips."""
 
 from __future__ import annotations
 

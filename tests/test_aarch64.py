@@ -1,5 +1,4 @@
-"""The C++ kernels compile for AArch64. Only the baseline instruction set exists there: 16-byte vectors, no
-intrinsics."""
+"""The C++ kernels compile for AArch64, for which there is only the baseline: 16-byte vectors, no intrinsics."""
 
 from __future__ import annotations
 

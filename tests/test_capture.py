@@ -238,7 +238,7 @@ def test_what_changes_between_steps_is_seen(graphs, change):
 
 
 def test_gradients_add_up_as_backward_adds_them(graphs):
-    """Without an optimizer, gradients accumulate over calls, over two shapes, in the caller's own tensors, and after
+    """Without an optimizer, gradients accumulate: over calls, over two shapes, in the caller's tensors, after
     zeroing."""
     model, plain, size = pair()
     step = capture(model)

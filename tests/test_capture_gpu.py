@@ -186,8 +186,7 @@ def test_twenty_steps_of_training(inside, accumulate):
 
 
 def test_float16_with_a_scaler_and_the_optimizer_inside():
-    """As in eager mode, the scale falls from one that overflows and grows again, and steps that overflow are
-    skipped."""
+    """As in eager mode, the scale falls from one that overflows and grows again, and overflowing steps are skipped."""
     model, plain, size = pair()
     optimizers = [torch.optim.AdamW(m.parameters(), 1e-4, fused=True, capturable=True) for m in (model, plain)]
     scalers = [torch.amp.GradScaler("cuda", 2.0**40, growth_interval=4) for _ in range(2)]

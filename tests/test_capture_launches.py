@@ -24,8 +24,7 @@ NAMES = ["swin", "swinv2", "beit", "vit"]
 
 
 class Calls(TorchDispatchMode):
-    """Records everything that is launched: kernel, grid, numbers, and shapes of tensors, but not the values of
-    tensors."""
+    """Records everything that is launched: kernel, grid, numbers, and shapes of tensors, but not their values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,8 +95,7 @@ def test_masks_drawn_inside_wait_for_nothing():
 
 
 def test_masks_with_other_ratios_come_from_the_host():
-    """Their counts are copied from the host, and a replay would read them again from memory that may have been
-    freed."""
+    """Their counts are copied from the host, and a replay would read them again from memory that may be freed."""
     with on_a_gpu(Calls()), graph.watch(torch.device("cpu")) as found:
         selective_mask(2, 6, [0.5, 0.6], seed=torch.zeros(2, dtype=torch.int64))
     assert found.reasons and found.reasons[0].startswith("sends numbers of the host to the device (selective_mask.py")
@@ -105,8 +103,7 @@ def test_masks_with_other_ratios_come_from_the_host():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_launches_are_the_same_whatever_the_data(name):
-    """Two steps with other masks and images launch the same kernels, ours and PyTorch's, with the same grids and
-    numbers."""
+    """Steps with other masks and images launch the same kernels, ours and PyTorch's, with equal grids and numbers."""
     step, model, size = setting(name)
     found = []
     for i in range(3):

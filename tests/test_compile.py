@@ -1,5 +1,4 @@
-"""`torch.compile(fullgraph=True)` of the model, forward and backward, with drawn masks; graph breaks with a mask
-tensor."""
+"""`torch.compile(fullgraph=True)` of the model, forward and backward, with drawn masks; the cost of mask tensors."""
 
 from __future__ import annotations
 
@@ -30,8 +29,7 @@ def evaluate(model: SGMIM, call, images: Tensor, structure: Tensor, mask, **opti
 
 
 def assert_compiles(model: SGMIM, size: tuple[int, int], compiler: str, **options) -> None:
-    """Asserts that the compiled model gives the losses and gradients of the eager one, for several draws, in one
-    graph."""
+    """Asserts that the compiled model gives the eager one's losses and gradients, for several draws, in one graph."""
     compiled = torch.compile(model, backend=compiler, fullgraph=True)
     for seed in range(3):
         inputs = *(t.float() for t in batch(model, size, seed=seed)), drawn(model, size, seed=seed)

@@ -1,5 +1,4 @@
-"""Two processes under DistributedDataParallel, each with half of the batch, compute what one does with the whole
-batch."""
+"""Two processes under DistributedDataParallel, each with half of a batch, compute what one does with all of it."""
 
 from __future__ import annotations
 
@@ -19,8 +18,7 @@ DTYPES = (torch.float64, torch.float32)
 
 
 def inputs(model: SGMIM, size: tuple[int, int], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Returns images, structure and mask of four images with equally many masked cells, so that both halves weigh the
-    same."""
+    """Returns images, structure and mask of four images with equally many masked cells, for equal halves."""
     mask = stem_mask(model, size, drawn(model, size, count=4))
     return [*(t.to(dtype) for t in batch(model, size, count=4)), mask]
 

@@ -85,8 +85,7 @@ def test_commands_exist(page, command):
 
 
 def check_command(command: str) -> None:
-    """Asserts that program, module or script, subcommand, options, presets, settings and environment variables
-    exist."""
+    """Asserts that program, module or script, subcommand, options, presets, settings and variables exist."""
     words = [word for word in shlex.split(command, comments=True) if word not in ("...", "…")]
     while "=" in words[0]:
         name = words.pop(0).partition("=")[0]

@@ -1,5 +1,4 @@
-"""The decoder's gradients, which the forward pass computes in chunks, are those that the backward pass would
-compute."""
+"""The decoder's gradients, computed by the forward pass in chunks, are those that the backward pass would compute."""
 
 from __future__ import annotations
 
@@ -145,8 +144,7 @@ def test_frozen_parts(pieces):
 
 @pytest.mark.parametrize("who", ["hook on a module", "hook on a parameter", "float16", "checkpointing", "no gradient"])
 def test_who_listens_hears_one_backward(pieces, who):
-    """With hooks, float16, checkpointing or without gradients, there is one ordinary backward pass of the whole
-    batch."""
+    """With hooks, float16, checkpointing or no gradients, there is one ordinary backward pass of the whole batch."""
     model, size = make(guidance=False)
     inputs, mask, calls = batch(model, size)[0].float(), drawn(model, size), []
     block = model.decoder.blocks[0]

@@ -128,8 +128,7 @@ def norm_over_tokens(encoder: MaskedEncoder) -> dict[str, object]:
 
 
 def plain_tokens(encoder: MaskedEncoder, images: Tensor, mask: Tensor | None = None, **arguments: object) -> Tensor:
-    """Returns the tokens of timm's own model with the same parameters, mask tokens inserted after the stem, without
-    prefix tokens."""
+    """Returns tokens of timm's model with the same parameters and mask tokens after the stem; no prefix tokens."""
     torch.manual_seed(1)
     model = timm.create_model(encoder.timm_name, **{**encoder.timm_arguments, "num_classes": 0, **arguments})
     model = model.to(images.dtype)

@@ -25,8 +25,7 @@ needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compil
 def run(
     *command: str | Path, cwd: Path = ROOT, check: bool = True, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command without the build's environment variables except those given. Output and errors are returned
-    together."""
+    """Runs a command with only the given ones of the build's variables. Output and errors are returned together."""
     ours = re.compile(r"SGMIM_FAST_|CUDA_HOME|CUDA_PATH|CXX|TORCH_CUDA_ARCH_LIST|PYTHONPATH")
     environment = {name: value for name, value in os.environ.items() if not ours.match(name)} | variables
     done = subprocess.run(

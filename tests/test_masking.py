@@ -76,8 +76,7 @@ def test_default_generator():
 
 
 def test_every_unit_is_as_likely():
-    """2000 draws of 3 out of 6 units: 6 counts with mean 1000 and standard deviation 22; the tolerance is five of
-    them."""
+    """2000 draws of 3 out of 6 units: 6 counts with mean 1000 and deviation 22; the tolerance is five of them."""
     counts = selective_mask(2000, (2, 3), 0.5, generator()).mask.sum(0)
     assert (counts - 1000).abs().max() < 112
 

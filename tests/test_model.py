@@ -1,5 +1,4 @@
-"""`SGMIM` against the dense reference implementation for every family, option and kind of mask, and as an
-`nn.Module`."""
+"""`SGMIM` against the dense reference implementation for every family, option and kind of mask, and as a module."""
 
 from __future__ import annotations
 
@@ -61,8 +60,7 @@ def assert_same(actual: Evaluation, expected: Evaluation, tolerance: float) -> N
 
 
 def assert_right(model: SGMIM, size: tuple[int, int], mask: Any, valid: Tensor | None = None, count: int = 2) -> None:
-    """Asserts 1e-10 in float64. In float32, where the kernels run, the error may be twice that of the dense
-    arithmetic."""
+    """Asserts 1e-10 in float64. In float32, where the kernels run, the error may be twice that of dense arithmetic."""
     double = copy.deepcopy(model).double()
     batches = [batch(model, size, count, seed) for seed in range(3)]
     truths = [evaluate(double, *inputs, mask, valid, dense=True) for inputs in batches]

@@ -48,8 +48,7 @@ def test_ops(tmp_path):
         "OMP_NUM_THREADS": "2",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
-    # -s: a captured stream would lose the report. opcheck is excluded, because it traces: PyTorch's own code, and slow
-    # here.
+    # -s: a captured stream would lose the report. Without opcheck, which traces: PyTorch's own code, and slow here.
     kernels = "(cpu-cpu or wgrad or test_linear.py) and not opcheck and not lower_instruction_sets"
     command = [sys.executable, "-m", "pytest", "-qxs", "-p", "no:cacheprovider", "-k", kernels]
     done = subprocess.run([*command, *TESTS], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -62,8 +61,7 @@ def test_ops(tmp_path):
 
 
 def test_threads(tmp_path):
-    """Three Python threads train at once, on different backends, under ThreadSanitizer. A deliberate race is
-    detected."""
+    """Three Python threads train at once, on their own backends, under ThreadSanitizer. A real race is detected."""
     environment = os.environ | {
         "LD_PRELOAD": runtime("libtsan.so"),
         "TSAN_OPTIONS": "ignore_noninstrumented_modules=1",  # skips the interpreter and torch

@@ -94,8 +94,7 @@ def chosen(rows: int = 20, part: str = "forward") -> str:
 
 @pytest.mark.parametrize(("ways", "wins"), [(("cpu",), "torch"), (("torch", "torch:library"), "cpu")])
 def test_the_fastest_way_is_used_from_then_on(slow, ways, wins, cache):
-    """This process uses it, and later ones through the file. At other shapes the choice is the same as without a
-    table."""
+    """This process uses it, and later ones through the file. At other shapes the choice is as without a table."""
     slow(*ways)
     assert chosen() == "cpu"
     found = tune_mlp()
@@ -372,8 +371,7 @@ assert all([os.waitpid(child, 0)[1] == 0 for child in children])
 
 
 def test_processes_tune_and_read_at_once(cache):
-    """Two processes tune the same model and a third another one; a fourth keeps reading, and never sees a partial
-    file."""
+    """Two processes tune the same model and a third another one; a fourth keeps reading, and sees no partial file."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", PROGRAM]  # Python warns at every fork

@@ -1,5 +1,4 @@
-"""Encoders of visible patches with a decoder: comparison with MAE's forward, and with everything that models
-support."""
+"""Encoders of visible patches with a decoder: compared with MAE's forward, and with everything that models support."""
 
 from __future__ import annotations
 

@@ -107,8 +107,7 @@ def assert_as_timm(encoder: nn.Module, ratio: float, seed: int = 0) -> None:
 
 
 def test_every_kind_of_timms():
-    """Tokens and all gradients are those of timm's own forward, with all patches visible, and accelerated with half of
-    them."""
+    """Tokens and gradients are those of timm's forward with all patches visible, and accelerated with half of them."""
     encoders, fused = kinds(), 0
     assert len(encoders) > 10
     for encoder in encoders:

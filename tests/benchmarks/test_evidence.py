@@ -248,8 +248,7 @@ def test_the_script(tmp_path):
 
 @pytest.mark.slow(minutes=1)
 def test_guidance_helps():
-    """Frozen features of SG-MIM predict depth better than SimMIM's, by at least half of the difference in
-    EVIDENCE.md."""
+    """SG-MIM's frozen features predict depth better than SimMIM's, by at least half of the margin in EVIDENCE.md."""
     plan = evidence.Plan(methods=("SimMIM", "SG-MIM"), labelled=(256,), seeds=1, finetune_steps=0)
     rows = evidence.run(plan, 2)
     rmse = {row["method"]: row["rmse"] for row in rows}

@@ -334,8 +334,7 @@ def test_data_check(tmp_path, capsys, workers):
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_data_check_of_shards(tmp_path, capsys, workers, monkeypatch):
-    """Checks every sample once, wherever it is, and a truncated shard, a file that is no shard, and one without
-    samples."""
+    """Checks every sample once. There are also a truncated shard, a file that is no shard, and one without samples."""
     pytest.importorskip("webdataset", reason="reads shards")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in" / "x").mkdir(parents=True)

@@ -1,5 +1,4 @@
-"""As many processes train as the launcher requested, or none. Tests set the launchers' variables and start no
-process."""
+"""As many processes train as the launcher requested, or none. Tests set a launcher's variables without processes."""
 
 from __future__ import annotations
 

@@ -136,8 +136,7 @@ def write_timm(path: Path, kind: str, img_size: tuple[int, int], **arguments: ob
 def test_relative_tables_are_resized(
     kind: str, old: tuple[int, int], new: tuple[int, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A bias that depends on the vertical distance alone, and increases with it, still does. The class token's entries
-    stay."""
+    """A bias that only depends on the vertical distance, and grows with it, still does. Class token entries stay."""
     path = tmp_path / "e.safetensors"
     swin = kind == "swin"
     # (2, 14) tokens of 16 pixels have a table of 3 x 27 entries, which could also be 9 x 9. So do Swin's windows.

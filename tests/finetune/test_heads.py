@@ -17,8 +17,7 @@ HEADS = ("deconv", "upernet", "dpt")
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("kind", [*FAMILIES, "resnet"])
 def test_every_head_on_every_encoder(kind: str, head: str) -> None:
-    """The result has one number per pixel and output. Every parameter has a gradient, since distributed training waits
-    for each."""
+    """The result has one number per pixel and output. Every parameter has a gradient, for distributed training."""
     model = create_model(features(kind, (64, 96)), head, 5, channels=16)
     out = model(torch.randn(2, 3, 64, 96))
     assert out.shape == (2, 5, 64, 96) and out.dtype == torch.float32
@@ -48,8 +47,7 @@ def test_patches_of_14() -> None:
 
 @pytest.mark.parametrize("kind", ["swin", "swinv2-3-stages", "vit"])
 def test_resolution_before_the_last_resizing(kind: str) -> None:
-    """UPerNet classifies at a quarter of the images' resolution, DPT and the deconvolution head at the full
-    resolution."""
+    """UPerNet classifies at a quarter of the images' resolution, DPT and the deconvolution head at all of it."""
     for head, size in (("upernet", (16, 24)), ("dpt", (64, 96)), ("deconv", (64, 96))):
         model = create_model(features(kind, (64, 96)), head, 1, channels=16).eval()
         assert model.head(model.features(torch.randn(1, 3, 64, 96))).shape == (1, 1, *size), head

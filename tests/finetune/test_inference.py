@@ -17,8 +17,7 @@ from sgmim_fast.finetune.inference import predict, starts_and_ends
 
 
 class Known:
-    """Replaces a model: returns the mean over channels plus `slope` times the column, and records the sizes of
-    inputs."""
+    """Replaces a model: returns the mean over channels plus `slope` times the column, and records input sizes."""
 
     def __init__(self, multiple: int = 8, fixed_size: tuple[int, int] | None = None, slope: float = 0.0) -> None:
         self.multiple, self.fixed_size, self.slope = multiple, fixed_size, slope

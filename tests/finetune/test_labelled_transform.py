@@ -1,5 +1,4 @@
-"""Image and depth or labels remain aligned through scale, crop and flip. Colours, strips and padding are as
-documented."""
+"""Image and labels remain aligned through scale, crop and flip. Colours, strips and padding are as documented."""
 
 from __future__ import annotations
 

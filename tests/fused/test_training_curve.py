@@ -1,5 +1,4 @@
-"""200 steps of the stereo example: accelerated training stays as close to plain timm as two plain runs to each
-other."""
+"""200 steps of the stereo example: accelerated training follows plain timm as closely as another plain run does."""
 
 from __future__ import annotations
 

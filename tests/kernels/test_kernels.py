@@ -54,8 +54,7 @@ def test_the_cost_model_knows_an_h200():
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", ["a100", "h200"])
 def test_cost_of_a_step(gpu, tmp_path):
-    """Every launch of a step has the name of a kernel and a roofline below its time, and acceleration makes the step
-    faster."""
+    """Every launch of a step has a kernel's name and a roofline below its time. Acceleration makes it faster."""
     path = tmp_path / "cost.json"
     options = ["--gpu", gpu, "--step", "--encoder", "vit_base", "--dtype", "bfloat16", "--batch", "8", "--json", path]
     command = [sys.executable, ROOT / "benchmarks" / "cost_model.py", *options]
@@ -207,8 +206,7 @@ def test_the_table_has_what_hopper_is_for():
 
 @not_interpreted
 def test_blocks_of_a_multiprocessor():
-    """Registers, shared memory and threads limit the number, and it is at most 32, as in NVIDIA's occupancy
-    calculator."""
+    """Registers, shared memory and threads limit the number, up to 32, as in NVIDIA's occupancy calculator."""
     from sgmim_fast.kernels import compile as ahead
 
     def blocks(registers, shared, warps, capability=90):

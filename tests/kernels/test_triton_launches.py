@@ -1,5 +1,4 @@
-"""Launches select the compiled kernel that Triton would select, with the same arguments. No GPU or compiler is
-needed."""
+"""Launches select the compiled kernel that Triton would select, with the same arguments. No GPU or compiler needed."""
 
 from __future__ import annotations
 

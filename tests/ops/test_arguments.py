@@ -142,8 +142,7 @@ def assert_same(actual: list[Tensor], truth: list[Tensor], what: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("changes", [shapes, dtypes, places, values], ids=lambda kind: kind.__name__)
 def test_an_error_or_the_right_result(op, backend, changes):
-    """Wrong arguments raise ValueError or TypeError with what is expected. Accepted ones give the results of
-    float64."""
+    """Wrong arguments raise ValueError or TypeError with what is expected. Accepted ones give float64's results."""
     taken = raised = 0
     for place, name in enumerate(tensors(op)):
         tensor = [t for t in pytree.tree_leaves(example(op)) if isinstance(t, Tensor)][place]

@@ -102,8 +102,7 @@ def test_copy_patches_with_any_group(bodies, threads, dtype, side, patch, grid, 
 
 
 def test_accesses_are_as_wide_as_alignment_allows(bodies):
-    """Accesses have 16 bytes if rows of patches, strides and both addresses are aligned, and never span two rows of a
-    patch."""
+    """Accesses have 16 bytes if rows of patches, strides and both addresses are aligned, and never span two rows."""
 
     def pixels(shape, dtype, cell, patch, start=0, step=1):
         memory = np.zeros(2 * np.prod(shape) + 64, dtype)

@@ -1,5 +1,4 @@
-"""What the CUDA backend refuses, and its reasons. On a GPU also the errors of its launchers, called without the ops'
-checks."""
+"""What the CUDA backend refuses, and why. On a GPU also errors of its launchers, called without the ops' checks."""
 
 from __future__ import annotations
 
@@ -85,8 +84,7 @@ def test_a_tensor_on_another_device_than_its_neighbours_is_named(op):
 
 @pytest.mark.parametrize("part", ["forward", "backward"])
 def test_a_gpu_that_the_library_has_no_code_for(monkeypatch, part):
-    """If the backend is forced, the error states the GPU and what the library was built for; otherwise another backend
-    runs."""
+    """If the backend is forced, the error states the GPU and the library's architectures; if not, another one runs."""
     if not _native.load_cuda()[0]:
         pytest.skip(_native.load_cuda()[1])
     monkeypatch.setattr(_native, "build_info", lambda: {"cuda": {"architectures": "8.0;9.0;10.0+PTX"}})

@@ -1,5 +1,4 @@
-"""Tokens of `masked_patch_embed` and their gradients, by the CUDA device functions on the host, compared with
-float64."""
+"""The CUDA device functions for tokens of `masked_patch_embed` and gradients, on the host, compared with float64."""
 
 from __future__ import annotations
 

@@ -126,8 +126,7 @@ def standardized(bodies, name: str, x: np.ndarray, threads: int) -> tuple[np.nda
 
 
 def check_standardized(bodies, x: np.ndarray, threads: int, name: str = "float32") -> None:
-    """Checks x, (planes, n) as stored. The truth keeps exactly the values that sorting keeps, and adds them without
-    rounding."""
+    """Checks x, (planes, n) as stored. The truth keeps the values that sorting keeps, and sums them exactly."""
     y, nonfinite = standardized(bodies, name, x, threads)
     wide = x if name == "float32" else np.stack([getattr(bodies, f"values_{name}")(plane) for plane in x])
     for plane, result, bad in zip(wide.astype(np.float64), y, nonfinite, strict=True):

@@ -23,8 +23,7 @@ from sgmim_fast.ops.primitives import Request, Windows
 
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 EVERYTHING = ("qkv", "bias", "logit_scale", "pad", "qkv_bias")
-# Grid, window and shift: full and partial tiles of 48, 64 and 144 tokens, windows that extend beyond the grid or exceed
-# it.
+# Grid, window and shift: full and partial tiles of 48, 64 and 144 tokens, windows beyond the grid or larger than it.
 SHAPES = {
     "36": ((12, 12), (6, 6), (0, 0)),
     "36 shifted": ((13, 11), (6, 6), (3, 2)),
@@ -179,8 +178,7 @@ def test_partial_gradients(operators, wanted):
     seed=st.integers(0, 99),
 )
 def test_order_of_warps_and_groups_of_windows(grid, window, moved, groups, cosine, seed):
-    """With the last or the first warp ahead, and for any number of groups, the bits are the same, except for sums of
-    groups."""
+    """The order of warps and the number of groups do not change a bit, except for the sums of groups."""
     torch.manual_seed(seed)
     shift = [int(m * w) for m, w in zip(moved, window, strict=True)]
     tensors, index = inputs(grid, 2, 32, window, cosine=cosine)

@@ -158,8 +158,7 @@ def test_masked_patch_embed(operators, norm, bias, dtype, width):
 
 
 def attention(q, k, v, dout, offsets, cells: int, heads: int, keep: bool) -> list[Tensor]:
-    """Returns result and gradients of softmax attention over the shown keys and copies of the last one, per image and
-    head."""
+    """Returns result and gradients of attention over the shown keys and copies of the last one, per image and head."""
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
     out, depth = [], q.shape[1] // heads
     for image in range(offsets[0].shape[0] - 1):

@@ -1,5 +1,4 @@
-"""Derivatives that the ops do not support (forward-mode, second order, torch.func), and the backend of backward
-passes."""
+"""Derivatives that ops do not support (forward-mode, second order, torch.func), and the backend of the backward."""
 
 from __future__ import annotations
 

@@ -47,8 +47,7 @@ def results(call: Call) -> Any:
 
 @every_gradient
 def test_partial_gradients(place, op, arguments):
-    """Gradients of one tensor, and of all but one, are those computed for all together. No other tensor has a
-    gradient."""
+    """Gradients of one tensor, or of all but one, are those computed for all. No other tensor has a gradient."""
     call = Call(op, arguments(), place.device)
     every = range(len(call.tensors))
     result, leaves = given(call, *every)

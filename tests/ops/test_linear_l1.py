@@ -169,8 +169,7 @@ def test_layouts(backend, device, name, layout):
 @every_precision
 @pytest.mark.parametrize("packed", [True, False])
 def test_autocast(backend, device, precision, packed):
-    """float32 weights with low-precision gemms: as a call in that dtype, but gradients have the dtype of the
-    weights."""
+    """float32 weights, low-precision gemms: as a call in that dtype, but gradients have the dtype of the weights."""
     one = partial(case, (3, 6), channels=2, cell=8, width=40, packed=packed)
     autocast = torch.autocast(device.type, precision.dtype, enabled=precision.dtype != torch.float32)
     draw = partial(call_of, one, device, torch.float32, decided=True)

@@ -99,8 +99,7 @@ def test_every_unit_is_as_likely(place):
     mask, _, _ = selective_mask(seed_of(3, device), [count] * images, (rows, columns))
     share = count / (rows * columns)
     z = (mask.double().mean(0) - share) / math.sqrt(share * (1 - share) / images)
-    # For a fixed total, the sum of z^2 over 36 units is 36/35 chi-square with 35 degrees of freedom: mean 36, deviation
-    # 8.6.
+    # For a fixed total, the sum of z^2 over 36 units is 36/35 chi-square with 35 degrees: mean 36, deviation 8.6.
     assert 10 < z.square().sum() < 70
     both = share * (count - 1) / (rows * columns - 1)
     z = ((mask[:, :, 1:] & mask[:, :, :-1]).double().mean(0) - both) / math.sqrt(both * (1 - both) / images)

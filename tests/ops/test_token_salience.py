@@ -82,8 +82,7 @@ def test_float64_on_any_device():
 
 
 def test_huge_logits_are_not_too_large(device):
-    """exp without subtraction would overflow. Each token attends to itself, except the first, which attends to the
-    last."""
+    """exp without subtraction would overflow. Each token attends to itself, but the first attends to the last."""
     x = torch.eye(6, device=device)[None] * 50
     assert torch.equal(token_salience(x), torch.zeros(1, 6, device=device))
     x[0, 5] = 100 * torch.eye(6, device=device)[0]

@@ -1,5 +1,4 @@
-"""Attention of all tokens with PyTorch's own kernels: compared with plain PyTorch on a CPU, and with fakes as on
-a GPU."""
+"""Attention of all tokens with PyTorch's own kernels: compared with plain PyTorch on a CPU, faked for a GPU."""
 
 from __future__ import annotations
 

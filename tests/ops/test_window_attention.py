@@ -1,5 +1,4 @@
-"""`window_attention`, compared with plain PyTorch: roll, pad, partition, attention with bias and mask, and the inverse
-steps."""
+"""`window_attention`, compared with plain PyTorch: roll, pad, partition, attention with bias and mask, and inverses."""
 
 from __future__ import annotations
 
@@ -203,8 +202,7 @@ def test_same_bits_on_any_number_of_threads(place, threads, window):
     ("grid", "window"), [((48, 42), (6, 6)), ((13, 10), (6, 6)), ((14, 14), (14, 14)), ((1, 101), (1, 101))]
 )
 def test_sums_for_the_bias_of_qkv(place, grid, window, dtype, cosine):
-    """They are by-products of the gradient: its sum over all tokens, and over the tokens of windows outside of the
-    grid."""
+    """They are by-products of the gradient: its sum over all tokens, and over those of windows outside of the grid."""
     if place.backend == "triton" and (dtype == torch.float32 or place.interpreted) and window[0] * window[1] > 64:
         pytest.skip("the Triton kernels hold 64 tokens in float32, and their interpreter takes long")
     if place.interpreted and grid == (48, 42):

@@ -171,8 +171,7 @@ def test_every_process_computes_as_often(count):
 
 
 def test_run(tmp_path, capsys):
-    """Losses are computed every epoch and select the best checkpoint. Pictures show held-out scenes. No step
-    changes."""
+    """Losses of every epoch select the best checkpoint. Pictures are of held-out scenes. No step is changed."""
     changes = {"optim__epochs": 3, "run__checkpoint_every": 5, "run__keep": 1}
     for name, share in (("with", 1 / 8), ("without", 0)):
         given = changes | {"data__val": share}

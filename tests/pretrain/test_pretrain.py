@@ -201,8 +201,7 @@ def test_accumulation_is_one_large_batch(tmp_path):
 
 @pytest.mark.parametrize("clip", [5.0, 0.02, 0.0])
 def test_one_step_by_hand(clip):
-    """Clipping by norm, and the first step of AdamW, which moves every parameter by lr against the sign of its
-    gradient."""
+    """Clipping by norm, and AdamW's first step, which moves every parameter by lr against the sign of its gradient."""
     config = tiny(optim__clip=clip, optim__warmup_epochs=0, optim__lr=1.28)
     layout = Layout(4)
     stepper = Stepper(Pretraining(config), Accelerator(), layout, 8)
@@ -413,7 +412,7 @@ def test_dry_run_refuses_what_the_run_refuses(finished, tmp_path, capsys, monkey
 
 
 def test_dry_run_refuses_what_broken_files_leave(folders, capsys, monkeypatch):
-    """There are fewer pairs than a step needs, or none for the losses. This is found before masks are drawn."""
+    """There are fewer pairs than a step needs, or none for the losses. This is found before pairs are drawn."""
     monkeypatch.chdir(folders)
     words = [
         f"--images={folders / 'images'}",
@@ -498,8 +497,7 @@ def test_auto_takes_the_folder_of_the_preset(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("moment", ["create_dataset", "finish"])
 def test_a_signal_outside_of_the_training(tmp_path, capsys, monkeypatch, moment, number):
-    """It arrives where the training loop does not handle it: before the first step, and while the encoder is
-    exported."""
+    """It arrives outside of the training loop: before the first step, and while the encoder is exported."""
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Pretraining, moment, lambda *_: os.kill(os.getpid(), number))

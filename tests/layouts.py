@@ -28,7 +28,7 @@ def depth_values(height: int, width: int, metre: int, seed: int = 0) -> np.ndarr
 
 
 def write_nyu_folders(root: Path) -> Path:
-    """Writes the layout of BTS: four training and two test pairs. The lines of its lists end with the focal length."""
+    """Writes BTS's layout: four training pairs in two scenes, two test pairs. Lines of lists end with focal lengths."""
     lines = {"train": [], "test": []}
     for split, base, scenes in (
         ("train", "sync", ("kitchen_0028b", "cafe_0001a")),

@@ -39,6 +39,21 @@ class SelectiveMask(NamedTuple):
         """Returns the number of visible cells of each image. Synchronises on a GPU if `counts` is None."""
         return self.visible.offsets.diff().tolist() if self.counts is None else list(self.counts)
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SelectiveMask:
+        """Returns the mask with all its tensors on `device`, like `torch.Tensor.to`; itself if they are there."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        mask = move(self.mask)
+        if mask is self.mask:
+            return self
+        visible, masked = (Rows(*map(move, rows)) for rows in (self.visible, self.masked))
+        if self.shown.index is self.masked.index:
+            return SelectiveMask(mask, mask, visible, masked, masked, self.counts)
+        shown = visible if self.shown.index is self.visible.index else Rows(*map(move, self.shown))
+        return SelectiveMask(mask, move(self.structure), visible, masked, shown, self.counts)
+
     def on(self, grid: tuple[int, int]) -> SelectiveMask:
         """Returns the same mask on a grid (rows, columns) of cells.
 

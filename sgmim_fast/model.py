@@ -317,7 +317,10 @@ class SGMIM(nn.Module):
                 f"images has {height}x{width} pixels; expected multiples of the encoder stride {self.encoder_stride}"
             )
         if mask is None:
-            raise TypeError("mask is missing; expected a tensor (B, H / p, W / p) or what selective_mask returned")
+            hint = ", by name: mask=..." if self.guidance is None and structure is not None else ""
+            raise TypeError(
+                f"mask is missing; expected a tensor (B, H / p, W / p) or what selective_mask returned{hint}"
+            )
         drawn = isinstance(mask, SelectiveMask)
         values = mask.mask if drawn else mask
         if not isinstance(values, Tensor):

@@ -14,7 +14,7 @@ EXPECTED = "expected a map that sgmim_fast.standardize_structure returned"
 
 
 def check_standardized(structure: Tensor, valid: Tensor | None) -> None:
-    """Checks that all valid values are finite and that not most of a batch lies beyond ±BEYOND.
+    """Checks that all valid values are finite, and that most of them, or of one map's pixels, are not beyond ±BEYOND.
 
     On a GPU, and in traced calls, this is a device-side assertion, which does not synchronise.
 
@@ -33,14 +33,18 @@ def check_standardized(structure: Tensor, valid: Tensor | None) -> None:
     finite = low.isfinite() & high.isfinite()
     if not _on_host(structure):
         message = f"structure has infinities, NaN or values that are not standardised; {EXPECTED}"
-        torch._assert_async(finite & ~_mostly_beyond(structure, valid), message)
+        batch, one = _mostly_beyond(structure, valid)
+        torch._assert_async(finite & ~(batch | one), message)
     elif not finite:
         raise ValueError(
             f"structure has infinities or NaN; {EXPECTED}, where there are some with nonfinite='ignore', and "
             "structure_valid beside it"
         )
-    elif max(-low, high) > BEYOND and _mostly_beyond(structure, valid):
-        raise ValueError(f"structure is mostly beyond ±{BEYOND}, from {low:.4g} to {high:.4g}; {EXPECTED}")
+    elif max(-low, high) > BEYOND:
+        batch, one = _mostly_beyond(structure, valid)
+        if batch or one:
+            where = "" if batch else " in some of its maps"
+            raise ValueError(f"structure is mostly beyond ±{BEYOND}{where}, from {low:.4g} to {high:.4g}; {EXPECTED}")
 
 
 def _on_host(structure: Tensor) -> bool:
@@ -49,6 +53,9 @@ def _on_host(structure: Tensor) -> bool:
     return not torch.compiler.is_compiling() and plain and _check.readable(structure)
 
 
-def _mostly_beyond(structure: Tensor, valid: Tensor | None) -> Tensor:
+def _mostly_beyond(structure: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Whether most valid values of the batch are beyond ±BEYOND, and whether most pixels of some map are: a map's valid
+    pixels may be few and all from its ends."""
+    beyond = (structure.abs() > BEYOND).sum((2, 3))
     known = structure.numel() if valid is None else valid.sum()
-    return 2 * (structure.abs() > BEYOND).sum() > known
+    return 2 * beyond.sum() > known, (2 * beyond > structure[0, 0].numel()).any()

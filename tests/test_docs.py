@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from sgmim_fast import cli
+from sgmim_fast import backends, cli, ops
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -276,6 +276,35 @@ def test_fine_tuning_imports_nothing_of_pre_training():
 
 
 # ---- the two commands of the README, and the site
+
+
+NUMBERS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+]
+
+
+def test_every_op_is_public_and_documented():
+    pages = text("docs/reference/ops.md")
+    for op in backends.MODULES:
+        assert op in ops.__all__ and callable(getattr(ops, op)), f"ops/__init__.py does not import the function {op}"
+        assert f"`{op}(" in pages and f"::: sgmim_fast.ops.{op}.{op}\n" in pages, f"docs/reference/ops.md lacks {op}"
+    assert f"has {NUMBERS[len(backends.MODULES)]} registered operators" in text("README.md")
 
 
 def test_ci_runs_what_the_readme_says():

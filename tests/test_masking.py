@@ -184,6 +184,18 @@ def test_parts_of_images_with_other_counts():
         selective_mask(4, (2, 2), [0.25, 0.75, 0.5, 0.5]).part(0, 2)
 
 
+@pytest.mark.parametrize("shown", ["masked", "visible", "all"])
+def test_a_mask_moves_with_all_it_has(shown):
+    drawn = selective_mask(2, 3, shown=shown)
+    assert drawn.to("cpu") is drawn and drawn.to(torch.device("cpu")).mask is drawn.mask
+    moved = drawn.to("meta")
+    tensors = [moved.mask, moved.structure, *moved.visible, *moved.masked, *moved.shown]
+    assert {t.device.type for t in tensors} == {"meta"} and moved.counts == drawn.counts
+    for name in ("masked", "visible"):  # lists that are one stay one
+        shared = getattr(drawn, name).index is drawn.shown.index
+        assert (getattr(moved, name).index is moved.shown.index) == shared == (shown == name)
+
+
 @given(
     st.integers(1, 3),
     st.tuples(st.integers(1, 3), st.integers(1, 3)),

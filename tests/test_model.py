@@ -546,8 +546,12 @@ def test_bad_input(changes, error, message):
         ),
         (lambda t: 255 * (t / 9).sigmoid(), "structure is mostly beyond"),
         (lambda t: -1000 * t.sigmoid(), "structure is mostly beyond"),
+        (
+            lambda t: torch.cat([t[:-1], 1000 * t[-1:].sigmoid()]),
+            "structure is mostly beyond ±10 in some of its maps, from",
+        ),
     ],
-    ids=["NaN", "infinity", "16 bits", "8 bits", "negative"],
+    ids=["NaN", "infinity", "16 bits", "8 bits", "negative", "one of them"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_structure_that_is_not_standardised(change, message, dtype):
@@ -594,6 +598,12 @@ def test_where_values_cannot_be_read():
     torch.testing.assert_close(make_fx(call)(*inputs)(*inputs), call(*inputs), rtol=1e-6, atol=0)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert call(*map(mode.from_tensor, inputs)).shape == ()
+
+
+def test_a_mask_in_the_place_of_structure():
+    given = arguments()
+    with pytest.raises(TypeError, match=r"mask is missing; expected .* returned, by name: mask=\.\.\."):
+        foreign(guidance=False)(given["images"], given["mask"])
 
 
 def test_return_losses_by_position():

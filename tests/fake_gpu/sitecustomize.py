@@ -3,7 +3,7 @@
 Tensors for "cuda" are on the CPU. Triton's launches are recorded and not executed, so their results are wrong, which is
 noticed. Captured steps are those of `fake_graph`. timm's encoders at the published sizes become tiny ones, and so do
 the shapes. Everything is timed once. With FAKE_GPU_ONLY=WORD, commands without this word end at once, as if they had
-passed.
+passed. Python commands that such a process starts are forks of it, which saves seconds of imports for each.
 """
 
 from __future__ import annotations
@@ -17,11 +17,16 @@ if (only := os.environ.get("FAKE_GPU_ONLY")) and not {only, "--seconds=3000"} & 
 import argparse
 import functools
 import importlib
+import runpy
+import signal
+import subprocess
 import time
+import traceback
 from types import SimpleNamespace
 from typing import Any
 
 import fake_graph
+import timm  # noqa: F401 - for the forks
 import torch
 from tools import measure, shapes
 from torch.overrides import TorchFunctionMode
@@ -146,3 +151,39 @@ argparse.ArgumentParser.add_argument = lambda self, *names, **options: add_argum
     self, *names, **options | ({"default": 1} if names == ("--rounds",) else {})
 )
 OnCpu().__enter__()
+
+
+def become(words: list[str], environment: dict[str, str]) -> None:
+    """What `python WORDS` does, to the end of this process."""
+    os.closerange(3, 1024)  # among them the pipe by which the parent waits until this is another program
+    code: Any = 1
+    try:
+        if not only or only in words:
+            os.environ.clear()
+            os.environ.update(environment)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if words[0] == "-m":
+                sys.argv, sys.path[0] = words[1:], os.getcwd()
+                runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+            else:
+                sys.argv, sys.path[0] = words, os.path.dirname(words[0])
+                runpy.run_path(words[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+class Popen(subprocess.Popen):
+    def __init__(self, args: Any, **options: Any) -> None:
+        if args[0] == sys.executable and (args[1] == "-m" or args[1].endswith(".py")):
+            sys.stdout.flush()
+            options["preexec_fn"] = functools.partial(become, args[1:], options["env"])
+        super().__init__(args, **options)
+
+
+subprocess.Popen = Popen

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import importlib.util
 import os
 import sys
 from collections import Counter
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -38,6 +41,26 @@ if not torch.cuda.is_available():
     # torch.manual_seed formats a stack trace for each device type that is not in use: a third of the time of many tests
     for devices in (torch.cuda, torch.xpu, torch.mtia):
         devices.manual_seed_all = lambda seed: None
+
+if backends.triton_interpreted() and importlib.util.find_spec("triton"):
+    from triton.runtime import interpreter
+
+    # Half of the interpreter's time goes to work without effect. It computes integer sums and products again in int64
+    # for an assertion that it drops unless it debugs. And at each call of a device function it searches all of
+    # triton.language for builtins to replace, although the call of the kernel has replaced them.
+    options = interpreter.interpreter_builder.options
+    interpreter.interpreter_builder.options = replace(options, sanitize_overflow=options.debug)
+
+    @functools.cache
+    def builtins_of(language) -> list[str]:
+        return [name for name in dir(language) if interpreter.tl.core.is_builtin(getattr(language, name))]
+
+    def patch_builtins(language, *args) -> None:
+        for name in builtins_of(language):
+            if interpreter.tl.core.is_builtin(member := getattr(language, name)):
+                interpreter._patch_attr(language, name, member, *args)
+
+    interpreter._patch_builtin = patch_builtins
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # workers and their subprocesses share the cores
     threads_each = max(1, torch.get_num_threads() // int(workers))

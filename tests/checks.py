@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -161,15 +162,27 @@ def check_op(
         assert_close_to_truth(*tensors, name, functools.partial(again, i))
 
 
-def assert_passes_with(isa: str, file: str, wanted: str = "") -> None:
-    """Asserts that the tests of a file pass in a process whose CPU kernels are limited to an instruction set.
+PASSES = """
+import os, sys, pytest, timm, torch
+file, wanted, *sets = sys.argv[1:]
+for isa in sets:  # in a process each, which has torch already
+    if os.fork() == 0:
+        os.environ["SGMIM_FAST_CPU_ISA"] = isa
+        code = pytest.main(["-qx", "-p", "no:cacheprovider", "-k", wanted, file])
+        sys.stdout.flush()
+        os._exit(code)
+    assert os.wait()[1] == 0, isa
+"""
+
+
+def assert_passes_with(sets: Sequence[str], file: str, wanted: str = "") -> None:
+    """Asserts that the tests of a file pass in processes whose CPU kernels are limited to one instruction set each.
 
     Args:
         wanted: an expression for pytest's -k.
     """
     if os.environ.get("SGMIM_FAST_CPU_ISA"):
         pytest.skip("one is asked for")
-    command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-k", wanted, file]
-    environment = os.environ | {"SGMIM_FAST_CPU_ISA": isa}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
+    done = subprocess.run([sys.executable, "-c", PASSES, file, wanted, *sets], capture_output=True, text=True)
+    passed = re.findall(r"^\d+ passed", done.stdout, re.MULTILINE)
+    assert done.returncode == 0 and len(passed) == len(sets), done.stdout[-3000:] + done.stderr[-1000:]

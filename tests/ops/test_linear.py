@@ -181,7 +181,7 @@ def test_weights_are_not_copied(monkeypatch):
 
 
 def test_lower_instruction_sets():
-    assert_passes_with("avx512", __file__, "(500 or 250) and not same_bits")
+    assert_passes_with(["avx512"], __file__, "(500 or 250) and not same_bits")
 
 
 def test_an_amx_machine_takes_the_library(monkeypatch):

@@ -63,8 +63,10 @@ SANITIZE = [f"-fsanitize={SANITIZERS}", *UNCHECKED] if is_set("SGMIM_FAST_SANITI
 # Leaves out instruction sets that the sanitized tests do not run on this machine: each takes a quarter of the time to
 # compile.
 CPU = Path("/proc/cpuinfo")
-WIDEST = ["-DSGMIM_WIDEST_ONLY"] if CPU.exists() and "avx512_bf16" in CPU.read_text() else []
+TARGET = [f"-m{kind}" for kind in ("avx512bf16", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma")]
+WIDEST = ["-DSGMIM_WIDEST_ONLY", *TARGET] if CPU.exists() and "avx512_bf16" in CPU.read_text() else []
 FEWER = ["-DSGMIM_BASELINE_ONLY"] if SANITIZERS == "thread" else WIDEST
+LEVEL = "-O1" if SANITIZERS == "thread" else "-O0"  # whose code threads would run for longer than it compiles faster
 
 
 def find_torch() -> Path | None:
@@ -211,7 +213,7 @@ class BuildExt(build_ext):
         self.torch = torch
         libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu"]
         include = [*FLAGS, "-isystem", str(torch / "include")]
-        cpu = ["-O1", "-g1", "-fno-omit-frame-pointer", *FEWER, *SANITIZE] if SANITIZE else ["-O3"]
+        cpu = [LEVEL, "-g1", "-fno-omit-frame-pointer", *FEWER, *SANITIZE] if SANITIZE else ["-O3"]
         cpu += ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *shlex.split(os.environ.get("CXXFLAGS", ""))]
         self.compilers = {".cpp": [*cxx, *include, *cpu]}
         self.linkers = {".cpp": ([*cxx, "-shared", *SANITIZE], libraries + shlex.split(os.environ.get("LDFLAGS", "")))}

@@ -34,14 +34,13 @@
 #define SGMIM_ISA avx512bf16
 #define SGMIM_HAS_BF16
 #define SGMIM_VECTOR_BYTES 64
+#if !defined(SGMIM_WIDEST_ONLY)
 SGMIM_TARGET("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #include SGMIM_THIS_FILE
 SGMIM_TARGET_END
 #undef SGMIM_ISA
 #undef SGMIM_HAS_BF16
 #undef SGMIM_VECTOR_BYTES
-
-#if !defined(SGMIM_WIDEST_ONLY)
 
 #define SGMIM_ISA avx512
 #define SGMIM_VECTOR_BYTES 64
@@ -58,12 +57,13 @@ SGMIM_TARGET("avx2,fma")
 SGMIM_TARGET_END
 #undef SGMIM_ISA
 #undef SGMIM_VECTOR_BYTES
-
 #endif
-#endif  // other machines than x86-64 have the baseline only, 16-byte vectors
+#endif
 
+#if !defined(SGMIM_WIDEST_ONLY)  // other machines than x86-64 have the baseline only, 16-byte vectors
 #define SGMIM_ISA baseline
 #define SGMIM_VECTOR_BYTES 16
+#endif
 #define SGMIM_ONCE
 
 #endif

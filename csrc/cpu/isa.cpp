@@ -9,6 +9,9 @@
 namespace sgmim {
 
 static Isa detect() {
+#if defined(SGMIM_WIDEST_ONLY)
+  return Isa::avx512bf16;
+#endif
   Isa best = Isa::baseline;
 #if defined(SGMIM_MANY_ISAS)
   __builtin_cpu_init();
@@ -22,9 +25,6 @@ static Isa detect() {
     for (Isa lower : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512bf16})
       if (std::strcmp(wanted, isa_name(lower)) == 0 && lower < best) best = lower;
   }
-#if defined(SGMIM_WIDEST_ONLY)
-  if (best != Isa::avx512bf16) best = Isa::baseline;
-#endif
   return best;
 }
 

@@ -4,7 +4,8 @@
 #include <cstdint>
 
 // SGMIM_BASELINE_ONLY compiles the baseline alone: for ThreadSanitizer, since threads share memory in the same way with
-// every set. SGMIM_WIDEST_ONLY compiles the baseline and the widest set: for AddressSanitizer where a machine has it.
+// every set. SGMIM_WIDEST_ONLY compiles the widest set alone, with the compiler's flags for it: for AddressSanitizer where
+// a machine has it.
 #if defined(__x86_64__) && !defined(SGMIM_BASELINE_ONLY)
 #define SGMIM_MANY_ISAS
 #endif
@@ -28,9 +29,7 @@ const char* isa_name(Isa isa);
 // SGMIM_SELECT((name<A, B>)) selects the kernel for this machine. The inner parentheses protect commas of templates.
 #define SGMIM_UNWRAP(...) __VA_ARGS__
 #if defined(SGMIM_WIDEST_ONLY)
-#define SGMIM_SELECT(kernel)                                                              \
-  (::sgmim::isa() == ::sgmim::Isa::avx512bf16 ? &::sgmim::avx512bf16::SGMIM_UNWRAP kernel \
-                                              : &::sgmim::baseline::SGMIM_UNWRAP kernel)
+#define SGMIM_SELECT(kernel) (&::sgmim::avx512bf16::SGMIM_UNWRAP kernel)
 #elif defined(SGMIM_MANY_ISAS)
 #define SGMIM_SELECT(kernel)                                                                     \
   (::sgmim::isa() == ::sgmim::Isa::avx512bf16 ? &::sgmim::avx512bf16::SGMIM_UNWRAP kernel        \

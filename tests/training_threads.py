@@ -45,7 +45,7 @@ def train(model: SGMIM, size: tuple[int, int], backend: str, losses: list[float]
 
 
 def race() -> None:
-    x, y = torch.randn(1 << 20), torch.empty(1 << 20)
+    x, y = torch.randn(1 << 18), torch.empty(1 << 18)
     run([lambda: [torch.ops.sgmim_fast_cpu.gelu(x, y) for _ in range(20)]] * 2)
 
 

@@ -12,6 +12,9 @@ from collections import Counter
 from dataclasses import replace
 from typing import NamedTuple
 
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # before torch reads it: a thread that spins takes another worker's core
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+
 import pytest
 import torch
 import torch.utils._device

@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the ops' tests run the kernels on the GPU"),
 ]
 TESTS = Path(__file__).parents[1]
-# File -> tests: a part of `TRITON_INTERPRET=1 python -m pytest -k triton-cpu`, which takes half an hour.
+# File -> tests: a part of `TRITON_INTERPRET=1 python -m pytest -k triton-cpu`, which takes long.
 PARTS = {
     "gather_patches": "",
     "standardize_structure": "",

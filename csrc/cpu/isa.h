@@ -4,8 +4,8 @@
 #include <cstdint>
 
 // SGMIM_BASELINE_ONLY compiles the baseline alone: for ThreadSanitizer, since threads share memory in the same way with
-// every set. SGMIM_WIDEST_ONLY compiles the widest set alone, with the compiler's flags for it: for AddressSanitizer where
-// a machine has it.
+// every set. SGMIM_WIDEST_ONLY compiles the widest set alone, and needs the compiler's flags for it: for
+// AddressSanitizer where a machine has that set.
 #if defined(__x86_64__) && !defined(SGMIM_BASELINE_ONLY)
 #define SGMIM_MANY_ISAS
 #endif

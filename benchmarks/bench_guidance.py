@@ -270,21 +270,29 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--all", action="store_true", help="ViT-B and the compiled columns too, full batches, longer timing"
+        "--all", action="store_true", help="add ViT-B and the compiled columns, with full batches and longer timing"
     )
-    parser.add_argument("--encoder", help=f"of {','.join(SHAPES)}; default: swin_base, with --all vit_base too")
-    parser.add_argument("--dtype", default="float32,bfloat16", help="bfloat16 is autocast over float32 parameters")
-    parser.add_argument("--batch", type=int, help="default: 16 on a CPU, 128 on a GPU")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument(
+        "--encoder", help=f"comma-separated: {','.join(SHAPES)} (default: swin_base; also vit_base with --all)"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32,bfloat16",
+        help="comma-separated: float32, bfloat16 (autocast over float32 parameters)",
+    )
+    parser.add_argument("--batch", type=int, help="batch size (default: 16 on a CPU, 128 on a GPU)")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda if available")
     parser.add_argument(
         "--columns",
-        help=f"of {','.join(NAMES)}, those that can run here; default: all, the compiled ones with --all and where "
-        f"a step of the dense one takes less than {SLOW:.0f} s",
+        help=f"comma-separated: {','.join(NAMES)} (default: all that can run here; compiled ones only with --all and "
+        f"if a step of the dense column takes less than {SLOW:.0f} s)",
     )
-    parser.add_argument("--seconds", type=float, help="of timing per encoder and dtype; default: 10, with --all 60")
-    parser.add_argument("--anyway", action="store_true", help="time columns that disagree, too, flagged")
-    parser.add_argument("--json", type=output_file)
-    parser.add_argument("--plot", type=plot_file, help="default: guidance.png here, where matplotlib is installed")
+    parser.add_argument("--seconds", type=float, help="time budget per encoder and dtype (default: 10; 60 with --all)")
+    parser.add_argument("--anyway", action="store_true", help="also time columns whose results disagree, and flag them")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the results to this file")
+    parser.add_argument(
+        "--plot", type=plot_file, help="figure to write (default: guidance.png if matplotlib is installed)"
+    )
     args = parser.parse_args(argv)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     keep_freed_memory()  # as in training on a CPU; applies to all columns

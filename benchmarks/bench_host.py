@@ -189,11 +189,13 @@ def ops(encoder: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", default=",".join(ENCODERS), help=f"of {','.join(ENCODERS)}")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--ops", action="store_true", help="time within each op, too")
-    parser.add_argument("--compile", action="store_true", help="the compiled column, too")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--encoder", default=",".join(ENCODERS), help=f"comma-separated: {','.join(ENCODERS)} (default: all)"
+    )
+    parser.add_argument("--rounds", type=int, default=20, help="timed steps per column (default: %(default)s)")
+    parser.add_argument("--ops", action="store_true", help="also measure the time within each op")
+    parser.add_argument("--compile", action="store_true", help="add the compiled column (takes minutes)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []

@@ -165,8 +165,10 @@ def compare(folder: Path, maps: str, seconds: float) -> dict[str, dict[str, floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each line")
-    parser.add_argument("--json", type=Path, help="writes the numbers here")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="time budget per line of the table (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     results: dict[str, Any] = {"machine": machine("cpu"), "output": OUTPUT}

@@ -361,16 +361,26 @@ def plot(cases: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", default=",".join(SHAPES), help=f"of {','.join(ENCODERS)}")
-    parser.add_argument("--dtype", default="float32", help="float32,bfloat16; bfloat16 is autocast")
-    parser.add_argument("--batch", type=int, help="default: 16 on a CPU, 128 on a GPU")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--columns", help=f"of {','.join(NAMES)}; default: all, compiled ones on a GPU only")
-    parser.add_argument("--update", action="store_true", help="clip to 5 and update with fused AdamW in every step")
-    parser.add_argument("--seconds", type=float, default=120, help="of timing per encoder and dtype")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--kernels", help="columns whose GPU time is listed by kernel, e.g. dense,accelerated")
-    parser.add_argument("--plot", type=Path, help="profile dense and accelerated, and draw where their time goes (CPU)")
+    parser.add_argument(
+        "--encoder", default=",".join(SHAPES), help=f"comma-separated: {','.join(ENCODERS)} (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", default="float32", help="comma-separated: float32, bfloat16 (autocast over float32 parameters)"
+    )
+    parser.add_argument("--batch", type=int, help="batch size (default: 16 on a CPU, 128 on a GPU)")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda if available")
+    parser.add_argument(
+        "--columns", help=f"comma-separated: {','.join(NAMES)} (default: all; compiled ones on a GPU only)"
+    )
+    parser.add_argument(
+        "--update", action="store_true", help="clip the gradient to norm 5 and update with fused AdamW in each step"
+    )
+    parser.add_argument("--seconds", type=float, default=120, help="time budget per encoder and dtype (default: 120)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    parser.add_argument("--kernels", help="columns whose GPU time is listed per kernel, for example dense,accelerated")
+    parser.add_argument(
+        "--plot", type=Path, help="profile dense and accelerated on the CPU and draw the figure to this file"
+    )
     args = parser.parse_args(argv)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     sgmim_fast.keep_freed_memory()  # as in training on a CPU; applies to all columns

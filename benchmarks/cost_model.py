@@ -218,15 +218,25 @@ def compare(path: Path, gpu: Gpu) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", default="h200", choices=GPUS)
-    parser.add_argument("--encoder", default="swin_base,vit_base", help=f"of {','.join(STEP_SHAPES)}")
-    parser.add_argument("--dtype", default="bfloat16,float32", help="bfloat16 is autocast over float32 parameters")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--step", action="store_true", help="the encoder too")
-    parser.add_argument("--host", action="store_true", help="the host's time, too")
-    parser.add_argument("--all", action="store_true", help="every kernel of the plain columns too")
-    parser.add_argument("--measured", type=Path, help="compare with this file of kernels, and do nothing else")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--gpu", default="h200", choices=GPUS, help="GPU to predict for (default: %(default)s)")
+    parser.add_argument(
+        "--encoder",
+        default="swin_base,vit_base",
+        help=f"comma-separated: {','.join(STEP_SHAPES)} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16,float32",
+        help="comma-separated: float32, bfloat16 (autocast over float32 parameters)",
+    )
+    parser.add_argument("--batch", type=int, default=128, help="batch size (default: %(default)s)")
+    parser.add_argument("--step", action="store_true", help="include the encoder")
+    parser.add_argument("--host", action="store_true", help="include the host's time")
+    parser.add_argument("--all", action="store_true", help="also list every kernel of the plain columns")
+    parser.add_argument(
+        "--measured", type=Path, metavar="FILE", help="only compare with the measured kernel times in this file"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     args = parser.parse_args(argv)
     gpu, found = GPUS[args.gpu], []
     if args.measured:

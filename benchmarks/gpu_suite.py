@@ -230,12 +230,18 @@ def _kill(process: subprocess.Popen) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--no-build", action="store_true", help="what is installed is to be measured as it is")
-    parser.add_argument("--count-launches", action="store_true", help="only that, as JSON")
-    parser.add_argument("--tune", type=Path, metavar="JSON", help="only that, of Swin-B")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="output folder")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="time budget of the whole suite (default: %(default)s)"
+    )
+    parser.add_argument("--batch", type=int, default=128, help="batch size (default: %(default)s)")
+    parser.add_argument(
+        "--no-build", action="store_true", help="measure the installed package without building it first"
+    )
+    parser.add_argument(
+        "--count-launches", action="store_true", help="only count kernel launches, and print them as JSON"
+    )
+    parser.add_argument("--tune", type=Path, metavar="JSON", help="only tune Swin-B, and write the result to this file")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("torch sees no CUDA device: the suite has nothing to measure", file=sys.stderr)

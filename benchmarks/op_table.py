@@ -158,13 +158,19 @@ def table(
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--encoder", default="swin_base,vit_base", help=f"of {','.join(SHAPES)}")
-    parser.add_argument("--dtype", default="bfloat16,float32", help="bfloat16 is autocast over float32 parameters")
-    parser.add_argument("--op", default=",".join(backends.MODULES), help="ops, all by default")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--seconds", type=float, default=2, help="for each op")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default: %(default)s")
+    parser.add_argument(
+        "--encoder", default="swin_base,vit_base", help=f"comma-separated: {','.join(SHAPES)} (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16,float32",
+        help="comma-separated: float32, bfloat16 (autocast over float32 parameters)",
+    )
+    parser.add_argument("--op", default=",".join(backends.MODULES), help="comma-separated names of ops (default: all)")
+    parser.add_argument("--batch", type=int, default=128, help="batch size (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=2, help="time budget per op (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     args = parser.parse_args(argv)
     rows: list[dict[str, Any]] = []
     facts = machine(args.device)

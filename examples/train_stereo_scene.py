@@ -172,14 +172,16 @@ def draw(model: sgmim_fast.SGMIM, images: Tensor, disparity: Tensor, history: li
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=16, help="crops per step")
-    parser.add_argument("--size", type=int, default=128, help=f"pixels along a crop, a multiple of {STRIDE}")
+    parser.add_argument("--steps", type=int, default=300, help="training steps (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="crops per step (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=128, help=f"size of the crops in pixels, a multiple of {STRIDE}")
     parser.add_argument("--encoder", choices=("swin", "vit"), default="swin")
-    parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
-    parser.add_argument("--out", type=Path, default=Path("stereo_scene.png"), help="the figure")
+    parser.add_argument("--lr", type=float, default=2e-3, help="maximum learning rate (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("stereo_scene.png"), help="figure to write (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="threads of torch; as torch likes by default")
+    parser.add_argument("--threads", type=int, help="number of threads (default: torch's)")
     args = parser.parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -355,11 +355,21 @@ def _report(task: tuple[int, int]) -> tuple[bool, str, str, dict[str, int]]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="80,90,100", help="compute capabilities, times ten")
-    parser.add_argument("--dtype", help=f"of {','.join(DTYPES)} (default: bfloat16, with --all all)")
-    parser.add_argument("--all", action="store_true", help="smaller batches and every dtype, too: half an hour")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
-    parser.add_argument("--json", type=Path, help="write what tests/kernels/kernel_table.json holds")
+    parser.add_argument(
+        "--arch",
+        default="80,90,100",
+        help="comma-separated compute capabilities without the point (default: %(default)s)",
+    )
+    parser.add_argument("--dtype", help=f"comma-separated: {','.join(DTYPES)} (default: bfloat16; all with --all)")
+    parser.add_argument(
+        "--all", action="store_true", help="also compile for smaller batches and every dtype (takes half an hour)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="number of compiling processes (default: one per core)"
+    )
+    parser.add_argument(
+        "--json", type=Path, help="write the table of kernels to this file, as in tests/kernels/kernel_table.json"
+    )
     args = parser.parse_args(argv)
     if launching.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: there is nothing to compile")

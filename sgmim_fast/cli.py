@@ -16,14 +16,14 @@ from sgmim_fast.errors import UserError, nearest
 
 # name -> module, description, required extra of the package
 COMMANDS = {
-    "env": ("sgmim_fast.env", "versions, the machine, and why a backend is missing", ""),
+    "env": ("sgmim_fast.env", "print versions, the machine, and why a backend is missing", ""),
     "pretrain": ("sgmim_fast.pretrain.task", "pre-train an encoder on images and structure maps", "train"),
-    "tune": ("sgmim_fast.pretrain.tune", "measure which kernels are fastest on this machine, and use them", "train"),
-    "data": ("sgmim_fast.data.check", "check a data set: data check IMAGES [MAPS], or SHARDS", "train"),
-    "structure": ("sgmim_fast.data.depth_maps", "make structure maps for a folder of images", "structure"),
+    "tune": ("sgmim_fast.pretrain.tune", "measure which kernels are fastest on this machine, and select them", "train"),
+    "data": ("sgmim_fast.data.check", "check a data set, or measure its mean and standard deviation", "train"),
+    "structure": ("sgmim_fast.data.depth_maps", "predict structure maps for a folder of images", "structure"),
     "reconstruct": ("sgmim_fast.pretrain.pictures", "draw what a pre-trained model reconstructs", "train"),
-    "finetune": ("sgmim_fast.finetune.task", "train an encoder on depth or segmentation", "downstream"),
-    "evaluate": ("sgmim_fast.finetune.evaluate", "the metrics of a fine-tuned model", "downstream"),
+    "finetune": ("sgmim_fast.finetune.task", "fine-tune an encoder for depth or segmentation", "downstream"),
+    "evaluate": ("sgmim_fast.finetune.evaluate", "compute the metrics of a fine-tuned model", "downstream"),
     "export": ("sgmim_fast.pretrain.export", "write a run's encoder to a file that timm loads", "train"),
     "fourier": ("sgmim_fast.fourier.command", "compare the frequencies in the feature maps of encoders", "downstream"),
 }
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=bool(argv))
     asked = next((argument for argument in argv if not argument.startswith("-")), None)
     if asked is not None and asked not in COMMANDS:
-        parser.error(f"there is no command {asked!r}, only {', '.join(COMMANDS)}{nearest(asked, COMMANDS, 1)}")
+        parser.error(f"unknown command {asked!r}; expected one of {', '.join(COMMANDS)}{nearest(asked, COMMANDS, 1)}")
     try:
         for name, (path, what, _) in COMMANDS.items():
             subparser = subparsers.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")

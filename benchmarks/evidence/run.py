@@ -159,17 +159,23 @@ def run(plan: Plan, workers: int, minutes: float = math.inf) -> list[dict[str, A
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--real", action="store_true", help="crops of a stereo photograph in place of scenes")
-    parser.add_argument("--compare", choices=COMPARISONS, default="published", help="methods (published)")
-    parser.add_argument("--methods", metavar="NAMES", help="only these of the comparison's, with commas between them")
-    parser.add_argument("--quick", action="store_true", help="a miniature, to see that everything runs")
-    parser.add_argument("--seeds", type=int, metavar="N", help="of each method; 3, and 2 of each control, by default")
-    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), metavar="N", help="processes")
     parser.add_argument(
-        "--minutes", type=float, default=8.8, metavar="M", help="begin nothing new after that long (8.8)"
+        "--real", action="store_true", help="use crops of a stereo photograph instead of procedural scenes"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--plot", type=measure.plot_file, metavar="FILE")
+    parser.add_argument(
+        "--compare", choices=COMPARISONS, default="published", help="methods to compare (default: %(default)s)"
+    )
+    parser.add_argument("--methods", metavar="NAMES", help="comma-separated subset of the comparison's methods")
+    parser.add_argument("--quick", action="store_true", help="run in miniature, to check that everything works")
+    parser.add_argument("--seeds", type=int, metavar="N", help="seeds per method (default: 3; 2 per control)")
+    parser.add_argument(
+        "--workers", type=int, default=min(2, os.cpu_count() or 1), metavar="N", help="number of processes"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=8.8, metavar="M", help="start no further run after M minutes (default: 8.8)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    parser.add_argument("--plot", type=measure.plot_file, metavar="FILE", help="figure to write")
     args = parser.parse_args(arguments)
     for name in ("seeds", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:

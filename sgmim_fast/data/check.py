@@ -172,19 +172,41 @@ def _read_all(dataset: Dataset, report: Report, workers: int, progress: bool, to
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    what = "measure the mean and the deviation of each channel of the images"
+    what = "measure the mean and standard deviation of each channel of the images"
     stats.add_arguments(actions.add_parser("stats", help=what, description=what[0].upper() + what[1:] + "."))
-    what = "read every file once, and report what is wrong; exit code 1 where a file is broken"
+    what = "read every file once and report errors; the exit code is 1 if a file is broken"
     parser = actions.add_parser("check", help=what, description=what[0].upper() + what[1:] + ".")
-    help = "of images, and the mirrored one of maps; or shards, like 'train-{000..099}.tar', or folders of them"
+    help = "folder of images, and optionally the folder of their maps; or shards, for example 'train-{000..099}.tar'"
     parser.add_argument("folders", nargs="+", metavar="DIR", help=help)
-    parser.add_argument("--report", type=Path, default=Path("data-report.txt"), metavar="FILE", help="(%(default)s)")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that read; one for each core by default")
-    parser.add_argument("--structure-kind", choices=NAMES, default=DEPTH.name, help="what maps hold (%(default)s)")
-    parser.add_argument("--channels", type=int, metavar="N", help="of maps of the kind channels")
-    parser.add_argument("--classes", type=int, metavar="N", help="in maps of the kind semantic")
-    parser.add_argument("--ignore", type=int, default=255, metavar="ID", help="unknown pixels in those (%(default)s)")
-    parser.add_argument("--missing", type=int, default=0, metavar="N", help="unknown pixels in others (%(default)s)")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        default=Path("data-report.txt"),
+        metavar="FILE",
+        help="report to write (default: %(default)s)",
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that read files (default: one per core)")
+    parser.add_argument(
+        "--structure-kind", choices=NAMES, default=DEPTH.name, help="kind of structure maps (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--channels", type=int, metavar="N", help="number of channels of the maps, for the kind channels"
+    )
+    parser.add_argument("--classes", type=int, metavar="N", help="number of classes in the maps, for the kind semantic")
+    parser.add_argument(
+        "--ignore",
+        type=int,
+        default=255,
+        metavar="ID",
+        help="class id of pixels without a label, for the kind semantic (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--missing",
+        type=int,
+        default=0,
+        metavar="N",
+        help="value of pixels without a measurement, for the other kinds (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -269,15 +269,22 @@ def _write(path: Path, content: bytes) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command `sgmim-fast structure`."""
-    parser.add_argument("images", type=Path, help="folder of images, of any depth")
-    parser.add_argument("out", type=Path, help="folder for the maps; run again to go on where it stopped")
-    parser.add_argument("--model", default=MODEL, help="name on huggingface.co, or a folder (default: %(default)s)")
-    parser.add_argument("--revision", help="branch, tag or commit of the model")
-    parser.add_argument("--batch", type=int, default=8, help="images at a time (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="a torch device (default: a GPU if there is one)")
+    parser.add_argument("images", type=Path, help="folder of images, searched recursively")
+    parser.add_argument(
+        "out", type=Path, help="output folder of the maps; running the command again continues where it stopped"
+    )
+    parser.add_argument(
+        "--model", default=MODEL, help="model name on huggingface.co, or local folder (default: %(default)s)"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the model on huggingface.co")
+    parser.add_argument("--batch", type=int, default=8, help="batch size (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="torch device (default: cuda if available)")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images (default: %(default)s)")
     parser.add_argument(
-        "--compression", type=int, default=0, help="of the PNG, 0 to 9; 0 loads fastest (default: %(default)s)"
+        "--compression",
+        type=int,
+        default=0,
+        help="compression level of the PNG files, 0 to 9; 0 loads fastest (default: %(default)s)",
     )
 
 

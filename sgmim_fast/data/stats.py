@@ -86,8 +86,8 @@ def measure(images: Path, channels: int | None = None, *, workers: int = 0, prog
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", type=Path, metavar="DIR", help="folder of images")
-    parser.add_argument("--channels", type=int, metavar="N", help="of the images; photographs, RGB, by default")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that read; one for each core by default")
+    parser.add_argument("--channels", type=int, metavar="N", help="number of channels of the images (default: 3, RGB)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that read files (default: one per core)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -56,27 +56,39 @@ class Command:
 
     def add_arguments(self, parser: argparse.ArgumentParser, hint: str) -> None:
         """Adds the options that both commands have. `hint` is appended to the help of --preset."""
-        parser.add_argument("--preset", help=f"a recipe: {', '.join(self.presets)} ({hint})")
-        parser.add_argument("--config", type=Path, metavar="FILE", help="YAML with settings over the preset's")
+        parser.add_argument("--preset", help=f"recipe to start from: {', '.join(self.presets)} ({hint})")
         parser.add_argument(
-            *("--set", "-s"), action="append", default=[], metavar="KEY=VALUE", help="one setting, like optim.lr=1e-4"
+            "--config", type=Path, metavar="FILE", help="YAML file with settings that override those of the preset"
         )
-        parser.add_argument("--epochs", metavar="N")
-        parser.add_argument("--batch", metavar="N", help="images for each process and backward")
-        parser.add_argument("--workers", metavar="N", help="loading processes for each training process")
-        parser.add_argument("--precision", help="float32, bfloat16 or float16")
-        parser.add_argument("--seed", metavar="N")
-        parser.add_argument("--out", type=Path, metavar="RUN", help="folder of the run, by default runs/PRESET")
+        parser.add_argument(
+            *("--set", "-s"),
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="change one setting, for example optim.lr=1e-4; may be repeated",
+        )
+        parser.add_argument("--epochs", metavar="N", help="number of epochs")
+        parser.add_argument("--batch", metavar="N", help="images per process in each forward and backward pass")
+        parser.add_argument("--workers", metavar="N", help="data loading processes per training process")
+        parser.add_argument("--precision", metavar="DTYPE", help="float32, bfloat16 or float16")
+        parser.add_argument("--seed", metavar="N", help="seed of the random number generators")
+        parser.add_argument("--out", type=Path, metavar="RUN", help="output folder of the run (default: runs/PRESET)")
         parser.add_argument(
             "--resume",
             type=Path,
             metavar="RUN|auto",
-            help="resume this run; auto, or the same RUN as --out: resume the one in --out, or start it",
+            help="run to resume; auto, or the same RUN as --out: resume the run in --out, or start it if there is none",
         )
-        parser.add_argument("--checkpoint", metavar="NAME", help="resume from this one: best or step-00001000")
-        parser.add_argument("--accept-changes", action="store_true", help="resume with other settings than before")
         parser.add_argument(
-            "--dry-run", action="store_true", help="check settings and data, draw some of it, train nothing"
+            "--checkpoint",
+            metavar="NAME",
+            help="checkpoint to resume from, best or for example step-00001000 (default: newest)",
+        )
+        parser.add_argument(
+            "--accept-changes", action="store_true", help="resume even if settings differ from those of the run"
+        )
+        parser.add_argument(
+            "--dry-run", action="store_true", help="check settings and data and draw some items, without training"
         )
 
     def execute(self, args: argparse.Namespace) -> int:

@@ -21,13 +21,19 @@ SHORT = {name: OPTIONS[name] for name in ("root", "test_images", "test_maps")}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run of sgmim-fast finetune")
     for name, (_, metavar, what) in SHORT.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, help=f"{what}; the run's by default")
-    parser.add_argument("--checkpoint", metavar="NAME", help="best or step-00001000; the newest by default")
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, help=f"{what} (default: as in the run)")
     parser.add_argument(
-        *("--set", "-s"), action="append", default=[], metavar="KEY=VALUE", help="like evaluation.flip=false"
+        "--checkpoint", metavar="NAME", help="checkpoint to load, best or for example step-00001000 (default: newest)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics there")
-    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw some predictions")
+    parser.add_argument(
+        *("--set", "-s"),
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change one setting, for example evaluation.flip=false; may be repeated",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics to this file")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw some predictions to this file")
 
 
 def run(args: argparse.Namespace) -> None:

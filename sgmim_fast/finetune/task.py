@@ -188,15 +188,15 @@ class Finetuning(Task):
 
 # option -> (setting that it sets, metavar, help)
 OPTIONS = {
-    "encoder": ("model.encoder", "RUN|FILE|NAME", "a finished run of pretrain, an exported file, or a timm name"),
-    "head": ("model.head", "HEAD", "deconv, dpt or upernet"),
-    "source": ("data.source", "NAME", "nyu, kitti, ade20k, folders or scenes"),
-    "root": ("data.root", "DIR", "of nyu, kitti or ade20k"),
-    "images": ("data.images", "DIR", "of folders: images to train on"),
-    "maps": ("data.maps", "DIR", "the mirrored folder of depth or label maps"),
-    "test_images": ("data.test_images", "DIR", "images to test on"),
-    "test_maps": ("data.test_maps", "DIR", "and their maps"),
-    "classes": ("data.classes", "N", "of folders of labels"),
+    "encoder": ("model.encoder", "RUN|FILE|NAME", "finished run of pretrain, exported file, or name of a timm model"),
+    "head": ("model.head", "HEAD", "decoder head: deconv, dpt or upernet"),
+    "source": ("data.source", "NAME", "data set: nyu, kitti, ade20k, folders or scenes"),
+    "root": ("data.root", "DIR", "folder of the data set, for the sources nyu, kitti and ade20k"),
+    "images": ("data.images", "DIR", "folder of training images, for the source folders"),
+    "maps": ("data.maps", "DIR", "folder of depth or label maps with the same relative paths as the training images"),
+    "test_images": ("data.test_images", "DIR", "folder of test images"),
+    "test_maps": ("data.test_maps", "DIR", "folder of depth or label maps of the test images"),
+    "classes": ("data.classes", "N", "number of classes in the label maps, for the source folders"),
 }
 SHORT = {"task": "data.task"} | {name: setting for name, (setting, _, _) in OPTIONS.items()}
 INSTEAD = {"data.images": {"data.source": "folders"}}  # setting that the user gives -> the preset's that it replaces
@@ -204,7 +204,7 @@ COMMAND = Command("finetune", Config(), PRESETS, SHORT, Finetuning, INSTEAD)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("task", choices=["depth", "segmentation"])
+    parser.add_argument("task", choices=["depth", "segmentation"], help="task to train on")
     for name, (_, metavar, what) in OPTIONS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, help=what)
     COMMAND.add_arguments(parser, "tiny_demo needs no data")

@@ -26,19 +26,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "encoders",
         nargs="+",
         metavar="CKPT",
-        help="folder of a run (its newest checkpoint), .safetensors file of sgmim-fast export, or name of a timm model",
+        help="encoder: folder of a run (newest checkpoint), .safetensors file of sgmim-fast export, or timm model name",
     )
-    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of images, at any depth ...")
-    parser.add_argument("--scenes", type=int, metavar="N", help="... or that many procedural scenes")
-    parser.add_argument("--out", type=Path, default=Path("fourier.png"), metavar="FIGURE.png", help="CSV beside it")
-    parser.add_argument("--label", action="append", metavar="TEXT", help="in the figure, one for each CKPT in turn")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of images, searched recursively")
+    parser.add_argument("--scenes", type=int, metavar="N", help="use N procedural scenes instead of --images")
     parser.add_argument(
-        "--count", type=int, default=256, metavar="N", help="images of DIR at most, evenly spread (256)"
+        "--out",
+        type=Path,
+        default=Path("fourier.png"),
+        metavar="FIGURE.png",
+        help="figure to write, with a CSV file of the same name (default: %(default)s)",
     )
     parser.add_argument(
-        "--size", type=int, metavar="PIXELS", help="of an image; by default what each CKPT was made for"
+        "--label", action="append", metavar="TEXT", help="label in the figure; repeat once per CKPT, in the same order"
     )
-    parser.add_argument("--pretrained", action="store_true", help="timm's own weights for names (random otherwise)")
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=256,
+        metavar="N",
+        help="maximum number of images of DIR, evenly spaced (default: 256)",
+    )
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="image size (default: the input size of each CKPT)")
+    parser.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="load timm's pre-trained weights for timm names (default: random weights)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -20,10 +20,16 @@ from sgmim_fast.pretrain.config import Config, Data
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    parser.add_argument("out", type=Path, metavar="OUT.safetensors", help="the file; its card is OUT.md")
-    parser.add_argument("--checkpoint", metavar="NAME", help="best or step-00001000; the newest by default")
-    parser.add_argument("--num-classes", type=int, metavar="N", help="of the timm model; timm's default otherwise")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run of sgmim-fast pretrain")
+    parser.add_argument(
+        "out", type=Path, metavar="OUT.safetensors", help="file to write; its model card is written to OUT.md"
+    )
+    parser.add_argument(
+        "--checkpoint", metavar="NAME", help="checkpoint to export, best or for example step-00001000 (default: newest)"
+    )
+    parser.add_argument(
+        "--num-classes", type=int, metavar="N", help="number of classes of the timm model (default: timm's)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

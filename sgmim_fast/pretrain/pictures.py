@@ -96,13 +96,15 @@ def grid(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    parser.add_argument("out", type=Path, metavar="OUT.png", help="the picture")
-    parser.add_argument("--images", metavar="DIR", help="other images than those of the run ...")
-    parser.add_argument("--structure", metavar="DIR", help="... and their structure maps")
-    parser.add_argument("--count", type=int, default=6, metavar="N", help="pairs to draw (default 6)")
-    parser.add_argument("--seed", type=int, metavar="N", help="of masks and crops; the run's by default")
-    parser.add_argument("--checkpoint", metavar="NAME", help="best or step-00001000; the newest by default")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run of sgmim-fast pretrain")
+    parser.add_argument("out", type=Path, metavar="OUT.png", help="image file to write")
+    parser.add_argument("--images", metavar="DIR", help="folder of images (default: those of the run)")
+    parser.add_argument("--structure", metavar="DIR", help="folder of structure maps of --images")
+    parser.add_argument("--count", type=int, default=6, metavar="N", help="number of pairs to draw (default: 6)")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of masks and crops (default: as in the run)")
+    parser.add_argument(
+        "--checkpoint", metavar="NAME", help="checkpoint to load, best or for example step-00001000 (default: newest)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -218,15 +218,29 @@ COMMAND = Command("pretrain", Config(), PRESETS, SHORT, Pretraining, INSTEAD)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--images", metavar="DIR", help="folder of images")
-    parser.add_argument("--structure", metavar="DIR", help="the mirrored folder of structure maps; SimMIM needs none")
-    parser.add_argument("--shards", metavar="TARS", help="WebDataset shards, like 'train-{000..099}.tar'")
-    parser.add_argument("--val-images", metavar="DIR", help="images to measure the losses on, besides training")
-    parser.add_argument("--val-structure", metavar="DIR", help="and their structure maps; or --set data.val=0.02")
+    parser.add_argument("--images", metavar="DIR", help="folder of training images")
     parser.add_argument(
-        "--probe", metavar="DIR", help="images/ and labels/ to probe frozen features on, besides training"
+        "--structure",
+        metavar="DIR",
+        help="folder of structure maps with the same relative paths; not needed for SimMIM",
     )
-    parser.add_argument("--init", metavar="FILE|timm:NAME|RUN", help="weights to start from")
+    parser.add_argument("--shards", metavar="TARS", help="WebDataset shards, for example 'train-{000..099}.tar'")
+    parser.add_argument("--val-images", metavar="DIR", help="folder of validation images, to measure the losses on")
+    parser.add_argument(
+        "--val-structure",
+        metavar="DIR",
+        help="structure maps of the validation images; --set data.val=0.02 splits the data instead",
+    )
+    parser.add_argument(
+        "--probe",
+        metavar="DIR",
+        help="folder with images/ and labels/, to evaluate frozen features with a linear probe",
+    )
+    parser.add_argument(
+        "--init",
+        metavar="FILE|timm:NAME|RUN",
+        help="initial weights: a checkpoint file, pre-trained weights of timm, or a run",
+    )
     COMMAND.add_arguments(parser, "tiny_demo needs no data")
 
 

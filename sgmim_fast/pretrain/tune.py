@@ -17,15 +17,23 @@ from sgmim_fast.pretrain.config import PRESETS, Config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", help=f"a recipe of pretrain: {', '.join(PRESETS)}")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML with settings over the preset's")
+    parser.add_argument("--preset", help=f"recipe of pretrain to tune for: {', '.join(PRESETS)}")
     parser.add_argument(
-        *("--set", "-s"), action="append", default=[], metavar="KEY=VALUE", help="one setting, like model.encoder=..."
+        "--config", type=Path, metavar="FILE", help="YAML file with settings that override those of the preset"
     )
-    parser.add_argument("--batch", metavar="N", help="images for each process and backward")
-    parser.add_argument("--precision", help="float32, bfloat16 or float16")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="the GPU by default, where there is one")
-    parser.add_argument("--seconds", type=float, default=120, metavar="S", help="about how long (default: 120)")
+    parser.add_argument(
+        *("--set", "-s"),
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change one setting, for example model.encoder=NAME; may be repeated",
+    )
+    parser.add_argument("--batch", metavar="N", help="images per process in each forward and backward pass")
+    parser.add_argument("--precision", metavar="DTYPE", help="float32, bfloat16 or float16")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="device to tune for (default: cuda if available)")
+    parser.add_argument(
+        "--seconds", type=float, default=120, metavar="S", help="approximate time budget in seconds (default: 120)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

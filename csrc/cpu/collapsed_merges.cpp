@@ -149,8 +149,8 @@ static void coordinates(
   check_packed(rstd, "rstd", ScalarType::Float, z.size(0));
   check_packed(z, "z", x.scalar_type(), z.numel());
   SGMIM_CHECK(
-      x.size(0) == 4 * rows && rows <= z.size(0) && wide == 4 * (q + patch_rstd.has_value()) + 2, "x is ", x.size(0),
-      " x ", x.size(1), ", which does not fit z, ", z.size(0), " x ", wide);
+      x.size(0) == 4 * rows && rows <= z.size(0) && wide == 4 * (q + patch_rstd.has_value()) + 2, "x has shape ",
+      x.size(0), " x ", x.size(1), ", which does not fit z of shape ", z.size(0), " x ", wide);
   const Coordinates c{q, x.size(1), rows, data<float>(patch_rstd), data<float>(rstd), wide};
   dispatch_float(x, "x", [&](auto type) {
     using T = decltype(type);
@@ -171,7 +171,8 @@ static void coordinates_backward(
   if (above.has_value()) {
     check_matrix(*above, "above");
     check_packed(above, "above", ScalarType::Float, rows / 4 * above_wide);
-    SGMIM_CHECK(rows % 4 == 0 && above->size(0) == rows / 4, "above has ", above->size(0), " rows, dz ", rows);
+    SGMIM_CHECK(rows % 4 == 0 && above->size(0) == rows / 4, "above must have a quarter of the ",
+                rows, " rows of dz, got ", above->size(0));
   }
   check_packed(mean, "mean", ScalarType::Float, rows);
   check_packed(rstd, "rstd", ScalarType::Float, rows);
@@ -179,8 +180,8 @@ static void coordinates_backward(
   check_packed(block_sums, "block_sums", ScalarType::Float, 4 * rows);
   check_packed(x, "x", z.scalar_type(), rows * width);
   check_packed(dx, "dx", z.scalar_type(), rows * width);
-  SGMIM_CHECK(wide % 4 == 2 && x.has_value() == dx.has_value(), "dz has ", wide,
-              " columns, or one of x and dx is missing");
+  SGMIM_CHECK(wide % 4 == 2, "dz must have two more columns than a multiple of 4, got ", wide);
+  SGMIM_CHECK(x.has_value() == dx.has_value(), "expected both x and dx, or neither");
   const CoordinatesBackward c{
       wide, width, data<float>(above), above_wide, data<float>(mean), data<float>(rstd), data<float>(dz),
       data<float>(scale), data<float>(block_sums)};

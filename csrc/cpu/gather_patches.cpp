@@ -52,7 +52,7 @@ void dispatch_size(const Tensor& tensor, const Body& body) {
     case 2: return body(uint16_t{});
     case 4: return body(uint32_t{});
     case 8: return body(uint64_t{});
-    default: SGMIM_CHECK(false, "gather_patches takes elements of 1, 2, 4 or 8 bytes, got ", tensor.element_size());
+    default: SGMIM_CHECK(false, "the map must have elements of 1, 2, 4 or 8 bytes, got ", tensor.element_size());
   }
 }
 

@@ -52,8 +52,8 @@ inline void check_packed(const std::optional<Tensor>& tensor, const char* name, 
 
 // Checks that a tensor is a contiguous matrix.
 inline void check_matrix(const Tensor& tensor, const char* name) {
-  SGMIM_CHECK(tensor.dim() == 2 && tensor.is_contiguous(), name, " must be contiguous rows, got ", tensor.dim(),
-              " dimensions");
+  SGMIM_CHECK(tensor.dim() == 2 && tensor.is_contiguous(), name,
+              " must be contiguous with 2 dimensions, got ", tensor.dim(), " dimensions");
 }
 
 // Checks that all indices are in [0, limit): they come from the caller, and index raw memory.
@@ -85,7 +85,7 @@ inline void check_offsets(const Tensor& offsets, int64_t count, const char* name
   const int64_t images = offsets.numel() - 1;
   bool rising = images >= 0 && at[0] == 0 && at[images] == count;
   for (int64_t b = 0; b < images; ++b) rising = rising && at[b] <= at[b + 1];
-  SGMIM_CHECK(rising, name, " does not rise; expected offsets from 0 to the number of rows, ", count);
+  SGMIM_CHECK(rising, name, " must rise from 0 to the number of rows, ", count);
 }
 
 // Checks that the rows of each image, of `cells` cells, are in that image and ascending. `offsets` have been checked.

@@ -164,7 +164,7 @@ static void check_norm(
   SGMIM_CHECK(x.size(1) == width, "x must have ", width, " columns, got ", x.size(1));
   if (rows.has_value()) check_rows(*rows, x.size(0), "visible.index");
   const int64_t listed = rows.has_value() ? rows->numel() : x.size(0);
-  SGMIM_CHECK(listed == count, "x must give ", count, " rows, got ", listed);
+  SGMIM_CHECK(listed == count, "visible.index, or x without it, must have ", count, " rows, got ", listed);
   for (const auto& [tensor, name] : {std::pair{&weight, "weight"}, std::pair{&bias, "bias"}})
     check_packed(*tensor, name, ScalarType::Float, width);
   for (const auto& [tensor, name] : {std::pair{&mean, "mean"}, std::pair{&rstd, "rstd"}})
@@ -181,7 +181,7 @@ static void layer_norm(
   check_packed(addend, "addend", y.scalar_type(), count * width);
   check_packed(residual, "residual", y.scalar_type(), count * width);
   check_packed(sum, "sum", y.scalar_type(), count * width);
-  SGMIM_CHECK(sum.has_value() == addend.has_value(), "addend and sum must both be there, or neither");
+  SGMIM_CHECK(sum.has_value() == addend.has_value(), "expected both addend and sum, or neither");
   dispatch_float(x, "x", [&](auto x_type) {
     dispatch_float(y, "y", [&](auto type) {
       using X = decltype(x_type);
@@ -207,7 +207,7 @@ static void layer_norm_backward(
   check_packed(residual, "residual", dx.scalar_type(), count * width);
   check_packed(dx, "dx", wide ? ScalarType::Float : dy.scalar_type(), count * width);
   check_packed(y, "y", dy.scalar_type(), count * width);
-  SGMIM_CHECK(!sum_residual || residual.has_value(), "sum_residual is true, and there is no residual");
+  SGMIM_CHECK(!sum_residual || residual.has_value(), "sum_residual is true without residual");
   check_packed(sums, "sums", ScalarType::Float, (2 + sum_residual + sum_dx) * width);
   dispatch_float(x, "x", [&](auto x_type) {
     dispatch_float(dy, "dy", [&](auto type) {

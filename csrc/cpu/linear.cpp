@@ -225,14 +225,15 @@ static void launch(
     [[maybe_unused]] const Tensor& y, [[maybe_unused]] EpilogueArgs epilogue) {
   const bool wide = x.scalar_type() == ScalarType::Float;
   SGMIM_CHECK(
-      isa() == Isa::avx512bf16 || (wide && isa() == Isa::avx512), "needs ", wide ? "AVX-512" : "AVX512-BF16",
-      ", which this machine lacks or SGMIM_FAST_CPU_ISA leaves out");
+      isa() == Isa::avx512bf16 || (wide && isa() == Isa::avx512), "linear needs ", wide ? "AVX-512" : "AVX512-BF16",
+      ", which this CPU does not have or SGMIM_FAST_CPU_ISA disables");
 #if defined(SGMIM_MANY_ISAS)
   check_matrix(x, "x");
   check_matrix(weight, "weight");
   const int64_t n = x.size(0), ins = x.size(1), outs = weight.size(transposed ? 1 : 0);
   check_packed(x, "x", x.scalar_type(), n * ins);
-  SGMIM_CHECK(weight.size(transposed ? 0 : 1) == ins, "weight does not fit x, which has ", ins, " columns");
+  SGMIM_CHECK(weight.size(transposed ? 0 : 1) == ins, "weight must have ", ins,
+              " input channels, as x has columns");
   SGMIM_CHECK(wide || ins % 2 == 0, "x must have an even number of columns, got ", ins);
   check_matrix(y, "y");
   SGMIM_CHECK(y.size(0) == n && y.size(1) == outs, "y must be ", n, " x ", outs, ", got ", y.size(0), " x ", y.size(1));

@@ -151,15 +151,16 @@ static void distance(
     int64_t cell, bool normalized, const std::optional<Tensor>& signs, const Tensor& sum) {
   check_matrix(prediction, "prediction");
   SGMIM_CHECK(
-      target.dim() == 4 && target.scalar_type() == ScalarType::Float, "target must be float32 (B, S, H, W), got ",
-      torch::headeronly::toString(target.scalar_type()), " of ", target.dim(), " dimensions");
+      target.dim() == 4 && target.scalar_type() == ScalarType::Float,
+      "target must be float32 of shape (B, S, H, W), got ", torch::headeronly::toString(target.scalar_type()), " with ",
+      target.dim(), " dimensions");
   SGMIM_CHECK(
       0 < cell && cell <= INT16_MAX && target.size(2) % cell == 0 && target.size(3) % cell == 0,
       "height and width must be multiples of cell ", cell, ", got ", target.size(2), " x ", target.size(3));
   SGMIM_CHECK(
       prediction.size(1) == target.size(1) * cell * cell && prediction.size(0) == cells.numel(),
-      "prediction must be (", cells.numel(), ", ", target.size(1) * cell * cell, "), got (", prediction.size(0), ", ",
-      prediction.size(1), ")");
+      "prediction must have shape (", cells.numel(), ", ", target.size(1) * cell * cell, "), got (", prediction.size(0),
+      ", ", prediction.size(1), ")");
   check_packed(valid, "valid", ScalarType::Bool, target.numel());
   check_packed(signs, "signs", ScalarType::Char, prediction.numel());
   check_packed(sum, "sum", ScalarType::Double, 1);

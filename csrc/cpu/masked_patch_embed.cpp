@@ -84,7 +84,7 @@ void place_token_backward_rows(
 static StemNorm stem_norm(
     const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& statistics,
     int64_t count, int64_t width) {
-  SGMIM_CHECK(weight.has_value() == statistics.has_value(), "a norm's weight and statistics must both be there");
+  SGMIM_CHECK(weight.has_value() == statistics.has_value(), "expected both norm_weight and statistics, or neither");
   check_packed(weight, "weight", ScalarType::Float, width);
   check_packed(bias, "bias", ScalarType::Float, width);
   check_packed(statistics, "statistics", ScalarType::Float, 2 * count);
@@ -98,7 +98,7 @@ static void place_tokens(
   check_matrix(out, "out");
   const int64_t width = out.size(1), rows = out.size(0), count = visible.numel();
   const std::vector<int64_t> position = places(visible, rows, "visible");
-  SGMIM_CHECK(weight.has_value() == bias.has_value(), "a norm's weight and bias must both be there");
+  SGMIM_CHECK(weight.has_value() == bias.has_value(), "expected both norm_weight and norm_bias, or neither");
   const StemNorm norm = stem_norm(weight, bias, statistics, count, width);
   check_packed(embedded, "embedded", embedded.scalar_type(), count * width);
   check_packed(token, "token", ScalarType::Float, width);
@@ -122,7 +122,7 @@ static void place_tokens_backward(
   const int64_t width = dout.size(1), rows = dout.size(0), count = visible.numel();
   const std::vector<int64_t> position = places(visible, rows, "visible");
   const StemNorm norm = stem_norm(weight, std::nullopt, statistics, count, width);
-  SGMIM_CHECK(embedded.has_value() || !weight.has_value(), "embedded must be there for a norm");
+  SGMIM_CHECK(embedded.has_value() || !weight.has_value(), "norm_weight is given without embedded");
   check_packed(embedded, "embedded", dembedded.scalar_type(), count * width);
   check_packed(dembedded, "dembedded", dembedded.scalar_type(), count * width);
   check_packed(sums, "sums", ScalarType::Float, 4 * width);

@@ -226,13 +226,13 @@ static AttentionShape attention_shape(
   check_matrix(q, "q");
   check_matrix(k, "k");
   const int64_t width = q.size(1);
-  SGMIM_CHECK(k.size(0) > 0 && k.size(1) == width, "k must be (shown cells + 1, ", width, ")");
-  SGMIM_CHECK(heads > 0 && width % heads == 0, "heads ", heads, " must divide the width ", width);
+  SGMIM_CHECK(k.size(0) > 0 && k.size(1) == width, "k must have shape (shown cells + 1, ", width, ")");
+  SGMIM_CHECK(heads > 0 && width % heads == 0, "heads must divide the width ", width, ", got ", heads);
   check_packed(k, "k", q.scalar_type(), k.numel());
   check_packed(v, "v", q.scalar_type(), k.numel());
   check_packed(lse, "lse", ScalarType::Float, 2 * q.size(0) * heads);
   SGMIM_CHECK(query_offsets.numel() == key_offsets.numel(),
-              "visible.offsets and shown.offsets must be of as many images");
+              "visible.offsets and shown.offsets must have the same length");
   check_offsets(query_offsets, q.size(0), "visible.offsets");
   check_offsets(key_offsets, k.size(0) - 1, "shown.offsets");
   return {data<int64_t>(query_offsets), data<int64_t>(key_offsets), query_offsets.numel() - 1, cells, heads, q.size(1),

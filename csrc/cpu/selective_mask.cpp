@@ -43,8 +43,8 @@ void selective_mask(
     const Tensor& seed, const std::vector<int64_t>& counts, int64_t gh, int64_t gw, int64_t scale, const Tensor& mask,
     const Tensor& visible, const Tensor& visible_offsets, const Tensor& masked, const Tensor& masked_offsets) {
   SGMIM_CHECK(
-      0 < gh && 0 < gw && 0 < scale && gh <= INT32_MAX && gw <= INT32_MAX / gh && scale <= INT16_MAX, "a grid of ", gh,
-      " x ", gw, " units of scale ", scale);
+      0 < gh && 0 < gw && 0 < scale && gh <= INT32_MAX && gw <= INT32_MAX / gh && scale <= INT16_MAX,
+      "grid must have from 1 to 2^31 - 1 units and scale be from 1 to 2^15 - 1, got ", gh, " x ", gw, " and ", scale);
   const int64_t batch = counts.size(), units = gh * gw, per_unit = scale * scale, cells = units * per_unit;
   check_packed(seed, "seed", ScalarType::Long, 2);
   check_packed(visible_offsets, "visible_offsets", ScalarType::Long, batch + 1);
@@ -52,7 +52,8 @@ void selective_mask(
   int64_t *v = data<int64_t>(visible_offsets), *m = data<int64_t>(masked_offsets);
   v[0] = m[0] = 0;
   for (int64_t b = 0; b < batch; ++b) {
-    SGMIM_CHECK(0 <= counts[b] && counts[b] <= units, "image ", b, " has ", counts[b], " of ", units, " units masked");
+    SGMIM_CHECK(0 <= counts[b] && counts[b] <= units, "image ", b, " must have 0 to ", units,
+                " masked units, got ", counts[b]);
     v[b + 1] = v[b] + (units - counts[b]) * per_unit;
     m[b + 1] = m[b] + counts[b] * per_unit;
   }

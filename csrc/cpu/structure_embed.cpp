@@ -133,7 +133,7 @@ static void check_statistics(const Tensor& statistics, const char* name) {
   SGMIM_CHECK(
       statistics.dim() == 2 && statistics.size(0) == 2 && statistics.scalar_type() == ScalarType::Float &&
           (statistics.stride(1) == 1 || statistics.size(1) <= 1),
-      name, " must be float32, two contiguous rows");
+      name, " must be float32 of shape (2, rows) with contiguous rows");
 }
 
 // Checks and collects the arguments of both norms. x: (4 * embedded, width). merge_weight and merge_bias are optional.
@@ -150,7 +150,8 @@ static TwoNorms two_norms(
   check_statistics(merge_statistics, "merge_statistics");
   SGMIM_CHECK(
       x.size(0) == 4 * embedded && statistics.size(1) == x.size(0) && merge_statistics.size(1) >= embedded,
-      "x has ", x.size(0), " rows, the statistics ", statistics.size(1), " and ", merge_statistics.size(1));
+      "x, statistics and merge_statistics do not fit each other: they have ",
+      x.size(0), ", ", statistics.size(1), " and ", merge_statistics.size(1), " rows");
   return {data<float>(weight),
           data<float>(bias),
           data<float>(merge_weight),

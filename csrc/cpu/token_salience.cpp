@@ -127,7 +127,7 @@ static void token_salience(const Tensor& x, const Tensor& salience) {
   const int64_t images = x.size(0), tokens = x.size(1), depth = x.size(2);
   check_packed(x, "x", ScalarType::Float, images * tokens * depth);
   check_packed(salience, "salience", ScalarType::Float, images * tokens);
-  SGMIM_CHECK(tokens > 0 && depth > 0, "x must have tokens and channels");
+  SGMIM_CHECK(tokens > 0 && depth > 0, "x must have at least one token and channel");
   const int64_t blocks = std::clamp<int64_t>(tokens / 48, 1, 16);
   const auto pack = SGMIM_SELECT((pack_tokens));
   const auto attend = SGMIM_SELECT((attend_rows));

@@ -125,7 +125,7 @@ static void wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw) {
   check_packed(dw, "dw", ScalarType::Float, outs * ins);
   dispatch_float(dy, "dy", [&](auto type) {
     using T = decltype(type);
-    SGMIM_CHECK(sizeof(T) == 4 || isa() == Isa::avx512bf16, "bfloat16 needs AVX512-BF16");
+    SGMIM_CHECK(sizeof(T) == 4 || isa() == Isa::avx512bf16, "wgrad in bfloat16 needs AVX512-BF16");
     WgradShape shape;
     SGMIM_SELECT((wgrad_shape<T>))(&shape);
     const auto pack_dy = SGMIM_SELECT((wgrad_pack_dy<T>)), pack_x = SGMIM_SELECT((wgrad_pack_x<T>));

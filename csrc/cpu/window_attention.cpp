@@ -126,10 +126,11 @@ class GridWithBias {
     SGMIM_CHECK(qkv.dim() == 4 && heads > 0 && qkv.size(3) % (3 * heads) == 0, "qkv must be (B, H, W, 3 * heads * d)");
     check_packed(qkv, "qkv", qkv.scalar_type(), qkv.numel());
     SGMIM_CHECK(0 < window_h && window_h <= INT16_MAX && 0 < window_w && window_w <= INT16_MAX,
-                "a window of ", window_h, " x ", window_w, " tokens");
+                "window must have sides from 1 to 2^15 - 1, got ", window_h, " x ", window_w);
     check_packed(logit_scale, "logit_scale", ScalarType::Float, heads);
     check_packed(pad, "pad", qkv.scalar_type(), qkv.size(3));
-    SGMIM_CHECK(0 <= shift_h && shift_h < window_h && 0 <= shift_w && shift_w < window_w, "shift is not in the window");
+    SGMIM_CHECK(0 <= shift_h && shift_h < window_h && 0 <= shift_w && shift_w < window_w, 
+                "shift must be at least 0 and less than window, got ", shift_h, " x ", shift_w);
     const int64_t n = window_h * window_w, ns = (n + 15) / 16 * 16;
     grid = {qkv.size(0), qkv.size(1), qkv.size(2), window_h, window_w, shift_h, shift_w, heads,
             qkv.size(3) / (3 * heads), data<float>(logit_scale), nullptr, ns};
@@ -219,7 +220,7 @@ static void window_attention_backward(
   const GridWithBias call(qkv, bias, index, logit_scale, pad, heads, window_h, window_w, shift_h, shift_w);
   check_packed(dout, "dout", qkv.scalar_type(), qkv.numel() / 3);
   check_packed(dqkv, "dqkv", qkv.scalar_type(), qkv.numel());
-  SGMIM_CHECK(bias.has_value() || !dbias.has_value(), "dbias is wanted of no bias");
+  SGMIM_CHECK(bias.has_value() || !dbias.has_value(), "dbias is given without bias");
   if (dbias.has_value()) check_packed(*dbias, "dbias", ScalarType::Float, bias->numel());
   check_packed(dpad, "dpad", ScalarType::Float, qkv.size(3));
   check_packed(dlogit_scale, "dlogit_scale", ScalarType::Float, heads);

@@ -150,7 +150,7 @@ def _triton() -> tuple[bool, str]:
     if usable and torch.cuda.get_device_capability() < (8, 0):
         usable, reason = False, "the GPU is older than compute capability 8.0"
     if not usable:
-        logging.getLogger("sgmim_fast").warning("the Triton backend is left out: %s", reason)
+        logging.getLogger("sgmim_fast").warning("the Triton backend is not available: %s", reason)
     return usable, reason
 
 

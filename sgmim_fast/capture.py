@@ -240,7 +240,7 @@ class CapturedStep:
         """Returns a reason that rules out a capture and is known without running the step; or ""."""
         if what == "update":
             hooks = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
-            return f"hooks on {type(self.optimizer).__name__}" if any(hooks) else ""
+            return f"{type(self.optimizer).__name__} has hooks" if any(hooks) else ""
         others = {p.device for p in self._parameters} - {self.device}
         if others:
             return f"its parameters are on several devices, {self.device} and {others.pop()}"
@@ -248,11 +248,11 @@ class CapturedStep:
             if isinstance(module, (DistributedDataParallel, FSDPModule)):
                 return f"{type(module).__name__} communicates with other processes"
             if any(getattr(module, name) for name in _HOOKS):
-                return f"hooks on a {type(module).__name__}"
+                return f"a {type(module).__name__} has hooks"
         if any(getattr(global_hooks, f"_global{name}") for name in _HOOKS):
-            return "hooks on all modules"
+            return "global module hooks are registered"
         if any(map(_has_hooks, self._parameters)):
-            return "hooks on a parameter"
+            return "a parameter has hooks"
         if any(isinstance(x, Tensor) and x.requires_grad for x in leaves):
             return "an input requires gradients"
         return ""
@@ -296,7 +296,7 @@ class CapturedStep:
         self._misses[key[0]] = self._misses[key[0]] + 1 if known is None else 0
         if self._misses[key[0]] == 2 * MOST:
             self._warn(
-                "shapes, modules or their attributes are others at every call"
+                "shapes, modules or their attributes differ at every call"
                 if key[0] == "backward"
                 else "numbers of the optimizer's groups are others at every step; a learning rate can be a tensor"
             )

@@ -194,4 +194,8 @@ _OWN = tuple(_own(i + 1) for i in range(len(_HALVES)))  # what `masked` bypasses
 def changed(model: nn.Module) -> str:
     """Returns the reason to call the decoder of an `SGMIM`; "" if `masked` may replace the call."""
     depth = len(model.decoder.blocks)
-    return _OWN[depth - 1].why(model) if depth <= len(_OWN) else f"a decoder of {depth} blocks"
+    return (
+        _OWN[depth - 1].why(model)
+        if depth <= len(_OWN)
+        else f"the decoder has {depth} blocks; expected at most {len(_OWN)}"
+    )

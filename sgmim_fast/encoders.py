@@ -414,7 +414,7 @@ def _visible_class(masked: type[MaskedEncoder], model: nn.Module, timm_name: str
         why = "windows and stages of whole images"
     raise ValueError(
         f"visible_only is True for {timm_name!r}, which has {why}; expected a plain ViT (vit_*, deit_*) or one with "
-        "rotary positions (eva*, vit_*_dinov3), whose tokens can do without the masked ones"
+        "rotary positions (eva*, vit_*_dinov3), which can compute visible patches alone"
     )
 
 

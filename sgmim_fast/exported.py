@@ -71,12 +71,12 @@ def _shaping(path: Path, text: str) -> dict[str, Any]:
     try:
         given = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: timm_arguments is no JSON: {error}") from error
+        raise UserError(f"{path}: timm_arguments is not valid JSON: {error}") from error
     if not isinstance(given, dict):
         raise UserError(f"{path}: timm_arguments is {text[:40]}; expected names and values")
     kept = {name: tuples(value) for name, value in given.items() if name in SHAPING and _is_plain(value)}
     if left_out := [name for name in given if name not in kept]:
-        _logger.warning("%s: left out of its arguments, which do not shape a model: %s", path, ", ".join(left_out[:8]))
+        _logger.warning("%s: ignored arguments that do not affect the architecture: %s", path, ", ".join(left_out[:8]))
     return kept
 
 
@@ -98,4 +98,4 @@ def _check_size(path: Path, name: str, arguments: dict[str, Any], held: int) -> 
         raise UserError(f"{path}: timm cannot create its {name} with {arguments}: {error}") from error
     described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     if described > _TIMES * max(held, 2**20):
-        raise UserError(f"{path} holds {held} numbers and describes a {name} of {described}; expected one that fits")
+        raise UserError(f"{path} holds {held} numbers and describes a {name} of {described}; expected equal numbers")

@@ -88,7 +88,7 @@ class SelectiveMask(NamedTuple):
         """
         images, cells = self.mask.shape[0], self.mask.shape[1] * self.mask.shape[2]
         if first < 0 or count < 0 or first + count > images:
-            raise ValueError(f"images {first} to {first + count} are asked for; expected some of {images}")
+            raise ValueError(f"images {first} to {first + count} are out of range; expected some of {images}")
         if count == images:
             return self
 
@@ -184,12 +184,14 @@ def selective_mask(
     if masking not in MASKING:
         raise ValueError(f"masking is {masking!r}; expected one of {', '.join(MASKING)}")
     if seed is not None and (generator is not None or device is not None):
-        raise ValueError("seed comes with a generator or a device; expected it alone: the masks live where it does")
+        raise ValueError(
+            "seed is given with a generator or a device; expected seed alone, whose device is that of the masks"
+        )
     if masking == "salience":
         if salience is None:
             raise TypeError("salience is missing; expected (B, h, w) of patches, as encoder.salience(images) gives it")
         if seed is not None:
-            raise ValueError("seed comes with masking='salience'; expected a generator, or noise")
+            raise ValueError("seed is given with masking='salience'; expected a generator, or noise")
         if device is not None and torch.device(device).type != salience.device.type:
             raise ValueError(f"salience is on {salience.device}; expected {device}, the device given")
         if len(salience) != batch:
@@ -201,7 +203,7 @@ def selective_mask(
         return _with_shown(drawn, batch, units, scale, shown, generator, device, None)
     if salience is not None or noise is not None:
         raise ValueError(
-            f"{'noise' if salience is None else 'salience'} comes with masking='random'; expected 'salience'"
+            f"{'noise' if salience is None else 'salience'} is given with masking='random'; expected 'salience'"
         )
     ratio = 0.6 if ratio is None else ratio
     ratios = [float(ratio)] * batch if isinstance(ratio, (int, float)) else [float(r) for r in ratio]

@@ -274,7 +274,7 @@ class SGMIM(nn.Module):
             why = decoder.changed(self)
         if why:
             unmodified.warn_once(
-                f"the heads and the branch of SGMIM compute every token, as PyTorch's own modules: {why}"
+                f"the heads and the branch of SGMIM compute all tokens, through PyTorch's modules: {why}"
             )
         return bool(why)
 
@@ -418,7 +418,7 @@ def _with_row_lists(mask: Tensor | SelectiveMask, cells: tuple[int, int]) -> Sel
     """Returns the mask with row lists, which an encoder of visible patches needs."""
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError(
-            "torch.jit.trace would make the places of this mask's visible patches constants; expected an encoder that "
+            "torch.jit.trace would record this mask's visible patches as constants; expected an encoder that "
             "sees mask tokens, or torch.compile"
         )
     return search(mask, *cells) if isinstance(mask, Tensor) else mask.on(cells)

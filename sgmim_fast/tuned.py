@@ -231,7 +231,7 @@ def describe(device: str) -> str:
 
 def _warn(path: Path, why: str) -> None:
     logging.getLogger("sgmim_fast").warning(
-        "what was tuned is not used, `sgmim-fast tune` makes it anew: %s: %s", path, why
+        "ignored a tuning file; run `sgmim-fast tune` to replace it: %s: %s", path, why
     )
 
 

@@ -264,7 +264,7 @@ def test_triton_missing_or_too_old(monkeypatch, caplog, version, capability, rea
     with caplog.at_level("WARNING", logger="sgmim_fast"):
         assert backends._triton() == (not reason, reason)
     assert [record.getMessage() for record in caplog.records] == (
-        [f"the Triton backend is left out: {reason}"] if reason else []
+        [f"the Triton backend is not available: {reason}"] if reason else []
     )
 
 

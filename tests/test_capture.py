@@ -329,7 +329,7 @@ def test_seeds_of_masks():
     assert torch.equal(first.mask, selective_mask(4, 6, seed=seed).mask)
     assert not torch.equal(first.mask, ~first.structure)  # shown cells are drawn independently
     assert not torch.equal(first.mask, selective_mask(4, 6, seed=seed + 1).mask)
-    with pytest.raises(ValueError, match="seed comes with a generator or a device"):
+    with pytest.raises(ValueError, match="seed is given with a generator or a device"):
         selective_mask(4, 6, seed=seed, device="cpu")
     with pytest.raises(ValueError, match=r"seed has shape \(3,\)"):
         selective_mask(4, 6, seed=torch.zeros(3, dtype=torch.int64))
@@ -367,7 +367,7 @@ def test_attributes_that_change_at_every_call(graphs, caplog):
     assert_same(model, plain)
     assert step.captures == 0
     assert [r.message.partition(": ")[2] for r in caplog.records] == [
-        "shapes, modules or their attributes are others at every call"
+        "shapes, modules or their attributes differ at every call"
     ]
 
 
@@ -434,9 +434,9 @@ def test_what_a_graph_cannot_hold(graphs, caplog, what, reason):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (hook, "hooks on a _MaskedViT"),
-        (gradient_hook, "hooks on a parameter"),
-        (accumulated_hook, "hooks on a parameter"),
+        (hook, "a _MaskedViT has hooks"),
+        (gradient_hook, "a parameter has hooks"),
+        (accumulated_hook, "a parameter has hooks"),
     ],
 )
 def test_hooks_come_and_go(graphs, change, reason):
@@ -474,7 +474,11 @@ def test_a_mask_tensor_is_searched_on_the_host(graphs):
         (lambda parameters: torch.optim.SGD(parameters, 1e-2, momentum=0.9), False, []),
         (lambda parameters: torch.optim.AdamW(parameters, 1e-2), False, []),  # counts steps on the host
         (lambda parameters: torch.optim.Rprop(parameters, 1e-4), False, []),
-        (lambda parameters: torch.optim.AdamW(parameters, 1e-2, fused=True, capturable=True), True, ["hooks on AdamW"]),
+        (
+            lambda parameters: torch.optim.AdamW(parameters, 1e-2, fused=True, capturable=True),
+            True,
+            ["AdamW has hooks"],
+        ),
     ],
 )
 def test_other_optimizers(graphs, create, hooked, reasons):

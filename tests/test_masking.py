@@ -174,7 +174,7 @@ def test_parts_are_the_masks_of_their_images(shown):
 
 @pytest.mark.parametrize("images", [(-1, 2), (0, 7), (5, 2), (2, -1)])
 def test_parts_that_are_not_there(images):
-    with pytest.raises(ValueError, match=r"images -?\d to \d are asked for; expected some of 6"):
+    with pytest.raises(ValueError, match=r"images -?\d to \d are out of range; expected some of 6"):
         selective_mask(6, 2).part(*images)
 
 

@@ -84,7 +84,7 @@ def _read_deep_png(content: bytes) -> np.ndarray:
         try:
             from torchvision.io import ImageReadMode, decode_image
         except ImportError:
-            raise ValueError("is a PNG in colour of 16 bits, which this torchvision does not read; use .npy") from None
+            raise ValueError("is a 16-bit colour PNG, which this torchvision cannot read; use .npy") from None
         return decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.UNCHANGED).numpy()
 
 
@@ -100,12 +100,10 @@ def _read_pages(image: Image.Image, kind: str) -> np.ndarray:
         image.seek(number)
         limits.check_pixels(image.height, image.width * (len(pages) + 1))
         if image.mode in BANDS and max(image.tag_v2.get(BITS, (8,))) > 8:
-            raise ValueError(
-                f"{kind} is a TIFF in colour of more than 8 bits; expected a page for each channel, or .npy"
-            )
+            raise ValueError(f"{kind} is a colour TIFF with more than 8 bits; expected one page per channel, or .npy")
         pages.append(_plain(image, kind))
     if len({page.shape for page in pages}) > 1:
-        raise ValueError(f"{kind} has pages of different sizes; expected one for each channel")
+        raise ValueError(f"{kind} has pages of different sizes; expected one page per channel, all of one size")
     return pages[0] if len(pages) == 1 else np.stack(pages)
 
 

@@ -223,9 +223,9 @@ def run(args: argparse.Namespace) -> int:
     if all(tars):
         report = check_shards([url for urls in tars for url in urls], **how)
     elif any(tars):
-        raise UserError(f"{' and '.join(args.folders)}: shards and folders of files; expected one of them")
+        raise UserError(f"{' and '.join(args.folders)} are shards and folders of files; expected only one of them")
     elif len(args.folders) > 2:
-        raise UserError(f"there are {len(args.folders)} DIR; expected one of images, or that and one of structure maps")
+        raise UserError(f"got {len(args.folders)} DIR; expected a folder of images, or one of images and one of maps")
     else:
         report = check(*map(Path, args.folders), **how)
     try:

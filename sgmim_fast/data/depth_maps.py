@@ -111,9 +111,9 @@ def generate(
     images, out = Path(images), Path(out)
     found = find_files(images, "images", IMAGE_SUFFIXES)
     if out.resolve().is_relative_to(images.resolve()):
-        raise DataError(f"out is {out}, inside images, {images}; expected a folder of its own")
+        raise DataError(f"out is {out}, which is inside images, {images}; expected a separate folder")
     if batch < 1 or not 0 <= compression <= 9:
-        raise DataError(f"batch is {batch}, compression {compression}; expected at least 1, and 0 to 9")
+        raise DataError(f"batch is {batch} and compression is {compression}; expected at least 1, and 0 to 9")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     processor, network = _load(os.fspath(model), revision)
     network.to(device).eval()
@@ -189,7 +189,7 @@ def _check_provenance(path: Path, note: dict[str, Any]) -> None:
     try:
         before = json.loads(path.read_text())
     except ValueError as error:
-        raise DataError(f"{path} cannot be read ({error}); expected what an earlier run wrote, or nothing") from error
+        raise DataError(f"{path} cannot be read ({error}); expected the file of an earlier run, or none") from error
     for key in ("model", "revision"):
         if before.get(key) != note[key]:
             raise DataError(

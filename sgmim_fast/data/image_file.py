@@ -112,7 +112,7 @@ def _to_unit(image: Image.Image) -> np.ndarray:
             raise ValueError(f"has floating-point values from {values.min():g} to {values.max():g}; expected 0 to 1")
         return values
     if image.mode == "I" and image.format not in OF_16_BITS:
-        raise ValueError("has integers of 32 bits or with a sign, of no known range; expected 8 or 16 bits, or 0 to 1")
+        raise ValueError("has 32-bit or signed integers, whose range is unknown; expected 8 or 16 bits, or 0 to 1")
     tags = getattr(image, "tag_v2", {})  # TIFF only
     values /= 2 ** tags.get(BITS, (16,))[0] - 1
     return 1 - values if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else values

@@ -45,7 +45,7 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     """
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
-        raise ValueError("is no ordinary file")
+        raise ValueError("is not a regular file")
     check_bytes(found.st_size)
     with open(path, "rb") as file:
         content = file.read()

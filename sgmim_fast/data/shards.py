@@ -97,7 +97,7 @@ class ShardPairs(Seeded, IterableDataset):
     def __len__(self) -> int:
         """Returns the number of pairs per epoch on this process. Raises TypeError without a `length`."""
         if self.length is None:
-            raise TypeError("shards have no length: give one, length=")
+            raise TypeError("the length of shards is unknown; expected length=")
         return self.length // _webdataset().utils.pytorch_worker_info()[1]
 
     def __iter__(self) -> Iterator[Item]:
@@ -171,7 +171,7 @@ def expand(urls: Sequence[str]) -> list[str]:
     found = [url for given in urls for url in _webdataset().shardlists.expand_urls(given)]
     absent = [url for url in _local(found) if not os.path.isfile(url)]
     if not found or absent:
-        raise DataError(f"{len(absent)} of {len(found)} shards are not there: {', '.join(absent[:3]) or 'none given'}")
+        raise DataError(f"{len(absent)} of {len(found)} shards do not exist: {', '.join(absent[:3]) or 'none given'}")
     return found
 
 

@@ -105,5 +105,5 @@ def run(args: argparse.Namespace) -> int:
     channels = "" if args.channels is None else f"--set data.image_channels={args.channels} "
     print(f"{channels}--set data.mean={mean} --set data.std={std}")
     if flat := [str(i) for i, value in enumerate(found.std) if value == 0]:
-        print(f"constant, to be left out of the images: channel {', '.join(flat)}")
+        print(f"constant channels, which should be removed from the images: {', '.join(flat)}")
     return 1 if found.broken else 0

@@ -102,7 +102,7 @@ class Command:
             with stopping_at_once() if launch.size() == 1 else contextlib.nullcontext():
                 return self._execute(args)
         except Stopped as stopped:
-            print(f"stopped by {stopped} outside of the training; to go on, start it again", flush=True)
+            print(f"stopped by {stopped} outside of training; run the same command again to continue", flush=True)
             return UNFINISHED
 
     def _execute(self, args: argparse.Namespace) -> int:
@@ -114,7 +114,7 @@ class Command:
             found = bool(checkpoint.steps(folder / "checkpoints"))
             if found and not goes_on:
                 raise UserError(
-                    f"{folder} holds a run already; --resume {folder} goes on with it, --out starts another one"
+                    f"{folder} already has a run; resume it with --resume {folder}, or start another one with --out"
                 )
             needed = goes_on and (args.resume not in (Path(AUTO), args.out) or args.checkpoint is not None)
             saved = find(folder, args.checkpoint, type(self.default), self.name) if found or needed else None
@@ -132,7 +132,7 @@ class Command:
                     _dry_run(trainer, folder if args.out or args.resume else None)
             else:
                 if lock is not None and lock.taken_over:
-                    print(f"{folder}: its lock was that of {lock.taken_over}, which is gone", flush=True)
+                    print(f"{folder}: took over the lock of {lock.taken_over}, which no longer runs", flush=True)
                 code = self._train(trainer, folder)
             accelerator.end_training()
             return code
@@ -147,7 +147,7 @@ class Command:
         if stopped:
             if main:
                 again = f"sgmim-fast {self.name} --resume {shlex.quote(str(folder))}"
-                print(f"stopped by {stopped} after step {trainer.done}, which is saved; to go on: {again}", flush=True)
+                print(f"stopped by {stopped} after step {trainer.done}, which is saved; to resume: {again}", flush=True)
             return UNFINISHED
         if main:
             print(trainer.task.finish(folder, log.read(folder)), flush=True)
@@ -160,7 +160,7 @@ class Command:
         if saved is None:
             return resolve(self.default, self.presets, args.preset, args.config, changes, self.instead)
         if args.resume != Path(AUTO) and args.out not in (None, args.resume):
-            raise UserError(f"--out {args.out} and --resume {args.resume}: a run goes on in its own folder")
+            raise UserError(f"--out {args.out} and --resume {args.resume}: a run is resumed in its own folder")
         if args.preset is not None:
             config = resolve(self.default, self.presets, args.preset, args.config, changes, self.instead)
         else:
@@ -169,8 +169,8 @@ class Command:
         found = differences(saved.config, config)
         if found and not args.accept_changes:
             raise UserError(
-                f"{args.resume} was trained with other settings: {'; '.join(found)}; leave them as they were, start "
-                "another run with --out, or go on with --accept-changes"
+                f"{args.resume} was trained with different settings: {'; '.join(found)}; keep them, start "
+                "another run with --out, or resume with --accept-changes"
             )
         return config
 
@@ -180,7 +180,7 @@ def _place(args: argparse.Namespace) -> tuple[bool, Path | None]:
     if args.resume is None:
         for name in ("checkpoint", "accept_changes"):
             if getattr(args, name):
-                raise UserError(f"--{name.replace('_', '-')} goes with --resume RUN")
+                raise UserError(f"--{name.replace('_', '-')} requires --resume RUN")
         return False, args.out
     if args.resume == Path(AUTO):
         return True, args.out
@@ -204,8 +204,8 @@ def _same_batches(saved: Saved, trainer: Trainer) -> None:
     for what, old, new in zip(("images in a step", "steps in an epoch"), before, now, strict=True):
         if old != new:
             raise UserError(
-                f"the run had {old} {what} and would go on with {new}; expected the same data, and optim.batch and "
-                f"optim.accumulate such that the {trainer.layout.processes} processes have as many images as before"
+                f"the run had {old} {what} and would resume with {new}; expected the same data, and optim.batch and "
+                f"optim.accumulate that give the {trainer.layout.processes} processes as many images as before"
             )
 
 

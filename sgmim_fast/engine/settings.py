@@ -72,7 +72,7 @@ def with_changes(config: C, changes: Mapping[str, Any], where: str) -> C:
         kinds = typing.get_type_hints(type(getattr(config, section, None)))
         argument = section == "model" and name.startswith("arguments.")
         if not argument and name not in kinds:
-            raise UserError(f"{where}: there is no setting {key!r}{nearest(key, flat(config))}")
+            raise UserError(f"{where}: unknown setting {key!r}{nearest(key, flat(config))}")
         new = sections.setdefault(section, {})
         if argument:
             arguments = new.get("arguments", config.model.arguments)
@@ -127,7 +127,7 @@ def from_mapping(tree: Any, where: str) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, Mapping):
-        raise UserError(f"{where} is no configuration: expected sections like 'optim:' with settings below them")
+        raise UserError(f"{where} is not a configuration; expected sections like 'optim:' with settings below them")
     changes: dict[str, Any] = {}
     for section, settings in tree.items():
         if section == "preset":
@@ -150,7 +150,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the configuration {path}: {getattr(error, 'strerror', error)}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is no YAML: {error}") from error
+        raise UserError(f"{path} is not valid YAML: {error}") from error
 
 
 def read_assignments(assignments: Iterable[str]) -> dict[str, str]:
@@ -210,7 +210,7 @@ def preset(default: C, presets: Mapping[str, Any], name: str) -> C:
         UserError: unknown name; the message names similar ones.
     """
     if name not in presets:
-        raise UserError(f"there is no preset {name!r}, only {', '.join(presets)}{nearest(name, presets)}")
+        raise UserError(f"unknown preset {name!r}; expected one of {', '.join(presets)}{nearest(name, presets)}")
     return with_changes(dataclasses.replace(default, preset=name), from_mapping(presets[name], name), name)
 
 

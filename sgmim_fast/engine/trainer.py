@@ -367,8 +367,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             path.write_text("".join(f"{name}\n" for name in names))
         raise UserError(
-            f"{self.window.in_row} steps in a row up to step {self.done} had no finite loss or gradient, and were left "
-            f"out; the last one's images ({path} has all {len(names)}): {', '.join(names[:8])}"
+            f"{self.window.in_row} steps in a row up to step {self.done} had a loss or gradient that is not finite, "
+            f"and were skipped; images of the last one ({path} lists all {len(names)}): {', '.join(names[:8])}"
         )
 
     def _means(self, rows: list[list[float]]) -> dict[str, float | None]:

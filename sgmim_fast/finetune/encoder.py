@@ -152,7 +152,7 @@ def create_features(
     model, any_size = _create_for_size(name, size, drop_path_rate, target_arguments)
     if not hasattr(model, "forward_intermediates"):
         raise UserError(
-            f"timm's {name} gives no intermediate maps; expected a model with forward_intermediates, such as swin_*, "
+            f"timm's {name} returns no intermediate maps; expected a model with forward_intermediates, such as swin_*, "
             "swinv2_*, beit_* and vit_*"
         )
     notes: list[str] = []

@@ -183,7 +183,7 @@ class Finetuning(Task):
         last = log.read(folder, log.METRICS)[-1]
         values = ", ".join(f"{name} {value:.4g}" for name, value in last.items() if name != "step")
         drawn = max((folder / "pictures").glob("*.png"), default=None)
-        return f"tested after the last step: {values}; look at {folder / 'losses.png'} and {drawn}"
+        return f"tested after the last step: {values}; see {folder / 'losses.png'} and {drawn}"
 
 
 # option -> (setting that it sets, metavar, help)

@@ -59,14 +59,16 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command. Raises UserError or DataError for errors that the user can correct."""
     labels = args.label or [None] * len(args.encoders)
     if len(labels) != len(args.encoders):
-        raise UserError(f"--label is there {len(labels)} times; expected once for each of {len(args.encoders)} CKPT")
+        raise UserError(f"--label is given {len(labels)} times; expected once for each of {len(args.encoders)} CKPT")
     if (args.images is None) == (args.scenes is None):
         raise UserError("expected either --images DIR or --scenes N")
     for name in ("scenes", "count", "size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; expected at least 1")
     if args.out.suffix == ".csv":
-        raise UserError(f"--out is {args.out}; expected the figure's name, .png for instance: the CSV is put beside it")
+        raise UserError(
+            f"--out is {args.out}; expected the name of a figure, such as fourier.png; the CSV is written beside it"
+        )
     files = [] if args.images is None else image_files(args.images, args.count)
     spectra: dict[str, list[Spectrum]] = {}
     for name, label in zip(args.encoders, labels, strict=True):
@@ -105,7 +107,7 @@ def analyse(encoder: Encoder, files: list[str], scenes: int | None) -> list[Spec
         raise
     finally:
         for name in broken:
-            print(f"left out, it cannot be read: {name}", flush=True)
+            print(f"skipped {name}: it cannot be read", flush=True)
 
 
 def _scenes(encoder: Encoder, count: int) -> Iterator[Tensor]:

@@ -49,7 +49,7 @@ def load(name: str, label: str | None = None, size: int | None = None, *, pretra
     if not timm.is_model(base):
         known = timm.list_models(["swin*", "beit*", "vit_*", "deit_*"])
         raise UserError(
-            f"{name} is no folder of a run, no .safetensors file and no name that timm knows{nearest(base, known)}"
+            f"{name} is not the folder of a run, a .safetensors file or the name of a timm model{nearest(base, known)}"
         )
     found = _create(name, {"pretrained": pretrained}, size)
     config = found.model.pretrained_cfg
@@ -72,7 +72,7 @@ def _from_file(path: Path, label: str, size: int | None) -> Encoder:
         raise UserError(f"{path} has the ending {path.suffix!r}; expected .safetensors, a file of sgmim-fast export")
     name, arguments = describe(path)
     if name is None:
-        raise UserError(f"{path} does not say of which timm model it is; expected a file of sgmim-fast export")
+        raise UserError(f"{path} does not name its timm model; expected a file of sgmim-fast export")
     arguments.pop("num_classes", None)
     # Loading through timm resizes positions and drops the classifier.
     overlay = {"file": str(path), "custom_load": False}

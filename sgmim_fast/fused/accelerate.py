@@ -53,7 +53,7 @@ def accelerate(encoder: nn.Module) -> nn.Module:
     """
     (usable, reason), (on_gpu, _) = (backends.can_run("window_attention", name) for name in ("cpu", "triton"))
     if not usable and not on_gpu and backends.forced() is None:
-        warn_once(f"accelerate leaves encoders as they are: {reason}")
+        warn_once(f"accelerate leaves encoders unchanged: {reason}")
         return encoder
     name = type(getattr(encoder, "model", encoder)).__name__
     if hasattr(encoder, "accelerate_stem"):
@@ -64,7 +64,7 @@ def accelerate(encoder: nn.Module) -> nn.Module:
         if fast is None and not isinstance(module, ours):
             fast, why = published_blocks.recognised(module)
         if why:
-            warn_once(f"accelerate leaves {name}'s {type(module).__name__} as it is: {why}")
+            warn_once(f"accelerate leaves {name}'s {type(module).__name__} unchanged: {why}")
         if fast is not None:
             module.__class__ = fast
         if isinstance(module, ours):
@@ -73,10 +73,10 @@ def accelerate(encoder: nn.Module) -> nn.Module:
                 module.see_mask()
             for part, why in module.reasons().items():
                 if why and not why.endswith(DROPOUT):  # dropout is inactive in evaluation mode
-                    warn_once(f"accelerate leaves the {part} of {name}'s {type(module).__name__} as it is: {why}")
+                    warn_once(f"accelerate leaves the {part} of {name}'s {type(module).__name__} unchanged: {why}")
     if not found:
         warn_once(
-            f"accelerate leaves {name} as it is: it has no block of timm's Swin, SwinV2, BEiT, ViT or EVA, "
-            "nor of the published code's"
+            f"accelerate leaves {name} unchanged: it has no block of timm's Swin, SwinV2, BEiT, ViT or EVA, "
+            "or of the published code"
         )
     return encoder

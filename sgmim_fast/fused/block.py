@@ -89,11 +89,11 @@ class Fused:
     def _changed(self) -> str:
         """Returns how the block's class or methods differ from timm's at import; "" if they do not."""
         if self.timm.forward is not self._timms_forward:
-            return f"{self.timm.__name__}.forward is not what it was at import"
+            return f"{self.timm.__name__}.forward was replaced after import"
         kind, own = type(self), self.__dict__
         for name, at_import in self._bypassed:
             if name in own or getattr(kind, name) is not at_import:
-                return f"{name} is not what it was at import"
+                return f"{name} was replaced after import"
         return ""
 
     def reasons(self) -> dict[str, str]:
@@ -110,7 +110,7 @@ class Fused:
     def _falls_back(self, part: str, why: str) -> bool:
         """Whether a part runs as in timm, i.e. `why` is not empty. Logs the reason once."""
         if why:
-            unmodified.warn_once(f"the {part} of a {type(self).__name__} runs as timm has it: {why}")
+            unmodified.warn_once(f"the {part} of a {type(self).__name__} runs through timm's own code: {why}")
         return bool(why)
 
     def _call_children(self, after: Check, x: Tensor) -> Tensor:

@@ -39,8 +39,8 @@ def _separate(attn: nn.Module) -> str:
     heads, all_heads = own["num_heads"], width * own["num_heads"]
     fits = not sizes and not rest and own["head_dim"] == width and own.get("attn_dim", all_heads) == all_heads
     if not fits or own["scale"] != width**-0.5 or own.get("num_kv_heads", heads) != heads:
-        return "another scale, width or number of heads"
-    return "a gate" if own.get("gate") is not None else ""
+        return "scale, num_heads or the head width does not fit the projections"
+    return "gated attention is not supported" if own.get("gate") is not None else ""
 
 
 _BETWEEN = {"q_norm": None, "k_norm": None, "norm": None}  # these modules are always called
@@ -61,7 +61,7 @@ def _inner_norm(norm: nn.Module) -> str:
     if type(norm) is nn.Identity:
         return ""
     if norm._parameters.get("weight") is None or norm._parameters.get("bias") is None:
-        return "no weight or no bias"
+        return "weight or bias is missing"
     return unmodified._norm(norm)
 
 
@@ -69,7 +69,12 @@ INNER_NORM = Own(nn.Identity, nn.LayerNorm, LayerNorm, tensors=("weight", "bias"
 _REST = {"act": None, "drop1": None, "norm": INNER_NORM, "fc2": BIASED, "drop2": INACTIVE_DROPOUT}
 MLPS = {
     Mlp: MLP,
-    GluMlp: Own(GluMlp, fc1=LINEAR, also=lambda mlp: "" if mlp.chunk_dim == -1 else "another dim", **_REST),
+    GluMlp: Own(
+        GluMlp,
+        fc1=LINEAR,
+        also=lambda mlp: "" if mlp.chunk_dim == -1 else f"chunk_dim is {mlp.chunk_dim}; expected -1",
+        **_REST,
+    ),
     SwiGLU: Own(SwiGLU, fc1_g=LINEAR, fc1_x=LINEAR, **_REST),
 }
 MLPS = {kind: Check(norm2=NORM, mlp=own) for kind, own in MLPS.items()}
@@ -87,13 +92,13 @@ class EvaBlock(Fused, eva.EvaBlock):
         attn = self._modules.get("attn")
         check = ATTENTIONS.get((type(attn), "qkv" in getattr(attn, "_modules", ())))
         if getattr(attn, "num_kv_groups", 1) != 1:
-            return "fewer heads of keys and values than of queries"
-        return f"attn: {type(attn).__name__} in place of EvaAttention" if check is None else check.why(self)
+            return "grouped-query attention is not supported"
+        return f"attn is a {type(attn).__name__}; expected EvaAttention" if check is None else check.why(self)
 
     def _mlp_reason(self) -> str:
         mlp = self._modules.get("mlp")
         check = MLPS.get(type(mlp))
-        return f"mlp: {type(mlp).__name__} in place of Mlp" if check is None else check.why(self)
+        return f"mlp is a {type(mlp).__name__}; expected Mlp" if check is None else check.why(self)
 
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False

@@ -41,15 +41,15 @@ class _Published(Fused):
 
     def _changed(self) -> str:
         if _settings(self) != self.__dict__.get("_accelerated_with"):
-            return "its settings are not what they were when it was accelerated"
+            return "its settings changed after it was accelerated"
         for names, name, at_first in self.globals:
             if names.get(name) is not at_first:
-                return f"{name} is not what it was when the block was accelerated"
+                return f"{name} was replaced after the block was accelerated"
         return super()._changed()
 
     def _falls_back(self, part: str, why: str) -> bool:
         if why and "_tried" not in self.__dict__:
-            unmodified.warn_once(f"the {part} of a {self.timm.__name__} runs as its own class has it: {why}")
+            unmodified.warn_once(f"the {part} of a {self.timm.__name__} runs through its own class's code: {why}")
         return bool(why)
 
     def __reduce_ex__(self, protocol: int) -> Any:
@@ -132,7 +132,7 @@ class _PublishedSwin(Swin, _Halves):
     def _size_reason(self, x: Tensor) -> str:
         height, width = self.input_resolution
         if x.ndim != 3 or x.shape[1] != height * width:
-            return f"an input of shape {tuple(x.shape)}"
+            return f"the input has shape {tuple(x.shape)}; expected (B, {height * width}, C)"
         return windows_reason(x, self.window_size**2)
 
 
@@ -227,7 +227,7 @@ class PublishedViTBlock(_Halves):
             return why
         attn = self.attn
         if getattr(attn, "q_bias", None) is not None and attn.qkv.bias is not None:
-            return "two biases of the queries"
+            return "both attn.q_bias and attn.qkv.bias are set"
         return ""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -255,15 +255,15 @@ class PublishedViTBlock(_Halves):
     def _own_reason(self, x: Tensor, shared: Any) -> str:
         """Returns the reason to call the block's own forward, apart from its children; "" if there is none."""
         if (getattr(self, "gamma_1", None) is None) != (getattr(self, "gamma_2", None) is None):
-            return "one layer scale of two"
+            return "only one of gamma_1 and gamma_2 is set"
         heads, tokens = self.attn.num_heads, x.shape[1]
         index = getattr(self.attn, "relative_position_index", None)
         if index is not None and tuple(index.shape) != (tokens, tokens):
-            return "relative positions of another window"
+            return "relative_position_index does not fit the number of tokens"
         if shared is None:
             return ""
         fits = type(shared) in unmodified.PLAIN and tuple(shared.shape) == (heads, tokens, tokens)
-        return "" if fits else f"an argument that is no bias ({heads}, {tokens}, {tokens})"
+        return "" if fits else f"the second argument is not a bias of shape ({heads}, {tokens}, {tokens})"
 
 
 def _qkv_bias(attn: nn.Module) -> Tensor | None:
@@ -306,7 +306,7 @@ class PublishedPatchMerging(_Published):
         height, width = self.input_resolution
         why = self.reasons()["reduction"]
         if not why and (x.ndim != 3 or x.shape[1] != height * width or height % 2 or width % 2):
-            why = f"an input of shape {tuple(x.shape)}"
+            why = f"the input has shape {tuple(x.shape)}; expected (B, H * W, C) with even H and W"
         if self._as_timm(x) or self._falls_back("reduction", why):
             return super().forward(x)
         merged = neighbours(x.unflatten(1, (height, width))).flatten(1, 2)
@@ -332,7 +332,7 @@ def recognised(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
     family = next((family for family in FAMILIES.values() if family.fits(module)), None)
     if family is None:
         alike = module._modules.keys() >= {"norm1", "attn", "norm2", "mlp"}
-        return None, "it holds other things than the blocks of the published code" if alike else ""
+        return None, "its children, parameters or buffers differ from those of the published code" if alike else ""
     parts = tuple(type(m) for m in module.modules())
     fast = _class(kind, family, module)
     module.__class__ = fast
@@ -392,7 +392,7 @@ def _names(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
 def _difference(module: nn.Module, fast: type[nn.Module]) -> str:
     """Compares a module's own forward with ours on a copy. Returns the difference, "" if there is none."""
     if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
-        return "it is on the meta device, where nothing can be tried"
+        return "it is on the meta device, so that its forward cannot be tested"
     generator = torch.Generator().manual_seed(0)
     own = copy.deepcopy(module)
     for m in own.modules():  # the comparison must not call the user's hooks
@@ -411,10 +411,10 @@ def _difference(module: nn.Module, fast: type[nn.Module]) -> str:
     try:
         expected = own(x)
     except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError, AssertionError) as error:
-        return f"its forward does not take {tuple(x.shape)} tokens: {str(error).partition(chr(10))[0][:80]}"
+        return f"its forward does not accept {tuple(x.shape)} tokens: {str(error).partition(chr(10))[0][:80]}"
     with backends.use("torch"):
         actual = ours(x)
     if not isinstance(expected, Tensor) or expected.shape != actual.shape:
-        return "its forward returns something else"
+        return "its forward returns a different type or shape"
     off = float((actual - expected).norm() / expected.norm())
-    return "" if off <= CLOSE else f"its forward computes something else (off by {off:.0e})"
+    return "" if off <= CLOSE else f"its forward computes a different result (relative error {off:.0e})"

@@ -14,7 +14,11 @@ from sgmim_fast.fused.unmodified import IDENTITY, NORM, PATCHES, Check, Own
 
 def _output(stem: PatchEmbed) -> str:
     fits = stem.flatten or stem.output_fmt == Format.NHWC
-    return "" if fits and tuple(stem.patch_size) == stem.proj.stride else "another format, or patches of another size"
+    return (
+        ""
+        if fits and tuple(stem.patch_size) == stem.proj.stride
+        else "output_fmt is not supported, or patch_size differs from the stride"
+    )
 
 
 # Stems without and with a norm.
@@ -26,7 +30,7 @@ STEMS = tuple(
 
 def _token(token: Tensor | None, weight: Tensor) -> str:
     fits = type(token) in unmodified.PLAIN and token.dtype is weight.dtype and tuple(token.shape) == (1, 1, len(weight))
-    return "" if fits else "a mask token that is no parameter, or of another shape or dtype"
+    return "" if fits else f"mask_token is not a plain tensor (1, 1, {len(weight)}) of {weight.dtype}"
 
 
 def stem_fits(encoder: nn.Module, x: Tensor) -> bool:
@@ -39,7 +43,7 @@ def stem_fits(encoder: nn.Module, x: Tensor) -> bool:
         if not why and not encoder.visible_only:
             why = _token(encoder._parameters.get("mask_token"), stem.proj.weight)
     if why:
-        unmodified.warn_once(f"the stem of a {type(encoder.model).__name__} runs as timm has it: {why}")
+        unmodified.warn_once(f"the stem of a {type(encoder.model).__name__} runs through timm's own code: {why}")
         return False
     p = stem.patch_size[0]
     return supported(x) and x.shape[2] % p == 0 and x.shape[3] % p == 0  # timm pads other sizes

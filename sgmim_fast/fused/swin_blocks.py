@@ -42,11 +42,11 @@ class Swin(Fused):
         # timm's Swin attention has an attribute `window_area`, SwinV2's does not
         areas = getattr(self, "window_area", area), getattr(attn, "window_area", area)
         if areas != (area, area) or tuple(attn.window_size) != window:
-            return "windows of several sizes"
+            return "the window sizes of the block and its attention differ"
         if attn._buffers["relative_position_index"].numel() != area * area:
-            return "relative positions of other windows"
+            return "relative_position_index does not fit the window size"
         if not (0 <= shift[0] < window[0] and 0 <= shift[1] < window[1]):
-            return f"a shift of {shift} in windows of {window}"
+            return f"shift_size is {shift}; expected 0 or more, less than window_size {window}"
         return self._mask_reason()
 
     def _mask_reason(self) -> str:
@@ -56,7 +56,7 @@ class Swin(Fused):
         if mask is None or not shifted:
             if mask is None and not shifted and self.__dict__.get("attn_mask") is None:
                 return ""
-            return "an attn_mask that does not fit the shift"
+            return "attn_mask does not fit shift_size"
         seen = self.__dict__.get("_seen_mask", (None, None))
         if torch.compiler.is_compiling():
             fits = mask is seen[0]
@@ -64,7 +64,7 @@ class Swin(Fused):
             fits = self.see_mask()
         else:
             fits = mask is seen[0] and not mask.is_inference() and mask._version == seen[1]
-        return "" if fits else "an attn_mask of its own"
+        return "" if fits else "attn_mask differs from timm's"
 
     def see_mask(self) -> bool:
         """Whether the values of the mask are timm's; remembers the result. Synchronises."""

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as hooks_of_all
 
 PLAIN = (nn.Parameter, Tensor, FakeTensor)  # tensor types that the ops support; not DTensor, quantised weights etc.
-DROPOUT = "dropout at work"
+DROPOUT = "dropout is active"
 
 _logger = logging.getLogger("sgmim_fast")
 _said: set[str] = set()
@@ -86,19 +86,19 @@ class Check:
         """Returns the reason against bypassing the children of `module` now; "" if there is none."""
         for kind, forward, call, call_impl in self.calls:
             if kind.forward is not forward or kind.__call__ is not call or kind._call_impl is not call_impl:
-                return f"{kind.__name__}.forward or __call__ is not what it was at import"
+                return f"{kind.__name__}.forward or __call__ was replaced after import"
         for kind, name, at_import in self.methods:
             if getattr(kind, name) is not at_import:
-                return f"{kind.__name__}.{name} is not what it was at import"
+                return f"{kind.__name__}.{name} was replaced after import"
         dtype = None
         inside, settings = [module.__dict__], []
         for name in self.names:
             if name in inside[0]:
-                return f"{name}: an attribute that is no child"
+                return f"{name} is an attribute; expected a child module"
         for path, parent, name, own in self.steps:
             child = inside[parent]["_modules"].get(name)
             if type(child) not in own.types:
-                return f"{path}: {type(child).__name__} in place of {own.types[0].__name__}"
+                return f"{path} is a {type(child).__name__}; expected {own.types[0].__name__}"
             found = child.__dict__
             inside.append(found)
             if (
@@ -107,28 +107,28 @@ class Check:
                 or found["_backward_hooks"]
                 or found["_backward_pre_hooks"]
             ):
-                return f"{path}: hooks"
+                return f"{path} has hooks"
             for name in own.attributes:  # torch.compile of torch 2.11 cannot trace `found.keys()`
                 if name in found and (found[name] is not None or name == "forward"):
-                    return f"{path}: a {name} of its own"
+                    return f"{path}.{name} was replaced on the instance"
             for name, tensor in found["_parameters"].items():
                 if tensor is None:
                     continue
                 if dtype is None:
                     dtype = tensor.dtype
                 if type(tensor) not in PLAIN or name not in own.tensors or tensor.layout is not torch.strided:
-                    return f"{path}: {name} is a {type(tensor).__name__} that the ops do not read"
+                    return f"{path}.{name} is a {type(tensor).__name__} that the fused ops do not support"
                 if tensor.dtype is not dtype:
-                    return f"{path}: {name} is {tensor.dtype}, others are {dtype}"
+                    return f"{path}.{name} has dtype {tensor.dtype}; other parameters have {dtype}"
             for name in own.required:
                 if found["_parameters"].get(name) is None:
-                    return f"{path}: no parameter {name}"
+                    return f"{path} has no parameter {name}"
             if found["_buffers"]:
                 for name, tensor in found["_buffers"].items():
                     if tensor is not None and (name not in own.tensors or type(tensor) not in PLAIN):
-                        return f"{path}: {name} is a {type(tensor).__name__} that the ops do not read"
+                        return f"{path}.{name} is a {type(tensor).__name__} that the fused ops do not support"
             if len(found["_modules"]) != len(own.children):
-                return f"{path}: children {', '.join(found['_modules'])} in place of {', '.join(own.children)}"
+                return f"{path} has children {', '.join(found['_modules'])}; expected {', '.join(own.children)}"
             if own.also is not None:
                 settings.append((path, own.also, child))
         for path, also, child in settings:  # after the loop, since these checks read children that must be checked
@@ -140,26 +140,26 @@ class Check:
 def changed_call(x: Tensor) -> str:
     """Returns the reason against bypassing any module in a call with `x`; "" if there is none."""
     if type(x) not in PLAIN:
-        return f"the input is a {type(x).__name__}"
+        return f"the input is a {type(x).__name__}; expected a plain tensor"
     if (
         hooks_of_all._global_forward_hooks
         or hooks_of_all._global_forward_pre_hooks
         or hooks_of_all._global_backward_hooks
         or hooks_of_all._global_backward_pre_hooks
     ):
-        return "hooks on all modules"
+        return "global module hooks are registered"
     if _functions() != _FUNCTIONS:
-        return "functions of torch or timm are not those they were at import"
+        return "a function of torch or timm was replaced after import"
     return transformed()
 
 
 def transformed() -> str:
     """Returns the active tracer or transform that supports PyTorch's own operators only; "" if there is none."""
     if torch._C._get_tracing_state() is not None:
-        return "torch.jit.trace"
+        return "torch.jit.trace is active"
     if _in_functorch():
-        return "transforms of torch.func"
-    return "forward-mode differentiation" if forward_ad._current_level >= 0 else ""
+        return "a transform of torch.func is active"
+    return "forward-mode differentiation is active" if forward_ad._current_level >= 0 else ""
 
 
 # torch.compile guards active transforms itself. Without the decorator its graph would contain this call.
@@ -189,8 +189,8 @@ _FUNCTIONS = _functions()
 
 def _norm(norm: nn.LayerNorm) -> str:
     if len(norm.normalized_shape) != 1 or norm.normalized_shape[0] != norm._parameters["weight"].numel():
-        return "not of a vector"
-    return "timm's fast norm" if getattr(norm, "_fast_norm", False) else ""
+        return "it normalizes more than the last dimension"
+    return "timm's fast norm is enabled" if getattr(norm, "_fast_norm", False) else ""
 
 
 def _dropout(dropout: nn.Module) -> str:
@@ -198,17 +198,21 @@ def _dropout(dropout: nn.Module) -> str:
 
 
 def _drop_path(path: nn.Module) -> str:
-    return "drop path at work" if type(path) is DropPath and path.training and path.drop_prob else ""
+    return "drop path is active" if type(path) is DropPath and path.training and path.drop_prob else ""
 
 
 def _gelu(act: nn.Module) -> str:
-    return "approximate GELU" if type(act) is nn.GELU and act.approximate != "none" else ""
+    return (
+        f"approximate is {act.approximate!r}; expected 'none'"
+        if type(act) is nn.GELU and act.approximate != "none"
+        else ""
+    )
 
 
 def _patches(conv: nn.Conv2d) -> str:
     size = tuple(conv.weight.shape[2:])
     plain = conv.stride == size and conv.padding in ("valid", (0, 0)) and conv.dilation == (1, 1) and conv.groups == 1
-    return "" if plain and size[0] == size[1] else "patches that are not square, or overlap, or have gaps"
+    return "" if plain and size[0] == size[1] else "the patches are not square, overlap or have gaps"
 
 
 _BOTH = ("weight", "bias")
@@ -221,12 +225,12 @@ NORM_EPS_1E5 = Own(
     nn.LayerNorm,
     tensors=_BOTH,
     required=_BOTH,
-    also=lambda norm: _norm(norm) or ("" if norm.eps == 1e-5 else f"eps {norm.eps}"),
+    also=lambda norm: _norm(norm) or ("" if norm.eps == 1e-5 else f"eps is {norm.eps}; expected 1e-5"),
 )
 IDENTITY = Own(nn.Identity)
 INACTIVE_DROPOUT = Own(nn.Dropout, nn.Identity, also=_dropout)
 INACTIVE_DROP_PATH = Own(DropPath, nn.Identity, also=_drop_path)
-SOFTMAX = Own(nn.Softmax, also=lambda softmax: "" if softmax.dim == -1 else "another dim")
+SOFTMAX = Own(nn.Softmax, also=lambda softmax: "" if softmax.dim == -1 else f"dim is {softmax.dim}; expected -1")
 MLP = Own(
     Mlp,
     fc1=BIASED,
@@ -253,13 +257,13 @@ def _attention(attn: nn.Module) -> str:
     heads = own["num_heads"]
     width, rest = divmod(own["_modules"]["qkv"]._parameters["weight"].shape[0], 3 * heads)
     if rest or own.get("scale", width**-0.5) != width**-0.5:
-        return "another scale or number of heads"
+        return "scale is not head_dim ** -0.5, or num_heads does not divide the width"
     if own.get("head_dim", width) != width or own.get("attn_dim", width * heads) != width * heads:
-        return "another width of the heads"
+        return "head_dim or attn_dim does not fit qkv"
     table = own["_parameters"].get("relative_position_bias_table")
     if table is not None and tuple(table.shape[1:]) != (heads,):
-        return "a bias of another number of heads"
+        return "relative_position_bias_table has a different number of heads"
     scale = own["_parameters"].get("logit_scale")
     if scale is not None and tuple(scale.shape) != (heads, 1, 1):
-        return "logit scales of another number of heads"
-    return "a gate" if own.get("gate") is not None else ""
+        return "logit_scale has a different number of heads"
+    return "gated attention is not supported" if own.get("gate") is not None else ""

@@ -83,7 +83,7 @@ class BeitBlock(Fused, beit.Block):
             return ""
         tokens = attn.window_size[0] * attn.window_size[1] + 1
         index = attn.relative_position_index
-        return "" if tuple(index.shape) == (tokens, tokens) else "relative positions of another window"
+        return "" if tuple(index.shape) == (tokens, tokens) else "relative_position_index does not fit the window size"
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         scales = (None, None) if self.gamma_1 is None else (self.gamma_1, self.gamma_2)  # like timm, test gamma_1 only

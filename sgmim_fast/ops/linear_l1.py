@@ -131,9 +131,11 @@ def _check_arguments(a: Arguments) -> None:
         if a.valid.dtype != torch.bool:
             raise TypeError(f"valid has dtype {a.valid.dtype}; expected torch.bool")
     if a.normalized and a.valid is not None:
-        raise ValueError("normalized comes with valid; expected one of them: all pixels of a cell make up its mean")
+        raise ValueError(
+            "normalized is given with valid; expected one of them, since the mean needs all pixels of a cell"
+        )
     if a.normalized and weight.shape[0] < 2:
-        raise ValueError("normalized cells have a single number; expected two at least, for a variance")
+        raise ValueError("normalized is given for cells of one value; expected at least two, for a variance")
 
 
 def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:

@@ -160,7 +160,7 @@ def _check_arguments(a: Arguments) -> None:
         if images < 1 or a.cells < 1:
             raise ValueError(f"cells is {a.cells}, of {images} images; expected at least 1 of each")
     elif images < 1 or count != images * a.cells:
-        raise ValueError(f"features has {count} rows for {images} images; expected as many for each image")
+        raise ValueError(f"features has {count} rows for {images} images; expected the same number for each image")
     if a.heads < 1 or width % a.heads:
         raise ValueError(f"heads is {a.heads}; expected a divisor of the width {width}")
     _check.shape("fc1_weight", w.fc1_weight, (None, width), "(hidden, width of features)")

@@ -107,7 +107,7 @@ def structure_embed(
     """
     lists = [len(tensors) for tensors in parameters[4:]]
     if len(set(lists)) > 1:
-        raise ValueError(f"the lists of the mergings have {lists} tensors; expected as many in each")
+        raise ValueError(f"the lists of the mergings have {lists} tensors; expected the same number in each")
     return _op(structure, rows, parameters.flat(), cell, eps, None)[0]
 
 

@@ -167,7 +167,7 @@ def _check_channels(config: Config) -> None:
                 f"--channels {channels} measures it"
             )
     if settings.scenes and len(missing) < 2:
-        raise UserError("data.mean and data.std come with data.scenes, which are normalised by ImageNet's")
+        raise UserError("data.mean and data.std are given with data.scenes, which are normalised by ImageNet's")
     if len(missing) == 1:
         raise UserError(f"{missing[0]} is missing; expected data.mean and data.std, or neither")
     for name, value in given.items():

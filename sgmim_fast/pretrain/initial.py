@@ -58,7 +58,7 @@ def load(model: SGMIM, config: Config) -> list[str]:
     wanted = {k: v for k, v in expected.items() if k.startswith(_ENCODER) or k in found}
     problems = weights.differences(found, wanted)
     if not any(name.startswith(_ENCODER) for name in fits):
-        raise UserError(f"{what} has nothing of a {config.model.encoder}; {problems}")
+        raise UserError(f"{what} has no weights of a {config.model.encoder}; {problems}")
     if problems:
         if not config.model.init_partial:
             raise UserError(f"{what} does not fit the model; {problems}; --set model.init_partial=true loads the rest")

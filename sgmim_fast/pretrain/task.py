@@ -158,7 +158,7 @@ class Pretraining(Task):
             if tests
         )
         report = f"on held-out data: {fell}\n" if tests else ""
-        return f"{report}wrote {encoder} and {card.name}; look at {folder / 'losses.png'} and {last}"
+        return f"{report}wrote {encoder} and {card.name}; see {folder / 'losses.png'} and {last}"
 
 
 @torch.no_grad()

@@ -374,11 +374,11 @@ def test_data_check_of_shards(tmp_path, capsys, workers, monkeypatch):
         before = sum(file.offset_data + file.size <= len(content) // 2 for file in tar.getmembers()[1::2])
     assert lines[0].startswith(f"{3 * 9 + 7 + before} pairs") and all(broken.values())
     assert cli.main([*words, "in", "bad.tar", "nowhere.tar"]) == 2
-    assert "1 of 5 shards are not there: nowhere.tar" in capsys.readouterr().err
+    assert "1 of 5 shards do not exist: nowhere.tar" in capsys.readouterr().err
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(jpeg)
     assert cli.main([*words, "in", "photos"]) == 2
-    assert "shards and folders of files; expected one of them" in capsys.readouterr().err
+    assert "are shards and folders of files; expected only one of them" in capsys.readouterr().err
 
 
 def test_data_check_of_other_kinds(tmp_path, capsys):

@@ -137,7 +137,7 @@ def test_a_truncated_shard_is_named(shards, tmp_path):
 def test_what_cannot_be_used_says_so(shards, tmp_path):
     unpaired = write_shard(tmp_path / "u.tar", {"a.jpg": IMAGE, "b.jpg": IMAGE})
     for urls, message in (
-        (str(tmp_path / "{7..9}.tar"), "3 of 3 shards are not there"),
+        (str(tmp_path / "{7..9}.tar"), "3 of 3 shards do not exist"),
         ([], "none given"),
         (unpaired, r"no pair in .*u\.tar: looked for KEY\.jpg .* KEY\.depth\.png .*, found KEY\.jpg"),
         (write_shard(tmp_path / "e.tar", {}), "found no samples"),

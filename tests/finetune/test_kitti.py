@@ -99,7 +99,7 @@ def test_missing_and_wrong(root, tmp_path):
     raises(DataError, f"no split file: looked for {names} in .*; give split_file", tmp_path, "test")
     raises(
         DataError,
-        r"none of the pairs in .* is there: looked for images such as 2011_09_26/.*0069\.png in .*raw_data/, and for "
+        r"none of the pairs in .* exists: looked for images such as 2011_09_26/.*0069\.png in .*raw_data/, and for "
         r"depth maps such as 2011_09_26_drive_0002_sync/.* in .*data_depth_annotated/val/",
         tmp_path,
         "test",

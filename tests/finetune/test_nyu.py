@@ -168,7 +168,7 @@ def test_missing_files_are_named(tmp_path, folders):
     for text, message in (
         ("", "is empty; expected an image and its map in each line"),
         ("a.jpg b.png\nonly.jpg", "line 2: found 'only.jpg'; expected an image and its map"),
-        ("/a/b.jpg /a/b.png", "none of the pairs in .* is there: looked for images such as a/b.jpg in .* sync/"),
+        ("/a/b.jpg /a/b.png", "none of the pairs in .* exists: looked for images such as a/b.jpg in .* sync/"),
     ):
         (tmp_path / "list.txt").write_text(text)
         raises(DataError, message, tmp_path, "train", split_file=tmp_path / "list.txt")

@@ -176,7 +176,7 @@ def test_images_of_a_folder(pretrained, tmp_path, capsys):
         Image.fromarray(pixels).save(folder / name)
     (folder / "c.png").write_bytes(b"no picture")
     out, _ = fourier(capsys, 0, pretrained, "--images", tmp_path / "photos", "--out", tmp_path / "f.png")
-    assert f"left out, it cannot be read: {folder / 'c.png'}" in out
+    assert f"skipped {folder / 'c.png'}: it cannot be read" in out
     assert len(read(tmp_path / "f.csv")) == 9
     for name in ("a.png", "b.jpg"):
         (folder / name).unlink()
@@ -195,8 +195,8 @@ def test_images_of_a_folder(pretrained, tmp_path, capsys):
         (("gone.safetensors", "--scenes=1"), "cannot read gone.safetensors"),
         ((".", "--scenes=1"), "has no checkpoint"),
         (("vit_tiny_patch16_224", "--scenes=1", "--size=30"), "--size is 30; expected a multiple of 16"),
-        (("vit_tiny_patch16_224", "--scenes=1", "--label=a", "--label=b"), "--label is there 2 times"),
-        (("vit_tiny_patch16_224", "--scenes=1", "--out=f.csv"), "expected the figure's name"),
+        (("vit_tiny_patch16_224", "--scenes=1", "--label=a", "--label=b"), "--label is given 2 times"),
+        (("vit_tiny_patch16_224", "--scenes=1", "--out=f.csv"), "expected the name of a figure"),
     ],
     ids=["nothing", "both", "none", "no-folder", "typo", "family", "no-file", "no-run", "size", "labels", "csv"],
 )
@@ -213,7 +213,7 @@ def test_a_file_of_another_kind(tmp_path, capsys):
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    assert "does not say of which timm model" in fourier(capsys, 2, tmp_path / "other.safetensors", "--scenes=1")[1]
+    assert "does not name its timm model" in fourier(capsys, 2, tmp_path / "other.safetensors", "--scenes=1")[1]
 
 
 def test_swin_file_at_another_size(tmp_path, capsys):

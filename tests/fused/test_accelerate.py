@@ -362,10 +362,10 @@ def test_says_once_what_it_leaves(caplog):
         accelerate(nn.Sequential(nn.Conv2d(3, 8, 3)))
         accelerate(nn.Sequential(nn.Conv2d(3, 8, 3)))
     assert [record.message for record in caplog.records] == [
-        "accelerate leaves the attention of VisionTransformer's ViTBlock as it is: attn.q_norm: LayerNorm in place of "
-        "Identity",
-        "accelerate leaves Sequential as it is: it has no block of timm's Swin, SwinV2, BEiT, ViT or EVA, nor of the "
-        "published code's",
+        "accelerate leaves the attention of VisionTransformer's ViTBlock unchanged: attn.q_norm is a LayerNorm; "
+        "expected Identity",
+        "accelerate leaves Sequential unchanged: it has no block of timm's Swin, SwinV2, BEiT, ViT or EVA, or of the "
+        "published code",
     ]
     plain, _ = timm_model("vit", qk_norm=True)
     images = torch.randn(1, 3, *size)
@@ -379,7 +379,7 @@ def test_without_the_library_nothing_changes(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, "sgmim_fast"):
         accelerate(model)
     assert not any(isinstance(m, tuple(FAST.values())) for m in model.modules())
-    assert caplog.messages == ["accelerate leaves encoders as they are: no compiler"]
+    assert caplog.messages == ["accelerate leaves encoders unchanged: no compiler"]
 
 
 def test_a_forced_backend_without_these_ops_leaves_it_to_timm():

@@ -684,6 +684,6 @@ def test_says_once_which_module_and_why(caplog):
             block(torch.randn(example.shape, dtype=torch.float64))
             losses(model, torch.randn(2, 4, 16, 16, dtype=torch.float64))
     assert caplog.messages == [
-        "the attention of a ViTBlock runs as timm has it: attn.proj_drop: hooks",
-        "the heads and the branch of SGMIM compute every token, as PyTorch's own modules: guidance.mlp.fc1: hooks",
+        "the attention of a ViTBlock runs through timm's own code: attn.proj_drop has hooks",
+        "the heads and the branch of SGMIM compute all tokens, through PyTorch's modules: guidance.mlp.fc1 has hooks",
     ]

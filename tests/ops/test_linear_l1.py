@@ -239,10 +239,10 @@ def test_bad_arguments(changes, error, message):
 
 def test_bad_valid_and_normalized():
     target = bad()["target"]
-    with pytest.raises(ValueError, match="normalized comes with valid; expected one of them"):
+    with pytest.raises(ValueError, match="normalized is given with valid; expected one of them"):
         ops.linear_l1(**bad(), valid=torch.ones_like(target) > 0, normalized=True)
     head = {"x": torch.ones(1, 3), "weight": torch.ones(1, 3), "bias": torch.ones(1), "cell": 1}
-    with pytest.raises(ValueError, match="normalized cells have a single number; expected two at least"):
+    with pytest.raises(ValueError, match="normalized is given for cells of one value; expected at least two"):
         ops.linear_l2(**head, target=torch.ones(1, 1, 1, 1), rows=torch.tensor([0]), normalized=True)
     with pytest.raises(TypeError, match=r"valid has dtype torch\.float32; expected torch\.bool"):
         ops.linear_l1(**bad(), valid=torch.ones_like(target))

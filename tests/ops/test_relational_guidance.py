@@ -200,7 +200,7 @@ def replaced(rows: Rows, **changes: Tensor) -> Rows:
         (
             {"features": lambda t: t[1:]},
             ValueError,
-            "features has 11 rows for 2 images; expected as many for each image",
+            "features has 11 rows for 2 images; expected the same number for each image",
         ),
         ({"features": lambda t: t.double()}, TypeError, "features has dtype torch.float64 and q_weight torch.float32"),
         ({"features": lambda t: t.to("meta")}, ValueError, "structure is on cpu; expected meta"),

@@ -84,9 +84,9 @@ def test_differences_leave_out_what_changes_no_step():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"optim.lrr": "1"}, r"no setting 'optim.lrr'; did you mean optim.lr"),
-        ({"optimizer.lr": "1"}, r"no setting 'optimizer.lr'; did you mean optim.lr"),
-        ({"lr": "1"}, r"no setting 'lr'"),
+        ({"optim.lrr": "1"}, r"unknown setting 'optim.lrr'; did you mean optim.lr"),
+        ({"optimizer.lr": "1"}, r"unknown setting 'optimizer.lr'; did you mean optim.lr"),
+        ({"lr": "1"}, r"unknown setting 'lr'"),
         ({"optim.lr": "fast"}, r"optim.lr is 'fast'; expected a number"),
         ({"optim.lr": "true"}, r"optim.lr is 'true'; expected a number"),
         ({"optim.batch": "1.5"}, r"optim.batch is '1.5'; expected a whole number"),
@@ -112,11 +112,15 @@ def test_values_are_read_as_their_fields_want_them():
 
 
 def test_unknown_preset_and_missing_one(tmp_path):
-    with pytest.raises(UserError, match=r"no preset 'swin_base_100', .*did you mean swin_base_100ep"):
+    with pytest.raises(UserError, match=r"unknown preset 'swin_base_100'; .*did you mean swin_base_100ep"):
         preset("swin_base_100")
     with pytest.raises(UserError, match=r"give --preset, one of swin_base_100ep"):
         resolve(None, None, {})
-    for text, message in (("optim: 3", "optim is 3"), ("[1, 2]", "no configuration"), ("a: [", "no YAML")):
+    for text, message in (
+        ("optim: 3", "optim is 3"),
+        ("[1, 2]", "is not a configuration"),
+        ("a: [", "is not valid YAML"),
+    ):
         file = tmp_path / "bad.yaml"
         file.write_text(text)
         with pytest.raises(UserError, match=message):

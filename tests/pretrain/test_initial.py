@@ -210,7 +210,7 @@ def test_other_channels_than_the_weights(tmp_path):
 
 def test_weights_of_something_else(tmp_path):
     torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"has nothing of a vit_tiny_patch16_224; \d+ missing"):
+    with pytest.raises(UserError, match=r"has no weights of a vit_tiny_patch16_224; \d+ missing"):
         start(tmp_path / "other.pth", model__init_partial=True)
 
 

@@ -277,7 +277,9 @@ def test_a_step_without_a_finite_loss_is_skipped(tmp_path, value):
 
 def test_many_in_a_row_end_the_run_and_name_the_files(tmp_path):
     dataset = Pairs(broken=dict.fromkeys(range(32), math.nan))
-    with pytest.raises(UserError, match=r"6 steps in a row up to step 6 had no finite loss.*pair \d+, pair \d+"):
+    with pytest.raises(
+        UserError, match=r"6 steps in a row up to step 6 had a loss or gradient that is not finite.*pair \d+, pair \d+"
+    ):
         trainer(tmp_path / "run", tiny(run__nonfinite=4), dataset).train()
     assert len((tmp_path / "run" / "nonfinite.txt").read_text().splitlines()) == 4
     trainer(tmp_path / "other", tiny(run__nonfinite=17), dataset).train()  # 16 steps
@@ -330,7 +332,7 @@ WRONG = [
     (["--images=here"], {}, "the images come from several of"),
     (["--images=nowhere", "--structure=nowhere"], {"data__scenes": 0}, "nowhere"),
     (["--precision=half"], {}, "expected one of float32, bfloat16, float16"),
-    (["--checkpoint=best"], {}, "--checkpoint goes with --resume"),
+    (["--checkpoint=best"], {}, "--checkpoint requires --resume"),
     (["--resume=nowhere"], {}, "nowhere has no checkpoint"),
     ([], {"run__fsdp": True}, "expected several"),
     (
@@ -355,7 +357,7 @@ def test_wrong_input_is_one_line(tmp_path, capsys, words, changes, message):
 
 def test_a_finished_run_is_not_overwritten(finished, capsys):
     assert pretrain(finished) == 2
-    assert f"--resume {finished} goes on with it" in capsys.readouterr().err
+    assert f"resume it with --resume {finished}" in capsys.readouterr().err
 
 
 def test_other_settings_on_resuming_are_listed(finished, capsys):
@@ -364,7 +366,7 @@ def test_other_settings_on_resuming_are_listed(finished, capsys):
     err = capsys.readouterr().err
     assert "mask.ratio: 0.6 -> 0.5; optim.lr: 0.1 -> 0.2" in err and err.count("\n") == 1
     assert cli.main(["pretrain", resume, "--set=optim.batch=8"]) == 2
-    assert "the run had 4 images in a step and would go on with 8" in capsys.readouterr().err
+    assert "the run had 4 images in a step and would resume with 8" in capsys.readouterr().err
     assert cli.main(["pretrain", resume, "--set=run.log_every=1"]) == 0  # nothing left to do
 
 
@@ -398,7 +400,7 @@ def test_dry_run_refuses_what_the_run_refuses(finished, tmp_path, capsys, monkey
     wrong = [([*words, *arguments(**changes)], message) for words, changes, message in WRONG]
     wrong += [
         (["--precision=float16", *arguments()], "float16, which needs a GPU"),
-        ([f"--out={finished}", *arguments()], "holds a run already"),
+        ([f"--out={finished}", *arguments()], "already has a run"),
         ([f"--resume={finished}", "--set=optim.lr=0.2"], "optim.lr: 0.1 -> 0.2"),
         ([f"--resume={finished}", "--set=optim.batch=8"], "the run had 4 images in a step"),
         (["--out=/proc/nowhere", *arguments()], "cannot write to /proc/nowhere"),
@@ -483,7 +485,7 @@ def test_one_command_starts_and_goes_on(finished, tmp_path, capsys, monkeypatch)
     assert cli.main([*command, "--resume=auto", "--checkpoint=step-00000007"]) == 2
     assert "has no checkpoint 'step-00000007'" in capsys.readouterr().err
     assert cli.main([*command, f"--resume={finished}"]) == 2
-    assert "a run goes on in its own folder" in capsys.readouterr().err
+    assert "a run is resumed in its own folder" in capsys.readouterr().err
 
 
 def test_auto_takes_the_folder_of_the_preset(tmp_path, monkeypatch):

@@ -145,7 +145,7 @@ def test_a_killed_run_is_taken_over_and_a_living_one_is_not(tmp_path):
     process.wait()
     shutil.rmtree(run / "checkpoints", ignore_errors=True)  # as if none had been saved yet
     out, _ = finish(start(*command))
-    assert f"its lock was that of process {process.pid}" in out
+    assert f"took over the lock of process {process.pid}" in out
 
 
 def test_demo_in_miniature(tmp_path):

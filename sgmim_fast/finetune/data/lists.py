@@ -109,7 +109,7 @@ def listed_pairs(source: Path, images: Tree, maps: Tree, kind: str, report: Repo
     if not pairs:
         image_name, map_name = next((pair for pair in names if pair[1] != NONE), names[0])
         raise DataError(
-            f"none of the pairs in {source} is there: looked for images such as {image_name} in {_places(images)}, and "
+            f"none of the pairs in {source} exists: looked for images such as {image_name} in {_places(images)}, and "
             f"for {kind}s such as {map_name} in {_places(maps)}"
         )
     return np.array(pairs, dtype=np.bytes_)

@@ -45,7 +45,7 @@ class LabelledMat:
                 raise DataError(f"{path}: found {found}; expected {name}, of {SHAPES[name]} dimensions")
         self._count = shapes["images"][0]
         if self._count != shapes[depths][0]:
-            raise DataError(f"{path}: found {self._count} images, {shapes[depths][0]} {depths}; expected as many")
+            raise DataError(f"{path}: found {self._count} images, {shapes[depths][0]} {depths}; expected equal numbers")
 
     def __len__(self) -> int:
         return self._count

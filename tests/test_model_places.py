@@ -295,10 +295,10 @@ def test_gates_of_the_gpu_suite(benchmarks):
             ("gather_patches", "torch", 9.9),
         )
     ]
-    assert [v["holds"] for v in gpu_suite.sorting(rows)] == [False]
-    assert [v["holds"] for v in gpu_suite.sorting(rows[::2])] == [None]
+    assert [v["holds"] for v in gpu_suite.sorting_gates(rows)] == [False]
+    assert [v["holds"] for v in gpu_suite.sorting_gates(rows[::2])] == [None]
     rows[0]["median_ms"] = 10.0
-    assert [v["holds"] for v in gpu_suite.sorting(rows)] == [True]
+    assert [v["holds"] for v in gpu_suite.sorting_gates(rows)] == [True]
     times = {"dense": 250.0, "dense-compiled": 140.0, "accelerated": 100.0, "simmim-captured": 99.0}
     rows = [
         {"encoder": "swin_base", "dtype": "bfloat16", "name": name, "median_ms": ms, "peak_mib": 10 * ms}

@@ -85,7 +85,7 @@ inline void check_offsets(const Tensor& offsets, int64_t count, const char* name
   const int64_t images = offsets.numel() - 1;
   bool rising = images >= 0 && at[0] == 0 && at[images] == count;
   for (int64_t b = 0; b < images; ++b) rising = rising && at[b] <= at[b + 1];
-  SGMIM_CHECK(rising, name, " must rise from 0 to the number of rows, ", count);
+  SGMIM_CHECK(rising, name, " does not rise; expected offsets from 0 to the number of rows, ", count);
 }
 
 // Checks that the rows of each image, of `cells` cells, are in that image and ascending. `offsets` have been checked.

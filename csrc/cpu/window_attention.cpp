@@ -129,7 +129,7 @@ class GridWithBias {
                 "window must have sides from 1 to 2^15 - 1, got ", window_h, " x ", window_w);
     check_packed(logit_scale, "logit_scale", ScalarType::Float, heads);
     check_packed(pad, "pad", qkv.scalar_type(), qkv.size(3));
-    SGMIM_CHECK(0 <= shift_h && shift_h < window_h && 0 <= shift_w && shift_w < window_w, 
+    SGMIM_CHECK(0 <= shift_h && shift_h < window_h && 0 <= shift_w && shift_w < window_w,
                 "shift must be at least 0 and less than window, got ", shift_h, " x ", shift_w);
     const int64_t n = window_h * window_w, ns = (n + 15) / 16 * 16;
     grid = {qkv.size(0), qkv.size(1), qkv.size(2), window_h, window_w, shift_h, shift_w, heads,

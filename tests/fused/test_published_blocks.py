@@ -92,11 +92,11 @@ def test_its_own_forward_and_gradients(name, backend, train):
 def test_changes(name, kind):
     """After every kind of change of test_unmodified, results are those of the block that is not accelerated."""
     example, different = EXAMPLES[name], []
-    model = example.make()
+    model = test_unmodified.make(example)
     with backends.use("torch"):
         for place in test_unmodified.places(example):
             for change_name, change in test_unmodified.changes(model.get_submodule(place), kind):
-                different += test_unmodified.compare(example, place, change, change_name)[:1]
+                different += test_unmodified.compare(example, model, place, change, change_name)[:1]
     assert not different, "\n".join(different[:30])
 
 

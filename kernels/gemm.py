@@ -335,11 +335,12 @@ def dgrads(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
     return dxs
 
 
-def dgrad(dy: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    """dy . W + residual. Cost: 1 launch where they are of one dtype and the gemm is the library's, else 2."""
-    if not fused() and dy.dtype == residual.dtype:
+def dgrad(dy: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+    """dy . W + residual. Cost: 1 launch; 1 more for a residual that the library's gemm cannot add."""
+    if residual is not None and residual.dtype == dy.dtype and not fused():
         return torch.addmm(residual, dy, weight)
-    return dgrads([dy], [weight])[0] + residual
+    (dx,) = dgrads([dy], [weight])
+    return dx if residual is None else dx + residual
 
 
 def dgrad_gelu(dy: Tensor, weight: Tensor, pre_activation: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -260,7 +260,7 @@ def embed_backward(
 ) -> Tensor | None:
     """Cost: reads dy and the shown pixels, writes the normalised rows, and the gradient of the embedded patches if
     needed; 1 launch and the gemms."""
-    (dy,), options, device = gemm.dgrads([dx], [weight]), _options(cells), dx.device
+    dy, options, device = gemm.dgrad(dx, weight), _options(cells), dx.device
     width, rows_of_a_tile = cells.w.embed_weight.shape[0], options["ROWS"]
     per_program = cdiv(rows_per_program(cells.merged, device), rows_of_a_tile) * rows_of_a_tile
     programs, parameters = cdiv(cells.merged, per_program), _parameters(cells.w)
@@ -281,4 +281,4 @@ def embed_backward(
     if dembedded is None:
         return None
     (embed_weight,) = weights_in(cells.dtype, cells.w.embed_weight)
-    return gemm.dgrads([dembedded], [embed_weight.flatten(1)])[0]
+    return gemm.dgrad(dembedded, embed_weight.flatten(1))

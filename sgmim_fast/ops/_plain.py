@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sgmim_fast.ops import _check, gemm
 from sgmim_fast.ops.gather_patches import gather_patches
-from sgmim_fast.ops.gemm import linear
+from sgmim_fast.ops.gemm import dgrad, linear
 from sgmim_fast.ops.linear_l1 import normalized_pixels
 from sgmim_fast.ops.plain_attention import (  # noqa: F401 - primitives
     guidance_attention,
@@ -61,17 +61,13 @@ def linear_norm(
 
 
 def dgrads(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-    return [gemm.dgrad(dy, weight) for dy, weight in zip(dys, weights, strict=True)]
-
-
-def dgrad(dy: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    return gemm.dgrad(dy, weight, residual)
+    return [dgrad(dy, weight) for dy, weight in zip(dys, weights, strict=True)]
 
 
 def dgrad_gelu(dy: Tensor, weight: Tensor, pre_activation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     h = pre_activation.to(sum_dtype(pre_activation.dtype))
     density = (-0.5 * h * h).exp() * (2 * torch.pi) ** -0.5
-    dpre_activation = gemm.dgrad(dy, weight).to(h.dtype) * (torch.special.ndtr(h) + h * density)
+    dpre_activation = dgrad(dy, weight).to(h.dtype) * (torch.special.ndtr(h) + h * density)
     return dpre_activation.to(pre_activation.dtype), F.gelu(pre_activation), dpre_activation.sum(0)
 
 
@@ -177,7 +173,7 @@ def embed_backward(
     if weight is not None:
         normed = _with_hidden(cells, _apply_norm(tokens, statistics[0], w.norm_weight, w.norm_bias, tokens.dtype))
         vectors = w.merge_norm_weights[0], w.merge_norm_biases[0]
-        dy = gemm.dgrad(dx, weight)
+        dy = dgrad(dx, weight)
         merged = _layer_norm_backward(NormGradient(dy, normed.view(-1, weight.shape[1]), statistics[1], *vectors))
         gradients.weight("merge_weights[0]", dx, merged.y)
         gradients.norm("merge_norm_weights[0]", "merge_norm_biases[0]", merged)
@@ -187,7 +183,7 @@ def embed_backward(
     gradients.norm("norm_weight", "norm_bias", norm)
     gradients.sums({"embed_bias": norm.dx_sum})
     gradients.weight("embed_weight", norm.dx, pixels)
-    return gemm.dgrad(norm.dx, embed_weight) if "structure" in gradients else None
+    return dgrad(norm.dx, embed_weight) if "structure" in gradients else None
 
 
 def place_tokens(
@@ -251,7 +247,7 @@ def linear_l1_backward(grad: Tensor, a: Any, weight: Tensor, differences: Tensor
     # The gemms take signs, exact in every dtype, and the scalar multiplies their results.
     grad, s = grad * a.factor, differences.to(weight.dtype)
     if "x" in gradients:
-        dx = gemm.dgrad(s, weight).to(grad.dtype) * grad
+        dx = dgrad(s, weight).to(grad.dtype) * grad
         gradients["x"] = dx if a.packed else scattered(dx, a.x, a.rows)
     if "weight" in gradients:
         gradients["weight"] = gemm.wgrad(s, operand(a, weight.dtype)).to(grad.dtype) * grad

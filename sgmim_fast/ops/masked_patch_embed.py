@@ -116,7 +116,7 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     gradients.sums(sums)
     if "x" in gradients:
         (weight,) = p.weights_in(a.storage, a.weight, last=True)
-        patch, (pixels,) = a.weight.shape[2], p.dgrads([dtokens], [weight.flatten(1)])
+        patch, pixels = a.weight.shape[2], p.dgrad(dtokens, weight.flatten(1))
         gradients["x"] = gather_patches_backward(pixels.to(a.x.dtype), a.visible, a.x.shape, patch, patch, False)
     if "weight" in gradients:
         gradients.weight("weight", dtokens, a.patches())

@@ -16,7 +16,6 @@ from sgmim_fast.ops.primitives import (
     Primitives,
     Request,
     Windows,
-    first_dgrad,
     half_input,
     half_input_backward,
     half_output,
@@ -151,7 +150,7 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     gradients.weight("proj_weight", dout, attended.flatten(0, -2))
     (qkv_weight,) = p.weights_in(storage, a.qkv_weight, last=True)
     (weight,) = scaled_weights(p, a.layer_scale, storage, a.proj_weight, last=True)
-    (dattended,) = p.dgrads([dout], [weight])
+    dattended = p.dgrad(dout, weight)
     del dout
     windows = a.windows(p.weights_in(storage, a.qkv_bias)[0] if a.padded else None)
     wanted = {"qkv", *gradients.wanted}
@@ -159,8 +158,8 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     del dattended
     dqkv = dqkv.flatten(0, -2)
     gradients.sums(sums)
-    dy, added = first_dgrad(p, a, dqkv, qkv_weight, added)
-    y = half_input_backward(p, a, norm, a.rows, dy, added, "qkv_weight", "proj_bias", gradients, storage)
+    names = "qkv_weight", "proj_bias"
+    y = half_input_backward(p, a, norm, a.rows, dqkv, qkv_weight, added, *names, gradients, storage)
     gradients.weight("qkv_weight", dqkv, y)
 
 

@@ -140,7 +140,7 @@ def _backward(p: Primitives, a: Arguments, statistics: list[Tensor], grad: Tenso
         gradients.sums({"bias": p.column_sums([grad])[0]})
     if "x" in gradients or a.norm_weight is not None:
         (weight,) = scaled_weights(p, a.layer_scale, storage, a.weight, last=True)
-        (dy,) = p.dgrads([grad], [weight])
+        dy = p.dgrad(grad, weight)
     y = normalized_backward(p, dy, x, statistics, a, gradients, storage, recompute="weight" in gradients)
     gradients.weight("weight", grad, y)
 

@@ -14,7 +14,6 @@ from sgmim_fast.ops.norm_linear import check_layer_scale, check_norm, fake_norm,
 from sgmim_fast.ops.primitives import (
     Gradients,
     Primitives,
-    first_dgrad,
     half_input,
     half_input_backward,
     half_output,
@@ -110,7 +109,7 @@ def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
 
 
 def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gradients: Gradients) -> None:
-    (pre_activation, *norm), dy = saved, None
+    pre_activation, *norm = saved
     gradients.scaled(a.layer_scale, "fc2_weight", a.fc2_weight, "fc2_bias", a.fc2_bias)
     grad, added = half_output_backward(p, a, norm, grad.flatten(0, -2), pre_activation.dtype, "fc2_bias", gradients)
     (w1,) = p.weights_in(pre_activation.dtype, a.fc1_weight, last=True)
@@ -119,11 +118,8 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     gradients.sums({"fc1_bias": fc1_bias})
     gradients.weight("fc2_weight", grad, activated)
     del activated  # one of the largest tensors here
-    if "x" in gradients or a.norm_weight is not None:
-        dy, added = first_dgrad(p, a, dpre_activation, w1, added)
-    y = half_input_backward(
-        p, a, norm, a.x.flatten(0, -2), dy, added, "fc1_weight", "fc2_bias", gradients, pre_activation.dtype
-    )
+    rows, names = a.x.flatten(0, -2), ("fc1_weight", "fc2_bias")
+    y = half_input_backward(p, a, norm, rows, dpre_activation, w1, added, *names, gradients, pre_activation.dtype)
     gradients.weight("fc1_weight", dpre_activation, y)
 
 

@@ -145,9 +145,9 @@ class Primitives(Protocol):
     def dgrads(self, dys: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
         """dgrad of several layers: dy (n, O) . weight (O, I), all in storage."""
 
-    def dgrad(self, dy: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-        """dgrad of one layer, to which what its input gets elsewhere is added: dy (n, O) . weight (O, I), in storage,
-        + residual (n, I), in the wider dtype of the two; the residual is not rounded."""
+    def dgrad(self, dy: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+        """dgrad of one layer: dy (n, O) . weight (O, I), in storage, + residual (n, I), another gradient of the layer's
+        input, which is not rounded; in the wider dtype of dy and residual."""
 
     def dgrad_gelu(self, dy: Tensor, weight: Tensor, pre_activation: Tensor) -> tuple[Tensor, Tensor, Any]:
         """dgrad through a layer and the GELU before it: returns the gradient of `pre_activation` (n, I), GELU of
@@ -384,7 +384,7 @@ def normalized_backward(
     """Stores the gradients of "x" and of the norm's parameters.
 
     recompute: whether to return the layer's input.
-    residual: added to the gradient of x in the norm's backward; without a norm `first_dgrad` has added it.
+    residual: added to the gradient of x in the norm's backward; only with a norm.
     residual_bias: name of the vector whose gradient is the sum of the residual's rows.
     """
     if a.norm_weight is None:
@@ -444,26 +444,20 @@ def half_output_backward(
     return grad, added if a.residual else None
 
 
-def first_dgrad(
-    p: Primitives, a: Any, dy: Tensor, weight: Tensor, added: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """dgrad of the first layer of a half, plus x's own gradient `added` unless a norm before the layer adds it.
-
-    Returns the gradient and what remains to be added.
-    """
-    if added is None or (a.norm_weight is not None and not a.post_norm):
-        return p.dgrads([dy], [weight])[0], added
-    return p.dgrad(dy, weight, added), None
-
-
 def half_input_backward(
-    p: Primitives, a: Any, saved: list[Tensor], rows: Tensor, dy: Tensor | None, added: Tensor | None,
+    p: Primitives, a: Any, saved: list[Tensor], rows: Tensor, dlayer: Tensor, layer: Tensor, added: Tensor | None,
     weight: str, bias: str, gradients: Gradients, dtype: torch.dtype,
 ) -> Tensor | None:  # fmt: skip
-    """Stores the gradients of "x" and of a pre-norm; returns the first layer's input if `weight` needs it."""
+    """Stores the gradients of "x" and of a pre-norm; returns the first layer's input if `weight` needs it.
+
+    Args:
+        dlayer: gradient of the first layer's result.
+        layer: the first layer's weight.
+        added: the residual's gradient of x, or None.
+    """
     recompute = weight in gradients
-    if a.post_norm:
-        a = a._replace(norm_weight=None)
-    return normalized_backward(
-        p, dy, rows, saved, a, gradients, dtype, recompute=recompute, residual=added, residual_bias=bias
-    )
+    if a.norm_weight is None or a.post_norm:  # there is no pre-norm, whose backward could add it
+        dy = p.dgrad(dlayer, layer, added) if "x" in gradients else None
+        return normalized_backward(p, dy, rows, [], a._replace(norm_weight=None), gradients, dtype, recompute=recompute)
+    dy, options = p.dgrad(dlayer, layer), {"residual": added, "residual_bias": bias}
+    return normalized_backward(p, dy, rows, saved, a, gradients, dtype, recompute=recompute, **options)

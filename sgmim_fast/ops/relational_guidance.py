@@ -207,7 +207,7 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     dpre_activation, activated, fc1_bias = p.dgrad_gelu(grad, w2, s.pre_activation)
     gradients.weight("fc2_weight", grad, activated)
     del activated
-    (dy,) = p.dgrads([dpre_activation], [w1])
+    dy = p.dgrad(dpre_activation, w1)
     norm = NormGradient(dy, s.t, s.out_statistics, w.out_norm_weight, w.out_norm_bias, residual=grad)
     (out,) = p.layer_norms_backward([norm._replace(sum_residual=True, sum_dx=True)])
     gradients.weight("fc1_weight", dpre_activation, out.y)
@@ -217,7 +217,7 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     del dpre_activation, out, norm, dy
     # attention branch
     gradients.weight("proj_weight", dt, s.attended)
-    (dattended,) = p.dgrads([dt], [wproj])
+    dattended = p.dgrad(dt, wproj)
     dq, dk, dv = p.guidance_attention_backward(dattended, s.q, s.k, s.v, s.attended, s.lse, packed)
     del dattended
     dquery, dkey, dvalue = p.dgrads([dq, dk, dv], [wq, wk, wv])

@@ -157,7 +157,7 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     inputs, statistics = saved[: len(weights) - 1], saved[len(weights) - 1 :]
     dx = grad.to(storage).contiguous()
     for i in reversed(range(p.embedded(cells), len(weights))):
-        (dy,) = p.dgrads([dx], [weights[i]])
+        dy = p.dgrad(dx, weights[i])
         vectors = w.merge_norm_weights[i], w.merge_norm_biases[i]
         (norm,) = p.layer_norms_backward([NormGradient(dy, inputs[i - 1], statistics[i + 1], *vectors)])
         gradients.weight(f"merge_weights[{i}]", dx, norm.y)

@@ -165,7 +165,7 @@ def test_the_dtypes_are_those_of_the_library_call(kind, ins, residual, dtype):
     assert_close_to_truth(actual, expected, truth)
     dy = rounded((200, 5 if ins == 63 else 6), kind)
     weight = torch.randn(dy.shape[1], ins)
-    dx = cpu_gemm.dgrad(dy, weight, dtype)
+    dx = cpu_gemm.dgrad(dy, weight, dtype=dtype)
     assert dx.dtype == (dtype or kind)
     assert_close_to_truth(dx, (dy @ weight.to(kind)).to(dtype or kind), dy.double() @ weight.double())
 

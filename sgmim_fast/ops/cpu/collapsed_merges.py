@@ -75,7 +75,7 @@ def backward(
     dz = None
     for i in reversed(range(collapsed)):
         dmatrices[i] = gemm.wgrad(dx, z[i]).float()  # (6), this and the next line
-        above, dz = dz, gemm.dgrad(dx, composed[i + 1].matrix, torch.float32)
+        above, dz = dz, gemm.dgrad(dx, composed[i + 1].matrix, dtype=torch.float32)
         width, below = embedding.w.merge_weights[i].shape[1], inputs[i - 1] if i > 0 else None
         scale, shares = torch.empty(dz.shape[0]), None if i > 0 else torch.empty(dz.shape[0], 4)
         dx = None if below is None else torch.empty_like(below)
@@ -163,7 +163,7 @@ def compose(embedding: Embedding, count: int) -> list[Composed]:
         (outs, ins), (width, columns) = weight.shape, matrix.shape
         centred, constant = torch.empty(outs, ins, dtype=embedding.cells.dtype), torch.empty(outs)
         torch.ops.sgmim_fast_cpu.centre(weight, norm_weight, norm_bias, centred, constant)
-        blocks = gemm.dgrad(centred.view(-1, width), matrix, torch.float32).view(outs, 4, columns)
+        blocks = gemm.dgrad(centred.view(-1, width), matrix, dtype=torch.float32).view(outs, 4, columns)
         last = blocks[..., -1].sum(1, keepdim=True)
         matrix = torch.cat([blocks[..., :-1].flatten(1), last, constant[:, None]], 1)
         composed.append(Composed(matrix, centred))

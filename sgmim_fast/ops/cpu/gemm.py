@@ -83,7 +83,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     return pre_activation, activated
 
 
-def dgrad(dy: Tensor, weight: Tensor, dtype: torch.dtype | None = None, *, residual: Tensor | None = None) -> Tensor:
+def dgrad(dy: Tensor, weight: Tensor, residual: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
     """`gemm.dgrad` for a weight of any dtype; returns `dtype`, by default dy's, or the wider one of dy and residual."""
     dtype = dtype or (dy.dtype if residual is None else torch.promote_types(dy.dtype, residual.dtype))
     if not ours(dy):

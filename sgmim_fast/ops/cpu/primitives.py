@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sgmim_fast.ops._plain import batches_wgrads, finish, operand, scattered  # noqa: F401
 from sgmim_fast.ops.cpu import gemm
-from sgmim_fast.ops.cpu.gemm import dgrad_gelu, linear, linear_gelu, weights_in  # noqa: F401 - primitives
+from sgmim_fast.ops.cpu.gemm import dgrad, dgrad_gelu, linear, linear_gelu, weights_in  # noqa: F401 - primitives
 from sgmim_fast.ops.cpu.structure_embed import embed, embed_backward, embedded  # noqa: F401 - primitives
 from sgmim_fast.ops.primitives import (
     Gradients,
@@ -53,11 +53,7 @@ def linears(xs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def dgrads(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-    return [gemm.dgrad(dy, weight) for dy, weight in zip(dys, weights, strict=True)]
-
-
-def dgrad(dy: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    return gemm.dgrad(dy, weight, residual=residual)
+    return [dgrad(dy, weight) for dy, weight in zip(dys, weights, strict=True)]
 
 
 def wgrads(dys: Sequence[Tensor], xs: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
@@ -212,7 +208,7 @@ def linear_l1_backward(grad: Tensor, a: Any, weight: Tensor, differences: Tensor
         s, sums = torch.empty(differences.shape, dtype=storage), torch.empty(differences.shape[1])
         torch.ops.sgmim_fast_cpu.expand_signs(differences, early, s, sums)
     if "x" in gradients:
-        dx = gemm.dgrad(s, weight)
+        dx = dgrad(s, weight)
         dx = dx if late is None else dx.float().mul_(late)
         gradients["x"] = dx if a.packed else scattered(dx, a.x, a.rows)
     if "weight" in gradients:

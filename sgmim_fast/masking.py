@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,14 +45,18 @@ class SelectiveMask(NamedTuple):
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=non_blocking)
 
-        mask = move(self.mask)
-        if mask is self.mask:
-            return self
-        visible, masked = (Rows(*map(move, rows)) for rows in (self.visible, self.masked))
+        moved = self._map(move, lambda rows: Rows(*map(move, rows)), self.counts)
+        return self if moved.mask is self.mask else moved
+
+    def _map(
+        self, of_mask: Callable[[Tensor], Tensor], of_rows: Callable[[Rows], Rows], counts: tuple[int, ...] | None
+    ) -> SelectiveMask:
+        """Returns the mask with functions applied to its tensors and row lists, to those that are shared only once."""
+        mask, masked, visible = of_mask(self.mask), of_rows(self.masked), of_rows(self.visible)
         if self.shown.index is self.masked.index:
-            return SelectiveMask(mask, mask, visible, masked, masked, self.counts)
-        shown = visible if self.shown.index is self.visible.index else Rows(*map(move, self.shown))
-        return SelectiveMask(mask, move(self.structure), visible, masked, shown, self.counts)
+            return SelectiveMask(mask, mask, visible, masked, masked, counts)
+        shown = visible if self.shown.index is self.visible.index else of_rows(self.shown)
+        return SelectiveMask(mask, of_mask(self.structure), visible, masked, shown, counts)
 
     def on(self, grid: tuple[int, int]) -> SelectiveMask:
         """Returns the same mask on a grid (rows, columns) of cells.
@@ -67,14 +71,9 @@ class SelectiveMask(NamedTuple):
             return self
         if not aligned(own, grid):
             raise ValueError(f"grid is {tuple(grid)}; expected multiples of the mask's own {own}")
-        mask, masked = resize(self.mask, *grid), self.masked.on(own, grid)
-        visible = self.visible.on(own, grid)
         each = grid[0] // own[0] * (grid[1] // own[1])
         counts = None if self.counts is None else tuple(each * count for count in self.counts)
-        if self.shown.index is self.masked.index:
-            return SelectiveMask(mask, mask, visible, masked, masked, counts)
-        shown = visible if self.shown.index is self.visible.index else self.shown.on(own, grid)
-        return SelectiveMask(mask, resize(self.structure, *grid), visible, masked, shown, counts)
+        return self._map(lambda mask: resize(mask, *grid), lambda rows: rows.on(own, grid), counts)
 
     def part(self, first: int, count: int) -> SelectiveMask:
         """Returns the masks of images `first` to `first + count - 1`, views of this one where possible.
@@ -100,12 +99,8 @@ class SelectiveMask(NamedTuple):
             return Rows(index, whole.offsets[: count + 1])
 
         own = slice(first, first + count)
-        mask, masked, visible = self.mask[own], rows(self.masked), rows(self.visible)
         counts = None if self.counts is None else self.counts[own]
-        if self.shown.index is self.masked.index:
-            return SelectiveMask(mask, mask, visible, masked, masked, counts)
-        shown = visible if self.shown.index is self.visible.index else rows(self.shown)
-        return SelectiveMask(mask, self.structure[own], visible, masked, shown, counts)
+        return self._map(lambda mask: mask[own], rows, counts)
 
 
 class DenseMask(NamedTuple):

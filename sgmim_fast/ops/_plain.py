@@ -210,24 +210,15 @@ def place_tokens_backward(
 
 
 def position_bias(a: Any) -> tuple[Tensor, Tensor]:
-    _, hidden, fc2_weight = _hidden_of_position_bias(a)
-    share = (hidden @ fc2_weight.mT).sigmoid()
+    share = (a.hidden()[1] @ a.fc2_weight.to(a.dtype).mT).sigmoid()
     table = a.scale * share
     return table, table * (1 - share)
 
 
 def position_bias_backward(grad: Tensor, slope: Tensor, a: Any) -> tuple[Tensor, Tensor, Tensor]:
-    coordinates, hidden, fc2_weight = _hidden_of_position_bias(a)
-    dlogits = grad * slope
-    dhidden = (dlogits @ fc2_weight).masked_fill_(hidden <= 0, 0)
+    (coordinates, hidden), dlogits = a.hidden(), grad * slope
+    dhidden = (dlogits @ a.fc2_weight.to(a.dtype)).masked_fill_(hidden <= 0, 0)
     return dhidden.mT @ coordinates, dhidden.sum(0), dlogits.mT @ hidden
-
-
-def _hidden_of_position_bias(a: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the coordinates, the hidden features (after ReLU), and the second layer's weight, in one dtype."""
-    coordinates, fc1_weight, fc1_bias, fc2_weight = (t.to(a.dtype) for t in a[:4])
-    coordinates = coordinates.reshape(-1, 2)
-    return coordinates, (coordinates @ fc1_weight.mT + fc1_bias).relu_(), fc2_weight
 
 
 def linear_l1(a: Any, weight: Tensor) -> tuple[Tensor, Tensor]:

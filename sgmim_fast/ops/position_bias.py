@@ -26,6 +26,12 @@ class Arguments(NamedTuple):
         """dtype of the computation and of its result."""
         return sum_dtype(self.fc2_weight.dtype)
 
+    def hidden(self) -> tuple[Tensor, Tensor]:
+        """Returns the coordinates (entries, 2) and the first layer's features after ReLU (entries, hidden)."""
+        coordinates, fc1_weight, fc1_bias = (t.to(self.dtype) for t in self[:3])
+        coordinates = coordinates.reshape(-1, 2)
+        return coordinates, (coordinates @ fc1_weight.mT + fc1_bias).relu_()
+
 
 def position_bias(
     coordinates: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, *, scale: float = 16.0
@@ -71,10 +77,9 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     grad, (slope,) = grad.contiguous(), saved
     gradients["fc1_weight"], gradients["fc1_bias"], gradients["fc2_weight"] = p.position_bias_backward(grad, slope, a)
     if "coordinates" in gradients:  # not in a model, whose coordinates are a buffer
-        layers = (t.to(a.dtype) for t in (a.coordinates.reshape(-1, 2), a.fc1_weight, a.fc1_bias, a.fc2_weight))
-        coordinates, fc1_weight, fc1_bias, fc2_weight = layers
-        inactive = coordinates @ fc1_weight.mT + fc1_bias <= 0
-        gradients["coordinates"] = ((grad * slope) @ fc2_weight).masked_fill_(inactive, 0) @ fc1_weight
+        _, hidden = a.hidden()
+        dhidden = ((grad * slope) @ a.fc2_weight.to(a.dtype)).masked_fill_(hidden <= 0, 0)
+        gradients["coordinates"] = dhidden @ a.fc1_weight.to(a.dtype)
 
 
 def _fake(a: Arguments) -> tuple[Tensor, list[Tensor]]:

@@ -18,7 +18,15 @@ from tqdm import tqdm
 from sgmim_fast.engine import checkpoint, launch, loader, log
 from sgmim_fast.engine.checkpoint import Saved, find
 from sgmim_fast.engine.launch import UNFINISHED, RunLock, Stopped, stopping_at_once
-from sgmim_fast.engine.settings import differences, read_assignments, read_yaml, resolve, to_yaml, with_changes
+from sgmim_fast.engine.settings import (
+    add_arguments,
+    differences,
+    read_assignments,
+    read_yaml,
+    resolve,
+    to_yaml,
+    with_changes,
+)
 from sgmim_fast.engine.task import Task
 from sgmim_fast.engine.trainer import Trainer
 from sgmim_fast.errors import UserError
@@ -56,17 +64,8 @@ class Command:
 
     def add_arguments(self, parser: argparse.ArgumentParser, hint: str) -> None:
         """Adds the options that both commands have. `hint` is appended to the help of --preset."""
-        parser.add_argument("--preset", help=f"recipe to start from: {', '.join(self.presets)} ({hint})")
-        parser.add_argument(
-            "--config", type=Path, metavar="FILE", help="YAML file with settings that override those of the preset"
-        )
-        parser.add_argument(
-            *("--set", "-s"),
-            action="append",
-            default=[],
-            metavar="KEY=VALUE",
-            help="change one setting, for example optim.lr=1e-4; may be repeated",
-        )
+        preset = f"recipe to start from: {', '.join(self.presets)} ({hint})"
+        add_arguments(parser, preset, "optim.lr=1e-4")
         parser.add_argument("--epochs", metavar="N", help="number of epochs")
         parser.add_argument("--batch", metavar="N", help="images per process in each forward and backward pass")
         parser.add_argument("--workers", metavar="N", help="data loading processes per training process")

@@ -5,6 +5,7 @@ A configuration is a frozen dataclass with the field `preset` (str) and with sec
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import types
 import typing
@@ -166,6 +167,21 @@ def read_assignments(assignments: Iterable[str]) -> dict[str, str]:
             raise UserError(f"--set {assignment}: expected SECTION.SETTING=VALUE, like optim.lr=1e-4")
         changes[key.strip()] = value.strip()
     return changes
+
+
+def add_arguments(parser: argparse.ArgumentParser, preset: str, example: str) -> None:
+    """Adds --preset, whose help is `preset`, --config and --set: the arguments of `resolve`."""
+    parser.add_argument("--preset", help=preset)
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML file with settings that override those of the preset"
+    )
+    add_set(parser, example)
+
+
+def add_set(parser: argparse.ArgumentParser, example: str) -> None:
+    """Adds --set, which `read_assignments` reads, with an example in its help."""
+    what = f"change one setting, for example {example}; may be repeated"
+    parser.add_argument("--set", "-s", action="append", default=[], metavar="KEY=VALUE", help=what)
 
 
 def resolve(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sgmim_fast.engine import checkpoint
 from sgmim_fast.engine.launch import create_accelerator
-from sgmim_fast.engine.settings import read_assignments, with_changes
+from sgmim_fast.engine.settings import add_set, read_assignments, with_changes
 from sgmim_fast.errors import UserError
 from sgmim_fast.finetune import build
 from sgmim_fast.finetune.config import Config
@@ -25,13 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", metavar="NAME", help="checkpoint to load, best or for example step-00001000 (default: newest)"
     )
-    parser.add_argument(
-        *("--set", "-s"),
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change one setting, for example evaluation.flip=false; may be repeated",
-    )
+    add_set(parser, "evaluation.flip=false")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics to this file")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw some predictions to this file")
 

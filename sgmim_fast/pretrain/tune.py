@@ -17,17 +17,7 @@ from sgmim_fast.pretrain.config import PRESETS, Config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", help=f"recipe of pretrain to tune for: {', '.join(PRESETS)}")
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="YAML file with settings that override those of the preset"
-    )
-    parser.add_argument(
-        *("--set", "-s"),
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change one setting, for example model.encoder=NAME; may be repeated",
-    )
+    settings.add_arguments(parser, f"recipe of pretrain to tune for: {', '.join(PRESETS)}", "model.encoder=NAME")
     parser.add_argument("--batch", metavar="N", help="images per process in each forward and backward pass")
     parser.add_argument("--precision", metavar="DTYPE", help="float32, bfloat16 or float16")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="device to tune for (default: cuda if available)")

@@ -63,9 +63,7 @@ if backends.triton_interpreted() and importlib.util.find_spec("triton"):
             if interpreter.tl.core.is_builtin(member := getattr(language, name)):
                 interpreter._patch_attr(language, name, member, *args)
 
-    if hasattr(interpreter, "_patch_builtin") and hasattr(
-        interpreter, "_patch_attr"
-    ):  # private: another Triton may lack them
+    if {"_patch_builtin", "_patch_attr"} <= vars(interpreter).keys():  # private: another Triton may lack them
         interpreter._patch_builtin = patch_builtins
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # workers and their subprocesses share the cores

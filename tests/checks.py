@@ -91,7 +91,12 @@ def opcheck(overload: Any, args: Sequence[Any], *, traced: bool) -> None:
     """Checks schema, autograd registration and fake tensors of `overload`, an op's `.default`. If `traced`, also checks
     tracing with dynamic shapes, which takes ten times as long and does not depend on the backend."""
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    torch.library.opcheck(overload, tuple(args), test_utils=tests + ["test_aot_dispatch_dynamic"] * traced)
+    # On a GPU, PyTorch's own kernels add in any order.
+    on_gpu = any(isinstance(arg, Tensor) and arg.is_cuda for arg in args)
+    tolerances = {"rtol": 1e-3, "atol": 1e-4} if on_gpu else {}
+    torch.library.opcheck(
+        overload, tuple(args), test_utils=tests + ["test_aot_dispatch_dynamic"] * traced, **tolerances
+    )
 
 
 def gradcheck64(function: Callable[..., Any], inputs: Sequence[Tensor | None]) -> None:

@@ -160,7 +160,7 @@ def test_nothing_is_read_where_the_target_is_not_valid(backend, device):
 def test_layouts(backend, device, name, layout):
     a = Call("linear_l1", case(channels=3, cell=8, valid=True), device).arguments()
     strided = layouts(getattr(a, name))[layout]
-    calls = (Call("linear_l1", a._replace(**{name: t})) for t in (strided, strided.contiguous()))
+    calls = (Call("linear_l1", a._replace(**{name: t}), device) for t in (strided, strided.contiguous()))
     actual, expected = (gradients(call, call.tensors, cotangent_of(call)) for call in calls)
     # On a GPU another layout selects another kernel, whose threads add other numbers.
     torch.testing.assert_close(actual, expected, rtol=1e-6 if device.type == "cuda" else 0, atol=0)

@@ -113,7 +113,9 @@ def test_compile(place):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     actual, expected = (gradients(f, call.tensors, c) for f, c in ((compiled, cotangent), (call, 2 * cotangent)))
     assert torch.equal(actual[0], 2 * expected[0])
-    assert_same_bits([expected[1], actual[1]])
+    # On a GPU, PyTorch adds the rows of the torch backend's gradients in any order.
+    tolerance = 1e-5 if (place.backend, place.device) == ("torch", "cuda") else 0
+    torch.testing.assert_close(actual[1], expected[1], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("rows", [[0, 99], [3, 3]])

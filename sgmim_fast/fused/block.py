@@ -32,6 +32,15 @@ def norm_mlp(x: Tensor, norm: nn.LayerNorm | None, mlp: Mlp, **options: Any) -> 
     return ops.norm_mlp(x, *layers, **norm_arguments(norm), **options)
 
 
+def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """Returns queries, keys and values (B, heads, N, d) of qkv (B, N, 3 C), as views.
+
+    The backward of `chunk` concatenates rows of three (B, N, C) tensors. That of a permuted `unbind` would stack and
+    transpose them, in two passes with small accesses, which take 5 times as long on an H200.
+    """
+    return tuple([part.unflatten(2, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, 2)])
+
+
 def norm_linear(x: Tensor, norm: nn.LayerNorm | None, weight: Tensor, bias: Tensor | None) -> Tensor:
     return ops.norm_linear(x, weight, bias, **norm_arguments(norm))
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from sgmim_fast import ops
 from sgmim_fast.fused import unmodified
-from sgmim_fast.fused.block import PATH1, PATH2, Fused, norm_arguments, norm_linear, norm_mlp
+from sgmim_fast.fused.block import PATH1, PATH2, Fused, norm_arguments, norm_linear, norm_mlp, split_heads
 from sgmim_fast.fused.unmodified import BIASED, INACTIVE_DROPOUT, LINEAR, MLP, NORM, UNBIASED, Check, Own
 
 # The defaults of `attn_mask` and, in newer versions, `is_causal`. timm's forward passes them on, visible to hooks.
@@ -118,7 +118,11 @@ class EvaBlock(Fused, eva.EvaBlock):
         """Computes the attention half, including its norm."""
         attn = self.attn
         if "qkv" in attn._modules:
-            q, k, v = self._qkv(x).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+            qkv, heads = self._qkv(x), attn.num_heads
+            if attn.q_norm._backward_hooks or attn.k_norm._backward_hooks:  # old ones are called per node of the graph
+                q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+            else:
+                q, k, v = split_heads(qkv, heads)
         else:
             q, k, v = (
                 norm_linear(x, self.norm1, layer.weight, layer.bias).unflatten(2, (attn.num_heads, -1)).transpose(1, 2)

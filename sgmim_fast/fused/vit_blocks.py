@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from sgmim_fast import ops
 from sgmim_fast.fused import unmodified
-from sgmim_fast.fused.block import PATH1, PATH2, Fused, norm_arguments, norm_linear, windows_reason
+from sgmim_fast.fused.block import PATH1, PATH2, Fused, norm_arguments, norm_linear, split_heads, windows_reason
 from sgmim_fast.fused.unmodified import IDENTITY, INACTIVE_DROP_PATH, LINEAR, NORM, UNBIASED, Check, Own
 from sgmim_fast.ops import target
 
@@ -53,8 +53,7 @@ def one_window(
 def _flash(qkv: Tensor, heads: int) -> Tensor:
     """Computes attention (B, N, 3 C) -> (B, N, C) by PyTorch's kernels. Without a bias this is FlashAttention, whose
     tiles do not have to hold all keys."""
-    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(*split_heads(qkv, heads)).transpose(1, 2).flatten(2)
 
 
 BEIT_ATTENTION = unmodified.attention(

@@ -50,9 +50,9 @@ MODULES: dict[str, dict[str, str]] = {
     **dict.fromkeys(("linear_l1", "position_bias", "structure_embed"), _PRIMITIVES),
 }
 
-# Backends of an op that were slower than another backend, or have not been measured. They run only if they are forced,
-# or if `sgmim_fast.tune` found them to be the fastest.
-ASKED_FOR = {(op, "cuda") for op in ("norm_attention", "relational_guidance", "window_attention")}
+# Backends of an op that were slower than another backend. They run only if they are forced, or if `sgmim_fast.tune`
+# found them to be the fastest.
+ASKED_FOR = {("relational_guidance", "cuda")}
 
 OLDEST_TRITON = (3, 4)
 

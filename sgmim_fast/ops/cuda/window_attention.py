@@ -1,8 +1,8 @@
 """The primitives of `window_attention` and `norm_attention` on NVIDIA GPUs, in bfloat16 and float16: the attention of
 csrc/cuda/window_attention.cu, and Triton's for everything else.
 
-It has not run on a GPU yet. It is therefore chosen only by `backends.use("cuda")`, or by `sgmim_fast.tune` where it is
-the fastest.
+On an H200 it takes 0.6 of the time of Triton's kernels in windows of 36 tokens, and less in larger ones
+(benchmarks/NOTES.md).
 """
 
 from __future__ import annotations

@@ -39,9 +39,7 @@ def takes(request: Request) -> tuple[bool, str]:
         if width > MOST_COLUMNS:
             return False, f"rows of {width} numbers; the Triton kernels hold {MOST_COLUMNS} in registers"
     if request.embedding is not None:
-        width, pixels, mergings = request.embedding
-        if mergings == 0:
-            return False, "an encoder stride without patch mergings; the kernel joins the norms of patch and merging"
+        width, pixels, _ = request.embedding
         if width > 1024 or pixels > 256:
             return False, f"a patch embedding of {pixels} pixels to {width}; the kernel takes 256 to 1024 at most"
     if request.window is not None:

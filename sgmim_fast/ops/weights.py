@@ -98,9 +98,9 @@ _SMALL = _BLOCK // 8
 
 @torch.no_grad()
 def _copies(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Cost: reads the weights and writes the copies. Small weights take one launch together. So do large ones, in one
-    or a few launches, if they are many or fill all multiprocessors; else each takes one launch: for the few weights
-    of a layer the joint copy took ten times as long as its traffic.
+    """Cost: reads the weights and writes the copies. Small weights take one launch together. Large ones share it, or a
+    few launches, if they are many or fill all multiprocessors; else each takes one launch: for the few weights of a
+    layer the joint copy took ten times as long as its traffic.
     """
     copies: dict[int, Tensor] = {}
 
@@ -111,8 +111,11 @@ def _copies(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         else:
             copies.update((i, weights[i].to(dtype, memory_format=torch.contiguous_format)) for i in group)
 
-    copy([i for i, weight in enumerate(weights) if weight.numel() <= _SMALL], True)
-    if large := [i for i, weight in enumerate(weights) if weight.numel() > _SMALL]:
-        blocks = sum(-(-weights[i].numel() // _BLOCK) for i in large)
-        copy(large, len(large) > 6 or blocks >= target.target(weights[0].device).multiprocessors)
+    large = [i for i, weight in enumerate(weights) if weight.numel() > _SMALL]
+    blocks = sum(-(-weights[i].numel() // _BLOCK) for i in large)
+    if len(large) > 6 or (large and blocks >= target.target(weights[0].device).multiprocessors):
+        copy(list(range(len(weights))), True)
+    else:
+        copy([i for i, weight in enumerate(weights) if weight.numel() <= _SMALL], True)
+        copy(large, False)
     return [copies[i] for i in range(len(weights))]

@@ -16,7 +16,8 @@ from sgmim_fast.kernels.arithmetic import cast, gelu, gelu_both
 from sgmim_fast.kernels.launch import cdiv, launch, programs_of_rows
 from sgmim_fast.kernels.sums import MOST_ADDED
 
-FLAT = 2048  # elements per program
+FLAT = 2048  # elements per program of the forward
+ROWS, COLUMNS = 2, 1024  # tile of a program of the backward: the fastest of 14 settings measured on an H200
 
 
 @triton.jit
@@ -63,10 +64,12 @@ def gelu_backward(grad: Tensor, pre_activation: Tensor) -> tuple[Tensor, Tensor,
     """
     rows, width = pre_activation.shape
     activated = torch.empty_like(pre_activation)
-    per_program, programs = programs_of_rows(rows, width, pre_activation.device, most=8 * MOST_ADDED)
+    per_program, programs = programs_of_rows(
+        rows, width, pre_activation.device, most=ROWS * MOST_ADDED, columns=COLUMNS, programs=32
+    )
     partials = torch.empty(programs, width, dtype=torch.float32, device=pre_activation.device)
     launch(
-        _gelu_backward_kernel, (cdiv(width, 256), programs), grad, pre_activation, activated, partials, rows, width,
-        per_program, ROWS=8, BLOCK=256,
+        _gelu_backward_kernel, (cdiv(width, COLUMNS), programs), grad, pre_activation, activated, partials, rows, width,
+        per_program, ROWS=ROWS, BLOCK=COLUMNS,
     )  # fmt: skip
     return grad, activated, partials

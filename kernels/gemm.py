@@ -176,9 +176,11 @@ def _add_rows_kernel(x, residual, index, limit, y, rows, width, ROWS: tl.constex
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (n < width)[None, :]
     at = row.to(tl.int64)[:, None] * width + n[None, :]
-    place = inside_of(tl.load(index + row, mask=row < rows, other=0), limit)
+    place = at
+    if index is not None:
+        place = inside_of(tl.load(index + row, mask=row < rows, other=0), limit)[:, None] * width + n[None, :]
     total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    total += tl.load(residual + place[:, None] * width + n[None, :], mask=inside, other=0.0).to(tl.float32)
+    total += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + at, cast(total, y.dtype.element_ty), mask=inside)
 
 
@@ -265,7 +267,7 @@ def _run(
 def _add(product: Tensor, residual: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Returns product + residual[index], or + residual, in `dtype`, in place if that is product's. Cost: 1 launch."""
     y = product if product.dtype == dtype else torch.empty_like(product, dtype=dtype)
-    if index is None:
+    if index is None and product.dtype == residual.dtype == dtype:  # PyTorch's vectorised kernel takes one dtype
         return torch.add(product, residual, out=y)
     rows, width = product.shape
     launch(
@@ -340,7 +342,9 @@ def dgrad(dy: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
     if residual is not None and residual.dtype == dy.dtype and not fused():
         return torch.addmm(residual, dy, weight)
     (dx,) = dgrads([dy], [weight])
-    return dx if residual is None else dx + residual
+    if residual is None:
+        return dx
+    return _add(dx, residual.contiguous(), None, torch.promote_types(dx.dtype, residual.dtype))
 
 
 def dgrad_gelu(dy: Tensor, weight: Tensor, pre_activation: Tensor) -> tuple[Tensor, Tensor, Tensor]:

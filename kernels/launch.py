@@ -97,11 +97,13 @@ def rows_per_program(count: int, device: torch.device, least: int = 8) -> int:
     return max(least, cdiv(count, 2 * target(device).multiprocessors))
 
 
-def programs_of_rows(rows: int, width: int, device: torch.device, most: int) -> tuple[int, int]:
+def programs_of_rows(
+    rows: int, width: int, device: torch.device, *, most: int, columns: int, programs: int = 16
+) -> tuple[int, int]:
     """Returns the rows of each program, a multiple of 32 and at most `most`, and the number of programs along the rows,
-    each with 256 columns, so that there are about 16 programs per multiprocessor.
+    each with `columns` columns, so that there are about `programs` programs per multiprocessor.
     """
-    wanted = max(1, 16 * target(device).multiprocessors // cdiv(width, 256))
+    wanted = max(1, programs * target(device).multiprocessors // cdiv(width, columns))
     each = min(cdiv(max(1, cdiv(rows, wanted)), 32) * 32, most)
     return each, max(1, cdiv(rows, each))
 

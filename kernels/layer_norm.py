@@ -19,8 +19,9 @@ from sgmim_fast.kernels.sums import MOST_ADDED
 from sgmim_fast.ops.primitives import Norm, NormGradient, NormGradients
 from sgmim_fast.ops.target import target
 
-TILE = 1024  # elements of a tensor that a program of the backward holds at a time
-PROGRAMS = 8  # of the backward, per multiprocessor; the best of 10 pairs measured on an H200, at all of Swin-B's widths
+# Block of columns up to -> elements of a tensor that a program of the backward holds at a time, warps, and programs per
+# multiprocessor: the fastest of 27 combinations measured on an H200 for rows of 256, 512 and 768 numbers.
+BACKWARD = {512: (2048, 2, 4), 1 << 14: (1024, 8, 8)}
 
 
 @triton.jit
@@ -106,7 +107,7 @@ def normalise(
         eps,
         ROWS=tile,
         BLOCK=block,
-        num_warps=_warps(block),
+        num_warps=min(max(block // 256, 2), 16),
     )
     return statistics
 
@@ -194,12 +195,13 @@ def layer_norms_backward(gradients: Sequence[NormGradient]) -> list[NormGradient
     ]
     ys = [torch.empty_like(g.dy) if g.recompute else None for g in gradients]
     counts = [g.dy.shape[0] for g in gradients]
-    tile, multiple = max(1, TILE // next_power_of_2(width)), PROGRAMS * target(device).multiprocessors
+    block = next_power_of_2(width)
+    size, warps, programs_each = next(sizes for most, sizes in BACKWARD.items() if block <= most)
+    tile, multiple = max(1, size // block), programs_each * target(device).multiprocessors
     per_program = min(cdiv(max(8, cdiv(sum(counts), multiple)), tile), MOST_ADDED) * tile
     programs = [cdiv(count, per_program) for count in counts]
     wanted = 2 if gradients[0].sum_dx else 1 if gradients[0].sum_residual else 0
     partials = [torch.empty(2 + wanted, n, width, dtype=torch.float32, device=device) for n in programs]
-    block = next_power_of_2(width)
     launch(
         _layer_norm_backward_kernel,
         (sum(programs),),
@@ -222,15 +224,10 @@ def layer_norms_backward(gradients: Sequence[NormGradient]) -> list[NormGradient
         ROWS=tile,
         BLOCK=block,
         SUMS=wanted,
-        num_warps=_warps(block, least=2),
+        num_warps=max(warps, min(block // 512, 16)),
     )
     return [NormGradients(dx, y, *sums) for dx, y, sums in zip(dxs, ys, partials, strict=True)]
 
 
 def _contiguous(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     return tuple([None if t is None else t.contiguous() for t in tensors])
-
-
-def _warps(block: int, least: int = 4) -> int:
-    """Returns warps for about 16 elements of a row per thread and operand."""
-    return min(max(block // 512, least), 16)

@@ -31,6 +31,7 @@ PARTS = {
     "norm_mlp": "",
     "window_attention": "and ((vit and None and dtype2) or grid3-window3-shift3-dtype1)",
     "position_bias": "and not float32",
+    "sums": "and column_sums",
     "token_salience": "and not shape7",
     "model_places": "",
     "every_op": "and partial_gradients and (everything or ragged)",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import pytest
 import torch
 from checks import assert_close_to_truth
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from sgmim_fast import ops
+from sgmim_fast import backends, ops
 from sgmim_fast.ops import GuidanceParameters
 from sgmim_fast.ops.cases import FLOAT32
 
@@ -92,6 +95,20 @@ def test_biases_and_tokens_of_stems(cotangent):
         return torch.where(hidden.to(tokens.device)[:, None], token, tokens)
 
     check(ours, plain, vectors(4, 4), cotangent)
+
+
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 300), st.sampled_from([1, 5, 24, 64, 300, 1030])), max_size=3, min_size=1)
+)
+def test_column_sums(place, shapes):
+    modules = {"torch": "sgmim_fast.ops._plain"} | backends.MODULES["norm_linear"]
+    if place.backend not in modules:
+        pytest.skip(f"{place.backend} has no sums of its own")
+    primitives = importlib.import_module(modules[place.backend])
+    xs = [torch.randn(shape, device=place.device) for shape in shapes]
+    found = primitives.finish(primitives.column_sums(xs), [torch.float32] * len(xs))
+    for x, total in zip(xs, found, strict=True):
+        torch.testing.assert_close(total.view(-1), x.double().sum(0).float(), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("context", ["keep", "drop"])

@@ -38,20 +38,23 @@ _CHOSEN: contextvars.ContextVar[Config | None] = contextvars.ContextVar("sgmim_f
 # fail.
 STACK_SINCE = 3, 9
 STACK = {
-    ("layer_norm._layer_norm_backward_kernel", 2): 8,
-    ("gemm._gemm_kernel", 2): 80,
-    ("gemm._gemm_kernel", 4): 16,
+    ("gemm._gemm_kernel", 2): 96,
+    ("gemm._gemm_kernel", 4): 64,
+    ("large_windows._large_windows_bias_kernel", 2): 56,
+    ("large_windows._large_windows_keys_kernel", 2): 104,
+    ("layer_norm._layer_norm_backward_kernel", 2): 16,
+    ("layer_norm._layer_norm_forward_kernel", 2): 8,
+    ("relational_guidance._relational_guidance_backward_kernel", 2): 184,
     ("relational_guidance._relational_guidance_backward_kernel", 4): 288,
     ("relational_guidance._relational_guidance_forward_kernel", 4): 8,
-    ("structure_embed._structure_embed_backward_kernel", 2): 48,
-    ("structure_embed._structure_embed_backward_kernel", 4): 400,
+    ("structure_embed._structure_embed_backward_kernel", 4): 272,
     ("sums._columns_kernel", 4): 8,
+    ("sums._finish_kernel", 4): 8,
     ("token_salience._columns_kernel", 2): 24,
     ("token_salience._rows_kernel", 4): 8,
-    ("window_attention._window_attention_backward_kernel", 2): 288,
-    ("window_attention._window_attention_backward_kernel", 4): 680,
+    ("window_attention._window_attention_backward_kernel", 2): 632,
+    ("window_attention._window_attention_backward_kernel", 4): 536,
     ("window_attention._window_attention_forward_kernel", 4): 16,
-    ("window_attention._window_attention_keys_kernel", 2): 248,
 }
 # Compute capability, times ten -> maximum shared memory of a block in bytes.
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}

@@ -5,6 +5,7 @@ Plain columns run on fake tensors. In fused columns every Triton launch is recor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from sgmim_fast.ops.target import caught as launches_caught
 # Allocations, views and queries launch nothing.
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh", "alias"}
 FREE |= {"device", "promote_types", "scalar_tensor"}
+ATTENTION = ("window_attention.", "large_windows.")  # files of its Triton kernels
 # Functions that autocast computes in float32 on CUDA but not on a CPU, as far as they occur here (PyTorch's list).
 FLOAT32_ON_CUDA = {F.layer_norm, F.softmax, torch.softmax, Tensor.softmax, F.normalize, F.l1_loss, Tensor.norm}
 
@@ -95,7 +97,7 @@ class Trace(TorchDispatchMode):
         found = Launch(name, moved_by(name, values), operations_of(name, values), dtype)
         if name == "gemm._gemm_kernel":
             found.gemms = tuple(zip(values["rows"], values["outs"], values["ins"], strict=True))
-        elif name.startswith("window_attention.") and found.operations:
+        elif name.startswith(ATTENTION) and found.operations:
             # Do not keep a tensor here: autograd copies a gradient to which there is another reference.
             found.tiles, found.compiled = attention_tiles(name, values), ahead.describe(kernel, args, options)
         self.launches.append(found)
@@ -186,11 +188,8 @@ def moved_by(name: str, a: dict[str, Any]) -> dict[int, float]:
         if gathered is None:
             gathered = a["b"][0] if a["KIND"].value == 2 else a["c"][0]
         only(gathered, a["rows"][0] * gathered.shape[1])
-    elif (
-        name in ("window_attention._window_attention_backward_kernel", "window_attention._window_attention_keys_kernel")
-        and a["softmaxes"] is not None
-    ):
-        only(a["dqkv"], a["dqkv"].numel() * (1 if "dbias" in a else 2) / 3)  # the other kernel writes the other thirds
+    elif name in ("large_windows._large_windows_queries_kernel", "large_windows._large_windows_keys_kernel"):
+        only(a["dqkv"], a["dqkv"].numel() * (1 if "dscale" in a else 2) / 3)  # the other kernel writes the other thirds
     elif name.startswith("structure_embed."):
         only(a["image"][0], a["count"] * a["CHANNELS"] * a["PATCH"] ** 2)
     return found
@@ -198,11 +197,15 @@ def moved_by(name: str, a: dict[str, Any]) -> dict[int, float]:
 
 def attention_tiles(name: str, a: dict[str, Any]) -> tuple[int, int]:
     """Returns the number of tiles of a window attention's launch, and the number of successive gemms in each."""
-    gemms = {"forward": 2, "backward": 3, "keys": 4}[name.split("_")[-2]]
-    if name.endswith("_backward_kernel") and a["softmaxes"] is None:
-        gemms = 5
-    tiles = -(-a["WINDOW_H"] * a["WINDOW_W"] // min(a["QUERIES"], a["KEYS"]))
+    gemms = {"forward": 2, "backward": 5, "queries": 5, "keys": 4, "bias": 2}[name.split("_")[-2]]
+    tokens = a["WINDOW_H"] * a["WINDOW_W"]
+    tiles = math.prod(-(-tokens // side) for side in sides(a))
     return a["windows"] * a["heads"] * tiles, gemms
+
+
+def sides(a: dict[str, Any]) -> tuple[int, int]:
+    """Returns the queries and the keys of a window attention's tile."""
+    return (a["BLOCK"], a["BLOCK"]) if "BLOCK" in a else (a["QUERIES"], a["KEYS"])
 
 
 def operations_of(name: str, a: dict[str, Any]) -> float:
@@ -214,9 +217,9 @@ def operations_of(name: str, a: dict[str, Any]) -> float:
     if name.startswith("relational_guidance."):
         gemms = 2 if "_forward" in name else 7  # the backward computes two of its five gemms twice
         return 2 * gemms * a["q"].numel() * a["cells"]
-    if name.startswith("window_attention.") and "KEYS" in a:  # tiles at the border are computed in full
+    if name.startswith(ATTENTION) and "WINDOW_H" in a:  # tiles at the border are computed in full
         tiles, gemms = attention_tiles(name, a)
-        return 2 * gemms * tiles * a["QUERIES"] * a["KEYS"] * a["BLOCK_D"]
+        return 2 * gemms * tiles * math.prod(sides(a)) * a["BLOCK_D"]
     if name.startswith("structure_embed."):
         pixels = a["CHANNELS"] * a["PATCH"] ** 2
         return 2 * (1 if "_forward" in name else 2) * a["count"] * pixels * a["width"]

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -31,6 +32,8 @@ MOST = 8  # largest number of graphs kept, for different shapes or settings; the
 
 _logger = logging.getLogger("sgmim_fast")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_FACTS = operator.attrgetter("shape", "dtype", "requires_grad")
+_END = object()
 
 
 def capture(
@@ -107,6 +110,14 @@ def capture(
     return CapturedStep(model, optimizer, loss, mask, autocast, scaler, clip, accumulate)
 
 
+class _ModelState(NamedTuple):
+    """A model as a graph sees it."""
+
+    objects: list[Any]  # kept alive, so that no other object has the same identity
+    facts: tuple[list[Any], ...]
+    number: int  # the same for the same state
+
+
 class _Seen(NamedTuple):
     """A step that ran eagerly once."""
 
@@ -155,12 +166,14 @@ class CapturedStep:
         self.captures = 0
         self.reasons: list[str] = []
         self._calls = 0
+        self._count = 0  # number of states of the model so far
         self._misses = {"backward": 0, "update": 0}  # number of successive calls with an unknown key
         self._modules: list[nn.Module] = []
         self._parameters: list[nn.Parameter] = []
         self._values: list[Iterable[Any]] = []  # views of the values in the modules' dictionaries
         self._hooks: list[dict[int, Any]] = []
-        self._identity: tuple[int, ...] | None = None
+        self._buffers: list[Tensor] = []
+        self._states: list[_ModelState] = []  # the last one is that of the last call
         self._known: OrderedDict[Any, _Seen | _Watched | _Recorded] = OrderedDict()
         self._pool: Any = None
         self._written: dict[int, weakref.ref[Tensor]] = {}  # gradients that replays write
@@ -201,10 +214,11 @@ class CapturedStep:
         return self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()  # the caller may capture
 
     def _model_key(self) -> tuple[list[Any], list[Any]]:
-        """Returns the objects that a graph keeps alive, and the graph's key: their identities and properties."""
-        objects = self._objects()
-        identity = tuple(map(id, objects))
-        if identity != self._identity:  # a module may have been replaced
+        """Returns the objects that a graph keeps alive, and the graph's key, which stands for their identities and
+        properties."""
+        last = self._states[-1] if self._states else None
+        if last is None or not self._has(last.objects):  # a module may have been replaced
+            last = None
             roots = [x for x in (self.model, self.loss) if isinstance(x, nn.Module)]
             self._modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
             parameters = [p for root in roots for p in root.parameters()]
@@ -215,17 +229,30 @@ class CapturedStep:
             parts = ((m.__dict__, m._modules, m._parameters, m._buffers) for m in self._modules)
             self._values = [part.values() for module in parts for part in module]
             self._hooks = [getattr(m, name) for m in self._modules for name in _HOOKS]
-            objects = self._objects()
-            self._identity = identity = tuple(map(id, objects))
-        facts: list[Any] = [*map(len, self._hooks), *map(Tensor.data_ptr, self._parameters)]
-        for p in self._parameters:
-            facts += p.shape, p.dtype, p.requires_grad, _has_hooks(p)
-        facts += [b.data_ptr() for m in self._modules for b in m._buffers.values() if b is not None]
-        scaling = _scaling(self.scaler)
-        return [*objects, *scaling], [identity, *map(_by_identity, scaling), *facts]
+            self._buffers = [b for m in self._modules for b in m._buffers.values() if b is not None]
+        state, facts, scaling = last, self._facts(), _scaling(self.scaler)
+        if state is None or facts != state.facts:
+            state = next((s for s in self._states if facts == s.facts and self._has(s.objects)), None)
+            if state is None:
+                self._count += 1
+                state = _ModelState([*self._objects()], facts, self._count)
+            self._states = [*(s for s in self._states if s is not state), state][-MOST:]
+        return [state.objects, *scaling], [state.number, *map(_by_identity, scaling)]
 
-    def _objects(self) -> list[Any]:
-        return [*map(type, self._modules), *chain.from_iterable(self._values)]
+    def _facts(self) -> tuple[list[Any], ...]:
+        """Returns properties that may change while the objects are the same."""
+        parameters, buffers = self._parameters, self._buffers
+        addresses = [*map(Tensor.data_ptr, parameters), *map(Tensor.data_ptr, buffers)]
+        return [*map(len, self._hooks)], [*map(_has_hooks, parameters)], [*map(_FACTS, parameters)], addresses
+
+    def _objects(self) -> Iterator[Any]:
+        """Iterates over the modules' classes and the values of their dictionaries. The end is marked, so that none of
+        two sequences that are compared may be longer."""
+        return chain(map(type, self._modules), chain.from_iterable(self._values), [_END])
+
+    def _has(self, objects: list[Any]) -> bool:
+        """Whether the objects are the same as before. There are ten thousand, so nothing else is done with them."""
+        return all(map(operator.is_, self._objects(), objects))
 
     def _update_key(self) -> tuple[list[Any], list[Any]]:
         """Returns the same as `_model_key` for the optimizer's step."""

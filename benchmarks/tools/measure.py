@@ -97,6 +97,7 @@ def interleaved(
     progress: Callable[[str], None] = lambda detail: None,
     on_round: Callable[[dict[str, list[float]]], None] = lambda times: None,
     host: dict[str, list[float]] | None = None,
+    calls: int = 1,
 ) -> dict[str, list[float]]:
     """Times the steps in turn, so that a slow phase of the machine affects all of them alike. Returns the seconds of
     each call.
@@ -105,7 +106,8 @@ def interleaved(
     that round alone exceeds `seconds`, it is the only one and is recorded. The steps must therefore have run before.
 
     on_round: called after each round with the times so far, in case a time limit ends the run. host: filled with the
-    seconds until each call returns, which on a GPU is before its work is done.
+    seconds until each call returns, which on a GPU is before its work is done. calls: number of successive calls of a
+    step of which each time is the mean. On a GPU the host runs ahead of them, as in a training loop.
     """
     evict = torch.empty(32 << 20, device=device) if device == "cuda" else None
 
@@ -114,14 +116,15 @@ def interleaved(
             evict.zero_()  # writes 128 MiB, which evicts the L2 cache
         synchronize(device)
         start = time.perf_counter()
-        step()
+        for _ in range(calls):
+            step()
         if host is not None:
-            host.setdefault(name, []).append(time.perf_counter() - start)
+            host.setdefault(name, []).append((time.perf_counter() - start) / calls)
         synchronize(device)
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / calls
 
     first = {name: [once(name, step)] for name, step in steps.items()}
-    total = sum(times[0] for times in first.values())
+    total = calls * sum(times[0] for times in first.values())
     on_round(first)
     if total > seconds:
         return first

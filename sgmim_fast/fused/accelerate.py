@@ -38,7 +38,7 @@ def accelerate(encoder: nn.Module) -> nn.Module:
     unmodified. A half of a block runs as in timm if it has hooks of any kind, adapters, a `forward` that was replaced
     in a module or its class since import, parametrizations, parameters that are tensor subclasses or of several dtypes,
     active dropout, attention masks, norms of queries and keys, or another activation; attention also does so in windows
-    of more than 256 tokens (64 in float32) on a GPU. The whole block runs as in timm if the device has no kernels for
+    of more than 1024 tokens (64 in float32) on a GPU. The whole block runs as in timm if the device has no kernels for
     the dtype (e.g. float64 on a GPU), with hooks on all modules, and under torch.jit.trace, torch.fx, torch.func's
     transforms and forward-mode differentiation. The only undetected change is one of an `attn_mask` in place, after
     torch.compile, or on a GPU through `.data`.

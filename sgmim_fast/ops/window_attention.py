@@ -106,8 +106,9 @@ def check_windows(channels: int, windows: Windows) -> None:
 
 
 def most_tokens_on_a_gpu(dtype: torch.dtype) -> int:
-    """Returns the Triton kernels' limit of tokens per window: a tile holds whole rows of logits in registers."""
-    return 64 if dtype == torch.float32 else 256
+    """Returns the Triton kernels' limit of tokens per window. In float32, whose gemms run on the scalar units, it is
+    one tile; larger windows are left to PyTorch's own attention."""
+    return 64 if dtype == torch.float32 else 1024
 
 
 def factor(logit_scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -152,9 +152,17 @@ def test_gradient_of_the_logit_scale(place):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("grid", "window", "shift"),
-    [((12, 12), (6, 6), (3, 3)), ((8, 8), (8, 8), (0, 0)), ((14, 14), (7, 7), (3, 3)), ((13, 10), (6, 6), (3, 3))],
+    [
+        ((12, 12), (6, 6), (3, 3)),
+        ((8, 8), (8, 8), (0, 0)),
+        ((14, 14), (7, 7), (3, 3)),
+        ((13, 10), (6, 6), (3, 3)),
+        ((9, 13), (9, 9), (4, 4)),
+    ],
 )
 def test_swin_windows(place, grid, window, shift, dtype, cosine):
+    if place.backend == "triton" and dtype == torch.float32 and window[0] * window[1] > 64:
+        pytest.skip("the Triton kernels hold 64 tokens in float32")
     hottest = 5.0 if cosine else None  # it is clamped from 4.6 on
     check(place, dtype, shape=(2, *grid), width=32, window=window, shift=shift, hottest=hottest)
 
@@ -269,9 +277,9 @@ def test_what_triton_leaves_to_others():
     qkv = torch.zeros(1, 2, 2, 3 * 256)
     assert reason(qkv, window=(8, 8)) is None and reason(qkv.half()) is None
     assert "windows of 65 tokens; the Triton kernels hold 64 in torch.float32" in reason(qkv, window=(1, 65))
-    assert "windows of 272 tokens" in reason(qkv.bfloat16(), window=(17, 16))
+    assert "windows of 1056 tokens" in reason(qkv.bfloat16(), window=(33, 32))
     assert "heads of 256 channels" in reason(qkv, heads=1, window=(8, 8))
     assert "dtype torch.float64" in reason(qkv.double())
     # Accelerated blocks use this condition: otherwise timm's attention is preferred to plain PyTorch's here.
     elsewhere = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
-    assert not windows_reason(elsewhere, 256) and windows_reason(elsewhere, 257)
+    assert not windows_reason(elsewhere, 1024) and windows_reason(elsewhere, 1025)

@@ -30,6 +30,7 @@ from sgmim_fast.kernels import gemm as kernel_gemm
 from sgmim_fast.ops import gemm
 from sgmim_fast.ops.target import Target
 from sgmim_fast.ops.target import caught as launches_caught
+from sgmim_fast.visible import MIN_TOKENS
 
 # Allocations, views and queries launch nothing.
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh", "alias"}
@@ -309,6 +310,8 @@ def visible_only(shape: Shape, dtype: torch.dtype, batch: int, target: Target) -
         )
         cells = torch.empty(batch, side, side, dtype=torch.bool)
         mask = SelectiveMask(cells, cells, visible, masked, masked, (shape.visible,) * batch)
+        # A GPU decodes larger pieces of a batch than the CPU on which the tensors are.
+        stack.enter_context(mock.patch.dict(MIN_TOKENS, cpu=MIN_TOKENS["cuda"]))
         stack.enter_context(CudaAutocast())
         stack.enter_context(caught(trace, target))
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):

@@ -29,7 +29,7 @@ PARTS = {
     "norm_attention": "and float32",
     "norm_linear": "",
     "norm_mlp": "",
-    "window_attention": "and ((vit and None and dtype2) or grid3-window3-shift3-dtype1)",
+    "window_attention": "and ((vit and None and dtype2) or grid3-window3-shift3-dtype1 or shift4-dtype1-True)",
     "position_bias": "and not float32",
     "sums": "and column_sums",
     "token_salience": "and not shape7",

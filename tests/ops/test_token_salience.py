@@ -89,9 +89,9 @@ def test_huge_logits_are_not_too_large(device):
     assert torch.equal(token_salience(x)[0].cpu(), torch.tensor([0.0, 0.5, 0.5, 0.5, 0.5, 1.0]))
 
 
-def test_equal_tokens_give_zeros(device):
-    if backends.forced() == "torch":
-        pytest.skip("plain PyTorch's gemm rounds equal columns differently")
+def test_equal_tokens_give_zeros(place, device):
+    if place.backend == "torch" or place.interpreted:  # Triton's interpreter multiplies with NumPy
+        pytest.skip("the library's gemm may round equal columns differently")
     for tokens in (1, 6, 7, 64, 100):
         assert not token_salience(torch.randn(2, 1, 24, device=device).expand(2, tokens, 24)).any()
 

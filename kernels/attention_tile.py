@@ -58,7 +58,7 @@ def load_rows(x, image, row, exists, width, start, D: tl.constexpr, BLOCK_D: tl.
 
 
 @triton.jit
-def load_padded(x, pad, image, row, exists, width, start, t, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _load_padded(x, pad, image, row, exists, width, start, t, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """`load_rows`, with `pad` for tokens of the window outside the grid."""
     value = load_rows(x, image, row, exists, width, start, D, BLOCK_D)
     if pad is not None:
@@ -110,8 +110,8 @@ def _inverse_norm(x):
 def load_keys(qkv, pad, image, row, exists, channels, head, t, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Loads keys and values of the tokens t of a window."""
     start = channels + head * D
-    k = load_padded(qkv, pad, image, row, exists, 3 * channels, start, t, N, D, BLOCK_D)
-    v = load_padded(qkv, pad, image, row, exists, 3 * channels, channels + start, t, N, D, BLOCK_D)
+    k = _load_padded(qkv, pad, image, row, exists, 3 * channels, start, t, N, D, BLOCK_D)
+    v = _load_padded(qkv, pad, image, row, exists, 3 * channels, channels + start, t, N, D, BLOCK_D)
     return k, v
 
 

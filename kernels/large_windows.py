@@ -48,6 +48,24 @@ from sgmim_fast.kernels.launch import cdiv
 
 
 @triton.jit
+def _block_of_keys(
+    start, q, q_inverse, q_side, i, qkv, bias, index, pad, window, geometry, head, heads, entries, scale,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFTED: tl.constexpr, COSINE: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Loads keys and values of KEYS tokens from `start`. Returns them, 1 / |k| (see `inverse_norms`), and the logits of
+    the queries q, which are tokens i."""
+    N: tl.constexpr = WINDOW_H * WINDOW_W
+    j = start + tl.arange(0, KEYS)
+    image, row, exists, side = places(window, j, geometry, WINDOW_H, WINDOW_W)
+    k, v = load_keys(qkv, pad, image, row, exists, heads * D, head, j, N, D, BLOCK_D)
+    biases = load_biases(bias, index, head, heads, entries, i, j, N)
+    inverse = inverse_norms(k, COSINE)
+    s = logits(q, k, q_inverse, inverse, q_side, side, biases, scale, j, N, SHIFTED, COSINE, PRECISION)
+    return k, v, inverse, s
+
+
+@triton.jit
 def _large_windows_forward_kernel(
     qkv, bias, index, logit_scale, pad, out, geometry, windows, per_program, heads, entries,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFTED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -66,12 +84,10 @@ def _large_windows_forward_kernel(
         row_sum = tl.zeros([QUERIES], tl.float32)
         total = tl.zeros([QUERIES, BLOCK_D], tl.float32)
         for start in range(0, N, KEYS):
-            j = start + tl.arange(0, KEYS)
-            _, k_row, k_exists, k_side = places(window, j, geometry, WINDOW_H, WINDOW_W)
-            k, v = load_keys(qkv, pad, image, k_row, k_exists, channels, head, j, N, D, BLOCK_D)
-            biases = load_biases(bias, index, head, heads, entries, i, j, N)
-            k_inverse = inverse_norms(k, COSINE)
-            s = logits(q, k, q_inverse, k_inverse, q_side, k_side, biases, scale, j, N, SHIFTED, COSINE, PRECISION)
+            _, v, _, s = _block_of_keys(
+                start, q, q_inverse, q_side, i, qkv, bias, index, pad, window, geometry, head, heads, entries, scale,
+                WINDOW_H, WINDOW_W, SHIFTED, COSINE, D, BLOCK_D, KEYS, PRECISION,
+            )  # fmt: skip
             new_max = tl.maximum(row_max, tl.max(s, 1))
             p = tl.exp(s - new_max[:, None])
             rescale = tl.exp(row_max - new_max)
@@ -105,12 +121,10 @@ def _large_windows_queries_kernel(
         row_sum = tl.zeros([QUERIES], tl.float32)
         delta = tl.zeros([QUERIES], tl.float32)
         for start in range(0, N, KEYS):
-            j = start + tl.arange(0, KEYS)
-            _, k_row, k_exists, k_side = places(window, j, geometry, WINDOW_H, WINDOW_W)
-            k, v = load_keys(qkv, pad, image, k_row, k_exists, channels, head, j, N, D, BLOCK_D)
-            biases = load_biases(bias, index, head, heads, entries, i, j, N)
-            k_inverse = inverse_norms(k, COSINE)
-            s = logits(q, k, q_inverse, k_inverse, q_side, k_side, biases, scale, j, N, SHIFTED, COSINE, PRECISION)
+            _, v, _, s = _block_of_keys(
+                start, q, q_inverse, q_side, i, qkv, bias, index, pad, window, geometry, head, heads, entries, scale,
+                WINDOW_H, WINDOW_W, SHIFTED, COSINE, D, BLOCK_D, KEYS, PRECISION,
+            )  # fmt: skip
             dp = dot(grad, tl.trans(v), tl.zeros([QUERIES, KEYS], tl.float32), PRECISION)
             new_max = tl.maximum(row_max, tl.max(s, 1))
             p = tl.exp(s - new_max[:, None])
@@ -122,12 +136,10 @@ def _large_windows_queries_kernel(
         delta *= inverse_sum
         dq = tl.zeros([QUERIES, BLOCK_D], tl.float32)
         for start in range(0, N, KEYS):
-            j = start + tl.arange(0, KEYS)
-            _, k_row, k_exists, k_side = places(window, j, geometry, WINDOW_H, WINDOW_W)
-            k, v = load_keys(qkv, pad, image, k_row, k_exists, channels, head, j, N, D, BLOCK_D)
-            biases = load_biases(bias, index, head, heads, entries, i, j, N)
-            k_inverse = inverse_norms(k, COSINE)
-            s = logits(q, k, q_inverse, k_inverse, q_side, k_side, biases, scale, j, N, SHIFTED, COSINE, PRECISION)
+            k, v, k_inverse, s = _block_of_keys(
+                start, q, q_inverse, q_side, i, qkv, bias, index, pad, window, geometry, head, heads, entries, scale,
+                WINDOW_H, WINDOW_W, SHIFTED, COSINE, D, BLOCK_D, KEYS, PRECISION,
+            )  # fmt: skip
             dp = dot(grad, tl.trans(v), tl.zeros([QUERIES, KEYS], tl.float32), PRECISION)
             ds = tl.exp(s - row_max[:, None]) * inverse_sum[:, None] * (dp - delta[:, None])
             dq = dot(cast(ds, q.dtype), unit(k, k_inverse, COSINE), dq, PRECISION)

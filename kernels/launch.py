@@ -92,11 +92,6 @@ def _specialized(value: Any) -> Any:
     return kind if kind is float else (kind, value)
 
 
-def rows_per_program(count: int, device: torch.device, least: int = 8) -> int:
-    """Returns the rows of each program in a sum over rows, so that there are two programs per multiprocessor."""
-    return max(least, cdiv(count, 2 * target(device).multiprocessors))
-
-
 def programs_of_rows(
     rows: int, width: int, device: torch.device, *, most: int, columns: int, programs: int = 16
 ) -> tuple[int, int]:

@@ -41,8 +41,8 @@ from sgmim_fast.kernels.attention_tile import (
 from sgmim_fast.kernels.launch import cdiv, launch, next_power_of_2
 from sgmim_fast.kernels.sums import column_sums, finished
 from sgmim_fast.ops.primitives import Windows
+from sgmim_fast.ops.window_attention import ONE_TILE
 
-MOST_TOKENS = 64  # of a window in one tile: as registers allow
 TABLE_BLOCK = 32  # positions of the logits that one program adds to the entries of a bias table
 
 
@@ -177,7 +177,7 @@ def _options(call: WindowCall, dtype: torch.dtype) -> dict[str, Any]:
 
 def window_attention(qkv: Tensor, w: Windows) -> Tensor:
     call = WindowCall(qkv, w)
-    if call.tokens > MOST_TOKENS:
+    if call.tokens > ONE_TILE:
         return large_windows.window_attention(qkv, call)
     out = torch.empty(*qkv.shape[:3], qkv.shape[3] // 3, dtype=qkv.dtype, device=qkv.device)
     call.launch(_window_attention_forward_kernel, *call.inputs, out, **_options(call, qkv.dtype))
@@ -188,7 +188,7 @@ def window_attention_backward(
     grad: Tensor, qkv: Tensor, w: Windows, wanted: Container[str]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     call, grad = WindowCall(qkv, w), grad.to(qkv.dtype).contiguous()
-    if call.tokens > MOST_TOKENS:
+    if call.tokens > ONE_TILE:
         dqkv, sums, dpad = large_windows.window_attention_backward(grad, qkv, call, wanted)
     else:
         dqkv, sums, dpad = _backward(grad, qkv, call, wanted)

@@ -15,6 +15,7 @@ from sgmim_fast.ops.primitives import Gradients, Primitives, Request, Windows
 
 APART = -100.0  # added to logits between tokens that are neighbours only by the cyclic shift, as in timm
 MAX_LOGIT_SCALE = math.log(1.0 / 0.01)
+ONE_TILE = 64  # most tokens of a window that a GPU's kernel holds in one tile
 TINY = 1e-12  # lower bound of the norm of a vector whose cosine is taken, as in torch.nn.functional.normalize
 
 
@@ -108,7 +109,7 @@ def check_windows(channels: int, windows: Windows) -> None:
 def most_tokens_on_a_gpu(dtype: torch.dtype) -> int:
     """Returns the Triton kernels' limit of tokens per window. In float32, whose gemms run on the scalar units, it is
     one tile; larger windows are left to PyTorch's own attention."""
-    return 64 if dtype == torch.float32 else 1024
+    return ONE_TILE if dtype == torch.float32 else 1024
 
 
 def factor(logit_scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -102,20 +102,15 @@ def _copies(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     few launches, if they are many or fill all multiprocessors; else each takes one launch: for the few weights of a
     layer the joint copy took ten times as long as its traffic.
     """
+    large = [weight.numel() for weight in weights if weight.numel() > _SMALL]
+    blocks = sum(-(-size // _BLOCK) for size in large)
+    joint = len(large) > 6 or (large and blocks >= target.target(weights[0].device).multiprocessors)
+    together = [i for i, weight in enumerate(weights) if joint or weight.numel() <= _SMALL]
     copies: dict[int, Tensor] = {}
-
-    def copy(group: list[int], many: bool) -> None:
-        if many and len(group) > 1:
-            copies.update((i, torch.empty(weights[i].shape, dtype=dtype, device=weights[i].device)) for i in group)
-            torch._foreach_copy_([copies[i] for i in group], [weights[i] for i in group])
-        else:
-            copies.update((i, weights[i].to(dtype, memory_format=torch.contiguous_format)) for i in group)
-
-    large = [i for i, weight in enumerate(weights) if weight.numel() > _SMALL]
-    blocks = sum(-(-weights[i].numel() // _BLOCK) for i in large)
-    if len(large) > 6 or (large and blocks >= target.target(weights[0].device).multiprocessors):
-        copy(list(range(len(weights))), True)
-    else:
-        copy([i for i, weight in enumerate(weights) if weight.numel() <= _SMALL], True)
-        copy(large, False)
-    return [copies[i] for i in range(len(weights))]
+    if len(together) > 1:
+        copies = {i: torch.empty(weights[i].shape, dtype=dtype, device=weights[i].device) for i in together}
+        torch._foreach_copy_(list(copies.values()), [weights[i] for i in together])
+    return [
+        copies[i] if i in copies else weight.to(dtype, memory_format=torch.contiguous_format)
+        for i, weight in enumerate(weights)
+    ]

@@ -7,6 +7,7 @@ On an H200 it takes 0.6 of the time of Triton's kernels in windows of 36 tokens,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Container
 from typing import Any
 
@@ -39,9 +40,15 @@ def takes(request: Request) -> tuple[bool, str]:
         return False, f"heads of {width} channels; the CUDA kernel takes {' and '.join(map(str, MOST_TOKENS))}"
     if tokens > MOST_TOKENS[width]:
         return False, f"windows of {tokens} tokens; the CUDA kernel holds {MOST_TOKENS[width]} with {width} channels"
-    needed = torch.ops.sgmim_fast_cuda.window_attention_memory(tokens, width, True)
+    needed = _constant("memory", tokens, width, True)
     most = torch.cuda.get_device_properties().shared_memory_per_block_optin
     return needed <= most, f"windows of {tokens} tokens need {needed} bytes of shared memory; this GPU has {most}"
+
+
+@functools.cache
+def _constant(name: str, *sizes: int) -> int:
+    """Returns a constant of the library's kernels for these sizes, without a call of the library each time."""
+    return getattr(torch.ops.sgmim_fast_cuda, f"window_attention_{name}")(*sizes)
 
 
 def window_attention(qkv: Tensor, w: Windows) -> Tensor:
@@ -81,7 +88,7 @@ def _arguments(qkv: Tensor, w: Windows, backward: bool) -> tuple[list[Any], int,
     padded = height % h > 0 or width % across > 0
     tokens, depth, windows = h * across, qkv.shape[3] // 3 // w.heads, qkv.shape[0] * down * right
     groups = _groups(qkv.device, tokens, depth, w.heads, windows, backward)
-    size = torch.ops.sgmim_fast_cuda.window_attention_spread(tokens, w.heads)
+    size = _constant("spread", tokens, w.heads)
     vectors = [None if t is None else t.float().contiguous() for t in (w.bias, w.logit_scale)]
     index = None if w.index is None else w.index.contiguous()
     pad = _aligned(w.pad.to(qkv.dtype)) if padded and w.pad is not None else None
@@ -99,7 +106,7 @@ def _groups(device: torch.device, tokens: int, depth: int, heads: int, windows: 
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         multiprocessors, memory = properties.multi_processor_count, properties.shared_memory_per_multiprocessor
-    blocks = torch.ops.sgmim_fast_cuda.window_attention_blocks(tokens, depth, backward, memory)
+    blocks = _constant("blocks", tokens, depth, backward, memory)
     each = -(-windows // max(1, multiprocessors * blocks // heads))
     return -(-windows // max(1, each))
 

@@ -10,11 +10,20 @@
 namespace sgmim {
 namespace SGMIM_ISA {
 
+// Calls step(i, n, Vectors<N>{}) for all elements [begin, end): N vectors at i, each of n <= LANES elements.
+template <class Step>
+SGMIM_INLINE void for_vectors(int64_t begin, int64_t end, const Step& step) {
+  constexpr int64_t FEW = 4 * LANES;
+  int64_t i = begin;
+  for (; i + FEW <= end; i += FEW) step(i, LANES, Vectors<4>{});
+  for (; i < end; i += LANES) step(i, part(i, end), Vectors<1>{});
+}
+
 template <class T>
 void gelu_range(const T* x, T* y, int64_t begin, int64_t end) {
-  int64_t i = begin;
-  for (; i + LANES <= end; i += LANES) store(y + i, gelu_at<T>(load(x + i)).value);
-  if (i < end) store_tail(y + i, gelu_at<T>(load_tail(x + i, end - i)).value, end - i);
+  for_vectors(begin, end, [&](int64_t i, int64_t n, auto like) SGMIM_INLINE_LAMBDA {
+    store_vectors(y + i, gelu_at<T>(load_vectors<decltype(like)>(x + i, n)).value, n);
+  });
 }
 
 // x: (rows, width), the pre-activation. Replaces dy by dx, recomputes y = GELU(x), and adds dx to the column sums.
@@ -22,21 +31,14 @@ template <class T>
 void gelu_backward_rows(const T* x, T* dy, T* y, float* sums, int64_t width, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const int64_t at = r * width;
-    int64_t i = 0;
-    for (; i + LANES <= width; i += LANES) {
-      const Gelu here = gelu_at<T>(load(x + at + i));
-      const vf dx = load(dy + at + i) * here.derivative;
-      store(y + at + i, here.value);
-      store(dy + at + i, dx);
-      store(sums + i, load(sums + i) + dx);
-    }
-    if (const int64_t n = width - i; n > 0) {
-      const Gelu here = gelu_at<T>(load_tail(x + at + i, n));
-      const vf dx = load_tail(dy + at + i, n) * here.derivative;
-      store_tail(y + at + i, here.value, n);
-      store_tail(dy + at + i, dx, n);
-      store_tail(sums + i, load_tail(sums + i, n) + dx, n);
-    }
+    for_vectors(0, width, [&](int64_t i, int64_t n, auto like) SGMIM_INLINE_LAMBDA {
+      using V = decltype(like);
+      const auto here = gelu_at<T>(load_vectors<V>(x + at + i, n));
+      const V dx = load_vectors<V>(dy + at + i, n) * here.derivative;
+      store_vectors(y + at + i, here.value, n);
+      store_vectors(dy + at + i, dx, n);
+      store_vectors(sums + i, load_vectors<V>(sums + i, n) + dx, n);
+    });
   }
 }
 

@@ -1,4 +1,4 @@
-// GELU and its derivative for a vector. Included once per instruction set, after vec.h.
+// GELU and its derivative. Included once per instruction set, after norm_row.h.
 //
 // With cdf and pdf of the normal distribution, GELU(x) = x cdf(x), and its derivative is cdf(x) + x pdf(x). For y = |x|
 // let tail = cdf(-y) = e^(-y^2/2) R(y). R is a polynomial in 1 / (y + k) over 0 <= y <= 12.5, made for this file by a
@@ -7,28 +7,76 @@
 namespace sgmim {
 namespace SGMIM_ISA {
 
+// N vectors, side by side. An operation applies to all of them before the next one follows: the instructions of one
+// vector wait for each other, and a processor looks ahead too little to overlap whole vectors by itself.
+template <int N>
+struct Vectors {
+  vf v[N];
+
+  template <class F>
+  static SGMIM_INLINE_LAMBDA inline Vectors each(const F& f) {
+    Vectors result;
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) result.v[i] = f(i);
+    return result;
+  }
+};
+
+#define SGMIM_VECTORS_OPERATOR(op)                                                   \
+  template <int N>                                                                   \
+  SGMIM_INLINE Vectors<N> operator op(const Vectors<N>& a, const Vectors<N>& b) {    \
+    return Vectors<N>::each([&](int i) SGMIM_INLINE_LAMBDA { return a.v[i] op b.v[i]; }); \
+  }                                                                                  \
+  template <int N>                                                                   \
+  SGMIM_INLINE Vectors<N> operator op(const Vectors<N>& a, float b) {                \
+    return Vectors<N>::each([&](int i) SGMIM_INLINE_LAMBDA { return a.v[i] op b; }); \
+  }                                                                                  \
+  template <int N>                                                                   \
+  SGMIM_INLINE Vectors<N> operator op(float a, const Vectors<N>& b) {                \
+    return Vectors<N>::each([&](int i) SGMIM_INLINE_LAMBDA { return a op b.v[i]; }); \
+  }
+SGMIM_VECTORS_OPERATOR(+)
+SGMIM_VECTORS_OPERATOR(-)
+SGMIM_VECTORS_OPERATOR(*)
+SGMIM_VECTORS_OPERATOR(/)
+#undef SGMIM_VECTORS_OPERATOR
+
+// Loads and stores of N consecutive vectors, each of n <= LANES elements (fewer only for N = 1).
+template <class V, class T>
+SGMIM_INLINE V load_vectors(const T* from, int64_t n) {
+  return V::each([&](int i) SGMIM_INLINE_LAMBDA { return load_part(from + i * LANES, n); });
+}
+
+template <int N, class T>
+SGMIM_INLINE void store_vectors(T* to, const Vectors<N>& from, int64_t n) {
+  for (int i = 0; i < N; ++i) store_part(to + i * LANES, from.v[i], n);
+}
+
+template <int N>
 struct Gelu {
-  vf value, derivative;
+  Vectors<N> value, derivative;
 };
 
 // The relative error of the tail before rounding is 1.5e-8 for float32 and 3e-4, a tenth of an ulp, for bfloat16.
-template <class T>
-SGMIM_INLINE Gelu gelu_at(vf x) {
+template <class T, int N>
+SGMIM_INLINE Gelu<N> gelu_at(const Vectors<N>& x) {
+  using V = Vectors<N>;
   constexpr bool coarse = sizeof(T) == 2;
-  const vf y = vmin(set1(12.5f), vabs(x));  // beyond, the tail is below 1e-35; in this order NaN stays NaN
-  const vf power = y * y * -0.7213475204f;  // e^(-y^2/2) = 2^power
-  const vf shifted = power + 12582912.0f;   // 1.5 * 2^23: the low mantissa bits are the rounded power
-  const vf r = power - (shifted - 12582912.0f);
-  vf e, ratio;
+  // Beyond 12.5, the tail is below 1e-35. In this order of vmin's arguments NaN stays NaN.
+  const V y = V::each([&](int i) SGMIM_INLINE_LAMBDA { return vmin(set1(12.5f), vabs(x.v[i])); });
+  const V power = y * y * -0.7213475204f;  // e^(-y^2/2) = 2^power
+  const V shifted = power + 12582912.0f;   // 1.5 * 2^23: the low mantissa bits are the rounded power
+  const V r = power - (shifted - 12582912.0f);
+  V e, ratio;
   if (coarse) {
-    e = coarse_exp2(r);
-    const vf s = rough_inverse(y + 2.0f);
-    ratio = set1(-2.0119242668f) * s + 1.9618414640f;
+    e = V::each([&](int i) SGMIM_INLINE_LAMBDA { return coarse_exp2(r.v[i]); });
+    const V far = y + 2.0f, s = V::each([&](int i) SGMIM_INLINE_LAMBDA { return rough_inverse(far.v[i]); });
+    ratio = -2.0119242668f * s + 1.9618414640f;
     ratio = ratio * s + 0.7182267904f;
     ratio = ratio * s + 0.4016831517f;
-    ratio *= s;
+    ratio = ratio * s;
   } else {
-    e = set1(0.0001534580224f) * r + 0.001339993090f;
+    e = 0.0001534580224f * r + 0.001339993090f;
     e = e * r + 0.009618489072f;
     e = e * r + 0.05550328642f;
     e = e * r + 0.2402264625f;
@@ -36,8 +84,8 @@ SGMIM_INLINE Gelu gelu_at(vf x) {
     e = e * r + 1.0f;
     // A division, whose latency memory accesses hide. An approximate reciprocal would not do: t amplifies the error of
     // s too much near x = 0.
-    const vf s = 1.0f / (y + 4.75f), t = (y - 4.75f) * s;
-    ratio = set1(-0.001306835445575f) * t + 0.000225932846661f;
+    const V s = 1.0f / (y + 4.75f), t = (y - 4.75f) * s;
+    ratio = -0.001306835445575f * t + 0.000225932846661f;
     ratio = ratio * t + 0.0115433027967811f;
     ratio = ratio * t + -0.0506286732852459f;
     ratio = ratio * t + 0.13810686767101f;
@@ -45,14 +93,14 @@ SGMIM_INLINE Gelu gelu_at(vf x) {
     ratio = ratio * t + 0.472064435482025f;
     ratio = ratio * t + -0.653589367866516f;
     ratio = ratio * t + 0.766416311264038f;
-    ratio *= s;
+    ratio = ratio * s;
   }
-  e = (vf)((vi)e + ((vi)shifted << 23));
-  Gelu result;
-  result.value = vmax(set1(0.0f), x) - y * (e * ratio);
-  const vf outer = e * (ratio - 0.3989422804f * y);
-  result.derivative = x > 0.0f ? 1.0f - outer : outer;
-  return result;
+  e = V::each([&](int i) SGMIM_INLINE_LAMBDA { return (vf)((vi)e.v[i] + ((vi)shifted.v[i] << 23)); });
+  const V positive = V::each([&](int i) SGMIM_INLINE_LAMBDA { return vmax(set1(0.0f), x.v[i]); });
+  const V outer = e * (ratio - 0.3989422804f * y);
+  return {
+      positive - y * (e * ratio),
+      V::each([&](int i) SGMIM_INLINE_LAMBDA { return x.v[i] > 0.0f ? 1.0f - outer.v[i] : outer.v[i]; })};
 }
 
 }  // namespace SGMIM_ISA

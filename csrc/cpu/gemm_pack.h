@@ -6,7 +6,7 @@ namespace SGMIM_ISA {
 SGMIM_INLINE vu half_bits(const Bf16* p) {
   vh h;
   __builtin_memcpy(&h, p, sizeof h);
-  return __builtin_convertvector(h, vu);
+  return widen(h);
 }
 
 SGMIM_INLINE vu half_bits(const float* p) {
@@ -31,7 +31,7 @@ SGMIM_INLINE void pack_rows(const S* from, int64_t row_stride, int64_t rows, int
     const S* row = from + r * row_stride;
     int64_t next = row_stride;
     for (int64_t u = 0; u < UNIT<T>; ++u)  // rows may be pages apart
-      for (int64_t i = 0; i < WIDTH; i += 64 / sizeof(S)) __builtin_prefetch(row + (8 + u) * row_stride + i);
+      for (int64_t i = 0; i < WIDTH; i += 64 / sizeof(S)) __builtin_prefetch(row + (32 + u) * row_stride + i);
     if (n < WIDTH || r + UNIT<T> > rows) {  // go through a buffer that has zeros past the matrix
       for (int64_t u = 0; u < UNIT<T>; ++u) {
         if (r + u < rows)

@@ -91,38 +91,64 @@ SGMIM_INLINE void prefetch(
   }
 }
 
+// Applies the epilogue to N vectors of each row, from `column` on, of which each has n elements.
+template <int N, class X, class Y>
+SGMIM_INLINE void epilogue_vectors(
+    const EpilogueArgs& e, int64_t outs, int64_t chunk, int64_t first, int64_t rows, int64_t column, int64_t n,
+    const float* sums) {
+  using V = Vectors<N>;
+  const auto read = [&](const auto* from) SGMIM_INLINE_LAMBDA { return load_vectors<V>(from, n); };
+  const auto write = [&](auto* to, const V& from) SGMIM_INLINE_LAMBDA { store_vectors(to, from, n); };
+  V total = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t at = (first + r) * outs + column;
+    V sum = read(sums + r * PANEL);
+    Y* y = static_cast<Y*>(e.y) + at;
+    X* activated = static_cast<X*>(e.activated) + at;
+    if (e.kind == Epilogue::gelu_backward) {
+      const Gelu<N> here = gelu_at<X>(read(static_cast<const X*>(e.pre_activation) + at));
+      sum = sum * here.derivative;
+      total = total + sum;
+      write(activated, here.value);
+      write(y, sum);
+      continue;
+    }
+    if (e.bias) sum = sum + read(e.bias + column);
+    if (e.residual) sum = sum + read(static_cast<const Y*>(e.residual) + at);
+    write(y, sum);
+    if (e.kind == Epilogue::gelu) write(activated, gelu_at<X>(read(y)).value);  // of the rounded y
+  }
+  if (e.kind == Epilogue::gelu_backward) {
+    float* partial = e.partial + chunk * outs + column;
+    write(partial, read(partial) + total);
+  }
+}
+
 // Applies the epilogue to rows [first, first + rows), all of one chunk, and columns [column, column + width), whose
 // accumulators are `sums`, (rows, PANEL).
 template <class X, class Y>
 SGMIM_INLINE void epilogue(
     const EpilogueArgs& e, int64_t outs, int64_t chunk, int64_t first, int64_t rows, int64_t column, int64_t width,
     const float* sums) {
-  for (int64_t i = 0; i < width; i += LANES) {
-    const int64_t n = part(i, width);
-    vf total = {};
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t at = (first + r) * outs + column + i;
-      vf sum = load(sums + r * PANEL + i);
-      Y* y = static_cast<Y*>(e.y) + at;
-      X* activated = static_cast<X*>(e.activated) + at;
-      if (e.kind == Epilogue::gelu_backward) {
-        const Gelu here = gelu_at<X>(load_part(static_cast<const X*>(e.pre_activation) + at, n));
-        sum *= here.derivative;
-        total += sum;
-        store_part(activated, here.value, n);
-        store_part(y, sum, n);
-        continue;
-      }
-      if (e.bias) sum += load_part(e.bias + column + i, n);
-      if (e.residual) sum += load_part(static_cast<const Y*>(e.residual) + at, n);
-      store_part(y, sum, n);
-      if (e.kind == Epilogue::gelu) store_part(activated, gelu_at<X>(load_part(y, n)).value, n);  // of the rounded y
+  if (width == PANEL) return epilogue_vectors<TILE_VECTORS, X, Y>(e, outs, chunk, first, rows, column, LANES, sums);
+  for (int64_t i = 0; i < width; i += LANES)
+    epilogue_vectors<1, X, Y>(e, outs, chunk, first, rows, column + i, part(i, width), sums + i);
+}
+
+// The epilogue of a whole tile in registers, `sum`, at y: bias and residual, each TILE_VECTORS vectors per row.
+template <class Y, bool RESIDUAL>
+SGMIM_INLINE void register_epilogue(
+    const float* bias, const Y* residual, Y* y, int64_t outs, const vf (&sum)[TILE_ROWS][TILE_VECTORS]) {
+  const float zeros[PANEL] = {};
+  const float* from = bias ? bias : zeros;
+#pragma GCC unroll 6
+  for (int m = 0; m < TILE_ROWS; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < TILE_VECTORS; ++n) {
+      vf total = sum[m][n] + load(from + n * LANES);
+      if constexpr (RESIDUAL) total += load(residual + m * outs + n * LANES);
+      store(y + m * outs + n * LANES, total);
     }
-    if (e.kind == Epilogue::gelu_backward) {
-      float* partial = e.partial + chunk * outs + column + i;
-      store_part(partial, load_part(partial, n) + total, n);
-    }
-  }
 }
 
 // Computes the units of work [begin, end). Packs as many whole panels at a time as fit L2. weight: (outs, ins) or, if
@@ -136,6 +162,7 @@ void linear_units(const Linear* g, int64_t begin, int64_t end) {
   auto sums = Aligned<float>::uninitialized(g->chunks.rows * PANEL);
   const X* x = static_cast<const X*>(g->x);
   const W* weight = static_cast<const W*>(g->weight);
+  const EpilogueArgs& e = g->epilogue;
   for (int64_t at = begin; at < end;) {
     const int64_t panel = at / chunks, begin_chunk = at % chunks, whole = begin_chunk > 0 ? 0 : (end - at) / chunks;
     const int64_t groups = (whole + most - 1) / most;  // of about equal size
@@ -158,11 +185,31 @@ void linear_units(const Linear* g, int64_t begin, int64_t end) {
             const int64_t column = p * PANEL, width = std::min(PANEL, g->outs - column);
             const int64_t rows = std::min(TILE_ROWS, last - r);
             float* tile = sums.data() + (units > DEPTH ? (r - first) * PANEL : 0);
-            if (k + depth == units) prefetch<X, Y>(g->epilogue, g->outs, r, rows, column, width);
-            gemm_tile<X>(
-                rows, width, reinterpret_cast<const char*>(x + r * g->ins) + 4 * k, sizeof(X) * g->ins, 4,
-                packed.data() + ((p - panel) * units + k) * PANEL, depth, tile, PANEL, k > 0);
-            if (k + depth == units) epilogue<X, Y>(g->epilogue, g->outs, chunk, r, rows, column, width, tile);
+            const char* from = reinterpret_cast<const char*>(x + r * g->ins) + 4 * k;
+            const float* right = packed.data() + ((p - panel) * units + k) * PANEL;
+            const int64_t row = sizeof(X) * g->ins;
+            if (k + depth == units) prefetch<X, Y>(e, g->outs, r, rows, column, width);
+            if (k + depth == units && rows == TILE_ROWS && width == PANEL && e.kind == Epilogue::none) {
+              const int64_t at = r * g->outs + column;
+              const float* bias = e.bias ? e.bias + column : nullptr;
+              const Y* residual = e.residual ? static_cast<const Y*>(e.residual) + at : nullptr;
+              Y* y = static_cast<Y*>(e.y) + at;
+              if (residual)
+                register_tile<X, TILE_ROWS, TILE_VECTORS>(
+                    from, row, 4, right, depth, tile, PANEL, k > 0,
+                    [&](const vf(&sum)[TILE_ROWS][TILE_VECTORS]) SGMIM_INLINE_LAMBDA {
+                      register_epilogue<Y, true>(bias, residual, y, g->outs, sum);
+                    });
+              else
+                register_tile<X, TILE_ROWS, TILE_VECTORS>(
+                    from, row, 4, right, depth, tile, PANEL, k > 0,
+                    [&](const vf(&sum)[TILE_ROWS][TILE_VECTORS]) SGMIM_INLINE_LAMBDA {
+                      register_epilogue<Y, false>(bias, residual, y, g->outs, sum);
+                    });
+              continue;
+            }
+            gemm_tile<X>(rows, width, from, row, 4, right, depth, tile, PANEL, k > 0);
+            if (k + depth == units) epilogue<X, Y>(e, g->outs, chunk, r, rows, column, width, tile);
           }
       }
     }

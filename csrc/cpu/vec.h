@@ -31,10 +31,21 @@ SGMIM_INLINE vf load(const float* p) {
   return v;
 }
 
+// Zero-extends to 32 bits. GCC 12 would split a conversion of whole vectors into halves.
+SGMIM_INLINE vu widen(vh h) {
+#if SGMIM_VECTOR_BYTES == 64
+  return (vu)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h);
+#elif SGMIM_VECTOR_BYTES == 32
+  return (vu)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, vu);
+#endif
+}
+
 SGMIM_INLINE vf load(const Bf16* p) {
   vh h;
   __builtin_memcpy(&h, p, sizeof h);
-  return (vf)(__builtin_convertvector(h, vu) << 16);
+  return (vf)(widen(h) << 16);
 }
 
 SGMIM_INLINE void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
@@ -67,8 +78,17 @@ SGMIM_INLINE void store_tail(T* p, vf v, int64_t n) {
   __builtin_memcpy(p, buffer, n * sizeof(T));
 }
 
-SGMIM_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }  // one instruction; returns b if either is NaN
+// Both return b if either is NaN, as x86's instructions do. GCC 12 would compile the comparison to two instructions.
+#if SGMIM_VECTOR_BYTES == 64
+SGMIM_INLINE vf vmax(vf a, vf b) { return (vf)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }
+SGMIM_INLINE vf vmin(vf a, vf b) { return (vf)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b); }
+#elif SGMIM_VECTOR_BYTES == 32
+SGMIM_INLINE vf vmax(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+SGMIM_INLINE vf vmin(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
+SGMIM_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 SGMIM_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
+#endif
 SGMIM_INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 
 // 1 / a of positive normal numbers, with at least 11 correct bits.

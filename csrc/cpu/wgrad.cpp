@@ -80,6 +80,25 @@ void wgrad_pack_x(const Wgrad* g, int64_t begin, int64_t end) {
         g->packed_x + p * PANEL * units);
 }
 
+// Multiplies one chain of a whole tile and stores it, from registers: to = chain (+ total) (+ to).
+template <class T, bool ADD_TOTAL, bool ADD_TO>
+void whole_tile(
+    const char* left, const float* right, int64_t depth, const float* total, float* to, int64_t to_row) {
+  const auto end = [&](const vf(&sum)[TILE_ROWS][TILE_VECTORS]) SGMIM_INLINE_LAMBDA {
+#pragma GCC unroll 6
+    for (int m = 0; m < TILE_ROWS; ++m)
+#pragma GCC unroll 4
+      for (int n = 0; n < TILE_VECTORS; ++n) {
+        float* at = to + m * to_row + n * LANES;
+        vf v = sum[m][n];
+        if (ADD_TOTAL) v += load(total + m * PANEL + n * LANES);
+        if (ADD_TO) v += load(at);
+        store(at, v);
+      }
+  };
+  register_tile<T, TILE_ROWS, TILE_VECTORS>(left, 4, 4 * TILE_ROWS, right, depth, nullptr, 0, false, end);
+}
+
 // Computes the blocks [begin, end) of dw.
 template <class T>
 void wgrad_multiply(const Wgrad* g, int64_t begin, int64_t end) {
@@ -94,17 +113,26 @@ void wgrad_multiply(const Wgrad* g, int64_t begin, int64_t end) {
       const int64_t rows = std::min(TILE_ROWS, last - o);
       for (int64_t m = 0; m < rows; ++m)  // prefetch the tile of dw, whose rows are pages apart
         for (int64_t i = 0; i < width; i += LANES) __builtin_prefetch(g->dw + (o + m) * g->ins + column + i, 1);
-      for (int64_t k = 0; k < units; k += WGRAD_CHAIN) {
-        gemm_tile<T>(
-            rows, width, reinterpret_cast<const char*>(g->packed_dy + o * units + k * TILE_ROWS), 4, 4 * TILE_ROWS,
-            g->packed_x + column * units + k * PANEL, std::min(WGRAD_CHAIN, units - k), k ? chain : total, PANEL,
-            false);
+      const char* left = reinterpret_cast<const char*>(g->packed_dy + o * units);
+      const float* right = g->packed_x + column * units;
+      float* dw = g->dw + o * g->ins + column;
+      const bool whole = rows == TILE_ROWS && width == PANEL;
+      for (int64_t k = 0; k < units; k += WGRAD_CHAIN, left += WGRAD_CHAIN * 4 * TILE_ROWS, right += WGRAD_CHAIN * PANEL) {
+        const int64_t depth = std::min(WGRAD_CHAIN, units - k);
+        if (whole) {
+          const bool last = k + depth == units, add = last && g->add;
+          const auto multiply = k > 0 ? (add ? whole_tile<T, true, true> : whole_tile<T, true, false>)
+                                      : (add ? whole_tile<T, false, true> : whole_tile<T, false, false>);
+          multiply(left, right, depth, total, last ? dw : total, last ? g->ins : PANEL);
+          continue;
+        }
+        gemm_tile<T>(rows, width, left, 4, 4 * TILE_ROWS, right, depth, k ? chain : total, PANEL, false);
         for (int64_t i = 0; k > 0 && i < rows * PANEL; i += LANES) store(total + i, load(total + i) + load(chain + i));
       }
-      for (int64_t m = 0; m < rows; ++m)
+      for (int64_t m = 0; !whole && m < rows; ++m)
         for (int64_t i = 0; i < width; i += LANES) {
           const int64_t n = part(i, width);
-          float* c = g->dw + (o + m) * g->ins + column + i;
+          float* c = dw + m * g->ins + i;
           const vf sum = load(total + m * PANEL + i);
           store_part(c, g->add ? load_part(c, n) + sum : sum, n);
         }

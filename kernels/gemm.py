@@ -171,7 +171,7 @@ def _epilogue(
 
 
 @triton.jit
-def _add_rows_kernel(x, residual, index, limit, y, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _add_rows_kernel(x, scale, residual, index, limit, y, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (n < width)[None, :]
@@ -180,7 +180,10 @@ def _add_rows_kernel(x, residual, index, limit, y, rows, width, ROWS: tl.constex
     if index is not None:
         place = inside_of(tl.load(index + row, mask=row < rows, other=0), limit)[:, None] * width + n[None, :]
     total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    total += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+    if scale is not None:
+        total *= tl.load(scale + n, mask=n < width, other=0.0).to(tl.float32)[None, :]
+    if residual is not None:
+        total += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + at, cast(total, y.dtype.element_ty), mask=inside)
 
 
@@ -264,15 +267,19 @@ def _run(
     )
 
 
-def _add(product: Tensor, residual: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Returns product + residual[index], or + residual, in `dtype`, in place if that is product's. Cost: 1 launch."""
+def _add(
+    product: Tensor, scale: Tensor | None, residual: Tensor | None, index: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Returns product * scale + residual[index], or + residual, in `dtype`, in place if that is product's. Cost: 1
+    launch."""
     y = product if product.dtype == dtype else torch.empty_like(product, dtype=dtype)
-    if index is None and product.dtype == residual.dtype == dtype:  # PyTorch's vectorised kernel takes one dtype
-        return torch.add(product, residual, out=y)
+    if scale is index is None and product.dtype == residual.dtype == dtype:
+        return torch.add(product, residual, out=y)  # PyTorch's vectorised kernel takes one dtype
     rows, width = product.shape
+    scale = None if scale is None else scale.contiguous()
     launch(
         _add_rows_kernel, (cdiv(rows, 4), cdiv(width, 512)),
-        product, residual, index, residual.shape[0], y, rows, width,
+        product, scale, residual, index, rows if residual is None else residual.shape[0], y, rows, width,
         ROWS=4, BLOCK=512,
     )  # fmt: skip
     return y
@@ -294,22 +301,23 @@ def linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    scale: Tensor | None = None,
     residual: Tensor | None = None,
     rows: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """fprop x . W^T + bias + residual[rows], or + residual, in `dtype`, by default x's.
+    """fprop (x . W^T + bias) * scale + residual[rows], or + residual, in `dtype`, by default x's.
 
-    Cost: 1 launch; library: 1 more for a residual, and for a cast of the bias.
+    Cost: 1 launch, and 1 more with a scale; library: 1 more for both, and for a cast of the bias.
     """
     dtype, residual = dtype or x.dtype, None if residual is None else residual.contiguous()
-    if fused():
+    if fused() and scale is None:
         y = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
         shape, biases = (x.shape[0], weight.shape[1], weight.shape[0]), None if bias is None else [bias]
         _run(FPROP, x.dtype, [x], [weight], [y], [shape], bias=biases, residual=residual, index=rows)
         return y
-    product = torch.nn.functional.linear(x, weight, bias)
-    return product.to(dtype) if residual is None else _add(product, residual, rows, dtype)
+    product = linear(x, weight, bias) if fused() else torch.nn.functional.linear(x, weight, bias)
+    return product.to(dtype) if scale is residual is None else _add(product, scale, residual, rows, dtype)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -344,7 +352,7 @@ def dgrad(dy: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
     (dx,) = dgrads([dy], [weight])
     if residual is None:
         return dx
-    return _add(dx, residual.contiguous(), None, torch.promote_types(dx.dtype, residual.dtype))
+    return _add(dx, None, residual.contiguous(), None, torch.promote_types(dx.dtype, residual.dtype))
 
 
 def dgrad_gelu(dy: Tensor, weight: Tensor, pre_activation: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from sgmim_fast.kernels import window_attention as windows
 from sgmim_fast.kernels.gemm import dgrad, dgrad_gelu, dgrads, linear, linear_gelu, linears, wgrads  # noqa: F401
 from sgmim_fast.kernels.launch import MOST_COLUMNS, on_device
 from sgmim_fast.kernels.layer_norm import layer_norms, layer_norms_backward, normalise
+from sgmim_fast.kernels.layer_scale import layer_scale_backward  # noqa: F401 - a primitive, as the following
 from sgmim_fast.kernels.linear_l1 import linear_l1, linear_l1_backward  # noqa: F401 - primitives, as the following
 from sgmim_fast.kernels.position_bias import position_bias, position_bias_backward  # noqa: F401
 from sgmim_fast.kernels.relational_guidance import guidance_attention, guidance_attention_backward  # noqa: F401

@@ -26,6 +26,7 @@ enum class Epilogue { none, gelu, gelu_backward };
 struct EpilogueArgs {
   Epilogue kind = Epilogue::none;
   const float* bias = nullptr;     // (outs,), or null
+  const float* scale = nullptr;    // (outs,), multiplies the result before the residual is added, or null
   const void* residual = nullptr;  // (n, outs), dtype of y, or null
   void* y = nullptr;               // (n, outs): the result; gelu: the pre-activation; gelu_backward: its gradient
   const void* pre_activation = nullptr;  // (n, outs), dtype of x; read by gelu_backward
@@ -45,6 +46,12 @@ struct Chunks {
     return {rows, (n + rows - 1) / rows};
   }
 };
+
+// A bias that is not given.
+struct Zeros {
+  alignas(64) float values[64];
+};
+constexpr Zeros ZEROS{};
 
 struct Linear {
   const void* x;  // (n, ins)
@@ -70,7 +77,7 @@ struct Linear {
 namespace sgmim {
 namespace SGMIM_ISA {
 
-static_assert(Chunks::TILE == TILE_ROWS);
+static_assert(Chunks::TILE == TILE_ROWS && PANEL <= 64);
 
 // Prefetches the cache lines that the epilogue of these rows and columns will read and write, so that they arrive
 // during the gemm. Each row has a few lines, pages apart from those of the next.
@@ -114,6 +121,7 @@ SGMIM_INLINE void epilogue_vectors(
       continue;
     }
     if (e.bias) sum = sum + read(e.bias + column);
+    if (e.scale) sum = sum * read(e.scale + column);
     if (e.residual) sum = sum + read(static_cast<const Y*>(e.residual) + at);
     write(y, sum);
     if (e.kind == Epilogue::gelu) write(activated, gelu_at<X>(read(y)).value);  // of the rounded y
@@ -135,20 +143,35 @@ SGMIM_INLINE void epilogue(
     epilogue_vectors<1, X, Y>(e, outs, chunk, first, rows, column + i, part(i, width), sums + i);
 }
 
-// The epilogue of a whole tile in registers, `sum`, at y: bias and residual, each TILE_VECTORS vectors per row.
-template <class Y, bool RESIDUAL>
-SGMIM_INLINE void register_epilogue(
-    const float* bias, const Y* residual, Y* y, int64_t outs, const vf (&sum)[TILE_ROWS][TILE_VECTORS]) {
-  const float zeros[PANEL] = {};
-  const float* from = bias ? bias : zeros;
+// Multiplies a whole tile, adds it to `tile` if `add`, and applies the epilogue from registers. at: offset of the tile in
+// y.
+template <class X, class Y, bool SCALE, bool RESIDUAL>
+SGMIM_INLINE void whole_tile_of(
+    const EpilogueArgs& e, const char* left, int64_t left_row, const float* right, int64_t depth, const float* tile,
+    bool add, int64_t column, int64_t at, int64_t outs) {
+  const float *bias = e.bias ? e.bias + column : ZEROS.values, *scale = SCALE ? e.scale + column : nullptr;
+  const Y* residual = RESIDUAL ? static_cast<const Y*>(e.residual) + at : nullptr;
+  Y* y = static_cast<Y*>(e.y) + at;
+  const auto end = [&](const vf(&sum)[TILE_ROWS][TILE_VECTORS]) SGMIM_INLINE_LAMBDA {
 #pragma GCC unroll 6
-  for (int m = 0; m < TILE_ROWS; ++m)
+    for (int m = 0; m < TILE_ROWS; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < TILE_VECTORS; ++n) {
-      vf total = sum[m][n] + load(from + n * LANES);
-      if constexpr (RESIDUAL) total += load(residual + m * outs + n * LANES);
-      store(y + m * outs + n * LANES, total);
-    }
+      for (int n = 0; n < TILE_VECTORS; ++n) {
+        vf total = sum[m][n] + load(bias + n * LANES);
+        if constexpr (SCALE) total *= load(scale + n * LANES);
+        if constexpr (RESIDUAL) total += load(residual + m * outs + n * LANES);
+        store(y + m * outs + n * LANES, total);
+      }
+  };
+  register_tile<X, TILE_ROWS, TILE_VECTORS>(left, left_row, 4, right, depth, tile, PANEL, add, end);
+}
+
+template <class X, class Y, class... Args>
+SGMIM_INLINE void whole_tile(const EpilogueArgs& e, Args... args) {
+  if (e.scale)
+    e.residual ? whole_tile_of<X, Y, true, true>(e, args...) : whole_tile_of<X, Y, true, false>(e, args...);
+  else
+    e.residual ? whole_tile_of<X, Y, false, true>(e, args...) : whole_tile_of<X, Y, false, false>(e, args...);
 }
 
 // Computes the units of work [begin, end). Packs as many whole panels at a time as fit L2. weight: (outs, ins) or, if
@@ -190,22 +213,7 @@ void linear_units(const Linear* g, int64_t begin, int64_t end) {
             const int64_t row = sizeof(X) * g->ins;
             if (k + depth == units) prefetch<X, Y>(e, g->outs, r, rows, column, width);
             if (k + depth == units && rows == TILE_ROWS && width == PANEL && e.kind == Epilogue::none) {
-              const int64_t at = r * g->outs + column;
-              const float* bias = e.bias ? e.bias + column : nullptr;
-              const Y* residual = e.residual ? static_cast<const Y*>(e.residual) + at : nullptr;
-              Y* y = static_cast<Y*>(e.y) + at;
-              if (residual)
-                register_tile<X, TILE_ROWS, TILE_VECTORS>(
-                    from, row, 4, right, depth, tile, PANEL, k > 0,
-                    [&](const vf(&sum)[TILE_ROWS][TILE_VECTORS]) SGMIM_INLINE_LAMBDA {
-                      register_epilogue<Y, true>(bias, residual, y, g->outs, sum);
-                    });
-              else
-                register_tile<X, TILE_ROWS, TILE_VECTORS>(
-                    from, row, 4, right, depth, tile, PANEL, k > 0,
-                    [&](const vf(&sum)[TILE_ROWS][TILE_VECTORS]) SGMIM_INLINE_LAMBDA {
-                      register_epilogue<Y, false>(bias, residual, y, g->outs, sum);
-                    });
+              whole_tile<X, Y>(e, from, row, right, depth, tile, k > 0, column, r * g->outs + column, g->outs);
               continue;
             }
             gemm_tile<X>(rows, width, from, row, 4, right, depth, tile, PANEL, k > 0);
@@ -301,12 +309,14 @@ static void launch(
 
 static void linear(
     const Tensor& x, const Tensor& weight, bool transposed, const std::optional<Tensor>& bias,
-    const std::optional<Tensor>& residual, const Tensor& y) {
+    const std::optional<Tensor>& scale, const std::optional<Tensor>& residual, const Tensor& y) {
   check_matrix(y, "y");
   check_packed(bias, "bias", ScalarType::Float, y.size(1));
+  check_packed(scale, "scale", ScalarType::Float, y.size(1));
   check_packed(residual, "residual", y.scalar_type(), y.numel());
   EpilogueArgs e;
   e.bias = data<float>(bias);
+  e.scale = data<float>(scale);
   e.residual = residual.has_value() ? residual->data_ptr() : nullptr;
   launch(x, weight, transposed, y, e);
 }
@@ -348,7 +358,7 @@ static void dgrad_gelu(
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sgmim_fast_cpu, m) {
-  m.def("linear(Tensor x, Tensor weight, bool transposed, Tensor? bias, Tensor? residual, Tensor(a!) y) -> ()");
+  m.def("linear(Tensor x, Tensor weight, bool transposed, Tensor? bias, Tensor? scale, Tensor? residual, Tensor(a!) y) -> ()");
   m.def("linear_gelu(Tensor x, Tensor weight, Tensor bias, Tensor(a!) pre_activation, Tensor(b!) activated) -> ()");
   m.def(
       "dgrad_gelu(Tensor dy, Tensor weight, Tensor pre_activation, Tensor(a!) dpre_activation, Tensor(b!) activated, "

@@ -75,6 +75,17 @@ def wgrads(dys: Sequence[Tensor], xs: Sequence[Tensor], dtypes: Sequence[torch.d
     return [gemm.wgrad(dy, x) for dy, x in zip(dys, xs, strict=True)]
 
 
+def layer_scale_backward(
+    scale: Tensor, weight: Tensor, dweight: Tensor, bias: Tensor | None, dbias: Tensor | None
+) -> Tensor:
+    dscale = (dweight * weight).sum(1, dtype=sum_dtype(dweight.dtype))
+    dweight.mul_(scale[:, None])
+    if dbias is not None:
+        dscale += dbias * bias
+        dbias.mul_(scale)
+    return dscale
+
+
 def layer_norms(norms: Sequence[Norm], eps: float, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
     return [_normalised(norm, eps, dtype) for norm in norms]
 

@@ -100,13 +100,15 @@ def linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    scale: Tensor | None = None,
     residual: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x (n, i) . weight (o, i)^T + bias (o,), cast to x's dtype, + residual (n, o), in `dtype`, by default x's."""
+    """(x (n, i) . weight (o, i)^T + bias (o,)), cast to x's dtype, * scale (o,) + residual (n, o), in `dtype`, by
+    default x's."""
     bias = None if bias is None else bias.to(x.dtype)
     product = _onednn(x, weight, bias) if _use_onednn(x, bias) else torch.nn.functional.linear(x, weight, bias)
-    product = _added(product, residual)
+    product = _added(product if scale is None else product * scale, residual)
     return product if dtype is None else product.to(dtype)
 
 

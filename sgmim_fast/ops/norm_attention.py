@@ -21,7 +21,7 @@ from sgmim_fast.ops.primitives import (
     half_output,
     half_output_backward,
     result_dtype,
-    scaled_weights,
+    scaled_weight,
     storage_dtype,
     unflattened,
 )
@@ -134,7 +134,7 @@ def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
     storage, rows = storage_dtype(a.x, a.dtype), a.rows
     y, statistics = half_input(p, a, rows, storage)
     qkv_weight, qkv_bias = p.weights_in(storage, a.qkv_weight, a.qkv_bias)
-    weight, bias = scaled_weights(p, a.layer_scale, storage, a.proj_weight, a.proj_bias)
+    weight, bias = p.weights_in(storage, a.proj_weight, a.proj_bias)
     qkv = p.linear(y, qkv_weight, qkv_bias).view(*a.x.shape[:3], 3 * a.x.shape[3])
     del y
     attended = p.window_attention(qkv, a.windows(qkv_bias))
@@ -149,8 +149,7 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     dout, added = half_output_backward(p, a, norm, grad.flatten(0, -2), storage, "proj_bias", gradients)
     gradients.weight("proj_weight", dout, attended.flatten(0, -2))
     (qkv_weight,) = p.weights_in(storage, a.qkv_weight, last=True)
-    (weight,) = scaled_weights(p, a.layer_scale, storage, a.proj_weight, last=True)
-    dattended = p.dgrad(dout, weight)
+    dattended = p.dgrad(dout, scaled_weight(p, a.layer_scale, storage, a.proj_weight))
     del dout
     windows = a.windows(p.weights_in(storage, a.qkv_bias)[0] if a.padded else None)
     wanted = {"qkv", *gradients.wanted}

@@ -17,7 +17,7 @@ from sgmim_fast.ops.primitives import (
     normalized,
     normalized_backward,
     result_dtype,
-    scaled_weights,
+    scaled_weight,
     storage_dtype,
     sum_dtype,
     unflattened,
@@ -126,9 +126,10 @@ def request(a: Any) -> Request:
 def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
     storage = storage_dtype(a.x, a.dtype)
     y, statistics = normalized(p, a.x.flatten(0, -2), a.norm_weight, a.norm_bias, a.eps, storage)
-    weight, bias = scaled_weights(p, a.layer_scale, storage, a.weight, a.bias)
-    residual, dtype = a.residual, result_dtype(a.x, a.residual, a.dtype, a.layer_scale)
-    out = p.linear(y, weight, bias, residual=None if residual is None else residual.flatten(0, -2), dtype=dtype)
+    weight, bias = p.weights_in(storage, a.weight, a.bias)
+    residual = None if a.residual is None else a.residual.flatten(0, -2)
+    dtype = result_dtype(a.x, residual, a.dtype, a.layer_scale)
+    out = p.linear(y, weight, bias, scale=a.layer_scale, residual=residual, dtype=dtype)
     return unflattened(out, a.x), statistics
 
 
@@ -139,8 +140,7 @@ def _backward(p: Primitives, a: Arguments, statistics: list[Tensor], grad: Tenso
     if "bias" in gradients:
         gradients.sums({"bias": p.column_sums([grad])[0]})
     if "x" in gradients or a.norm_weight is not None:
-        (weight,) = scaled_weights(p, a.layer_scale, storage, a.weight, last=True)
-        dy = p.dgrad(grad, weight)
+        dy = p.dgrad(grad, scaled_weight(p, a.layer_scale, storage, a.weight))
     y = normalized_backward(p, dy, x, statistics, a, gradients, storage, recompute="weight" in gradients)
     gradients.weight("weight", grad, y)
 

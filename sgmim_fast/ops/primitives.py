@@ -121,11 +121,12 @@ class Primitives(Protocol):
         weight: Tensor,
         bias: Tensor | None = None,
         *,
+        scale: Tensor | None = None,
         residual: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """fprop: x . weight^T + bias + residual (n, O) in `dtype`, by default x's. The residual is not rounded to x's
-        dtype before the sum."""
+        """fprop: (x . weight^T + bias) * scale + residual (n, O) in `dtype`, by default x's. scale: (O,), layer scale;
+        neither it nor the residual is rounded to x's dtype."""
 
     def linear_gelu(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """fprop: the pre-activation x . weight^T + bias, and its exact GELU, both (n, O) in storage."""
@@ -155,6 +156,12 @@ class Primitives(Protocol):
 
     def wgrads(self, dys: Sequence[Tensor], xs: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
         """wgrad of several layers: dy (n, O)^T . x (n, I) from storage, in `dtypes`, or the accumulator dtype."""
+
+    def layer_scale_backward(
+        self, scale: Tensor, weight: Tensor, dweight: Tensor, bias: Tensor | None, dbias: Tensor | None
+    ) -> Tensor:
+        """From the gradients of scale * weight (O, I) and scale * bias (O,), computes those of weight and bias in
+        place, and returns that of the scale (O,)."""
 
     def layer_norms(self, norms: Sequence[Norm], eps: float, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """Returns the normalised rows + residual of each, (m, C) in `dtype`, and statistics (2, m): mean and
@@ -277,8 +284,8 @@ class Gradients:
         self.sums({weight: norm.weight, bias: norm.bias})
 
     def scaled(self, scale: Tensor | None, weight: str, w: Tensor, bias: str, b: Tensor | None) -> None:
-        """Declares that gradients added for a layer's weight and bias are those of scale * w and scale * b, see
-        `scaled_weights`. `finished` converts them, and computes the gradient of "layer_scale" from both."""
+        """Declares that gradients added for a layer's weight and bias are those of scale * w and scale * b, i.e. of the
+        result before the scale. `finished` converts them, and computes the gradient of "layer_scale" from both."""
         if scale is None:
             return
         self._scaled = scale, weight, w, bias, b
@@ -289,12 +296,9 @@ class Gradients:
         """Converts the gradients of scale * w and scale * b to those of w, b and the scale."""
         scale, weight, w, bias, b = self._scaled
         dweight, dbias = self._found.get(weight), self._found.get(bias)
-        if "layer_scale" in self.wanted:
-            total = torch.bmm(dweight.unsqueeze(1), w.to(dweight.dtype).unsqueeze(2)).flatten()
-            self._found["layer_scale"] = total if b is None else total.addcmul_(dbias, b)
         if dweight is not None:
-            self._found[weight] = dweight * scale[:, None]
-        if dbias is not None:
+            self["layer_scale"] = self._p.layer_scale_backward(scale, w, dweight, b, dbias)
+        elif dbias is not None:
             self._found[bias] = dbias * scale
 
     def _multiply(self) -> None:
@@ -341,19 +345,13 @@ def result_dtype(
     return wanted
 
 
-def scaled_weights(
-    p: Primitives, scale: Tensor | None, dtype: torch.dtype, weight: Tensor, *bias: Tensor | None, last: bool = False
-) -> list[Tensor | None]:
-    """`weights_in` for a layer whose result is multiplied by layer scale (O,): returns scale * weight, scale * bias."""
+def scaled_weight(p: Primitives, scale: Tensor | None, dtype: torch.dtype, weight: Tensor) -> Tensor:
+    """Returns scale * weight as a dgrad in `dtype` reads it, for a layer whose result is multiplied by layer scale
+    (O,), or the weight if there is no scale."""
     if scale is None:
-        return p.weights_in(dtype, weight, *bias, last=last)
-    factors = (scale[:, None], scale)  # multiply and cast in one launch each
-    return [
-        None
-        if t is None
-        else torch.mul(t, factor, out=torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format))
-        for t, factor in zip((weight, *bias), factors, strict=False)
-    ]
+        return p.weights_in(dtype, weight, last=True)[0]
+    scaled = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+    return torch.mul(weight, scale[:, None], out=scaled)  # multiplied and cast in one launch
 
 
 def unflattened(rows: Tensor, like: Tensor) -> Tensor:
@@ -417,7 +415,7 @@ def half_output(
     added = rows if a.residual else None
     dtype = result_dtype(rows, added, a.dtype, a.layer_scale)
     if not a.post_norm or a.norm_weight is None:
-        return p.linear(x, weight, bias, residual=added, dtype=dtype), []
+        return p.linear(x, weight, bias, scale=a.layer_scale, residual=added, dtype=dtype), []
     t = p.linear(x, weight, bias)
     ((out, statistics),) = p.layer_norms([Norm(t, a.norm_weight, a.norm_bias, residual=added)], a.eps, dtype)
     return out, [statistics, t]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checks import assert_close_to_truth, assert_passes_with
+from checks import AGAIN, assert_close_to_truth, assert_passes_with, moved
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -62,21 +62,29 @@ def rounded(sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_fprop(shape, dtypes, bias):
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scale"])
+def test_fprop(shape, dtypes, bias, scaled):
     (rows, ins, outs), (of_x, of_weight) = shape, dtypes
     x, weight = rounded((rows, ins), of_x), rounded((outs, ins), of_weight)
-    offset = torch.randn(outs) if bias else None
+    offset, scale = torch.randn(outs) if bias else None, torch.randn(outs) if scaled else None
     for out in {of_x, WIDE}:
         residual, y = rounded((rows, outs), out) if bias else None, result(rows, outs, out)
-        kernels.linear(x, weight, False, offset, residual, y)
-        plain = F.linear(x, weight.to(of_x), None if offset is None else offset.to(of_x))
-        truth = F.linear(x.double(), weight.double(), None if offset is None else offset.double())
-        if residual is not None:
-            plain, truth = plain + residual, truth + residual.double()
-        assert_close_to_truth(y, plain, truth, "y")
+        kernels.linear(x, weight, False, offset, scale, residual, y)
+        inputs = x, weight, offset, scale, residual
+        truth = fprop(torch.float64, *(None if t is None else t.double() for t in inputs))
+        again = lambda inputs=inputs: (fprop(of_x, *moved(inputs, of_x)) for _ in range(AGAIN))  # noqa: E731
+        assert_close_to_truth(y, fprop(of_x, *inputs), truth, "y", again)
         if of_weight == LOW and out == WIDE:  # nothing is rounded, so results are as accurate as float32
-            exact = F.linear(x.float(), weight.float(), offset)
-            assert_close_to_truth(y, exact if residual is None else exact + residual, truth, "y unrounded")
+            assert_close_to_truth(y, fprop(WIDE, *inputs), truth, "y unrounded")
+
+
+def fprop(
+    dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """The linear layer in plain PyTorch, in `dtype`."""
+    y = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    y = y if scale is None else (y * scale).to(dtype)
+    return y if residual is None else y + residual
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -84,7 +92,7 @@ def test_dgrad(shape, dtypes):
     (rows, outs, ins), (of_dy, of_weight) = shape, dtypes
     dy, weight = rounded((rows, outs), of_dy), rounded((outs, ins), of_weight)
     dx = result(rows, ins, of_dy)
-    kernels.linear(dy, weight, True, None, None, dx)
+    kernels.linear(dy, weight, True, None, None, None, dx)
     assert_close_to_truth(dx, dy @ weight.to(of_dy), dy.double() @ weight.double(), "dx")
 
 
@@ -94,7 +102,7 @@ def test_gelu_is_that_of_what_is_saved(shape, dtypes):
     x, weight, bias = rounded((rows, ins), of_x), rounded((outs, ins), of_weight), torch.randn(outs)
     hidden, activated, y = (result(rows, outs, of_x) for _ in range(3))
     kernels.linear_gelu(x, weight, bias, hidden, activated)
-    kernels.linear(x, weight, False, bias, None, y)
+    kernels.linear(x, weight, False, bias, None, None, y)
     assert torch.equal(hidden, y)
     again = torch.empty_like(hidden)
     kernels.gelu(hidden, again)
@@ -133,7 +141,7 @@ def test_any_number_of_threads_gives_the_same_bits(dtypes, rows, ins, outs):
             torch.set_num_threads(threads)
             y, hidden, activated, dx, again = (result(rows, outs, of_x) for _ in range(5))
             sums = torch.empty(outs)
-            kernels.linear(x, weight, False, bias, residual, y)
+            kernels.linear(x, weight, False, bias, None, residual, y)
             kernels.linear_gelu(x, weight, bias, hidden, activated)
             kernels.dgrad_gelu(dy, transposed, pre_activation, dx, again, sums)
             found.append((y, hidden, activated, dx, again, sums))
@@ -146,8 +154,8 @@ def test_any_number_of_threads_gives_the_same_bits(dtypes, rows, ins, outs):
 @needs_bfloat16
 def test_float32_weights_are_rounded_as_a_copy_is():
     x, weight, y, again = rounded((50, 64), LOW), torch.randn(70, 64), result(50, 70), result(50, 70)
-    kernels.linear(x, weight, False, None, None, y)
-    kernels.linear(x, weight.to(LOW), False, None, None, again)
+    kernels.linear(x, weight, False, None, None, None, y)
+    kernels.linear(x, weight.to(LOW), False, None, None, None, again)
     assert torch.equal(y, again)
 
 

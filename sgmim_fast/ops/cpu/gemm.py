@@ -54,18 +54,19 @@ def linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    scale: Tensor | None = None,
     residual: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`gemm.linear` for a weight of any dtype."""
     if not ours(x):
-        return gemm.linear(x, weight.to(x.dtype), bias, residual=residual, dtype=dtype)
+        return gemm.linear(x, weight.to(x.dtype), bias, scale=scale, residual=residual, dtype=dtype)
     out = dtype or x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     inside = out in (torch.float32, x.dtype)  # the dtypes in which the kernel adds the residual and writes
     y = torch.empty(x.shape[0], weight.shape[0], dtype=out if inside else torch.float32)
     added = residual.to(out).contiguous() if inside and residual is not None else None
-    bias = None if bias is None else bias.float().contiguous()
-    torch.ops.sgmim_fast_cpu.linear(x.contiguous(), _read(weight, x), False, bias, added, y)
+    bias, scale = (None if t is None else t.float().contiguous() for t in (bias, scale))
+    torch.ops.sgmim_fast_cpu.linear(x.contiguous(), _read(weight, x), False, bias, scale, added, y)
     y = y if inside or residual is None else y + residual
     return y if dtype is None else y.to(dtype)
 
@@ -91,7 +92,7 @@ def dgrad(dy: Tensor, weight: Tensor, residual: Tensor | None = None, *, dtype: 
     written = dtype if dtype in (torch.float32, dy.dtype) else torch.float32
     dx = torch.empty(dy.shape[0], weight.shape[1], dtype=written)
     residual = None if residual is None else residual.to(written).contiguous()
-    torch.ops.sgmim_fast_cpu.linear(dy.contiguous(), _read(weight, dy), True, None, residual, dx)
+    torch.ops.sgmim_fast_cpu.linear(dy.contiguous(), _read(weight, dy), True, None, None, residual, dx)
     return dx.to(dtype)
 
 

@@ -109,6 +109,19 @@ def column_sums(xs: Sequence[Tensor]) -> list[Tensor]:
     return sums
 
 
+def layer_scale_backward(
+    scale: Tensor, weight: Tensor, dweight: Tensor, bias: Tensor | None, dbias: Tensor | None
+) -> Tensor:
+    dscale, found = torch.empty(scale.shape), (dweight, dbias)
+    gradients = [None if t is None else t.float() for t in found]  # the same tensors if they are float32
+    arguments = vector(scale), vector(weight), gradients[0], vector(bias), gradients[1], dscale
+    torch.ops.sgmim_fast_cpu.layer_scale_backward(*arguments)
+    for t, gradient in zip(found, gradients, strict=True):
+        if gradient is not t:
+            t.copy_(gradient)
+    return dscale
+
+
 def guidance_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
     out, lse = torch.empty_like(q), torch.empty(2, q.shape[0], packed.heads)
     torch.ops.sgmim_fast_cpu.attention(q, k, v, *packed, out, lse)

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgmim_fast.ops._plain import batches_wgrads, dgrad, finish, linear, wgrads  # noqa: F401 - primitives
+from sgmim_fast.ops._plain import (  # noqa: F401 - primitives
+    batches_wgrads,
+    dgrad,
+    finish,
+    layer_scale_backward,
+    linear,
+    wgrads,
+)
 from sgmim_fast.ops.weights import weights_in  # noqa: F401
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

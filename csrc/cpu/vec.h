@@ -58,7 +58,11 @@ SGMIM_INLINE void store(Bf16* p, vf v) {
   vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   vi is_nan = v != v;
   rounded = (rounded & ~(vu)is_nan) | (0x7fc0u & (vu)is_nan);
-  vh h = __builtin_convertvector(rounded, vh);
+#if SGMIM_VECTOR_BYTES == 64
+  const __m256i h = _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)rounded);
+#else
+  const vh h = __builtin_convertvector(rounded, vh);
+#endif
 #endif
   __builtin_memcpy(p, &h, sizeof h);
 }

@@ -76,8 +76,8 @@ def gemm_dtype(x: Tensor) -> torch.dtype:
 
 
 def _scales_weights(scale: Tensor, x: Tensor) -> bool:
-    """Whether the ops can apply a layer scale to tokens x. They scale the weight instead of the result, which could
-    underflow in float16."""
+    """Whether the ops can apply a layer scale to tokens x. Their backward scales the weight instead of the result's
+    gradient, which could underflow in float16."""
     fits = type(scale) in unmodified.PLAIN and scale.shape == x.shape[-1:] and gemm_dtype(x) != torch.float16
     return fits and (scale.dtype != torch.float64 or x.dtype == torch.float64)
 

@@ -21,10 +21,10 @@ SGMIM_INLINE vf multiply_add(vf sum, float left, vf right) {
   return sum + set1(left) * right;
 }
 
-// a . b, added to c (ROWS, VECTORS * LANES) if `add`, goes to epilogue(sum) in registers, (ROWS, VECTORS). Unit k of row
-// m of a is at a + m * a_row + k * a_unit, in bytes.
+// Calls epilogue(sum) with the vectors of a . b, (ROWS, VECTORS), in registers. They are added to c (ROWS, VECTORS *
+// LANES) before, if `add`. Unit k of row m of a is at a + m * a_row + k * a_unit, in bytes.
 template <class T, int ROWS, int VECTORS, class Epilogue>
-SGMIM_INLINE void register_tile(
+SGMIM_INLINE void gemm_tile_with(
     const char* a, int64_t a_row, int64_t a_unit, const float* b, int64_t depth, const float* c, int64_t c_row,
     bool add, const Epilogue& epilogue) {
   vf sum[ROWS][VECTORS] = {};
@@ -60,7 +60,7 @@ SGMIM_INLINE void gemm_tile_of(
     for (int m = 0; m < ROWS; ++m)
       for (int n = 0; n < VECTORS; ++n) store(c + m * c_row + n * LANES, sum[m][n]);
   };
-  register_tile<T, ROWS, VECTORS>(a, a_row, a_unit, b, depth, c, c_row, add, write);
+  gemm_tile_with<T, ROWS, VECTORS>(a, a_row, a_unit, b, depth, c, c_row, add, write);
 }
 
 // The same for 1 to TILE_ROWS rows and 1 to PANEL columns. Columns of c from there to PANEL are undefined afterwards.

@@ -2,8 +2,8 @@
 // AVX-512, in bfloat16 with AVX512-BF16.
 //
 // The weight of a bfloat16 gemm may be float32: it is rounded while a panel is packed, so that no bfloat16 copy is
-// written and read again. Accumulators are stored as float32 and go through an epilogue while they are in L1: bias and
-// residual; GELU; or the derivative of GELU with the gradient of the bias before it.
+// written and read again. Accumulators go through an epilogue in float32: bias, layer scale and residual from registers
+// where a tile is whole; GELU, or its derivative with the gradient of the bias before it, from L1.
 //
 // A unit of work is a block of y, one chunk of rows by the PANEL columns of one panel of the weight, whatever the
 // number of threads. The units of a panel are consecutive, so that each thread packs about its share of the panels.
@@ -143,8 +143,7 @@ SGMIM_INLINE void epilogue(
     epilogue_vectors<1, X, Y>(e, outs, chunk, first, rows, column + i, part(i, width), sums + i);
 }
 
-// Multiplies a whole tile, adds it to `tile` if `add`, and applies the epilogue from registers. at: offset of the tile in
-// y.
+// Computes a whole tile, plus `tile` if `add`, and applies the epilogue while it is in registers. at: its offset in y.
 template <class X, class Y, bool SCALE, bool RESIDUAL>
 SGMIM_INLINE void whole_tile_of(
     const EpilogueArgs& e, const char* left, int64_t left_row, const float* right, int64_t depth, const float* tile,
@@ -163,7 +162,7 @@ SGMIM_INLINE void whole_tile_of(
         store(y + m * outs + n * LANES, total);
       }
   };
-  register_tile<X, TILE_ROWS, TILE_VECTORS>(left, left_row, 4, right, depth, tile, PANEL, add, end);
+  gemm_tile_with<X, TILE_ROWS, TILE_VECTORS>(left, left_row, 4, right, depth, tile, PANEL, add, end);
 }
 
 template <class X, class Y, class... Args>
@@ -358,7 +357,9 @@ static void dgrad_gelu(
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sgmim_fast_cpu, m) {
-  m.def("linear(Tensor x, Tensor weight, bool transposed, Tensor? bias, Tensor? scale, Tensor? residual, Tensor(a!) y) -> ()");
+  m.def(
+      "linear(Tensor x, Tensor weight, bool transposed, Tensor? bias, Tensor? scale, Tensor? residual, "
+      "Tensor(a!) y) -> ()");
   m.def("linear_gelu(Tensor x, Tensor weight, Tensor bias, Tensor(a!) pre_activation, Tensor(b!) activated) -> ()");
   m.def(
       "dgrad_gelu(Tensor dy, Tensor weight, Tensor pre_activation, Tensor(a!) dpre_activation, Tensor(b!) activated, "

@@ -96,7 +96,7 @@ void whole_tile(
         store(at, v);
       }
   };
-  register_tile<T, TILE_ROWS, TILE_VECTORS>(left, 4, 4 * TILE_ROWS, right, depth, nullptr, 0, false, end);
+  gemm_tile_with<T, TILE_ROWS, TILE_VECTORS>(left, 4, 4 * TILE_ROWS, right, depth, nullptr, 0, false, end);
 }
 
 // Computes the blocks [begin, end) of dw.
@@ -113,12 +113,12 @@ void wgrad_multiply(const Wgrad* g, int64_t begin, int64_t end) {
       const int64_t rows = std::min(TILE_ROWS, last - o);
       for (int64_t m = 0; m < rows; ++m)  // prefetch the tile of dw, whose rows are pages apart
         for (int64_t i = 0; i < width; i += LANES) __builtin_prefetch(g->dw + (o + m) * g->ins + column + i, 1);
-      const char* left = reinterpret_cast<const char*>(g->packed_dy + o * units);
-      const float* right = g->packed_x + column * units;
       float* dw = g->dw + o * g->ins + column;
       const bool whole = rows == TILE_ROWS && width == PANEL;
-      for (int64_t k = 0; k < units; k += WGRAD_CHAIN, left += WGRAD_CHAIN * 4 * TILE_ROWS, right += WGRAD_CHAIN * PANEL) {
+      for (int64_t k = 0; k < units; k += WGRAD_CHAIN) {
         const int64_t depth = std::min(WGRAD_CHAIN, units - k);
+        const char* left = reinterpret_cast<const char*>(g->packed_dy + o * units + k * TILE_ROWS);
+        const float* right = g->packed_x + column * units + k * PANEL;
         if (whole) {
           const bool last = k + depth == units, add = last && g->add;
           const auto multiply = k > 0 ? (add ? whole_tile<T, true, true> : whole_tile<T, true, false>)

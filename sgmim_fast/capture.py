@@ -18,6 +18,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules import module as global_hooks
@@ -25,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from sgmim_fast import backends
+from sgmim_fast.gradients import Averaging, broadcast
 from sgmim_fast.graph import Graph, watch
 from sgmim_fast.masking import SelectiveMask
 
@@ -46,6 +48,7 @@ def capture(
     scaler: torch.amp.GradScaler | None = None,
     clip: float | None = None,
     accumulate: int = 1,
+    process_group: dist.ProcessGroup | None = None,
 ) -> CapturedStep:
     """Wraps a training step of `model` that runs as a CUDA graph if possible, and eagerly otherwise.
 
@@ -75,7 +78,10 @@ def capture(
 
     Steps run eagerly, with one warning that gives the reason (logger "sgmim_fast"): on CPUs, with
     DistributedDataParallel or FSDP, with hooks, and if an operation synchronises (a mask tensor, whose rows must be
-    searched) or creates tensors on the host (masks with different ratios per image).
+    searched) or creates tensors on the host (masks with different ratios per image). With several processes pass the
+    model itself and `process_group`::
+
+        step = sgmim_fast.capture(model, optimizer, mask=masks, process_group=torch.distributed.group.WORLD)
 
     Args:
         model: contains all trained parameters, on one device.
@@ -90,6 +96,10 @@ def capture(
         scaler: scales the loss; with an optimizer it also unscales, steps and updates.
         clip: largest gradient norm, requires an optimizer.
         accumulate: gradient accumulation: calls per optimizer step; the loss is divided by it.
+        process_group: replaces DistributedDataParallel: after every `accumulate` calls, gradients are averaged over the
+            processes of this group, outside of the graph. Parameters and buffers are copied from its first process
+            here; buffers that a step changes (batch norms) are not synchronised. Every process must make the same
+            calls. None: no communication.
 
     Returns:
         `step(*args, **kwargs)` -> the result of `loss`, detached. Host tensors are copied to the device.
@@ -107,7 +117,9 @@ def capture(
         raise ValueError(f"accumulate is {accumulate}; expected at least 1")
     if clip is not None and (optimizer is None or not clip > 0):
         raise ValueError(f"clip is {clip}; expected a norm above 0 and an optimizer, or None")
-    return CapturedStep(model, optimizer, loss, mask, autocast, scaler, clip, accumulate)
+    if process_group is not None and any(isinstance(m, (DistributedDataParallel, FSDPModule)) for m in model.modules()):
+        raise ValueError("process_group with a model that communicates itself; expected the model without a wrapper")
+    return CapturedStep(model, optimizer, loss, mask, autocast, scaler, clip, accumulate, process_group)
 
 
 class _ModelState(NamedTuple):
@@ -160,11 +172,17 @@ class CapturedStep:
         scaler: torch.amp.GradScaler | None,
         clip: float | None,
         accumulate: int,
+        process_group: dist.ProcessGroup | None,
     ) -> None:
         self.model, self.optimizer, self.loss, self.mask = model, optimizer, loss, mask
         self.autocast, self.scaler, self.clip, self.accumulate = autocast, scaler, clip, accumulate
         self.captures = 0
         self.reasons: list[str] = []
+        self._average: Averaging | None = None
+        if process_group is not None:
+            buffers = (buffer for root in self._roots() for buffer in root.buffers())
+            broadcast(chain(self._trained(), buffers), process_group)
+            self._average = Averaging(self._trained(), process_group)
         self._calls = 0
         self._count = 0  # number of states of the model so far
         self._misses = {"backward": 0, "update": 0}  # number of successive calls with an unknown key
@@ -196,7 +214,10 @@ class CapturedStep:
         else:
             result, captured = run(self._on_device(leaves)), False
         self._calls += 1
-        if self.optimizer is not None and self._calls % self.accumulate == 0:
+        last = self._calls % self.accumulate == 0
+        if self._average is not None and last:
+            self._average()
+        if self.optimizer is not None and last:
             capturable = all(group.get("capturable", True) for group in self.optimizer.param_groups)
             if captured and capturable:  # a replay writes gradients to the same addresses as the previous call
                 alive, key = self._update_key()
@@ -205,6 +226,16 @@ class CapturedStep:
             else:
                 self._update()
         return result
+
+    def _roots(self) -> list[nn.Module]:
+        return [x for x in (self.model, self.loss) if isinstance(x, nn.Module)]
+
+    def _trained(self) -> list[nn.Parameter]:
+        """Returns the parameters of the modules and of the optimizer."""
+        parameters = [p for root in self._roots() for p in root.parameters()]
+        if self.optimizer is not None:
+            parameters += [p for group in self.optimizer.param_groups for p in group["params"]]
+        return list(dict.fromkeys(parameters))
 
     def _possible(self) -> bool:
         """Whether the device and the current stream allow a capture."""
@@ -219,12 +250,8 @@ class CapturedStep:
         last = self._states[-1] if self._states else None
         if last is None or not self._has(last.objects):  # a module may have been replaced
             last = None
-            roots = [x for x in (self.model, self.loss) if isinstance(x, nn.Module)]
-            self._modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
-            parameters = [p for root in roots for p in root.parameters()]
-            if self.optimizer is not None:
-                parameters += [p for group in self.optimizer.param_groups for p in group["params"]]
-            self._parameters = list(dict.fromkeys(parameters))
+            self._modules = list(dict.fromkeys(module for root in self._roots() for module in root.modules()))
+            self._parameters = self._trained()
             # if a dictionary of a module is replaced by another one, the values of the module's `__dict__` change
             parts = ((m.__dict__, m._modules, m._parameters, m._buffers) for m in self._modules)
             self._values = [part.values() for module in parts for part in module]
@@ -273,7 +300,7 @@ class CapturedStep:
             return f"its parameters are on several devices, {self.device} and {others.pop()}"
         for module in self._modules:
             if isinstance(module, (DistributedDataParallel, FSDPModule)):
-                return f"{type(module).__name__} communicates with other processes"
+                return f"{type(module).__name__} communicates with other processes; see capture(process_group=...)"
             if any(getattr(module, name) for name in _HOOKS):
                 return f"a {type(module).__name__} has hooks"
         if any(getattr(global_hooks, f"_global{name}") for name in _HOOKS):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
@@ -68,17 +69,23 @@ class Stepper:
         self.plain.to(accelerator.device)
         self._norms = [module for module in self.plain.modules() if isinstance(module, _BatchNorm)]
         self.model: nn.Module = self.plain
+        several, on_gpu = accelerator.num_processes > 1, accelerator.device.type == Graph.device_type
+        captures = self.config.run.capture and task.capturable and on_gpu and not self.config.run.fsdp
+        captures = captures and not (several and self._norms)  # several processes' batch norms communicate
         if self.config.run.fsdp:
             self._shard()
+            self.optimizer = accelerator.prepare(task.create_optimizer(self.plain))
+        elif captures and several:  # without DistributedDataParallel, which cannot be captured
+            self.model = accelerator.prepare_model(self.plain, evaluation_mode=True)
             self.optimizer = accelerator.prepare(task.create_optimizer(self.plain))
         else:
             self.model, self.optimizer = accelerator.prepare(self.plain, task.create_optimizer(self.plain))
         self.average = Average(self.plain, task.average) if task.average else None
         self.model.train()
-        self.captured: CapturedStep | None = None  # None with several processes, whose backward communicates
-        here = accelerator.device.type == Graph.device_type and accelerator.num_processes == 1
-        if self.config.run.capture and task.capturable and here and not self.config.run.fsdp:
-            self.captured = capture(self.model, loss=self._losses, scaler=accelerator.scaler)
+        self.captured: CapturedStep | None = None
+        if captures:
+            options = {"accumulate": layout.accumulate, "process_group": dist.group.WORLD if several else None}
+            self.captured = capture(self.model, loss=self._losses, scaler=accelerator.scaler, **options)
 
     def __call__(self, step: int, batches: Iterator[dict[str, Any]]) -> Done:
         """Runs a step, numbered from 0, with the next batches."""
@@ -115,7 +122,7 @@ class Stepper:
     def _backward(self, batch: dict[str, Any], drawn: Any, first: int) -> Tensor:
         if self.captured is None:
             total, *losses = self._losses(self.model, batch, drawn, first)
-            self.accelerator.backward(total)
+            self.accelerator.backward(total / self.layout.accumulate)
         else:  # the graph gets a part of the step's masks, whose shape is the same for each backward pass
             tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
             _, *losses = self.captured(tensors, self.task.part(drawn, first, len(batch["name"])), 0)
@@ -126,7 +133,7 @@ class Stepper:
         losses = self.task.loss(model, batch, drawn, first, self.accelerator)
         finite = losses[0].detach().isfinite()
         # The gradient of L1 is a sign, which is finite even if the loss is not, so multiply a non-finite loss by NaN.
-        poison = torch.where(finite, 1 / self.layout.accumulate, torch.nan)
+        poison = torch.where(finite, 1.0, torch.nan)
         return [losses[0] * poison, *losses]
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:

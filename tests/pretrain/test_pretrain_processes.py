@@ -36,14 +36,24 @@ checkpoint._flush = kill
 cli.main(sys.argv[1:])
 """
 
-# The same processes execute several runs one after the other, since starting them takes longer than the runs.
+# The same processes execute several runs one after the other, since starting them takes longer than the runs. After the
+# word "capture", steps are captured by a simulated graph.
 RUNS = """
-import json, sys
+import contextlib, json, sys
+sys.path.append(sys.argv[2])
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 Accelerator.end_training = Accelerator.wait_for_everyone  # the next run needs the processes' connection
-from sgmim_fast import cli
+from fake_graph import FakeGraph, values_unread
+from sgmim_fast import backends, cli, capture
+from sgmim_fast.engine import trainer
+stack = contextlib.ExitStack()
 for words in json.loads(sys.argv[1]):
+    if words == "capture":
+        sys.modules["sgmim_fast.capture"].Graph = trainer.Graph = FakeGraph
+        stack.enter_context(backends.use("torch"))
+        stack.enter_context(values_unread())
+        continue
     if code := cli.main(words):
         sys.exit(code)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -105,21 +115,24 @@ def test_torchrun_on_cpus_needs_no_variable(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
 def test_two_processes_equal_one(tmp_path):
-    """With the same global batches and masks, with DDP and with FSDP, which is also resumed half-way."""
+    """With the same global batches and masks, with DDP, FSDP, which is also resumed half-way, and captured steps."""
     settings = {"optim__epochs": 1.5, "run__log_every": 1, "run__checkpoint_every": 3}
-    run = {name: tmp_path / name for name in ("one", "ddp", "fsdp")}
+    run = {name: tmp_path / name for name in ("one", "ddp", "fsdp", "captured")}
     assert cli.main(["pretrain", f"--out={run['one']}", *arguments(**settings, optim__batch=8)]) == 0
-    runs = [
-        ["pretrain", f"--out={run[name]}", *arguments(**settings, optim__batch=4, run__fsdp=name == "fsdp")]
-        for name in ("ddp", "fsdp")
-    ]
-    runs.append(["pretrain", f"--resume={run['fsdp']}", "--checkpoint=step-00000003"])
+    ddp, fsdp, captured = (
+        ["pretrain", f"--out={run[name]}", *arguments(**settings, optim__batch=batch, optim__accumulate=4 // batch)]
+        for name, batch in (("ddp", 4), ("fsdp", 4), ("captured", 2))
+    )
+    resumed = ["pretrain", f"--resume={run['fsdp']}", "--checkpoint=step-00000003"]
+    runs = [ddp, [*fsdp, "--set=run.fsdp=true"], resumed, "capture", captured]
     script = tmp_path / "runs.py"
     script.write_text(RUNS)
-    out, _ = finish(start("-m", "torch.distributed.run", "--nproc-per-node=2", script, json.dumps(runs)))
-    assert out.count("2 processes") == 3 and "6 steps from step 3 of 8 images" in out
+    words = script, json.dumps(runs), Path(__file__).parents[1]
+    out, _ = finish(start("-m", "torch.distributed.run", "--nproc-per-node=2", *words))
+    assert out.count("2 processes") == 4 and "6 steps from step 3 of 8 images" in out
+    assert log.read(run["captured"])[-1]["graphs"] == 1 and log.read(run["ddp"])[-1]["graphs"] == 0
     before, after = (weights(run["one"], step) for step in (3, 6))
-    for name in ("ddp", "fsdp"):
+    for name in ("ddp", "fsdp", "captured"):
         for one, two in zip(log.read(run["one"]), log.read(run[name]), strict=True):
             for value in ("loss", "image_loss", "structure_loss", "grad_norm"):
                 assert two[value] == pytest.approx(one[value], rel=5e-6), (name, one["step"], value)  # seen: 2e-7

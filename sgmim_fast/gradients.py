@@ -57,8 +57,8 @@ class Averaging:
         for place, p in enumerate(self._parameters):
             if p.grad is not None and p not in self._averaged:
                 raise RuntimeError(
-                    f"parameter {place} has its first gradient after gradients have been averaged before; expected the "
-                    "same parameters in every step"
+                    f"parameter {place}, of shape {tuple(p.shape)}, has a gradient that no process had when gradients "
+                    "were first averaged; expected gradients of the same parameters in every step"
                 )
         for p in self._averaged:
             if p.grad is None:

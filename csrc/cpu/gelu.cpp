@@ -5,6 +5,7 @@
 #include "cpu/foreach_isa.h"
 #include "cpu/vec.h"
 #include "cpu/norm_row.h"
+#include "cpu/vectors.h"
 #include "cpu/gelu_at.h"
 
 namespace sgmim {

@@ -1,4 +1,4 @@
-// GELU and its derivative. Included once per instruction set, after norm_row.h.
+// GELU and its derivative. Included once per instruction set, after vectors.h.
 //
 // With cdf and pdf of the normal distribution, GELU(x) = x cdf(x), and its derivative is cdf(x) + x pdf(x). For y = |x|
 // let tail = cdf(-y) = e^(-y^2/2) R(y). R is a polynomial in 1 / (y + k) over 0 <= y <= 12.5, made for this file by a
@@ -6,51 +6,6 @@
 // for x < 0 and 1 - (tail - y pdf) for x > 0. This has no cancellation in the tail, and needs one exponential.
 namespace sgmim {
 namespace SGMIM_ISA {
-
-// N vectors, side by side. An operation applies to all of them before the next one follows: the instructions of one
-// vector wait for each other, and a processor looks ahead too little to overlap whole vectors by itself.
-template <int N>
-struct Vectors {
-  vf v[N];
-
-  template <class F>
-  static SGMIM_INLINE_LAMBDA inline Vectors each(const F& f) {
-    Vectors result;
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) result.v[i] = f(i);
-    return result;
-  }
-};
-
-#define SGMIM_VECTORS_OPERATOR(op)                                                   \
-  template <int N>                                                                   \
-  SGMIM_INLINE Vectors<N> operator op(const Vectors<N>& a, const Vectors<N>& b) {    \
-    return Vectors<N>::each([&](int i) SGMIM_INLINE_LAMBDA { return a.v[i] op b.v[i]; }); \
-  }                                                                                  \
-  template <int N>                                                                   \
-  SGMIM_INLINE Vectors<N> operator op(const Vectors<N>& a, float b) {                \
-    return Vectors<N>::each([&](int i) SGMIM_INLINE_LAMBDA { return a.v[i] op b; }); \
-  }                                                                                  \
-  template <int N>                                                                   \
-  SGMIM_INLINE Vectors<N> operator op(float a, const Vectors<N>& b) {                \
-    return Vectors<N>::each([&](int i) SGMIM_INLINE_LAMBDA { return a op b.v[i]; }); \
-  }
-SGMIM_VECTORS_OPERATOR(+)
-SGMIM_VECTORS_OPERATOR(-)
-SGMIM_VECTORS_OPERATOR(*)
-SGMIM_VECTORS_OPERATOR(/)
-#undef SGMIM_VECTORS_OPERATOR
-
-// Loads and stores of N consecutive vectors, each of n <= LANES elements (fewer only for N = 1).
-template <class V, class T>
-SGMIM_INLINE V load_vectors(const T* from, int64_t n) {
-  return V::each([&](int i) SGMIM_INLINE_LAMBDA { return load_part(from + i * LANES, n); });
-}
-
-template <int N, class T>
-SGMIM_INLINE void store_vectors(T* to, const Vectors<N>& from, int64_t n) {
-  for (int i = 0; i < N; ++i) store_part(to + i * LANES, from.v[i], n);
-}
 
 template <int N>
 struct Gelu {

@@ -70,6 +70,7 @@ struct Linear {
 #if SGMIM_VECTOR_BYTES == 64
 #include "cpu/vec.h"
 #include "cpu/norm_row.h"
+#include "cpu/vectors.h"
 #include "cpu/gelu_at.h"
 #include "cpu/gemm_tile.h"
 #include "cpu/gemm_pack.h"

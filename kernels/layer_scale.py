@@ -12,9 +12,7 @@ from sgmim_fast.kernels.launch import launch, next_power_of_2
 
 
 @triton.jit
-def _layer_scale_backward_kernel(
-    scale, weight, dweight, bias, dbias, dscale, width, BLOCK: tl.constexpr
-):  # fmt: skip
+def _layer_scale_backward_kernel(scale, weight, dweight, bias, dbias, dscale, width, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     factor = tl.load(scale + row).to(tl.float32)
     total = tl.zeros([BLOCK], tl.float32)

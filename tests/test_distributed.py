@@ -101,6 +101,10 @@ def process(rank: int, folder: str) -> None:
             torch.save((loss / 2, found), Path(folder, f"{dtype}.pt"))
     torch.save(captured(rank), Path(folder, f"captured-{rank}.pt"))
     torch.save(few_gradients(rank), Path(folder, f"few-{rank}.pt"))
+    # The model holds the process group. With torch 2.11, a group that is freed with the model waits for its threads,
+    # and these for the interpreter's lock, to free their last tensors.
+    del model
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -348,10 +348,8 @@ def result_dtype(
 def scaled_weight(p: Primitives, scale: Tensor | None, dtype: torch.dtype, weight: Tensor) -> Tensor:
     """Returns scale * weight as a dgrad in `dtype` reads it, for a layer whose result is multiplied by layer scale
     (O,), or the weight if there is no scale."""
-    if scale is None:
-        return p.weights_in(dtype, weight, last=True)[0]
-    scaled = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
-    return torch.mul(weight, scale[:, None], out=scaled)  # multiplied and cast in one launch
+    (weight,) = p.weights_in(dtype, weight, last=True)  # releases the copy that the forward kept
+    return weight if scale is None else torch.mul(weight, scale[:, None], out=torch.empty_like(weight, dtype=dtype))
 
 
 def unflattened(rows: Tensor, like: Tensor) -> Tensor:

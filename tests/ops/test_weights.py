@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from sgmim_fast import SGMIM, create_encoder, selective_mask
+from sgmim_fast import SGMIM, backends, create_encoder, ops, selective_mask
 from sgmim_fast.ops import gemm, target, weights
 from sgmim_fast.ops.cpu import gemm as cpu_gemm
 from sgmim_fast.ops.weights import cast_together, weights_in
@@ -96,6 +96,18 @@ def test_the_backward_reads_the_forwards_copy_and_lets_it_go():
     gc.collect()
     assert gone() is None
     assert torch.equal(weights_in(LOW, weight, last=True)[0], weight.detach().to(LOW))  # of a retained graph
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_backward_of_an_op_lets_all_copies_go(scaled):
+    x, scale = torch.randn(3, 8), torch.randn(8) if scaled else None
+    layers = [nn.Parameter(torch.randn(size)) for size in ((16, 8), (16,), (8, 16), (8,))]
+    with gemm.compute_bfloat16_in(LOW), backends.use("torch"):
+        with torch.autocast("cpu", LOW):
+            y = ops.norm_mlp(x, *layers, layer_scale=scale)
+        assert {id(layers[0]), id(layers[2])} <= weights._kept.keys()
+        y.sum().backward()
+    assert not {id(layer) for layer in layers} & weights._kept.keys()
 
 
 @pytest.mark.parametrize("change", [in_place, step, load])

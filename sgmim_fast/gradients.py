@@ -41,7 +41,8 @@ class Averaging:
     def __init__(self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
         self._parameters, self._group = list(parameters), group
         self._trained: list[bool] = []  # requires_grad of each parameter at the last exchange
-        self._averaged: dict[nn.Parameter, None] = {}
+        self._buckets: list[list[nn.Parameter]] = []  # the parameters that have gradients
+        self._others: dict[int, nn.Parameter] = {}  # by their places
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -54,39 +55,42 @@ class Averaging:
         if trained != self._trained:
             self._exchange()
             self._trained = trained
-        for place, p in enumerate(self._parameters):
-            if p.grad is not None and p not in self._averaged:
+        for place, p in self._others.items():
+            if p.grad is not None:
                 raise RuntimeError(
                     f"parameter {place}, of shape {tuple(p.shape)}, has a gradient that no process had when gradients "
                     "were first averaged; expected gradients of the same parameters in every step"
                 )
-        for p in self._averaged:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        for bucket in _buckets([p.grad for p in self._averaged]):
-            flat = torch.cat([grad.flatten() for grad in bucket]).div_(self._group.size())
+        for bucket in self._buckets:
+            for p in bucket:
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+            grads = [p.grad for p in bucket]
+            flat = torch.cat([grad.flatten() for grad in grads]).div_(self._group.size())
             dist.all_reduce(flat, group=self._group)
-            means = flat.split([grad.numel() for grad in bucket])
-            torch._foreach_copy_(bucket, [mean.view(grad.shape) for mean, grad in zip(means, bucket, strict=True)])
+            means = flat.split([grad.numel() for grad in grads])
+            torch._foreach_copy_(grads, [mean.view(grad.shape) for mean, grad in zip(means, grads, strict=True)])
 
     def _exchange(self) -> None:
         """Finds the parameters that have a gradient on any process."""
         here = [place for place, p in enumerate(self._parameters) if p.grad is not None]
         everywhere: list[list[int]] = [[] for _ in range(self._group.size())]
         dist.all_gather_object(everywhere, here, group=self._group)
-        places = sorted({place for each in everywhere for place in each})
-        self._averaged = dict.fromkeys(self._parameters[place] for place in places)
+        places = {place for each in everywhere for place in each}
+        self._buckets = list(_buckets([p for place, p in enumerate(self._parameters) if place in places]))
+        self._others = {place: p for place, p in enumerate(self._parameters) if place not in places}
 
 
-def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Divides gradients into lists of one dtype and at most BUCKET bytes, or one larger gradient."""
-    bucket: list[Tensor] = []
+def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Divides parameters, whose gradients have their dtype, into lists of one dtype and at most BUCKET bytes, or one
+    larger parameter."""
+    bucket: list[nn.Parameter] = []
     size = 0
-    for grad in sorted(grads, key=lambda grad: str(grad.dtype)):  # stable: otherwise in the parameters' order
-        if bucket and (grad.dtype != bucket[0].dtype or size + grad.nbytes > BUCKET):
+    for p in sorted(parameters, key=lambda p: str(p.dtype)):  # stable: otherwise in their order
+        if bucket and (p.dtype != bucket[0].dtype or size + p.nbytes > BUCKET):
             yield bucket
             bucket, size = [], 0
-        bucket.append(grad)
-        size += grad.nbytes
+        bucket.append(p)
+        size += p.nbytes
     if bucket:
         yield bucket

@@ -21,12 +21,28 @@ SGMIM_INLINE vf multiply_add(vf sum, float left, vf right) {
   return sum + set1(left) * right;
 }
 
+// Cache lines to prefetch during a tile, `count` per 16 units: runs of `run` adjacent lines, `stride` bytes apart.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t count = 0, run = 1, stride = 0, left = 1;  // left: lines of the current run, from `at` on
+
+  void prefetch() {
+    for (int64_t i = 0; i < count; ++i) {
+      __builtin_prefetch(at);
+      at += 64;
+      if (--left > 0) continue;
+      at += stride - 64 * run;
+      left = run;
+    }
+  }
+};
+
 // Calls epilogue(sum) with the vectors of a . b, (ROWS, VECTORS), in registers. They are added to c (ROWS, VECTORS *
 // LANES) before, if `add`. Unit k of row m of a is at a + m * a_row + k * a_unit, in bytes.
 template <class T, int ROWS, int VECTORS, class Epilogue>
 SGMIM_INLINE void gemm_tile_with(
     const char* a, int64_t a_row, int64_t a_unit, const float* b, int64_t depth, const float* c, int64_t c_row,
-    bool add, const Epilogue& epilogue) {
+    bool add, Ahead ahead, const Epilogue& epilogue) {
   vf sum[ROWS][VECTORS] = {};
   if (add)
     for (int m = 0; m < ROWS; ++m)
@@ -46,6 +62,7 @@ SGMIM_INLINE void gemm_tile_with(
   for (; k + 16 <= depth; k += 16) {
     // Prefetch the rows of the next tile: where rows are not packed, their lines of 16 units are far apart.
     for (int m = 0; m < ROWS; ++m) __builtin_prefetch(row[m] + TILE_ROWS * a_row + k * a_unit);
+    ahead.prefetch();
     for (int u = 0; u < 16; ++u) add_unit(k + u);
   }
   for (; k < depth; ++k) add_unit(k);
@@ -55,32 +72,33 @@ SGMIM_INLINE void gemm_tile_with(
 // c (ROWS, VECTORS * LANES) (+)= a . b
 template <class T, int ROWS, int VECTORS>
 SGMIM_INLINE void gemm_tile_of(
-    const char* a, int64_t a_row, int64_t a_unit, const float* b, int64_t depth, float* c, int64_t c_row, bool add) {
+    const char* a, int64_t a_row, int64_t a_unit, const float* b, int64_t depth, float* c, int64_t c_row, bool add,
+    const Ahead& ahead) {
   const auto write = [&](const vf(&sum)[ROWS][VECTORS]) SGMIM_INLINE_LAMBDA {
     for (int m = 0; m < ROWS; ++m)
       for (int n = 0; n < VECTORS; ++n) store(c + m * c_row + n * LANES, sum[m][n]);
   };
-  gemm_tile_with<T, ROWS, VECTORS>(a, a_row, a_unit, b, depth, c, c_row, add, write);
+  gemm_tile_with<T, ROWS, VECTORS>(a, a_row, a_unit, b, depth, c, c_row, add, ahead, write);
 }
 
 // The same for 1 to TILE_ROWS rows and 1 to PANEL columns. Columns of c from there to PANEL are undefined afterwards.
 template <class T>
 void gemm_tile(
     int64_t rows, int64_t columns, const char* a, int64_t a_row, int64_t a_unit, const float* b, int64_t depth,
-    float* c, int64_t c_row, bool add) {
+    float* c, int64_t c_row, bool add, const Ahead& ahead = {}) {
   if (rows == TILE_ROWS && columns <= PANEL - LANES) {
-    if (columns <= LANES) return gemm_tile_of<T, TILE_ROWS, 1>(a, a_row, a_unit, b, depth, c, c_row, add);
+    if (columns <= LANES) return gemm_tile_of<T, TILE_ROWS, 1>(a, a_row, a_unit, b, depth, c, c_row, add, ahead);
     if (TILE_VECTORS == 4 && columns <= 2 * LANES)
-      return gemm_tile_of<T, TILE_ROWS, 2>(a, a_row, a_unit, b, depth, c, c_row, add);
-    if (TILE_VECTORS == 4) return gemm_tile_of<T, TILE_ROWS, 3>(a, a_row, a_unit, b, depth, c, c_row, add);
+      return gemm_tile_of<T, TILE_ROWS, 2>(a, a_row, a_unit, b, depth, c, c_row, add, ahead);
+    if (TILE_VECTORS == 4) return gemm_tile_of<T, TILE_ROWS, 3>(a, a_row, a_unit, b, depth, c, c_row, add, ahead);
   }
   switch (rows) {
-    case 6: return gemm_tile_of<T, 6, TILE_VECTORS>(a, a_row, a_unit, b, depth, c, c_row, add);
-    case 5: return gemm_tile_of<T, 5, TILE_VECTORS>(a, a_row, a_unit, b, depth, c, c_row, add);
-    case 4: return gemm_tile_of<T, 4, TILE_VECTORS>(a, a_row, a_unit, b, depth, c, c_row, add);
-    case 3: return gemm_tile_of<T, 3, TILE_VECTORS>(a, a_row, a_unit, b, depth, c, c_row, add);
-    case 2: return gemm_tile_of<T, 2, TILE_VECTORS>(a, a_row, a_unit, b, depth, c, c_row, add);
-    default: return gemm_tile_of<T, 1, TILE_VECTORS>(a, a_row, a_unit, b, depth, c, c_row, add);
+    case 6: return gemm_tile_of<T, 6, TILE_VECTORS>(a, a_row, a_unit, b, depth, c, c_row, add, ahead);
+    case 5: return gemm_tile_of<T, 5, TILE_VECTORS>(a, a_row, a_unit, b, depth, c, c_row, add, ahead);
+    case 4: return gemm_tile_of<T, 4, TILE_VECTORS>(a, a_row, a_unit, b, depth, c, c_row, add, ahead);
+    case 3: return gemm_tile_of<T, 3, TILE_VECTORS>(a, a_row, a_unit, b, depth, c, c_row, add, ahead);
+    case 2: return gemm_tile_of<T, 2, TILE_VECTORS>(a, a_row, a_unit, b, depth, c, c_row, add, ahead);
+    default: return gemm_tile_of<T, 1, TILE_VECTORS>(a, a_row, a_unit, b, depth, c, c_row, add, ahead);
   }
 }
 

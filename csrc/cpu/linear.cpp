@@ -19,6 +19,7 @@ constexpr int64_t CHUNK = 240;       // most rows of y in a unit of work: 40 til
 constexpr int64_t MANY_ROWS = 4;     // each thread has rows of its own from n = MANY_ROWS * outs on,
 constexpr int64_t MANY_CHUNKS = 16;  // provided there are this many chunks per thread, which balances the load
 constexpr int64_t PACKED = 1 << 17;  // 4-byte units of weights that are packed at a time: 512 KiB, which fit L2
+constexpr int64_t VECTOR = 16;  // floats of a vector: these kernels exist for AVX-512 only
 
 enum class Epilogue { none, gelu, gelu_backward };
 
@@ -148,7 +149,7 @@ SGMIM_INLINE void epilogue(
 template <class X, class Y, bool SCALE, bool RESIDUAL>
 SGMIM_INLINE void whole_tile_of(
     const EpilogueArgs& e, const char* left, int64_t left_row, const float* right, int64_t depth, const float* tile,
-    bool add, int64_t column, int64_t at, int64_t outs) {
+    bool add, int64_t column, int64_t at, int64_t outs, const Ahead& ahead) {
   const float *bias = e.bias ? e.bias + column : ZEROS.values, *scale = SCALE ? e.scale + column : nullptr;
   const Y* residual = RESIDUAL ? static_cast<const Y*>(e.residual) + at : nullptr;
   Y* y = static_cast<Y*>(e.y) + at;
@@ -163,16 +164,45 @@ SGMIM_INLINE void whole_tile_of(
         store(y + m * outs + n * LANES, total);
       }
   };
-  gemm_tile_with<X, TILE_ROWS, TILE_VECTORS>(left, left_row, 4, right, depth, tile, PANEL, add, end);
+  gemm_tile_with<X, TILE_ROWS, TILE_VECTORS>(left, left_row, 4, right, depth, tile, PANEL, add, ahead, end);
 }
 
 template <class X, class Y, class... Args>
-SGMIM_INLINE void whole_tile(const EpilogueArgs& e, Args... args) {
+SGMIM_INLINE void whole_tile(const EpilogueArgs& e, const Args&... args) {
   if (e.scale)
     e.residual ? whole_tile_of<X, Y, true, true>(e, args...) : whole_tile_of<X, Y, true, false>(e, args...);
   else
     e.residual ? whole_tile_of<X, Y, false, true>(e, args...) : whole_tile_of<X, Y, false, false>(e, args...);
 }
+
+// Prefetches the columns [begin, end) of a weight, which are packed next, evenly over the tiles until then: a core reads
+// a weight from memory at half the rate at which it packs one from L2.
+template <class W, bool TRANSPOSED>
+class Following {
+ public:
+  // steps: of 16 units, in all the tiles until then.
+  Following(const Linear* g, int64_t begin, int64_t end, int64_t steps) {
+    const int64_t columns = std::max<int64_t>(end - begin, 0), size = sizeof(W);
+    run_ = std::max<int64_t>((TRANSPOSED ? columns : columns * g->ins) * size / 64, 1);
+    lines_ = columns * g->ins * size / 64;
+    stride_ = g->outs * size;
+    at_ = static_cast<const char*>(g->weight) + begin * (TRANSPOSED ? 1 : g->ins) * size;
+    per_step_ = std::min((lines_ + steps - 1) / std::max<int64_t>(steps, 1), MOST);
+  }
+
+  // Returns the lines to prefetch during a tile of `depth` units.
+  Ahead during(int64_t depth) {
+    const int64_t line = std::exchange(next_, next_ + per_step_ * (depth / 16)), row = line / run_, in = line % run_;
+    if (line >= lines_) return {};
+    return {at_ + row * stride_ + in * 64, per_step_, run_, stride_, run_ - in};
+  }
+
+ private:
+  static constexpr int64_t MOST = 8;  // lines per step, more of which would delay the gemm
+
+  const char* at_;
+  int64_t run_, lines_, stride_, per_step_, next_ = 0;
+};
 
 // Computes the units of work [begin, end). Packs as many whole panels at a time as fit L2. weight: (outs, ins) or, if
 // TRANSPOSED, (ins, outs).
@@ -199,6 +229,11 @@ void linear_units(const Linear* g, int64_t begin, int64_t end) {
       else
         pack_columns<X>(weight + column * g->ins, g->ins, g->ins, width, into);
     }
+    const int64_t rows = std::min(end_chunk * g->chunks.rows, g->n) - begin_chunk * g->chunks.rows;
+    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS * (to - panel);
+    const int64_t after = at + (to - panel) * (end_chunk - begin_chunk), next = after < end ? to - panel : 0;
+    Following<W, TRANSPOSED> following(
+        g, to * PANEL, std::min((to + next) * PANEL, g->outs), tiles * (units / 16));
     for (int64_t chunk = begin_chunk; chunk < end_chunk; ++chunk) {
       const int64_t first = chunk * g->chunks.rows, last = std::min(first + g->chunks.rows, g->n);
       for (int64_t k = 0; k < units; k += DEPTH) {
@@ -211,17 +246,18 @@ void linear_units(const Linear* g, int64_t begin, int64_t end) {
             const char* from = reinterpret_cast<const char*>(x + r * g->ins) + 4 * k;
             const float* right = packed.data() + ((p - panel) * units + k) * PANEL;
             const int64_t row = sizeof(X) * g->ins;
+            const Ahead ahead = following.during(depth);
             if (k + depth == units) prefetch<X, Y>(e, g->outs, r, rows, column, width);
             if (k + depth == units && rows == TILE_ROWS && width == PANEL && e.kind == Epilogue::none) {
-              whole_tile<X, Y>(e, from, row, right, depth, tile, k > 0, column, r * g->outs + column, g->outs);
+              whole_tile<X, Y>(e, from, row, right, depth, tile, k > 0, column, r * g->outs + column, g->outs, ahead);
               continue;
             }
-            gemm_tile<X>(rows, width, from, row, 4, right, depth, tile, PANEL, k > 0);
+            gemm_tile<X>(rows, width, from, row, 4, right, depth, tile, PANEL, k > 0, ahead);
             if (k + depth == units) epilogue<X, Y>(e, g->outs, chunk, r, rows, column, width, tile);
           }
       }
     }
-    at += (to - panel) * (end_chunk - begin_chunk);
+    at = after;
   }
 }
 
@@ -256,10 +292,17 @@ static Linear restrict_to_chunks(const Linear& g, int64_t begin, int64_t end) {
 template <class X, class W, class Y>
 static void launch_typed(const Linear& g, bool transposed) {
   const auto run = [&](auto kernel, int64_t panel) {
-    const int64_t panels = (g.outs + panel - 1) / panel;
-    if (g.n < MANY_ROWS * g.outs || g.chunks.count < MANY_CHUNKS * torch::stable::get_num_threads())
-      return parallel(panels * g.chunks.count, 1, [&](int64_t begin, int64_t end) { kernel(&g, begin, end); });
-    parallel(g.chunks.count, 1, [&](int64_t begin, int64_t end) {
+    const int64_t panels = (g.outs + panel - 1) / panel, count = g.chunks.count;
+    if (g.n < MANY_ROWS * g.outs || count < MANY_CHUNKS * torch::stable::get_num_threads()) {
+      // Threads divide the vectors of y's rows, as the last panel may be narrow. A unit belongs to where it begins.
+      const int64_t vectors = (g.outs + VECTOR - 1) / VECTOR, whole = panel / VECTOR;
+      const auto unit = [&](int64_t at) {
+        const int64_t p = std::min(at / (whole * count), panels - 1), wide = std::min(whole, vectors - p * whole);
+        return p * count + (at - p * whole * count + wide - 1) / wide;
+      };
+      return parallel(vectors * count, whole, [&](int64_t begin, int64_t end) { kernel(&g, unit(begin), unit(end)); });
+    }
+    parallel(count, 1, [&](int64_t begin, int64_t end) {
       const Linear own = restrict_to_chunks<X, Y>(g, begin, end);
       kernel(&own, 0, panels * own.chunks.count);
     });

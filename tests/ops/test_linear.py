@@ -128,7 +128,9 @@ def test_dgrad_through_gelu(shape, dtypes):
     assert torch.equal(activated, again)
 
 
-@pytest.mark.parametrize(("rows", "ins", "outs"), [(500, 96, 200), (20000, 34, 70)], ids=["panels", "rows"])
+@pytest.mark.parametrize(
+    ("rows", "ins", "outs"), [(500, 96, 200), (1200, 64, 70), (20000, 34, 70)], ids=["panels", "narrow", "rows"]
+)
 def test_any_number_of_threads_gives_the_same_bits(dtypes, rows, ins, outs):
     """Each thread has its own panels, or its own rows."""
     of_x, of_weight = dtypes

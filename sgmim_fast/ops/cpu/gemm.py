@@ -38,10 +38,11 @@ def _in_float32() -> bool:
 
 def ours(x: Tensor) -> bool:
     """Whether fprop and dgrad of these rows use our own gemm."""
-    rows, columns = x.shape
-    if x.dtype == torch.float32:  # with fewer rows, packing the weights does not pay
-        return rows >= 192 and columns >= 32 and _in_float32()
-    return x.dtype == torch.bfloat16 and rows > 0 and columns > 0 and columns % 2 == 0 and reads_float32_weights()
+    if x.numel() == 0:
+        return False
+    if x.dtype == torch.float32:
+        return _in_float32()
+    return x.dtype == torch.bfloat16 and x.shape[1] % 2 == 0 and reads_float32_weights()
 
 
 def _read(weight: Tensor, x: Tensor) -> Tensor:
@@ -109,16 +110,9 @@ def dgrad_gelu(dy: Tensor, weight: Tensor, pre_activation: Tensor) -> tuple[Tens
     return dpre_activation, activated, total
 
 
-# Rows from which our float32 wgrad is used. oneDNN's copies both operands transposed, up to half of its time.
-MANY_ROWS = 1024
-
-
 def wgrad(dy: Tensor, x: Tensor) -> Tensor:
     """`gemm.wgrad`; our own returns float32."""
-    if dy.dtype == torch.float32:
-        own = dy.shape[0] >= MANY_ROWS and _in_float32()
-    else:
-        own = dy.dtype == torch.bfloat16 and reads_float32_weights()
+    own = _in_float32() if dy.dtype == torch.float32 else dy.dtype == torch.bfloat16 and reads_float32_weights()
     if not own:
         return gemm.wgrad(dy, x)
     dw = torch.empty(dy.shape[1], x.shape[1])

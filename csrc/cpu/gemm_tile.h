@@ -37,6 +37,31 @@ struct Ahead {
   }
 };
 
+// Prefetches part of a matrix, which is packed next, evenly over the tiles until then: a core reads it from memory at
+// half the rate at which it packs it from L2.
+class Upcoming {
+ public:
+  // at: its first element; bytes: of a row; stride: bytes between rows; steps: of 16 units in all the tiles until then.
+  Upcoming(const void* at, int64_t rows, int64_t bytes, int64_t stride, int64_t steps)
+      : at_(static_cast<const char*>(at)), run_(std::max<int64_t>((bytes + 63) / 64, 1)), stride_(stride),
+        lines_(bytes > 0 ? rows * run_ : 0),
+        per_step_(std::min((lines_ + steps - 1) / std::max<int64_t>(steps, 1), MOST)) {}
+
+  // Returns the lines to prefetch during a tile of `depth` units.
+  Ahead during(int64_t depth) {
+    if (next_ >= lines_) return {};
+    const int64_t row = next_ / run_, in = next_ % run_;
+    next_ += per_step_ * (depth / 16);
+    return {at_ + row * stride_ + in * 64, per_step_, run_, stride_, run_ - in};
+  }
+
+ private:
+  static constexpr int64_t MOST = 8;  // lines per step, more of which would delay the gemm
+
+  const char* at_;
+  int64_t run_, stride_, lines_, per_step_, next_ = 0;
+};
+
 // Calls epilogue(sum) with the vectors of a . b, (ROWS, VECTORS), in registers. They are added to c (ROWS, VECTORS *
 // LANES) before, if `add`. Unit k of row m of a is at a + m * a_row + k * a_unit, in bytes.
 template <class T, int ROWS, int VECTORS, class Epilogue>

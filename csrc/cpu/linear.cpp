@@ -175,35 +175,6 @@ SGMIM_INLINE void whole_tile(const EpilogueArgs& e, const Args&... args) {
     e.residual ? whole_tile_of<X, Y, false, true>(e, args...) : whole_tile_of<X, Y, false, false>(e, args...);
 }
 
-// Prefetches the columns [begin, end) of a weight, which are packed next, evenly over the tiles until then: a core reads
-// a weight from memory at half the rate at which it packs one from L2.
-template <class W, bool TRANSPOSED>
-class Following {
- public:
-  // steps: of 16 units, in all the tiles until then.
-  Following(const Linear* g, int64_t begin, int64_t end, int64_t steps) {
-    const int64_t columns = std::max<int64_t>(end - begin, 0), size = sizeof(W);
-    run_ = std::max<int64_t>((TRANSPOSED ? columns : columns * g->ins) * size / 64, 1);
-    lines_ = columns * g->ins * size / 64;
-    stride_ = g->outs * size;
-    at_ = static_cast<const char*>(g->weight) + begin * (TRANSPOSED ? 1 : g->ins) * size;
-    per_step_ = std::min((lines_ + steps - 1) / std::max<int64_t>(steps, 1), MOST);
-  }
-
-  // Returns the lines to prefetch during a tile of `depth` units.
-  Ahead during(int64_t depth) {
-    const int64_t line = std::exchange(next_, next_ + per_step_ * (depth / 16)), row = line / run_, in = line % run_;
-    if (line >= lines_) return {};
-    return {at_ + row * stride_ + in * 64, per_step_, run_, stride_, run_ - in};
-  }
-
- private:
-  static constexpr int64_t MOST = 8;  // lines per step, more of which would delay the gemm
-
-  const char* at_;
-  int64_t run_, lines_, stride_, per_step_, next_ = 0;
-};
-
 // Computes the units of work [begin, end). Packs as many whole panels at a time as fit L2. weight: (outs, ins) or, if
 // TRANSPOSED, (ins, outs).
 template <class X, class W, class Y, bool TRANSPOSED>
@@ -232,8 +203,11 @@ void linear_units(const Linear* g, int64_t begin, int64_t end) {
     const int64_t rows = std::min(end_chunk * g->chunks.rows, g->n) - begin_chunk * g->chunks.rows;
     const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS * (to - panel);
     const int64_t after = at + (to - panel) * (end_chunk - begin_chunk), next = after < end ? to - panel : 0;
-    Following<W, TRANSPOSED> following(
-        g, to * PANEL, std::min((to + next) * PANEL, g->outs), tiles * (units / 16));
+    const int64_t column = to * PANEL, columns = std::max<int64_t>(std::min(next * PANEL, g->outs - column), 0);
+    const int64_t size = sizeof(W), steps = tiles * (units / 16);
+    Upcoming upcoming = TRANSPOSED
+        ? Upcoming(weight + column, g->ins, columns * size, g->outs * size, steps)
+        : Upcoming(weight + column * g->ins, 1, columns * g->ins * size, 0, steps);
     for (int64_t chunk = begin_chunk; chunk < end_chunk; ++chunk) {
       const int64_t first = chunk * g->chunks.rows, last = std::min(first + g->chunks.rows, g->n);
       for (int64_t k = 0; k < units; k += DEPTH) {
@@ -246,7 +220,7 @@ void linear_units(const Linear* g, int64_t begin, int64_t end) {
             const char* from = reinterpret_cast<const char*>(x + r * g->ins) + 4 * k;
             const float* right = packed.data() + ((p - panel) * units + k) * PANEL;
             const int64_t row = sizeof(X) * g->ins;
-            const Ahead ahead = following.during(depth);
+            const Ahead ahead = upcoming.during(depth);
             if (k + depth == units) prefetch<X, Y>(e, g->outs, r, rows, column, width);
             if (k + depth == units && rows == TILE_ROWS && width == PANEL && e.kind == Epilogue::none) {
               whole_tile<X, Y>(e, from, row, right, depth, tile, k > 0, column, r * g->outs + column, g->outs, ahead);

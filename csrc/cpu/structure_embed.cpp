@@ -66,22 +66,33 @@ void embed_statistics_backward_rows(
     float* sums,                // (3, width): dweight, dbias, column sums of dx
     const TwoNorms* norms, int64_t begin, int64_t end) {
   const int64_t width = norms->width;
-  std::vector<float> xhat(width + LANES), g(width + LANES);
-  for (int64_t r = begin; r < end; ++r) {
-    const float mean = norms->merge_mean[r], scale = norms->merge_rstd[r] * merged_scale[r];
-    for (int64_t k = 4 * r; k < 4 * r + 4; ++k) {
-      load_row(x + k * width, xhat.data(), width);
-      normalize_row(xhat.data(), width, norms->mean[k], norms->rstd[k]);
-      affine_row(xhat.data(), norms->weight, norms->bias, g.data(), width);
-      for (int64_t i = 0; i < width; i += LANES) {
-        const int64_t n = part(i, width);
-        store_part(g.data() + i, (load_part(g.data() + i, n) - mean) * scale, n);
-      }
-      norm_backward_row(g.data(), xhat.data(), norms->weight, norms->rstd[k], sums, sums + width, width);
-      for (int64_t i = 0; i < width; i += LANES)
-        store(g.data() + i, load(g.data() + i) + load(xhat.data() + i) * patch_scale[k]);
-      accumulate_row(g.data(), sums + 2 * width, width);
-      store_row(g.data(), x + k * width, width);
+  float *dweight = sums, *dbias = sums + width, *dx_sums = sums + 2 * width;
+  const auto add = [](float* to, vf v, int64_t n) SGMIM_INLINE_LAMBDA { store_part(to, load_part(to, n) + v, n); };
+  std::vector<float> xhat(width + LANES), dxhat(width + LANES);
+  for (int64_t k = 4 * begin; k < 4 * end; ++k) {
+    const float merge_mean = norms->merge_mean[k / 4], scale = norms->merge_rstd[k / 4] * merged_scale[k / 4];
+    const float mean = norms->mean[k], rstd = norms->rstd[k];
+    T* row = x + k * width;
+    vf sum = {}, dot = {};
+    for (int64_t i = 0; i < width; i += LANES) {
+      const int64_t n = part(i, width);
+      const vf weight = load_part(norms->weight + i, n), here = (load_part(row + i, n) - mean) * rstd;
+      const vf dy = (here * weight + load_part(norms->bias + i, n) - merge_mean) * scale;
+      const vf d = dy * weight;  // lanes past the width are zero, since the weight is
+      store(xhat.data() + i, here);
+      store(dxhat.data() + i, d);
+      add(dweight + i, dy * here, n);
+      add(dbias + i, dy, n);
+      sum += d;
+      dot += d * here;
+    }
+    const float mean_d = hsum(sum) / width, mean_dx = hsum(dot) / width;
+    for (int64_t i = 0; i < width; i += LANES) {
+      const int64_t n = part(i, width);
+      const vf here = load(xhat.data() + i);
+      const vf dx = (load(dxhat.data() + i) - mean_d - here * mean_dx) * rstd + here * patch_scale[k];
+      add(dx_sums + i, dx, n);
+      store_part(row + i, dx, n);
     }
   }
 }

@@ -5,10 +5,10 @@
 // never rounded.
 //
 // The rows are processed in chunks. Of a chunk dy is packed in tiles of TILE_ROWS columns and x in panels of PANEL
-// columns; then their product is added to dw, block by block. Every element is summed in the same order, whatever the
-// number of threads. Each chunk reads and writes dw once, so chunks are as few as L2 allows, and of about equal size.
-//
-// Threads divide positions, integers in proportion to the work, not blocks, of which the last is often narrow.
+// columns. The narrower operand is packed first, by all threads. Then each thread computes the part of dw of its own
+// columns of the wider operand: it packs a block of them, which stays in L2, and multiplies it. Every element is summed
+// in the same order, whatever the number of threads. Each chunk reads and writes dw once, so chunks are as few as L2
+// allows, and of about equal size.
 #include "cpu/aligned.h"
 #include "cpu/launch.h"
 
@@ -21,13 +21,15 @@ constexpr int64_t WGRAD_BLOCK = 96;  // columns of dy in a block: 16 tiles of 6
 constexpr int64_t WGRAD_FEW = 32;  // units that are packed at a time, which stay in L1
 constexpr int64_t WGRAD_GRAIN = 1 << 19;  // fewest multiplications of a thread: a few microseconds
 
-// wgrad of one chunk of rows. The packed operands are (tiles, units, TILE_ROWS) and (panels, units, PANEL).
+// wgrad of one chunk of rows.
 struct Wgrad {
   const void *dy, *x;
   int64_t rows, units, outs, ins;
-  float *packed_dy, *packed_x;
-  float* dw;  // (outs, ins)
+  float* packed;  // the narrower operand: dy (tiles, units, TILE_ROWS) or x (panels, units, PANEL)
+  float* dw;      // (outs, ins)
   bool add;
+
+  bool x_is_wider() const { return ins > outs; }
 };
 // Sizes of a kernel's registers, which the launcher needs.
 struct WgradShape {
@@ -52,56 +54,57 @@ void wgrad_shape(WgradShape* shape) {
   *shape = {UNIT<T>, TILE_ROWS, LANES, PANEL};
 }
 
-// Divides `columns` columns by `units` units into strips of `width` columns, and those into steps of WGRAD_FEW units.
-// Calls body(column, count, unit, few) for the steps at positions [begin, end), with count columns and few units.
-template <class Body>
-SGMIM_INLINE void foreach_strip(
-    int64_t begin, int64_t end, int64_t columns, int64_t width, int64_t units, const Body& body) {
-  const int64_t steps = (units + WGRAD_FEW - 1) / WGRAD_FEW;
-  for (int64_t column = begin / (width * steps) * width; column < columns; column += width) {
-    const int64_t count = std::min(width, columns - column), start = column * steps;
-    if (start >= end) return;
-    const int64_t first = std::max<int64_t>(begin - start + count - 1, 0) / count;
-    const int64_t last = std::min((end - start + count - 1) / count, steps);
-    for (int64_t step = first; step < last; ++step)
-      body(column, count, step * WGRAD_FEW, std::min(WGRAD_FEW, units - step * WGRAD_FEW));
+// Packs `few` units from `unit` on of tiles of dy, whose first column is `column`. to: the first tile.
+template <class T>
+SGMIM_INLINE void wgrad_pack_dy(const Wgrad* g, int64_t column, int64_t tiles, int64_t unit, int64_t few, float* to) {
+  alignas(64) float line[WGRAD_FEW * WGRAD_BLOCK + LANES];
+  const int64_t row = unit * UNIT<T>, rows = std::min(few * UNIT<T>, g->rows - row);
+  const T* from = static_cast<const T*>(g->dy) + row * g->outs + column;
+  pack_rows<T, WGRAD_BLOCK>(from, g->outs, rows, std::min(WGRAD_BLOCK, g->outs - column), line);
+  to += unit * TILE_ROWS;
+  for (int64_t t = 0; t < tiles; ++t, to += g->units * TILE_ROWS) {
+    const float* tile = line + t * TILE_ROWS;
+    int64_t k = 0;
+    for (; k < few - 1; ++k)  // one copy of 8 floats, of which the next iteration overwrites the last two
+      __builtin_memcpy(to + k * TILE_ROWS, tile + k * WGRAD_BLOCK, 8 * sizeof(float));
+    __builtin_memcpy(to + k * TILE_ROWS, tile + k * WGRAD_BLOCK, TILE_ROWS * sizeof(float));
   }
 }
 
-// Packs the positions [begin, end) of dy: its columns times steps of WGRAD_FEW units.
+// Packs `few` units from `unit` on of the panel of x whose first column is `column`.
 template <class T>
-void wgrad_pack_dy(const Wgrad* g, int64_t begin, int64_t end) {
-  alignas(64) float line[WGRAD_FEW * WGRAD_BLOCK + LANES];
-  const auto pack = [&](int64_t column, int64_t count, int64_t unit, int64_t few) SGMIM_INLINE_LAMBDA {
-    const int64_t row = unit * UNIT<T>, rows = std::min(few * UNIT<T>, g->rows - row);
-    pack_rows<T, WGRAD_BLOCK>(static_cast<const T*>(g->dy) + row * g->outs + column, g->outs, rows, count, line);
-    for (int64_t t = 0; t < count; t += TILE_ROWS) {
-      float* to = g->packed_dy + (column + t) * g->units + unit * TILE_ROWS;
-      int64_t k = 0;
-      for (; k < few - 1; ++k)  // one copy of 8 floats, of which the next iteration overwrites the last two
-        __builtin_memcpy(to + k * TILE_ROWS, line + k * WGRAD_BLOCK + t, 8 * sizeof(float));
-      __builtin_memcpy(to + k * TILE_ROWS, line + k * WGRAD_BLOCK + t, TILE_ROWS * sizeof(float));
-    }
-  };
-  foreach_strip(begin, end, g->outs, WGRAD_BLOCK, g->units, pack);
+SGMIM_INLINE void wgrad_pack_x(const Wgrad* g, int64_t column, int64_t unit, int64_t few, float* to) {
+  const int64_t row = unit * UNIT<T>, rows = std::min(few * UNIT<T>, g->rows - row);
+  const T* from = static_cast<const T*>(g->x) + row * g->ins + column;
+  pack_rows<T, PANEL>(from, g->ins, rows, std::min(PANEL, g->ins - column), to + unit * PANEL);
 }
 
-// Packs the positions [begin, end) of x: its columns times steps of WGRAD_FEW units.
+// Packs the part [begin, end) of the narrower operand's columns times its steps of WGRAD_FEW units.
 template <class T>
-void wgrad_pack_x(const Wgrad* g, int64_t begin, int64_t end) {
-  const auto pack = [&](int64_t column, int64_t count, int64_t unit, int64_t few) SGMIM_INLINE_LAMBDA {
-    const int64_t row = unit * UNIT<T>, rows = std::min(few * UNIT<T>, g->rows - row);
-    pack_rows<T, PANEL>(
-        static_cast<const T*>(g->x) + row * g->ins + column, g->ins, rows, count,
-        g->packed_x + column * g->units + unit * PANEL);
-  };
-  foreach_strip(begin, end, g->ins, PANEL, g->units, pack);
+void wgrad_pack(const Wgrad* g, int64_t begin, int64_t end) {
+  const int64_t columns = std::min(g->outs, g->ins), width = g->x_is_wider() ? WGRAD_BLOCK : PANEL;
+  const int64_t steps = (g->units + WGRAD_FEW - 1) / WGRAD_FEW;
+  for (int64_t column = begin / (width * steps) * width; column < columns; column += width) {
+    const int64_t count = std::min(width, columns - column), start = column * steps;  // of this block
+    if (start >= end) return;
+    const int64_t first = std::max<int64_t>(begin - start + count - 1, 0) / count;
+    const int64_t last = std::min((end - start + count - 1) / count, steps);
+    for (int64_t unit = first * WGRAD_FEW; unit < std::min(last * WGRAD_FEW, g->units); unit += WGRAD_FEW) {
+      const int64_t few = std::min(WGRAD_FEW, g->units - unit);
+      float* to = g->packed + column * g->units;
+      if (g->x_is_wider())
+        wgrad_pack_dy<T>(g, column, (count + TILE_ROWS - 1) / TILE_ROWS, unit, few, to);
+      else
+        wgrad_pack_x<T>(g, column, unit, few, to);
+    }
+  }
 }
 
 // Multiplies one chain of a whole tile and stores it, from registers: to = chain (+ total) (+ to).
 template <class T, bool ADD_TOTAL, bool ADD_TO>
 void whole_tile(
-    const char* left, const float* right, int64_t depth, const float* total, float* to, int64_t to_row) {
+    const char* left, const float* right, int64_t depth, const float* total, float* to, int64_t to_row,
+    const Ahead& ahead) {
   const auto end = [&](const vf(&sum)[TILE_ROWS][TILE_VECTORS]) SGMIM_INLINE_LAMBDA {
 #pragma GCC unroll 6
     for (int m = 0; m < TILE_ROWS; ++m)
@@ -114,31 +117,38 @@ void whole_tile(
         store(at, v);
       }
   };
-  gemm_tile_with<T, TILE_ROWS, TILE_VECTORS>(left, 4, 4 * TILE_ROWS, right, depth, nullptr, 0, false, {}, end);
+  gemm_tile_with<T, TILE_ROWS, TILE_VECTORS>(left, 4, 4 * TILE_ROWS, right, depth, nullptr, 0, false, ahead, end);
 }
 
-// Computes and stores the tile of dw whose first row is `row`, in columns [column, column + width). total and chain:
-// initialized memory for a tile each.
+// Memory for a tile, initialized.
+struct WgradTile {
+  alignas(64) float total[TILE_ROWS * PANEL] = {}, chain[TILE_ROWS * PANEL] = {};
+};
+
+// Computes the tile of dw whose first row is `row`, in columns [column, column + width), from a tile of dy and a panel
+// of x.
 template <class T>
 SGMIM_INLINE void wgrad_tile(
-    const Wgrad* g, int64_t row, int64_t column, int64_t width, float* total, float* chain) {
+    const Wgrad* g, const float* dy, const float* x, int64_t row, int64_t column, int64_t width, Upcoming& upcoming,
+    WgradTile& memory) {
   const int64_t rows = std::min(TILE_ROWS, g->outs - row);
-  float* dw = g->dw + row * g->ins + column;
+  float *dw = g->dw + row * g->ins + column, *total = memory.total, *chain = memory.chain;
   for (int64_t m = 0; m < rows; ++m)  // prefetch the tile of dw, whose rows are pages apart
     for (int64_t i = 0; i < width; i += LANES) __builtin_prefetch(dw + m * g->ins + i, 1);
   const bool whole = rows == TILE_ROWS && width == PANEL;
   for (int64_t k = 0; k < g->units; k += WGRAD_CHAIN) {
     const int64_t depth = std::min(WGRAD_CHAIN, g->units - k);
-    const char* left = reinterpret_cast<const char*>(g->packed_dy + row * g->units + k * TILE_ROWS);
-    const float* right = g->packed_x + column * g->units + k * PANEL;
+    const char* left = reinterpret_cast<const char*>(dy + k * TILE_ROWS);
+    const float* right = x + k * PANEL;
+    const Ahead ahead = upcoming.during(depth);
     if (whole) {
       const bool last = k + depth == g->units, add = last && g->add;
       const auto multiply = k > 0 ? (add ? whole_tile<T, true, true> : whole_tile<T, true, false>)
                                   : (add ? whole_tile<T, false, true> : whole_tile<T, false, false>);
-      multiply(left, right, depth, total, last ? dw : total, last ? g->ins : PANEL);
+      multiply(left, right, depth, total, last ? dw : total, last ? g->ins : PANEL, ahead);
       continue;
     }
-    gemm_tile<T>(rows, width, left, 4, 4 * TILE_ROWS, right, depth, k ? chain : total, PANEL, false);
+    gemm_tile<T>(rows, width, left, 4, 4 * TILE_ROWS, right, depth, k ? chain : total, PANEL, false, ahead);
     for (int64_t i = 0; k > 0 && i < rows * PANEL; i += LANES) store(total + i, load(total + i) + load(chain + i));
   }
   for (int64_t m = 0; !whole && m < rows; ++m)
@@ -150,23 +160,42 @@ SGMIM_INLINE void wgrad_tile(
     }
 }
 
-// Computes the tiles of dw at positions [begin, end): a tile has as many as it is vectors wide. They are ordered by
-// block of dy's columns, panel and tile. If x is wider than dy, all of dy is one block, and threads share few panels.
+// Computes dw for the tiles [begin, end) of dy or, if x is wider, for the vectors [begin, end) of x's columns.
 template <class T>
 void wgrad_multiply(const Wgrad* g, int64_t begin, int64_t end) {
-  const int64_t tiles = (g->outs + TILE_ROWS - 1) / TILE_ROWS, vectors = (g->ins + LANES - 1) / LANES;
-  const int64_t height = g->ins > g->outs ? tiles : WGRAD_BLOCK / TILE_ROWS;
-  alignas(64) float total[TILE_ROWS * PANEL] = {}, chain[TILE_ROWS * PANEL] = {};
-  for (int64_t at = begin; at < end;) {
-    const int64_t block = at / (height * vectors) * height, count = std::min(height, tiles - block);
-    const int64_t panel = (at - block * vectors) / (TILE_VECTORS * count);
-    const int64_t wide = std::min(TILE_VECTORS, vectors - panel * TILE_VECTORS);
-    const int64_t start = block * vectors + panel * TILE_VECTORS * count;
-    const int64_t first = (at - start + wide - 1) / wide, last = std::min((end - start + wide - 1) / wide, count);
-    for (int64_t t = first; t < last; ++t)
-      wgrad_tile<T>(
-          g, (block + t) * TILE_ROWS, panel * PANEL, std::min(PANEL, g->ins - panel * PANEL), total, chain);
-    at = start + count * wide;
+  const int64_t tiles = (g->outs + TILE_ROWS - 1) / TILE_ROWS, panels = (g->ins + PANEL - 1) / PANEL;
+  const int64_t of_tile = g->units * TILE_ROWS, of_panel = g->units * PANEL, size = sizeof(T);
+  WgradTile memory;
+  if (g->x_is_wider()) {
+    auto x = Aligned<float>::uninitialized(of_panel);
+    for (int64_t column = begin * LANES; column < end * LANES; column += PANEL) {
+      const int64_t to = std::min(end * LANES, g->ins), width = std::min(PANEL, to - column);
+      const int64_t next = std::clamp<int64_t>(to - column - PANEL, 0, PANEL);  // columns of the next panel
+      for (int64_t unit = 0; unit < g->units; unit += WGRAD_FEW)
+        wgrad_pack_x<T>(g, column, unit, std::min(WGRAD_FEW, g->units - unit), x.data());
+      const T* from = static_cast<const T*>(g->x) + column + PANEL;
+      Upcoming upcoming(from, g->rows, next * size, g->ins * size, tiles * (g->units / 16));
+      for (int64_t t = 0; t < tiles; ++t)
+        wgrad_tile<T>(g, g->packed + t * of_tile, x.data(), t * TILE_ROWS, column, width, upcoming, memory);
+    }
+    return;
+  }
+  const int64_t blocks = (end - begin + WGRAD_BLOCK / TILE_ROWS - 1) / (WGRAD_BLOCK / TILE_ROWS);
+  auto dy = Aligned<float>::uninitialized(WGRAD_BLOCK * g->units);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const auto edge = [&](int64_t i) { return begin + i * (end - begin) / blocks; };
+    const int64_t first = edge(block), last = edge(block + 1), after = block + 1 < blocks ? edge(block + 2) : last;
+    for (int64_t unit = 0; unit < g->units; unit += WGRAD_FEW)
+      wgrad_pack_dy<T>(
+          g, first * TILE_ROWS, last - first, unit, std::min(WGRAD_FEW, g->units - unit), dy.data());
+    const T* from = static_cast<const T*>(g->dy) + last * TILE_ROWS;
+    Upcoming upcoming(
+        from, g->rows, (after - last) * TILE_ROWS * size, g->outs * size, (last - first) * panels * (g->units / 16));
+    for (int64_t p = 0; p < panels; ++p)
+      for (int64_t t = first; t < last; ++t)
+        wgrad_tile<T>(
+            g, dy.data() + (t - first) * of_tile, g->packed + p * of_panel, t * TILE_ROWS, p * PANEL,
+            std::min(PANEL, g->ins - p * PANEL), upcoming, memory);
   }
 }
 
@@ -181,35 +210,29 @@ static void wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw) {
   const int64_t n = dy.size(0), outs = dy.size(1), ins = x.size(1);
   check_packed(x, "x", dy.scalar_type(), n * ins);
   check_packed(dw, "dw", ScalarType::Float, outs * ins);
+  if (outs * ins == 0) return;
   dispatch_float(dy, "dy", [&](auto type) {
     using T = decltype(type);
     SGMIM_CHECK(sizeof(T) == 4 || isa() == Isa::avx512bf16, "wgrad in bfloat16 needs AVX512-BF16");
     WgradShape shape;
     SGMIM_SELECT((wgrad_shape<T>))(&shape);
-    const auto pack_dy = SGMIM_SELECT((wgrad_pack_dy<T>)), pack_x = SGMIM_SELECT((wgrad_pack_x<T>));
-    const auto multiply = SGMIM_SELECT((wgrad_multiply<T>));
+    const auto pack = SGMIM_SELECT((wgrad_pack<T>)), multiply = SGMIM_SELECT((wgrad_multiply<T>));
     const int64_t all = (n + shape.unit - 1) / shape.unit, chunks = (all + WGRAD_UNITS - 1) / WGRAD_UNITS;
     const int64_t most = chunks ? (all + chunks - 1) / chunks : 0, depth = most * shape.unit;
-    const auto padded = [](int64_t columns, int64_t width) { return (columns + width - 1) / width * width; };
-    auto packed_dy = Aligned<float>::uninitialized(padded(outs, WGRAD_BLOCK) * most);
-    auto packed_x = Aligned<float>::uninitialized(padded(ins, shape.panel) * most);
+    const auto parts = [](int64_t columns, int64_t width) { return (columns + width - 1) / width; };
+    const int64_t padded = ins > outs ? parts(outs, shape.tile) * shape.tile : parts(ins, shape.panel) * shape.panel;
+    auto packed = Aligned<float>::uninitialized(padded * most);
     if (n == 0) std::fill_n(data<float>(dw), dw.numel(), 0.0f);
     for (int64_t first = 0; first < n; first += depth) {
-      const int64_t rows = std::min(depth, n - first), units = (rows + shape.unit - 1) / shape.unit;
+      const int64_t rows = std::min(depth, n - first), units = parts(rows, shape.unit);
       const Wgrad g{
-          data<T>(dy) + first * outs, data<T>(x) + first * ins, rows, units, outs, ins,
-          packed_dy.data(), packed_x.data(), data<float>(dw), first > 0};
-      // One parallel region packs both operands, with one barrier. Of the wider operand each thread packs about the
-      // part that it will multiply.
-      constexpr int64_t SHARES = 1 << 10;
-      const int64_t steps = (units + WGRAD_FEW - 1) / WGRAD_FEW;
-      parallel(SHARES, 1, [&](int64_t begin, int64_t end) {
-        pack_dy(&g, begin * outs * steps / SHARES, end * outs * steps / SHARES);
-        pack_x(&g, begin * ins * steps / SHARES, end * ins * steps / SHARES);
-      });
-      const int64_t positions = padded(outs, shape.tile) / shape.tile * (padded(ins, shape.lanes) / shape.lanes);
-      const int64_t grain = WGRAD_GRAIN / (shape.tile * shape.lanes * rows);
-      parallel(positions, grain, [&](int64_t begin, int64_t end) { multiply(&g, begin, end); });
+          data<T>(dy) + first * outs, data<T>(x) + first * ins, rows, units, outs, ins, packed.data(),
+          data<float>(dw), first > 0};
+      const int64_t positions = std::min(outs, ins) * parts(units, WGRAD_FEW);
+      parallel(positions, 64, [&](int64_t begin, int64_t end) { pack(&g, begin, end); });
+      const int64_t share = g.x_is_wider() ? parts(ins, shape.lanes) : parts(outs, shape.tile);
+      const int64_t grain = WGRAD_GRAIN * share / (rows * outs * ins);
+      parallel(share, grain, [&](int64_t begin, int64_t end) { multiply(&g, begin, end); });
     }
   });
 }

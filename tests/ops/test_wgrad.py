@@ -65,13 +65,13 @@ def test_not_a_number_stays_in_its_row_and_column(dtype):
     assert torch.equal(actual[others], expected[others])
 
 
-@pytest.mark.parametrize("ours", [True, False])
-def test_chosen_where_the_librarys_is_slow(monkeypatch, ours):
+@pytest.mark.parametrize("rows", [gemm.MANY_ROWS - 1, gemm.MANY_ROWS])
+def test_chosen_for_many_rows(monkeypatch, rows):
     calls = []
-    monkeypatch.setattr(gemm, "_in_float32", lambda: ours)
+    monkeypatch.setattr(gemm, "_in_float32", lambda: True)
     monkeypatch.setattr(torch.ops.sgmim_fast_cpu, "wgrad", lambda *args: calls.append(args))
-    gemm.wgrad(torch.randn(5, 3), torch.randn(5, 2))
-    assert len(calls) == ours
+    gemm.wgrad(torch.randn(rows, 3), torch.randn(rows, 2))
+    assert len(calls) == (rows >= gemm.MANY_ROWS)
 
 
 def test_lower_instruction_sets():

@@ -221,8 +221,8 @@ def linear_l1_backward(grad: Tensor, a: Any, weight: Tensor, differences: Tensor
         s, sums = torch.empty(differences.shape, dtype=storage), torch.empty(differences.shape[1])
         torch.ops.sgmim_fast_cpu.expand_signs(differences, early, s, sums)
     if "x" in gradients:
-        dx = dgrad(s, weight, dtype=None if late is None else torch.float32)
-        dx = dx if late is None else dx.mul_(late)
+        dx = dgrad(s, weight)
+        dx = dx if late is None else dx.float().mul_(late)
         gradients["x"] = dx if a.packed else scattered(dx, a.x, a.rows)
     if "weight" in gradients:
         dweight = gemm.wgrad(s, operand(a, storage))

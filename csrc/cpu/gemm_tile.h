@@ -110,7 +110,7 @@ SGMIM_INLINE void gemm_tile_of(
 template <class T>
 void gemm_tile(
     int64_t rows, int64_t columns, const char* a, int64_t a_row, int64_t a_unit, const float* b, int64_t depth,
-    float* c, int64_t c_row, bool add, const Ahead& ahead = {}) {
+    float* c, int64_t c_row, bool add, const Ahead& ahead) {
   if (rows == TILE_ROWS && columns <= PANEL - LANES) {
     if (columns <= LANES) return gemm_tile_of<T, TILE_ROWS, 1>(a, a_row, a_unit, b, depth, c, c_row, add, ahead);
     if (TILE_VECTORS == 4 && columns <= 2 * LANES)

@@ -108,6 +108,19 @@ void parallel(int64_t count, int64_t grain, const Body& body) {
   if (count > 0) torch::stable::parallel_for(0, count, std::max<int64_t>(grain, 1), body);
 }
 
+// Calls body(begin, end) on torch's threads over units of work, `count` for each block of `width` columns. As the last
+// block may be narrow, threads divide the columns, with at least `grain` columns times units each. A unit belongs to
+// the thread in whose part it begins.
+template <class Body>
+void parallel_blocks(int64_t columns, int64_t width, int64_t count, int64_t grain, const Body& body) {
+  const auto unit = [&](int64_t at) {
+    const int64_t block = std::min(at / (width * count), (columns - 1) / width);
+    const int64_t here = std::min(width, columns - block * width);
+    return block * count + (at - block * width * count + here - 1) / here;
+  };
+  parallel(columns * count, grain, [&](int64_t begin, int64_t end) { body(unit(begin), unit(end)); });
+}
+
 // Computes column sums over rows, with the same bits for any number of threads: the rows are divided into blocks that
 // depend on the shape alone, each block sums into its own buffer, and the buffers are added in order. Sixteen rows at a
 // time are summed in float, and these sums in double, so that the sum over 150,000 rows has the error of that over

@@ -19,7 +19,6 @@ constexpr int64_t CHUNK = 240;       // most rows of y in a unit of work: 40 til
 constexpr int64_t MANY_ROWS = 4;     // each thread has rows of its own from n = MANY_ROWS * outs on,
 constexpr int64_t MANY_CHUNKS = 16;  // provided there are this many chunks per thread, which balances the load
 constexpr int64_t PACKED = 1 << 17;  // 4-byte units of weights that are packed at a time: 512 KiB, which fit L2
-constexpr int64_t VECTOR = 16;  // floats of a vector: these kernels exist for AVX-512 only
 
 enum class Epilogue { none, gelu, gelu_backward };
 
@@ -175,6 +174,16 @@ SGMIM_INLINE void whole_tile(const EpilogueArgs& e, const Args&... args) {
     e.residual ? whole_tile_of<X, Y, false, true>(e, args...) : whole_tile_of<X, Y, false, false>(e, args...);
 }
 
+// Prefetches the weight's panels [first, last) over `steps` steps. weight: as in `linear_units`.
+template <class W, bool TRANSPOSED>
+SGMIM_INLINE Upcoming upcoming_panels(const Linear* g, int64_t first, int64_t last, int64_t steps) {
+  const int64_t column = first * PANEL, columns = std::max<int64_t>(std::min(last * PANEL, g->outs) - column, 0);
+  const int64_t size = sizeof(W);
+  const W* weight = static_cast<const W*>(g->weight);
+  if (TRANSPOSED) return {weight + column, g->ins, columns * size, g->outs * size, steps};
+  return {weight + column * g->ins, 1, columns * g->ins * size, 0, steps};
+}
+
 // Computes the units of work [begin, end). Packs as many whole panels at a time as fit L2. weight: (outs, ins) or, if
 // TRANSPOSED, (ins, outs).
 template <class X, class W, class Y, bool TRANSPOSED>
@@ -200,14 +209,10 @@ void linear_units(const Linear* g, int64_t begin, int64_t end) {
       else
         pack_columns<X>(weight + column * g->ins, g->ins, g->ins, width, into);
     }
-    const int64_t rows = std::min(end_chunk * g->chunks.rows, g->n) - begin_chunk * g->chunks.rows;
-    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS * (to - panel);
-    const int64_t after = at + (to - panel) * (end_chunk - begin_chunk), next = after < end ? to - panel : 0;
-    const int64_t column = to * PANEL, columns = std::max<int64_t>(std::min(next * PANEL, g->outs - column), 0);
-    const int64_t size = sizeof(W), steps = tiles * (units / 16);
-    Upcoming upcoming = TRANSPOSED
-        ? Upcoming(weight + column, g->ins, columns * size, g->outs * size, steps)
-        : Upcoming(weight + column * g->ins, 1, columns * g->ins * size, 0, steps);
+    const int64_t n = std::min(end_chunk * g->chunks.rows, g->n) - begin_chunk * g->chunks.rows;
+    const int64_t tiles = (n + TILE_ROWS - 1) / TILE_ROWS * (to - panel);
+    const int64_t after = at + (to - panel) * (end_chunk - begin_chunk), next = after < end ? 2 * to - panel : to;
+    auto upcoming = upcoming_panels<W, TRANSPOSED>(g, to, next, tiles * (units / 16));
     for (int64_t chunk = begin_chunk; chunk < end_chunk; ++chunk) {
       const int64_t first = chunk * g->chunks.rows, last = std::min(first + g->chunks.rows, g->n);
       for (int64_t k = 0; k < units; k += DEPTH) {
@@ -268,13 +273,10 @@ static void launch_typed(const Linear& g, bool transposed) {
   const auto run = [&](auto kernel, int64_t panel) {
     const int64_t panels = (g.outs + panel - 1) / panel, count = g.chunks.count;
     if (g.n < MANY_ROWS * g.outs || count < MANY_CHUNKS * torch::stable::get_num_threads()) {
-      // Threads divide the vectors of y's rows, as the last panel may be narrow. A unit belongs to where it begins.
-      const int64_t vectors = (g.outs + VECTOR - 1) / VECTOR, whole = panel / VECTOR;
-      const auto unit = [&](int64_t at) {
-        const int64_t p = std::min(at / (whole * count), panels - 1), wide = std::min(whole, vectors - p * whole);
-        return p * count + (at - p * whole * count + wide - 1) / wide;
-      };
-      return parallel(vectors * count, whole, [&](int64_t begin, int64_t end) { kernel(&g, unit(begin), unit(end)); });
+      constexpr int64_t lanes = avx512bf16::LANES;
+      const int64_t vectors = (g.outs + lanes - 1) / lanes, whole = panel / lanes;
+      return parallel_blocks(
+          vectors, whole, count, whole, [&](int64_t begin, int64_t end) { kernel(&g, begin, end); });
     }
     parallel(count, 1, [&](int64_t begin, int64_t end) {
       const Linear own = restrict_to_chunks<X, Y>(g, begin, end);

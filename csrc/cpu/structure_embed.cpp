@@ -57,7 +57,7 @@ void embed_norm_rows(
 
 // Computes the gradient that the embedded patches receive through the statistics alone: the merged rows' normalised
 // values times `merged_scale` of their row, through the first norm, plus the patches' own normalised values times
-// `patch_scale`.
+// `patch_scale`. Does what `norm_backward_row` does in the same two passes as what comes before and after.
 template <class T>
 void embed_statistics_backward_rows(
     T* x,                       // (embedded, 4 * width); dx replaces it

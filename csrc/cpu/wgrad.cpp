@@ -25,11 +25,10 @@ constexpr int64_t WGRAD_GRAIN = 1 << 19;  // fewest multiplications of a thread:
 struct Wgrad {
   const void *dy, *x;
   int64_t rows, units, outs, ins;
+  bool x_is_wider;
   float* packed;  // the narrower operand: dy (tiles, units, TILE_ROWS) or x (panels, units, PANEL)
   float* dw;      // (outs, ins)
   bool add;
-
-  bool x_is_wider() const { return ins > outs; }
 };
 // Sizes of a kernel's registers, which the launcher needs.
 struct WgradShape {
@@ -54,10 +53,12 @@ void wgrad_shape(WgradShape* shape) {
   *shape = {UNIT<T>, TILE_ROWS, LANES, PANEL};
 }
 
-// Packs `few` units from `unit` on of tiles of dy, whose first column is `column`. to: the first tile.
+// Packs WGRAD_FEW units, or as many as there are, from `unit` on of tiles of dy. column: their first one. to: the first
+// tile.
 template <class T>
-SGMIM_INLINE void wgrad_pack_dy(const Wgrad* g, int64_t column, int64_t tiles, int64_t unit, int64_t few, float* to) {
+SGMIM_INLINE void wgrad_pack_dy(const Wgrad* g, int64_t column, int64_t tiles, int64_t unit, float* to) {
   alignas(64) float line[WGRAD_FEW * WGRAD_BLOCK + LANES];
+  const int64_t few = std::min(WGRAD_FEW, g->units - unit);
   const int64_t row = unit * UNIT<T>, rows = std::min(few * UNIT<T>, g->rows - row);
   const T* from = static_cast<const T*>(g->dy) + row * g->outs + column;
   pack_rows<T, WGRAD_BLOCK>(from, g->outs, rows, std::min(WGRAD_BLOCK, g->outs - column), line);
@@ -71,32 +72,25 @@ SGMIM_INLINE void wgrad_pack_dy(const Wgrad* g, int64_t column, int64_t tiles, i
   }
 }
 
-// Packs `few` units from `unit` on of the panel of x whose first column is `column`.
+// Packs as many units of the panel of x whose first column is `column`.
 template <class T>
-SGMIM_INLINE void wgrad_pack_x(const Wgrad* g, int64_t column, int64_t unit, int64_t few, float* to) {
-  const int64_t row = unit * UNIT<T>, rows = std::min(few * UNIT<T>, g->rows - row);
+SGMIM_INLINE void wgrad_pack_x(const Wgrad* g, int64_t column, int64_t unit, float* to) {
+  const int64_t row = unit * UNIT<T>, rows = std::min(WGRAD_FEW * UNIT<T>, g->rows - row);
   const T* from = static_cast<const T*>(g->x) + row * g->ins + column;
   pack_rows<T, PANEL>(from, g->ins, rows, std::min(PANEL, g->ins - column), to + unit * PANEL);
 }
 
-// Packs the part [begin, end) of the narrower operand's columns times its steps of WGRAD_FEW units.
+// Packs the narrower operand: block after block, the steps [begin, end), each of WGRAD_FEW units of one block.
 template <class T>
 void wgrad_pack(const Wgrad* g, int64_t begin, int64_t end) {
-  const int64_t columns = std::min(g->outs, g->ins), width = g->x_is_wider() ? WGRAD_BLOCK : PANEL;
   const int64_t steps = (g->units + WGRAD_FEW - 1) / WGRAD_FEW;
-  for (int64_t column = begin / (width * steps) * width; column < columns; column += width) {
-    const int64_t count = std::min(width, columns - column), start = column * steps;  // of this block
-    if (start >= end) return;
-    const int64_t first = std::max<int64_t>(begin - start + count - 1, 0) / count;
-    const int64_t last = std::min((end - start + count - 1) / count, steps);
-    for (int64_t unit = first * WGRAD_FEW; unit < std::min(last * WGRAD_FEW, g->units); unit += WGRAD_FEW) {
-      const int64_t few = std::min(WGRAD_FEW, g->units - unit);
-      float* to = g->packed + column * g->units;
-      if (g->x_is_wider())
-        wgrad_pack_dy<T>(g, column, (count + TILE_ROWS - 1) / TILE_ROWS, unit, few, to);
-      else
-        wgrad_pack_x<T>(g, column, unit, few, to);
-    }
+  for (int64_t at = begin; at < end; ++at) {
+    const int64_t unit = at % steps * WGRAD_FEW, column = at / steps * (g->x_is_wider ? WGRAD_BLOCK : PANEL);
+    float* to = g->packed + column * g->units;
+    if (g->x_is_wider)
+      wgrad_pack_dy<T>(g, column, (std::min(WGRAD_BLOCK, g->outs - column) + TILE_ROWS - 1) / TILE_ROWS, unit, to);
+    else
+      wgrad_pack_x<T>(g, column, unit, to);
   }
 }
 
@@ -166,13 +160,13 @@ void wgrad_multiply(const Wgrad* g, int64_t begin, int64_t end) {
   const int64_t tiles = (g->outs + TILE_ROWS - 1) / TILE_ROWS, panels = (g->ins + PANEL - 1) / PANEL;
   const int64_t of_tile = g->units * TILE_ROWS, of_panel = g->units * PANEL, size = sizeof(T);
   WgradTile memory;
-  if (g->x_is_wider()) {
+  if (g->x_is_wider) {
     auto x = Aligned<float>::uninitialized(of_panel);
     for (int64_t column = begin * LANES; column < end * LANES; column += PANEL) {
       const int64_t to = std::min(end * LANES, g->ins), width = std::min(PANEL, to - column);
       const int64_t next = std::clamp<int64_t>(to - column - PANEL, 0, PANEL);  // columns of the next panel
       for (int64_t unit = 0; unit < g->units; unit += WGRAD_FEW)
-        wgrad_pack_x<T>(g, column, unit, std::min(WGRAD_FEW, g->units - unit), x.data());
+        wgrad_pack_x<T>(g, column, unit, x.data());
       const T* from = static_cast<const T*>(g->x) + column + PANEL;
       Upcoming upcoming(from, g->rows, next * size, g->ins * size, tiles * (g->units / 16));
       for (int64_t t = 0; t < tiles; ++t)
@@ -186,8 +180,7 @@ void wgrad_multiply(const Wgrad* g, int64_t begin, int64_t end) {
     const auto edge = [&](int64_t i) { return begin + i * (end - begin) / blocks; };
     const int64_t first = edge(block), last = edge(block + 1), after = block + 1 < blocks ? edge(block + 2) : last;
     for (int64_t unit = 0; unit < g->units; unit += WGRAD_FEW)
-      wgrad_pack_dy<T>(
-          g, first * TILE_ROWS, last - first, unit, std::min(WGRAD_FEW, g->units - unit), dy.data());
+      wgrad_pack_dy<T>(g, first * TILE_ROWS, last - first, unit, dy.data());
     const T* from = static_cast<const T*>(g->dy) + last * TILE_ROWS;
     Upcoming upcoming(
         from, g->rows, (after - last) * TILE_ROWS * size, g->outs * size, (last - first) * panels * (g->units / 16));
@@ -217,20 +210,22 @@ static void wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw) {
     WgradShape shape;
     SGMIM_SELECT((wgrad_shape<T>))(&shape);
     const auto pack = SGMIM_SELECT((wgrad_pack<T>)), multiply = SGMIM_SELECT((wgrad_multiply<T>));
-    const int64_t all = (n + shape.unit - 1) / shape.unit, chunks = (all + WGRAD_UNITS - 1) / WGRAD_UNITS;
-    const int64_t most = chunks ? (all + chunks - 1) / chunks : 0, depth = most * shape.unit;
-    const auto parts = [](int64_t columns, int64_t width) { return (columns + width - 1) / width; };
-    const int64_t padded = ins > outs ? parts(outs, shape.tile) * shape.tile : parts(ins, shape.panel) * shape.panel;
+    const auto parts = [](int64_t count, int64_t size) { return (count + size - 1) / size; };
+    const int64_t all = parts(n, shape.unit), chunks = parts(all, WGRAD_UNITS);
+    const int64_t most = chunks ? parts(all, chunks) : 0, depth = most * shape.unit;
+    const bool x_is_wider = ins > outs;
+    const int64_t padded = x_is_wider ? parts(outs, shape.tile) * shape.tile : parts(ins, shape.panel) * shape.panel;
     auto packed = Aligned<float>::uninitialized(padded * most);
     if (n == 0) std::fill_n(data<float>(dw), dw.numel(), 0.0f);
     for (int64_t first = 0; first < n; first += depth) {
       const int64_t rows = std::min(depth, n - first), units = parts(rows, shape.unit);
       const Wgrad g{
-          data<T>(dy) + first * outs, data<T>(x) + first * ins, rows, units, outs, ins, packed.data(),
+          data<T>(dy) + first * outs, data<T>(x) + first * ins, rows, units, outs, ins, x_is_wider, packed.data(),
           data<float>(dw), first > 0};
-      const int64_t positions = std::min(outs, ins) * parts(units, WGRAD_FEW);
-      parallel(positions, 64, [&](int64_t begin, int64_t end) { pack(&g, begin, end); });
-      const int64_t share = g.x_is_wider() ? parts(ins, shape.lanes) : parts(outs, shape.tile);
+      parallel_blocks(
+          std::min(outs, ins), x_is_wider ? WGRAD_BLOCK : shape.panel, parts(units, WGRAD_FEW), 64,
+          [&](int64_t begin, int64_t end) { pack(&g, begin, end); });
+      const int64_t share = x_is_wider ? parts(ins, shape.lanes) : parts(outs, shape.tile);
       const int64_t grain = WGRAD_GRAIN * share / (rows * outs * ins);
       parallel(share, grain, [&](int64_t begin, int64_t end) { multiply(&g, begin, end); });
     }

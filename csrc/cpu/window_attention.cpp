@@ -63,12 +63,14 @@ void window_attention_backward_tasks(
     const WindowGrid* grid, const T* qkv, const T* pad,
     const T* dout,           // (batch * height * width, channels)
     T* dqkv,                 // (batch * height * width, 3 * channels)
+    T* out,                  // (batch * height * width, channels): the attention's result, or null
     const WindowSums* sums,  // of each block
     const WindowTasks* tasks, int64_t begin, int64_t end) {
   WindowHead<T> w(*grid, qkv, pad);
   const int64_t n = w.n, ns = w.ns, d = w.d, ds = w.ds, width = grid->channels();
-  Aligned<float> floats(2 * n * QUERIES + 3 * n * ds);
+  Aligned<float> floats(2 * n * QUERIES + 3 * n * ds + QUERIES * ds);
   float *p = floats.data(), *dp = p + n * QUERIES, *dq = dp + n * QUERIES, *dk = dq + n * ds, *dv = dk + n * ds;
+  float* o = dv + n * ds;
   alignas(64) float row_max[QUERIES];
   w.for_each(*tasks, begin, end, [&](int64_t task, int64_t head) SGMIM_INLINE_LAMBDA {
     const WindowSums& mine = sums[tasks->block(task)];
@@ -97,6 +99,10 @@ void window_attention_backward_tasks(
       sum(p, QUERIES, w.grad + first * ds, ds, dv, n, count);
       sum(dp, QUERIES, w.q + first * ds, ds, dk, n, count);
       gemm<false>(dp, 1, QUERIES, w.k, ds, dq + first * ds, ds, count, ds, n);
+      if (out) {
+        gemm<false>(p, 1, QUERIES, w.v, ds, o, ds, count, ds, n);
+        write_results(o, nullptr, w.rows.data() + first, count, ds, d, width, out + head * d);
+      }
     }
     const float along = w.normalize_backward(w.q, w.norms(false), w.scale, dq, n);
     if (mine.logit_scale) mine.logit_scale[head] += along;
@@ -209,17 +215,19 @@ static void window_attention(
   });
 }
 
-// Computes dqkv and, where they are given: dbias, of bias's shape; dpad (3 * channels,); dlogit_scale (heads,), the
+// Computes dqkv and, where they are given: out, the attention's result, in float32 only; dbias, of bias's shape; dpad (3 * channels,); dlogit_scale (heads,), the
 // gradient of the logarithm of the scale; dqkv_bias (3 * channels,), the gradient of a bias added to both qkv and pad.
 static void window_attention_backward(
     const Tensor& dout, const Tensor& qkv, const std::optional<Tensor>& bias, const std::optional<Tensor>& index,
     const std::optional<Tensor>& logit_scale, const std::optional<Tensor>& pad, int64_t heads,
     int64_t window_h, int64_t window_w, int64_t shift_h, int64_t shift_w, const Tensor& dqkv,
-    const std::optional<Tensor>& dbias, const std::optional<Tensor>& dpad, const std::optional<Tensor>& dlogit_scale,
+    const std::optional<Tensor>& out, const std::optional<Tensor>& dbias, const std::optional<Tensor>& dpad, const std::optional<Tensor>& dlogit_scale,
     const std::optional<Tensor>& dqkv_bias) {
   const GridWithBias call(qkv, bias, index, logit_scale, pad, heads, window_h, window_w, shift_h, shift_w);
   check_packed(dout, "dout", qkv.scalar_type(), qkv.numel() / 3);
   check_packed(dqkv, "dqkv", qkv.scalar_type(), qkv.numel());
+  check_packed(out, "out", ScalarType::Float, qkv.numel() / 3);
+  SGMIM_CHECK(!out.has_value() || qkv.scalar_type() == ScalarType::Float, "out is given with qkv in bfloat16");
   SGMIM_CHECK(bias.has_value() || !dbias.has_value(), "dbias is given without bias");
   if (dbias.has_value()) check_packed(*dbias, "dbias", ScalarType::Float, bias->numel());
   check_packed(dpad, "dpad", ScalarType::Float, qkv.size(3));
@@ -249,7 +257,8 @@ static void window_attention_backward(
     const auto kernel = SGMIM_SELECT((window_attention_backward_tasks<T>));
     parallel(tasks.count(), 1, [&](int64_t begin, int64_t end) {
       kernel(
-          &call.grid, data<T>(qkv), data<T>(pad), data<T>(dout), data<T>(dqkv), of_blocks.data(), &tasks, begin, end);
+          &call.grid, data<T>(qkv), data<T>(pad), data<T>(dout), data<T>(dqkv), data<T>(out), of_blocks.data(), &tasks,
+          begin, end);
     });
   });
   parallel(size, 1 << 12, [&](int64_t begin, int64_t end) {
@@ -274,7 +283,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sgmim_fast_cpu, m) {
   m.def(
       "window_attention_backward(Tensor dout, Tensor qkv, Tensor? bias, Tensor? index, Tensor? logit_scale, "
       "Tensor? pad, int heads, int window_h, int window_w, int shift_h, int shift_w, Tensor(a!) dqkv, "
-      "Tensor(b!)? dbias, Tensor(c!)? dpad, Tensor(d!)? dlogit_scale, Tensor(e!)? dqkv_bias) -> ()");
+      "Tensor(b!)? out, Tensor(c!)? dbias, Tensor(d!)? dpad, Tensor(e!)? dlogit_scale, Tensor(f!)? dqkv_bias) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sgmim_fast_cpu, CPU, m) {

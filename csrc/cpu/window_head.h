@@ -87,14 +87,15 @@ SGMIM_INLINE void softmax_and_delta(
   }
 }
 
-// Scatters the results of `count` queries, (count, ds), multiplied by 1 / row_sum, to their rows of the grid.
+// Scatters the results of `count` queries, (count, ds), multiplied by 1 / row_sum if given, to their rows of the grid.
 template <class T>
 SGMIM_INLINE void write_results(
     const float* results, const float* inverse_sum, const int64_t* rows, int64_t count, int64_t ds, int64_t d,
     int64_t width, T* out) {
   for (int64_t r = 0; r < count; ++r)
     for (int64_t i = 0; i < d && rows[r] >= 0; i += LANES)
-      store_part(out + rows[r] * width + i, load(results + r * ds + i) * inverse_sum[r], part(i, d));
+      store_part(
+          out + rows[r] * width + i, load(results + r * ds + i) * (inverse_sum ? inverse_sum[r] : 1.0f), part(i, d));
 }
 
 // C (rows, columns) (+)= A . B for row-major A; B and C have a row stride of `columns`. Not inlined, so that callers

@@ -224,8 +224,8 @@ void window_attention_tasks<Bf16>(
 
 template <>
 void window_attention_backward_tasks<Bf16>(
-    const WindowGrid* grid, const Bf16* qkv, const Bf16* pad, const Bf16* dout, Bf16* dqkv, const WindowSums* sums,
-    const WindowTasks* tasks, int64_t begin, int64_t end) {
+    const WindowGrid* grid, const Bf16* qkv, const Bf16* pad, const Bf16* dout, Bf16* dqkv, Bf16*,
+    const WindowSums* sums, const WindowTasks* tasks, int64_t begin, int64_t end) {
   WindowPairs w(*grid, qkv, pad);
   const int64_t n = w.n, ns = w.ns, d = w.d, ds = w.ds, width = grid->channels(), two = (n + 1) / 2;
   Aligned<float> floats(2 * n * QUERIES + 3 * n * ds);

@@ -79,8 +79,10 @@ def window_attention(qkv: Tensor, w: Windows) -> Tensor:
 
 
 def window_attention_backward(
-    grad: Tensor, qkv: Tensor, w: Windows, wanted: Container[str]
+    grad: Tensor, qkv: Tensor, w: Windows, wanted: Container[str], out: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Any]]:
+    if out is not None:
+        out.copy_(window_attention(qkv, w))
     if whole_attention.takes(qkv, w) and "pad" not in wanted:
         dqkv = whole_attention.whole_attention_backward(grad, qkv, w)
         return dqkv, {"qkv_bias": _plain.column_sums([dqkv.flatten(0, 2)])[0]} if "qkv_bias" in wanted else {}

@@ -130,6 +130,12 @@ def _check_arguments(a: Arguments) -> None:
     check_windows(3 * width, a.windows(None))
 
 
+def _recomputed(a: Arguments, storage: torch.dtype) -> bool:
+    """Whether the backward recomputes the attention's result, a tenth of what a block saves, instead of saving it. In
+    float32 on a CPU that costs 0.5 to 1.2 % of a step (`benchmarks/NOTES.md`)."""
+    return a.x.device.type == "cpu" and storage == torch.float32
+
+
 def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
     storage, rows = storage_dtype(a.x, a.dtype), a.rows
     y, statistics = half_input(p, a, rows, storage)
@@ -139,22 +145,26 @@ def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
     del y
     attended = p.window_attention(qkv, a.windows(qkv_bias))
     out, saved = half_output(p, a, rows, attended.flatten(0, -2), weight, bias)
-    return unflattened(out, a.x), [qkv, attended, *statistics, *saved]
+    return unflattened(out, a.x), [qkv, *([] if _recomputed(a, storage) else [attended]), *statistics, *saved]
 
 
 def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gradients: Gradients) -> None:
-    qkv, attended, *norm = saved
-    storage = qkv.dtype
+    qkv, *norm = saved
+    storage, attended, again = qkv.dtype, None, None
     gradients.scaled(a.layer_scale, "proj_weight", a.proj_weight, "proj_bias", a.proj_bias)
+    if not _recomputed(a, storage):
+        attended, *norm = norm
+    elif "proj_weight" in gradients:
+        attended = again = torch.empty(a.x.shape, dtype=storage)
     dout, added = half_output_backward(p, a, norm, grad.flatten(0, -2), storage, "proj_bias", gradients)
-    gradients.weight("proj_weight", dout, attended.flatten(0, -2))
     (qkv_weight,) = p.weights_in(storage, a.qkv_weight, last=True)
     dattended = p.dgrad(dout, scaled_weight(p, a.layer_scale, storage, a.proj_weight))
-    del dout
     windows = a.windows(p.weights_in(storage, a.qkv_bias)[0] if a.padded else None)
     wanted = {"qkv", *gradients.wanted}
-    dqkv, sums = p.window_attention_backward(dattended.view(attended.shape), qkv, windows, wanted)
+    dqkv, sums = p.window_attention_backward(dattended.view(a.x.shape), qkv, windows, wanted, again)
     del dattended
+    gradients.weight("proj_weight", dout, None if attended is None else attended.flatten(0, -2))
+    del dout, attended, again
     dqkv = dqkv.flatten(0, -2)
     gradients.sums(sums)
     names = "qkv_weight", "proj_bias"
@@ -168,7 +178,8 @@ def _fake(a: Arguments) -> tuple[Tensor, list[Tensor]]:
 
     storage, width = storage_dtype(a.x, a.dtype), a.x.shape[3]
     dtype = result_dtype(a.x, a.x if a.residual else None, a.dtype, a.layer_scale)
-    return empty(width, dtype), [empty(3 * width, storage), empty(width, storage), *fake_norm(a)]
+    attended = [] if _recomputed(a, storage) else [empty(width, storage)]
+    return empty(width, dtype), [empty(3 * width, storage), *attended, *fake_norm(a)]
 
 
 def _request(a: Arguments) -> Request:

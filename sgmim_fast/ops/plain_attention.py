@@ -171,13 +171,15 @@ def window_attention(qkv: Tensor, w: Windows) -> Tensor:
 
 
 def window_attention_backward(
-    grad: Tensor, qkv: Tensor, w: Windows, wanted: Container[str]
+    grad: Tensor, qkv: Tensor, w: Windows, wanted: Container[str], out: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     windows = _Windows(qkv, w)
     (q, k, v), scale = windows.operands(qkv, w.logit_scale)
     if w.logit_scale is not None:
         (q, q_norm), (k, k_norm) = _unit(q), _unit(k)
     p = windows.logits(q * scale, k, w.bias, w.index).softmax(-1)
+    if out is not None:
+        out.copy_(windows.join(windows.merge(p @ v))[0])
     dout = windows.split(windows.cut(grad))
     dp = dout @ v.mT
     ds = p * (dp - (p * dp).sum(-1, keepdim=True))

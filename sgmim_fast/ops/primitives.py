@@ -193,11 +193,11 @@ class Primitives(Protocol):
         """See `ops.window_attention`."""
 
     def window_attention_backward(
-        self, grad: Tensor, qkv: Tensor, w: Windows, wanted: Container[str]
+        self, grad: Tensor, qkv: Tensor, w: Windows, wanted: Container[str], out: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Any]]:
         """Returns the gradient of qkv, and partial sums of the gradients of "bias", "logit_scale" and "pad" as far as
         `wanted`, and of "qkv_bias", the bias that was added to qkv and is also `pad` where windows stick out: a sum
-        over all tokens, including those outside the grid."""
+        over all tokens, including those outside the grid. out: if given, the attention's result is written to it."""
 
     def position_bias(self, a: Any) -> tuple[Tensor, Tensor]:
         """Returns the table of `ops.position_bias` and its derivative by the logits, both (entries, heads) in

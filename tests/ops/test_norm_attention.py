@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from calls import Call, public
-from checks import check_op, gradients
+from checks import check_op, gradients, in_dtype
 from test_window_attention import plain as plain_windows
 from torch.nn import functional as F
 
@@ -91,6 +91,18 @@ def test_values_agree_with_three_ops(place):
     attended = window_attention(qkv, a.heads, a.window, a.shift, bias=a.bias, index=a.index)
     expected = norm_linear(attended, a.proj_weight, a.proj_bias, residual=a.x)
     assert torch.equal(public("norm_attention")(a), expected)
+
+
+@pytest.mark.parametrize(("dtype", "widths"), [(torch.float32, 1 + 3), (torch.bfloat16, 1 + 3 + 1)])
+def test_what_it_saves(dtype, widths):
+    """x and qkv, of three times its width. In float32 on a CPU the attention's result is computed again."""
+    a, found = Call("norm_attention", case(width=32, **PRE)._replace(dtype=None), "cpu").arguments(), []
+    a = a._make(in_dtype(a, dtype))
+    a = a._replace(x=a.x.detach().requires_grad_())
+    with gemm.compute_bfloat16_in(dtype), torch.autograd.graph.saved_tensors_hooks(found.append, lambda t: t):
+        public("norm_attention")(a)
+    tokens = a.x.shape[:3].numel()
+    assert sum(t.shape[-1] for t in found if t.shape[:-1].numel() == tokens) == widths * 32
 
 
 def test_errors():

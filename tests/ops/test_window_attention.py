@@ -205,6 +205,26 @@ def test_same_bits_on_any_number_of_threads(place, threads, window):
 
 
 @pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize(("grid", "window"), [((13, 10), (6, 6)), ((14, 14), (7, 7)), ((1, 101), (1, 101))])
+def test_the_backward_also_returns_the_result(place, grid, window, cosine):
+    """`out` of the primitive, for a forward that does not save its result."""
+    if place.backend == "triton" and window[0] * window[1] > 64:
+        pytest.skip("the Triton kernels hold 64 tokens in float32")
+    p = importlib.import_module(
+        ({"torch": "sgmim_fast.ops._plain"} | backends.MODULES["window_attention"])[place.backend]
+    )
+    shift, options = (1, 1) if window[0] < grid[0] else (0, 0), {"bias": "table", "hottest": 2.0 if cosine else None}
+    qkv, *w = Call("window_attention", case((2, *grid), 2, 24, window, shift, **options), place.device).arguments()
+    grad = torch.randn(*qkv.shape[:3], qkv.shape[3] // 3, device=place.device)
+    out, wanted = torch.full_like(grad, math.nan), {"qkv", "bias", "qkv_bias"}
+    found = p.window_attention_backward(grad, qkv, Windows(*w), wanted, out)
+    expected = p.window_attention_backward(grad, qkv, Windows(*w), wanted)
+    torch.testing.assert_close(out, p.window_attention(qkv, Windows(*w)), rtol=0, atol=1e-6 * out.abs().max().item())
+    assert torch.equal(found[0], expected[0])
+    assert all(torch.equal(found[1][name], expected[1][name]) for name in ("bias", "qkv_bias"))
+
+
+@pytest.mark.parametrize("cosine", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("grid", "window"), [((48, 42), (6, 6)), ((13, 10), (6, 6)), ((14, 14), (14, 14)), ((1, 101), (1, 101))]

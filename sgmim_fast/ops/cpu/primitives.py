@@ -144,15 +144,15 @@ def window_attention(qkv: Tensor, w: Windows) -> Tensor:
 
 
 def window_attention_backward(
-    grad: Tensor, qkv: Tensor, w: Windows, wanted: Container[str]
+    grad: Tensor, qkv: Tensor, w: Windows, wanted: Container[str], out: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
     shapes = {name: t.shape for name, t in w._asdict().items() if isinstance(t, Tensor)} | {"qkv_bias": qkv.shape[3:]}
     names = "bias", "pad", "logit_scale", "qkv_bias"
     sums = {name: torch.empty(shapes[name]) for name in names if name in wanted}
-    outs = (sums.get(name) for name in names)
+    results = (sums.get(name) for name in names)
     arguments = _window_arguments(qkv, w)
-    torch.ops.sgmim_fast_cpu.window_attention_backward(grad.to(qkv.dtype).contiguous(), *arguments, dqkv, *outs)
+    torch.ops.sgmim_fast_cpu.window_attention_backward(grad.to(qkv.dtype).contiguous(), *arguments, dqkv, out, *results)
     if "logit_scale" in sums:
         sums["logit_scale"] = logit_scale_gradient(sums["logit_scale"], w.logit_scale)
     return dqkv, sums

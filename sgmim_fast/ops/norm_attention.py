@@ -150,21 +150,22 @@ def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
 
 def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gradients: Gradients) -> None:
     qkv, *norm = saved
-    storage, attended, again = qkv.dtype, None, None
+    storage, again = qkv.dtype, None
     gradients.scaled(a.layer_scale, "proj_weight", a.proj_weight, "proj_bias", a.proj_bias)
-    if not _recomputed(a, storage):
-        attended, *norm = norm
-    elif "proj_weight" in gradients:
-        attended = again = torch.empty(a.x.shape, dtype=storage)
+    attended = None if _recomputed(a, storage) else norm.pop(0)
     dout, added = half_output_backward(p, a, norm, grad.flatten(0, -2), storage, "proj_bias", gradients)
+    if attended is not None:
+        gradients.weight("proj_weight", dout, attended.flatten(0, -2))
+    elif "proj_weight" in gradients:
+        again = torch.empty(a.x.shape, dtype=storage)
     (qkv_weight,) = p.weights_in(storage, a.qkv_weight, last=True)
-    dattended = p.dgrad(dout, scaled_weight(p, a.layer_scale, storage, a.proj_weight))
+    dattended = p.dgrad(dout, scaled_weight(p, a.layer_scale, storage, a.proj_weight)).view(a.x.shape)
     windows = a.windows(p.weights_in(storage, a.qkv_bias)[0] if a.padded else None)
-    wanted = {"qkv", *gradients.wanted}
-    dqkv, sums = p.window_attention_backward(dattended.view(a.x.shape), qkv, windows, wanted, again)
+    dqkv, sums = p.window_attention_backward(dattended, qkv, windows, {"qkv", *gradients.wanted}, again)
     del dattended
-    gradients.weight("proj_weight", dout, None if attended is None else attended.flatten(0, -2))
-    del dout, attended, again
+    if again is not None:
+        gradients.weight("proj_weight", dout, again.flatten(0, -2))
+    del dout, again
     dqkv = dqkv.flatten(0, -2)
     gradients.sums(sums)
     names = "qkv_weight", "proj_bias"

@@ -5,10 +5,11 @@
 // never rounded.
 //
 // The rows are processed in chunks. Of a chunk dy is packed in tiles of TILE_ROWS columns and x in panels of PANEL
-// columns. The narrower operand is packed first, by all threads. Then each thread computes the part of dw of its own
-// columns of the wider operand: it packs a block of them, which stays in L2, and multiplies it. Every element is summed
-// in the same order, whatever the number of threads. Each chunk reads and writes dw once, so chunks are as few as L2
-// allows, and of about equal size.
+// columns. The narrower operand is packed first. Then each thread computes the part of dw of its own columns of the
+// wider operand: it packs a block of them, which stays in L2, and multiplies it. Threads with many columns each pack
+// the narrower operand for themselves: what another thread has packed would come from that core's cache. Otherwise they
+// share it. Every element is summed in the same order, whatever the number of threads. Each chunk reads and writes dw
+// once, so chunks are as few as L2 allows, and of about equal size.
 #include "cpu/aligned.h"
 #include "cpu/launch.h"
 
@@ -19,12 +20,13 @@ constexpr int64_t WGRAD_UNITS = 1024;  // most units of a chunk: a tile of dy st
 constexpr int64_t WGRAD_CHAIN = 256;  // units summed sequentially: the error grows with the root of their number
 constexpr int64_t WGRAD_BLOCK = 96;  // columns of dy in a block: 16 tiles of 6
 constexpr int64_t WGRAD_FEW = 32;  // units that are packed at a time, which stay in L1
+constexpr int64_t WGRAD_ALONE = 192;  // columns per thread of the wider operand from which no packed operand is shared
 constexpr int64_t WGRAD_GRAIN = 1 << 19;  // fewest multiplications of a thread: a few microseconds
 
 // wgrad of one chunk of rows.
 struct Wgrad {
   const void *dy, *x;
-  int64_t rows, units, outs, ins;
+  int64_t rows, units, outs, ins, rows_after;  // rows_after: of the next chunk
   bool x_is_wider;
   float* packed;  // the narrower operand: dy (tiles, units, TILE_ROWS) or x (panels, units, PANEL)
   float* dw;      // (outs, ins)
@@ -164,11 +166,12 @@ void wgrad_multiply(const Wgrad* g, int64_t begin, int64_t end) {
     auto x = Aligned<float>::uninitialized(of_panel);
     for (int64_t column = begin * LANES; column < end * LANES; column += PANEL) {
       const int64_t to = std::min(end * LANES, g->ins), width = std::min(PANEL, to - column);
-      const int64_t next = std::clamp<int64_t>(to - column - PANEL, 0, PANEL);  // columns of the next panel
+      const bool last = column + PANEL >= to;  // the next panel is then the first of the next chunk
+      const int64_t after = last ? begin * LANES : column + PANEL, rows = last ? g->rows_after : g->rows;
       for (int64_t unit = 0; unit < g->units; unit += WGRAD_FEW)
         wgrad_pack_x<T>(g, column, unit, x.data());
-      const T* from = static_cast<const T*>(g->x) + column + PANEL;
-      Upcoming upcoming(from, g->rows, next * size, g->ins * size, tiles * (g->units / 16));
+      const T* from = static_cast<const T*>(g->x) + (last ? g->rows * g->ins : 0) + after;
+      Upcoming upcoming(from, rows, std::min(PANEL, to - after) * size, g->ins * size, tiles * (g->units / 16));
       for (int64_t t = 0; t < tiles; ++t)
         wgrad_tile<T>(g, g->packed + t * of_tile, x.data(), t * TILE_ROWS, column, width, upcoming, memory);
     }
@@ -178,12 +181,14 @@ void wgrad_multiply(const Wgrad* g, int64_t begin, int64_t end) {
   auto dy = Aligned<float>::uninitialized(WGRAD_BLOCK * g->units);
   for (int64_t block = 0; block < blocks; ++block) {
     const auto edge = [&](int64_t i) { return begin + i * (end - begin) / blocks; };
-    const int64_t first = edge(block), last = edge(block + 1), after = block + 1 < blocks ? edge(block + 2) : last;
+    const bool end_of_chunk = block + 1 == blocks;  // the next block is then the first of the next chunk
+    const int64_t first = edge(block), last = edge(block + 1), after = end_of_chunk ? 0 : block + 1;
+    const int64_t rows = end_of_chunk ? g->rows_after : g->rows;
     for (int64_t unit = 0; unit < g->units; unit += WGRAD_FEW)
       wgrad_pack_dy<T>(g, first * TILE_ROWS, last - first, unit, dy.data());
-    const T* from = static_cast<const T*>(g->dy) + last * TILE_ROWS;
-    Upcoming upcoming(
-        from, g->rows, (after - last) * TILE_ROWS * size, g->outs * size, (last - first) * panels * (g->units / 16));
+    const T* from = static_cast<const T*>(g->dy) + (end_of_chunk ? g->rows * g->outs : 0) + edge(after) * TILE_ROWS;
+    const int64_t bytes = (edge(after + 1) - edge(after)) * TILE_ROWS * size;
+    Upcoming upcoming(from, rows, bytes, g->outs * size, (last - first) * panels * (g->units / 16));
     for (int64_t p = 0; p < panels; ++p)
       for (int64_t t = first; t < last; ++t)
         wgrad_tile<T>(
@@ -203,7 +208,10 @@ static void wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw) {
   const int64_t n = dy.size(0), outs = dy.size(1), ins = x.size(1);
   check_packed(x, "x", dy.scalar_type(), n * ins);
   check_packed(dw, "dw", ScalarType::Float, outs * ins);
-  if (outs * ins == 0) return;
+  if (n * outs * ins == 0) {
+    std::fill_n(data<float>(dw), dw.numel(), 0.0f);
+    return;
+  }
   dispatch_float(dy, "dy", [&](auto type) {
     using T = decltype(type);
     SGMIM_CHECK(sizeof(T) == 4 || isa() == Isa::avx512bf16, "wgrad in bfloat16 needs AVX512-BF16");
@@ -212,22 +220,34 @@ static void wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw) {
     const auto pack = SGMIM_SELECT((wgrad_pack<T>)), multiply = SGMIM_SELECT((wgrad_multiply<T>));
     const auto parts = [](int64_t count, int64_t size) { return (count + size - 1) / size; };
     const int64_t all = parts(n, shape.unit), chunks = parts(all, WGRAD_UNITS);
-    const int64_t most = chunks ? parts(all, chunks) : 0, depth = most * shape.unit;
+    const int64_t most = parts(all, chunks), depth = most * shape.unit;
     const bool x_is_wider = ins > outs;
     const int64_t padded = x_is_wider ? parts(outs, shape.tile) * shape.tile : parts(ins, shape.panel) * shape.panel;
+    const int64_t width = x_is_wider ? WGRAD_BLOCK : shape.panel, narrow = std::min(outs, ins);
+    const auto chunk = [&](int64_t first, float* packed) {
+      const int64_t rows = std::min(depth, n - first);
+      return Wgrad{data<T>(dy) + first * outs, data<T>(x) + first * ins, rows, parts(rows, shape.unit), outs, ins,
+                   std::min(depth, n - first - rows), x_is_wider, packed, data<float>(dw), first > 0};
+    };
+    const int64_t share = x_is_wider ? parts(ins, shape.lanes) : parts(outs, shape.tile);
+    const auto grain = [&](int64_t rows) { return WGRAD_GRAIN * share / (rows * outs * ins); };
+    if (std::max(outs, ins) >= WGRAD_ALONE * torch::stable::get_num_threads()) {
+      return parallel(share, grain(n), [&](int64_t begin, int64_t end) {
+        auto packed = Aligned<float>::uninitialized(padded * most);
+        for (int64_t first = 0; first < n; first += depth) {
+          const Wgrad g = chunk(first, packed.data());
+          pack(&g, 0, parts(narrow, width) * parts(g.units, WGRAD_FEW));
+          multiply(&g, begin, end);
+        }
+      });
+    }
     auto packed = Aligned<float>::uninitialized(padded * most);
-    if (n == 0) std::fill_n(data<float>(dw), dw.numel(), 0.0f);
     for (int64_t first = 0; first < n; first += depth) {
-      const int64_t rows = std::min(depth, n - first), units = parts(rows, shape.unit);
-      const Wgrad g{
-          data<T>(dy) + first * outs, data<T>(x) + first * ins, rows, units, outs, ins, x_is_wider, packed.data(),
-          data<float>(dw), first > 0};
-      parallel_blocks(
-          std::min(outs, ins), x_is_wider ? WGRAD_BLOCK : shape.panel, parts(units, WGRAD_FEW), 64,
-          [&](int64_t begin, int64_t end) { pack(&g, begin, end); });
-      const int64_t share = x_is_wider ? parts(ins, shape.lanes) : parts(outs, shape.tile);
-      const int64_t grain = WGRAD_GRAIN * share / (rows * outs * ins);
-      parallel(share, grain, [&](int64_t begin, int64_t end) { multiply(&g, begin, end); });
+      const Wgrad g = chunk(first, packed.data());
+      parallel_blocks(narrow, width, parts(g.units, WGRAD_FEW), 64, [&](int64_t begin, int64_t end) {
+        pack(&g, begin, end);
+      });
+      parallel(share, grain(g.rows), [&](int64_t begin, int64_t end) { multiply(&g, begin, end); });
     }
   });
 }

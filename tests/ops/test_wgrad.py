@@ -16,7 +16,7 @@ ISA = torch.ops.sgmim_fast_cpu.isa() if NATIVE[0] else ""
 
 # rows, columns of dy and of x: single ones, partial tiles and panels, and more rows than are packed at a time
 SHAPES = [(0, 3, 5), (4, 0, 5), (4, 3, 0), (1, 1, 1), (7, 5, 3), (16, 6, 64), (33, 97, 130), (353, 100, 70)]
-SHAPES += [(1025, 12, 33), (4301, 7, 17)]
+SHAPES += [(1025, 12, 33), (4301, 7, 17), (4301, 7, 450), (2049, 401, 9)]
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
@@ -40,9 +40,9 @@ def test_values(dtype, shape):
     assert_close_to_truth(wgrad(dy, x), plain, dy.double().t() @ x.double(), "dw")
 
 
-@pytest.mark.parametrize(("outs", "ins"), [(200, 90), (90, 200), (128, 16), (500, 333)])
+@pytest.mark.parametrize(("outs", "ins"), [(200, 90), (90, 200), (128, 16), (500, 333), (70, 500)])
 def test_any_number_of_threads_gives_the_same_bits(dtype, outs, ins):
-    """Each thread has its own columns of dy, or of x."""
+    """Each thread has its own columns of dy, or of x, and packs the other operand alone if they are many."""
     dy, x = torch.randn(2500, outs).to(dtype), torch.randn(2500, ins).to(dtype)
     before = torch.get_num_threads()
     try:

@@ -158,8 +158,8 @@ void statistics_rows(
 
 // Checks the arguments that forward and backward share: `count` rows of x (*, width), those in `rows` or all of them.
 static void check_norm(
-    const Tensor& x, const std::optional<Tensor>& rows, const Tensor& weight, const Tensor& bias, const Tensor& mean,
-    const Tensor& rstd, int64_t count, int64_t width) {
+    const Tensor& x, const std::optional<Tensor>& rows, const Tensor& weight, const Tensor& bias,
+    const Tensor& statistics, int64_t count, int64_t width) {
   check_matrix(x, "x");
   SGMIM_CHECK(x.size(1) == width, "x must have ", width, " columns, got ", x.size(1));
   if (rows.has_value()) check_rows(*rows, x.size(0), "visible.index");
@@ -167,17 +167,16 @@ static void check_norm(
   SGMIM_CHECK(listed == count, "visible.index, or x without it, must have ", count, " rows, got ", listed);
   for (const auto& [tensor, name] : {std::pair{&weight, "weight"}, std::pair{&bias, "bias"}})
     check_packed(*tensor, name, ScalarType::Float, width);
-  for (const auto& [tensor, name] : {std::pair{&mean, "mean"}, std::pair{&rstd, "rstd"}})
-    check_packed(*tensor, name, ScalarType::Float, count);
+  check_packed(statistics, "statistics", ScalarType::Float, 2 * count);
 }
 
 static void layer_norm(
     const Tensor& x, const std::optional<Tensor>& rows, const std::optional<Tensor>& addend, const Tensor& weight,
     const Tensor& bias, const std::optional<Tensor>& residual, double eps, const Tensor& y,
-    const std::optional<Tensor>& sum, const Tensor& mean, const Tensor& rstd) {
+    const std::optional<Tensor>& sum, const Tensor& statistics) {
   check_matrix(y, "y");
   const int64_t width = y.size(1), count = y.size(0);
-  check_norm(x, rows, weight, bias, mean, rstd, count, width);
+  check_norm(x, rows, weight, bias, statistics, count, width);
   check_packed(addend, "addend", y.scalar_type(), count * width);
   check_packed(residual, "residual", y.scalar_type(), count * width);
   check_packed(sum, "sum", y.scalar_type(), count * width);
@@ -189,26 +188,31 @@ static void layer_norm(
       const auto kernel = SGMIM_SELECT((layer_norm_rows<X, T>));
       parallel(count, 8, [&](int64_t begin, int64_t end) {
         kernel(data<X>(x), data<int64_t>(rows), data<T>(addend), data<float>(weight), data<float>(bias),
-               data<T>(residual), eps, data<T>(y), data<T>(sum), data<float>(mean), data<float>(rstd), width, begin,
-               end);
+               data<T>(residual), eps, data<T>(y), data<T>(sum), data<float>(statistics),
+               data<float>(statistics) + count, width, begin, end);
       });
     });
   });
 }
 
 static void layer_norm_backward(
-    const Tensor& dy, const Tensor& x, const std::optional<Tensor>& rows, const Tensor& mean, const Tensor& rstd,
-    const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& residual, bool sum_residual, bool sum_dx,
-    const Tensor& dx, const std::optional<Tensor>& y, const Tensor& sums) {
+    const Tensor& dy, const Tensor& x, const std::optional<Tensor>& rows, const Tensor& statistics,
+    const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& residual, const Tensor& dx,
+    const std::optional<Tensor>& y, const Tensor& dweight, const Tensor& dbias,
+    const std::optional<Tensor>& residual_sum, const std::optional<Tensor>& dx_sum) {
   check_matrix(dy, "dy");
   const int64_t width = dy.size(1), count = dy.size(0);
   const bool wide = dx.scalar_type() == ScalarType::Float && dy.scalar_type() == ScalarType::BFloat16;
-  check_norm(x, rows, weight, bias, mean, rstd, count, width);
+  check_norm(x, rows, weight, bias, statistics, count, width);
   check_packed(residual, "residual", dx.scalar_type(), count * width);
   check_packed(dx, "dx", wide ? ScalarType::Float : dy.scalar_type(), count * width);
   check_packed(y, "y", dy.scalar_type(), count * width);
-  SGMIM_CHECK(!sum_residual || residual.has_value(), "sum_residual is true without residual");
-  check_packed(sums, "sums", ScalarType::Float, (2 + sum_residual + sum_dx) * width);
+  SGMIM_CHECK(!residual_sum.has_value() || residual.has_value(), "residual_sum is given without residual");
+  std::vector<const Tensor*> sums{&dweight, &dbias};
+  for (const auto* sum : {&residual_sum, &dx_sum})
+    if (sum->has_value()) sums.push_back(&sum->value());
+  for (const Tensor* sum : sums) check_packed(*sum, "a sum over rows", ScalarType::Float, width);
+  std::vector<float> found(sums.size() * width);
   dispatch_float(x, "x", [&](auto x_type) {
     dispatch_float(dy, "dy", [&](auto type) {
       using X = decltype(x_type);
@@ -216,10 +220,11 @@ static void layer_norm_backward(
       const auto run = [&](auto wide_type) {
         using R = decltype(wide_type);
         const NormBackward<X, T, R> norm{
-            data<T>(dy), data<X>(x), data<int64_t>(rows), data<float>(mean), data<float>(rstd), data<float>(weight),
-            data<float>(bias), data<R>(residual), data<R>(dx), data<T>(y), sum_residual, sum_dx, width};
+            data<T>(dy), data<X>(x), data<int64_t>(rows), data<float>(statistics), data<float>(statistics) + count,
+            data<float>(weight), data<float>(bias), data<R>(residual), data<R>(dx), data<T>(y),
+            residual_sum.has_value(), dx_sum.has_value(), width};
         const auto kernel = SGMIM_SELECT((layer_norm_backward_rows<X, T, R>));
-        column_sums(count, sums.numel(), data<float>(sums), [&](int64_t begin, int64_t end, float* partial) {
+        column_sums(count, found.size(), found.data(), [&](int64_t begin, int64_t end, float* partial) {
           kernel(&norm, partial, begin, end);
         });
       };
@@ -229,6 +234,7 @@ static void layer_norm_backward(
         run(type);
     });
   });
+  for (size_t i = 0; i < sums.size(); ++i) std::copy_n(found.data() + i * width, width, data<float>(*sums[i]));
 }
 
 // Computes the statistics alone, (2, count): mean and 1 / sqrt(variance + eps).
@@ -249,10 +255,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sgmim_fast_cpu, m) {
   m.def("row_statistics(Tensor x, float eps, Tensor(a!) statistics) -> ()");
   m.def(
       "layer_norm(Tensor x, Tensor? rows, Tensor? addend, Tensor weight, Tensor bias, Tensor? residual, float eps, "
-      "Tensor(a!) y, Tensor(b!)? sum, Tensor(c!) mean, Tensor(d!) rstd) -> ()");
+      "Tensor(a!) y, Tensor(b!)? sum, Tensor(c!) statistics) -> ()");
   m.def(
-      "layer_norm_backward(Tensor dy, Tensor x, Tensor? rows, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, "
-      "Tensor? residual, bool sum_residual, bool sum_dx, Tensor(a!) dx, Tensor(b!)? y, Tensor(c!) sums) -> ()");
+      "layer_norm_backward(Tensor dy, Tensor x, Tensor? rows, Tensor statistics, Tensor weight, Tensor bias, "
+      "Tensor? residual, Tensor(a!) dx, Tensor(b!)? y, Tensor(c!) dweight, Tensor(d!) dbias, "
+      "Tensor(e!)? residual_sum, Tensor(f!)? dx_sum) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sgmim_fast_cpu, CPU, m) {

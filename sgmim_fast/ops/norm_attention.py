@@ -21,6 +21,7 @@ from sgmim_fast.ops.primitives import (
     half_output,
     half_output_backward,
     result_dtype,
+    rows_of,
     scaled_weight,
     storage_dtype,
     unflattened,
@@ -52,7 +53,7 @@ class Arguments(NamedTuple):
 
     @property
     def rows(self) -> Tensor:
-        return self.x.flatten(0, -2)
+        return rows_of(self.x)
 
     @property
     def padded(self) -> bool:
@@ -144,7 +145,7 @@ def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
     qkv = p.linear(y, qkv_weight, qkv_bias).view(*a.x.shape[:3], 3 * a.x.shape[3])
     del y
     attended = p.window_attention(qkv, a.windows(qkv_bias))
-    out, saved = half_output(p, a, rows, attended.flatten(0, -2), weight, bias)
+    out, saved = half_output(p, a, rows, rows_of(attended), weight, bias)
     return unflattened(out, a.x), [qkv, *([] if _recomputed(a, storage) else [attended]), *statistics, *saved]
 
 
@@ -153,9 +154,9 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     storage, again = qkv.dtype, None
     gradients.scaled(a.layer_scale, "proj_weight", a.proj_weight, "proj_bias", a.proj_bias)
     attended = None if _recomputed(a, storage) else norm.pop(0)
-    dout, added = half_output_backward(p, a, norm, grad.flatten(0, -2), storage, "proj_bias", gradients)
+    dout, added = half_output_backward(p, a, norm, rows_of(grad), storage, "proj_bias", gradients)
     if attended is not None:
-        gradients.weight("proj_weight", dout, attended.flatten(0, -2))
+        gradients.weight("proj_weight", dout, rows_of(attended))
     elif "proj_weight" in gradients:
         again = torch.empty(a.x.shape, dtype=storage)
     (qkv_weight,) = p.weights_in(storage, a.qkv_weight, last=True)
@@ -164,9 +165,9 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     dqkv, sums = p.window_attention_backward(dattended, qkv, windows, {"qkv", *gradients.wanted}, again)
     del dattended
     if again is not None:
-        gradients.weight("proj_weight", dout, again.flatten(0, -2))
+        gradients.weight("proj_weight", dout, rows_of(again))
     del dout, again
-    dqkv = dqkv.flatten(0, -2)
+    dqkv = rows_of(dqkv)
     gradients.sums(sums)
     names = "qkv_weight", "proj_bias"
     y = half_input_backward(p, a, norm, a.rows, dqkv, qkv_weight, added, *names, gradients, storage)

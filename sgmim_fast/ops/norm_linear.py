@@ -14,9 +14,11 @@ from sgmim_fast.ops.primitives import (
     Gradients,
     Primitives,
     Request,
+    cast,
     normalized,
     normalized_backward,
     result_dtype,
+    rows_of,
     scaled_weight,
     storage_dtype,
     sum_dtype,
@@ -125,9 +127,9 @@ def request(a: Any) -> Request:
 
 def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
     storage = storage_dtype(a.x, a.dtype)
-    y, statistics = normalized(p, a.x.flatten(0, -2), a.norm_weight, a.norm_bias, a.eps, storage)
+    y, statistics = normalized(p, rows_of(a.x), a.norm_weight, a.norm_bias, a.eps, storage)
     weight, bias = p.weights_in(storage, a.weight, a.bias)
-    residual = None if a.residual is None else a.residual.flatten(0, -2)
+    residual = None if a.residual is None else rows_of(a.residual)
     dtype = result_dtype(a.x, residual, a.dtype, a.layer_scale)
     out = p.linear(y, weight, bias, scale=a.layer_scale, residual=residual, dtype=dtype)
     return unflattened(out, a.x), statistics
@@ -135,7 +137,7 @@ def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
 
 def _backward(p: Primitives, a: Arguments, statistics: list[Tensor], grad: Tensor, gradients: Gradients) -> None:
     storage, dy = storage_dtype(a.x, a.dtype), None
-    grad, x = grad.flatten(0, -2).to(storage).contiguous(), a.x.flatten(0, -2)
+    grad, x = cast(rows_of(grad), storage).contiguous(), rows_of(a.x)
     gradients.scaled(a.layer_scale, "weight", a.weight, "bias", a.bias)
     if "bias" in gradients:
         gradients.sums({"bias": p.column_sums([grad])[0]})

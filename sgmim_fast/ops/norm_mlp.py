@@ -19,6 +19,7 @@ from sgmim_fast.ops.primitives import (
     half_output,
     half_output_backward,
     result_dtype,
+    rows_of,
     scaled_weight,
     storage_dtype,
     unflattened,
@@ -99,7 +100,7 @@ def _check_arguments(a: Arguments) -> None:
 
 
 def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
-    storage, rows = storage_dtype(a.x, a.dtype), a.x.flatten(0, -2)
+    storage, rows = storage_dtype(a.x, a.dtype), rows_of(a.x)
     y, statistics = half_input(p, a, rows, storage)
     w1, b1, w2, b2 = p.weights_in(storage, a.fc1_weight, a.fc1_bias, a.fc2_weight, a.fc2_bias)
     pre_activation, activated = p.linear_gelu(y, w1, b1)
@@ -110,14 +111,14 @@ def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
 def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gradients: Gradients) -> None:
     pre_activation, *norm = saved
     gradients.scaled(a.layer_scale, "fc2_weight", a.fc2_weight, "fc2_bias", a.fc2_bias)
-    grad, added = half_output_backward(p, a, norm, grad.flatten(0, -2), pre_activation.dtype, "fc2_bias", gradients)
+    grad, added = half_output_backward(p, a, norm, rows_of(grad), pre_activation.dtype, "fc2_bias", gradients)
     (w1,) = p.weights_in(pre_activation.dtype, a.fc1_weight, last=True)
     w2 = scaled_weight(p, a.layer_scale, pre_activation.dtype, a.fc2_weight)
     dpre_activation, activated, fc1_bias = p.dgrad_gelu(grad, w2, pre_activation)
     gradients.sums({"fc1_bias": fc1_bias})
     gradients.weight("fc2_weight", grad, activated)
     del activated  # one of the largest tensors here
-    rows, names = a.x.flatten(0, -2), ("fc1_weight", "fc2_bias")
+    rows, names = rows_of(a.x), ("fc1_weight", "fc2_bias")
     y = half_input_backward(p, a, norm, rows, dpre_activation, w1, added, *names, gradients, pre_activation.dtype)
     gradients.weight("fc1_weight", dpre_activation, y)
 

@@ -327,7 +327,24 @@ class Gradients:
 
 def absent(like: Tensor) -> Tensor:
     """Returns a placeholder for an unwanted gradient: results of a backward must be tensors and must not alias."""
-    return like.new_empty(0)
+    return torch.empty(0, dtype=like.dtype, device=like.device)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """Returns x (..., C) as (n, C)."""
+    if x.ndim == 2:
+        return x
+    return x.view(-1, x.shape[-1]) if x.is_contiguous() else x.flatten(0, -2)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns x in `dtype`. PyTorch is called only if it has another: on a CPU, each call takes microseconds after a
+    gemm, which evicts PyTorch's code from the caches."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
+def wider(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    return a if a is b else torch.promote_types(a, b)
 
 
 def storage_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -341,7 +358,7 @@ def result_dtype(
     """Returns PyTorch's dtype of scale * y + residual, y being a layer's result in `dtype`, by default that of x."""
     wanted = dtype or x.dtype
     for other in (scale, residual):
-        wanted = wanted if other is None else torch.promote_types(wanted, other.dtype)
+        wanted = wanted if other is None else wider(wanted, other.dtype)
     return wanted
 
 
@@ -368,7 +385,7 @@ def normalized(
 ) -> tuple[Tensor, list[Tensor]]:
     """Returns the input of a layer after an optional norm, in `dtype`, and the norm's statistics, [] without a norm."""
     if weight is None:
-        return x.to(dtype).contiguous(), []
+        return cast(x, dtype).contiguous(), []
     ((y, statistics),) = p.layer_norms([Norm(x, weight, bias)], eps, dtype)
     return y, [statistics]
 
@@ -386,7 +403,7 @@ def normalized_backward(
     if a.norm_weight is None:
         if dy is not None:
             gradients["x"] = dy
-        return x.to(dtype).contiguous() if recompute else None
+        return cast(x, dtype).contiguous() if recompute else None
     norm = NormGradient(dy, x, *statistics, a.norm_weight, a.norm_bias, residual=residual, recompute=recompute)
     summed = residual is not None and residual_bias in gradients
     (found,) = p.layer_norms_backward([norm._replace(sum_residual=summed)])
@@ -425,8 +442,8 @@ def half_output_backward(
     """From the gradient of the branch's result, returns that of the last layer's in `dtype`, and the residual's
     gradient of x, not rounded. Stores the gradients of a post-norm, and of the layer's `bias`, unless
     `half_input_backward` does."""
-    added, grad = grad, grad.to(dtype).contiguous()
-    if torch.promote_types(dtype, added.dtype) == dtype:
+    added, grad = grad, cast(grad, dtype).contiguous()
+    if wider(dtype, added.dtype) == dtype:
         added = grad
     if a.post_norm and a.norm_weight is not None:
         statistics, t = saved

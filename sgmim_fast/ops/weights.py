@@ -87,7 +87,7 @@ def _cached(weight: Tensor, dtype: torch.dtype, last: bool) -> Tensor | None:
         if copy is not None and of() is weight and version == weight._version and copy.dtype == dtype:
             return copy
     if weight.dtype == dtype:
-        return weight.detach().contiguous()
+        return (weight.detach() if torch.is_grad_enabled() else weight).contiguous()
     model = None if last or not target.on_gpu(weight) else _model.get()
     return None if model is None else model.copy(weight, dtype)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sgmim_fast.ops import gemm
+from sgmim_fast.ops.primitives import cast, wider
 from sgmim_fast.ops.weights import weights_in as in_one_dtype
 
 
@@ -50,7 +51,7 @@ def ours(x: Tensor) -> bool:
 
 def _read(weight: Tensor, x: Tensor) -> Tensor:
     """Returns the weight as our gemms with operand x read it."""
-    return (weight.float() if x.dtype == torch.float32 else weight).contiguous()
+    return (cast(weight, torch.float32) if x.dtype == torch.float32 else weight).contiguous()
 
 
 def linear(
@@ -65,14 +66,14 @@ def linear(
     """`gemm.linear` for a weight of any dtype."""
     if not ours(x):
         return gemm.linear(x, weight.to(x.dtype), bias, scale=scale, residual=residual, dtype=dtype)
-    out = dtype or x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    out = dtype or x.dtype if residual is None else wider(x.dtype, residual.dtype)
     inside = out in (torch.float32, x.dtype)  # the dtypes in which the kernel adds the residual and writes
     y = torch.empty(x.shape[0], weight.shape[0], dtype=out if inside else torch.float32)
-    added = residual.to(out).contiguous() if inside and residual is not None else None
-    bias, scale = (None if t is None else t.float().contiguous() for t in (bias, scale))
+    added = cast(residual, out).contiguous() if inside and residual is not None else None
+    bias, scale = (None if t is None else cast(t, torch.float32).contiguous() for t in (bias, scale))
     torch.ops.sgmim_fast_cpu.linear(x.contiguous(), _read(weight, x), False, bias, scale, added, y)
     y = y if inside or residual is None else y + residual
-    return y if dtype is None else y.to(dtype)
+    return y if dtype is None else cast(y, dtype)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,31 +84,32 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
         torch.ops.sgmim_fast_cpu.gelu(pre_activation, activated)
         return pre_activation, activated
     pre_activation, activated = (torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype) for _ in range(2))
-    arguments = x.contiguous(), _read(weight, x), bias.float().contiguous()
+    arguments = x.contiguous(), _read(weight, x), cast(bias, torch.float32).contiguous()
     torch.ops.sgmim_fast_cpu.linear_gelu(*arguments, pre_activation, activated)
     return pre_activation, activated
 
 
 def dgrad(dy: Tensor, weight: Tensor, residual: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
     """`gemm.dgrad` for a weight of any dtype; returns `dtype`, by default dy's, or the wider one of dy and residual."""
-    dtype = dtype or (dy.dtype if residual is None else torch.promote_types(dy.dtype, residual.dtype))
+    dtype = dtype or (dy.dtype if residual is None else wider(dy.dtype, residual.dtype))
     if not ours(dy):
         return gemm.dgrad(dy, weight.to(dy.dtype), residual).to(dtype)
     written = dtype if dtype in (torch.float32, dy.dtype) else torch.float32
     dx = torch.empty(dy.shape[0], weight.shape[1], dtype=written)
-    residual = None if residual is None else residual.to(written).contiguous()
+    residual = None if residual is None else cast(residual, written).contiguous()
     torch.ops.sgmim_fast_cpu.linear(dy.contiguous(), _read(weight, dy), True, None, None, residual, dx)
-    return dx.to(dtype)
+    return cast(dx, dtype)
 
 
 def dgrad_gelu(dy: Tensor, weight: Tensor, pre_activation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Implements `Primitives.dgrad_gelu`."""
-    activated, total = torch.empty_like(pre_activation), torch.empty(pre_activation.shape[1])
+    dtype = pre_activation.dtype
+    activated, total = torch.empty(pre_activation.shape, dtype=dtype), torch.empty(pre_activation.shape[1])
     if not ours(dy):
         dpre_activation = dgrad(dy, weight)  # gradient after GELU, overwritten with the gradient before it
         torch.ops.sgmim_fast_cpu.gelu_backward(pre_activation, dpre_activation, activated, total)
         return dpre_activation, activated, total
-    dpre_activation = torch.empty_like(pre_activation)
+    dpre_activation = torch.empty(pre_activation.shape, dtype=dtype)
     arguments = dy.contiguous(), _read(weight, dy), pre_activation
     torch.ops.sgmim_fast_cpu.dgrad_gelu(*arguments, dpre_activation, activated, total)
     return dpre_activation, activated, total

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgmim_fast.ops._plain import batches_wgrads, finish, operand, scattered  # noqa: F401
+from sgmim_fast.ops._plain import batches_wgrads, operand, scattered  # noqa: F401
 from sgmim_fast.ops.cpu import gemm
 from sgmim_fast.ops.cpu.gemm import dgrad, dgrad_gelu, linear, linear_gelu, weights_in  # noqa: F401 - primitives
 from sgmim_fast.ops.cpu.structure_embed import embed, embed_backward, embedded  # noqa: F401 - primitives
@@ -24,7 +24,9 @@ from sgmim_fast.ops.primitives import (
     Packed,
     Request,
     Windows,
+    cast,
     storage_dtype,
+    wider,
 )
 from sgmim_fast.ops.window_attention import factor, logit_scale_gradient
 
@@ -70,8 +72,8 @@ def _layer_norm(norm: Norm, eps: float, dtype: torch.dtype, add_to: Tensor | Non
     count = x.shape[0] if rows is None else rows.shape[0]
     y, statistics = torch.empty(count, x.shape[1], dtype=dtype), torch.empty(2, count)
     vectors, residual = (vector(norm.weight), vector(norm.bias)), norm.residual
-    residual = None if residual is None else residual.to(dtype).contiguous()
-    torch.ops.sgmim_fast_cpu.layer_norm(x, rows, add_to, *vectors, residual, eps, y, add_to, *statistics)
+    residual = None if residual is None else cast(residual, dtype).contiguous()
+    torch.ops.sgmim_fast_cpu.layer_norm(x, rows, add_to, *vectors, residual, eps, y, add_to, statistics)
     return y, statistics
 
 
@@ -81,25 +83,36 @@ def layer_norms_backward(gradients: Sequence[NormGradient]) -> list[NormGradient
 
 def _layer_norm_backward(g: NormGradient) -> NormGradients:
     dy, residual = g.dy if g.dy2 is None else g.dy.add_(g.dy2), None
-    dx = torch.empty_like(dy) if g.keep_dy else dy
+    dx = torch.empty(dy.shape, dtype=dy.dtype) if g.keep_dy else dy
     if g.residual is not None:  # a residual of a wider dtype is not rounded, and dx gets its dtype
-        wide = torch.promote_types(dy.dtype, g.residual.dtype)
-        residual, dx = g.residual.to(wide).contiguous(), dx if wide == dy.dtype else torch.empty_like(dy, dtype=wide)
-    y = torch.empty_like(dy) if g.recompute else None
-    sums = torch.empty(2 + g.sum_residual + g.sum_dx, dy.shape[1])
-    statistics, vectors = (g.statistics[0], g.statistics[1]), (vector(g.weight), vector(g.bias))
+        wide = wider(dy.dtype, g.residual.dtype)
+        residual, dx = (
+            cast(g.residual, wide).contiguous(),
+            dx if wide == dy.dtype else torch.empty(dy.shape, dtype=wide),
+        )
+    y = torch.empty(dy.shape, dtype=dy.dtype) if g.recompute else None
+    sums = [torch.empty(dy.shape[1]) if s else None for s in (True, True, g.sum_residual, g.sum_dx)]
+    vectors = vector(g.weight), vector(g.bias)
     torch.ops.sgmim_fast_cpu.layer_norm_backward(
-        dy, g.x.contiguous(), g.rows, *statistics, *vectors, residual, g.sum_residual, g.sum_dx, dx, y, sums
+        dy, g.x.contiguous(), g.rows, g.statistics, *vectors, residual, dx, y, *sums
     )
     if g.rows is not None and g.need_dx:
         dx = scattered(dx, g.x, g.rows)
-    of_residual = sums[2] if g.sum_residual else None
-    return NormGradients(dx, y, sums[0], sums[1], of_residual, sums[-1] if g.sum_dx else None)
+    return NormGradients(dx, y, *sums)
 
 
 def vector(parameter: Tensor | None) -> Tensor | None:
     """Returns a parameter as the kernels read it, contiguous float32."""
-    return None if parameter is None else parameter.float().contiguous()
+    return None if parameter is None else cast(parameter, torch.float32).contiguous()
+
+
+def finish(sums: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """A sum that is alone in its memory is not copied."""
+    alone = [total.untyped_storage().nbytes() == total.nbytes for total in sums]
+    return [
+        cast(total, dtype) if own else total.to(dtype, copy=True)
+        for total, dtype, own in zip(sums, dtypes, alone, strict=True)
+    ]
 
 
 def column_sums(xs: Sequence[Tensor]) -> list[Tensor]:
@@ -152,7 +165,9 @@ def window_attention_backward(
     sums = {name: torch.empty(shapes[name]) for name in names if name in wanted}
     results = (sums.get(name) for name in names)
     arguments = _window_arguments(qkv, w)
-    torch.ops.sgmim_fast_cpu.window_attention_backward(grad.to(qkv.dtype).contiguous(), *arguments, dqkv, out, *results)
+    torch.ops.sgmim_fast_cpu.window_attention_backward(
+        cast(grad, qkv.dtype).contiguous(), *arguments, dqkv, out, *results
+    )
     if "logit_scale" in sums:
         sums["logit_scale"] = logit_scale_gradient(sums["logit_scale"], w.logit_scale)
     return dqkv, sums
@@ -162,7 +177,7 @@ def _window_arguments(qkv: Tensor, w: Windows) -> tuple[Any, ...]:
     """Returns the leading arguments of both kernels."""
     index = None if w.index is None else w.index.contiguous()
     scale = None if w.logit_scale is None else factor(w.logit_scale, torch.float32).contiguous()
-    pad = None if w.pad is None else w.pad.to(qkv.dtype).contiguous()
+    pad = None if w.pad is None else cast(w.pad, qkv.dtype).contiguous()
     return qkv.contiguous(), vector(w.bias), index, scale, pad, w.heads, *w.window, *w.shift
 
 

@@ -121,8 +121,10 @@ void window_attention_backward_tasks(
 #ifdef SGMIM_ONCE
 namespace sgmim {
 
-// The grid of one call and its dense bias: the bias of every head times log2(e), in the layout of WindowGrid::bias_at,
-// with rows padded with zeros.
+constexpr float MAX_LOGIT_SCALE = 4.605170186f;  // log 100, the bound of the parameter in SwinV2
+
+// The grid of one call, the factors of its cosines, e^min(logit_scale, log 100), and its dense bias: the bias of every
+// head times log2(e), in the layout of WindowGrid::bias_at, with rows padded with zeros.
 class GridWithBias {
  public:
   GridWithBias(
@@ -139,7 +141,12 @@ class GridWithBias {
                 "shift must be at least 0 and less than window, got ", shift_h, " x ", shift_w);
     const int64_t n = window_h * window_w, ns = (n + 15) / 16 * 16;
     grid = {qkv.size(0), qkv.size(1), qkv.size(2), window_h, window_w, shift_h, shift_w, heads,
-            qkv.size(3) / (3 * heads), data<float>(logit_scale), nullptr, ns};
+            qkv.size(3) / (3 * heads), nullptr, nullptr, ns};
+    if (const float* parameter = data<float>(logit_scale)) {
+      for (int64_t head = 0; head < heads; ++head)
+        scales_.push_back(std::exp(parameter[head] > MAX_LOGIT_SCALE ? MAX_LOGIT_SCALE : parameter[head]));
+      grid.logit_scale = scales_.data();
+    }
     if (!bias.has_value()) return;
     const int64_t entries = index.has_value() ? bias->size(0) : n * n;
     check_packed(*bias, "bias", ScalarType::Float, entries * heads);
@@ -194,6 +201,7 @@ class GridWithBias {
   WindowGrid grid;
 
  private:
+  std::vector<float> scales_;
   Aligned<float> dense_{0};
   std::vector<int32_t> places_;                  // bias entry of each element of a head's dense bias, -1 for padding
   int64_t entries_ = 0, stride_ = 0, head_stride_ = 0;  // entries of a head, their stride, stride between heads
@@ -215,20 +223,22 @@ static void window_attention(
   });
 }
 
-// Computes dqkv and, where they are given: out, the attention's result, in float32 only; dbias, of bias's shape; dpad (3 * channels,); dlogit_scale (heads,), the
-// gradient of the logarithm of the scale; dqkv_bias (3 * channels,), the gradient of a bias added to both qkv and pad.
+// Computes dqkv and, where they are given: out, the attention's result, in float32 only; dbias, of bias's shape; dpad
+// (3 * channels,); dlogit_scale (heads,), 0 where logit_scale is above its bound; dqkv_bias (3 * channels,), the
+// gradient of a bias added to both qkv and pad.
 static void window_attention_backward(
     const Tensor& dout, const Tensor& qkv, const std::optional<Tensor>& bias, const std::optional<Tensor>& index,
     const std::optional<Tensor>& logit_scale, const std::optional<Tensor>& pad, int64_t heads,
     int64_t window_h, int64_t window_w, int64_t shift_h, int64_t shift_w, const Tensor& dqkv,
-    const std::optional<Tensor>& out, const std::optional<Tensor>& dbias, const std::optional<Tensor>& dpad, const std::optional<Tensor>& dlogit_scale,
-    const std::optional<Tensor>& dqkv_bias) {
+    const std::optional<Tensor>& out, const std::optional<Tensor>& dbias, const std::optional<Tensor>& dpad,
+    const std::optional<Tensor>& dlogit_scale, const std::optional<Tensor>& dqkv_bias) {
   const GridWithBias call(qkv, bias, index, logit_scale, pad, heads, window_h, window_w, shift_h, shift_w);
   check_packed(dout, "dout", qkv.scalar_type(), qkv.numel() / 3);
   check_packed(dqkv, "dqkv", qkv.scalar_type(), qkv.numel());
   check_packed(out, "out", ScalarType::Float, qkv.numel() / 3);
   SGMIM_CHECK(!out.has_value() || qkv.scalar_type() == ScalarType::Float, "out is given with qkv in bfloat16");
   SGMIM_CHECK(bias.has_value() || !dbias.has_value(), "dbias is given without bias");
+  SGMIM_CHECK(logit_scale.has_value() || !dlogit_scale.has_value(), "dlogit_scale is given without logit_scale");
   if (dbias.has_value()) check_packed(*dbias, "dbias", ScalarType::Float, bias->numel());
   check_packed(dpad, "dpad", ScalarType::Float, qkv.size(3));
   check_packed(dlogit_scale, "dlogit_scale", ScalarType::Float, heads);
@@ -266,7 +276,9 @@ static void window_attention_backward(
       for (int64_t i = begin; i < end; ++i) sums[i] += sums[b * size + i];
   });
   if (float* to = data<float>(dpad)) std::copy_n(sums + bias_size, width, to);
-  if (float* to = data<float>(dlogit_scale)) std::copy_n(sums + numbers - heads, heads, to);
+  if (float* to = data<float>(dlogit_scale))
+    for (int64_t head = 0; head < heads; ++head)
+      to[head] = data<float>(logit_scale)[head] <= MAX_LOGIT_SCALE ? sums[numbers - heads + head] : 0.0f;
   if (float* to = data<float>(dqkv_bias))
     for (int64_t i = 0; i < doubles; ++i) {
       double sum = 0;

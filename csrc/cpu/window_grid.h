@@ -16,7 +16,7 @@ struct WindowGrid {
   int64_t batch, height, width;                             // of the token grid
   int64_t window_h, window_w, shift_h, shift_w;             // in tokens; shift: that of Swin's cyclic shift
   int64_t heads, head_width;
-  const float* logit_scale;                                 // (heads,) scales of cosine attention; null: dot products
+  const float* logit_scale;                                 // (heads,) factors of the cosines; null: dot products
   const float* bias;                                        // dense bias, see `bias_at`, or null
   int64_t padded_tokens;                                    // tokens of a window, padded for the widest vectors
 

@@ -28,7 +28,6 @@ from sgmim_fast.ops.primitives import (
     storage_dtype,
     wider,
 )
-from sgmim_fast.ops.window_attention import factor, logit_scale_gradient
 
 DTYPES = (torch.float32, torch.bfloat16)
 CHECKS_INDICES = True
@@ -168,17 +167,14 @@ def window_attention_backward(
     torch.ops.sgmim_fast_cpu.window_attention_backward(
         cast(grad, qkv.dtype).contiguous(), *arguments, dqkv, out, *results
     )
-    if "logit_scale" in sums:
-        sums["logit_scale"] = logit_scale_gradient(sums["logit_scale"], w.logit_scale)
     return dqkv, sums
 
 
 def _window_arguments(qkv: Tensor, w: Windows) -> tuple[Any, ...]:
     """Returns the leading arguments of both kernels."""
     index = None if w.index is None else w.index.contiguous()
-    scale = None if w.logit_scale is None else factor(w.logit_scale, torch.float32).contiguous()
     pad = None if w.pad is None else cast(w.pad, qkv.dtype).contiguous()
-    return qkv.contiguous(), vector(w.bias), index, scale, pad, w.heads, *w.window, *w.shift
+    return qkv.contiguous(), vector(w.bias), index, vector(w.logit_scale), pad, w.heads, *w.window, *w.shift
 
 
 def position_bias(a: Any) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from sgmim_fast import _moved, backends, ops  # noqa: F401 - old names of modules
 from sgmim_fast.memory import keep_freed_memory
 from sgmim_fast.ops import standardize_structure
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
     from sgmim_fast.tune import tune
 
 __version__ = "0.1.0"  # defined only here; pyproject.toml reads it
+
+# torch.compile keeps generated code on disk, under a key that knows the names of the ops in it, but not their version.
+# An op of another version may save other tensors for its backward.
+torch.compiler.config.cache_key_tag += f" sgmim_fast {__version__}"
 
 __all__ = [
     "SGMIM",

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import gc
 import importlib.util
 import os
+import shutil
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import replace
 from typing import NamedTuple
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # before torch reads it: a thread that spins takes another worker's core
     os.environ["OMP_WAIT_POLICY"] = "passive"
+
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # code that was generated for other sources would be found by its key
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 import pytest
 import torch

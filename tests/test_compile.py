@@ -9,7 +9,7 @@ from tiny import batch, drawn, family, foreign, gradients, stem_mask
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sgmim_fast import SGMIM, selective_mask
+from sgmim_fast import SGMIM, __version__, selective_mask
 from sgmim_fast.fused.accelerate import FAST
 
 
@@ -148,6 +148,10 @@ def test_a_mask_tensor_breaks_the_graph_once():
         assert (actual - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
     assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 1
     assert graphs.frame_count == 1  # nothing is computed before the search
+
+
+def test_code_on_disk_is_of_this_version():
+    assert f"sgmim_fast {__version__}" in torch.compiler.config.cache_key_tag
 
 
 @pytest.mark.slow

@@ -60,11 +60,13 @@ def window_attention(qkv: Tensor, w: Windows) -> Tensor:
 
 
 def window_attention_backward(
-    grad: Tensor, qkv: Tensor, w: Windows, wanted: Container[str]
+    grad: Tensor, qkv: Tensor, w: Windows, wanted: Container[str], out: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Cost: reads qkv and grad and writes dqkv once; 2 launches, and 3 more for the gradient of a bias table."""
     from sgmim_fast.kernels.window_attention import other_sums
 
+    if out is not None:
+        out.copy_(window_attention(qkv, w))
     arguments, groups, padded = _arguments(qkv, w, backward=True)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     sizes = {"bias": w.heads * (w.window[0] * w.window[1]) ** 2, "logit_scale": w.heads}

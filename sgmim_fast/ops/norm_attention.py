@@ -158,15 +158,17 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     if attended is not None:
         gradients.weight("proj_weight", dout, rows_of(attended))
     elif "proj_weight" in gradients:
-        again = torch.empty(a.x.shape, dtype=storage)
+        again = torch.empty(a.x.shape, dtype=storage, device=qkv.device)
     (qkv_weight,) = p.weights_in(storage, a.qkv_weight, last=True)
     dattended = p.dgrad(dout, scaled_weight(p, a.layer_scale, storage, a.proj_weight)).view(a.x.shape)
+    if again is None:
+        del dout
     windows = a.windows(p.weights_in(storage, a.qkv_bias)[0] if a.padded else None)
     dqkv, sums = p.window_attention_backward(dattended, qkv, windows, {"qkv", *gradients.wanted}, again)
     del dattended
     if again is not None:
         gradients.weight("proj_weight", dout, rows_of(again))
-    del dout, again
+        del dout, again
     dqkv = rows_of(dqkv)
     gradients.sums(sums)
     names = "qkv_weight", "proj_bias"

@@ -85,10 +85,8 @@ def _layer_norm_backward(g: NormGradient) -> NormGradients:
     dx = torch.empty(dy.shape, dtype=dy.dtype) if g.keep_dy else dy
     if g.residual is not None:  # a residual of a wider dtype is not rounded, and dx gets its dtype
         wide = wider(dy.dtype, g.residual.dtype)
-        residual, dx = (
-            cast(g.residual, wide).contiguous(),
-            dx if wide == dy.dtype else torch.empty(dy.shape, dtype=wide),
-        )
+        residual = cast(g.residual, wide).contiguous()
+        dx = dx if wide == dy.dtype else torch.empty(dy.shape, dtype=wide)
     y = torch.empty(dy.shape, dtype=dy.dtype) if g.recompute else None
     sums = [torch.empty(dy.shape[1]) if s else None for s in (True, True, g.sum_residual, g.sum_dx)]
     vectors = vector(g.weight), vector(g.bias)
@@ -107,11 +105,12 @@ def vector(parameter: Tensor | None) -> Tensor | None:
 
 def finish(sums: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """A sum that is alone in its memory is not copied."""
-    alone = [total.untyped_storage().nbytes() == total.nbytes for total in sums]
-    return [
-        cast(total, dtype) if own else total.to(dtype, copy=True)
-        for total, dtype, own in zip(sums, dtypes, alone, strict=True)
-    ]
+
+    def finished(total: Tensor, dtype: torch.dtype) -> Tensor:
+        alone = total.untyped_storage().nbytes() == total.nbytes
+        return cast(total, dtype) if alone else total.to(dtype, copy=True)
+
+    return [finished(total, dtype) for total, dtype in zip(sums, dtypes, strict=True)]
 
 
 def column_sums(xs: Sequence[Tensor]) -> list[Tensor]:

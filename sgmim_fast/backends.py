@@ -239,6 +239,11 @@ def candidates(op: str, part: str, args: Sequence[Any]) -> list[str]:
     return found
 
 
+def state() -> Any:
+    """Returns what `choose` depends on besides the arguments of a call, None while calls are being recorded."""
+    return None if WATCHED else (forced(), tuned.generation)
+
+
 def choose(op: str, part: str, device: str, args: Sequence[Any]) -> Callable[..., Any]:
     """Returns the function to call: that of the forced backend, else of the one that `sgmim_fast.tune` measured to be
     the fastest for such a call, else of the first one in the device's order of preference that can run.

@@ -62,6 +62,7 @@ Key = tuple[Any, ...]
 Table = dict[tuple[str, str, Key], str]  # op, part, key -> backend or "BACKEND:VARIANT", see `backends.implementation`
 
 _tables: dict[str, Table] = {}  # device type -> the table that was read; empty if there is none
+generation = 0  # how often the tables of this process have changed
 
 
 @functools.cache
@@ -108,7 +109,9 @@ def enabled() -> bool:
 
 def forget() -> None:
     """Clears the tables of this process, so that the next call reads the files again."""
+    global generation
     _tables.clear()
+    generation += 1
 
 
 def folder() -> Path:
@@ -166,9 +169,11 @@ def _digest(tree: Any) -> str:
 
 def use(device: str, choices: Mapping[tuple[str, str, Key], str]) -> None:
     """Adds choices to the table of this process."""
+    global generation
     if device not in _tables:
         _tables[device] = _first(device)
     _tables[device].update(choices)
+    generation += 1
 
 
 def save(device: str, choices: Mapping[tuple[str, str, Key], str]) -> Path:

@@ -17,6 +17,9 @@ The steps of a call:
     function of the backend itself.
 7.  Backward: `_Gradient` calls `sgmim_fast::NAME_backward`, which goes through 2, 5 and 6 on the forward's backend.
 
+In plain eager mode, 5 and 6 are skipped for arguments of which an earlier call had the same `_signature`; so they are
+in the backward of such a call, whose gradient autograd has checked.
+
 Second derivatives and forward-mode derivatives are not implemented: both raise.
 """
 
@@ -143,6 +146,15 @@ class Declaration:
         return [(name, leaf) for name, leaf in zip(names, flat, strict=False) if isinstance(leaf, Tensor)]
 
 
+class Choice:
+    """The functions chosen for calls of one signature; the one for the backward at its first."""
+
+    __slots__ = ("backward", "forward")
+
+    def __init__(self, forward: Callable[..., Any]):
+        self.forward, self.backward = forward, None
+
+
 class Part:
     """The forward or backward of an op: its registered operator, and the same call in plain eager mode."""
 
@@ -157,7 +169,7 @@ class Part:
     ):
         self.name, self.part, self.declared, self.check = name, part, declared, check
         self.fake = fake
-        self._passed: dict[Any, str] = {}  # signature of a call that passed the checks -> device type
+        self._choices: dict[Any, dict[Any, Choice]] = {}  # `backends.state` -> signature of a checked call -> choice
         qualifier = name if part == "forward" else f"{name}_backward"
         LIBRARY.define(f"{qualifier}{schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
         self.overload = getattr(torch.ops.sgmim_fast, qualifier).default
@@ -173,19 +185,29 @@ class Part:
             self.check(made)
         return device, made
 
-    def chosen(self, args: Sequence[Any], signature: Any) -> Callable[..., Any]:
-        """Returns the function of this part. Checks the arguments unless their `_signature` passed before."""
-        device = self._passed.get(signature)
-        if device is None:
-            device = self._checked(args)[0].type
-            if len(self._passed) >= _MOST_SIGNATURES:
-                self._passed.clear()
-            self._passed[signature] = device
-        return backends.choose(self.name, self.part, device, args)
+    def choose(self, args: Sequence[Any]) -> Callable[..., Any]:
+        """Checks the arguments, and returns the function of this part for them."""
+        device, _ = self._checked(args)
+        return backends.choose(self.name, self.part, device.type, args)
+
+    def chosen(self, args: Sequence[Any], signature: Any) -> Choice:
+        """Returns the choice for a call, which is remembered by its `_signature` unless calls are being recorded."""
+        state = backends.state()
+        if state is None:
+            return Choice(self.choose(args))
+        choices = self._choices.get(state)
+        if choices is None:
+            choices = self._choices[state] = {}
+        choice = choices.get(signature)
+        if choice is None:
+            choice = Choice(self.choose(args))
+            if len(choices) >= _MOST_SIGNATURES:
+                choices.clear()
+            choices[signature] = choice
+        return choice
 
     def kernel(self, *args: Any) -> Any:
-        device, _ = self._checked(args)
-        return backends.choose(self.name, self.part, device.type, args)(*args)
+        return self.choose(args)(*args)
 
     def _checked_fake(self, *args: Any) -> Any:
         return self.fake(self._checked(args)[1])
@@ -251,6 +273,7 @@ class Op:
         returns = "(Tensor, Tensor[])" if saves else returns
         self._forward = Part(name, "forward", self.declared, f"({self.declared.schema()}) -> {returns}", fake, check)
         self.overload = self._forward.overload
+        self._traced = Choice(self.overload)
         self._differentiate: Callable[..., Any] | None = None
         if backward is None:
             backends.register(name, "forward", forward)
@@ -270,8 +293,8 @@ class Op:
             args = self._forward.in_autocast(args)
             signature = signature, args[-1]
         with torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS):
-            run = self._forward.chosen(args, signature)
-            return run(*args) if self._differentiate is None else self._differentiate(run, args)
+            choice = self._forward.chosen(args, signature)
+            return choice.forward(*args) if self._differentiate is None else self._differentiate(choice, args)
 
     # Compositions, bound to the primitives of a backend
 
@@ -336,7 +359,7 @@ class Op:
         found: list[Any] = [None] * len(flat)
         if any(flags):
             saved = list(tensors[len(ctx.places) :])
-            for i, gradient in zip(places, self.backward(grad, *args, saved, flags), strict=True):
+            for i, gradient in zip(places, self._backward_of(ctx.choice, grad, *args, saved, flags), strict=True):
                 found[i] = gradient
         if self._added is not None and needs[self._added]:
             found[self._added] = grad.to(ctx.added_dtype)
@@ -388,9 +411,18 @@ class Op:
         if signature is None:
             return self.backward_overload(*args)
         with torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS), torch._C._AutoDispatchBelowAutograd():
-            return self._backward.chosen(args, signature)(*args)
+            return self._backward.chosen(args, signature).forward(*args)
 
-    def _with_gradient(self, run: Callable[..., Any], args: tuple) -> Any:
+    def _backward_of(self, choice: Choice, grad: Tensor, *args: Any) -> list[Tensor]:
+        """Calls `NAME_backward` of a composition after a forward through `choice`."""
+        if choice is self._traced or type(grad) is not Tensor or _watched():
+            return self.backward(grad, *args)
+        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS), torch._C._AutoDispatchBelowAutograd():
+            if choice.backward is None:
+                choice.backward = self._backward.choose((grad, *args))
+            return choice.backward(grad, *args)
+
+    def _with_gradient(self, choice: Choice, args: tuple) -> Any:
         args += (None,) * (len(self.declared.fields) - len(args))
         flat = self.declared.flat(args)
         if torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in flat):
@@ -398,16 +430,16 @@ class Op:
                 raise NotImplementedError(
                     f"sgmim_fast.ops.{self.name} has no derivative in torch.func; expected torch.autograd or backward()"
                 )
-            give_saved = run is self.overload  # in plain eager mode the saved tensors are not returned
-            found = self._function.apply(run, self.declared.lengths(args), give_saved, *flat)
+            give_saved = choice is self._traced  # in plain eager mode the saved tensors are not returned
+            found = self._function.apply(choice, self.declared.lengths(args), give_saved, *flat)
             result, *saved = found if give_saved else (found,)
             return (result, saved) if self._saves else result
         with torch._C._AutoDispatchBelowAutograd():
-            return run(*args)
+            return choice.forward(*args)
 
     def _autograd_kernel(self, *args: Any) -> Any:
         _refuse_tangents(self.name, pytree.tree_leaves(args))
-        return self._with_gradient(self.overload, args)
+        return self._with_gradient(self._traced, args)
 
     def not_differentiable(self) -> None:
         """Registers the op without a gradient. Its public function raises for an argument that requires one."""
@@ -442,14 +474,12 @@ class _Gradient(torch.autograd.Function):
         return super().apply(cls, *args)
 
     @staticmethod
-    def forward(
-        ctx: Any, cls: Any, run: Callable[..., Any], lengths: tuple[int, ...], give_saved: bool, *flat: Any
-    ) -> Any:
+    def forward(ctx: Any, cls: Any, choice: Choice, lengths: tuple[int, ...], give_saved: bool, *flat: Any) -> Any:
         args = cls.op.declared.unflat(flat, lengths)
         with torch._C._AutoDispatchBelowAutograd():
-            results = run(*args)
+            results = choice.forward(*args)
         result, saved = results if cls.op._saves else (results, [])
-        ctx.cls, ctx.lengths, ctx.chosen = cls, lengths, [variable.get() for variable in _CARRIED]
+        ctx.cls, ctx.lengths, ctx.choice, ctx.settings = cls, lengths, choice, [v.get() for v in _CARRIED]
         cls.save(ctx, args, saved)
         ctx.set_materialize_grads(False)
         if not give_saved:
@@ -462,7 +492,7 @@ class _Gradient(torch.autograd.Function):
         needs = ctx.needs_input_grad[4:]
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        tokens = [variable.set(value) for variable, value in zip(_CARRIED, ctx.chosen, strict=True)]
+        tokens = [variable.set(value) for variable, value in zip(_CARRIED, ctx.settings, strict=True)]
         create_graph = torch.is_grad_enabled()
         try:
             with torch.no_grad() if create_graph else contextlib.nullcontext():

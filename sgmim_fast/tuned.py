@@ -47,7 +47,7 @@ SHAPED_BY: dict[tuple[str, str], tuple[str, ...]] = {
         for op, names in {
             "linear_l1": ("x", "weight", "packed", "squared", "normalized", "dtype"),
             "masked_patch_embed": ("x", "visible", "dtype"),
-            "norm_attention": ("x", "bias", "heads", "post_norm", "dtype"),
+            "norm_attention": ("x", "index", "heads", "post_norm", "dtype"),
             "norm_linear": ("x", "weight", "dtype"),
             "norm_mlp": ("x", "fc1_weight", "post_norm", "dtype"),
             "position_bias": ("coordinates", "fc2_weight"),

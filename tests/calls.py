@@ -56,6 +56,7 @@ VARIANTS: dict[str, dict[str, Callable[..., Any]]] = {
         "post-norm": partial(cases.norm_attention, (1, 3, 4), 4, hottest=2.0, residual=True, post_norm=True),
         "post-norm-alone": partial(cases.norm_attention, (2, 2, 3), 4, bias="dense", post_norm=True),
         "layer-scale": partial(cases.norm_attention, (1, 3, 4), 4, layer_scale=True),
+        "position": partial(cases.norm_attention, (1, 3, 4), 4, bias="position", hottest=1.5, post_norm=True),
     },
     "norm_linear": {
         "bare": partial(cases.norm_linear, (2, 3), 5, 4, bias=False, norm=False),

@@ -179,7 +179,7 @@ class PublishedSwinV2Block(_PublishedSwin):
         attn = self.attn
         if x.dtype == torch.float64 and (torch.compiler.is_compiling() or (attn.logit_scale > MAX_LOGIT_SCALE).any()):
             return super().forward(x)  # the published code clamps at float32's log 100, our op at float64's
-        options: dict[str, Any] = {"bias": self._position_bias(), "logit_scale": attn.logit_scale.flatten()}
+        options: dict[str, Any] = {**self._position_bias(), "logit_scale": attn.logit_scale.flatten()}
         added = not _INACTIVE.why(self)
         y = self._attend(self._map(x), self.norm1, _qkv_bias(attn), **options, residual=added, post_norm=True)
         y = y.flatten(1, 2)

@@ -107,12 +107,14 @@ class Swin(Fused):
             return f"an input of {x.shape[1]}x{x.shape[2]} tokens"
         return windows_reason(x, self.window_area)
 
-    def _position_bias(self) -> Tensor:
-        """Computes the table of SwinV2's continuous relative position bias, (entries, heads)."""
+    def _position_bias(self) -> dict[str, Tensor]:
+        """Returns the arguments of `norm_attention` for SwinV2's continuous relative position bias."""
         attn, mlp = self.attn, self.attn.cpb_mlp
         if self._falls_back("position bias", POSITION_BIAS.why(attn)):
-            return 16 * torch.sigmoid(mlp(attn.relative_coords_table).view(-1, attn.num_heads))
-        return ops.position_bias(attn.relative_coords_table, mlp[0].weight, mlp[0].bias, mlp[2].weight)
+            return {"bias": 16 * torch.sigmoid(mlp(attn.relative_coords_table).view(-1, attn.num_heads))}
+        fc1, _, fc2 = mlp
+        weights = {"fc1_weight": fc1.weight, "fc1_bias": fc1.bias, "fc2_weight": fc2.weight}
+        return {"coordinates": attn.relative_coords_table, **weights}
 
     def _attend(self, x: Tensor, norm: nn.LayerNorm | None, qkv_bias: Tensor | None, **options: Any) -> Tensor:
         """Computes the attention half by `norm_attention`."""
@@ -224,7 +226,7 @@ class SwinTransformerV2Block(Swin, swin_transformer_v2.SwinTransformerV2Block):
         """Computes the attention half; norm and residual are part of the op if norm and drop path may be bypassed."""
         attn = self.attn
         bias = None if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-        options = {"bias": self._position_bias(), "logit_scale": attn.logit_scale.flatten()}
+        options = {**self._position_bias(), "logit_scale": attn.logit_scale.flatten()}
         if NORM_AND_PATH1.why(self):
             return x + self.drop_path1(self.norm1(self._attend(x, None, bias, **options)))
         return self._attend(x, self.norm1, bias, **options, residual=True, post_norm=True)

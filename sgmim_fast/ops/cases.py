@@ -143,11 +143,15 @@ def norm_attention(
     *, biases: bool = True, norm: bool = True, layer_scale: bool = False, bias: str | None = "table",
     hottest: float | None = None, residual: bool = False, post_norm: bool = False, make: Make = FLOAT32,
 ) -> NormAttention:  # fmt: skip
-    """bias, hottest: see `window_attention`; biases: whether both layers have one."""
+    """bias, hottest: see `window_attention`, or bias = "position"; biases: whether both layers have one."""
     x = make(*shape, width) + 0.5
     layers = [t for out in (3 * width, width) for t in (make.weight(out, width), make.bias(out) if biases else None)]
     scale = make.norm_weight(width) if layer_scale else None
-    windows = *_biases(bias, window, heads, make), _logit_scale(hottest, heads, make), heads, list(window), list(shift)
+    table, index = _biases("table" if bias == "position" else bias, window, heads, make)
+    position, logit_scale = (None,) * 4, _logit_scale(hottest, heads, make)
+    if bias == "position":
+        table, position = None, position_bias(window, heads, make=make)[:4]
+    windows = table, index, logit_scale, *position, heads, list(window), list(shift)
     return NormAttention(x, *layers, *make.norm(width, norm), scale, *windows, residual, post_norm, 1e-6, None)
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from sgmim_fast.ops import _check
 from sgmim_fast.ops._op import Op
 from sgmim_fast.ops.norm_linear import check_layer_scale, check_norm, fake_norm
+from sgmim_fast.ops.position_bias import Arguments as PositionBias
+from sgmim_fast.ops.position_bias import check_table, fake_table, table_backward
 from sgmim_fast.ops.primitives import (
     Gradients,
     Primitives,
@@ -26,7 +28,9 @@ from sgmim_fast.ops.primitives import (
     storage_dtype,
     unflattened,
 )
-from sgmim_fast.ops.window_attention import check_indices, check_windows
+from sgmim_fast.ops.window_attention import check_windows
+
+SCALE = 16.0  # the largest position bias of SwinV2
 
 
 class Arguments(NamedTuple):
@@ -43,6 +47,10 @@ class Arguments(NamedTuple):
     bias: Tensor | None
     index: Tensor | None
     logit_scale: Tensor | None
+    coordinates: Tensor | None
+    fc1_weight: Tensor | None
+    fc1_bias: Tensor | None
+    fc2_weight: Tensor | None
     heads: int
     window: list[int]
     shift: list[int]
@@ -61,9 +69,16 @@ class Arguments(NamedTuple):
         sides = zip(self.x.shape[1:3], self.window, strict=True)
         return self.qkv_bias is not None and any(side % window for side, window in sides)
 
-    def windows(self, pad: Tensor | None) -> Windows:
+    def windows(self, bias: Tensor | None, pad: Tensor | None) -> Windows:
         pad = pad if self.padded else None
-        return Windows(self.bias, self.index, self.logit_scale, pad, self.heads, self.window, self.shift)
+        return Windows(bias, self.index, self.logit_scale, pad, self.heads, self.window, self.shift)
+
+    @property
+    def position_bias(self) -> PositionBias | None:
+        """The arguments of the op that computes the bias, if it is not given."""
+        if self.coordinates is None:
+            return None
+        return PositionBias(self.coordinates, self.fc1_weight, self.fc1_bias, self.fc2_weight, SCALE)
 
 
 def norm_attention(
@@ -83,6 +98,10 @@ def norm_attention(
     bias: Tensor | None = None,
     index: Tensor | None = None,
     logit_scale: Tensor | None = None,
+    coordinates: Tensor | None = None,
+    fc1_weight: Tensor | None = None,
+    fc1_bias: Tensor | None = None,
+    fc2_weight: Tensor | None = None,
     residual: bool = False,
     post_norm: bool = False,
 ) -> Tensor:
@@ -100,6 +119,8 @@ def norm_attention(
         norm_weight, norm_bias: (C,), parameters of the LayerNorm; None, both: no LayerNorm.
         eps: eps of the LayerNorm.
         layer_scale: (C,), multiplies the result before x is added; not with float16 nor `post_norm`.
+        coordinates, fc1_weight, fc1_bias, fc2_weight: see `position_bias`, which then computes `bias` from them with
+            SwinV2's scale of 16; all of them and `index`, or none.
         residual: whether to add x to the result.
         post_norm: whether the norm follows the projection instead of preceding qkv.
 
@@ -113,8 +134,9 @@ def norm_attention(
     Source: Swin (arXiv 2103.14030), SwinV2 (arXiv 2111.09883).
     """
     vectors = norm_weight, norm_bias, layer_scale, bias, index, logit_scale
+    position = coordinates, fc1_weight, fc1_bias, fc2_weight
     options = heads, list(window), list(shift), residual, post_norm, eps, None
-    return _op(x, qkv_weight, qkv_bias, proj_weight, proj_bias, *vectors, *options)[0]
+    return _op(x, qkv_weight, qkv_bias, proj_weight, proj_bias, *vectors, *position, *options)[0]
 
 
 def _check_arguments(a: Arguments) -> None:
@@ -128,7 +150,22 @@ def _check_arguments(a: Arguments) -> None:
     _check.same_dtype("x", a.x, "qkv_weight", a.qkv_weight, a.dtype)
     _check.same_dtype("x", a.x, "proj_weight", a.proj_weight, a.dtype)
     check_layer_scale(a, width, "(channels of x,)")
-    check_windows(3 * width, a.windows(None))
+    given = [t is not None for t in (a.coordinates, a.fc1_weight, a.fc1_bias, a.fc2_weight)]
+    if any(given):
+        if not all(given) or a.index is None or a.bias is not None:
+            raise ValueError(
+                "coordinates, fc1_weight, fc1_bias, fc2_weight: expected all or none of them, with index and without "
+                "bias, which they replace"
+            )
+        check_table(a.position_bias)
+        _check.shape("fc2_weight", a.fc2_weight, (a.heads, a.fc1_weight.shape[0]), "(heads, hidden)")
+    check_windows(3 * width, a.windows(a.bias, None), computed=any(given))
+
+
+def _check_indices(a: Arguments) -> None:
+    if a.index is not None:
+        entries = len(a.bias) if a.coordinates is None else a.coordinates.shape[:-1].numel()
+        _check.rows("index", a.index, entries, distinct=False)
 
 
 def _recomputed(a: Arguments, storage: torch.dtype) -> bool:
@@ -144,14 +181,18 @@ def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
     weight, bias = p.weights_in(storage, a.proj_weight, a.proj_bias)
     qkv = p.linear(y, qkv_weight, qkv_bias).view(*a.x.shape[:3], 3 * a.x.shape[3])
     del y
-    attended = p.window_attention(qkv, a.windows(qkv_bias))
+    position = [] if a.coordinates is None else [*p.position_bias(a.position_bias)]
+    attended = p.window_attention(qkv, a.windows(position[0] if position else a.bias, qkv_bias))
     out, saved = half_output(p, a, rows, rows_of(attended), weight, bias)
-    return unflattened(out, a.x), [qkv, *([] if _recomputed(a, storage) else [attended]), *statistics, *saved]
+    attended = [] if _recomputed(a, storage) else [attended]
+    return unflattened(out, a.x), [qkv, *position, *attended, *statistics, *saved]
 
 
 def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gradients: Gradients) -> None:
     qkv, *norm = saved
-    storage, again = qkv.dtype, None
+    storage, again, bias = qkv.dtype, None, a.bias
+    if a.coordinates is not None:
+        bias, slope, *norm = norm
     gradients.scaled(a.layer_scale, "proj_weight", a.proj_weight, "proj_bias", a.proj_bias)
     attended = None if _recomputed(a, storage) else norm.pop(0)
     dout, added = half_output_backward(p, a, norm, rows_of(grad), storage, "proj_bias", gradients)
@@ -163,13 +204,19 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     dattended = p.dgrad(dout, scaled_weight(p, a.layer_scale, storage, a.proj_weight)).view(a.x.shape)
     if again is None:
         del dout
-    windows = a.windows(p.weights_in(storage, a.qkv_bias)[0] if a.padded else None)
-    dqkv, sums = p.window_attention_backward(dattended, qkv, windows, {"qkv", *gradients.wanted}, again)
+    windows = a.windows(bias, p.weights_in(storage, a.qkv_bias)[0] if a.padded else None)
+    wanted = {"qkv", *gradients.wanted}
+    if a.coordinates is not None and not wanted.isdisjoint(PositionBias._fields):
+        wanted.add("bias")
+    dqkv, sums = p.window_attention_backward(dattended, qkv, windows, wanted, again)
     del dattended
     if again is not None:
         gradients.weight("proj_weight", dout, rows_of(again))
         del dout, again
     dqkv = rows_of(dqkv)
+    if a.coordinates is not None and "bias" in wanted:
+        (dbias,) = p.finish([sums.pop("bias")], [bias.dtype])
+        table_backward(p, a.position_bias, [slope], dbias.view(bias.shape), gradients)
     gradients.sums(sums)
     names = "qkv_weight", "proj_bias"
     y = half_input_backward(p, a, norm, a.rows, dqkv, qkv_weight, added, *names, gradients, storage)
@@ -182,13 +229,15 @@ def _fake(a: Arguments) -> tuple[Tensor, list[Tensor]]:
 
     storage, width = storage_dtype(a.x, a.dtype), a.x.shape[3]
     dtype = result_dtype(a.x, a.x if a.residual else None, a.dtype, a.layer_scale)
+    position = [] if a.coordinates is None else fake_table(a.position_bias)
     attended = [] if _recomputed(a, storage) else [empty(width, storage)]
-    return empty(width, dtype), [empty(3 * width, storage), *attended, *fake_norm(a)]
+    return empty(width, dtype), [empty(3 * width, storage), *position, *attended, *fake_norm(a)]
 
 
 def _request(a: Arguments) -> Request:
-    width = a.x.shape[3]
-    return Request((a.x.dtype, a.dtype or a.x.dtype), (width,), window=(a.window[0] * a.window[1], width // a.heads))
+    width, position = a.x.shape[3], () if a.fc2_weight is None else (a.fc2_weight.dtype,)
+    dtypes, window = (*position, a.x.dtype, a.dtype or a.x.dtype), (a.window[0] * a.window[1], width // a.heads)
+    return Request(dtypes, (width,), window=window)
 
 
 _op = Op(
@@ -199,6 +248,6 @@ _op = Op(
     fake=_fake,
     check=_check_arguments,
     request=_request,
-    indices=check_indices,
+    indices=_check_indices,
     saves=True,
 )

@@ -58,7 +58,7 @@ def position_bias(
     return _op(coordinates, fc1_weight, fc1_bias, fc2_weight, scale)[0]
 
 
-def _check_arguments(a: Arguments) -> None:
+def check_table(a: Arguments) -> None:
     _check.floating("coordinates", a.coordinates)
     if a.coordinates.ndim == 0 or a.coordinates.shape[-1] != 2:
         raise ValueError(f"coordinates has shape {tuple(a.coordinates.shape)}; expected (..., 2)")
@@ -73,7 +73,7 @@ def _forward(p: Primitives, a: Arguments) -> tuple[Tensor, list[Tensor]]:
     return table, [slope]
 
 
-def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gradients: Gradients) -> None:
+def table_backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gradients: Gradients) -> None:
     grad, (slope,) = grad.contiguous(), saved
     gradients["fc1_weight"], gradients["fc1_bias"], gradients["fc2_weight"] = p.position_bias_backward(grad, slope, a)
     if "coordinates" in gradients:  # not in a model, whose coordinates are a buffer
@@ -82,18 +82,24 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
         gradients["coordinates"] = dhidden @ a.fc1_weight.to(a.dtype)
 
 
-def _fake(a: Arguments) -> tuple[Tensor, list[Tensor]]:
+def fake_table(a: Arguments) -> list[Tensor]:
+    """Returns fakes of the table and of its derivative by the logits."""
     table = a.fc2_weight.new_empty(a.coordinates.shape[:-1].numel(), a.fc2_weight.shape[0], dtype=a.dtype)
-    return table, [torch.empty_like(table)]
+    return [table, torch.empty_like(table)]
+
+
+def _fake(a: Arguments) -> tuple[Tensor, list[Tensor]]:
+    table, slope = fake_table(a)
+    return table, [slope]
 
 
 _op = Op(
     "position_bias",
     Arguments,
     _forward,
-    backward=_backward,
+    backward=table_backward,
     fake=_fake,
-    check=_check_arguments,
+    check=check_table,
     request=lambda a: Request((a.fc2_weight.dtype,), widths=(a.fc2_weight.shape[0],)),
     saves=True,
 )

@@ -8,10 +8,11 @@ import pytest
 import torch
 from calls import Call, public
 from checks import check_op, gradients, in_dtype
+from test_position_bias import plain as plain_position_bias
 from test_window_attention import plain as plain_windows
 from torch.nn import functional as F
 
-from sgmim_fast.ops import gemm, norm_linear, window_attention
+from sgmim_fast.ops import gemm, norm_linear, position_bias, window_attention
 from sgmim_fast.ops.cases import FLOAT64
 from sgmim_fast.ops.cases import norm_attention as case
 from sgmim_fast.ops.window_attention import Arguments as Windows
@@ -26,7 +27,8 @@ def plain(a):
 
     qkv = F.linear(a.x if a.post_norm else norm(a.x), a.qkv_weight, a.qkv_bias)
     pad = None if a.qkv_bias is None else a.qkv_bias.to(qkv.dtype)
-    attended = plain_windows(Windows(qkv, a.bias, a.index, a.logit_scale, pad, a.heads, a.window, a.shift))
+    bias = a.bias if a.coordinates is None else plain_position_bias(a.position_bias)
+    attended = plain_windows(Windows(qkv, bias, a.index, a.logit_scale, pad, a.heads, a.window, a.shift))
     y = F.linear(attended.to(qkv.dtype), a.proj_weight, a.proj_bias)
     y = norm(y) if a.post_norm else y
     y = y if a.layer_scale is None else a.layer_scale * y
@@ -63,6 +65,19 @@ def test_bfloat16(place, options, autocast, computed_in):
     hottest = 2.0 if options else None  # scaled by 100, rounding of qkv would move logits by 0.4
     with gemm.compute_bfloat16_in(computed_in):
         check(inputs(width=32, hottest=hottest, residual=residual, **options), place, torch.bfloat16, autocast)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_computed_bias(place, dtype):
+    with gemm.compute_bfloat16_in(torch.bfloat16):
+        check(inputs(width=32, bias="position", hottest=2.0, **POST), place, dtype)
+
+
+def test_a_computed_bias_is_that_of_its_op(place):
+    a = Call("norm_attention", case(bias="position", **PRE), place.device).arguments()
+    bias = position_bias(a.coordinates, a.fc1_weight, a.fc1_bias, fc2_weight=a.fc2_weight)
+    given = a._replace(bias=bias, **dict.fromkeys(("coordinates", "fc1_weight", "fc1_bias", "fc2_weight")))
+    assert torch.equal(public("norm_attention")(a), public("norm_attention")(given))
 
 
 def test_all_tokens_in_one_window(place):
@@ -121,5 +136,15 @@ def test_errors():
     call(r"x has dtype torch.float32 and qkv_weight torch.float64", TypeError, x=a.x.float())
     call(r"layer_scale has shape \(15,\); expected .* = \(16\)", layer_scale=scaled.layer_scale[:15])
     call(r"layer_scale and post_norm: expected one of them", a=scaled, post_norm=True)
+    position = inputs(bias="position")
+    call(
+        r"coordinates, .* fc2_weight: expected all or none of them, with index and without bias",
+        a=position,
+        bias=a.bias,
+    )
+    call(r"coordinates, .* fc2_weight: expected all or none", a=position, fc1_bias=None)
+    call(r"fc1_bias has shape \(23,\)", a=position, fc1_bias=position.fc1_bias[:23])
+    call(r"fc2_weight has shape \(1, 24\); expected .* = \(2, 24\)", a=position, fc2_weight=position.fc2_weight[:1])
+    call(r"index has 15; expected indices from 0 to below 15", a=position, index=position.index + 1)
     half = Call("norm_attention", scaled, dtype=torch.float16).arguments()
     call(r"layer_scale with float16, .*expected another dtype", TypeError, a=half)

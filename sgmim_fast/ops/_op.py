@@ -318,15 +318,18 @@ class Op:
     def _bound_backward(self, primitives: Any) -> Callable[..., Any]:
         backward, declared = self._composition[1], self.declared
 
-        def run(grad: Tensor, *args: Any) -> list[Tensor]:
+        def run(grad: Tensor, *args: Any) -> list[Tensor | None]:
             *args, saved, needs = args
             names, places = declared.layout(declared.lengths(args))
             flat = declared.flat(args)
             wanted = {names[i]: flat[i] for i, need in zip(places, needs, strict=True) if need}
             gradients = Gradients(primitives, wanted)
             backward(primitives, declared.make(args), saved, grad, gradients)
-            found = gradients.finished()
-            return [found[names[i]] if need else absent(grad) for i, need in zip(places, needs, strict=True)]
+            found, eager = gradients.finished(), type(needs) is tuple  # see `_backward_of`
+            return [
+                found[names[i]] if need else None if eager else absent(grad)
+                for i, need in zip(places, needs, strict=True)
+            ]
 
         return run
 
@@ -359,7 +362,7 @@ class Op:
         found: list[Any] = [None] * len(flat)
         if any(flags):
             saved = list(tensors[len(ctx.places) :])
-            for i, gradient in zip(places, self._backward_of(ctx.choice, grad, *args, saved, flags), strict=True):
+            for i, gradient in zip(places, self._backward_of(ctx.choice, grad, args, saved, flags), strict=True):
                 found[i] = gradient
         if self._added is not None and needs[self._added]:
             found[self._added] = grad.to(ctx.added_dtype)
@@ -413,14 +416,16 @@ class Op:
         with torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS), torch._C._AutoDispatchBelowAutograd():
             return self._backward.chosen(args, signature).forward(*args)
 
-    def _backward_of(self, choice: Choice, grad: Tensor, *args: Any) -> list[Tensor]:
+    def _backward_of(
+        self, choice: Choice, grad: Tensor, args: Sequence[Any], saved: list[Tensor], needs: list[bool]
+    ) -> list[Tensor | None]:
         """Calls `NAME_backward` of a composition after a forward through `choice`."""
         if choice is self._traced or type(grad) is not Tensor or _watched():
-            return self.backward(grad, *args)
+            return self.backward(grad, *args, saved, needs)
         with torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS), torch._C._AutoDispatchBelowAutograd():
             if choice.backward is None:
-                choice.backward = self._backward.choose((grad, *args))
-            return choice.backward(grad, *args)
+                choice.backward = self._backward.choose((grad, *args, saved, needs))
+            return choice.backward(grad, *args, saved, tuple(needs))  # a tuple: None for gradients that are not needed
 
     def _with_gradient(self, choice: Choice, args: tuple) -> Any:
         args += (None,) * (len(self.declared.fields) - len(args))

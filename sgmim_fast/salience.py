@@ -70,7 +70,7 @@ def draw(
     images, (rows, columns) = salience.shape[0], grid
     of_units = salience.unflatten(2, (columns, -1)).unflatten(1, (rows, -1)).mean((2, 4)).flatten(1)
     if noise is None:
-        noise = torch.rand(of_units.shape, generator=generator, device=salience.device)
+        noise = torch.rand(of_units.shape, generator=generator, device=salience.device, dtype=torch.float32)
     lost = salience.flatten(1).isnan().any(1)
     if adaptive == "none":
         if salience.device.type == "cuda":

@@ -60,7 +60,8 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def _has_onednn() -> bool:
     """Whether `mkldnn::_linear_pointwise` exists and computes `F.linear`."""
     try:
-        x, weight, bias = torch.eye(8) * 2, torch.arange(64.0).reshape(8, 8), torch.ones(8)
+        x, weight = 2 * torch.eye(8, dtype=torch.float32), torch.arange(64, dtype=torch.float32).view(8, 8)
+        bias = torch.ones_like(weight[0])
         with torch.no_grad():
             y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     except (AttributeError, RuntimeError, TypeError):

@@ -343,6 +343,11 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype is dtype else x.to(dtype)
 
 
+def float32(*shape: int) -> Tensor:
+    """Returns an uninitialised float32 tensor on the CPU, whatever PyTorch's default dtype is."""
+    return torch.empty(shape, dtype=torch.float32)
+
+
 def wider(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     return a if a is b else torch.promote_types(a, b)
 

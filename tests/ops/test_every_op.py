@@ -36,7 +36,12 @@ def given(call: Call, *wanted: int) -> tuple[Tensor, list[Tensor]]:
 
 
 def cotangent_of(result: Tensor) -> Tensor:
-    return torch.linspace(-9, 7, result.numel()).sin().view(result.shape).to(result.device, result.dtype)
+    return (
+        torch.linspace(-9, 7, result.numel(), dtype=torch.float64)
+        .sin()
+        .view(result.shape)
+        .to(result.device, result.dtype)
+    )
 
 
 def results(call: Call) -> Any:
@@ -61,6 +66,19 @@ def test_partial_gradients(place, op, arguments):
                     torch.testing.assert_close(leaf.grad, expected, msg=lambda text, n=name: f"{n}: {text}")
                 else:
                     assert leaf.grad is None, name
+
+
+@every_call
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_default_dtype(place, op, arguments, default):
+    call = Call(op, arguments(), place.device)
+    expected = results(call)
+    torch.set_default_dtype(default)
+    try:
+        found = results(call)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @every_gradient

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sgmim_fast.ops.cpu import gemm
 from sgmim_fast.ops.cpu.embedding import Embedding
-from sgmim_fast.ops.primitives import Gradients
+from sgmim_fast.ops.primitives import Gradients, float32
 from sgmim_fast.ops.structure_embed import StructureParameters
 
 
@@ -48,7 +48,7 @@ def forward(
     for i in range(1, collapsed):
         x = x.view(-1, w.merge_weights[i].shape[1])
         inputs.append(x)
-        statistics.append(torch.empty(2, x.shape[0]))
+        statistics.append(float32(2, x.shape[0]))
         kernels.row_statistics(x, eps, statistics[-1])
         z = next_coordinates(z, statistics[-1][1])
         x = gemm.linear(z, composed[i + 1].matrix)  # (3)
@@ -71,13 +71,13 @@ def backward(
     z = [first_coordinates(embedding, statistics)]
     for i in range(1, collapsed):
         z.append(next_coordinates(z[-1], statistics[i + 1][1]))
-    dmatrices = [torch.empty(0)] * collapsed
+    dmatrices = [float32(0)] * collapsed
     dz = None
     for i in reversed(range(collapsed)):
         dmatrices[i] = gemm.wgrad(dx, z[i]).float()  # (6), this and the next line
         above, dz = dz, gemm.dgrad(dx, composed[i + 1].matrix, dtype=torch.float32)
         width, below = embedding.w.merge_weights[i].shape[1], inputs[i - 1] if i > 0 else None
-        scale, shares = torch.empty(dz.shape[0]), None if i > 0 else torch.empty(dz.shape[0], 4)
+        scale, shares = float32(dz.shape[0]), None if i > 0 else float32(dz.shape[0], 4)
         dx = None if below is None else torch.empty_like(below)
         torch.ops.sgmim_fast_cpu.coordinates_backward(  # (7) and (8)
             dz, z[i], above, *statistics[i + 1], below, width, scale, shares, dx
@@ -110,7 +110,7 @@ def _embedding_backward(
     w, count = embedding.w, embedding.cells.count
     width, rstd = w.embed_weight.shape[0], statistics[0][1]
     patch_scale = shares.flatten()[:count] * rstd / -width
-    sums, dembed, dpatches = torch.zeros(3 * width), torch.zeros(width, w.embed_weight[0].numel()), []
+    sums, dembed, dpatches = float32(3 * width).zero_(), float32(width, w.embed_weight[0].numel()).zero_(), []
     for part in embedding.parts(statistics):
         dembedded, partial = part.embed(), torch.empty_like(sums)
         torch.ops.sgmim_fast_cpu.embed_statistics_backward(
@@ -161,7 +161,7 @@ def compose(embedding: Embedding, count: int) -> list[Composed]:
     composed = [Composed(matrix, embed)]
     for weight, norm_weight, norm_bias in zip(*_float32(w, count), strict=True):
         (outs, ins), (width, columns) = weight.shape, matrix.shape
-        centred, constant = torch.empty(outs, ins, dtype=embedding.cells.dtype), torch.empty(outs)
+        centred, constant = torch.empty(outs, ins, dtype=embedding.cells.dtype), float32(outs)
         torch.ops.sgmim_fast_cpu.centre(weight, norm_weight, norm_bias, centred, constant)
         blocks = gemm.dgrad(centred.view(-1, width), matrix, dtype=torch.float32).view(outs, 4, columns)
         last = blocks[..., -1].sum(1, keepdim=True)
@@ -186,7 +186,7 @@ def compose_backward(
         dblocks[..., -1] = dmatrix[:, -2, None]
         dblocks = dblocks.view(-1, columns)
         dweight = gemm.linear(dblocks, below, dtype=torch.float32).view_as(weights[i])
-        sums = torch.empty(2, weights[i].shape[1])
+        sums = float32(2, weights[i].shape[1])
         dconstant = dmatrix[:, -1].contiguous()
         torch.ops.sgmim_fast_cpu.centre_backward(dweight, weights[i], norm_weights[i], norm_biases[i], dconstant, sums)
         dweights.append(dweight)

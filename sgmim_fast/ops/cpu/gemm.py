@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sgmim_fast.ops import gemm
-from sgmim_fast.ops.primitives import cast, wider
+from sgmim_fast.ops.primitives import cast, float32, wider
 from sgmim_fast.ops.weights import weights_in as in_one_dtype
 
 
@@ -104,7 +104,7 @@ def dgrad(dy: Tensor, weight: Tensor, residual: Tensor | None = None, *, dtype: 
 def dgrad_gelu(dy: Tensor, weight: Tensor, pre_activation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Implements `Primitives.dgrad_gelu`."""
     dtype = pre_activation.dtype
-    activated, total = torch.empty(pre_activation.shape, dtype=dtype), torch.empty(pre_activation.shape[1])
+    activated, total = torch.empty(pre_activation.shape, dtype=dtype), float32(pre_activation.shape[1])
     if not ours(dy):
         dpre_activation = dgrad(dy, weight)  # gradient after GELU, overwritten with the gradient before it
         torch.ops.sgmim_fast_cpu.gelu_backward(pre_activation, dpre_activation, activated, total)
@@ -123,6 +123,6 @@ def wgrad(dy: Tensor, x: Tensor) -> Tensor:
         own = dy.dtype == torch.bfloat16 and reads_float32_weights()
     if not own:
         return gemm.wgrad(dy, x)
-    dw = torch.empty(dy.shape[1], x.shape[1])
+    dw = float32(dy.shape[1], x.shape[1])
     torch.ops.sgmim_fast_cpu.wgrad(dy.contiguous(), x.contiguous(), dw)
     return dw

@@ -25,6 +25,7 @@ from sgmim_fast.ops.primitives import (
     Request,
     Windows,
     cast,
+    float32,
     storage_dtype,
     wider,
 )
@@ -69,7 +70,7 @@ def _layer_norm(norm: Norm, eps: float, dtype: torch.dtype, add_to: Tensor | Non
     """Normalises x[rows], or add_to + x[rows], which then overwrites `add_to`."""
     x, rows = norm.x.contiguous(), norm.rows
     count = x.shape[0] if rows is None else rows.shape[0]
-    y, statistics = torch.empty(count, x.shape[1], dtype=dtype), torch.empty(2, count)
+    y, statistics = torch.empty(count, x.shape[1], dtype=dtype), float32(2, count)
     vectors, residual = (vector(norm.weight), vector(norm.bias)), norm.residual
     residual = None if residual is None else cast(residual, dtype).contiguous()
     torch.ops.sgmim_fast_cpu.layer_norm(x, rows, add_to, *vectors, residual, eps, y, add_to, statistics)
@@ -88,7 +89,7 @@ def _layer_norm_backward(g: NormGradient) -> NormGradients:
         residual = cast(g.residual, wide).contiguous()
         dx = dx if wide == dy.dtype else torch.empty(dy.shape, dtype=wide)
     y = torch.empty(dy.shape, dtype=dy.dtype) if g.recompute else None
-    sums = [torch.empty(dy.shape[1]) if s else None for s in (True, True, g.sum_residual, g.sum_dx)]
+    sums = [float32(dy.shape[1]) if s else None for s in (True, True, g.sum_residual, g.sum_dx)]
     vectors = vector(g.weight), vector(g.bias)
     torch.ops.sgmim_fast_cpu.layer_norm_backward(
         dy, g.x.contiguous(), g.rows, g.statistics, *vectors, residual, dx, y, *sums
@@ -114,7 +115,7 @@ def finish(sums: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor
 
 
 def column_sums(xs: Sequence[Tensor]) -> list[Tensor]:
-    sums = [torch.empty(x.shape[1]) for x in xs]
+    sums = [float32(x.shape[1]) for x in xs]
     for x, total in zip(xs, sums, strict=True):
         torch.ops.sgmim_fast_cpu.column_sum(x.contiguous(), total)
     return sums
@@ -123,7 +124,7 @@ def column_sums(xs: Sequence[Tensor]) -> list[Tensor]:
 def layer_scale_backward(
     scale: Tensor, weight: Tensor, dweight: Tensor, bias: Tensor | None, dbias: Tensor | None
 ) -> Tensor:
-    dscale, found = torch.empty(scale.shape), (dweight, dbias)
+    dscale, found = float32(*scale.shape), (dweight, dbias)
     gradients = [None if t is None else t.float() for t in found]  # the same tensors if they are float32
     arguments = vector(scale), vector(weight), gradients[0], vector(bias), gradients[1], dscale
     torch.ops.sgmim_fast_cpu.layer_scale_backward(*arguments)
@@ -134,7 +135,7 @@ def layer_scale_backward(
 
 
 def guidance_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
-    out, lse = torch.empty_like(q), torch.empty(2, q.shape[0], packed.heads)
+    out, lse = torch.empty_like(q), float32(2, q.shape[0], packed.heads)
     torch.ops.sgmim_fast_cpu.attention(q, k, v, *packed, out, lse)
     return out, lse
 
@@ -160,7 +161,7 @@ def window_attention_backward(
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
     shapes = {name: t.shape for name, t in w._asdict().items() if isinstance(t, Tensor)} | {"qkv_bias": qkv.shape[3:]}
     names = "bias", "pad", "logit_scale", "qkv_bias"
-    sums = {name: torch.empty(shapes[name]) for name in names if name in wanted}
+    sums = {name: float32(*shapes[name]) for name in names if name in wanted}
     results = (sums.get(name) for name in names)
     arguments = _window_arguments(qkv, w)
     torch.ops.sgmim_fast_cpu.window_attention_backward(
@@ -178,13 +179,13 @@ def _window_arguments(qkv: Tensor, w: Windows) -> tuple[Any, ...]:
 
 def position_bias(a: Any) -> tuple[Tensor, Tensor]:
     arguments = [vector(t) for t in a[:4]]
-    table, slope = (torch.empty(arguments[0].numel() // 2, a.fc2_weight.shape[0]) for _ in range(2))
+    table, slope = (float32(arguments[0].numel() // 2, a.fc2_weight.shape[0]) for _ in range(2))
     torch.ops.sgmim_fast_cpu.position_bias(*arguments, a.scale, table, slope)
     return table, slope
 
 
 def position_bias_backward(grad: Tensor, slope: Tensor, a: Any) -> tuple[Tensor, Tensor, Tensor]:
-    arguments, found = [vector(t) for t in a[:4]], tuple(torch.empty(t.shape) for t in a[1:4])
+    arguments, found = [vector(t) for t in a[:4]], tuple(float32(*t.shape) for t in a[1:4])
     torch.ops.sgmim_fast_cpu.position_bias_backward(grad, slope, *arguments, *found)
     return found
 
@@ -194,7 +195,7 @@ def place_tokens(
     rows: int, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     out = torch.empty(rows, tokens.shape[1], dtype=dtype)
-    statistics = None if norm is None else torch.empty(2, visible.shape[0])
+    statistics = None if norm is None else float32(2, visible.shape[0])
     vectors = (vector(t) for t in (token, *(norm or (None, None))))
     torch.ops.sgmim_fast_cpu.place_tokens(tokens, visible, *vectors, eps, out, statistics)
     return out, statistics
@@ -204,7 +205,7 @@ def place_tokens_backward(
     dout: Tensor, tokens: Tensor | None, statistics: Tensor | None, visible: Tensor,
     norm: tuple[Tensor, Tensor] | None, dtype: torch.dtype,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    dtokens, sums = torch.empty(visible.shape[0], dout.shape[1], dtype=dtype), torch.empty(4, dout.shape[1])
+    dtokens, sums = torch.empty(visible.shape[0], dout.shape[1], dtype=dtype), float32(4, dout.shape[1])
     weight = None if norm is None else vector(norm[0])
     torch.ops.sgmim_fast_cpu.place_tokens_backward(dout, tokens, visible, weight, statistics, dtokens, sums)
     return dtokens, dict(zip(("mask_token", "norm_weight", "norm_bias", "bias"), sums, strict=True))
@@ -228,7 +229,7 @@ def linear_l1_backward(grad: Tensor, a: Any, weight: Tensor, differences: Tensor
     else:
         # In float32 the operand takes the scalar at no cost. In bfloat16 it would be rounded, so the results take it.
         early, late = (scale, None) if storage == torch.float32 else (1.0, scale)
-        s, sums = torch.empty(differences.shape, dtype=storage), torch.empty(differences.shape[1])
+        s, sums = torch.empty(differences.shape, dtype=storage), float32(differences.shape[1])
         torch.ops.sgmim_fast_cpu.expand_signs(differences, early, s, sums)
     if "x" in gradients:
         dx = dgrad(s, weight)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sgmim_fast.ops.cpu import collapsed_merges, gemm
 from sgmim_fast.ops.cpu.embedding import Embedding
-from sgmim_fast.ops.primitives import Gradients
+from sgmim_fast.ops.primitives import Gradients, float32
 from sgmim_fast.ops.structure_embed import Cells
 
 
@@ -20,7 +20,7 @@ def embedded(cells: Cells) -> int:
 
 
 def embed(cells: Cells, weight: Tensor, eps: float) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    statistics = [torch.empty(2, cells.count), torch.empty(2, cells.merged)]
+    statistics = [float32(2, cells.count), float32(2, cells.merged)]
     if collapsed := _collapsed(cells):
         dtype = _dtype(cells)
         x, inputs, statistics = collapsed_merges.forward(
@@ -45,8 +45,8 @@ def embed_backward(
         return collapsed_merges.backward(embedding, inputs, statistics, dx.to(dtype), collapsed, gradients)
     embedding = Embedding(cells)
     ins, width = weight.shape[1], cells.w.embed_weight.shape[0]
-    sums, dpatches = torch.zeros(2 * ins + 3 * width), []
-    dembed, dmerge = torch.zeros(width, cells.w.embed_weight[0].numel()), torch.zeros(weight.shape)
+    sums, dpatches = float32(2 * ins + 3 * width).zero_(), []
+    dembed, dmerge = float32(width, cells.w.embed_weight[0].numel()).zero_(), float32(*weight.shape).zero_()
     for part in embedding.parts(statistics):
         tokens = part.embed()
         dy = gemm.dgrad(dx[part.merged], weight)

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sgmim_fast import ops
-from sgmim_fast.fused.unmodified import BIASED, Check, Own
-from sgmim_fast.fused.vit_blocks import ViTBlock
+from sgmim_fast.fused.unmodified import BIASED, INACTIVE_DROP_PATH, MLP, NORM, Check, Own
+from sgmim_fast.fused.vit_blocks import LAYER_SCALE, VIT_ATTENTION, ViTBlock
 from sgmim_fast.positions import sincos_positions
 from sgmim_fast.visible_encoder import VisibleEncoder, VisibleTokens
 
@@ -117,7 +117,7 @@ class Decoder(nn.Module):
         masked_tokens, last = self._token_indices(masked, grid), len(self.blocks) - 1
         x = place(rows)
         for i, block in enumerate(self.blocks):
-            halves = i in (0, last) and not _HALVES[i].why(self.blocks) and not block._as_timm(x)
+            halves = i in (0, last) and type(block) is ViTBlock and not block._as_timm(x)
             x = block.first_half(x, *((rows, place) if i == 0 else ())) if halves else block(x)
             if i == last:
                 x = x.flatten(0, 1).index_select(0, masked_tokens)
@@ -172,30 +172,44 @@ def init_linear(linear: nn.Linear) -> None:
     nn.init.zeros_(linear.bias)
 
 
-_CHILDREN = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
-# What `masked` bypasses in the first and last block: the block's forward, but not its two halves.
-_HALVES = tuple(
-    Check(**{str(i): Own(ViTBlock, methods=("first_half", "second_half"), **dict.fromkeys(_CHILDREN))})
-    for i in range(32)
+# `masked` calls the last block's MLP and the norm for some tokens only, and `sgmim_fast.visible` calls `masked` for one
+# piece of the batch after the other. So no module may depend on other tokens or images.
+_BLOCK = Own(
+    Block,
+    ViTBlock,
+    methods=("first_half", "second_half"),
+    norm1=NORM,
+    attn=VIT_ATTENTION,
+    ls1=LAYER_SCALE,
+    drop_path1=INACTIVE_DROP_PATH,
+    norm2=NORM,
+    mlp=MLP,
+    ls2=LAYER_SCALE,
+    drop_path2=INACTIVE_DROP_PATH,
 )
+_BLOCKS = tuple(Check(**{str(i): _BLOCK}) for i in range(32))
 
 
 def _own(depth: int) -> Check:
     children = dict.fromkeys(map(str, range(depth)))
     blocks = Own(nn.Sequential, methods=("__iter__", "__len__"), **children)
     methods = ("masked", "_checkpointed", "_masked_cells", "_rows", "_positions", "_positions_of", "_token_indices")
-    own = Own(Decoder, tensors=("mask_token", "pos_embed"), methods=methods, embed=BIASED, blocks=blocks, norm=None)
+    own = Own(Decoder, tensors=("mask_token", "pos_embed"), methods=methods, embed=BIASED, blocks=blocks, norm=NORM)
     return Check(decoder=own)
 
 
-_OWN = tuple(_own(i + 1) for i in range(len(_HALVES)))  # what `masked` bypasses in the decoder; it calls the blocks
+_OWN = tuple(_own(i + 1) for i in range(len(_BLOCKS)))
 
 
 def changed(model: nn.Module) -> str:
     """Returns the reason to call the decoder of an `SGMIM`; "" if `masked` may replace the call."""
-    depth = len(model.decoder.blocks)
-    return (
-        _OWN[depth - 1].why(model)
-        if depth <= len(_OWN)
-        else f"the decoder has {depth} blocks; expected at most {len(_OWN)}"
-    )
+    blocks = model.decoder.blocks
+    depth = len(blocks)
+    if depth > len(_OWN):
+        return f"the decoder has {depth} blocks; expected at most {len(_OWN)}"
+    if why := _OWN[depth - 1].why(model):
+        return why
+    for check in _BLOCKS[:depth]:
+        if why := check.why(blocks):
+            return f"decoder.blocks.{why}"
+    return ""

@@ -21,7 +21,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sgmim_fast
-from sgmim_fast import SGMIM, Decoder, backends, capture, create_encoder, export_timm, reference, selective_mask
+from sgmim_fast import (
+    SGMIM,
+    Decoder,
+    backends,
+    capture,
+    create_encoder,
+    export_timm,
+    reference,
+    selective_mask,
+    visible,
+)
 from sgmim_fast.fused import unmodified, vit_blocks
 from sgmim_fast.fused.vit_blocks import ViTBlock
 from sgmim_fast.positions import sincos_positions
@@ -421,6 +431,49 @@ def test_a_changed_output_in_the_decoder_is_obeyed(place):
     model.double()
     model.get_submodule(place).register_forward_hook(lambda *args: args[2] * 0.5)
     assert_same(evaluate(model, *inputs, mask), evaluate(model, *inputs, mask, dense=True), 1e-10)
+
+
+@pytest.mark.parametrize("accelerate", [False, True])
+@pytest.mark.parametrize(
+    "place", [name for name in each_decoder_module() if name.startswith(("decoder.b", "decoder.n"))]
+)
+def test_tokens_are_mixed_in_the_decoder(place, accelerate):
+    """A hook gets all tokens of an image, whatever the decoder could leave out."""
+    model, size = make(accelerate=accelerate)
+    inputs, mask = [t.double() for t in batch(model, size)], drawn(model, size)
+    model.double()
+
+    def mix(module: nn.Module, args: Any, result: Tensor) -> Tensor:
+        return result - 0.5 * result.mean(-2, keepdim=True)  # all of it would make gradients 0
+
+    model.get_submodule(place).register_forward_hook(mix)
+    assert_same(evaluate(model, *inputs, mask), evaluate(model, *inputs, mask, dense=True), 1e-10)
+
+
+class OfTheBatch(nn.Module):
+    """An MLP whose result for a token depends on all images, and which has a state."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.transpose(1, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_module_of_the_batch_in_the_decoder(block, monkeypatch):
+    """The decoder is then called once, for the whole batch."""
+    monkeypatch.setattr(visible, "MIN_TOKENS", {"cpu": 1})
+    monkeypatch.setattr(visible, "UNSPLIT_SHARE", 0)
+    found = []
+    for accelerate in (False, True):
+        model, size = make(accelerate=accelerate)
+        inputs, mask = [t.float() for t in batch(model, size)], drawn(model, size)
+        model.decoder.blocks[block].mlp = OfTheBatch(model.decoder.num_features)
+        found.append(model(*inputs, mask).item())
+        assert model.decoder.blocks[block].mlp.norm.num_batches_tracked == 1
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"target": "normalized_patch", "loss": "l2"}, {"guidance": False}], ids=str)

@@ -80,7 +80,7 @@ class Check:
             child.steps(name, 0, self.steps)
         methods = {kind: own.methods for *_, own in self.steps for kind in own.types}
         self.calls = [(kind, kind.forward, kind.__call__, kind._call_impl) for kind in methods]
-        self.methods = [(kind, name, getattr(kind, name)) for kind, names in methods.items() for name in names]
+        self.methods = [(kind, name, getattr(kind, name, None)) for kind, names in methods.items() for name in names]
 
     def why(self, module: nn.Module) -> str:
         """Returns the reason against bypassing the children of `module` now; "" if there is none."""
@@ -88,7 +88,7 @@ class Check:
             if kind.forward is not forward or kind.__call__ is not call or kind._call_impl is not call_impl:
                 return f"{kind.__name__}.forward or __call__ was replaced after import"
         for kind, name, at_import in self.methods:
-            if getattr(kind, name) is not at_import:
+            if getattr(kind, name, None) is not at_import:
                 return f"{kind.__name__}.{name} was replaced after import"
         dtype = None
         inside, settings = [module.__dict__], []
@@ -159,6 +159,8 @@ def transformed() -> str:
         return "torch.jit.trace is active"
     if _in_functorch():
         return "a transform of torch.func is active"
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+        return "torch.export traces without strict=True"
     return "forward-mode differentiation is active" if forward_ad._current_level >= 0 else ""
 
 
@@ -255,11 +257,14 @@ def _attention(attn: nn.Module) -> str:
     if own["training"] and getattr(own["_modules"]["attn_drop"], "p", 0):
         return DROPOUT  # timm's fused attention applies dropout if `attn` is in training mode, whatever `attn_drop` is
     heads = own["num_heads"]
-    width, rest = divmod(own["_modules"]["qkv"]._parameters["weight"].shape[0], 3 * heads)
+    outs, channels = own["_modules"]["qkv"]._parameters["weight"].shape
+    width, rest = divmod(outs, 3 * heads)
     if rest or own.get("scale", width**-0.5) != width**-0.5:
         return "scale is not head_dim ** -0.5, or num_heads does not divide the width"
     if own.get("head_dim", width) != width or own.get("attn_dim", width * heads) != width * heads:
         return "head_dim or attn_dim does not fit qkv"
+    if outs != 3 * channels:
+        return f"the heads have {outs // 3} channels together; expected the block's {channels}"
     table = own["_parameters"].get("relative_position_bias_table")
     if table is not None and tuple(table.shape[1:]) != (heads,):
         return "relative_position_bias_table has a different number of heads"

@@ -687,3 +687,22 @@ def test_says_once_which_module_and_why(caplog):
         "the attention of a ViTBlock runs through timm's own code: attn.proj_drop has hooks",
         "the heads and the branch of SGMIM compute all tokens, through PyTorch's modules: guidance.mlp.fc1 has hooks",
     ]
+
+
+@pytest.mark.parametrize("options", [{"head_dim": 8}, {"head_dim": 32}, {"num_heads": (3, 6)}], ids=str)
+def test_heads_that_do_not_add_up_to_the_width(options):
+    arguments = {"img_size": 64, "embed_dim": 32, "depths": (1, 1), "window_size": 4, "num_heads": (2, 4), **options}
+    plain = sgmim_fast.create_encoder("swin_tiny_patch4_window7_224", **arguments)
+    fast, images = accelerate(copy.deepcopy(plain)), torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(fast(images), plain(images))
+    why = [m.reasons()["attention"] for m in fast.modules() if isinstance(m, swin_transformer.SwinTransformerBlock)]
+    assert all("the heads have" in reason or "num_heads does not divide" in reason for reason in why)
+
+
+def test_torch_export_is_named_as_the_reason(caplog):
+    unmodified._said.clear()
+    example = EXAMPLES["vision_transformer.Block"]
+    block = accelerate(make(example)).float().eval()
+    with caplog.at_level(logging.WARNING, "sgmim_fast"):
+        torch.export.export(block, (torch.randn(example.shape),))
+    assert len(caplog.messages) == 1 and caplog.messages[0].endswith("torch.export traces without strict=True")

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from tools.agree import relative_errors
 from tools.branch import CAPTURED, FUSED, Case, build
-from tools.floor import gemm_floor, multiply_accumulates
+from tools.floor import branch_gemms, gemms_floor, multiply_accumulates
 from tools.kernel_classes import above_gemms, class_times, sentence
 from tools.measure import (
     Progress,
@@ -163,7 +163,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Times all columns, and returns one row for each. `keep` is called with the rows so far after each round."""
     steps: dict[str, Callable[[], Any]] = {name: case.step(name) for name in case.columns}
-    steps["gemm-floor"] = gemm_floor(case.shape, case.batch, case.dtype, case.device)
+    steps["gemm-floor"] = gemms_floor(branch_gemms(case.shape, case.batch), case.dtype, case.device)
 
     def rows(times: dict[str, list[float]]) -> list[dict[str, Any]]:
         of_all = {"encoder": case.shape.name, "dtype": str(case.dtype).split(".")[1], "batch": case.batch}

@@ -21,7 +21,7 @@ import contextlib
 import statistics
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,11 @@ from unittest import mock
 
 import torch
 from tools.host import shares, triton_without_device
-from tools.launches import launches_nothing, through_triton, wgrad
+from tools.launches import Trace, wgrad
 from tools.measure import machine
 from tools.shapes import BEIT
 from tools.written import write_json
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import sgmim_fast
 from sgmim_fast import SGMIM, backends, reference, selective_mask
@@ -48,26 +47,6 @@ ENCODERS: dict[str, tuple[str, dict[str, Any], int]] = {  # with the published d
     "swinv2_base": ("swinv2_base_window12_192", SWIN, 32),
     "vit_base": ("beit_base_patch16_224", {**BEIT, "img_size": 96, "embed_dim": 16, "num_heads": 1}, 16),
 }
-
-
-class Launches(TorchDispatchMode):
-    """Counts the launches in its block, by the name of the Triton kernel or the ATen operator."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: dict[str, int] = defaultdict(int)
-
-    def launch(self, kernel: Any, *_: Any) -> None:
-        self.counts[f"triton {kernel.fn.__name__}"] += 1
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.namespace == "sgmim_fast":
-            with self:
-                return through_triton(func, args)
-        result = func(*args, **(kwargs or {}))
-        if not launches_nothing(func, args, result):
-            self.counts[func._opname] += 1
-        return result
 
 
 @contextlib.contextmanager
@@ -135,10 +114,10 @@ def measure(encoder: str, rounds: int, compiled: bool = False) -> list[dict[str,
     for name, step in steps.items():
         row = {"encoder": encoder, "name": name, "median_ms": 1e3 * statistics.median(times[name])}
         if name != "compiled":  # the dispatch mode that counts would trigger a recompilation
-            counted = Launches()
-            with contextlib.nullcontext() if name == "eager" else on_triton(counted.launch), counted:
+            trace = Trace()
+            with contextlib.nullcontext() if name == "eager" else on_triton(trace.launch), trace:
                 step()
-            row |= {"launches": sum(counted.counts.values()), "counts": dict(counted.counts)}
+            row |= {"launches": len(trace.launches), "counts": Counter(each.name for each in trace.launches)}
         if name == "accelerated":
             with places[name]():
                 row["ms_by_class"] = {k: v * row["median_ms"] for k, v in shares(step).items()}

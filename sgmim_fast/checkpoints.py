@@ -70,12 +70,12 @@ def load_published(model: nn.Module, state_dict: Mapping[str, Any] | str | os.Pa
         TypeError: `model` is neither an SGMIM nor an encoder.
         ValueError: names are missing or unexpected, or shapes differ (the message lists them all); or the file cannot
             be read.
-        FileNotFoundError: the file does not exist.
+        OSError: the file does not exist, or is a directory.
     """
     if isinstance(state_dict, (str, os.PathLike)):
         state_dict = _read(state_dict)
     model = _uncompiled(model)
-    own = model.state_dict()
+    own = _state_of(model)
     published = _published_names(model, own)
     given = _unwrap(state_dict)
     if "image_head.weight" not in own and any(name.startswith("encoder.") for name in given):
@@ -83,6 +83,9 @@ def load_published(model: nn.Module, state_dict: Mapping[str, Any] | str | os.Pa
     given = {name: v for name, v in given.items() if name in published.values() or not _IGNORED.search(name)}
     published = {own_name: name for own_name, name in published.items() if name in given or not _IGNORED.search(name)}
     expected = {name: _published_shape(own_name, own[own_name]) for own_name, name in published.items()}
+    unreadable = [name for name, value in given.items() if name in expected and not _readable(value)]
+    if unreadable:
+        raise ValueError(f"state_dict has no dense tensors of real numbers in {', '.join(unreadable)}")
     _require_same("state_dict does not fit the model", given, expected)
     loaded = {own_name: given[name].reshape(own[own_name].shape) for own_name, name in published.items()}
     model.load_state_dict(loaded, strict=False)
@@ -104,7 +107,7 @@ def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
         TypeError: `model` is neither an SGMIM nor an encoder.
     """
     model = _uncompiled(model)
-    own = model.state_dict()
+    own = _state_of(model)
     names = _published_names(model, own)
     return {name: own[own_name].reshape(_published_shape(own_name, own[own_name])) for own_name, name in names.items()}
 
@@ -112,7 +115,7 @@ def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def published_names(model: nn.Module) -> dict[str, str]:
     """Returns a dict from own to published name, with every parameter and buffer that the published code also has."""
     model = _uncompiled(model)
-    return _published_names(model, model.state_dict())
+    return _published_names(model, _state_of(model))
 
 
 def export_timm(
@@ -215,6 +218,12 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     return found
 
 
+def _state_of(model: nn.Module) -> dict[str, Tensor]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an SGMIM or an encoder of create_encoder, got a {type(model).__name__}")
+    return model.state_dict()
+
+
 def _published_names(model: nn.Module, own: Mapping[str, Tensor]) -> dict[str, str]:
     """Returns a dict from own to published name, with all entries of the state dict but timm's ignored buffers."""
     alone = isinstance(model, MaskedEncoder)
@@ -248,10 +257,18 @@ def _published_shape(name: str, value: Tensor) -> torch.Size:
 
 
 def _unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    inner = state_dict.get("model", state_dict)
+    inner = state_dict.get("model", state_dict) if isinstance(state_dict, Mapping) else state_dict
+    if not isinstance(inner, Mapping) or not all(isinstance(name, str) for name in inner):
+        raise TypeError(f"state_dict is a {type(inner).__name__}; expected a dict from names to tensors, or a path")
     if all(name.startswith("module.") for name in inner):
         return {name.removeprefix("module."): value for name, value in inner.items()}
     return dict(inner)
+
+
+def _readable(value: Any) -> bool:
+    """Whether `copy_` can read a value: it is a dense tensor of real numbers, with storage."""
+    dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+    return dense and not value.is_quantized and not value.is_complex()
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -69,7 +70,7 @@ class SelectiveMask(NamedTuple):
         own = tuple(self.mask.shape[1:])
         if own == tuple(grid):
             return self
-        if not aligned(own, grid):
+        if len(grid) != 2 or min(grid) < 1 or not aligned(own, grid):
             raise ValueError(f"grid is {tuple(grid)}; expected multiples of the mask's own {own}")
         each = grid[0] // own[0] * (grid[1] // own[1])
         counts = None if self.counts is None else tuple(each * count for count in self.counts)
@@ -176,6 +177,8 @@ def selective_mask(
         raise ValueError(f"batch is {batch}; expected at least 1")
     if rows < 1 or columns < 1:
         raise ValueError(f"grid is {grid!r}; expected at least one unit along each side")
+    if scale < 1:
+        raise ValueError(f"scale is {scale}; expected at least 1")
     if masking not in MASKING:
         raise ValueError(f"masking is {masking!r}; expected one of {', '.join(MASKING)}")
     if seed is not None and (generator is not None or device is not None):
@@ -201,7 +204,7 @@ def selective_mask(
             f"{'noise' if salience is None else 'salience'} is given with masking='random'; expected 'salience'"
         )
     ratio = 0.6 if ratio is None else ratio
-    ratios = [float(ratio)] * batch if isinstance(ratio, (int, float)) else [float(r) for r in ratio]
+    ratios = [float(ratio)] * batch if isinstance(ratio, Real) else [float(r) for r in ratio]
     if len(ratios) != batch:
         raise ValueError(f"ratio has {len(ratios)} entries; expected one number, or one per image of {batch}")
     if device is None:

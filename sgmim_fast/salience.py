@@ -6,6 +6,7 @@ SPEC "Salience-based masking".
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ def _check(
         )
     if adaptive not in ADAPTIVE:
         raise ValueError(f"adaptive is {adaptive!r}; expected one of {', '.join(ADAPTIVE)}")
-    if not isinstance(ratio, int | float):
+    if not isinstance(ratio, Real):
         raise TypeError(f"ratio is {ratio!r}; expected one number with masking='salience', which has its own per image")
     least, most = (ratio, ratio) if adaptive == "none" else (ratio - spread, ratio + spread)
     if not 0 <= least <= most <= 1:
@@ -129,3 +130,7 @@ def _check(
             f"noise has shape {tuple(noise.shape)} on {noise.device}; expected "
             f"{(salience.shape[0], rows * columns)} on {salience.device}, a number for each image and unit"
         )
+    if noise is not None and not noise.is_floating_point():
+        raise TypeError(f"noise has dtype {noise.dtype}; expected a floating-point dtype")
+    if noise is not None and noise.device.type == "cpu" and noise.isnan().any():
+        raise ValueError("noise has NaN; expected numbers from 0 to 1")

@@ -248,6 +248,28 @@ def test_compiled_models_have_the_same_names():
     assert not any(value.any() for value in model.state_dict().values())
 
 
+@pytest.mark.parametrize("kind", [lambda t: t.to("meta"), lambda t: t.numpy(), lambda t: t.to_sparse(), lambda t: None])
+def test_values_that_cannot_be_read(kind):
+    model = make_model("swin")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    published = {name: torch.ones_like(value) for name, value in published_state_dict(model).items()}
+    published["dep_decoder.0.bias"] = kind(published["dep_decoder.0.bias"])
+    with pytest.raises(ValueError, match=r"no dense tensors of real numbers in dep_decoder\.0\.bias"):
+        load_published(model, published)
+    assert same(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("state", [None, 5, ["a"], {1: torch.ones(1)}, {"model": None}], ids=str)
+def test_what_is_no_state_dict(state):
+    with pytest.raises(TypeError, match=r"state_dict is a .*; expected a dict from names to tensors, or a path"):
+        load_published(make_model("swin"), state)
+
+
+def test_what_is_no_model():
+    with pytest.raises(TypeError, match="model must be an SGMIM or an encoder of create_encoder, got a dict"):
+        load_published({}, {})
+
+
 def test_what_does_not_fit_is_listed_and_nothing_is_loaded():
     model = make_model("swin")
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -144,8 +144,8 @@ def test_frozen_parts(pieces):
 
 @pytest.mark.parametrize("who", ["hook on a module", "hook on a parameter", "float16", "checkpointing", "no gradient"])
 def test_who_listens_hears_one_backward(pieces, who):
-    """With hooks, float16, checkpointing or no gradients, there is one ordinary backward pass of the whole batch; with a
-    hook on a module, of all its tokens."""
+    """With hooks, float16, checkpointing or no gradients, there is one ordinary backward pass of the whole batch. With
+    a hook on a module, the modules are called for all tokens."""
     model, size = make(guidance=False)
     inputs, mask, calls = batch(model, size)[0].float(), drawn(model, size), []
     block = model.decoder.blocks[0]

@@ -146,9 +146,17 @@ def test_a_drawn_mask_on_a_finer_grid(batch, grid, scale, shown, ratio, seed):
         assert_cells(again, fine.mask, fine.structure)
 
 
-def test_a_coarser_grid_is_refused():
-    with pytest.raises(ValueError, match=r"grid is \(2, 6\); expected multiples of the mask's own \(4, 6\)"):
-        selective_mask(2, (4, 6)).on((2, 6))
+@pytest.mark.parametrize("grid", [(2, 6), (0, 6), (-4, 6), (12,)])
+def test_other_grids_are_refused(grid):
+    with pytest.raises(ValueError, match=r"grid is \(.*\); expected multiples of the mask's own \(4, 6\)"):
+        selective_mask(2, (4, 6)).on(grid)
+
+
+@pytest.mark.parametrize("masking", ["random", "salience"])
+def test_scale_is_positive(masking):
+    salience = torch.rand(2, 6, 6) if masking == "salience" else None
+    with pytest.raises(ValueError, match="scale is 0; expected at least 1"):
+        selective_mask(2, 6, scale=0, masking=masking, salience=salience)
 
 
 def test_cells_of_is_deprecated():

@@ -210,6 +210,8 @@ SALIENCE = torch.rand(2, 4, 4)
         ({"spread": -0.1}, ValueError, "spread -0.1; expected"),
         ({"threshold": 1.5}, ValueError, "threshold is 1.5"),
         ({"noise": torch.rand(2, 4, 4)}, ValueError, r"noise has shape \(2, 4, 4\) .* expected \(2, 16\)"),
+        ({"noise": torch.ones(2, 16).int()}, TypeError, "noise has dtype torch.int32; expected a floating-point"),
+        ({"noise": torch.full((2, 16), torch.nan)}, ValueError, "noise has NaN; expected numbers from 0 to 1"),
         ({"seed": torch.tensor([1, 2])}, ValueError, "seed is given with masking='salience'; expected a generator"),
         ({"masking": "random"}, ValueError, "salience is given with masking='random'"),
         (

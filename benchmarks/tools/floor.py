@@ -7,7 +7,6 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from tools.measure import synchronize
@@ -68,23 +67,18 @@ def attention_gemms(shape: Shape, batch: int) -> float:
     return attention / sum((2 + needs) * rows * inner * outer for rows, inner, outer, needs in layers)
 
 
-def gemm_floor(shape: Shape, batch: int, dtype: torch.dtype, device: str) -> Callable[[], None]:
-    """Returns a function that runs every gemm of the branch once, on operands that are already in the best call's
-    dtype."""
-    return gemms_floor(branch_gemms(shape, batch), dtype, device)
-
-
 def gemms_floor(layers: list[tuple[int, int, int, bool]], dtype: torch.dtype, device: str) -> Callable[[], None]:
-    """Returns the same as `gemm_floor` for any layers. Equal layers share their operands."""
+    """Returns a function that runs every gemm of the layers once, on operands that are already in the best call's
+    dtype. Equal layers share their operands."""
     calls = []
     for (rows, inner, outer, needs), count in collections.Counter(layers).items():
         before = len(calls)
         x = torch.randn(rows, inner, device=device)
         weight, bias, dy = (torch.randn(*s, device=device) for s in ((outer, inner), (outer,), (rows, outer)))
-        calls.append(_best([(_forward, x, weight, bias), (_plain_forward, x, weight, bias)], dtype, device))
+        calls.append(_best(torch.nn.functional.linear, gemm._onednn, (x, weight, bias), dtype, device))
         if needs:
-            calls.append(_best([(_input, dy, weight), (_plain_input, dy, weight)], dtype, device))
-        calls.append(_best([(_weight, dy, x), (_plain_weight, dy, x)], dtype, device))
+            calls.append(_best(torch.mm, lambda dy, w: gemm._onednn(dy, w.t()), (dy, weight), dtype, device))
+        calls.append(_best(lambda dy, x: dy.t() @ x, lambda dy, x: gemm._onednn(dy.t(), x.t()), (dy, x), dtype, device))
         calls += calls[before:] * (count - 1)
 
     def run() -> None:
@@ -94,42 +88,18 @@ def gemms_floor(layers: list[tuple[int, int, int, bool]], dtype: torch.dtype, de
     return run
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return gemm._onednn(x, weight, bias)
-
-
-def _plain_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.nn.functional.linear(x, weight, bias)
-
-
-def _input(dy: Tensor, weight: Tensor) -> Tensor:
-    return gemm._onednn(dy, weight.t())
-
-
-def _plain_input(dy: Tensor, weight: Tensor) -> Tensor:
-    return dy @ weight
-
-
-def _weight(dy: Tensor, x: Tensor) -> Tensor:
-    return gemm._onednn(dy.t(), x.t())
-
-
-def _plain_weight(dy: Tensor, x: Tensor) -> Tensor:
-    return dy.t() @ x
-
-
-def _best(candidates: list[tuple[Any, ...]], dtype: torch.dtype, device: str) -> Callable[[], Tensor]:
-    """Returns the fastest of the calls in `dtype` and, on a CPU, also in float32."""
-    dtypes = {dtype, torch.float32} if device == "cpu" else {dtype}
-    timed = []
-    for function, *operands in candidates:
-        for kind in dtypes:
-            if function.__name__[:6] != "_plain" and not (kind == torch.float32 and gemm._use_onednn(operands[0])):
-                continue
-
-            call = functools.partial(function, *(t.to(kind) for t in operands))
-            timed.append((_seconds(call, device), len(timed), call))
-    return min(timed)[2]
+def _best(
+    plain: Callable[..., Tensor], onednn: Callable[..., Tensor], operands: tuple[Tensor, ...], dtype: torch.dtype,
+    device: str,
+) -> Callable[[], Tensor]:  # fmt: skip
+    """Returns the faster of PyTorch's call in `dtype` and, on a CPU, of both calls in float32."""
+    calls = []
+    for kind in {dtype, torch.float32} if device == "cpu" else {dtype}:
+        cast = [t.to(kind) for t in operands]
+        calls.append(functools.partial(plain, *cast))
+        if kind == torch.float32 and gemm._use_onednn(operands[0]):
+            calls.append(functools.partial(onednn, *cast))
+    return min(calls, key=lambda call: _seconds(call, device))
 
 
 def _seconds(call: Callable[[], Tensor], device: str, repeats: int = 7) -> float:

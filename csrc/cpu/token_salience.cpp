@@ -109,24 +109,12 @@ void attend_rows(
 
 #ifdef SGMIM_ONCE
 
-// Scales the sums of an image to [0, 1]: all 0 if they are equal, all NaN if one is NaN.
-static void stretch(const double* sums, float* out, int64_t tokens) {
-  double low = INFINITY, high = -INFINITY;
-  bool all_numbers = true;
-  for (int64_t n = 0; n < tokens; ++n) {
-    all_numbers = all_numbers && !std::isnan(sums[n]);
-    low = std::min(low, sums[n]);
-    high = std::max(high, sums[n]);
-  }
-  for (int64_t n = 0; n < tokens; ++n)
-    out[n] = !all_numbers ? NAN : low == high ? 0.0f : static_cast<float>((sums[n] - low) / (high - low));
-}
-
-static void token_salience(const Tensor& x, const Tensor& salience) {
+// totals: (images, tokens), s_j - 1 of each token, in float64.
+static void token_salience(const Tensor& x, const Tensor& totals) {
   SGMIM_CHECK(x.dim() == 3, "x must have 3 dimensions, got ", x.dim());
   const int64_t images = x.size(0), tokens = x.size(1), depth = x.size(2);
   check_packed(x, "x", ScalarType::Float, images * tokens * depth);
-  check_packed(salience, "salience", ScalarType::Float, images * tokens);
+  check_packed(totals, "totals", ScalarType::Double, images * tokens);
   SGMIM_CHECK(tokens > 0 && depth > 0, "x must have at least one token and channel");
   const int64_t blocks = std::clamp<int64_t>(tokens / 48, 1, 16);
   const auto pack = SGMIM_SELECT((pack_tokens));
@@ -154,16 +142,17 @@ static void token_salience(const Tensor& x, const Tensor& salience) {
       }
     });
     for (int64_t b = 0; b < count; ++b) {
-      double* total = sums.data() + b * blocks * stride;
+      const double* of_blocks = sums.data() + b * blocks * stride;
+      double* total = data<double>(totals) + (first + b) * tokens;
+      std::copy_n(of_blocks, tokens, total);
       for (int64_t block = 1; block < blocks; ++block)
-        for (int64_t n = 0; n < tokens; ++n) total[n] += total[block * stride + n];
-      stretch(total, data<float>(salience) + (first + b) * tokens, tokens);
+        for (int64_t n = 0; n < tokens; ++n) total[n] += of_blocks[block * stride + n];
     }
   }
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sgmim_fast_cpu, m) {
-  m.def("token_salience(Tensor x, Tensor(a!) salience) -> ()");
+  m.def("token_salience(Tensor x, Tensor(a!) totals) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sgmim_fast_cpu, CPU, m) { m.impl("token_salience", TORCH_BOX(&token_salience)); }

@@ -185,5 +185,35 @@ SGMIM_INLINE vf coarse_exp2(vf r) {
   return e * r + 0.9999280572f;
 }
 
+#if SGMIM_VECTOR_BYTES == 64
+// Transposes 16 x 16 numbers of 32 bits. Uses the masked intrinsics, since GCC 12 warns about an unused operand in the
+// others.
+SGMIM_INLINE void transpose16(__m512i* r) {
+  __m512i t[16];
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_maskz_unpacklo_epi32(0xffff, r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_maskz_unpackhi_epi32(0xffff, r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_maskz_unpacklo_epi64(0xff, t[i], t[i + 2]);
+    r[i + 1] = _mm512_maskz_unpackhi_epi64(0xff, t[i], t[i + 2]);
+    r[i + 2] = _mm512_maskz_unpacklo_epi64(0xff, t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_maskz_unpackhi_epi64(0xff, t[i + 1], t[i + 3]);
+  }
+  // r[4 i + j] now holds columns j, 4 + j, 8 + j and 12 + j of the rows 4 i to 4 i + 3, in blocks of four.
+  for (int j = 0; j < 4; ++j) {
+    const __m512i even = _mm512_maskz_shuffle_i32x4(0xffff, r[j], r[4 + j], 0x88),
+                  odd = _mm512_maskz_shuffle_i32x4(0xffff, r[j], r[4 + j], 0xdd);
+    const __m512i even2 = _mm512_maskz_shuffle_i32x4(0xffff, r[8 + j], r[12 + j], 0x88);
+    const __m512i odd2 = _mm512_maskz_shuffle_i32x4(0xffff, r[8 + j], r[12 + j], 0xdd);
+    t[j] = _mm512_maskz_shuffle_i32x4(0xffff, even, even2, 0x88);
+    t[4 + j] = _mm512_maskz_shuffle_i32x4(0xffff, odd, odd2, 0x88);
+    t[8 + j] = _mm512_maskz_shuffle_i32x4(0xffff, even, even2, 0xdd);
+    t[12 + j] = _mm512_maskz_shuffle_i32x4(0xffff, odd, odd2, 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) r[i] = t[i];
+}
+#endif
+
 }  // namespace SGMIM_ISA
 }  // namespace sgmim

@@ -29,33 +29,6 @@ SGMIM_INLINE __m512i pairs_of(vf low, vf high) {
   return _mm512_maskz_permutexvar_epi16(~0u, _mm512_load_si512(order), both);
 }
 
-// Transposes a block of 16 x 16 pairs: to (columns, rows) = from^T.
-SGMIM_INLINE void transpose16(const Pair* from, int64_t from_stride, Pair* to, int64_t to_stride) {
-  __m512i a[16], b[16];
-  for (int r = 0; r < 16; ++r) a[r] = _mm512_loadu_si512(from + r * from_stride);
-  for (int r = 0; r < 16; r += 2) {
-    b[r] = _mm512_maskz_unpacklo_epi32(0xffff, a[r], a[r + 1]);
-    b[r + 1] = _mm512_maskz_unpackhi_epi32(0xffff, a[r], a[r + 1]);
-  }
-  for (int r = 0; r < 16; r += 4) {
-    for (int h = 0; h < 2; ++h) {
-      a[r + 2 * h] = _mm512_maskz_unpacklo_epi64(0xff, b[r + h], b[r + 2 + h]);
-      a[r + 2 * h + 1] = _mm512_maskz_unpackhi_epi64(0xff, b[r + h], b[r + 2 + h]);
-    }
-  }
-  // a[4 g + i], quarter q: columns 4 q + i of rows 4 g to 4 g + 3
-  for (int i = 0; i < 4; ++i) {
-    const __m512i low0 = _mm512_maskz_shuffle_i32x4(0xffff, a[i], a[4 + i], 0x44);
-    const __m512i low1 = _mm512_maskz_shuffle_i32x4(0xffff, a[8 + i], a[12 + i], 0x44);
-    const __m512i high0 = _mm512_maskz_shuffle_i32x4(0xffff, a[i], a[4 + i], 0xee);
-    const __m512i high1 = _mm512_maskz_shuffle_i32x4(0xffff, a[8 + i], a[12 + i], 0xee);
-    _mm512_storeu_si512(to + i * to_stride, _mm512_maskz_shuffle_i32x4(0xffff, low0, low1, 0x88));
-    _mm512_storeu_si512(to + (4 + i) * to_stride, _mm512_maskz_shuffle_i32x4(0xffff, low0, low1, 0xdd));
-    _mm512_storeu_si512(to + (8 + i) * to_stride, _mm512_maskz_shuffle_i32x4(0xffff, high0, high1, 0x88));
-    _mm512_storeu_si512(to + (12 + i) * to_stride, _mm512_maskz_shuffle_i32x4(0xffff, high0, high1, 0xdd));
-  }
-}
-
 // Copies of the operands of one window and head as pairs, padded with zeros: ds is a multiple of 32, ns of 16.
 class WindowPairs : public WindowTokens<Bf16> {
  public:
@@ -153,7 +126,12 @@ class WindowPairs : public WindowTokens<Bf16> {
   // out (ds / 2, ns) = in (n, ds / 2)^T
   void transpose(const Pair* in, Pair* out) const {
     for (int64_t t = 0; t < n; t += 16)
-      for (int64_t i = 0; i < ds / 2; i += 16) transpose16(in + t * ds / 2 + i, ds / 2, out + i * ns + t, ns);
+      for (int64_t i = 0; i < ds / 2; i += 16) {
+        __m512i r[16];
+        for (int64_t m = 0; m < 16; ++m) r[m] = _mm512_loadu_si512(in + (t + m) * ds / 2 + i);
+        transpose16(r);
+        for (int64_t m = 0; m < 16; ++m) _mm512_storeu_si512(out + (i + m) * ns + t, r[m]);
+      }
   }
 
   // out (ns / 2, ds): pairs of an even row's element and the one below it.

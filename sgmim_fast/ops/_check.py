@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,13 @@ def parameter(name: str, tensor: Tensor | None, expected: Sequence[int | None], 
     if tensor is not None:
         floating(name, tensor)
         shape(name, tensor, expected, meaning)
+
+
+def pair(name: str, value: Any) -> list[int]:
+    """Returns a pair of sizes as a list. Raises TypeError unless it is a sequence."""
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected two integers")
+    return list(value)
 
 
 def index(name: str, tensor: Tensor) -> None:

@@ -54,6 +54,19 @@ _SCHEMA = {
     **{Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", torch.dtype | None: "ScalarType?"},
     **{int: "SymInt", list[int]: "SymInt[]", bool: "bool", list[bool]: "bool[]", float: "float"},
 }
+_INT, _FLOAT = (int, torch.SymInt), (int, float, torch.SymInt, torch.SymFloat)
+# type in a schema -> types of the argument, or of the entries of a list, and their name in errors
+_ACCEPTED = {
+    "Tensor": (Tensor, "a tensor"),
+    "Tensor?": ((Tensor, type(None)), "a tensor or None"),
+    "Tensor[]": (Tensor, "tensors"),
+    "ScalarType?": ((torch.dtype, type(None)), "a dtype or None"),
+    "SymInt": (_INT, "an integer"),
+    "SymInt[]": (_INT, "integers"),
+    "bool": (bool, "True or False"),
+    "bool[]": (bool, "True or False"),
+    "float": (_FLOAT, "a number"),
+}
 
 
 class Layout(NamedTuple):
@@ -83,6 +96,19 @@ class Declaration:
         """Returns the arguments of a schema; those in `optional` may be None."""
         types = zip(self.types, self.fields, strict=True)
         return ", ".join(f"{t}{'?' if name in optional and t[-1] != '?' else ''} {name}" for t, name in types)
+
+    def check_types(self, args: Sequence[Any]) -> None:
+        """Raises TypeError for an argument of another type. In plain eager mode no dispatcher does."""
+        for name, declared, arg in zip(self.fields, self.types, args, strict=False):
+            types, expected = _ACCEPTED[declared]
+            if declared.endswith("[]"):
+                if not isinstance(arg, list | tuple):
+                    raise TypeError(f"{name} is {_named(arg)}; expected a list of {expected}")
+                wrong = [entry for entry in arg if not isinstance(entry, types)]
+                if wrong:
+                    raise TypeError(f"{name} has {_named(wrong[0])} in it; expected {expected}")
+            elif not isinstance(arg, types):
+                raise TypeError(f"{name} is {_named(arg)}; expected {expected}")
 
     def make(self, args: Sequence[Any]) -> Any:
         """Returns the NamedTuple; arguments missing at the end are None."""
@@ -179,6 +205,7 @@ class Part:
         torch.library.register_fake(f"sgmim_fast::{qualifier}", self._checked_fake, lib=LIBRARY)
 
     def _checked(self, args: Sequence[Any]) -> tuple[torch.device, Any]:
+        self.declared.check_types(args)
         device = _check.same_device(self.declared.tensors(args))
         made = self.declared.make(args)
         if self.check is not None:
@@ -198,7 +225,11 @@ class Part:
         choices = self._choices.get(state)
         if choices is None:
             choices = self._choices[state] = {}
-        choice = choices.get(signature)
+        try:
+            choice = choices.get(signature)
+        except TypeError:  # an argument that is not hashable is of a wrong type
+            self.declared.check_types(args)
+            raise
         if choice is None:
             choice = Choice(self.choose(args))
             if len(choices) >= _MOST_SIGNATURES:
@@ -222,8 +253,8 @@ class Part:
         if self.part == "backward" or not self.declared.takes_dtype:
             return args
         count = len(self.declared.fields)
-        first = next(arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point())
-        if first.dtype == torch.float64 or (len(args) == count and args[-1] is not None):
+        first = next((arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()), None)
+        if first is None or first.dtype == torch.float64 or (len(args) == count and args[-1] is not None):
             return args  # as in PyTorch's own ops, float64 is never autocast
         args = args + (None,) * (count - 1 - len(args)) if len(args) < count else args[:-1]
         return (*args, torch.get_autocast_dtype(first.device.type))
@@ -289,7 +320,7 @@ class Op:
         signature = None if _watched() else _signature(args)
         if signature is None:
             return self.overload(*args)
-        if self.declared.takes_dtype and torch.is_autocast_enabled(_first(args).device.type):
+        if self.declared.takes_dtype and torch.is_autocast_enabled(_device_type(args)):
             args = self._forward.in_autocast(args)
             signature = signature, args[-1]
         with torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS):
@@ -559,9 +590,13 @@ def _watched() -> bool:
     )
 
 
-def _first(args: Sequence[Any]) -> Tensor:
-    """Returns the first tensor, whose device is that of all."""
-    return next(arg for arg in args if isinstance(arg, Tensor))
+def _named(arg: Any) -> str:
+    return "None" if arg is None else f"a {type(arg).__name__}"
+
+
+def _device_type(args: Sequence[Any]) -> str:
+    """Returns the device type of the first tensor, whose device is that of all."""
+    return next((arg.device.type for arg in args if isinstance(arg, Tensor)), "cpu")
 
 
 def _signature(args: Sequence[Any]) -> tuple[Any, ...] | None:

@@ -135,7 +135,7 @@ def norm_attention(
     """
     vectors = norm_weight, norm_bias, layer_scale, bias, index, logit_scale
     position = coordinates, fc1_weight, fc1_bias, fc2_weight
-    options = heads, list(window), list(shift), residual, post_norm, eps, None
+    options = heads, _check.pair("window", window), _check.pair("shift", shift), residual, post_norm, eps, None
     return _op(x, qkv_weight, qkv_bias, proj_weight, proj_bias, *vectors, *position, *options)[0]
 
 

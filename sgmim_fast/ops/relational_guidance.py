@@ -268,7 +268,10 @@ _op = Op(
     backward=_backward,
     fake=_fake,
     check=_check_arguments,
-    request=lambda a: Request((a.dtype or a.features.dtype,), (a.features.shape[1], a.parameters.fc1_weight.shape[0])),
+    request=lambda a: Request(
+        (a.features.dtype, a.structure.dtype, a.dtype or a.features.dtype),
+        (a.features.shape[1], a.parameters.fc1_weight.shape[0]),
+    ),
     indices=_check_indices,
     saves=True,
 )

@@ -44,7 +44,7 @@ def standardize_structure(structure: Tensor, *, nonfinite: str = "raise") -> Ten
     Raises:
         ValueError, TypeError: with the argument's name, its actual and the expected value.
     """
-    if structure.requires_grad and torch.is_grad_enabled():
+    if isinstance(structure, Tensor) and structure.requires_grad and torch.is_grad_enabled():
         raise ValueError("structure requires grad; expected data: standardising is not differentiable, detach() it")
     if nonfinite not in ("raise", "ignore"):
         raise ValueError(f"nonfinite is {nonfinite!r}; expected 'raise' or 'ignore'")

@@ -40,7 +40,7 @@ def token_salience(x: Tensor) -> Tensor:
     Raises:
         ValueError, TypeError: with the argument's name, its actual and the expected value.
     """
-    if x.requires_grad and torch.is_grad_enabled():
+    if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
         raise ValueError("x requires grad; expected data: salience is not differentiable, detach() it")
     return _op(x)
 
@@ -57,15 +57,19 @@ def _forward(x: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         # one image at a time, so that only one (N, N) exists at a time
         sums = [_received_less_paid((image @ image.mT).softmax(-1)) for image in x]
-    s = torch.stack(sums) if sums else x.new_empty(x.shape[:2])
-    low, high = s.aminmax(dim=1, keepdim=True)
-    return torch.where(low == high, 0, (s - low) / (high - low))
+    return stretched(torch.stack(sums) if sums else x.new_empty(x.shape[:2]))
+
+
+def stretched(sums: Tensor) -> Tensor:
+    """Rescales the sums of each image to [0, 1]: all 0 where they are equal, all NaN if one is NaN."""
+    low, high = sums.aminmax(dim=1, keepdim=True)
+    return torch.where(low == high, 0, (sums - low) / (high - low))
 
 
 def _received_less_paid(attention: Tensor) -> Tensor:
     """Returns s_j - 1, the attention that j receives from the others minus that which it pays to them. Its attention to
     itself is left out: for long tokens it is close to 1, and rounding would cancel the rest."""
-    attention.fill_diagonal_(0)
+    attention.diagonal().mul_(0)  # keeps NaN
     return attention.sum(0) - attention.sum(1)
 
 

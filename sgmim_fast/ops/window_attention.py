@@ -71,7 +71,8 @@ def window_attention(
 
     Source: Swin (arXiv 2103.14030), SwinV2 (arXiv 2111.09883), timm's arithmetic.
     """
-    return _op(qkv, bias, index, logit_scale, pad, heads, list(window), list(shift))
+    sizes = _check.pair("window", window), _check.pair("shift", shift)
+    return _op(qkv, bias, index, logit_scale, pad, heads, *sizes)
 
 
 def _check_arguments(a: Arguments) -> None:

@@ -15,9 +15,9 @@ from tools.kernel_classes import CLASSES, REST, above_gemms, class_of, class_tim
 from sgmim_fast import backends, ops
 
 NATIVE = backends.available()["cpu"]
-# Our operators without a class: losses, masks, sums, layer scale, and standardisation.
+# Our operators without a class: losses, masks, sums, and standardisation.
 OTHERS = {"column_sum", "expand_signs", "distance", "isa", "place_tokens", "place_tokens_backward", "selective_mask"}
-OTHERS |= {"layer_scale_backward", "standardize_structure", "token_salience"}
+OTHERS |= {"standardize_structure", "token_salience"}
 
 
 @pytest.mark.skipif(not NATIVE[0], reason=NATIVE[1])

@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from calls import NOT_DIFFERENTIABLE, OPS, REGISTERED, example, overload
+from calls import EXAMPLES, NOT_DIFFERENTIABLE, OPS, REGISTERED, example, overload, public
 from checks import in_dtype
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sgmim_fast import backends
+from sgmim_fast import backends, ops
 from sgmim_fast.ops import cases
 from sgmim_fast.ops.cpu import gemm
 
@@ -286,3 +287,28 @@ def test_a_launcher_raises_for_every_tensor_that_does_not_fit(recorded, launcher
             assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True)), (
                 f"{launcher}: {argument.name} {label}"
             )
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_types(op):
+    """In plain eager mode no dispatcher checks types."""
+    arguments, declared = EXAMPLES[op](), REGISTERED[op].declared
+    for name, kind in zip(declared.fields, declared.types, strict=True):
+        number = torch.tensor(2) if kind in ("SymInt", "float") else 7
+        for wrong in ("text", [1.5], np.ones(3), object(), number, *([] if kind.endswith("?") else [None])):
+            if name != "dtype":
+                with pytest.raises(TypeError, match=f"{name} (is|has) .*; expected "):
+                    cases.call(op, arguments._replace(**{name: wrong}))
+
+
+@pytest.mark.parametrize("call", [ops.token_salience, ops.standardize_structure])
+def test_arrays(call):
+    with pytest.raises(TypeError, match=r"(x|structure) is a ndarray; expected a tensor"):
+        call(np.ones((1, 1, 8, 8), np.float32))
+
+
+@pytest.mark.parametrize("size", ["window", "shift"])
+def test_pairs(size):
+    a = EXAMPLES["norm_attention"]()
+    with pytest.raises(TypeError, match=f"{size} is a int; expected two integers"):
+        public("norm_attention")(a._replace(**{size: 3}))

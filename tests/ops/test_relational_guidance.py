@@ -172,6 +172,15 @@ def test_autocast_of_mixed_dtypes():
     assert {grad.dtype for grad in grads[1:]} == {torch.float32}
 
 
+@pytest.mark.parametrize(("place", "dtype"), [(0, torch.float16), (1, torch.float16), (1, torch.float64)])
+def test_autocast_of_dtypes_without_kernels(place, dtype):
+    call = call_of(partial(case, (2, 5)), dtype=torch.float32)
+    tensors = [t.to(dtype) if i == place else t for i, t in enumerate(call.tensors)]
+    with torch.autocast("cpu", torch.bfloat16):
+        result, grads = gradients(call, tensors, cotangent_of(call))
+    assert result.isfinite().all() and [grad.dtype for grad in grads] == [t.dtype for t in tensors]
+
+
 @every_precision
 def test_same_bits_again_and_on_any_number_of_threads(backend, device, threads, monkeypatch, precision):
     many = partial(case, (19, 0, 33), cells=49, width=64, hidden=256)

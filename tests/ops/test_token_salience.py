@@ -108,6 +108,12 @@ def test_what_is_not_finite_shows_in_its_image_alone(device, value, at):
     assert torch.equal(actual[::2], expected[::2])
 
 
+def test_an_image_of_one_token_that_is_not_finite(device):
+    x = torch.randn(2, 1, 8, device=device)
+    x[0, 0, 3] = torch.nan
+    assert token_salience(x).isnan().tolist() == [[True], [False]]
+
+
 def test_images_are_independent(device):
     x = torch.randn(5, 50, 24, device=device)
     together = token_salience(x)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgmim_fast.ops._plain import batches_wgrads, operand, scattered  # noqa: F401
+from sgmim_fast.ops._plain import batches_wgrads, layer_scale_backward, operand, scattered  # noqa: F401
 from sgmim_fast.ops.cpu import gemm
 from sgmim_fast.ops.cpu.gemm import dgrad, dgrad_gelu, linear, linear_gelu, weights_in  # noqa: F401 - primitives
 from sgmim_fast.ops.cpu.structure_embed import embed, embed_backward, embedded  # noqa: F401 - primitives
@@ -119,19 +119,6 @@ def column_sums(xs: Sequence[Tensor]) -> list[Tensor]:
     for x, total in zip(xs, sums, strict=True):
         torch.ops.sgmim_fast_cpu.column_sum(x.contiguous(), total)
     return sums
-
-
-def layer_scale_backward(
-    scale: Tensor, weight: Tensor, dweight: Tensor, bias: Tensor | None, dbias: Tensor | None
-) -> Tensor:
-    dscale, found = float32(*scale.shape), (dweight, dbias)
-    gradients = [None if t is None else t.float() for t in found]  # the same tensors if they are float32
-    arguments = vector(scale), vector(weight), gradients[0], vector(bias), gradients[1], dscale
-    torch.ops.sgmim_fast_cpu.layer_scale_backward(*arguments)
-    for t, gradient in zip(found, gradients, strict=True):
-        if gradient is not t:
-            t.copy_(gradient)
-    return dscale
 
 
 def guidance_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:

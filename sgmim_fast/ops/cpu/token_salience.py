@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgmim_fast.ops.token_salience import stretched
+
 
 def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
     return args[0].dtype != torch.float64, "dtype torch.float64; the C++ kernel works on float32"
@@ -14,6 +16,6 @@ def can_run(part: str, args: tuple[Any, ...]) -> tuple[bool, str]:
 
 def forward(x: Tensor) -> Tensor:
     x = x.to(torch.float32).contiguous()
-    salience = torch.empty(x.shape[:2], dtype=torch.float32)
-    torch.ops.sgmim_fast_cpu.token_salience(x, salience)
-    return salience
+    sums = torch.empty(x.shape[:2], dtype=torch.float64)
+    torch.ops.sgmim_fast_cpu.token_salience(x, sums)
+    return stretched(sums).float()

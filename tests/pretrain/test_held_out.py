@@ -205,6 +205,17 @@ def test_resumed_it_goes_on(tmp_path):
     assert first == second
 
 
+def test_started_again_before_the_first_checkpoint(tmp_path):
+    """A run that was killed before it saved a checkpoint leaves lines of steps that are repeated."""
+    (tmp_path / "run").mkdir()
+    for name in (log.STEPS, log.METRICS):
+        (tmp_path / "run" / name).write_text('{"step": 3, "val_loss": 9.0}\n')
+    given = {"data__val": 1 / 8, "optim__epochs": 1}
+    with fresh_accelerate():
+        assert cli.main(["pretrain", "--resume=auto", *arguments(**given), "--out", str(tmp_path / "run")]) == 0
+    assert [line["step"] for line in log.read(tmp_path / "run", log.METRICS)] == [8]
+
+
 def test_a_few_pixels_far_away():
     """A map that is flat except for these pixels outweighs all others unless it is clipped."""
     flat = 1 + 1e-3 * torch.rand(1, 1, 64, 64)

@@ -179,6 +179,16 @@ def test_images_are_turned_upright(orientation):
     assert (file.decode().int() - expected.int()).abs().float().mean() < 2
 
 
+def test_exif_may_follow_other_segments():
+    """Cameras and editors write previews, profiles and XMP in front of it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(photograph(24, 40), "JPEG", exif=exif)
+    segment = b"\xff\xed" + (60_002).to_bytes(2, "big") + bytes(60_000)
+    file = data.ImageFile("x", content[:2] + 3 * segment + content[2:])
+    assert file.size == (40, 24) and torch.equal(file.decode(), data.ImageFile("x", content).decode())
+
+
 def test_unpaired_files_are_named(trees, tmp_path):
     images, maps = trees
     write(images / "a" / "lonely.PNG", encoded(photograph(8, 8), "PNG"))

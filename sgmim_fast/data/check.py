@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from tqdm import tqdm
 
 from sgmim_fast.data import shards, stats
-from sgmim_fast.data.files import find_files, match
+from sgmim_fast.data.files import find_files, match, walk
 from sgmim_fast.data.image_file import IMAGE_SUFFIXES, ImageFile
 from sgmim_fast.data.map_file import MAP_SUFFIXES
 from sgmim_fast.data.pairs import kinds
-from sgmim_fast.data.report import BrokenFile, DataError, Report
+from sgmim_fast.data.report import BrokenFile, Report
 from sgmim_fast.data.structure_file import StructureFile
 from sgmim_fast.data.structure_kind import DEPTH, NAMES, StructureKind, structure_kind
 from sgmim_fast.errors import UserError
@@ -240,11 +240,7 @@ def _shards(folder: str) -> list[str]:
     """Returns the shards that a command-line argument names, or an empty list for a folder of images or maps."""
     if not os.path.isdir(folder):
         return [folder] if folder.endswith(TARS) or "{" in folder or ":" in folder else []
-    found = sorted(str(path) for path in Path(folder).rglob("*") if path.name.endswith(TARS) and path.is_file())
-    if not found:
+    files = [os.path.join(folder, inside, name) for inside, names in walk(Path(folder), Report()) for name in names]
+    if any(os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES + MAP_SUFFIXES for file in files):
         return []
-    try:
-        find_files(Path(folder), "", IMAGE_SUFFIXES + MAP_SUFFIXES)
-    except DataError:
-        return found
-    return []
+    return sorted(file for file in files if file.endswith(TARS))

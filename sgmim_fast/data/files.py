@@ -22,15 +22,15 @@ def find_files(root: Path, argument: str, suffixes: tuple[str, ...], report: Rep
     that were visited already, and maps in lossy formats, are added to `report`.
 
     Raises:
-        DataError: the folder does not exist, or has no such file.
+        DataError: the folder does not exist, has no such file, or has a folder that cannot be read.
     """
     if not root.is_dir():
         raise DataError(f"{argument} is {root}; expected a folder, found {'a file' if root.exists() else 'nothing'}")
     report = Report() if report is None else report
     found: Found = {}
     others: Counter[str] = Counter()
-    for inside, files in _walk(root, report):
-        for file in sorted(name for name in files if not name.startswith(".")):
+    for inside, files in walk(root, report):
+        for file in files:
             stem, suffix = os.path.splitext(os.path.join(inside, file))
             if suffix.lower() in suffixes:
                 found.setdefault(stem, []).append(suffix)
@@ -49,13 +49,21 @@ def find_files(root: Path, argument: str, suffixes: tuple[str, ...], report: Rep
     return dict(sorted(found.items()))
 
 
-def _walk(root: Path, report: Report) -> Iterator[tuple[str, list[str]]]:
-    """Yields each folder of a tree, relative to `root`, with its files. Links to folders come last, so that a folder
-    is reported by its own path rather than by a link's."""
+def walk(root: Path, report: Report) -> Iterator[tuple[str, list[str]]]:
+    """Yields each folder of a tree, relative to `root`, with its files, sorted, without dotfiles. Links to folders come
+    last, so that a folder is reported by its own path rather than by a link's.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"cannot read the folder {error.filename}: {error.strerror}; expected a readable one")
+
     seen: set[tuple[int, int]] = set()
     waiting = deque([""])
     while waiting:
-        for folder, folders, files in os.walk(os.path.join(root, waiting.popleft())):
+        for folder, folders, files in os.walk(os.path.join(root, waiting.popleft()), onerror=refuse):
             inside = os.path.relpath(folder, root)
             inside = "" if inside == "." else inside
             status = os.stat(folder)
@@ -66,7 +74,7 @@ def _walk(root: Path, report: Report) -> Iterator[tuple[str, list[str]]]:
             seen.add((status.st_dev, status.st_ino))
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             waiting.extend(os.path.join(inside, name) for name in folders if os.path.islink(os.path.join(folder, name)))
-            yield inside, files
+            yield inside, sorted(name for name in files if not name.startswith("."))
 
 
 def match(

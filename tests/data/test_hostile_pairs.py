@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
@@ -253,6 +254,23 @@ def test_links_to_other_folders_are_followed_once(tmp_path):
     assert report.used == 2 and len(report.again) == 4
     (tmp_path / "link").symlink_to(images)
     assert set(find_files(tmp_path / "link", "images", data.IMAGE_SUFFIXES)) == {"a/1", "2"}
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, capsys, monkeypatch):
+    images, maps = write_trees(tmp_path, ["a/1", "b/1"])
+    scandir = os.scandir
+
+    def refuse(path):  # root, as which tests may run, can read every folder
+        if str(path) == str(maps / "b"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(data.DataError, match=f"^cannot read the folder {maps / 'b'}: Permission denied"):
+        data.FolderPairs(images, maps)
+    for folders in ((images, maps), (maps,)):
+        assert cli.main(["data", "check", *map(str, folders)]) == 2
+        assert f"cannot read the folder {maps / 'b'}" in capsys.readouterr().err
 
 
 NOTHING = {

@@ -90,14 +90,16 @@ def match(
         suffix: suffix of the example in messages.
 
     Raises:
-        DataError: no image has a map.
+        DataError: no image has a map, or files of one folder could be images as well as maps.
     """
+    if os.path.samefile(images_root, maps_root):
+        _tell_apart(images, maps, maps_root, kind, report)
     pairs = []
     refused = {os.path.splitext(name)[0] for name in report.broken}
     for stem, suffixes in images.items():
         found = maps.get(stem)
         for end in suffixes:
-            if found is None:
+            if not found:
                 if os.path.join(maps_root, stem) not in refused:
                     report.images_without_map.append(stem + end)
             else:
@@ -113,3 +115,29 @@ def match(
             f"but for the suffix, such as {example + suffix}"
         )
     return np.array(pairs, dtype=np.bytes_)
+
+
+def _tell_apart(images: Found, maps: Found, root: Path, kind: str, report: Report) -> None:
+    """Removes maps from the images of a folder of both, and images from its maps, so that no file is its own map.
+
+    A file that can be either is a map if a file of the same name can only be an image (a.jpg beside a.png), and an
+    image otherwise (a.png beside a.npy).
+
+    Raises:
+        DataError: several files of one name can be either, or none is left as a map.
+    """
+    inside = os.path.join(root, "")
+    report.broken = {name: reason for name, reason in report.broken.items() if not name.startswith(inside)}  # the JPEGs
+    unclear = []
+    for stem in sorted(images.keys() & maps.keys()):
+        if photographs := [end for end in images[stem] if end not in maps[stem]]:
+            images[stem] = photographs
+        else:
+            maps[stem] = [end for end in maps[stem] if end not in images[stem]]
+            unclear += [] if maps[stem] else [[stem + end for end in images[stem]]]
+    most = max(unclear, key=len, default=[])
+    if len(most) > 1 or not any(maps.values()):
+        raise DataError(
+            f"{root} is the folder of images and of {kind}s, and {' and '.join(most)} could be either; expected a "
+            f"folder for each, or suffixes that differ, such as a.jpg for the image and a.png for the {kind}"
+        )

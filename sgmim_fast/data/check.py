@@ -88,7 +88,8 @@ class Samples(IterableDataset):
         def skip(error: BrokenFile) -> None:
             broken.broken[error.name] = error.reason
 
-        nothing = True
+        nothing, others = True, {}
+        absent = f"has no image and no KEY.{self.reader.kind.name}.png (or .npy, ...)"
         for sample in shards.samples([url], skip):
             try:
                 name, image, structure = shards.members(sample, self.reader.kind.name)
@@ -104,8 +105,9 @@ class Samples(IterableDataset):
                 if image is None:
                     report.maps_without_image.append(name)
                 yield report
-        if nothing and not broken.broken:
-            broken.broken[url] = f"has no image and no KEY.{self.reader.kind.name}.png (or .npy, ...)"
+            else:
+                others[name] = absent
+        broken.broken |= {url: absent} if nothing and not broken.broken else others
         yield broken
 
 

@@ -373,6 +373,8 @@ def test_data_check_of_shards(tmp_path, capsys, workers, monkeypatch):
         "c.depth.jpg": jpeg,
         "d.jpg": b"",
         "d.depth.png": encoded(np.full((20, 30), 7, np.uint16), "PNG"),
+        "e.1.normals.png": depth,
+        "e.2.jpg": jpeg,
     }
     shard(tmp_path / "bad.tar", members)
     shard(tmp_path / "other.tar", {"0.txt": b"text"})
@@ -387,6 +389,7 @@ def test_data_check_of_shards(tmp_path, capsys, workers, monkeypatch):
     for name in ("2.depth.png", "4.jpg", "c.depth.jpg", "d.jpg", "d.depth.png"):
         assert f"bad.tar::{name}" in broken
     assert {"other.tar", "cut.tar", "none.tar", "empty.tar"} <= broken.keys()
+    assert "image without a map\tbad.tar::e.2" in lines and "has no image" in broken["bad.tar::e.1"]
     assert "image without a map\tbad.tar::a" in lines and "map without an image\tbad.tar::b" in lines
     with tarfile.open(tmp_path / "in/x/0.tar") as tar:
         before = sum(file.offset_data + file.size <= len(content) // 2 for file in tar.getmembers()[1::2])

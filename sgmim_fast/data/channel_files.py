@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -68,10 +69,10 @@ class ChannelsFile(StructureFile):
     def _read_pillow(self, file: io.BytesIO) -> np.ndarray:
         with limits.open_image(file) as image:
             if image.format == "TIFF":
-                return _read_pages(image, self.kind)
+                return _read_pages(image, self.kind, self._decoded)
             if image.mode in BANDS and image.format == "PNG" and file.getvalue()[BITS_OF_PNG] == 16:
                 return _read_deep_png(file.getvalue())
-            return _plain(image, self.kind)
+            return _plain(image, self.kind, self._decoded)
 
     def _to_structure(self, pixels: np.ndarray) -> Structure:
         return Structure(torch.from_numpy(np.ascontiguousarray(np.moveaxis(self._values(pixels), 2, 0))))
@@ -88,20 +89,20 @@ def _read_deep_png(content: bytes) -> np.ndarray:
         return decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.UNCHANGED).numpy()
 
 
-def _plain(image: Image.Image, kind: str) -> np.ndarray:
+def _plain(image: Image.Image, kind: str, decoded: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
     if image.mode == "P" or (image.mode not in BANDS and len(image.getbands()) != 1):
         raise TypeError(f"{kind} is an image with the mode {image.mode}; expected grey, RGB or RGBA, or .npy")
-    return np.array(image)
+    return decoded(image)
 
 
-def _read_pages(image: Image.Image, kind: str) -> np.ndarray:
+def _read_pages(image: Image.Image, kind: str, decoded: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
     pages = []
     for number in full_pages(image):
         image.seek(number)
         limits.check_pixels(image.height, image.width * (len(pages) + 1))
         if image.mode in BANDS and max(image.tag_v2.get(BITS, (8,))) > 8:
             raise ValueError(f"{kind} is a colour TIFF with more than 8 bits; expected one page per channel, or .npy")
-        pages.append(_plain(image, kind))
+        pages.append(_plain(image, kind, decoded))
     if len({page.shape for page in pages}) > 1:
         raise ValueError(f"{kind} has pages of different sizes; expected one page per channel, all of one size")
     return pages[0] if len(pages) == 1 else np.stack(pages)

@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sgmim_fast.data.channel_files import ChannelsFile
@@ -16,9 +17,12 @@ _UNSIGNED = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 
 
 class _Channels(ChannelsFile):
-    """A file of several channels in which no value is missing."""
+    """A file of several channels in which no value is missing. Grey of 2 and 4 bits is scaled, as in photographs."""
 
     kind = "image"
+
+    def _decoded(self, image: Image.Image) -> np.ndarray:
+        return np.array(image)
 
     def _check_dtype(self, pixels: np.ndarray) -> None:
         if pixels.dtype not in _UNSIGNED and pixels.dtype.kind != "f":

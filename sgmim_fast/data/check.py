@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from tqdm import tqdm
 
 from sgmim_fast.data import shards, stats
-from sgmim_fast.data.files import find_files, match
+from sgmim_fast.data.files import find_files, match, walk
 from sgmim_fast.data.image_file import IMAGE_SUFFIXES, ImageFile
 from sgmim_fast.data.map_file import MAP_SUFFIXES
 from sgmim_fast.data.pairs import kinds
-from sgmim_fast.data.report import BrokenFile, DataError, Report
+from sgmim_fast.data.report import BrokenFile, Report
 from sgmim_fast.data.structure_file import StructureFile
 from sgmim_fast.data.structure_kind import DEPTH, NAMES, StructureKind, structure_kind
 from sgmim_fast.errors import UserError
@@ -88,7 +88,8 @@ class Samples(IterableDataset):
         def skip(error: BrokenFile) -> None:
             broken.broken[error.name] = error.reason
 
-        nothing = True
+        nothing, others = True, {}
+        absent = f"has no image and no KEY.{self.reader.kind.name}.png (or .npy, ...)"
         for sample in shards.samples([url], skip):
             try:
                 name, image, structure = shards.members(sample, self.reader.kind.name)
@@ -104,8 +105,9 @@ class Samples(IterableDataset):
                 if image is None:
                     report.maps_without_image.append(name)
                 yield report
-        if nothing and not broken.broken:
-            broken.broken[url] = f"has no image and no KEY.{self.reader.kind.name}.png (or .npy, ...)"
+            else:
+                others[name] = absent
+        broken.broken |= {url: absent} if nothing and not broken.broken else others
         yield broken
 
 
@@ -240,11 +242,7 @@ def _shards(folder: str) -> list[str]:
     """Returns the shards that a command-line argument names, or an empty list for a folder of images or maps."""
     if not os.path.isdir(folder):
         return [folder] if folder.endswith(TARS) or "{" in folder or ":" in folder else []
-    found = sorted(str(path) for path in Path(folder).rglob("*") if path.name.endswith(TARS) and path.is_file())
-    if not found:
+    files = [os.path.join(folder, inside, name) for inside, names in walk(Path(folder), Report()) for name in names]
+    if any(os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES + MAP_SUFFIXES for file in files):
         return []
-    try:
-        find_files(Path(folder), "", IMAGE_SUFFIXES + MAP_SUFFIXES)
-    except DataError:
-        return found
-    return []
+    return sorted(file for file in files if file.endswith(TARS))

@@ -22,15 +22,15 @@ def find_files(root: Path, argument: str, suffixes: tuple[str, ...], report: Rep
     that were visited already, and maps in lossy formats, are added to `report`.
 
     Raises:
-        DataError: the folder does not exist, or has no such file.
+        DataError: the folder does not exist, has no such file, or has a folder that cannot be read.
     """
     if not root.is_dir():
         raise DataError(f"{argument} is {root}; expected a folder, found {'a file' if root.exists() else 'nothing'}")
     report = Report() if report is None else report
     found: Found = {}
     others: Counter[str] = Counter()
-    for inside, files in _walk(root, report):
-        for file in sorted(name for name in files if not name.startswith(".")):
+    for inside, files in walk(root, report):
+        for file in files:
             stem, suffix = os.path.splitext(os.path.join(inside, file))
             if suffix.lower() in suffixes:
                 found.setdefault(stem, []).append(suffix)
@@ -49,13 +49,21 @@ def find_files(root: Path, argument: str, suffixes: tuple[str, ...], report: Rep
     return dict(sorted(found.items()))
 
 
-def _walk(root: Path, report: Report) -> Iterator[tuple[str, list[str]]]:
-    """Yields each folder of a tree, relative to `root`, with its files. Links to folders come last, so that a folder
-    is reported by its own path rather than by a link's."""
+def walk(root: Path, report: Report) -> Iterator[tuple[str, list[str]]]:
+    """Yields each folder of a tree, relative to `root`, with its files, sorted, without dotfiles. Links to folders come
+    last, so that a folder is reported by its own path rather than by a link's.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"cannot read the folder {error.filename}: {error.strerror}; expected a readable one")
+
     seen: set[tuple[int, int]] = set()
     waiting = deque([""])
     while waiting:
-        for folder, folders, files in os.walk(os.path.join(root, waiting.popleft())):
+        for folder, folders, files in os.walk(os.path.join(root, waiting.popleft()), onerror=refuse):
             inside = os.path.relpath(folder, root)
             inside = "" if inside == "." else inside
             status = os.stat(folder)
@@ -66,7 +74,7 @@ def _walk(root: Path, report: Report) -> Iterator[tuple[str, list[str]]]:
             seen.add((status.st_dev, status.st_ino))
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             waiting.extend(os.path.join(inside, name) for name in folders if os.path.islink(os.path.join(folder, name)))
-            yield inside, files
+            yield inside, sorted(name for name in files if not name.startswith("."))
 
 
 def match(
@@ -82,14 +90,16 @@ def match(
         suffix: suffix of the example in messages.
 
     Raises:
-        DataError: no image has a map.
+        DataError: no image has a map, or files of one folder could be images as well as maps.
     """
+    if os.path.samefile(images_root, maps_root):
+        _tell_apart(images, maps, maps_root, kind, report)
     pairs = []
     refused = {os.path.splitext(name)[0] for name in report.broken}
     for stem, suffixes in images.items():
         found = maps.get(stem)
         for end in suffixes:
-            if found is None:
+            if not found:
                 if os.path.join(maps_root, stem) not in refused:
                     report.images_without_map.append(stem + end)
             else:
@@ -105,3 +115,29 @@ def match(
             f"but for the suffix, such as {example + suffix}"
         )
     return np.array(pairs, dtype=np.bytes_)
+
+
+def _tell_apart(images: Found, maps: Found, root: Path, kind: str, report: Report) -> None:
+    """Removes maps from the images of a folder of both, and images from its maps, so that no file is its own map.
+
+    A file that can be either is a map if a file of the same name can only be an image (a.jpg beside a.png), and an
+    image otherwise (a.png beside a.npy).
+
+    Raises:
+        DataError: several files of one name can be either, or none is left as a map.
+    """
+    inside = os.path.join(root, "")
+    report.broken = {name: reason for name, reason in report.broken.items() if not name.startswith(inside)}  # the JPEGs
+    unclear = []
+    for stem in sorted(images.keys() & maps.keys()):
+        if photographs := [end for end in images[stem] if end not in maps[stem]]:
+            images[stem] = photographs
+        else:
+            maps[stem] = [end for end in maps[stem] if end not in images[stem]]
+            unclear += [] if maps[stem] else [[stem + end for end in images[stem]]]
+    most = max(unclear, key=len, default=[])
+    if len(most) > 1 or not any(maps.values()):
+        raise DataError(
+            f"{root} is the folder of images and of {kind}s, and {' and '.join(most)} could be either; expected a "
+            f"folder for each, or suffixes that differ, such as a.jpg for the image and a.png for the {kind}"
+        )

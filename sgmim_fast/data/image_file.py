@@ -74,7 +74,7 @@ def _is_upright_jpeg(content: bytes) -> bool:
     """Returns whether the content is an RGB or grey JPEG that EXIF does not rotate."""
     if not content.startswith(b"\xff\xd8") or simplejpeg.decode_jpeg_header(content, strict=False)[2] in FOUR_INKS:
         return False
-    if b"Exif\0" not in content[:4096]:
+    if b"Exif\0" not in content:
         return True
     with limits.open_image(io.BytesIO(content)) as image:
         return image.getexif().get(ORIENTATION, 1) == 1

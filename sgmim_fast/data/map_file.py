@@ -18,6 +18,7 @@ from sgmim_fast.data.report import BrokenFile
 
 SUBFILE, REDUCED = 254, 1  # TIFF tag NewSubfileType, and its flag for reduced versions of another page
 UP = 2  # PNG's filter type Up: differences from the row above
+SCALES = {"L;2": 85, "L;4": 17}  # Pillow's names of grey of 2 and 4 bits -> factor by which it scales the values
 NAMED = 3  # number of class ids that a message names
 MAP_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".exr", ".pfm")
 
@@ -79,7 +80,15 @@ class MapFile:
             pages = full_pages(image)
             if len(pages) > 1:
                 raise ValueError(f"{self.kind} has {len(pages)} pages; expected one")
+            return self._decoded(image)
+
+    def _decoded(self, image: Image.Image) -> np.ndarray:
+        """Decodes Pillow's image to the stored values. Pillow itself scales grey of 2 and 4 bits to the range of 8."""
+        if image.mode != "L" or image.format not in ("PNG", "TIFF"):
             return np.array(image)
+        arguments = image.tile[0].args  # their first one is the stored format
+        stored = arguments if isinstance(arguments, str) else arguments[0]
+        return np.array(image) // SCALES.get(stored[:3], 1)
 
 
 def full_pages(image: Image.Image) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -101,6 +102,10 @@ class Pairs(Seeded, Dataset, ABC):
         self.report.used = len(self)
         if not len(self):
             raise DataError(f"none of {len(good)} pairs can be used; {self.report.summary()}")
+
+    def digest(self) -> str:
+        """Returns a hash of the names of the files, relative to their folders, in order."""
+        return hashlib.sha256(b"\0".join(self._entries.astype(bytes).ravel().tolist())).hexdigest()[:16]
 
     def part(self, indices: Sequence[int]) -> Pairs:
         """Returns a data set of these pairs only. A broken pair is replaced by another one of the part."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import lzma
 import os
 import random
+import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from sgmim_fast.data.pair import Item, make_item
 from sgmim_fast.data.report import BrokenFile, DataError, Report
 from sgmim_fast.data.seeds import Seeded, seeded
 from sgmim_fast.data.structure_file import StructureFile
-from sgmim_fast.data.structure_kind import DEPTH, StructureKind
+from sgmim_fast.data.structure_kind import DEPTH, NAMES, StructureKind
 from sgmim_fast.data.tar_files import files
 from sgmim_fast.data.transform import Normalize, transformed
 
@@ -79,7 +80,7 @@ class ShardPairs(Seeded, IterableDataset):
         self.report.broken |= truncated(self.urls)
         found: set[str] = set()
         broken: list[str] = []
-        for sample in islice(samples(self.urls[:1], lambda error: broken.append(str(error))), TRIED):
+        for sample in islice(samples(self.urls[:1], lambda error: broken.append(str(error)), self.structure), TRIED):
             found.update(suffix for suffix in sample if not suffix.startswith("__"))
             try:
                 self._files(sample)
@@ -126,7 +127,7 @@ class ShardPairs(Seeded, IterableDataset):
             rng.shuffle(urls)  # to the same order in all workers
         rng.seed(f"{self.seed} {epoch} {number} {part}")
         skipped: list[str] = []
-        found = samples(urls[part::parts], lambda broken: skipped.append(broken.line))
+        found = samples(urls[part::parts], lambda broken: skipped.append(broken.line), self.structure)
         if self.shuffle:
             found = _webdataset().shuffle(self.shuffle, rng=rng)(found)
         for sample in found:
@@ -185,8 +186,11 @@ def _local(urls: Sequence[str]) -> list[str]:
     return [url for url in urls if ":" not in url]
 
 
-def samples(urls: Sequence[str], skip: Callable[[BrokenFile], None]) -> Iterator[Sample]:
-    """Yields the samples of shards in order. Calls `skip` for each shard or member that cannot be read."""
+def samples(urls: Sequence[str], skip: Callable[[BrokenFile], None], structure: str | None = None) -> Iterator[Sample]:
+    """Yields the samples of shards in order. Calls `skip` for each shard or member that cannot be read.
+
+    `structure` is the part of a map's name between key and suffix, in addition to the names of kinds.
+    """
     webdataset = _webdataset()
     for url in urls:
 
@@ -201,7 +205,34 @@ def samples(urls: Sequence[str], skip: Callable[[BrokenFile], None]) -> Iterator
             skip(BrokenFile(url, error))
             return True
 
-        yield from webdataset.tariterators.group_by_keys(cut_off(), handler=skip_file)
+        yield from webdataset.tariterators.group_by_keys(cut_off(), _keys(structure), handler=skip_file)
+
+
+def _keys(structure: str | None) -> Callable[[str], tuple[str | None, str | None]]:
+    """Returns a function that splits the names of a shard's members, called in order, into key and rest.
+
+    A key may contain dots, unlike in webdataset. It ends before the suffix of an image, or before .depth.png and other
+    endings of maps. A name that continues the last key, such as KEY.mask.png, belongs to it.
+    """
+    parts = {*NAMES, structure or DEPTH.name}, MAP_SUFFIXES + LOSSY
+    words, suffixes = ("|".join(map(re.escape, part)) for part in parts)
+    ending = re.compile(rf"\.({words})({suffixes})$", re.IGNORECASE)
+    key: str | None = None
+
+    def split(name: str) -> tuple[str | None, str | None]:
+        nonlocal key
+        stem, suffix = os.path.splitext(name)
+        if os.path.basename(name).startswith("."):
+            return None, None
+        if found := ending.search(name):
+            key = name[: found.start()]
+        elif key is None or not name.startswith(f"{key}."):
+            if suffix.lower() not in IMAGE_SUFFIXES:
+                return None, None
+            key = stem
+        return key, name[len(key) + 1 :]
+
+    return split
 
 
 def members(sample: Sample, structure: str | None) -> tuple[str, tuple[str, bytes] | None, tuple[str, bytes] | None]:

@@ -84,7 +84,7 @@ class Command:
             help="checkpoint to resume from, best or for example step-00001000 (default: newest)",
         )
         parser.add_argument(
-            "--accept-changes", action="store_true", help="resume even if settings differ from those of the run"
+            "--accept-changes", action="store_true", help="resume even if settings or files differ from the run's"
         )
         parser.add_argument(
             "--dry-run", action="store_true", help="check settings and data and draw some items, without training"
@@ -125,6 +125,7 @@ class Command:
             trainer = Trainer(task, folder, accelerator, dataset, saved)
             if saved is not None:
                 _same_batches(saved, trainer)
+                _same_files(saved, trainer, args.accept_changes)
             if args.dry_run:
                 code = 0
                 if accelerator.is_main_process:
@@ -206,6 +207,25 @@ def _same_batches(saved: Saved, trainer: Trainer) -> None:
                 f"the run had {old} {what} and would resume with {new}; expected the same data, and optim.batch and "
                 f"optim.accumulate that give the {trainer.layout.processes} processes as many images as before"
             )
+
+
+def _same_files(saved: Saved, trainer: Trainer, accept: bool) -> None:
+    """Compares number and names of the training files, on which the order and the held-out images depend.
+
+    Raises:
+        UserError: they differ, and `accept` is false. Otherwise the difference is printed.
+    """
+    old, new = saved.facts.get("data"), trainer.data
+    if old is None or new is None or old == new:  # earlier versions saved none
+        return
+    found = " -> ".join(f"{known['images']} (hash of their names: {known['names']})" for known in (old, new))
+    if not accept:
+        raise UserError(
+            f"{trainer.run} was trained with different files: images: {found}; restore them, start another run with "
+            "--out, or resume with --accept-changes"
+        )
+    if trainer.accelerator.is_main_process:
+        print(f"{trainer.run} continues with different files: images: {found}", flush=True)
 
 
 def _summary(trainer: Trainer, folder: Path) -> str:

@@ -65,6 +65,9 @@ def batches(
 
     Resuming at a step gives exactly the batches of an uninterrupted run if the data set is map-style. An iterable one
     (shards) starts a new pass in a new order.
+
+    Raises:
+        UserError: a pass over an iterable data set does not fill a batch.
     """
     options = {
         "workers": workers,
@@ -76,7 +79,15 @@ def batches(
         for each in count(step):  # epoch numbers that no earlier pass had
             if hasattr(dataset, "set_epoch"):
                 dataset.set_epoch(each)
-            yield from read(dataset, batch_size=layout.batch, drop_last=True, **options)
+            nothing = True
+            for batch in whole(read(dataset, batch_size=layout.batch, **options), layout.batch):
+                nothing = False
+                yield batch
+            if nothing:
+                raise UserError(
+                    f"a pass over the data has fewer images than the {layout.batch} of a batch; expected a smaller "
+                    "optim.batch, or more data"
+                )
     for epoch in count(step // steps_per_epoch):
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(epoch)
@@ -94,6 +105,24 @@ def read(dataset: Dataset, workers: int, **options: Any) -> Iterator[dict[str, A
         # would wait for them at its end.
         if workers:
             batches._shutdown_workers()
+
+
+def whole(batches: Iterator[dict[str, Any]], size: int) -> Iterator[dict[str, Any]]:
+    """Yields the batches of `size` items, and collates the items of smaller ones to batches of this size. An incomplete
+    last batch is dropped.
+
+    `drop_last` would drop one batch of each worker, since workers read their own shards.
+    """
+    rest: list[dict[str, Any]] = []
+    for batch in batches:
+        count = len(batch["name"])
+        if count == size:
+            yield batch
+            continue
+        rest += [{key: values[index] for key, values in batch.items()} for index in range(count)]
+        if len(rest) >= size:
+            yield default_collate(rest[:size])
+            del rest[:size]
 
 
 def steps_per_epoch(settings: Any, dataset: Dataset, layout: Layout) -> int:

@@ -46,8 +46,8 @@ class Log:
     ):
         self.run, self.steps, self.losses = run, steps, losses
         for name in (STEPS, METRICS):
-            lines = [line for line in read(run, name) if line["step"] <= done]
-            if lines or name == STEPS:
+            if (run / name).is_file():
+                lines = [line for line in read(run, name) if line["step"] <= done]
                 aside = (run / name).with_suffix(".writing")
                 aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
                 aside.rename(run / name)

@@ -259,6 +259,7 @@ class Trainer:
         if hasattr(dataset, "check_parts"):  # shards
             dataset.check_parts(count, max(1, loader.workers(task.config.data)))
         self.steps_per_epoch = loader.steps_per_epoch(task.config.data, dataset, self.layout)
+        self.data = {"images": len(dataset), "names": dataset.digest()} if hasattr(dataset, "digest") else None
         self.stepper = Stepper(task, accelerator, self.layout, self.steps_per_epoch)
         self.steps = self.stepper.steps
         facts = saved.facts if saved else {}
@@ -415,6 +416,7 @@ class Trainer:
                     "epoch": self.done / self.steps_per_epoch,
                     "total_batch": self.layout.total,
                     "images": self.steps_per_epoch * self.layout.total,
+                    "data": self.data,  # number of training images and a hash of the files' names; None: no files
                     "skipped_steps": self.window.skipped_steps,
                     "skipped_files": len(self.window.broken),
                     "scaler": None if scaler is None else scaler.state_dict(),

@@ -179,6 +179,16 @@ def test_images_are_turned_upright(orientation):
     assert (file.decode().int() - expected.int()).abs().float().mean() < 2
 
 
+def test_exif_may_follow_other_segments():
+    """Cameras and editors write previews, profiles and XMP in front of it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(photograph(24, 40), "JPEG", exif=exif)
+    segment = b"\xff\xed" + (60_002).to_bytes(2, "big") + bytes(60_000)
+    file = data.ImageFile("x", content[:2] + 3 * segment + content[2:])
+    assert file.size == (40, 24) and torch.equal(file.decode(), data.ImageFile("x", content).decode())
+
+
 def test_unpaired_files_are_named(trees, tmp_path):
     images, maps = trees
     write(images / "a" / "lonely.PNG", encoded(photograph(8, 8), "PNG"))
@@ -193,6 +203,36 @@ def test_unpaired_files_are_named(trees, tmp_path):
     text = (tmp_path / "report.txt").read_text()
     assert "image without a map\ta/lonely.PNG\n" in text and "map without an image\tz/alone.npy\n" in text
     assert "1 images without a map (a/lonely.PNG), 2 maps without an image" in dataset.report.summary()
+
+
+@pytest.mark.parametrize("image", ["jpg", "png"])
+def test_one_folder_of_images_and_maps(tmp_path, image):
+    """What can only be an image or only a map tells what the other file of that name is."""
+    for name in ("a/1", "a/2", "3"):
+        write(tmp_path / f"{name}.{image}", encoded(photograph(40, 60), "JPEG" if image == "jpg" else "PNG"))
+        kind = "PNG" if image == "jpg" else "NPY"
+        write(tmp_path / f"{name}.{kind.lower()}", encoded(ramp(40, 60) + 1, kind))
+    write(tmp_path / "alone.png", encoded(photograph(40, 60), "PNG"))
+    (tmp_path / "link").symlink_to(tmp_path)
+    for other in (tmp_path, tmp_path / "link"):
+        dataset = data.FolderPairs(tmp_path, other)
+        assert [item["name"] for item in dataset] == [f"{name}.{image}" for name in ("3", "a/1", "a/2")]
+        assert dataset.report.images_without_map == ["alone.png"]
+        assert not dataset.report.maps_without_image and not dataset.report.broken
+
+
+def test_one_folder_in_which_nothing_tells_images_from_maps(tmp_path):
+    write(tmp_path / "a.jpg", encoded(photograph(40, 60), "JPEG"))
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.png", encoded(ramp(40, 60), "PNG"))
+    assert len(data.FolderPairs(tmp_path, tmp_path)) == 1
+    write(tmp_path / "b.tif", encoded(ramp(40, 60), "TIFF"))
+    with pytest.raises(data.DataError, match=r"images and of structure maps, and b\.png and b\.tif could be either; "):
+        data.FolderPairs(tmp_path, tmp_path)
+    (tmp_path / "b.tif").unlink()
+    (tmp_path / "a.jpg").unlink()
+    with pytest.raises(data.DataError, match=r"and a\.png could be either; expected a folder for each"):
+        data.FolderPairs(tmp_path, tmp_path)
 
 
 def truncated(content):

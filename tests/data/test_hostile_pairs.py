@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
@@ -255,6 +256,23 @@ def test_links_to_other_folders_are_followed_once(tmp_path):
     assert set(find_files(tmp_path / "link", "images", data.IMAGE_SUFFIXES)) == {"a/1", "2"}
 
 
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, capsys, monkeypatch):
+    images, maps = write_trees(tmp_path, ["a/1", "b/1"])
+    scandir = os.scandir
+
+    def refuse(path):  # root, as which tests may run, can read every folder
+        if str(path) == str(maps / "b"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(data.DataError, match=f"^cannot read the folder {maps / 'b'}: Permission denied"):
+        data.FolderPairs(images, maps)
+    for folders in ((images, maps), (maps,)):
+        assert cli.main(["data", "check", *map(str, folders)]) == 2
+        assert f"cannot read the folder {maps / 'b'}" in capsys.readouterr().err
+
+
 NOTHING = {
     "NaN": (np.full((40, 60), np.nan, np.float32), "is NaN or infinite everywhere"),
     "infinite": (np.full((40, 60), np.inf, np.float32), "is NaN or infinite everywhere"),
@@ -355,6 +373,8 @@ def test_data_check_of_shards(tmp_path, capsys, workers, monkeypatch):
         "c.depth.jpg": jpeg,
         "d.jpg": b"",
         "d.depth.png": encoded(np.full((20, 30), 7, np.uint16), "PNG"),
+        "e.1.normals.png": depth,
+        "e.2.jpg": jpeg,
     }
     shard(tmp_path / "bad.tar", members)
     shard(tmp_path / "other.tar", {"0.txt": b"text"})
@@ -369,6 +389,7 @@ def test_data_check_of_shards(tmp_path, capsys, workers, monkeypatch):
     for name in ("2.depth.png", "4.jpg", "c.depth.jpg", "d.jpg", "d.depth.png"):
         assert f"bad.tar::{name}" in broken
     assert {"other.tar", "cut.tar", "none.tar", "empty.tar"} <= broken.keys()
+    assert "image without a map\tbad.tar::e.2" in lines and "has no image" in broken["bad.tar::e.1"]
     assert "image without a map\tbad.tar::a" in lines and "map without an image\tbad.tar::b" in lines
     with tarfile.open(tmp_path / "in/x/0.tar") as tar:
         before = sum(file.offset_data + file.size <= len(content) // 2 for file in tar.getmembers()[1::2])

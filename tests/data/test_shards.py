@@ -18,6 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  #
 
 PER_SHARD = 5
 IMAGE, MAP = encoded(photograph(20, 30), "JPEG"), encoded(ramp(20, 30) + 1, "PNG")
+NPY = encoded(ramp(20, 30) + 1, "NPY")
 
 
 def write_shard(path, samples):
@@ -151,6 +152,21 @@ def test_what_cannot_be_used_says_so(shards, tmp_path):
     dataset = data.ShardPairs([str(tmp_path / "0.tar"), unpaired], length=9)
     with pytest.raises(data.DataError, match="no pair that can be used in 1 shards"):
         keys(dataset, 2)
+
+
+def test_keys_may_contain_dots(tmp_path):
+    """Other data between an image and its map, and names that begin with another key, do not matter."""
+    pair = {".camera.json": b"", ".depth.png": MAP, ".json": b"", ".mask.png": MAP, ".png": IMAGE}
+    names = ["./d.x/IMG_v1.004", "./d.x/IMG_v1.005", "a.1", "a", "b"]
+    members = {name + end: content for name in names for end, content in pair.items()}
+    url = write_shard(tmp_path / "x.tar", {"README.md": b"", "._a.png": b"", **members})
+    assert keys(data.ShardPairs(url, shuffle=0)) == names
+    assert not any(item["skipped"] for item in data.ShardPairs(url, shuffle=0))
+    members = {f"{name}{end}": IMAGE for name in names for end in (".jpg", ".semantic.png")}
+    assert keys(data.ShardPairs(write_shard(tmp_path / "y.tar", members), structure=None, shuffle=0)) == names
+    members = {f"v.{i}{end}": content for i in range(9) for end, content in ((".PNG", IMAGE), (".left.depth.NPY", NPY))}
+    url = write_shard(tmp_path / "z.tar", members)
+    assert keys(data.ShardPairs(url, structure="left.depth", shuffle=0)) == [f"v.{i}" for i in range(9)]
 
 
 def test_other_names_of_the_map(tmp_path):

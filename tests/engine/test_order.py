@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
+from torch.utils.data import IterableDataset, get_worker_info
 
 pytest.importorskip("accelerate", reason="pre-training needs the extra [train]")
 from pretraining import tiny
 
 from sgmim_fast.data.seeds import mix
-from sgmim_fast.engine.loader import Layout, Order
+from sgmim_fast.engine.loader import Layout, Order, batches
+from sgmim_fast.errors import UserError
 from sgmim_fast.pretrain.build import draw_masks
 
 SPLITS = [(8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 2, 2), (1, 2, 4)]  # batch, accumulate, processes: 8 images a step
@@ -52,6 +56,39 @@ def test_epochs_and_seeds_differ():
     assert all(sorted(order) == list(range(32)) for order in orders)
     assert len(set(map(tuple, orders))) == 4
     assert len({mix(*numbers) for numbers in ((0,), (1,), (0, 1), (1, 0), (0, 0, 1))}) == 5
+
+
+class Stream(IterableDataset):
+    """Yields items whose names are numbers. Each worker has its share, as of shards. There is one pass only."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch > 0:
+            raise RuntimeError("a second pass")
+
+    def __iter__(self):
+        worker = get_worker_info()
+        for number in range(self.length) if worker is None else range(worker.id, self.length, worker.num_workers):
+            yield {"image": torch.full((3, 2, 2), float(number)), "name": str(number), "skipped": ""}
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+@pytest.mark.parametrize("workers", [0, 2, 5])
+@pytest.mark.parametrize("batch", [5, 8, 16, 24])
+def test_a_pass_fills_as_many_batches_with_any_number_of_workers(batch, workers):
+    found = list(islice(batches(Stream(24), Layout(batch), 0, 0, 24 // batch, workers, pin=False), 24 // batch))
+    names = [name for each in found for name in each["name"]]
+    assert len(set(names)) == len(names) == 24 // batch * batch
+    for each in found:
+        assert each["image"].shape == (batch, 3, 2, 2) and each["skipped"] == [""] * batch
+        assert each["image"][:, 0, 0, 0].tolist() == list(map(float, each["name"]))
+
+
+def test_a_pass_without_a_batch_is_an_error():
+    with pytest.raises(UserError, match="a pass over the data has fewer images than the 9 of a batch; expected"):
+        next(batches(Stream(8), Layout(9), 0, 0, 1, workers=0, pin=False))
 
 
 @pytest.mark.parametrize("shown", ["masked", "visible", "all", "0.5"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 
 import pytest
@@ -167,6 +168,11 @@ def test_folders_of_depth(tmp_path, capsys):
     large = {"data__source": "folders", "data__scale": 1000, "data__size": [128, 128]}
     assert finetune(tmp_path / "dry", "depth", *words, "--dry-run", **large) == 0
     assert "53% of the crops of 128x128 is padding: images measure 80x96 to 80x96" in capsys.readouterr().out
+    for kind in ("images", "maps"):
+        shutil.copy(tmp_path / "train" / kind / "0.png", tmp_path / "train" / kind / "4.png")
+    assert cli.main(["finetune", "depth", f"--resume={run}"]) == 2
+    assert "was trained with different files: images: 4 (" in capsys.readouterr().err
+    assert cli.main(["finetune", "depth", f"--resume={run}", "--accept-changes"]) == 0
 
 
 @pytest.mark.parametrize(

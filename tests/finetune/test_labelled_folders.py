@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from sgmim_fast.data import DataError
+from sgmim_fast.data import DataError, StructureFile
+from sgmim_fast.data.channel_files import ChannelsFile
+from sgmim_fast.data.channel_image import ChannelImage
 from sgmim_fast.data.image_file import ImageFile
 from sgmim_fast.errors import UserError
 from sgmim_fast.finetune.data import DenseTransform, DepthFolders, SegmentationFolders
@@ -202,6 +206,38 @@ def test_label_formats(tmp_path, name):
     stored = np.resize(np.arange(2), SIZE).astype(dtype)
     dataset = SegmentationFolders(*one("labels", tmp_path, **{suffix: encoded(stored, kind)}), classes=2)
     np.testing.assert_array_equal(dataset[0]["labels"].numpy(), stored.astype(int))
+
+
+def grey(values, bits, kind):
+    """Returns a grey PNG or TIFF of fewer than 8 bits, which Pillow does not write."""
+    (height, width), bands = values.shape, np.unpackbits(values[..., None], axis=2)[..., -bits:]
+    rows = np.packbits(bands.reshape(height, -1), axis=1)
+    if kind == "tif":
+        sizes = [(256, width), (257, height), (258, bits), (259, 1), (262, 1), (273, 122), (278, height)]
+        tags = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in [*sizes, (279, rows.size)]]
+        return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + b"".join(tags) + bytes(16) + rows.tobytes()
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    lines = zlib.compress(np.pad(rows, ((0, 0), (1, 0))).tobytes())
+    chunks = [(b"IHDR", header), (b"IDAT", lines), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("kind", ["png", "tif"])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_few_bits_are_read_as_stored(tmp_path, kind, bits):
+    """Photographs of as few bits have the whole range of grey."""
+    stored = np.resize(np.arange(2**bits, dtype=np.uint8), SIZE)
+    content = grey(stored, bits, kind)
+    trees = one("labels", tmp_path, **{kind: content})
+    np.testing.assert_array_equal(SegmentationFolders(*trees, classes=16)[0]["labels"].numpy(), stored)
+    if bits > 1:
+        np.testing.assert_array_equal(StructureFile(f"x.{kind}", content).pixels, stored)
+        np.testing.assert_array_equal(ChannelsFile(f"x.{kind}", content, channels=1).pixels[..., 0], stored)
+        np.testing.assert_array_equal(
+            ChannelImage(f"x.{kind}", content, channels=1).decode()[0].numpy(), stored * (255 // (2**bits - 1))
+        )
+    np.testing.assert_array_equal(ImageFile("x", content).decode()[0].numpy(), stored * (255 // (2**bits - 1)))
 
 
 @pytest.mark.parametrize(

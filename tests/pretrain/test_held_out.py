@@ -205,6 +205,44 @@ def test_resumed_it_goes_on(tmp_path):
     assert first == second
 
 
+def test_other_files_on_resuming_are_refused(folders, tmp_path, capsys):
+    """They change the choice of held-out images, although the steps of an epoch are as many as before."""
+
+    def pretrain(*words):
+        with fresh_accelerate():
+            return cli.main(["pretrain", f"--resume={run}", *words]), "".join(capsys.readouterr())
+
+    run = tmp_path / "run"
+    given = folders | {"data__val": 0.2, "optim__epochs": 1, "run__checkpoint_every": 2}
+    assert pretrain(f"--out={run}", *arguments(**given))[0] == 0
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    for name in ("images/{}.jpg", "maps/{}.png"):
+        shutil.copy(tmp_path / name.format("19"), tmp_path / name.format("20"))
+    code, out = pretrain()
+    assert code == 2 and f"{run} was trained with different files: images: 16 (" in out and " -> 17 (" in out
+    code, out = pretrain("--accept-changes")
+    assert code == 0 and f"{run} continues with different files: images: 16 (" in out
+    assert pretrain()[0] == 0  # its last checkpoint has the new files
+    (tmp_path / "images" / "00.jpg").rename(tmp_path / "images" / "x.jpg")
+    (tmp_path / "maps" / "00.png").rename(tmp_path / "maps" / "x.png")
+    code, out = pretrain()
+    assert code == 2 and "images: 17 (" in out and " -> 17 (" in out
+    path = run / "checkpoints" / "step-00000004" / "checkpoint.json"  # as of an earlier version
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "data"}))
+    assert pretrain()[0] == 0
+
+
+def test_started_again_before_the_first_checkpoint(tmp_path):
+    """A run that was killed before it saved a checkpoint leaves lines of steps that are repeated."""
+    (tmp_path / "run").mkdir()
+    for name in (log.STEPS, log.METRICS):
+        (tmp_path / "run" / name).write_text('{"step": 3, "val_loss": 9.0}\n')
+    given = {"data__val": 1 / 8, "optim__epochs": 1}
+    with fresh_accelerate():
+        assert cli.main(["pretrain", "--resume=auto", *arguments(**given), "--out", str(tmp_path / "run")]) == 0
+    assert [line["step"] for line in log.read(tmp_path / "run", log.METRICS)] == [8]
+
+
 def test_a_few_pixels_far_away():
     """A map that is flat except for these pixels outweighs all others unless it is clipped."""
     flat = 1 + 1e-3 * torch.rand(1, 1, 64, 64)

@@ -596,3 +596,14 @@ def test_shards(folders):
     assert [line["step"] for line in log.read(run)] == [3, 6]  # two epochs of three steps
     assert cli.main(["pretrain", f"--resume={run}", "--checkpoint=step-00000003"]) == 0
     assert log.read(run)[-1]["step"] == 6
+
+
+def test_shards_whose_workers_have_less_than_a_batch(folders):
+    pytest.importorskip("webdataset", reason="shards need the extra [train]")
+    for shard in (0, 1):
+        with tarfile.open(folders / f"train-{shard}.tar", "w") as tar:
+            tar.add(folders / f"images/a/{shard}.jpg", "0.jpg")
+            tar.add(folders / f"maps/a/{shard}.npy", "0.depth.npy")
+    given = {"data__scenes": 0, "data__epoch_images": 6, "data__workers": 2, "optim__batch": 4}
+    assert pretrain(folders / "run", f"--shards={folders}/train-{{0..1}}.tar", **given) == 0
+    assert log.read(folders / "run")[-1]["step"] == 2  # two epochs of one step

@@ -20,8 +20,6 @@ from sgmim_fast.data.pair import Item
 from sgmim_fast.data.report import DataError
 from sgmim_fast.data.structure_kind import DEPTH, Depth, StructureKind
 
-# ImageNet's mean and standard deviation, (3, 1, 1) each
-MEAN, STD = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])[:, :, None, None]
 MISSING = "magenta"  # a colour that the colour map does not contain
 MISSING_RGB = torch.tensor(matplotlib.colors.to_rgb(MISSING))[:, None, None]
 ACROSS = 4  # pairs per row of the figure

@@ -125,6 +125,7 @@ def test_exported_encoder_loads_in_timm(finished):
 def test_model_card_says_how_to_load_it(finished, monkeypatch):
     card = (finished / "encoder.md").read_text()
     assert "16 of 16 steps" in card and "procedural scenes" in card and "sgmim_fast 0" in card
+    assert "Images are RGB" in card and "mean 0.485, 0.456, 0.406 and the standard deviation\n0.229, 0.224" in card
     losses = checkpoint.facts(checkpoint.choose(finished))
     assert f"total {losses['loss']:.4f}, image {losses['image_loss']:.4f}" in card
     monkeypatch.chdir(finished)

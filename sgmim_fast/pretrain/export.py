@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import timm
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 import sgmim_fast
 from sgmim_fast.checkpoints import export_timm
@@ -53,8 +53,8 @@ def export(saved: Saved, out: Path, num_classes: int | None = None) -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
         export_timm(model, out, num_classes, **normalisation(saved.config))
         card.write_text(_card(saved, out))
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
     return card
 
 

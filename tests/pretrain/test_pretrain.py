@@ -142,6 +142,12 @@ def test_export_and_reconstruct_commands(finished, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["export", str(finished), str(tmp_path / "out.bin")]) == 2
     assert "expected .safetensors" in capsys.readouterr().err
+    for unwritable in (tmp_path / "folder.safetensors", Path("/proc/out.safetensors")):
+        if unwritable.parent == tmp_path:
+            unwritable.mkdir()
+        assert cli.main(["export", str(finished), str(unwritable)]) == 2
+        err = capsys.readouterr().err
+        assert f"cannot write {unwritable}: " in err and err.count("\n") == 1
 
 
 def test_resumed_run_is_the_same_to_the_bit(finished, tmp_path):

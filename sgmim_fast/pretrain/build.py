@@ -122,6 +122,8 @@ def check(config: Config) -> None:
         raise UserError("data.val_images is missing; expected --val-images DIR with --val-structure DIR")
     if settings.val and settings.val_images is not None:
         raise UserError(f"data.val is {settings.val} with data.val_images; expected one of them")
+    if settings.val_images is not None and settings.val_structure is None and config.model.guidance:
+        raise UserError("data.val_structure is missing; expected --val-structure DIR with --val-images DIR")
     if settings.val and settings.shards is not None:
         raise UserError("data.val does not split shards; expected --val-images DIR and --val-structure DIR")
 

@@ -142,6 +142,10 @@ def test_export_and_reconstruct_commands(finished, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["export", str(finished), str(tmp_path / "out.bin")]) == 2
     assert "expected .safetensors" in capsys.readouterr().err
+    words = ["reconstruct", str(finished), str(tmp_path / "seen.png")]
+    for given, missing in (("images", "structure"), ("structure", "images")):
+        assert cli.main([*words, f"--{given}={tmp_path}"]) == 2
+        assert f"--{missing} is missing; expected --images DIR with --structure DIR\n" in capsys.readouterr().err
     for unwritable in (tmp_path / "folder.safetensors", Path("/proc/out.safetensors")):
         if unwritable.parent == tmp_path:
             unwritable.mkdir()

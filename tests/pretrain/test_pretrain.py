@@ -376,6 +376,8 @@ def test_other_settings_on_resuming_are_listed(finished, capsys):
     assert cli.main(["pretrain", resume, "--set=optim.lr=0.2", "--set=mask.ratio=0.5"]) == 2
     err = capsys.readouterr().err
     assert "mask.ratio: 0.6 -> 0.5; optim.lr: 0.1 -> 0.2" in err and err.count("\n") == 1
+    assert cli.main(["pretrain", "--resume=auto", f"--out={finished}", *arguments(optim__lr=0.2)]) == 2
+    assert f"{finished} was trained with different settings" in capsys.readouterr().err
     assert cli.main(["pretrain", resume, "--set=optim.batch=8"]) == 2
     assert "the run had 4 images in a step and would resume with 8" in capsys.readouterr().err
     assert cli.main(["pretrain", resume, "--set=run.log_every=1"]) == 0  # nothing left to do

@@ -63,11 +63,14 @@ def with_changes(config: C, changes: Mapping[str, Any], where: str) -> C:
         where: source of the changes, for messages.
 
     Raises:
-        UserError: unknown key (the message names similar ones), or a value of the wrong type.
+        UserError: unknown key (the message names similar ones), a value of the wrong type, or another preset than the
+            configuration's.
     """
     sections: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():
         if key == "preset":
+            if value and value != config.preset:
+                raise UserError(f"{where}: preset is {value!r}; expected the option --preset instead")
             continue
         section, _, name = key.partition(".")
         kinds = typing.get_type_hints(type(getattr(config, section, None)))
@@ -207,7 +210,8 @@ def resolve(
         UserError: invalid settings.
     """
     from_file = read_yaml(file) if file is not None else {}
-    name = name or from_file.get("preset")
+    of_file = from_file.pop("preset", None)
+    name = name or of_file
     if name is None and file is None and "model.encoder" not in changes:
         raise UserError(f"give --preset, one of {', '.join(presets)}, or --config FILE")
     config = preset(default, presets, str(name)) if name else default

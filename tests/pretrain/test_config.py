@@ -94,6 +94,7 @@ def test_differences_leave_out_what_changes_no_step():
         ({"data.scale": "[0.5]"}, r"data.scale is '\[0.5\]'; expected 2 numbers"),
         ({"optim.schedule": "cosin"}, r"expected one of cosine, multistep; did you mean cosine\?"),
         ({"model.arguments": "3"}, r"model.arguments is '3'; expected settings"),
+        ({"preset": "swin_base_100ep"}, r"--set: preset is 'swin_base_100ep'; expected the option --preset instead"),
     ],
 )
 def test_wrong_changes(change, message):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,15 @@ import yaml
 from sgmim_fast.errors import UserError, nearest
 
 C = TypeVar("C")
+
+
+class _Loader(yaml.SafeLoader):
+    """Loads YAML 1.1 as yaml.SafeLoader, and 1e-4, which is a number in YAML 1.2, as a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 # Sections whose settings do not change what is computed, except for the settings `_OF_RUN`
 _ASIDE = ("run", "evaluation")
@@ -150,7 +160,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         UserError: the file cannot be read, or is not YAML, or not a configuration.
     """
     try:
-        return from_mapping(yaml.safe_load(Path(path).read_text()), str(path))
+        return from_mapping(yaml.load(Path(path).read_text(), _Loader), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the configuration {path}: {getattr(error, 'strerror', error)}") from error
     except yaml.YAMLError as error:
@@ -235,16 +245,13 @@ def preset(default: C, presets: Mapping[str, Any], name: str) -> C:
 
 
 def _read(value: Any) -> Any:
-    """Parses text as YAML, but 1e-4 as a number. Returns other values and invalid YAML unchanged."""
+    """Parses text as YAML. Returns other values and invalid YAML unchanged."""
     if not isinstance(value, str):
         return value
     try:
-        return float(value) if "e" in value.lower() else yaml.safe_load(value)
-    except (ValueError, yaml.YAMLError):
-        try:
-            return yaml.safe_load(value)
-        except yaml.YAMLError:
-            return value
+        return yaml.load(value, _Loader)
+    except (ValueError, yaml.YAMLError):  # ValueError: an invalid date
+        return value
 
 
 def _as(kind: Any, value: Any, where: str) -> Any:

@@ -200,3 +200,6 @@ def test_weights_of_three_channels_are_adapted(tmp_path):
     save_file(model.encoder.model.state_dict(), tmp_path / "rgb.safetensors")
     with pytest.raises(UserError, match="a stem of 5 channels, images have 2; expected weights of 2 or of 3"):
         initial.load(build.create_model(other), other)
+    rgb = tiny(model__init=str(tmp_path / "rgb.safetensors"))
+    with pytest.raises(UserError, match=r"a stem of 5 channels, images have 3; expected weights of 3$"):
+        initial.load(build.create_model(rgb), rgb)

@@ -31,6 +31,8 @@ SHAPING = frozenset(name for family, _ in _FAMILIES for name in inspect.signatur
 _OF_TIMM = frozenset(
     name for function in (timm.create_model, build_model_with_cfg) for name in inspect.signature(function).parameters
 ) | {"use_naflex"}
+# What timm raises for arguments that do not fit together, besides OSError if it downloads
+ERRORS_OF_TIMM = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _LARGEST = 2**16  # largest number: side, width, classes
 _TIMES = 4  # largest ratio of the model's parameters to those of the file
 
@@ -132,7 +134,7 @@ def _check_size(path: Path, name: str, arguments: dict[str, Any], held: int) -> 
     try:
         with torch.device("meta"):
             model = timm.create_model(name, **arguments)
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except ERRORS_OF_TIMM as error:
         raise UserError(f"{path}: timm cannot create its {name} with {arguments}: {error}") from error
     described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     if described > _TIMES * max(held, 2**20):

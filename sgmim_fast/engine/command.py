@@ -169,7 +169,7 @@ class Command:
         if found and not args.accept_changes:
             raise UserError(
                 f"{saved.path.parents[1]} was trained with different settings: {'; '.join(found)}; keep them, start "
-                "another run with --out, or resume with --accept-changes"
+                "another run with --out, or resume with --accept-changes if the weights fit them"
             )
         return config
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import re
 import types
 import typing
@@ -35,13 +36,14 @@ _ASIDE = ("run", "evaluation")
 _OF_RUN = ("seed", "precision", "fsdp")
 # Other settings that may change when a run is resumed. The number of images per step is compared separately.
 _FREE = ("data.workers", "data.val_images", "data.val_structure", "optim.batch", "optim.accumulate")
+_EPOCHS = ("optim.epochs", "optim.warmup_epochs", "optim.milestones")
 # Settings of every configuration whose minimum is 1, and those whose minimum is 0
 OF_EVERY_RUN_1 = (
     *("optim.batch", "optim.accumulate", "run.log_every", "run.checkpoint_every"),
     *("run.keep", "run.pictures", "run.nonfinite"),
 )
 OF_EVERY_RUN_0 = (
-    *("data.workers", "optim.epochs", "optim.lr", "optim.weight_decay"),
+    *("data.workers", "optim.epochs", "optim.lr", "optim.weight_decay", "optim.eps"),
     *("optim.clip", "run.seed", "run.pictures_every"),
 )
 
@@ -124,8 +126,20 @@ def at_least(config: Any, least: int, names: Iterable[str]) -> None:
     """Raises UserError if one of these settings is a number below `least` (0 or 1)."""
     values = flat(config)
     for name in names:
-        if values[name] is not None and values[name] < least:
+        if values[name] is not None and not values[name] >= least:  # also NaN
             raise UserError(f"{name} is {values[name]}; expected {'at least 1' if least else '0 or more'}")
+
+
+def check_numbers(config: Any) -> None:
+    """Raises UserError for epochs that are not finite, and for AdamW's betas and rates of dropout and drop path that
+    are not from 0 to 1."""
+    rates = {f"model.arguments.{name}": v for name, v in config.model.arguments.items() if name.endswith("_rate")}
+    for name, value in {**flat(config), **rates}.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if name in _EPOCHS and not math.isfinite(number):
+                raise UserError(f"{name} is {value}; expected a finite number")
+            if name in ("optim.betas", *rates) and not (isinstance(number, int | float) and 0 <= number < 1):
+                raise UserError(f"{name} is {value}; expected 0 or more, less than 1")
 
 
 def to_yaml(config: Any) -> str:

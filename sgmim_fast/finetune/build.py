@@ -11,7 +11,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sgmim_fast.engine.settings import OF_EVERY_RUN_0, OF_EVERY_RUN_1, at_least
+from sgmim_fast.engine.settings import OF_EVERY_RUN_0, OF_EVERY_RUN_1, at_least, check_numbers
 from sgmim_fast.errors import UserError, by
 from sgmim_fast.exported import normalisation as read_normalisation
 from sgmim_fast.exported import require_rgb, tuples, without_sources
@@ -31,7 +31,8 @@ def check(config: Config) -> None:
     """Validates the settings. Raises UserError with the setting, its value and what is expected."""
     settings, optim = config.data, config.optim
     at_least(config, 1, (*OF_EVERY_RUN_1, "model.head_channels", "evaluation.images"))
-    at_least(config, 0, (*OF_EVERY_RUN_0, "data.classes", "optim.min_lr", "optim.warmup_epochs"))
+    at_least(config, 0, (*OF_EVERY_RUN_0, "data.classes", "optim.min_lr", "optim.warmup_epochs", "optim.power"))
+    check_numbers(config)
     only = _TASKS.get(settings.source, settings.task)
     if only != settings.task:
         raise UserError(

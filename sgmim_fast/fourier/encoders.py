@@ -12,7 +12,7 @@ from torch import nn
 
 from sgmim_fast.encoders import create_encoder
 from sgmim_fast.errors import UserError, nearest
-from sgmim_fast.exported import describe, normalisation, require_rgb
+from sgmim_fast.exported import ERRORS_OF_TIMM, describe, normalisation, require_rgb
 from sgmim_fast.pretrain import build
 
 Triple = tuple[float, float, float]
@@ -90,7 +90,7 @@ def _create(name: str, arguments: dict[str, object], size: int | None) -> Encode
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # so that random weights are the same in every call
             encoder = create_encoder(name, **given)
-    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:  # raised by timm
+    except (*ERRORS_OF_TIMM, OSError) as error:
         raise UserError(f"{name}{'' if size is None else f' with --size {size}'}: {error}") from error
     height, width = encoder.model.patch_embed.img_size
     if height != width:

@@ -346,6 +346,15 @@ WRONG = [
     (["--checkpoint=best"], {}, "--checkpoint requires --resume"),
     (["--resume=nowhere"], {}, "nowhere has no checkpoint"),
     ([], {"run__fsdp": True}, "expected several"),
+    ([], {"optim__betas": [0.9, 1.5]}, "optim.betas is (0.9, 1.5); expected 0 or more, less than 1"),
+    ([], {"optim__eps": -1}, "optim.eps is -1.0; expected 0 or more"),
+    ([], {"optim__lr": ".nan"}, "optim.lr is nan; expected 0 or more"),
+    ([], {"optim__epochs": ".inf"}, "optim.epochs is inf; expected a finite number"),
+    ([], {"optim__milestones": "[.inf]"}, "optim.milestones is (inf,); expected a finite number"),
+    ([], {"model__arguments": {"depth": 1, "num_heads": 0}}, "'num_heads': 0"),
+    ([], {"model__arguments": {"depth": 1, "patch_size": 0}}, "'patch_size': 0"),
+    ([], {"model__arguments": {"depth": 1, "act_layer": "foo"}}, "'act_layer': 'foo'"),
+    ([], {"model__arguments": {"depth": 1, "drop_path_rate": 1.5}}, "model.arguments.drop_path_rate is 1.5; expected"),
     (
         [],
         {
@@ -364,6 +373,34 @@ def test_wrong_input_is_one_line(tmp_path, capsys, words, changes, message):
     out, err = capsys.readouterr()
     assert message in err and err.count("\n") == 1 and "Traceback" not in out + err
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data__scale": [0.5, 2]}, "data.scale is (0.5, 2.0); expected 0 < smallest <= largest <= 1"),
+        ({"data__ratio": [2, 1]}, "data.ratio is (2.0, 1.0); expected 0 < smallest <= largest"),
+    ],
+)
+def test_wrong_crops_are_one_line(tmp_path, capsys, change, message):
+    folders = {"data__images": "a", "data__structure": "b", "data__scenes": 0}
+    assert pretrain(tmp_path / "run", **folders, **change) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_no_epoch_is_one_step():
+    """Also without a warm-up, which would replace the start of the schedule."""
+    config = tiny(optim__epochs=0, optim__warmup_epochs=0, optim__schedule="cosine")
+    assert Stepper(Pretraining(config), Accelerator(), Layout(4), 8).steps == 1
+    assert Pretraining(config).learning_rate(0, 8, 1, 4) == pytest.approx(0.1 * 4 / 512)
+
+
+@pytest.mark.parametrize("change", ["data.size=96", 'model.arguments={"depth": 2, "embed_dim": 48, "num_heads": 3}'])
+def test_changes_that_the_weights_do_not_fit_are_one_line(finished, capsys, change):
+    assert cli.main(["pretrain", f"--resume={finished}", "--accept-changes", f"--set={change}"]) == 2
+    err = capsys.readouterr().err
+    assert f"do not fit the model: {change.partition('=')[0]}: " in err and err.count("\n") == 1
 
 
 def test_a_finished_run_is_not_overwritten(finished, capsys):

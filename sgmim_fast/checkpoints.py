@@ -21,7 +21,7 @@ import os
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
@@ -119,7 +119,13 @@ def published_names(model: nn.Module) -> dict[str, str]:
 
 
 def export_timm(
-    model: nn.Module, path: str | os.PathLike[str], num_classes: int | None = None, **timm_arguments: Any
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    num_classes: int | None = None,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    **timm_arguments: Any,
 ) -> None:
     """Writes the encoder to a safetensors file that timm loads strictly::
 
@@ -151,6 +157,8 @@ def export_timm(
         path: path of the file, which must end in `.safetensors`, since timm selects the format by the suffix.
         num_classes: number of classes of the timm model; None: timm's default for this name. 0: no classifier, for
             `timm.create_model(name, num_classes=0, checkpoint_path=path)`.
+        mean, std: mean and standard deviation of each channel, with which images were normalised in pre-training. The
+            file then contains them, and `sgmim-fast finetune` and `fourier` use them. None: ImageNet's are assumed.
         timm_arguments: changes to the arguments with which the timm model will be created, e.g. `global_pool`.
 
     Raises:
@@ -189,6 +197,7 @@ def export_timm(
         "format": "pt",
         "timm_name": encoder.timm_name,
         "timm_arguments": json.dumps(arguments, default=repr),
+        **{name: json.dumps(list(value)) for name, value in (("mean", mean), ("std", std)) if value is not None},
     }
     save_file(state, os.fspath(path), metadata)
 

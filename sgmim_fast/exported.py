@@ -1,4 +1,5 @@
-"""Reads the model description in an exported file. Files are untrusted: only sizes and flags are used."""
+"""Reads the description of model and images in an exported file. Files are untrusted: only numbers and flags are
+used."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models._builder import build_model_with_cfg
 
 from .encoders import _FAMILIES
@@ -29,6 +31,8 @@ SHAPING = frozenset(name for family, _ in _FAMILIES for name in inspect.signatur
 _OF_TIMM = frozenset(
     name for function in (timm.create_model, build_model_with_cfg) for name in inspect.signature(function).parameters
 ) | {"use_naflex"}
+# What timm raises for arguments that do not fit together, besides OSError if it downloads
+ERRORS_OF_TIMM = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _LARGEST = 2**16  # largest number: side, width, classes
 _TIMES = 4  # largest ratio of the model's parameters to those of the file
 
@@ -39,12 +43,7 @@ def describe(path: Path) -> tuple[str | None, dict[str, Any]]:
     Raises:
         UserError: the file cannot be read, or its description does not match its content.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            held = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+    metadata, held = _read(path)
     if "timm_name" not in metadata:
         return None, {}
     name = metadata["timm_name"]
@@ -53,6 +52,33 @@ def describe(path: Path) -> tuple[str | None, dict[str, Any]]:
     arguments = _shaping(path, metadata.get("timm_arguments", "{}"))
     _check_size(path, name, arguments, held)
     return name, arguments
+
+
+def normalisation(path: Path) -> dict[str, tuple[float, ...]]:
+    """Reads `mean` and `std`, with which an encoder's images are normalised, from a file of `export_timm`; ImageNet's
+    if the file has none.
+
+    Raises:
+        UserError: the file cannot be read, or does not have one valid number for each channel.
+    """
+    metadata, _ = _read(path)
+    found = {}
+    for name, usual in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
+        values = _json(path, name, metadata[name]) if name in metadata else list(usual)
+        if not (isinstance(values, list) and all(type(v) in (int, float) and abs(v) < 1e30 for v in values)):
+            raise UserError(f"{path}: {name} is {metadata[name][:40]}; expected a list of numbers")
+        found[name] = tuple(map(float, values))
+    if len(found["mean"]) != len(found["std"]) or min(found["std"], default=0) <= 0:
+        raise UserError(
+            f"{path}: mean is {found['mean']} and std {found['std']}; expected as many numbers, those of std above 0"
+        )
+    return found
+
+
+def require_rgb(what: str, channels: int) -> None:
+    """Raises UserError unless an encoder takes images of three channels."""
+    if channels != 3:
+        raise UserError(f"{what} takes images of {channels} channels; expected an encoder of 3, for RGB images")
 
 
 def without_sources(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,11 +93,25 @@ def tuples(value: Any) -> Any:
     return tuple(map(tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _shaping(path: Path, text: str) -> dict[str, Any]:
+def _read(path: Path) -> tuple[dict[str, str], int]:
+    """Returns the metadata of a safetensors file, and how many numbers its tensors have together."""
     try:
-        given = json.loads(text)
+        with safe_open(path, "pt") as file:
+            held = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+            return file.metadata() or {}, held
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+
+
+def _json(path: Path, name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: timm_arguments is not valid JSON: {error}") from error
+        raise UserError(f"{path}: {name} is not valid JSON: {error}") from error
+
+
+def _shaping(path: Path, text: str) -> dict[str, Any]:
+    given = _json(path, "timm_arguments", text)
     if not isinstance(given, dict):
         raise UserError(f"{path}: timm_arguments is {text[:40]}; expected names and values")
     kept = {name: tuples(value) for name, value in given.items() if name in SHAPING and _is_plain(value)}
@@ -94,7 +134,7 @@ def _check_size(path: Path, name: str, arguments: dict[str, Any], held: int) -> 
     try:
         with torch.device("meta"):
             model = timm.create_model(name, **arguments)
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except ERRORS_OF_TIMM as error:
         raise UserError(f"{path}: timm cannot create its {name} with {arguments}: {error}") from error
     described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     if described > _TIMES * max(held, 2**20):

@@ -41,7 +41,10 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str | None, d
     try:
         state = load_state_dict(str(path), weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        if isinstance(error.__cause__ or error, pickle.UnpicklingError):  # torch and timm advise to run its code
+            reason = "it is no checkpoint of torch.save with tensors alone"
+        raise UserError(f"cannot read {path}: {reason}") from error
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} holds no state dict of tensors; expected a timm checkpoint (.safetensors, .pth)")
     return state, name, arguments

@@ -12,6 +12,7 @@ import matplotlib.colors
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
@@ -20,8 +21,6 @@ from sgmim_fast.data.pair import Item
 from sgmim_fast.data.report import DataError
 from sgmim_fast.data.structure_kind import DEPTH, Depth, StructureKind
 
-# ImageNet's mean and standard deviation, (3, 1, 1) each
-MEAN, STD = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])[:, :, None, None]
 MISSING = "magenta"  # a colour that the colour map does not contain
 MISSING_RGB = torch.tensor(matplotlib.colors.to_rgb(MISSING))[:, None, None]
 ACROSS = 4  # pairs per row of the figure
@@ -89,7 +88,11 @@ def visible(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tenso
     return (shown / 5 + 0.5).clamp(0, 1)
 
 
-def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Saves a figure, and creates its folder if needed."""
+def save(figure: Figure, path: str | os.PathLike[str], dpi: int = 100) -> None:
+    """Saves a figure, and creates its folder if needed. Texts are drawn as they are, without matplotlib's formulas,
+    since names of files may contain "$"; bytes of a name that are not UTF-8 are drawn as "?"."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+        text.set_text(text.get_text().encode(errors="replace").decode())
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=dpi)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as whole
 
-from sgmim_fast.engine.settings import from_mapping, with_changes
+from sgmim_fast.engine.settings import differences, from_mapping, with_changes
 from sgmim_fast.errors import UserError
 
 FACTS, AVERAGE = "checkpoint.json", "average"
@@ -202,6 +202,21 @@ def find(run: Path, name: str | None, kind: type, command: str) -> Saved:
     where = str(path / FACTS)
     config = kind(preset=known["config"].get("preset", ""))
     return Saved(path, known, with_changes(config, from_mapping(known["config"], where), where))
+
+
+def weights_for(model: nn.Module, config: Any, saved: Saved) -> dict[str, Tensor]:
+    """Returns the weights of a checkpoint for a model that was created from a configuration, which may have changed.
+
+    Raises:
+        CheckpointError: names or shapes differ from the model's. The message has the changed settings.
+    """
+    found, own = read(saved.path, "model"), model.state_dict()
+    if {name: tensor.shape for name, tensor in found.items()} != {name: tensor.shape for name, tensor in own.items()}:
+        changed = "; ".join(differences(saved.config, config)) or "nothing in the settings changed"
+        raise CheckpointError(
+            f"the weights of {saved.path} do not fit the model: {changed}; expected the run's settings"
+        )
+    return found
 
 
 def gather(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:

@@ -169,8 +169,8 @@ class Command:
         found = differences(saved.config, config)
         if found and not args.accept_changes:
             raise UserError(
-                f"{args.resume} was trained with different settings: {'; '.join(found)}; keep them, start "
-                "another run with --out, or resume with --accept-changes"
+                f"{saved.path.parents[1]} was trained with different settings: {'; '.join(found)}; keep them, start "
+                "another run with --out, or resume with --accept-changes if the weights fit them"
             )
         return config
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -20,18 +22,28 @@ from sgmim_fast.errors import UserError, nearest
 
 C = TypeVar("C")
 
+
+class _Loader(yaml.SafeLoader):
+    """Loads YAML 1.1 as yaml.SafeLoader, and 1e-4, which is a number in YAML 1.2, as a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
 # Sections whose settings do not change what is computed, except for the settings `_OF_RUN`
 _ASIDE = ("run", "evaluation")
 _OF_RUN = ("seed", "precision", "fsdp")
 # Other settings that may change when a run is resumed. The number of images per step is compared separately.
 _FREE = ("data.workers", "data.val_images", "data.val_structure", "optim.batch", "optim.accumulate")
+_EPOCHS = ("optim.epochs", "optim.warmup_epochs", "optim.milestones")
 # Settings of every configuration whose minimum is 1, and those whose minimum is 0
 OF_EVERY_RUN_1 = (
     *("optim.batch", "optim.accumulate", "run.log_every", "run.checkpoint_every"),
     *("run.keep", "run.pictures", "run.nonfinite"),
 )
 OF_EVERY_RUN_0 = (
-    *("data.workers", "optim.epochs", "optim.lr", "optim.weight_decay"),
+    *("data.workers", "optim.epochs", "optim.lr", "optim.weight_decay", "optim.eps"),
     *("optim.clip", "run.seed", "run.pictures_every"),
 )
 
@@ -63,11 +75,14 @@ def with_changes(config: C, changes: Mapping[str, Any], where: str) -> C:
         where: source of the changes, for messages.
 
     Raises:
-        UserError: unknown key (the message names similar ones), or a value of the wrong type.
+        UserError: unknown key (the message names similar ones), a value of the wrong type, or another preset than the
+            configuration's.
     """
     sections: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():
         if key == "preset":
+            if value and value != config.preset:
+                raise UserError(f"{where}: preset is {value!r}; expected the option --preset instead")
             continue
         section, _, name = key.partition(".")
         kinds = typing.get_type_hints(type(getattr(config, section, None)))
@@ -111,8 +126,20 @@ def at_least(config: Any, least: int, names: Iterable[str]) -> None:
     """Raises UserError if one of these settings is a number below `least` (0 or 1)."""
     values = flat(config)
     for name in names:
-        if values[name] is not None and values[name] < least:
+        if values[name] is not None and not values[name] >= least:  # also NaN
             raise UserError(f"{name} is {values[name]}; expected {'at least 1' if least else '0 or more'}")
+
+
+def check_numbers(config: Any) -> None:
+    """Raises UserError for epochs that are not finite, and for AdamW's betas and rates of dropout and drop path that
+    are not from 0 to 1."""
+    rates = {f"model.arguments.{name}": v for name, v in config.model.arguments.items() if name.endswith("_rate")}
+    for name, value in {**flat(config), **rates}.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if name in _EPOCHS and not math.isfinite(number):
+                raise UserError(f"{name} is {value}; expected a finite number")
+            if name in ("optim.betas", *rates) and not (isinstance(number, int | float) and 0 <= number < 1):
+                raise UserError(f"{name} is {value}; expected 0 or more, less than 1")
 
 
 def to_yaml(config: Any) -> str:
@@ -147,7 +174,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         UserError: the file cannot be read, or is not YAML, or not a configuration.
     """
     try:
-        return from_mapping(yaml.safe_load(Path(path).read_text()), str(path))
+        return from_mapping(yaml.load(Path(path).read_text(), _Loader), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the configuration {path}: {getattr(error, 'strerror', error)}") from error
     except yaml.YAMLError as error:
@@ -207,7 +234,8 @@ def resolve(
         UserError: invalid settings.
     """
     from_file = read_yaml(file) if file is not None else {}
-    name = name or from_file.get("preset")
+    of_file = from_file.pop("preset", None)
+    name = name or of_file
     if name is None and file is None and "model.encoder" not in changes:
         raise UserError(f"give --preset, one of {', '.join(presets)}, or --config FILE")
     config = preset(default, presets, str(name)) if name else default
@@ -231,16 +259,13 @@ def preset(default: C, presets: Mapping[str, Any], name: str) -> C:
 
 
 def _read(value: Any) -> Any:
-    """Parses text as YAML, but 1e-4 as a number. Returns other values and invalid YAML unchanged."""
+    """Parses text as YAML. Returns other values and invalid YAML unchanged."""
     if not isinstance(value, str):
         return value
     try:
-        return float(value) if "e" in value.lower() else yaml.safe_load(value)
-    except (ValueError, yaml.YAMLError):
-        try:
-            return yaml.safe_load(value)
-        except yaml.YAMLError:
-            return value
+        return yaml.load(value, _Loader)
+    except (ValueError, yaml.YAMLError):  # ValueError: an invalid date
+        return value
 
 
 def _as(kind: Any, value: Any, where: str) -> Any:

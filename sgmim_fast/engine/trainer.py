@@ -268,8 +268,8 @@ class Trainer:
         self.since_checkpoint: list[list[float]] = []  # losses and gradient norm of each step since the last one
         if saved:
             raw = self.stepper.optimizer.optimizer
-            parts = checkpoint.read(saved.path, "model"), checkpoint.read(saved.path, "optimizer")
-            checkpoint.restore(self.stepper.model, raw, *parts)
+            weights = checkpoint.weights_for(self.stepper.plain, self.config, saved)
+            checkpoint.restore(self.stepper.model, raw, weights, checkpoint.read(saved.path, "optimizer"))
             if self.stepper.average is not None:
                 self.stepper.average.restore(saved.path)
             if accelerator.scaler is not None and facts.get("scaler"):

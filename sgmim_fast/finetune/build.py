@@ -6,15 +6,17 @@ import math
 from pathlib import Path
 from typing import Any
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sgmim_fast.engine.settings import OF_EVERY_RUN_0, OF_EVERY_RUN_1, at_least
+from sgmim_fast.engine.settings import OF_EVERY_RUN_0, OF_EVERY_RUN_1, at_least, check_numbers
 from sgmim_fast.errors import UserError, by
-from sgmim_fast.exported import tuples, without_sources
+from sgmim_fast.exported import normalisation as read_normalisation
+from sgmim_fast.exported import require_rgb, tuples, without_sources
 from sgmim_fast.finetune import data
-from sgmim_fast.finetune.config import Config, Optim
+from sgmim_fast.finetune.config import Config, Model, Optim
 from sgmim_fast.finetune.data.transform import scaled
 from sgmim_fast.finetune.encoder import Features, create_features
 from sgmim_fast.finetune.heads import DenseModel
@@ -29,12 +31,18 @@ def check(config: Config) -> None:
     """Validates the settings. Raises UserError with the setting, its value and what is expected."""
     settings, optim = config.data, config.optim
     at_least(config, 1, (*OF_EVERY_RUN_1, "model.head_channels", "evaluation.images"))
-    at_least(config, 0, (*OF_EVERY_RUN_0, "data.classes", "optim.min_lr", "optim.warmup_epochs"))
+    at_least(config, 0, (*OF_EVERY_RUN_0, "data.classes", "optim.min_lr", "optim.warmup_epochs", "optim.power"))
+    check_numbers(config)
     only = _TASKS.get(settings.source, settings.task)
     if only != settings.task:
         raise UserError(
             f"data.source is {settings.source}, which is for {only}; expected another one for {settings.task}"
         )
+    for name in ("mean", "std"):
+        if name in settings.augment:
+            raise UserError(
+                f"data.augment has {name}; expected none, since images are normalised as in the encoder's pre-training"
+            )
     if min(settings.size) < 1:
         raise UserError(f"data.size is {settings.size}; expected height and width in pixels")
     if settings.source == "scenes":
@@ -67,7 +75,19 @@ def create_features_of(config: Config, encoder: dict[str, Any] | None = None) ->
     }
     if encoder is not None:
         return create_features(encoder["name"], **given, **tuples(without_sources(encoder["arguments"])))
-    path, name = Path(settings.encoder), None
+    name, checkpoint = _name_and_file(settings)
+    if settings.window_size is not None:
+        sizes = settings.window_size
+        given["window_size"] = sizes[0] if len(sizes) == 1 else sizes
+    arguments = tuples(settings.arguments)
+    features = create_features(name, checkpoint=checkpoint, pretrained=settings.pretrained, **given, **arguments)
+    require_rgb(f"model.encoder {settings.encoder}", features.arguments.get("in_chans", 3))
+    return features
+
+
+def _name_and_file(settings: Model) -> tuple[str | None, Path | None]:
+    """Returns the timm name (None: the file says it) and the file of the encoder's weights (None: there is none)."""
+    path = Path(settings.encoder)
     if not settings.encoder:
         raise UserError(
             "model.encoder is missing; expected --encoder FILE.safetensors, the folder of a run, or a timm name"
@@ -79,16 +99,32 @@ def create_features_of(config: Config, encoder: dict[str, Any] | None = None) ->
                 f"model.encoder is {settings.encoder}, which has no encoder.safetensors; expected a finished run of "
                 "sgmim-fast pretrain, or a file of sgmim-fast export"
             )
-    checkpoint: Any = path
     if path.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
-        name, checkpoint = settings.encoder, settings.weights
-    elif settings.weights is not None:
+        return settings.encoder, None if settings.weights is None else Path(settings.weights)
+    if settings.weights is not None:
         raise UserError(f"model.weights is {settings.weights} and model.encoder is a file too; expected one of them")
-    if settings.window_size is not None:
-        sizes = settings.window_size
-        given["window_size"] = sizes[0] if len(sizes) == 1 else sizes
-    arguments = tuples(settings.arguments)
-    return create_features(name, checkpoint=checkpoint, pretrained=settings.pretrained, **given, **arguments)
+    return None, path
+
+
+def normalisation(config: Config, encoder: dict[str, Any] | None = None) -> dict[str, tuple[float, ...]]:
+    """Returns the keyword arguments `mean` and `std` of transforms: those of the encoder's pre-training, and ImageNet's
+    if these are not known.
+
+    Args:
+        encoder: description of the encoder from a checkpoint; None: reads the file of its weights.
+
+    Raises:
+        UserError: the file is missing or invalid, or its encoder does not take RGB images.
+    """
+    usual = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    if encoder is not None:
+        return {name: tuple(encoder.get(name, numbers)) for name, numbers in usual.items()}
+    _, path = _name_and_file(config.model)
+    if path is None or path.suffix != ".safetensors":
+        return usual
+    found = read_normalisation(path)
+    require_rgb(str(path), len(found["mean"]))
+    return found
 
 
 def describe_encoder(features: Features) -> dict[str, Any]:
@@ -167,8 +203,11 @@ def learning_rate(settings: Optim, step: int, steps: int, steps_per_epoch: int) 
     return rate * (step + 1) / (warmup + 1) if step < warmup else rate
 
 
-def create_dataset(config: Config, train: bool) -> Dataset:
+def create_dataset(config: Config, train: bool, images: dict[str, tuple[float, ...]]) -> Dataset:
     """Creates the data set for training or for testing, which is one of `sgmim_fast.finetune.data`.
+
+    Args:
+        images: mean and standard deviation with which images are normalised; see `normalisation`.
 
     Raises:
         UserError: settings of the source are missing.
@@ -176,11 +215,10 @@ def create_dataset(config: Config, train: bool) -> Dataset:
     """
     settings, seed = config.data, config.run.seed
     if settings.source == "scenes":
-        return data.SceneMaps(
-            settings.task, settings.scenes if train else settings.test_scenes, settings.size[0], seed, train
-        )
+        count = settings.scenes if train else settings.test_scenes
+        return data.SceneMaps(settings.task, count, settings.size[0], seed, train, **images)
     dataset = _read(config, train)
-    dataset.transform = _transform(config, dataset, train)
+    dataset.transform = _transform(config, dataset, train, images)
     return dataset
 
 
@@ -217,15 +255,15 @@ def _read(config: Config, train: bool) -> Any:
     )
 
 
-def _transform(config: Config, dataset: Any, train: bool) -> Any:
+def _transform(config: Config, dataset: Any, train: bool, images: dict[str, tuple[float, ...]]) -> Any:
     settings = config.data
     if not train:
-        return data.DenseTransform.evaluation(settings.task, tuple(settings.size))
+        return data.DenseTransform.evaluation(settings.task, tuple(settings.size), **images)
     given = tuples(settings.augment)
     if settings.task == "depth":
         given.setdefault("max_depth", depth_range(config, dataset)[1])
     try:
-        return data.DenseTransform(tuple(settings.size), settings.task, **given)
+        return data.DenseTransform(tuple(settings.size), settings.task, **given, **images)
     except TypeError as error:
         raise UserError(f"data.augment is {settings.augment}; expected arguments of DenseTransform: {error}") from error
 

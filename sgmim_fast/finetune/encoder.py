@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sgmim_fast import weights
 from sgmim_fast.errors import UserError, by, nearest
-from sgmim_fast.exported import tuples
+from sgmim_fast.exported import ERRORS_OF_TIMM, tuples
 from sgmim_fast.fused.accelerate import FAST
 from sgmim_fast.fused.accelerate import accelerate as accelerate_blocks
 
@@ -185,7 +185,7 @@ def _checked_name(name: str | None, written: str | None, checkpoint: str | os.Pa
 def _create(name: str, arguments: dict[str, Any], **more: Any) -> nn.Module:
     try:
         return timm.create_model(name, **{**arguments, **more})
-    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:  # by timm, or without network
+    except (*ERRORS_OF_TIMM, OSError) as error:
         raise UserError(f"timm cannot create {name} with {arguments}: {_one_line(error)}") from error
 
 
@@ -211,7 +211,7 @@ def _create_for_size(
             refused = _one_line(error)
             if not any(f"'{argument}'" in refused for argument in extra):
                 break
-        except (AssertionError, RuntimeError, ValueError) as error:
+        except ERRORS_OF_TIMM as error:
             refused = _one_line(error)
             break
     raise UserError(f"timm cannot create {name} for {by(size)} with {arguments}: {refused}")

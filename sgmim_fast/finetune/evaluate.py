@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     task = Finetuning(config, saved.facts)
     accelerator = create_accelerator(config.run.precision)
     model = task.create_model()
-    model.load_state_dict(checkpoint.read(saved.path, "model"))
+    model.load_state_dict(checkpoint.weights_for(model, config, saved))
     model.to(accelerator.device).eval()
     _, found = task.evaluate(model, accelerator, images=len(task.test_set), progress=sys.stderr.isatty())
     if not accelerator.is_main_process:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from sgmim_fast.data.pictures import MEAN, STD, save
+from sgmim_fast.data.pictures import save, visible
 
 _WHITE = 1.0
 
@@ -23,17 +25,25 @@ class Panel(NamedTuple):
     truth: Tensor  # (1, h, w) metres, NaN = missing; or (h, w) labels, 255 = ignored
 
 
-def grid(panels: list[Panel], path: Path, title: str, classes: int | None = None) -> None:
+def grid(
+    panels: list[Panel],
+    path: Path,
+    title: str,
+    classes: int | None = None,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> None:
     """Draws one row per image: the image, the prediction, and the ground truth, which is white at missing values.
 
     Args:
         classes: number of classes. None: depth, on the scale of the row's ground truth; near is bright.
+        mean, std: mean and standard deviation with which the images were normalised.
     """
     columns = ["image", "truth"] if panels[0].guess is None else ["image", "predicted", "truth"]
     figure = Figure((2.4 * len(columns), 1.9 * len(panels) + 0.4), layout="constrained")
     axes = figure.subplots(len(panels), len(columns), squeeze=False)
     for row, panel in zip(axes, panels, strict=True):
-        shown = [(panel.image * STD + MEAN).clamp(0, 1).permute(1, 2, 0).numpy()]
+        shown = [visible(panel.image, mean, std).permute(1, 2, 0).numpy()]
         if classes is None:
             shown += _depth(panel)
         else:

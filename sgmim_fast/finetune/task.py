@@ -42,9 +42,14 @@ class Finetuning(Task):
         build.check(self.config)
 
     @cached_property
+    def normalisation(self) -> dict[str, tuple[float, ...]]:
+        """Mean and standard deviation with which images are normalised, in training and evaluation."""
+        return build.normalisation(self.config, self.facts.get("encoder"))
+
+    @cached_property
     def test_set(self) -> Dataset:
         """The data set for evaluation."""
-        return build.create_dataset(self.config, train=False)
+        return build.create_dataset(self.config, False, self.normalisation)
 
     @property
     def tested_on(self) -> Dataset:
@@ -52,7 +57,7 @@ class Finetuning(Task):
 
     @cached_property
     def train_set(self) -> Dataset:
-        return build.create_dataset(self.config, train=True)
+        return build.create_dataset(self.config, True, self.normalisation)
 
     def create_dataset(self) -> Dataset:
         """Creates the training set. Also creates the test set, so that its errors are raised before training."""
@@ -69,7 +74,7 @@ class Finetuning(Task):
         return build.create_model(self.config, outputs, self.facts.get("encoder"))
 
     def facts_of(self, model: DenseModel) -> dict[str, Any]:
-        return {"encoder": build.describe_encoder(model.features)}
+        return {"encoder": build.describe_encoder(model.features) | self.normalisation}
 
     def create_optimizer(self, model: DenseModel) -> torch.optim.AdamW:
         settings = self.config.optim
@@ -156,7 +161,8 @@ class Finetuning(Task):
         return found
 
     def save_picture(self, found: list[pictures.Panel], path: Path, title: str) -> None:
-        pictures.grid(found, path, title, None if self.config.data.task == "depth" else self.test_set.classes)
+        classes = None if self.config.data.task == "depth" else self.test_set.classes
+        pictures.grid(found, path, title, classes, **self.normalisation)
 
     def describe(self, model: DenseModel) -> str:
         settings, features = self.config, model.features

@@ -12,7 +12,7 @@ from torch import nn
 
 from sgmim_fast.encoders import create_encoder
 from sgmim_fast.errors import UserError, nearest
-from sgmim_fast.exported import describe
+from sgmim_fast.exported import ERRORS_OF_TIMM, describe, normalisation, require_rgb
 from sgmim_fast.pretrain import build
 
 Triple = tuple[float, float, float]
@@ -64,7 +64,8 @@ def _from_run(folder: Path, label: str, size: int | None) -> Encoder:
         raise UserError(
             f"--size is {size}; expected {trained}, with which {folder} was pre-trained, or an exported file"
         )
-    return Encoder(label, build.load(saved).encoder.model, trained)
+    require_rgb(str(folder), saved.config.data.image_channels or 3)
+    return Encoder(label, build.load(saved).encoder.model, trained, **build.normalisation(saved.config))
 
 
 def _from_file(path: Path, label: str, size: int | None) -> Encoder:
@@ -73,11 +74,14 @@ def _from_file(path: Path, label: str, size: int | None) -> Encoder:
     name, arguments = describe(path)
     if name is None:
         raise UserError(f"{path} does not name its timm model; expected a file of sgmim-fast export")
+    images = normalisation(path)
+    for channels in (arguments.get("in_chans", 3), len(images["mean"])):
+        require_rgb(str(path), channels)
     arguments.pop("num_classes", None)
     # Loading through timm resizes positions and drops the classifier.
     overlay = {"file": str(path), "custom_load": False}
     arguments |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
-    return _create(name, arguments, size)._replace(label=label)
+    return _create(name, arguments, size)._replace(label=label, **images)
 
 
 def _create(name: str, arguments: dict[str, object], size: int | None) -> Encoder:
@@ -86,7 +90,7 @@ def _create(name: str, arguments: dict[str, object], size: int | None) -> Encode
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # so that random weights are the same in every call
             encoder = create_encoder(name, **given)
-    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:  # raised by timm
+    except (*ERRORS_OF_TIMM, OSError) as error:
         raise UserError(f"{name}{'' if size is None else f' with --size {size}'}: {error}") from error
     height, width = encoder.model.patch_embed.img_size
     if height != width:

@@ -12,6 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from sgmim_fast.data.pictures import save
 from sgmim_fast.fourier.spectrum import Spectrum
 
 Spectra = Mapping[str, list[Spectrum]]  # label of an encoder -> spectrum of each block
@@ -48,8 +49,7 @@ def draw(spectra: Spectra, path: Path) -> None:
     panels[0].set_ylabel("Δ log amplitude", fontsize=8)
     for axis in (*panels, last, bar.ax):
         axis.tick_params(labelsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save(figure, path, dpi=120)
 
 
 def write_csv(spectra: Spectra, path: Path) -> None:

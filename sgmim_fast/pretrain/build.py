@@ -22,9 +22,9 @@ from sgmim_fast.decoder import Decoder
 from sgmim_fast.encoders import create_encoder, nearest_name
 from sgmim_fast.engine import checkpoint
 from sgmim_fast.engine.checkpoint import Saved
-from sgmim_fast.engine.settings import OF_EVERY_RUN_0, OF_EVERY_RUN_1, at_least
+from sgmim_fast.engine.settings import OF_EVERY_RUN_0, OF_EVERY_RUN_1, at_least, check_numbers
 from sgmim_fast.errors import UserError
-from sgmim_fast.exported import without_sources
+from sgmim_fast.exported import ERRORS_OF_TIMM, without_sources
 from sgmim_fast.masking import SHOWN, SelectiveMask, selective_mask
 from sgmim_fast.model import SGMIM
 from sgmim_fast.pretrain.config import Config, Mask, Model, Optim
@@ -67,7 +67,7 @@ def create_model(config: Config) -> SGMIM:
         )
     except UserError:
         raise
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # raised by timm
+    except ERRORS_OF_TIMM as error:
         raise UserError(f"model.encoder {settings.encoder} with {settings.arguments}: {error}") from error
 
 
@@ -80,6 +80,7 @@ def check(config: Config) -> None:
     size, stride, unit = config.data.size, config.model.stride, config.mask.unit
     at_least(config, 1, (*OF_EVERY_RUN_1, "model.stride", "data.size", "data.epoch_images", "mask.unit"))
     at_least(config, 0, (*OF_EVERY_RUN_0, "data.scenes", "optim.warmup_lr", "optim.min_lr", "optim.warmup_epochs"))
+    check_numbers(config)
     for name, step in (("the encoder's stride (model.stride)", stride), ("the mask unit (mask.unit)", unit)):
         if size % step:
             both = math.lcm(stride, unit)
@@ -122,6 +123,8 @@ def check(config: Config) -> None:
         raise UserError("data.val_images is missing; expected --val-images DIR with --val-structure DIR")
     if settings.val and settings.val_images is not None:
         raise UserError(f"data.val is {settings.val} with data.val_images; expected one of them")
+    if settings.val_images is not None and settings.val_structure is None and config.model.guidance:
+        raise UserError("data.val_structure is missing; expected --val-structure DIR with --val-images DIR")
     if settings.val and settings.shards is not None:
         raise UserError("data.val does not split shards; expected --val-images DIR and --val-structure DIR")
 
@@ -222,7 +225,10 @@ def create_dataset(config: Config) -> Dataset:
             )
         return data.Scenes(settings.scenes, settings.size, seed=seed)
     cut = {"scale": settings.scale, "ratio": settings.ratio, "flip": settings.flip}
-    transform = data.PairTransform(settings.size, **cut, **normalisation(config))
+    try:
+        transform = data.PairTransform(settings.size, **cut, **normalisation(config))
+    except ValueError as error:  # the message starts with the name of the argument
+        raise UserError(f"data.{error}") from error
     guided = config.model.guidance  # without guidance, which is SimMIM, no maps are read
     if settings.shards is not None:
         if settings.epoch_images is None:
@@ -385,7 +391,8 @@ def learning_rate(settings: Optim, step: int, steps_per_epoch: int, total_batch:
     if settings.schedule == "multistep":
         milestones = [round(epoch * steps_per_epoch) for epoch in settings.milestones]
         return high * settings.gamma ** bisect_right(milestones, step)
-    return low + 0.5 * (high - low) * (1 + math.cos(math.pi * step / round(settings.epochs * steps_per_epoch)))
+    steps = max(1, round(settings.epochs * steps_per_epoch))
+    return low + 0.5 * (high - low) * (1 + math.cos(math.pi * step / steps))
 
 
 def find(run: Path, name: str | None = None) -> Saved:

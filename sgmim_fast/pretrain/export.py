@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import timm
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 import sgmim_fast
 from sgmim_fast.checkpoints import export_timm
@@ -15,7 +15,7 @@ from sgmim_fast.engine.checkpoint import Saved
 from sgmim_fast.engine.settings import to_yaml
 from sgmim_fast.errors import UserError
 from sgmim_fast.exported import tuples
-from sgmim_fast.pretrain.build import find, load
+from sgmim_fast.pretrain.build import find, load, normalisation
 from sgmim_fast.pretrain.config import Config, Data
 
 
@@ -51,10 +51,10 @@ def export(saved: Saved, out: Path, num_classes: int | None = None) -> Path:
     card = out.with_suffix(".md")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        export_timm(model, out, num_classes)
+        export_timm(model, out, num_classes, **normalisation(saved.config))
         card.write_text(_card(saved, out))
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
     return card
 
 
@@ -67,6 +67,8 @@ def _card(saved: Saved, out: Path) -> str:
         f"{name} {'not known' if facts[key] is None else format(facts[key], '.4f')}"
         for name, key in (("total", "loss"), ("image", "image_loss"), ("structure", "structure_loss"))
     )
+    mean, std = (", ".join(f"{number:.6g}" for number in values) for values in normalisation(config).values())
+    images = "are RGB" if config.data.image_channels is None else f"have {config.data.image_channels} channels"
     versions = f"sgmim_fast {facts['version']}, torch {facts['torch']}; "
     versions += f"exported with sgmim_fast {sgmim_fast.__version__}, timm {timm.__version__}"
     return f"""# {config.model.encoder}, pre-trained with SG-MIM
@@ -85,7 +87,8 @@ fit the file:
 file = dict(file="{out.name}", custom_load=False)
 timm.create_model("{config.model.encoder}"{call}, pretrained=True, pretrained_cfg_overlay=file, features_only=True)
 ```
-Images are RGB, normalised by ImageNet's mean and deviation.
+Images {images}. After scaling integers to [0, 1], they are normalised by the mean {mean} and the standard deviation
+{std}.
 
 | | |
 |---|---|

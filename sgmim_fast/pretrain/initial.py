@@ -162,9 +162,10 @@ def _adapted(
     if weight is None or weight.ndim != 4 or weight.shape[1] == channels:
         return state, []
     if weight.shape[1] != 3:
+        other = "" if channels == 3 else " or of 3, which can be adapted"
         raise UserError(
-            f"{what} has a stem of {weight.shape[1]} channels, images have {channels}; expected weights of {channels} "
-            "or of 3, which can be adapted"
+            f"{what} has a stem of {weight.shape[1]} channels, images have {channels}; expected weights of {channels}"
+            + other
         )
     how = "added up" if channels == 1 else f"repeated and divided by {channels / 3:.3g}"
     line = f"{what}: the stem's 3 channels adapted to {channels}: {how}"

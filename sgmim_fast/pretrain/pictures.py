@@ -114,6 +114,10 @@ def run(args: argparse.Namespace) -> None:
     saved = build.find(args.run, args.checkpoint)
     config = saved.config
     if args.images is not None or args.structure is not None:
+        read = ("images", "structure") if config.model.guidance else ("images",)
+        for name in read:
+            if getattr(args, name) is None:
+                raise UserError(f"--{name} is missing; expected {' with '.join(f'--{each} DIR' for each in read)}")
         source = {"images": args.images, "structure": args.structure, "shards": None, "scenes": 0}
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, **source))
     if args.seed is not None:

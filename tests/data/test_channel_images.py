@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ pytest.importorskip("accelerate", reason="pre-training needs the extra [train]")
 pytest.importorskip("sgmim_fast.data", reason="pre-training needs the extra [train]")
 from PIL import Image
 from pretraining import fresh_accelerate, tiny, weights
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sgmim_fast import cli, data
@@ -149,6 +152,13 @@ def test_a_run(tmp_path, capsys):
         out = tmp_path / "seen.png"
         assert cli.main(["reconstruct", str(tmp_path / "run"), str(out), "--count=2"]) == 0 and out.is_file()
         assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "encoder.safetensors")]) == 0
+        with safe_open(tmp_path / "encoder.safetensors", "pt") as file:
+            assert json.loads(file.metadata()["mean"]) == SETTINGS["data__mean"]
+        assert (tmp_path / "encoder.md").read_text().count("Images have 5 channels") == 1
+        assert "the mean 3, 6, 9, 12, 15 and" in (tmp_path / "encoder.md").read_text()
+        capsys.readouterr()
+        assert cli.main(["fourier", str(tmp_path / "run"), "--scenes=1"]) == 2
+        assert "takes images of 5 channels; expected an encoder of 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -190,3 +200,6 @@ def test_weights_of_three_channels_are_adapted(tmp_path):
     save_file(model.encoder.model.state_dict(), tmp_path / "rgb.safetensors")
     with pytest.raises(UserError, match="a stem of 5 channels, images have 2; expected weights of 2 or of 3"):
         initial.load(build.create_model(other), other)
+    rgb = tiny(model__init=str(tmp_path / "rgb.safetensors"))
+    with pytest.raises(UserError, match=r"a stem of 5 channels, images have 3; expected weights of 3$"):
+        initial.load(build.create_model(rgb), rgb)

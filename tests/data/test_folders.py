@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from pairs import encoded, photograph, ramp, write, write_trees
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -21,6 +23,7 @@ from torchvision.transforms import v2
 
 from sgmim_fast import data, standardize_structure
 from sgmim_fast.data.map_file import encode_png
+from sgmim_fast.data.pictures import save
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 NAMES = ["a/1", "a/2", "b/c/3", "d", "e.x"]
@@ -382,6 +385,16 @@ def test_sheet_marks_missing_values(tmp_path):
     assert (pixels == (255, 0, 255)).all(1).mean() > 0.01
     with pytest.raises(data.DataError, match="nothing to draw"):
         data.sheet([], tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("name", ["cost $5_$.jpg", "$x$", os.fsdecode(b"caf\xe9.jpg")])
+def test_names_are_drawn_as_they_are(tmp_path, name):
+    item = {"image": torch.zeros(3, 8, 8), "structure": torch.ones(1, 8, 8), "name": name, "skipped": ""}
+    data.sheet([item], tmp_path / "sheet.png")
+    figure = Figure()
+    title = figure.suptitle(name)
+    save(figure, tmp_path / "title.png")
+    assert title.get_text() == name.replace("\udce9", "?") and not title.get_parse_math()
 
 
 def test_is_not_imported_with_the_package_and_names_what_is_missing():

@@ -72,6 +72,13 @@ def test_evaluate_finds_what_the_run_found(depth, tmp_path, capsys):
     assert json.loads(file.read_text())["rmse"] != found["rmse"]
 
 
+@pytest.mark.parametrize("change", ["data.size=[96,96]", "data.task=segmentation"])
+def test_evaluation_of_another_model_is_one_line(depth, capsys, change):
+    assert cli.main(["evaluate", str(depth), f"--set={change}"]) == 2
+    err = capsys.readouterr().err
+    assert f"do not fit the model: {change.partition('=')[0]}: " in err and err.count("\n") == 1
+
+
 def test_resumed_run_is_the_same_to_the_bit(depth, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
@@ -218,6 +225,10 @@ WRONG = [
     ("depth", {"data__size": [64, 96]}, "procedural scenes are square"),
     ("depth", {"optim__layer_decay": 1.5}, "optim.layer_decay is 1.5"),
     ("depth", {"run__fsdp": True}, "run.fsdp is true"),
+    ("depth", {"optim__betas": [2, 2]}, "optim.betas is (2.0, 2.0)"),
+    ("depth", {"optim__power": -1}, "optim.power is -1.0; expected 0 or more"),
+    ("depth", {"model__arguments": {"num_heads": 0}}, "'num_heads': 0"),
+    ("depth", {"model__arguments": {"norm_layer": "foo"}}, "'norm_layer': 'foo'"),
     ("depth", {"data__min_depth": 5, "data__max_depth": 3}, "expected 0 < smallest < largest"),
     ("depth", {"optim__batch": 100}, "fewer than the 100 of a step"),
     ("depth", {"data__size": [56, 56], "model__head": "deconv"}, "multiples of 16"),

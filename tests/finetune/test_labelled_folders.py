@@ -272,6 +272,15 @@ def test_ids_out_of_range_name_id_file_and_pixels(tmp_path):
     )
 
 
+def test_labels_that_are_all_ignored_are_refused(label_trees):
+    for name in NAMES:
+        write_map(label_trees[1] / f"{name}.png", np.full(SIZE, 3 if name == "d" else 255, np.uint8))
+    assert SegmentationFolders(*label_trees, classes=5)[0]["labels"].eq(255).all()  # one map has labels
+    write_map(label_trees[1] / "d.png", np.full(SIZE, 255, np.uint8))
+    with pytest.raises(DataError, match=r"no pixel has a label in 4 label maps tried; .*a/1\.png"):
+        SegmentationFolders(*label_trees, classes=5)
+
+
 def test_ids_out_of_range_are_raised_later_too(label_trees):
     dataset = SegmentationFolders(*label_trees, classes=5)
     write_map(label_trees[1] / "a/2.png", np.full(SIZE, 6, np.uint8))

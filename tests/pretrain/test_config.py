@@ -64,6 +64,10 @@ def test_file_over_preset_and_changes_over_both(tmp_path):
     assert (config.preset, config.optim.epochs) == ("swin_base_800ep", 800)
     assert (config.optim.lr, config.optim.batch, config.data.scale) == (3e-4, 32, (0.2, 1.0))
     assert config.model.arguments == {"window_size": 3, "drop_path_rate": 0.1}
+    file.write_text("model: {arguments: {drop_path_rate: 1e-1, init_values: '1e-1', depths: [1E2, .5e+1, 2e]}}\n")
+    given = {"drop_path_rate": 0.1, "init_values": "1e-1", "depths": [100.0, 5.0, "2e"]}
+    assert resolve(None, file, {}).model.arguments == given
+    assert resolve(None, None, {"model.encoder": "x", "model.arguments": str(given)}).model.arguments == given
     assert resolve("swinv2_base", file, {}).model.encoder == "swinv2_base_window12_192"
 
 
@@ -94,6 +98,7 @@ def test_differences_leave_out_what_changes_no_step():
         ({"data.scale": "[0.5]"}, r"data.scale is '\[0.5\]'; expected 2 numbers"),
         ({"optim.schedule": "cosin"}, r"expected one of cosine, multistep; did you mean cosine\?"),
         ({"model.arguments": "3"}, r"model.arguments is '3'; expected settings"),
+        ({"preset": "swin_base_100ep"}, r"--set: preset is 'swin_base_100ep'; expected the option --preset instead"),
     ],
 )
 def test_wrong_changes(change, message):

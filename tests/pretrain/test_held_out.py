@@ -97,6 +97,7 @@ def test_folders_of_its_own(folders, tmp_path):
     [
         ({"data__val": 1.0}, "data.val is 1.0; expected a share of the data, 0 or more and less than 1"),
         ({"data__val_structure": "maps"}, "data.val_images is missing; expected --val-images DIR with --val-structure"),
+        ({"data__val_images": "x"}, "data.val_structure is missing; expected --val-structure DIR with --val-images"),
         ({"data__val": 0.1, "data__val_images": "x"}, "data.val is 0.1 with data.val_images; expected one of them"),
         ({"data__val": 0.1, "data__shards": "x.tar"}, "data.val does not split shards; expected --val-images DIR"),
     ],

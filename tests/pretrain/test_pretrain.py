@@ -125,6 +125,7 @@ def test_exported_encoder_loads_in_timm(finished):
 def test_model_card_says_how_to_load_it(finished, monkeypatch):
     card = (finished / "encoder.md").read_text()
     assert "16 of 16 steps" in card and "procedural scenes" in card and "sgmim_fast 0" in card
+    assert "Images are RGB" in card and "mean 0.485, 0.456, 0.406 and the standard deviation\n0.229, 0.224" in card
     losses = checkpoint.facts(checkpoint.choose(finished))
     assert f"total {losses['loss']:.4f}, image {losses['image_loss']:.4f}" in card
     monkeypatch.chdir(finished)
@@ -141,6 +142,16 @@ def test_export_and_reconstruct_commands(finished, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["export", str(finished), str(tmp_path / "out.bin")]) == 2
     assert "expected .safetensors" in capsys.readouterr().err
+    words = ["reconstruct", str(finished), str(tmp_path / "seen.png")]
+    for given, missing in (("images", "structure"), ("structure", "images")):
+        assert cli.main([*words, f"--{given}={tmp_path}"]) == 2
+        assert f"--{missing} is missing; expected --images DIR with --structure DIR\n" in capsys.readouterr().err
+    for unwritable in (tmp_path / "folder.safetensors", Path("/proc/out.safetensors")):
+        if unwritable.parent == tmp_path:
+            unwritable.mkdir()
+        assert cli.main(["export", str(finished), str(unwritable)]) == 2
+        err = capsys.readouterr().err
+        assert f"cannot write {unwritable}: " in err and err.count("\n") == 1
 
 
 def test_resumed_run_is_the_same_to_the_bit(finished, tmp_path):
@@ -335,6 +346,15 @@ WRONG = [
     (["--checkpoint=best"], {}, "--checkpoint requires --resume"),
     (["--resume=nowhere"], {}, "nowhere has no checkpoint"),
     ([], {"run__fsdp": True}, "expected several"),
+    ([], {"optim__betas": [0.9, 1.5]}, "optim.betas is (0.9, 1.5); expected 0 or more, less than 1"),
+    ([], {"optim__eps": -1}, "optim.eps is -1.0; expected 0 or more"),
+    ([], {"optim__lr": ".nan"}, "optim.lr is nan; expected 0 or more"),
+    ([], {"optim__epochs": ".inf"}, "optim.epochs is inf; expected a finite number"),
+    ([], {"optim__milestones": "[.inf]"}, "optim.milestones is (inf,); expected a finite number"),
+    ([], {"model__arguments": {"depth": 1, "num_heads": 0}}, "'num_heads': 0"),
+    ([], {"model__arguments": {"depth": 1, "patch_size": 0}}, "'patch_size': 0"),
+    ([], {"model__arguments": {"depth": 1, "act_layer": "foo"}}, "'act_layer': 'foo'"),
+    ([], {"model__arguments": {"depth": 1, "drop_path_rate": 1.5}}, "model.arguments.drop_path_rate is 1.5; expected"),
     (
         [],
         {
@@ -355,6 +375,34 @@ def test_wrong_input_is_one_line(tmp_path, capsys, words, changes, message):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data__scale": [0.5, 2]}, "data.scale is (0.5, 2.0); expected 0 < smallest <= largest <= 1"),
+        ({"data__ratio": [2, 1]}, "data.ratio is (2.0, 1.0); expected 0 < smallest <= largest"),
+    ],
+)
+def test_wrong_crops_are_one_line(tmp_path, capsys, change, message):
+    folders = {"data__images": "a", "data__structure": "b", "data__scenes": 0}
+    assert pretrain(tmp_path / "run", **folders, **change) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_no_epoch_is_one_step():
+    """Also without a warm-up, which would replace the start of the schedule."""
+    config = tiny(optim__epochs=0, optim__warmup_epochs=0, optim__schedule="cosine")
+    assert Stepper(Pretraining(config), Accelerator(), Layout(4), 8).steps == 1
+    assert Pretraining(config).learning_rate(0, 8, 1, 4) == pytest.approx(0.1 * 4 / 512)
+
+
+@pytest.mark.parametrize("change", ["data.size=96", 'model.arguments={"depth": 2, "embed_dim": 48, "num_heads": 3}'])
+def test_changes_that_the_weights_do_not_fit_are_one_line(finished, capsys, change):
+    assert cli.main(["pretrain", f"--resume={finished}", "--accept-changes", f"--set={change}"]) == 2
+    err = capsys.readouterr().err
+    assert f"do not fit the model: {change.partition('=')[0]}: " in err and err.count("\n") == 1
+
+
 def test_a_finished_run_is_not_overwritten(finished, capsys):
     assert pretrain(finished) == 2
     assert f"resume it with --resume {finished}" in capsys.readouterr().err
@@ -365,6 +413,8 @@ def test_other_settings_on_resuming_are_listed(finished, capsys):
     assert cli.main(["pretrain", resume, "--set=optim.lr=0.2", "--set=mask.ratio=0.5"]) == 2
     err = capsys.readouterr().err
     assert "mask.ratio: 0.6 -> 0.5; optim.lr: 0.1 -> 0.2" in err and err.count("\n") == 1
+    assert cli.main(["pretrain", "--resume=auto", f"--out={finished}", *arguments(optim__lr=0.2)]) == 2
+    assert f"{finished} was trained with different settings" in capsys.readouterr().err
     assert cli.main(["pretrain", resume, "--set=optim.batch=8"]) == 2
     assert "the run had 4 images in a step and would resume with 8" in capsys.readouterr().err
     assert cli.main(["pretrain", resume, "--set=run.log_every=1"]) == 0  # nothing left to do

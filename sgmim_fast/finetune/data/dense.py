@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,6 +49,12 @@ class DensePairs(Pairs):
     @abstractmethod
     def _map(self, index: int) -> Tensor:
         """Reads the map, (..., H, W)."""
+
+    def _some_maps(self) -> Iterator[tuple[int, Tensor]]:
+        """Reads the maps of some evenly spaced pairs, except broken ones, which are in the report already."""
+        for index in self._sampled():
+            with contextlib.suppress(BrokenFile):
+                yield index, self._map(index)
 
     def _part(self, pixels: Tensor, index: int) -> Tensor:
         """Returns the part of an image or map that the benchmark uses; everything by default."""

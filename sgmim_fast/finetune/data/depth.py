@@ -15,7 +15,7 @@ from sgmim_fast.data.files import find_files, match
 from sgmim_fast.data.image_file import IMAGE_SUFFIXES
 from sgmim_fast.data.map_file import MAP_SUFFIXES, MapFile
 from sgmim_fast.data.pair import Structure
-from sgmim_fast.data.report import BrokenFile, DataError
+from sgmim_fast.data.report import DataError
 from sgmim_fast.errors import UserError
 from sgmim_fast.finetune.data.dense import DensePairs
 from sgmim_fast.finetune.data.lists import only_listed
@@ -106,11 +106,7 @@ class DepthPairs(DensePairs):
 
     def _check_units(self) -> None:
         medians = {}
-        for index in self._sampled():
-            try:
-                depth = self._map(index)
-            except BrokenFile:
-                continue  # it is in the report already
+        for index, depth in self._some_maps():
             if not depth.isnan().all():
                 medians[index] = float(depth.nanmedian())
         if not medians:

@@ -80,7 +80,8 @@ class SegmentationFolders(DensePairs):
         seed: seed of the transform.
 
     Raises:
-        DataError: there are no files, no pairs, none of the pairs tried can be read, or an id is out of range.
+        DataError: there are no files, no pairs, none of the pairs tried can be read or has a labelled pixel, or an id
+            is out of range.
         UserError: an argument is out of range.
     """
 
@@ -114,6 +115,11 @@ class SegmentationFolders(DensePairs):
         )
         maps = find_files(self.maps, "labels", LABEL_SUFFIXES, self.report)
         self._use(match(found, maps, self.images, self.maps, self.kind, self.report))
+
+    def _try_some(self) -> None:
+        super()._try_some()
+        if not any((labels != IGNORED).any() for _, labels in self._some_maps()):
+            raise DataError(f"no pixel has a label in {len(self._sampled())} label maps tried; {self._map_name(0)} ...")
 
     def _map(self, index: int) -> tv_tensors.Mask:
         return LabelFile(self._map_name(index)).decode(self.classes, self.ignore, self.reduce_zero)

@@ -27,7 +27,7 @@ import torch
 import torch.utils._device
 from hypothesis import HealthCheck, register_random, settings
 
-from sgmim_fast import backends
+from sgmim_fast import backends, tuned
 from sgmim_fast.ops import gemm
 
 os.environ["SGMIM_FAST_TUNED"] = "0"  # tests ignore what the user has tuned
@@ -207,6 +207,12 @@ def device(place):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(int(SEED or 0))
+
+
+@pytest.fixture(autouse=True)
+def new_choices():
+    """Every test chooses the implementations of its calls anew, since it may replace some."""
+    tuned.generation += 1
 
 
 @pytest.fixture(autouse=True)

@@ -45,7 +45,8 @@ AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torc
 )
 
 _PLAIN = {Tensor, torch.nn.Parameter}
-_MOST_SIGNATURES = 1024  # remembered per part of an op; lists of rows may have any length
+# Signatures remembered per part of an op, since lists of rows may have any length, and states with signatures.
+_MOST_SIGNATURES, _MOST_STATES = 1024, 8
 
 # The backward uses the settings of its forward, although it may run later and in a thread of autograd.
 _CARRIED = (backends.FORCED, gemm.BFLOAT16_IN)
@@ -224,6 +225,8 @@ class Part:
             return Choice(self.choose(args))
         choices = self._choices.get(state)
         if choices is None:
+            if len(self._choices) >= _MOST_STATES:
+                self._choices.clear()
             choices = self._choices[state] = {}
         try:
             choice = choices.get(signature)

@@ -99,6 +99,7 @@ def seen(monkeypatch) -> list[tuple[str, str, str | None]]:
         return implementation(op, part, backend)
 
     monkeypatch.setattr(backends, "implementation", record)
+    monkeypatch.setattr(backends, "state", lambda: None)  # no choice of an earlier call is used again
     return calls
 
 

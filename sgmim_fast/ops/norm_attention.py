@@ -205,18 +205,15 @@ def _backward(p: Primitives, a: Arguments, saved: list[Tensor], grad: Tensor, gr
     if again is None:
         del dout
     windows = a.windows(bias, p.weights_in(storage, a.qkv_bias)[0] if a.padded else None)
-    wanted = {"qkv", *gradients.wanted}
-    if a.coordinates is not None and not wanted.isdisjoint(PositionBias._fields):
-        wanted.add("bias")
-    dqkv, sums = p.window_attention_backward(dattended, qkv, windows, wanted, again)
+    if a.coordinates is not None and not gradients.wanted.keys().isdisjoint(PositionBias._fields):
+        position = a.position_bias
+        gradients.computed("bias", bias, lambda dbias: table_backward(p, position, [slope], dbias, gradients))
+    dqkv, sums = p.window_attention_backward(dattended, qkv, windows, {"qkv", *gradients.wanted}, again)
     del dattended
     if again is not None:
         gradients.weight("proj_weight", dout, rows_of(again))
         del dout, again
     dqkv = rows_of(dqkv)
-    if a.coordinates is not None and "bias" in wanted:
-        (dbias,) = p.finish([sums.pop("bias")], [bias.dtype])
-        table_backward(p, a.position_bias, [slope], dbias.view(bias.shape), gradients)
     gradients.sums(sums)
     names = "qkv_weight", "proj_bias"
     y = half_input_backward(p, a, norm, a.rows, dqkv, qkv_weight, added, *names, gradients, storage)

@@ -13,7 +13,7 @@ reads them.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -259,6 +259,7 @@ class Gradients:
         self._sums: dict[str, Any] = {}
         self._waiting: dict[str, tuple[Tensor, Tensor]] = {}
         self._scaled: tuple[Tensor, str, Tensor, str, Tensor | None] | None = None
+        self._computed: dict[str, Callable[[Tensor], None]] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.wanted
@@ -292,6 +293,11 @@ class Gradients:
         if "layer_scale" in self.wanted:
             self.wanted = self.wanted | {weight: w} | ({} if b is None else {bias: b})
 
+    def computed(self, name: str, value: Tensor, backward: Callable[[Tensor], None]) -> None:
+        """Declares that sums added as `name` are the gradient of a tensor that the forward computed. It is passed to
+        `backward`, shaped as `value`, once it is finished."""
+        self.wanted, self._computed[name] = self.wanted | {name: value}, backward
+
     def _unscale(self) -> None:
         """Converts the gradients of scale * w and scale * b to those of w, b and the scale."""
         scale, weight, w, bias, b = self._scaled
@@ -314,6 +320,8 @@ class Gradients:
         if self._sums:
             dtypes = [self.wanted[name].dtype for name in self._sums]
             self._found |= zip(self._sums, self._p.finish(list(self._sums.values()), dtypes), strict=True)
+        for name, backward in self._computed.items():
+            backward(self._found.pop(name).view(self.wanted[name].shape))
         if self._scaled is not None:
             self._unscale()
         for name, gradient in self._found.items():

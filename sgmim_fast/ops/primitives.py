@@ -320,7 +320,8 @@ class Gradients:
         if self._sums:
             dtypes = [self.wanted[name].dtype for name in self._sums]
             self._found |= zip(self._sums, self._p.finish(list(self._sums.values()), dtypes), strict=True)
-        for name, backward in self._computed.items():
+        while self._computed:  # emptied: a cycle of references would keep the gradients alive, and autograd copy them
+            name, backward = self._computed.popitem()
             backward(self._found.pop(name).view(self.wanted[name].shape))
         if self._scaled is not None:
             self._unscale()

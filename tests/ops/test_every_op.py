@@ -5,6 +5,7 @@ Values, tolerances and messages are in the tests of each op, wrong arguments and
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 from sgmim_fast import backends
 from sgmim_fast.ops import gemm
 from sgmim_fast.ops.cases import FLOAT64
+from sgmim_fast.ops.primitives import Gradients
 
 COMPOSED = [op for op in DIFFERENTIABLE if backends.composed(op)]
 
@@ -66,6 +68,20 @@ def test_partial_gradients(place, op, arguments):
                     torch.testing.assert_close(leaf.grad, expected, msg=lambda text, n=name: f"{n}: {text}")
                 else:
                     assert leaf.grad is None, name
+
+
+@every_gradient
+def test_a_backward_keeps_no_gradient(op, arguments):
+    """A reference to a gradient, also one in a cycle, would make autograd copy it into `.grad`."""
+    call = Call(op, arguments())
+    gc.collect()
+    gc.disable()
+    try:
+        result, _ = given(call, *range(len(call.tensors)))
+        result.backward(cotangent_of(result))
+        assert not any(isinstance(x, Gradients) for x in gc.get_objects())
+    finally:
+        gc.enable()
 
 
 @every_call

@@ -63,8 +63,9 @@ def window_attention(
             the projection if, as in timm, the padding precedes it. None: zeros.
 
     Returns:
-        (B, H, W, heads * d), dtype of `qkv`; computed in float32 or wider. Differentiable in `qkv`, `bias`,
-        `logit_scale` and `pad`.
+        (B, H, W, heads * d), dtype of `qkv`; sums and softmax are computed in float32 or wider. In bfloat16 and float16
+        the operands of gemms, also the probabilities and the gradients of the logits, may be rounded to that dtype.
+        Differentiable in `qkv`, `bias`, `logit_scale` and `pad`.
 
     Raises:
         ValueError, TypeError: with the argument's name, its actual and the expected value.

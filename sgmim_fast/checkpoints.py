@@ -74,8 +74,8 @@ def load_published(model: nn.Module, state_dict: Mapping[str, Any] | str | os.Pa
     """
     if isinstance(state_dict, (str, os.PathLike)):
         state_dict = _read(state_dict)
-    model = _uncompiled(model)
-    own = _state_of(model)
+    model = _known(model)
+    own = model.state_dict()
     published = _published_names(model, own)
     given = _unwrap(state_dict)
     if "image_head.weight" not in own and any(name.startswith("encoder.") for name in given):
@@ -106,16 +106,16 @@ def published_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         TypeError: `model` is neither an SGMIM nor an encoder.
     """
-    model = _uncompiled(model)
-    own = _state_of(model)
+    model = _known(model)
+    own = model.state_dict()
     names = _published_names(model, own)
     return {name: own[own_name].reshape(_published_shape(own_name, own[own_name])) for own_name, name in names.items()}
 
 
 def published_names(model: nn.Module) -> dict[str, str]:
     """Returns a dict from own to published name, with every parameter and buffer that the published code also has."""
-    model = _uncompiled(model)
-    return _published_names(model, _state_of(model))
+    model = _known(model)
+    return _published_names(model, model.state_dict())
 
 
 def export_timm(
@@ -227,17 +227,17 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     return found
 
 
-def _state_of(model: nn.Module) -> dict[str, Tensor]:
-    if not isinstance(model, nn.Module):
+def _known(model: nn.Module) -> nn.Module:
+    """Returns the model, or the one that was compiled. Raises TypeError unless it is an SGMIM or an encoder."""
+    model = _uncompiled(model)
+    if not isinstance(model, MaskedEncoder) and not (hasattr(model, "encoder") and hasattr(model, "image_head")):
         raise TypeError(f"model must be an SGMIM or an encoder of create_encoder, got a {type(model).__name__}")
-    return model.state_dict()
+    return model
 
 
 def _published_names(model: nn.Module, own: Mapping[str, Tensor]) -> dict[str, str]:
     """Returns a dict from own to published name, with all entries of the state dict but timm's ignored buffers."""
     alone = isinstance(model, MaskedEncoder)
-    if not alone and not (hasattr(model, "encoder") and hasattr(model, "image_head")):
-        raise TypeError(f"model must be an SGMIM or an encoder of create_encoder, got a {type(model).__name__}")
     encoder = model if alone else _uncompiled(model.encoder)
     prefix = "" if alone else "encoder."
     rules = list(_RULES)

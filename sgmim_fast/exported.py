@@ -33,6 +33,8 @@ _OF_TIMM = frozenset(
 ) | {"use_naflex"}
 # What timm raises for arguments that do not fit together, besides OSError if it downloads
 ERRORS_OF_TIMM = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+# Mean and standard deviation with which images are normalised unless a file or a setting has others
+IMAGENET: dict[str, tuple[float, ...]] = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
 _LARGEST = 2**16  # largest number: side, width, classes
 _TIMES = 4  # largest ratio of the model's parameters to those of the file
 
@@ -63,7 +65,7 @@ def normalisation(path: Path) -> dict[str, tuple[float, ...]]:
     """
     metadata, _ = _read(path)
     found = {}
-    for name, usual in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
+    for name, usual in IMAGENET.items():
         values = _json(path, name, metadata[name]) if name in metadata else list(usual)
         if not (isinstance(values, list) and all(type(v) in (int, float) and abs(v) < 1e30 for v in values)):
             raise UserError(f"{path}: {name} is {metadata[name][:40]}; expected a list of numbers")

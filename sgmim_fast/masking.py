@@ -70,7 +70,7 @@ class SelectiveMask(NamedTuple):
         own = tuple(self.mask.shape[1:])
         if own == tuple(grid):
             return self
-        if len(grid) != 2 or min(grid) < 1 or not aligned(own, grid):
+        if not aligned(own, grid):
             raise ValueError(f"grid is {tuple(grid)}; expected multiples of the mask's own {own}")
         each = grid[0] // own[0] * (grid[1] // own[1])
         counts = None if self.counts is None else tuple(each * count for count in self.counts)
@@ -263,8 +263,8 @@ def resize(mask: Tensor, height: int, width: int) -> Tensor:
 
 
 def aligned(grid: tuple[int, int], cells: tuple[int, int]) -> bool:
-    """Whether each unit of `grid` consists of whole cells."""
-    return cells[0] % grid[0] == 0 and cells[1] % grid[1] == 0
+    """Whether each unit of `grid` consists of whole cells, at least one."""
+    return len(cells) == 2 and all(c > 0 and c % units == 0 for units, c in zip(grid, cells, strict=True))
 
 
 def without_lists(mask: Tensor | SelectiveMask) -> DenseMask:

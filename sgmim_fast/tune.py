@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from sgmim_fast import backends, tuned
 from sgmim_fast.encoders import image_size
@@ -276,8 +277,9 @@ class _Meter:
                     results = _results(call())
                     if _excess(part, results, truth, tolerances):
                         if widest is None:
-                            draws = (_bounds(op, part, _redrawn(args), composed)[1] for _ in range(DRAWS - 1))
-                            widest = [[*map(max, *bounds)] for bounds in zip(tolerances, *draws, strict=True)]
+                            draws = (pytree.tree_map(_redrawn, list(args)) for _ in range(DRAWS - 1))
+                            others = (_bounds(op, part, draw, composed)[1] for draw in draws)
+                            widest = [[*map(max, *bounds)] for bounds in zip(tolerances, *others, strict=True)]
                         if excess := _excess(part, results, truth, widest):
                             raise ArithmeticError(excess)
                 calls[way] = call
@@ -298,7 +300,8 @@ class _Meter:
 
 def _bounds(op: str, part: str, args: Sequence[Any], composed: bool) -> tuple[list[Tensor], list[list[float]]]:
     """Returns the results of a call in float64, and their tolerances in both norms of `_norms`."""
-    truth = [t.double() for t in _results(_prepared(op, part, "torch", _exact(args), composed)())]
+    exact = pytree.tree_map(_exact, list(args))
+    truth = [t.double() for t in _results(_prepared(op, part, "torch", exact, composed)())]
     plain = _results(_prepared(op, part, "torch", args, composed)())
     return truth, [_tolerances(p, t) for p, t in zip(plain, truth, strict=True)]
 
@@ -322,20 +325,17 @@ def _prepared(op: str, part: str, way: str, args: Sequence[Any], composed: bool)
     return lambda: function(grad, *rest, saved, needs)
 
 
-def _exact(args: Sequence[Any]) -> list[Any]:
-    """Converts arguments to float64. A dtype argument becomes None, so that the result has the inputs' dtype."""
-    if isinstance(args, Tensor):
-        return args.double() if args.is_floating_point() else args
-    if isinstance(args, torch.dtype):
+def _exact(arg: Any) -> Any:
+    """Converts a tensor to float64. A dtype argument becomes None, so that the result has the inputs' dtype."""
+    if isinstance(arg, torch.dtype):
         return None
-    return [_exact(arg) for arg in args] if isinstance(args, list | tuple) else args
+    return arg.double() if isinstance(arg, Tensor) and arg.is_floating_point() else arg
 
 
-def _redrawn(args: Any) -> Any:
-    """Returns arguments with other numbers of about the same size."""
-    if isinstance(args, Tensor):
-        return args * (1 + 0.1 * torch.randn_like(args)) if args.is_floating_point() else args
-    return [_redrawn(arg) for arg in args] if isinstance(args, list | tuple) else args
+def _redrawn(arg: Any) -> Any:
+    """Returns a tensor with other numbers of about the same size."""
+    floating = isinstance(arg, Tensor) and arg.is_floating_point()
+    return arg * (1 + 0.1 * torch.randn_like(arg)) if floating else arg
 
 
 def _results(result: Any) -> list[Tensor]:

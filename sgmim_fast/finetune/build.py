@@ -6,15 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from sgmim_fast.engine.settings import OF_EVERY_RUN_0, OF_EVERY_RUN_1, at_least, check_numbers
 from sgmim_fast.errors import UserError, by
+from sgmim_fast.exported import IMAGENET, require_rgb, tuples, without_sources
 from sgmim_fast.exported import normalisation as read_normalisation
-from sgmim_fast.exported import require_rgb, tuples, without_sources
 from sgmim_fast.finetune import data
 from sgmim_fast.finetune.config import Config, Model, Optim
 from sgmim_fast.finetune.data.transform import scaled
@@ -116,12 +115,11 @@ def normalisation(config: Config, encoder: dict[str, Any] | None = None) -> dict
     Raises:
         UserError: the file is missing or invalid, or its encoder does not take RGB images.
     """
-    usual = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     if encoder is not None:
-        return {name: tuple(encoder.get(name, numbers)) for name, numbers in usual.items()}
+        return {name: tuple(encoder.get(name, usual)) for name, usual in IMAGENET.items()}
     _, path = _name_and_file(config.model)
     if path is None or path.suffix != ".safetensors":
-        return usual
+        return dict(IMAGENET)
     found = read_normalisation(path)
     require_rgb(str(path), len(found["mean"]))
     return found

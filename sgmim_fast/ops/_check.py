@@ -37,11 +37,22 @@ def parameter(name: str, tensor: Tensor | None, expected: Sequence[int | None], 
         shape(name, tensor, expected, meaning)
 
 
+def named(arg: Any) -> str:
+    """Returns what an argument of a wrong type is, for messages."""
+    return "None" if arg is None else f"a {type(arg).__name__}"
+
+
 def pair(name: str, value: Any) -> list[int]:
-    """Returns a pair of sizes as a list. Raises TypeError unless it is a sequence."""
+    """Returns a pair of sizes as a list. Raises TypeError unless it is a list or tuple."""
     if not isinstance(value, list | tuple):
-        raise TypeError(f"{name} is a {type(value).__name__}; expected two integers")
+        raise TypeError(f"{name} is {named(value)}; expected two integers")
     return list(value)
+
+
+def data(name: str, tensor: Any, what: str) -> None:
+    """Raises ValueError for a tensor that requires a gradient, which `what` does not compute."""
+    if isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires grad; expected data: {what} is not differentiable, detach() it")
 
 
 def index(name: str, tensor: Tensor) -> None:

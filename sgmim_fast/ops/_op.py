@@ -104,12 +104,12 @@ class Declaration:
             types, expected = _ACCEPTED[declared]
             if declared.endswith("[]"):
                 if not isinstance(arg, list | tuple):
-                    raise TypeError(f"{name} is {_named(arg)}; expected a list of {expected}")
+                    raise TypeError(f"{name} is {_check.named(arg)}; expected a list of {expected}")
                 wrong = [entry for entry in arg if not isinstance(entry, types)]
                 if wrong:
-                    raise TypeError(f"{name} has {_named(wrong[0])} in it; expected {expected}")
+                    raise TypeError(f"{name} has {_check.named(wrong[0])} in it; expected {expected}")
             elif not isinstance(arg, types):
-                raise TypeError(f"{name} is {_named(arg)}; expected {expected}")
+                raise TypeError(f"{name} is {_check.named(arg)}; expected {expected}")
 
     def make(self, args: Sequence[Any]) -> Any:
         """Returns the NamedTuple; arguments missing at the end are None."""
@@ -591,10 +591,6 @@ def _watched() -> bool:
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     )
-
-
-def _named(arg: Any) -> str:
-    return "None" if arg is None else f"a {type(arg).__name__}"
 
 
 def _device_type(args: Sequence[Any]) -> str:

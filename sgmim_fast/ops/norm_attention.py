@@ -11,8 +11,8 @@ from torch import Tensor
 from sgmim_fast.ops import _check
 from sgmim_fast.ops._op import Op
 from sgmim_fast.ops.norm_linear import check_layer_scale, check_norm, fake_norm
+from sgmim_fast.ops.position_bias import SCALE, check_table, fake_table, table_backward
 from sgmim_fast.ops.position_bias import Arguments as PositionBias
-from sgmim_fast.ops.position_bias import check_table, fake_table, table_backward
 from sgmim_fast.ops.primitives import (
     Gradients,
     Primitives,
@@ -29,8 +29,6 @@ from sgmim_fast.ops.primitives import (
     unflattened,
 )
 from sgmim_fast.ops.window_attention import check_windows
-
-SCALE = 16.0  # the largest position bias of SwinV2
 
 
 class Arguments(NamedTuple):
@@ -159,7 +157,8 @@ def _check_arguments(a: Arguments) -> None:
             )
         check_table(a.position_bias)
         _check.shape("fc2_weight", a.fc2_weight, (a.heads, a.fc1_weight.shape[0]), "(heads, hidden)")
-    check_windows(3 * width, a.windows(a.bias, None), computed=any(given))
+    bias = fake_table(a.position_bias)[0] if any(given) else a.bias
+    check_windows(3 * width, a.windows(bias, None))
 
 
 def _check_indices(a: Arguments) -> None:

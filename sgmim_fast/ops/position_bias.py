@@ -11,6 +11,8 @@ from sgmim_fast.ops import _check
 from sgmim_fast.ops._op import Op
 from sgmim_fast.ops.primitives import Gradients, Primitives, Request, sum_dtype
 
+SCALE = 16.0  # the largest bias of SwinV2
+
 
 class Arguments(NamedTuple):
     """The operator's arguments, see `position_bias`."""
@@ -34,7 +36,7 @@ class Arguments(NamedTuple):
 
 
 def position_bias(
-    coordinates: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, *, scale: float = 16.0
+    coordinates: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, *, scale: float = SCALE
 ) -> Tensor:
     """Computes the continuous relative position bias of SwinV2 (arXiv 2111.09883, section 3.3).
 

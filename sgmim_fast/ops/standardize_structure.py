@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sgmim_fast.ops import _check
 from sgmim_fast.ops._op import Op
 from sgmim_fast.ops.primitives import sum_dtype
 
@@ -44,8 +45,7 @@ def standardize_structure(structure: Tensor, *, nonfinite: str = "raise") -> Ten
     Raises:
         ValueError, TypeError: with the argument's name, its actual and the expected value.
     """
-    if isinstance(structure, Tensor) and structure.requires_grad and torch.is_grad_enabled():
-        raise ValueError("structure requires grad; expected data: standardising is not differentiable, detach() it")
+    _check.data("structure", structure, "standardising")
     if nonfinite not in ("raise", "ignore"):
         raise ValueError(f"nonfinite is {nonfinite!r}; expected 'raise' or 'ignore'")
     return _op(structure, nonfinite == "ignore")

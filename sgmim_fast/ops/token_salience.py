@@ -40,8 +40,7 @@ def token_salience(x: Tensor) -> Tensor:
     Raises:
         ValueError, TypeError: with the argument's name, its actual and the expected value.
     """
-    if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
-        raise ValueError("x requires grad; expected data: salience is not differentiable, detach() it")
+    _check.data("x", x, "salience")
     return _op(x)
 
 

@@ -84,9 +84,8 @@ def _check_arguments(a: Arguments) -> None:
     _check.parameter("pad", a.pad, (a.qkv.shape[3],), "(3 * channels,)")
 
 
-def check_windows(channels: int, windows: Windows, computed: bool = False) -> None:
-    """Checks the arguments other than qkv and pad. channels: of queries, keys and values together; computed: whether
-    `bias` is not an argument but computed from others."""
+def check_windows(channels: int, windows: Windows) -> None:
+    """Checks the arguments other than qkv and pad. channels: of queries, keys and values together."""
     bias, index, logit_scale, _, heads, window, shift = windows
     if heads < 1 or channels % (3 * heads):
         raise ValueError(f"heads is {heads}; expected a divisor of the channels, qkv has 3 * {channels / 3:g}")
@@ -97,7 +96,7 @@ def check_windows(channels: int, windows: Windows, computed: bool = False) -> No
         raise ValueError(f"shift is {tuple(shift)}; expected less than the window {tuple(window)}")
     n = window[0] * window[1]
     if index is not None:
-        if bias is None and not computed:
+        if bias is None:
             raise ValueError("index is given without bias; expected both")
         _check.shape("index", index, (n, n), "(tokens of a window, the same)")
         if index.dtype != torch.int64:

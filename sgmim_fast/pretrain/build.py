@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
@@ -24,7 +23,7 @@ from sgmim_fast.engine import checkpoint
 from sgmim_fast.engine.checkpoint import Saved
 from sgmim_fast.engine.settings import OF_EVERY_RUN_0, OF_EVERY_RUN_1, at_least, check_numbers
 from sgmim_fast.errors import UserError
-from sgmim_fast.exported import ERRORS_OF_TIMM, without_sources
+from sgmim_fast.exported import ERRORS_OF_TIMM, IMAGENET, without_sources
 from sgmim_fast.masking import SHOWN, SelectiveMask, selective_mask
 from sgmim_fast.model import SGMIM
 from sgmim_fast.pretrain.config import Config, Mask, Model, Optim
@@ -152,7 +151,7 @@ def normalisation(config: Config) -> dict[str, tuple[float, ...]]:
     """Returns the keyword arguments `mean` and `std`, with which the channels of the images are normalised."""
     settings = config.data
     if settings.mean is None or settings.std is None:
-        return {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+        return dict(IMAGENET)
     return {"mean": settings.mean, "std": settings.std}
 
 
